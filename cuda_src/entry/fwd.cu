@@ -1,0 +1,8 @@
+#include "jitattn/fwd_sm80.cuh"
+#include "jitattn_spec.h"
+
+extern "C" __global__ void __launch_bounds__(jitattn::FwdTraits<Spec>::kNumThreads,
+                                             Spec::kMinBlocksPerSm)
+    jitattn_fwd(const __grid_constant__ jitattn::FwdParams params) {
+  jitattn::attn_fwd<Spec>(params);
+}

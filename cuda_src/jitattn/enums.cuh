@@ -1,0 +1,29 @@
+// The values that the generated Spec uses; twins of the enums in jitattn/jit/spec.py.
+#pragma once
+
+namespace jitattn {
+
+enum class Dtype { kFp16, kBf16, kFp32 };
+
+// Which rule decides what a query sees; its numbers are runtime parameters.
+enum class MaskKind { kFull, kCausal };
+
+// Where the sequences of q, or of k and v, lie.
+enum class SeqLayout { kBatched };
+
+// How products are formed and summed.
+enum class Numerics {
+  kF32Acc,  // 16-bit operands, fp32 accumulators, P rounded to 16 bits
+  kTf32x3,  // fp32 operands as two TF32 parts, three MMAs a product
+};
+
+// Alignment class of q, k, v and out together.
+enum class Access {
+  kVec16,    // every row starts at a multiple of 16 bytes and is a multiple of 16 bytes long
+  kElement,  // one element at a time
+};
+
+// Width of row offsets inside a tile; tile bases are always 64-bit.
+enum class IndexWidth { kNarrow, kWide };
+
+}  // namespace jitattn

@@ -1,0 +1,237 @@
+// What        Forward attention on mma.sync, ldmatrix and cp.async: sm_80 and every newer GPU.
+//
+// Math        S = Q K^T,  P = exp2(S * scale_log2 - m),  O = P V / rowsum(P),
+//             LSE = (log2(rowsum P) + m) * ln 2, with a running maximum m per row.
+//
+// Paper       Dao, FlashAttention-2, arXiv:2307.08691, Algorithm 1. We differ in: the lazy maximum
+//             (softmax.cuh), key blocks visited from right to left, GQA rows packed into the tile
+//             (rows.cuh), and warps that may split the keys of a step among them.
+//
+// Work split  One CTA: kBlockQ rows of one kv head's queries (schedule.cuh) and a range of key
+//             blocks. Warp (warp_q, warp_kv) owns kWarpRows rows and kWarpKeys of each block's keys.
+//
+// Shared      Q [kBlockQ, kDim] for the whole run, K [kStages][kBlockKv, kDim],
+// memory      V [kStages][kBlockKv, kDimV], all swizzled (tile/swizzle.cuh). Afterwards: partial
+//             results of the warps, then the output tile.
+//
+// Pipeline    kStages >= 2: a ring. Step i waits for its block, meets the one barrier, starts the
+//             copy of block i + kStages - 1 into the buffer that step i - 1 left, and computes.
+//               step i   | wait i | barrier | start i+1 | S_i  softmax  O_i |
+//               step i+1                                 (i+1 lands)        | wait i+1 | barrier ...
+//             kStages == 1: K and V have a buffer each. V_i lands under S_i, K_i+1 under softmax
+//             and O_i, for two barriers a step and half the shared memory.
+//
+// Not         Sequences that are not batched; masks other than full and causal.
+// supported
+#pragma once
+
+#include "jitattn/debug.cuh"
+#include "jitattn/enums.cuh"
+#include "jitattn/epilogue.cuh"
+#include "jitattn/mask.cuh"
+#include "jitattn/params.cuh"
+#include "jitattn/ptx/cp_async.cuh"
+#include "jitattn/ptx/shared.cuh"
+#include "jitattn/ptx/special.cuh"
+#include "jitattn/rows.cuh"
+#include "jitattn/schedule.cuh"
+#include "jitattn/softmax.cuh"
+#include "jitattn/tile/fragment.cuh"
+#include "jitattn/traits.cuh"
+#include "jitattn/types.cuh"
+
+namespace jitattn {
+
+template <class Spec>
+__device__ __forceinline__ void attn_fwd(const FwdParams& params) {
+  using Traits = FwdTraits<Spec>;
+  using Mma = typename Traits::Mma;
+  using Element = typename Traits::Element;
+  constexpr int kStages = Spec::kStages;
+  constexpr int kPrefetch = kStages == 1 ? 1 : kStages - 1;  // blocks in flight ahead of a step
+  constexpr int kBlockKv = Spec::kBlockKv;
+  constexpr int64_t kElementBytes = sizeof(Element);
+
+  // ---- Indices
+  const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
+  const int warp_q = warp_idx % Spec::kWarpsQ, warp_kv = warp_idx / Spec::kWarpsQ;
+  const WorkTile tile = work_tile<Spec>(params, blockIdx.x);
+  const RowMap rows(params);
+  const KvBlockRange range = kv_block_range<Spec>(params, rows, tile);
+
+  // ---- Pointers for this (batch, head)
+  const int64_t kv_head_idx = tile.head_idx / params.heads_per_kv;
+  const int64_t batch_idx = tile.batch_idx;
+  const char* g_q = reinterpret_cast<const char*>(
+      static_cast<const Element*>(params.q) + batch_idx * params.q_stride_batch +
+      tile.head_idx * params.q_stride_head);
+  const char* g_k = reinterpret_cast<const char*>(
+      static_cast<const Element*>(params.k) + batch_idx * params.k_stride_batch +
+      kv_head_idx * params.k_stride_head);
+  const char* g_v = reinterpret_cast<const char*>(
+      static_cast<const Element*>(params.v) + batch_idx * params.v_stride_batch +
+      kv_head_idx * params.v_stride_head);
+
+  // ---- Shared storage
+  extern __shared__ __align__(128) unsigned char s_storage[];
+  const uint32_t s_q_addr = ptx::shared_addr(s_storage);
+  const uint32_t s_k_addr = s_q_addr + Traits::kOffsetK;
+  const uint32_t s_v_addr = s_q_addr + Traits::kOffsetV;
+  JITATTN_DEVICE_ASSERT(s_q_addr % 128 == 0);
+
+  // ---- Per-lane addresses
+  const typename Traits::CopyQ copy_q(threadIdx.x, 0);
+  const typename Traits::CopyK copy_k(threadIdx.x, params.k_stride_row);
+  const typename Traits::CopyV copy_v(threadIdx.x, params.v_stride_row);
+  using LayoutQk = Swizzle<Traits::kChunksQk>;
+  using LayoutV = Swizzle<Traits::kChunksV>;
+  const int warp_first_row = warp_q * Traits::kWarpRows;
+  const int warp_first_key = warp_kv * Traits::kWarpKeys;
+  const uint32_t lane_q_addr = s_q_addr + warp_first_row * LayoutQk::kRowBytes +
+                               lane_offset_row_first<Traits::kChunksQk>(lane_idx);
+  const uint32_t lane_k_addr = s_k_addr + warp_first_key * LayoutQk::kRowBytes +
+                               lane_offset_chunk_first<Traits::kChunksQk>(lane_idx);
+  const typename Mma::template LaneV<Traits::kChunksV> lane_v(
+      s_v_addr + warp_first_key * LayoutV::kRowBytes, lane_idx);
+
+  // ---- Register tiles
+  float r_o[Traits::kRowTiles][Traits::kColumnTiles][4] = {};  // [kWarpRows, kDimV]
+  OnlineSoftmax<Traits::kRowTiles> softmax;
+  const float scale_log2 = params.scale_log2;
+
+  // Copies of the next key block, from right to left, into buffer `stage`. The pointers walk: they are
+  // this thread's share of the block to be copied next. Only the last block of a sequence has a tail.
+  int block = range.end - 1;  // of the current step
+  const int64_t k_block_bytes = params.k_stride_row * (kBlockKv * kElementBytes);
+  const int64_t v_block_bytes = params.v_stride_row * (kBlockKv * kElementBytes);
+  const char* g_k_next = copy_k.share(g_k + block * k_block_bytes);
+  const char* g_v_next = copy_v.share(g_v + block * v_block_bytes);
+  auto load_k = [&](int stage, auto is_first) {
+    const uint32_t s_addr = s_k_addr + stage * Traits::kBytesK;
+    if constexpr (decltype(is_first)::value) {
+      copy_k.load_tail(s_addr, g_k_next, params.len_kv - block * kBlockKv);
+    } else {
+      copy_k.load_full(s_addr, g_k_next);
+    }
+    g_k_next -= k_block_bytes;
+  };
+  auto load_v = [&](int stage, auto is_first) {
+    const uint32_t s_addr = s_v_addr + stage * Traits::kBytesV;
+    if constexpr (decltype(is_first)::value) {
+      copy_v.load_tail(s_addr, g_v_next, params.len_kv - block * kBlockKv);
+    } else {
+      copy_v.load_full(s_addr, g_v_next);
+    }
+    g_v_next -= v_block_bytes;
+  };
+  auto load_q = [&] {
+    copy_q.load_rows(s_q_addr, g_q, [&](int row_in_tile) -> int64_t {
+      const int row = tile.q_tile_idx * Spec::kBlockQ + row_in_tile;
+      if (row >= rows.num_rows) return -1;
+      const int position = rows.position(row);
+      return (position * params.q_stride_row + rows.head(row, position) * params.q_stride_head) *
+             kElementBytes;
+    });
+  };
+
+  using Scores = float[Traits::kRowTiles][Traits::kKeyTiles][4];  // [kWarpRows, kWarpKeys]
+
+  // r_s += Q K^T
+  auto mma_s = [&](Scores& r_s, int stage) {
+    Mma::template add_scores<Traits::kDim>(r_s, lane_q_addr, lane_k_addr + stage * Traits::kBytesK);
+  };
+
+  // r_o += exp2(r_s * scale_log2 - max) V
+  auto exp_and_mma_o = [&](Scores& r_s, int stage) {
+    auto stage_v = lane_v;
+    stage_v.advance(stage * Traits::kBytesV);
+    Mma::add_output(r_o, r_s, stage_v,
+                    [&](float (&tile)[4], int m) { softmax.exponentiate(tile, m, scale_log2); });
+  };
+
+  // ---- Prologue: Q and the first kPrefetch blocks. Only the first one, the right-most, has a tail.
+  if (block >= range.begin) {
+    load_q();
+    copy_q.zero_padding(s_q_addr);
+#pragma unroll
+    for (int stage = 0; stage < kStages; ++stage) {
+      copy_k.zero_padding(s_k_addr + stage * Traits::kBytesK);
+      copy_v.zero_padding(s_v_addr + stage * Traits::kBytesV);
+    }
+    load_k(0, TrueType{});
+    if constexpr (kStages > 1) load_v(0, TrueType{});
+    ptx::cp_async_commit();
+#pragma unroll
+    for (int ahead = 1; ahead < kPrefetch; ++ahead) {
+      if (block - ahead >= range.begin) {
+        load_k(ahead, FalseType{});
+        load_v(ahead, FalseType{});
+      }
+      ptx::cp_async_commit();
+    }
+    if (params.negate_q) {
+      ptx::cp_async_wait<0>();
+      copy_q.negate(s_q_addr);  // each thread its own chunks; the loop's first barrier publishes them
+    }
+  }
+
+  // Keys that this warp's first and last rows see. Derived anew where needed, to save registers.
+  const int warp_row = tile.q_tile_idx * Spec::kBlockQ + warp_first_row;
+  auto first_sees = [&] { return visible_keys<Spec>(params, rows.position(warp_row)); };
+  auto last_sees = [&] {
+    return visible_keys<Spec>(params, rows.position(warp_row + Traits::kWarpRows - 1));
+  };
+
+  int stage = 0;
+  auto step = [&](auto is_masked) {
+    constexpr bool kIsMasked = decltype(is_masked)::value;
+    // Protects: this step's tiles, written by all threads' copies, before anyone reads them; and the
+    // buffer that the previous step read, before the next copy overwrites it.
+    ptx::cp_async_wait<kStages == 1 ? 0 : kPrefetch - 1>();
+    ptx::barrier_sync<Traits::kNumThreads>();
+    if constexpr (kStages > 1) {
+      const int next_stage = stage == 0 ? kStages - 1 : stage - 1;  // kPrefetch ahead in the ring
+      if (block - kPrefetch >= range.begin) {
+        load_k(next_stage, FalseType{});
+        load_v(next_stage, FalseType{});
+      }
+    } else if (kIsMasked) {
+      load_v(0, TrueType{});
+    } else {
+      load_v(0, FalseType{});
+    }
+    ptx::cp_async_commit();
+
+    const bool sees_any = !kIsMasked || block * kBlockKv < last_sees();
+    Scores r_s = {};
+    if (sees_any) mma_s(r_s, stage);
+    if constexpr (kStages == 1) {
+      // Protects: V of this step before anyone reads it; K of this step from the next copy.
+      ptx::cp_async_wait<0>();
+      ptx::barrier_sync<Traits::kNumThreads>();
+      if (block > range.begin) load_k(0, FalseType{});
+      ptx::cp_async_commit();
+    }
+    if (sees_any) {
+      if constexpr (kIsMasked) {
+        mask_scores<Spec>(r_s, params, rows, warp_row, block * kBlockKv + warp_first_key, lane_idx);
+      }
+      softmax.update_max(r_s, r_o, scale_log2);
+      exp_and_mma_o(r_s, stage);
+    }
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  };
+
+  // ---- Main loops, from right to left: blocks on a boundary of this warp's rows, then free ones.
+#pragma unroll 1
+  for (; block >= range.begin && (block + 1) * kBlockKv > first_sees(); --block) step(TrueType{});
+#pragma unroll 1
+  for (; block >= range.begin; --block) step(FalseType{});
+
+  // ---- Epilogue
+  const FwdEpilogue<Spec> epilogue(params, ptx::cta_idx(), ptx::thread_idx(),
+                                   ptx::shared_addr(s_storage));
+  epilogue.finish(r_o, softmax);
+}
+
+}  // namespace jitattn

@@ -1,0 +1,115 @@
+// Online softmax in base 2 with a lazy maximum.
+//
+// PAPER: Milakov and Gimelshein, arXiv:1805.02867 (online softmax); Dao, arXiv:2307.08691, Alg. 1.
+// We differ in the maximum: it is raised only when a score exceeds it by more than kLazyLog2 powers
+// of two. Until then P may reach 2^kLazyLog2 = 256, which costs no accuracy in fp32 accumulators
+// and fits fp16, and the rescaling of the output is skipped.
+#pragma once
+
+#include "jitattn/ptx/math.cuh"
+#include "jitattn/types.cuh"
+
+namespace jitattn {
+
+template <int kRowTiles>
+struct OnlineSoftmax {
+  static constexpr float kLazyLog2 = 8.f;
+  // NOTE: finite, so that a row that has seen nothing gives exp2(-inf + kNoMax) = 0 and not NaN.
+  static constexpr float kNoMax = 1e30f;
+
+  float neg_max[kRowTiles][2];  // -max * scale_log2 per row; kNoMax before the first visible score
+  float row_sum[kRowTiles][2];  // of this lane's columns only; reduce() adds up the quad
+
+  __device__ OnlineSoftmax() {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        neg_max[m][half] = kNoMax;
+        row_sum[m][half] = 0.f;
+      }
+    }
+  }
+
+  // Raise the maxima if any score of the warp asks for it, and rescale the output with them. The
+  // vote is on each lane's own maxima; the quad shares them in the rare branch only. The branch also
+  // keeps the compiler from stretching the live ranges of scores across the exponentials.
+  template <int kKeyTiles, int kColumnTiles>
+  __device__ void update_max(const float (&r_s)[kRowTiles][kKeyTiles][4],
+                             float (&r_o)[kRowTiles][kColumnTiles][4], float scale_log2) {
+    float lane_max[kRowTiles][2];
+    bool exceeds = false;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float highest = fmaxf(r_s[m][0][2 * half], r_s[m][0][2 * half + 1]);
+#pragma unroll
+        for (int n = 1; n < kKeyTiles; ++n) {
+          highest = fmaxf(highest, fmaxf(r_s[m][n][2 * half], r_s[m][n][2 * half + 1]));
+        }
+        lane_max[m][half] = highest;
+        exceeds |= fmaf(highest, scale_log2, neg_max[m][half]) > kLazyLog2;
+      }
+    }
+    if (!__any_sync(0xffffffffu, exceeds)) return;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float highest = lane_max[m][half];
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+        const float raised = fminf(neg_max[m][half], -highest * scale_log2);
+        const float factor = ptx::exp2_approx(raised - neg_max[m][half]);
+        neg_max[m][half] = raised;
+        row_sum[m][half] *= factor;
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n) {
+          r_o[m][n][2 * half] *= factor;
+          r_o[m][n][2 * half + 1] *= factor;
+        }
+      }
+    }
+  }
+
+  // Scores of one n8 tile -> P = exp2(score * scale_log2 - max), added to the row sums.
+  __device__ void exponentiate(float (&tile)[4], int m, float scale_log2) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float p0 = ptx::exp2_approx(fmaf(tile[2 * half], scale_log2, neg_max[m][half]));
+      const float p1 = ptx::exp2_approx(fmaf(tile[2 * half + 1], scale_log2, neg_max[m][half]));
+      row_sum[m][half] += p0 + p1;
+      tile[2 * half] = p0;
+      tile[2 * half + 1] = p1;
+    }
+  }
+
+  // Make row_sum the sum over all columns, in all four lanes of a row.
+  __device__ void reduce() {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float sum = row_sum[m][half];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        row_sum[m][half] = sum;
+      }
+    }
+  }
+
+  // Natural-log LSE of a row after reduce(); -inf for a row that saw nothing.
+  __device__ float lse(int m, int half) const {
+    const float sum = row_sum[m][half];
+    return sum == 0.f ? -infinity() : (ptx::log2_approx(sum) - neg_max[m][half]) * kLn2;
+  }
+
+  // 1 / row_sum after reduce(); 0 for a row that saw nothing, so that its output is 0.
+  __device__ float inverse_sum(int m, int half) const {
+    const float sum = row_sum[m][half];
+    return sum == 0.f ? 0.f : 1.f / sum;
+  }
+};
+
+}  // namespace jitattn

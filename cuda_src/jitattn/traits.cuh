@@ -1,0 +1,69 @@
+// Numbers derived from the generated Spec, and the checks that the host agrees with them.
+#pragma once
+
+#include "jitattn/enums.cuh"
+#include "jitattn/params.cuh"
+#include "jitattn/tile/copy.cuh"
+#include "jitattn/tile/mma_f32_acc.cuh"
+#include "jitattn/tile/mma_tf32x3.cuh"
+#include "jitattn/types.cuh"
+
+namespace jitattn {
+
+template <class Spec>
+struct FwdTraits {
+  static_assert(Spec::kArch >= 80, "the forward kernel needs sm_80 or newer");
+  static_assert(sizeof(FwdParams) == Spec::kParamsBytes, "host and device disagree on FwdParams");
+
+  using Mma = typename Conditional<Spec::kNumerics == Numerics::kF32Acc, MmaF32Acc<Spec::kDtype>,
+                                   MmaTf32x3>::type;
+  using Element = typename Mma::Element;
+  using ElementOut = typename Conditional<Spec::kOutDtype == Dtype::kFp32, float, uint16_t>::type;
+
+  static constexpr int kNumWarps = Spec::kWarpsQ * Spec::kWarpsKv;
+  static constexpr int kNumThreads = 32 * kNumWarps;
+
+  // Columns, padded to whole MMAs.
+  static constexpr int kDim = ceil_div(Spec::kHeadDim, 16) * 16;
+  static constexpr int kDimV = ceil_div(Spec::kHeadDimV, 16) * 16;
+
+  // Register tiles of a warp, in MMA tiles.
+  static constexpr int kWarpRows = Spec::kBlockQ / Spec::kWarpsQ;
+  static constexpr int kWarpKeys = Spec::kBlockKv / Spec::kWarpsKv;
+  static constexpr int kRowTiles = kWarpRows / 16;
+  static constexpr int kKeyTiles = kWarpKeys / 8;
+  static constexpr int kColumnTiles = kDimV / 8;
+  static_assert(kWarpRows % 16 == 0 && kWarpRows * Spec::kWarpsQ == Spec::kBlockQ,
+                "a warp owns a multiple of 16 rows");
+  static_assert(kWarpKeys % 16 == 0 && kWarpKeys * Spec::kWarpsKv == Spec::kBlockKv,
+                "a warp owns a multiple of 16 keys");
+
+  // 16-byte chunks of a row in shared memory.
+  static constexpr int kChunksQk = kDim * sizeof(Element) / 16;
+  static constexpr int kChunksV = kDimV * sizeof(Element) / 16;
+
+  template <int kRows, int kHeadDim, int kPaddedDim>
+  using Copy = TileCopy<Element, kRows, kHeadDim, kPaddedDim, kNumThreads, Spec::kAccess>;
+  using CopyQ = Copy<Spec::kBlockQ, Spec::kHeadDim, kDim>;
+  using CopyK = Copy<Spec::kBlockKv, Spec::kHeadDim, kDim>;
+  using CopyV = Copy<Spec::kBlockKv, Spec::kHeadDimV, kDimV>;
+
+  // Shared memory in bytes: Q, then the K buffers, then the V buffers. After the loop the same
+  // space carries the partial results of the warps that split the keys, then the output tile.
+  static constexpr int kBytesQ = Spec::kBlockQ * kDim * sizeof(Element);
+  static constexpr int kBytesK = Spec::kBlockKv * kDim * sizeof(Element);
+  static constexpr int kBytesV = Spec::kBlockKv * kDimV * sizeof(Element);
+  static constexpr int kOffsetK = kBytesQ;
+  static constexpr int kOffsetV = kOffsetK + Spec::kStages * kBytesK;
+  static constexpr int kBytesLoop = kOffsetV + Spec::kStages * kBytesV;
+  static constexpr int kBytesOut =
+      sizeof(ElementOut) == 2 ? Spec::kBlockQ * kDimV * static_cast<int>(sizeof(ElementOut)) : 0;
+  static constexpr int kBytesMerge = (Spec::kWarpsKv - 1) * Spec::kBlockQ * (kDimV + 2) * 4;
+  static constexpr int kSmemBytes = max_of(kBytesLoop, max_of(kBytesOut, kBytesMerge));
+  static_assert(kSmemBytes == Spec::kSmemBytes, "host and device disagree on shared memory");
+
+  static_assert(swizzle_check::is_conflict_free<kChunksQk>() && swizzle_check::is_bijection<kChunksQk>());
+  static_assert(swizzle_check::is_conflict_free<kChunksV>() && swizzle_check::is_bijection<kChunksV>());
+};
+
+}  // namespace jitattn

@@ -1,0 +1,52 @@
+// Fixed-width names without toolkit headers, and small helpers that every file may use.
+#pragma once
+
+namespace jitattn {
+
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+
+// Four 32-bit words that move as one 16-byte access.
+struct alignas(16) Vec16 {
+  uint32_t word[4];
+};
+
+template <bool kCondition, class A, class B>
+struct Conditional {
+  using type = A;
+};
+template <class A, class B>
+struct Conditional<false, A, B> {
+  using type = B;
+};
+
+struct TrueType {
+  static constexpr bool value = true;
+};
+struct FalseType {
+  static constexpr bool value = false;
+};
+
+constexpr float kLn2 = 0.693147180559945309f;
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
+template <class T>
+__host__ __device__ constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+template <class T>
+__host__ __device__ constexpr T min_of(T a, T b) {
+  return a < b ? a : b;
+}
+
+template <class T>
+__host__ __device__ constexpr T max_of(T a, T b) {
+  return a > b ? a : b;
+}
+
+}  // namespace jitattn

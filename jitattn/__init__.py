@@ -1,0 +1,80 @@
+"""Exact attention for NVIDIA GPUs, compiled when it is first called.
+
+Importing this package loads neither torch nor CuPy, reads no environment and creates nothing;
+`attention`, `explain` and `reference` are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Final
+
+from jitattn.errors import (
+    CacheError,
+    CacheMissError,
+    CompileError,
+    InternalError,
+    InvalidInputError,
+    JitAttnError,
+    LaunchError,
+    UnsupportedError,
+)
+from jitattn.masks import Causal, Full, Mask
+
+if TYPE_CHECKING:
+    from jitattn import reference
+    from jitattn.attention import attention
+    from jitattn.explain import explain
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "CacheError",
+    "CacheMissError",
+    "Causal",
+    "CompileError",
+    "Full",
+    "InternalError",
+    "InvalidInputError",
+    "JitAttnError",
+    "LaunchError",
+    "Mask",
+    "UnsupportedError",
+    "__version__",
+    "attention",
+    "explain",
+    "reference",
+]
+
+#: Functions that live in a submodule of the same name, and submodules, loaded on first use.
+_LAZY_FUNCTIONS: Final = frozenset({"attention", "explain"})
+_LAZY_MODULES: Final = frozenset({"reference"})
+
+
+class _Package(ModuleType):
+    """The package itself: `jitattn.attention` stays the function once its module is loaded.
+
+    The import system binds a loaded submodule to its parent under its own name. Where a public
+    function has that name, the function goes there instead.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _LAZY_FUNCTIONS and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY_FUNCTIONS or name in _LAZY_MODULES:
+        module = importlib.import_module(f"{__name__}.{name}")
+        return getattr(module, name) if name in _LAZY_FUNCTIONS else module
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,83 @@
+"""The exception tree.
+
+::
+
+    JitAttnError
+    ├── InvalidInputError (ValueError)          an argument breaks a rule; nothing was launched
+    ├── UnsupportedError (NotImplementedError)  legal, but no kernel for it exists
+    ├── CompileError                            NVRTC refused the generated source, or is missing
+    ├── CacheError
+    │   └── CacheMissError                      a kernel is not cached and may not be compiled
+    ├── LaunchError                             the driver refused to load or launch a kernel
+    └── InternalError                           a broken invariant of ours; please report it
+
+Every message has three parts: the argument and its value, the rule, the way out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from jitattn.jit.spec import KernelSpec
+
+
+class JitAttnError(Exception):
+    """Base of everything that jitattn raises on purpose."""
+
+
+class InvalidInputError(JitAttnError, ValueError):
+    """An argument breaks a rule; raised before anything is built or launched."""
+
+
+class UnsupportedError(JitAttnError, NotImplementedError):
+    """The request is legal, but no kernel for it exists (yet, or on this GPU)."""
+
+
+class CompileError(JitAttnError):
+    """NVRTC is missing or rejected the generated source.
+
+    Attributes
+    ----------
+    spec : KernelSpec or None
+        What was being built; None if the compiler itself could not be used.
+    options : tuple of str
+        The exact options that NVRTC was given.
+    log : str
+        The whole compiler log.
+    source_dir : Path or None
+        Where the sources were kept for a look.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        spec: KernelSpec | None = None,
+        options: tuple[str, ...] = (),
+        log: str = "",
+        source_dir: Path | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.spec = spec
+        self.options = options
+        self.log = log
+        self.source_dir = source_dir
+
+
+class CacheError(JitAttnError):
+    """A cache command that was asked for by name could not be carried out."""
+
+
+class CacheMissError(CacheError):
+    """A kernel is not cached, and compiling it was forbidden."""
+
+
+class LaunchError(JitAttnError):
+    """The driver refused to load or launch a kernel."""
+
+
+class InternalError(JitAttnError):
+    """An invariant of jitattn is broken. Please report it with the message."""

@@ -1,0 +1,202 @@
+"""What changes machine code: `Problem` (what was asked), `Tile` (what we chose), and the specs.
+
+A fact is in a spec if and only if it changes machine code. Lengths, batch, head counts, strides,
+pointers and the direction of the diagonal are runtime parameters (`jit/params.py`). Specs are
+frozen, hashable, and render to one canonical JSON text, from which the cache key is made.
+
+This module imports nothing of jitattn, no torch and no CuPy.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from enum import IntEnum, StrEnum
+from typing import ClassVar, Final, TypeAlias
+
+
+class Dtype(StrEnum):
+    """Element type of a tensor."""
+
+    FP16 = "fp16"
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+    @property
+    def bytes(self) -> int:
+        """Size of one element in bytes."""
+        return 4 if self is Dtype.FP32 else 2
+
+
+class MaskKind(StrEnum):
+    """Which rule decides what a query sees; its numbers are runtime parameters."""
+
+    FULL = "full"
+    CAUSAL = "causal"
+
+
+class SeqLayout(StrEnum):
+    """Where the sequences of q, or of k and v, lie."""
+
+    BATCHED = "batched"
+
+
+class Numerics(StrEnum):
+    """How products are formed and summed; several gears may share one class."""
+
+    #: 16-bit operands, fp32 accumulators, P rounded to 16 bits (FlashAttention-2's numerics).
+    F32_ACC = "f32_acc"
+    #: fp32 operands split into two TF32 parts, three MMAs a product, fp32 accumulators.
+    TF32X3 = "tf32x3"
+
+
+class Access(StrEnum):
+    """Alignment class of q, k, v and out together."""
+
+    #: Every row starts at a multiple of 16 bytes and is a multiple of 16 bytes long.
+    VEC16 = "vec16"
+    #: Anything else: one element at a time.
+    ELEMENT = "element"
+
+
+class IndexWidth(StrEnum):
+    """Width of row offsets inside a tile; tile bases are always 64-bit."""
+
+    NARROW = "narrow"
+    WIDE = "wide"
+
+
+class RowClass(IntEnum):
+    """How many rows a kv head's queries fill after GQA packing: the one length fact that picks a kernel.
+
+    The value is the largest number of rows of the class (0: no bound).
+    """
+
+    ROWS16 = 16
+    ROWS64 = 64
+    MANY = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """What was asked, as far as it changes machine code."""
+
+    dtype: Dtype
+    out_dtype: Dtype
+    head_dim: int  #: of q and k, 1…256
+    head_dim_v: int  #: of v and out, 1…256
+    mask: MaskKind
+    numerics: Numerics
+    q_layout: SeqLayout = SeqLayout.BATCHED
+    kv_layout: SeqLayout = SeqLayout.BATCHED
+    access: Access = Access.VEC16
+    index: IndexWidth = IndexWidth.NARROW
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """How the work is cut: what we chose for a problem on an architecture."""
+
+    block_q: int  #: rows of a CTA's query tile (after GQA packing)
+    block_kv: int  #: keys of one step
+    warps_q: int  #: warps side by side along the rows; each owns block_q / warps_q rows
+    warps_kv: int  #: warps side by side along the keys of a step
+    stages: int  #: K and V buffers; 1 takes two barriers a step, 2 or more one
+    min_blocks_per_sm: int  #: what __launch_bounds__ promises
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a CTA."""
+        return 32 * self.warps_q * self.warps_kv
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Round a head dimension up to the MMA granularity of 16 columns."""
+    return -(-head_dim // 16) * 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FwdSpec:
+    """The forward kernel."""
+
+    family: ClassVar[str] = "fwd"
+    problem: Problem
+    tile: Tile
+    arch: str  #: "sm_80", "sm_90" …
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a CTA."""
+        return self.tile.num_threads
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a CTA; `traits.cuh` asserts the same number."""
+        problem, tile = self.problem, self.tile
+        dim, dim_v = padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v)
+        size = problem.dtype.bytes
+        s_q = tile.block_q * dim * size
+        s_kv = tile.stages * tile.block_kv * (dim + dim_v) * size
+        # After the loop the same space carries the output tile, and the partial results of the
+        # warps that split the keys: r_o, m and l of every warp_kv but the first, in fp32.
+        s_out = tile.block_q * dim_v * (2 if problem.out_dtype is not Dtype.FP32 else 0)
+        s_merge = (tile.warps_kv - 1) * tile.block_q * (dim_v + 2) * 4
+        return max(s_q + s_kv, s_out, s_merge)
+
+    def to_dict(self) -> dict[str, str | int]:
+        """Flat fields, in declaration order: family, arch, the problem's, the tile's."""
+        return _flat(self)
+
+    def to_key(self) -> str:
+        """Return the canonical JSON text of the spec (sorted keys, no spaces)."""
+        return _canonical(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeSpec:
+    """The kernel that merges the partial results of split-KV, in a fixed order."""
+
+    family: ClassVar[str] = "merge"
+    num_threads: ClassVar[int] = 128
+    smem_bytes: ClassVar[int] = 0
+    out_dtype: Dtype
+    head_dim_v: int
+    arch: str
+
+    def to_dict(self) -> dict[str, str | int]:
+        """Flat fields, in declaration order: family, arch, then the kernel's own."""
+        return _flat(self)
+
+    def to_key(self) -> str:
+        """Return the canonical JSON text of the spec (sorted keys, no spaces)."""
+        return _canonical(self)
+
+
+KernelSpec: TypeAlias = FwdSpec | MergeSpec
+
+#: Entry file and symbol of each family: cuda_src/entry/<family>.cu holds jitattn_<family>.
+FAMILIES: Final = (FwdSpec.family, MergeSpec.family)
+
+
+def entry_symbol(spec: KernelSpec) -> str:
+    """Name of the one extern "C" kernel in the cubin of `spec`."""
+    return f"jitattn_{spec.family}"
+
+
+def arch_number(arch: str) -> int:
+    """'sm_90' → 90, 'sm_90a' → 90."""
+    return int(arch.removeprefix("sm_").rstrip("af"))
+
+
+def _flat(spec: KernelSpec) -> dict[str, str | int]:
+    flat: dict[str, str | int] = {"family": spec.family, "arch": spec.arch}
+    parts = (spec.problem, spec.tile) if isinstance(spec, FwdSpec) else (spec,)
+    for part in parts:
+        for field in fields(part):
+            value = getattr(part, field.name)
+            flat[field.name] = value.value if isinstance(value, StrEnum) else value
+    return flat
+
+
+def _canonical(spec: KernelSpec) -> str:
+    return json.dumps(spec.to_dict(), sort_keys=True, separators=(",", ":"))

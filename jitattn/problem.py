@@ -1,0 +1,455 @@
+"""Validation: the arguments of a call → `Problem` (changes machine code) + `Runtime` (does not).
+
+The one validation of the CPU and the GPU path. It runs on every call, so the usual call pays for
+plain comparisons only: texts are built when something is wrong, and `Problem`s are kept, keyed by
+the few facts that they follow from (a closed, small set: dtypes, head dims, mask kind, gear and
+the alignment and index classes; never lengths, counts or strides).
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
+
+import torch
+
+from jitattn.errors import InternalError, InvalidInputError, UnsupportedError
+from jitattn.gears import resolve_numerics
+from jitattn.jit.spec import Access, Dtype, IndexWidth, MaskKind, Problem
+from jitattn.masks import Causal, Full
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from jitattn.masks import Mask
+
+#: batch, len_q, len_kv, heads_q, heads_kv, head_dim, head_dim_v.
+_Sizes: TypeAlias = tuple[int, int, int, int, int, int, int]
+#: Strides in elements, (batch, row, head); 0 for a dimension of size 0 or 1, which no index passes.
+Strides: TypeAlias = tuple[int, int, int]
+
+DTYPES: Final[dict[torch.dtype, Dtype]] = {
+    torch.float16: Dtype.FP16,
+    torch.bfloat16: Dtype.BF16,
+    torch.float32: Dtype.FP32,
+}
+MAX_HEAD_DIM: Final = 256
+MAX_SPLITS: Final = 256
+#: Rows, keys and heads are counted in 32 bits.
+_MAX_COUNT: Final = 2**31 - 1
+#: |scale| · log2(e) travels as an fp32 number.
+_MAX_SCALE: Final = 3.4e38 / math.log2(math.e)
+#: Offsets of rows inside a tile are 32-bit when the index width is NARROW, so the byte offset of
+#: the last row of a tile must fit. No tile has more rows than this, with room to spare.
+_MAX_TILE_ROWS: Final = 1024
+_NARROW_LIMIT: Final = 2**31
+
+_problems: dict[tuple[object, ...], Problem] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What a call hands to a kernel beside the code: sizes, strides and numbers.
+
+    Strides are in elements, as (batch, row, head), whatever the layout was.
+    """
+
+    batch: int
+    len_q: int
+    len_kv: int
+    heads_q: int
+    heads_kv: int  #: 0 only with heads_q == 0
+    q_strides: Strides
+    k_strides: Strides
+    v_strides: Strides
+    scale: float  #: finite, any sign
+    diagonal: int  #: causal: query i sees the keys <= i + diagonal; 0 for Full
+
+
+def parse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    scale: float | None,
+    layout: str,
+    gear: int | None,
+    out: Tensor | None,
+    out_dtype: torch.dtype | None,
+    num_splits: int | None,
+    return_lse: bool,
+) -> tuple[Problem, Runtime]:
+    """Check every argument of `attention` and sort its facts by what they change.
+
+    Parameters
+    ----------
+    q, k, v, mask, scale, layout, gear, out, out_dtype, num_splits, return_lse
+        As in `jitattn.attention`, with torch tensors only.
+
+    Returns
+    -------
+    problem : Problem
+        What changes machine code; the same object for the same facts.
+    runtime : Runtime
+        What does not.
+
+    Raises
+    ------
+    InvalidInputError
+        An argument breaks a rule. The message gives argument and value, the rule, the way out.
+    UnsupportedError
+        The request is legal, but nothing computes it yet: a gear, a dtype, a device.
+    """
+    if layout == "bshd":
+        row, head = 1, 2
+    elif layout == "bhsd":
+        row, head = 2, 1
+    else:
+        raise InvalidInputError(
+            f"layout={layout!r}: the layout is 'bshd' ([B, L, H, D]) or 'bhsd' ([B, H, L, D])"
+        )
+    batch, len_q, len_kv, heads_q, heads_kv, head_dim, head_dim_v = _sizes(q, k, v, row, head)
+    diagonal = _diagonal(mask, len_q, len_kv)
+    _check_options(q, gear, out_dtype, num_splits, return_lse)
+    result_dtype = q.dtype if out_dtype is None else out_dtype
+
+    q_strides = _strides("q", q, row, head)
+    k_strides = _strides("k", k, row, head)
+    v_strides = _strides("v", v, row, head)
+    size = q.element_size()
+    # The low bits of an "or" are clear exactly when those of every part are.
+    address = _address("q", q) | _address("k", k) | _address("v", v)
+    qb, qr, qh = q_strides
+    kb, kr, kh = k_strides
+    vb, vr, vh = v_strides
+    units = (qb | qr | qh | kb | kr | kh | vb | vr | vh | head_dim | head_dim_v) * size
+    row_bytes = max(qr, kr, vr) * size
+    if out is not None:
+        shape = (batch, len_q, heads_q, head_dim_v)
+        if layout == "bhsd":
+            shape = (batch, heads_q, len_q, head_dim_v)
+        _check_out(out, (q, k, v), shape, result_dtype)
+        ob, orow, oh = _strides("out", out, row, head)
+        address |= _address("out", out)
+        units |= (ob | orow | oh | head_dim_v) * out.element_size()
+        row_bytes = max(row_bytes, orow * out.element_size())
+
+    aligned = (address | units) & 15 == 0
+    narrow = row_bytes * _MAX_TILE_ROWS < _NARROW_LIMIT
+    key = (q.dtype, result_dtype, head_dim, head_dim_v, type(mask), gear, aligned, narrow)
+    problem = _problems.get(key)
+    if problem is None:
+        problem = _problems[key] = _new_problem(*key)
+    return problem, Runtime(
+        batch,
+        len_q,
+        len_kv,
+        heads_q,
+        heads_kv,
+        q_strides,
+        k_strides,
+        v_strides,
+        head_dim**-0.5 if scale is None else _checked_scale(scale),
+        diagonal,
+    )
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor, row: int, head: int) -> _Sizes:
+    """Check types, dtypes, devices and shapes of the inputs against each other."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise InvalidInputError(
+                f"{name} is a {type(tensor).__name__}: q, k and v must be torch tensors"
+            )
+    dtype, device = q.dtype, q.device
+    if not k.dtype == v.dtype == dtype:
+        raise InvalidInputError(
+            f"q is {_short(dtype)}, k is {_short(k.dtype)} and v is {_short(v.dtype)}: "
+            "they must have one dtype; cast them with .to()"
+        )
+    if not k.device == v.device == device:
+        raise InvalidInputError(
+            f"q is on {device}, k is on {k.device} and v is on {v.device}: "
+            "they must be on one device; move them with .to()"
+        )
+    if not (q.is_cuda or q.is_cpu):
+        raise UnsupportedError(
+            f"q is on {device}: attention runs on CUDA and CPU tensors; move q, k and v with .to()"
+        )
+    shape_q, shape_k, shape_v = q.shape, k.shape, v.shape
+    if not len(shape_q) == len(shape_k) == len(shape_v) == 4:
+        raise InvalidInputError(
+            f"q, k and v must have 4 dimensions each, batch first and head_dim last "
+            f"({_shapes(q, k, v)}); add a batch with .unsqueeze(0)"
+        )
+    batch, heads_q, heads_kv = shape_q[0], shape_q[head], shape_k[head]
+    len_q, len_kv, head_dim = shape_q[row], shape_k[row], shape_q[3]
+    if (
+        shape_k[0] != batch
+        or shape_k[3] != head_dim
+        or shape_v[0] != batch
+        or shape_v[row] != len_kv
+        or shape_v[head] != heads_kv
+    ):
+        _refuse_shapes(q, k, v, row, head)
+    if (heads_q % heads_kv if heads_kv else heads_q) != 0:
+        raise InvalidInputError(
+            f"q has {heads_q} heads but k and v have {heads_kv}: the heads of q must be a multiple "
+            f"of those of k and v ({_shapes(q, k, v)}); check the layout argument"
+        )
+    rows = len_q * (heads_q // heads_kv) if heads_kv else len_q
+    if rows > _MAX_COUNT or len_kv > _MAX_COUNT or batch * heads_q > _MAX_COUNT:
+        raise InvalidInputError(
+            f"len_q * (heads_q / heads_kv) is {rows}, len_kv is {len_kv} and batch * heads_q is "
+            f"{batch * heads_q}: each must be below 2**31; split the call"
+        )
+    return batch, len_q, len_kv, heads_q, heads_kv, head_dim, shape_v[3]
+
+
+def _strides(name: str, tensor: Tensor, row: int, head: int) -> Strides:
+    """Return (batch, row, head) strides, 0 where no index passes them."""
+    shape = tensor.shape
+    try:
+        stride = tensor.stride()
+    except RuntimeError as error:  # sparse, nested …
+        raise _no_plain_memory(name, tensor) from error
+    if stride[3] != 1 and shape[3] > 1:
+        raise InvalidInputError(
+            f"{name} has strides {tuple(stride)}: the last one must be 1; "
+            f"call {name}.contiguous() first"
+        )
+    return (
+        stride[0] if shape[0] > 1 else 0,
+        stride[row] if shape[row] > 1 else 0,
+        stride[head] if shape[head] > 1 else 0,
+    )
+
+
+def _address(name: str, tensor: Tensor) -> int:
+    """Return the address of a tensor; 0 for one on the CPU that has none (inside torch.func)."""
+    if tensor.is_neg():
+        raise InvalidInputError(
+            f"{name} is a lazy negation (a view of a conjugate): its memory holds other values; "
+            f"call {name}.resolve_neg() first"
+        )
+    try:
+        return tensor.data_ptr()
+    except RuntimeError as error:
+        if tensor.is_cpu:
+            return 0
+        raise _no_plain_memory(name, tensor) from error
+
+
+def _diagonal(mask: Mask, len_q: int, len_kv: int) -> int:
+    """Check the mask, and say where the causal diagonal starts."""
+    kind = type(mask)
+    if kind is Full:
+        return 0
+    if isinstance(mask, Causal):
+        return len_kv - len_q if mask.align == "bottom_right" else 0
+    if isinstance(mask, torch.Tensor):
+        hint = "tensors are not taken as masks"
+    elif isinstance(mask, bool):
+        hint = "for is_causal=True pass Causal(), else leave mask out"
+    elif isinstance(mask, type):
+        hint = "the mask is a value, not a class: write Full() or Causal()"
+    elif mask is None:
+        hint = "leave mask out to let every query see every key"
+    else:
+        hint = "both are in jitattn"
+    raise InvalidInputError(
+        f"mask is a {kind.__name__}: it must be Full() or Causal(align=...); {hint}"
+    )
+
+
+def _check_options(
+    q: Tensor,
+    gear: int | None,
+    out_dtype: torch.dtype | None,
+    num_splits: int | None,
+    return_lse: bool,
+) -> None:
+    """Check what is small. Types come first: 2.0 and True would pass for 2 and 1 in a key."""
+    if gear is not None and type(gear) is not int:
+        resolve_numerics(gear, DTYPES.get(q.dtype, Dtype.FP16))  # refuses it
+    if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
+        raise InvalidInputError(
+            f"out_dtype={out_dtype!r}: it must be the dtype of q or torch.float32, as a torch.dtype"
+        )
+    if num_splits is not None and (
+        type(num_splits) is not int or not 1 <= num_splits <= MAX_SPLITS
+    ):
+        raise InvalidInputError(
+            f"num_splits={num_splits!r}: it must be an int from 1 to {MAX_SPLITS}; "
+            "leave it out to have it chosen"
+        )
+    if type(return_lse) is not bool:
+        raise InvalidInputError(f"return_lse={return_lse!r}: it must be True or False")
+
+
+def _checked_scale(scale: float) -> float:
+    if type(scale) is float and -_MAX_SCALE < scale < _MAX_SCALE:
+        return scale
+    if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
+        number = float(scale)
+        if -_MAX_SCALE < number < _MAX_SCALE:
+            return number
+    what = "a tensor" if isinstance(scale, torch.Tensor) else repr(scale)
+    raise InvalidInputError(
+        f"scale={what}: it must be a number that is finite in fp32 (negative and 0 are fine); "
+        "pass a float, or leave it out for 1/sqrt(head_dim)"
+    )
+
+
+def _check_out(
+    out: Tensor, inputs: tuple[Tensor, Tensor, Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Check the caller's result tensor; its strides are checked where they are read."""
+    if not isinstance(out, torch.Tensor):
+        raise InvalidInputError(f"out is a {type(out).__name__}: it must be a torch tensor")
+    if out.shape != shape:
+        raise InvalidInputError(
+            f"out has shape {list(out.shape)}: it must be {list(shape)}, like q with the head_dim "
+            "of v; allocate it with torch.empty, or leave it out"
+        )
+    if out.dtype != dtype:
+        raise InvalidInputError(
+            f"out is {_short(out.dtype)} but the result is {_short(dtype)}: they must be the same; "
+            "pass the dtype of out as out_dtype"
+        )
+    if out.device != inputs[0].device:
+        raise InvalidInputError(
+            f"out is on {out.device} but q is on {inputs[0].device}: they must be on one device"
+        )
+    q, k, v = inputs
+    if torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or out.requires_grad
+    ):
+        raise InvalidInputError(
+            "out is given and a tensor requires grad: a result that autograd follows must be a "
+            "new tensor; leave out out, or call under torch.no_grad()"
+        )
+    _check_out_memory(out, q, k, v)
+
+
+def _check_out_memory(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse a result that overlaps itself or, where that is simple to tell, an input."""
+    count = out.numel()
+    if not count:
+        return
+    reached = 1  # elements from the first to the last of the dimensions so far, narrow ones first
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1:
+            if stride < reached:
+                raise InvalidInputError(
+                    f"out has strides {tuple(out.stride())} for shape {list(out.shape)}: its "
+                    "elements must not overlap; allocate it with torch.empty"
+                )
+            reached += stride * (size - 1)
+    start, span = _address("out", out), _span(out)
+    end = start + span * out.element_size()
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        other, other_span = _address(name, tensor), _span(tensor)
+        other_end = other + other_span * tensor.element_size()
+        # Where the address ranges meet, the memory is shared for certain if they begin together or
+        # if one of them has no gaps; interleaved ones are the caller's affair.
+        if (
+            start < other_end
+            and other < end
+            and tensor.numel()
+            and start  # 0: no address, nothing to tell
+            and (start == other or span == count or other_span <= tensor.numel())
+        ):
+            raise InvalidInputError(
+                f"out lies in the memory of {name}: the result may not overwrite the inputs; "
+                "pass a tensor of its own, or leave out out"
+            )
+
+
+def _span(tensor: Tensor) -> int:
+    """Elements from the first to the last of a tensor that is not empty."""
+    size_0, size_1, size_2, size_3 = tensor.shape
+    stride_0, stride_1, stride_2, stride_3 = tensor.stride()
+    return (
+        1
+        + (size_0 - 1) * stride_0
+        + (size_1 - 1) * stride_1
+        + (size_2 - 1) * stride_2
+        + (size_3 - 1) * stride_3
+    )
+
+
+def _new_problem(
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    mask_type: type,
+    gear: int | None,
+    aligned: bool,
+    narrow: bool,
+) -> Problem:
+    """Check what is worth checking once per kind of call, and build its `Problem`."""
+    if dtype not in DTYPES:
+        raise UnsupportedError(
+            f"q is {_short(dtype)}: attention takes {', '.join(map(_short, DTYPES))}; "
+            "cast q, k and v with .to()"
+        )
+    if out_dtype not in (dtype, torch.float32):
+        raise UnsupportedError(
+            f"out_dtype={out_dtype}: the result has the dtype of q ({_short(dtype)}) or float32; "
+            "cast it afterwards"
+        )
+    for name, dim in (("head_dim", head_dim), ("head_dim of v", head_dim_v)):
+        if not 1 <= dim <= MAX_HEAD_DIM:
+            raise UnsupportedError(
+                f"{name} is {dim}: it must be from 1 to {MAX_HEAD_DIM}; "
+                "check the layout, or split the heads"
+            )
+    return Problem(
+        dtype=DTYPES[dtype],
+        out_dtype=DTYPES[out_dtype],
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        mask=MaskKind.CAUSAL if mask_type is Causal else MaskKind.FULL,
+        numerics=resolve_numerics(gear, DTYPES[dtype]),
+        access=Access.VEC16 if aligned else Access.ELEMENT,
+        index=IndexWidth.NARROW if narrow else IndexWidth.WIDE,
+    )
+
+
+def _refuse_shapes(q: Tensor, k: Tensor, v: Tensor, row: int, head: int) -> NoReturn:
+    """Name the first size that does not fit."""
+    for what, axis, one, other in (
+        ("batch", 0, ("q", q), ("k", k)),
+        ("batch", 0, ("q", q), ("v", v)),
+        ("head_dim", 3, ("q", q), ("k", k)),
+        ("length", row, ("k", k), ("v", v)),
+        ("heads", head, ("k", k), ("v", v)),
+    ):
+        (name, tensor), (name_other, tensor_other) = one, other
+        if tensor.shape[axis] != tensor_other.shape[axis]:
+            raise InvalidInputError(
+                f"{name_other} has {what} {tensor_other.shape[axis]} but {name} has "
+                f"{tensor.shape[axis]}: they must match ({_shapes(q, k, v)}); "
+                "check the layout argument"
+            )
+    raise InternalError(f"shapes were refused without a reason: {_shapes(q, k, v)}")
+
+
+def _no_plain_memory(name: str, tensor: Tensor) -> InvalidInputError:
+    return InvalidInputError(
+        f"{name} is a {type(tensor).__name__} of layout {tensor.layout}: it must be a strided "
+        "tensor with memory of its own; call .to_dense() or take it out of the transform"
+    )
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

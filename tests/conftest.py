@@ -1,0 +1,74 @@
+"""Options, seeds, and the skip of what this machine cannot run."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+SEED = 20260301
+GPU_TESTS = Path(__file__).parent / "gpu"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="run the FULL grid as well (minutes; GPU only)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device of sm_80 or newer, and CuPy")
+    config.addinivalue_line("markers", "slow: over 2 s")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if GPU_TESTS in item.path.parents]
+    if not gpu_items:
+        return
+    missing = missing_capability()
+    for item in gpu_items:
+        item.add_marker(pytest.mark.gpu)
+        if missing:
+            item.add_marker(pytest.mark.skip(reason=missing))
+
+
+def missing_capability() -> str:
+    """What a GPU test lacks on this machine; empty if nothing."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "needs a CUDA device of sm_80 or newer (torch sees no CUDA device)"
+    if torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return f"needs a CUDA device of sm_80 or newer (this one is sm_{major}{minor})"
+    if importlib.util.find_spec("cupy") is None:
+        return "needs CuPy (install the extra cu12 or cu13)"
+    return ""
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same random state; grids seed themselves by case name."""
+    random.seed(SEED)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(SEED)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(SEED)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    report = yield
+    if report.failed:
+        report.sections.append(("seed", str(SEED)))
+    return report
+
+
+@pytest.fixture
+def full_grid(request: pytest.FixtureRequest) -> None:
+    """Skip unless the FULL grid was asked for."""
+    if not request.config.getoption("--full"):
+        pytest.skip("the FULL grid runs with --full")

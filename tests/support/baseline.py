@@ -1,0 +1,52 @@
+"""The yardstick of tolerances: what an honest kernel of the same dtype gets wrong.
+
+Plain PyTorch in the numerics that the gear promises (FlashAttention-2's for 16-bit inputs: fp32
+products and sums, P rounded to 16 bits, the row sum not), in another order than any kernel's: keys
+reversed, and the division at the end. A kernel may err about as much as this does.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from jitattn.masks import Full, Mask
+from jitattn.reference import visible
+
+
+def baseline(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: Mask = Full(),
+    scale: float | None = None,
+    layout: str = "bshd",
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) in the dtype's own numerics; shapes as `reference`. fp32 must not use TF32."""
+    in_dtype = q.dtype
+    q, k, v = q.float(), k.float().flip(1 if layout == "bshd" else 2), v.float()
+    v = v.flip(1 if layout == "bshd" else 2)
+    if layout == "bshd":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if k.shape[1]:
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    attend = visible(mask, q.shape[2], k.shape[2], device=q.device).flip(1)
+
+    scores = (torch.matmul(q, k.transpose(2, 3)) * scale).masked_fill(~attend, float("-inf"))
+    if scores.shape[3] == 0:
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        lse = q.new_full(q.shape[:3], float("-inf"))
+    else:
+        highest = scores.amax(3, keepdim=True)
+        highest = highest.masked_fill(highest == float("-inf"), 0.0)
+        weights = torch.exp(scores - highest)
+        row_sum = weights.sum(3, keepdim=True)
+        sums = torch.matmul(weights.to(in_dtype).float(), v)
+        out = sums / row_sum.masked_fill(row_sum == 0, 1.0)
+        lse = (row_sum.log() + highest).squeeze(3)
+    if layout == "bshd":
+        out = out.transpose(1, 2)
+    return out.to(in_dtype if out_dtype is None else out_dtype), lse

@@ -1,0 +1,71 @@
+"""Run one case of a grid through a path, and judge the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from jitattn.cpu import attention_cpu
+from jitattn.problem import parse
+from jitattn.reference import reference
+
+from .baseline import baseline
+from .compare import assert_attn_close, assert_lse_close
+from .grids import Case
+from .inputs import call_arguments, make_inputs, seed_of
+
+Path = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def check_case(case: Case, path: Path, device: torch.device | str = "cpu") -> None:
+    """Compare out and LSE of a case with the truth, and check that nothing else was written.
+
+    `path` takes the arguments of `attention` and returns (out, lse).
+    """
+    inputs = make_inputs(case, device)
+    q, k, v = inputs.tensors
+    arguments = call_arguments(case)
+    out, lse = path(q, k, v, **arguments, out=inputs.out.tensor, return_lse=True)
+    same = {"mask": case.mask, "scale": case.scale, "layout": case.layout}
+    truth, lse_truth = reference(q, k, v, **same, return_lse=True)
+    base, lse_base = baseline(q, k, v, **same, out_dtype=case.out_dtype)
+    context = f"case {case.name}, seed {seed_of(case)}"
+    assert out is inputs.out.tensor, context
+    assert_attn_close(
+        "out", out, truth, base, dtype=case.dtype, cap_scale=case.cap_scale, context=context
+    )
+    assert_lse_close("lse", lse, lse_truth, lse_base, context=context)
+    inputs.check_guards()
+
+
+def cpu_path(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    layout: str = "bshd",
+    out: torch.Tensor | None = None,
+    **arguments: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Validation and CPU path without the front door; returns (out, lse)."""
+    full = {"scale": None, "gear": None, "out_dtype": None, "num_splits": None, **arguments}
+    full["return_lse"] = True
+    _, runtime = parse(q, k, v, layout=layout, out=out, **full)
+    result = out
+    if layout == "bhsd":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = None if out is None else out.transpose(1, 2)
+    computed, lse = attention_cpu(
+        q,
+        k,
+        v,
+        mask=full["mask"],
+        scale=runtime.scale,
+        out=out,
+        out_dtype=full["out_dtype"] or q.dtype,
+        return_lse=True,
+    )
+    if result is not None:
+        return result, lse
+    return computed.transpose(1, 2) if layout == "bhsd" else computed, lse

@@ -1,0 +1,168 @@
+"""One comparison for every path: against fp64 truth, with the same dtype's own error as the unit.
+
+A result passes if, all together:
+
+- shape and dtype are right, and non-finite values stand where the truth has them;
+- max|actual - truth| <= factor * max|base - truth| + noise, where `base` is the plain computation
+  in the same numerics and order reversed (`support.baseline`);
+- max|actual - truth| stays below an absolute cap, so that a bad base excuses nothing;
+- the directions agree: 1 - cos(actual, truth) is small. (A few wrong rows in a large tensor may hide
+  under a maximum, not under this one's counterpart, and the other way round.)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+#: Distance from 1 to the next number.
+EPS = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23}
+#: Caps in ulps of max|truth|, by the dtype of the inputs.
+CAP_ULPS = {torch.float16: 16.0, torch.bfloat16: 16.0, torch.float32: 64.0}
+#: How much worse than the base: fp32 is 3 x TF32 against true fp32 products.
+FACTOR = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 4.0}
+#: Floor in ulps of max|truth|: a base with few elements may be exact by chance.
+NOISE_ULPS = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 4.0}
+#: LSEs are fp32 whatever the inputs: sums of products in another order, truncating tensor cores.
+LSE_NOISE_ULPS = 16.0
+LSE_CAP_ULPS = 256.0
+
+
+def rel_l2(actual: torch.Tensor, truth: torch.Tensor) -> float:
+    """Relative L2 error, in fp64; 0 for empty tensors."""
+    norm = truth.double().norm().item()
+    error = (actual.double() - truth.double()).norm().item()
+    return error / norm if norm else error
+
+
+def max_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
+    """max|actual - truth| over the finite elements of the truth, in fp64."""
+    finite = torch.isfinite(truth)
+    error = (actual.double() - truth.double())[finite].abs()
+    return error.max().item() if error.numel() else 0.0
+
+
+def assert_attn_close(
+    name: str,
+    actual: torch.Tensor,
+    truth: torch.Tensor,
+    base: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    cap_scale: float = 1.0,
+    context: object = "",
+) -> None:
+    """Fail unless `actual` is as good as its numerics allow.
+
+    Parameters
+    ----------
+    name : str
+        What is compared, for the message.
+    actual, truth, base : Tensor
+        The result, its fp64 truth, and the same-dtype baseline.
+    dtype : torch.dtype, default actual.dtype
+        Dtype of the inputs where the result is finer: its ulps are the unit.
+    cap_scale : float
+        Widens the cap where the problem itself is badly conditioned (large scores).
+    context : object
+        Spec, case or seed; printed on failure.
+    """
+    dtype = actual.dtype if dtype is None else dtype
+    unit = EPS[dtype] * _magnitude(truth)
+    bound = FACTOR[dtype] * max_error(base, truth) + NOISE_ULPS[dtype] * unit
+    cap = CAP_ULPS[dtype] * unit * cap_scale
+    _check(name, actual, truth, base, bound, cap, context)
+    if actual.dtype != base.dtype:
+        raise AssertionError(f"{name}: dtype {actual.dtype}, expected {base.dtype}\n{context}")
+    _check_direction(name, actual, truth, (8 * EPS[dtype] * cap_scale) ** 2, context)
+
+
+def assert_lse_close(
+    name: str,
+    actual: torch.Tensor,
+    truth: torch.Tensor,
+    base: torch.Tensor,
+    *,
+    context: object = "",
+) -> None:
+    """Fail unless an LSE is right to fp32 accuracy of scores as large as the largest."""
+    if actual.dtype != torch.float32:
+        raise AssertionError(f"{name}: an LSE is float32, got {actual.dtype}\n{context}")
+    unit = EPS[torch.float32] * max(1.0, _magnitude(truth))
+    bound = 4.0 * max_error(base, truth) + LSE_NOISE_ULPS * unit
+    _check(name, actual, truth, base, bound, LSE_CAP_ULPS * unit, context)
+
+
+def _magnitude(truth: torch.Tensor) -> float:
+    finite = truth[torch.isfinite(truth)]
+    return finite.abs().max().item() if finite.numel() else 0.0
+
+
+def _check(
+    name: str,
+    actual: torch.Tensor,
+    truth: torch.Tensor,
+    base: torch.Tensor,
+    bound: float,
+    cap: float,
+    context: object,
+) -> None:
+    if actual.shape != truth.shape:
+        raise AssertionError(
+            f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}\n{context}"
+        )
+    if actual.numel() == 0:
+        return
+    same_kind = torch.isfinite(actual) == torch.isfinite(truth)
+    same_kind &= torch.isfinite(truth) | (torch.isnan(actual) == torch.isnan(truth))
+    same_kind &= torch.isfinite(truth) | torch.isnan(truth) | (actual.double() == truth.double())
+    if not same_kind.all():
+        bad = ~same_kind
+        where = _coordinate(bad.flatten().int().argmax().item(), bad.shape)
+        raise AssertionError(
+            f"{name}: {int(bad.sum())} of {bad.numel()} values differ in being finite, "
+            f"the first at {where}: {_values(where, actual, truth, base)}\n{context}"
+        )
+    worst = max_error(actual, truth)
+    if worst <= min(bound, cap):
+        return
+    error = (actual.double() - truth.double()).abs().nan_to_num(nan=0.0, posinf=0.0)
+    where = _coordinate(int(error.argmax()), error.shape)
+    raise AssertionError(
+        f"{name}: max error {worst:.3e} is over the bound {bound:.3e} or the cap {cap:.3e} "
+        f"(base {max_error(base, truth):.3e}, max|truth| {_magnitude(truth):.3e}); worst at "
+        f"{where}: {_values(where, actual, truth, base)}; "
+        f"{int((error > min(bound, cap)).sum())} of {error.numel()} values are over\n{context}"
+    )
+
+
+def _check_direction(
+    name: str, actual: torch.Tensor, truth: torch.Tensor, bound: float, context: object
+) -> None:
+    a, t = actual.double().flatten(), truth.double().flatten()
+    if a.numel() == 0 or not torch.isfinite(t).all() or t.norm() == 0:
+        return
+    # 1 - cos = |a/|a| - t/|t||^2 / 2, without the cancellation.
+    difference = (a / a.norm().clamp_min(1e-300) - t / t.norm()).square().sum().item() / 2
+    if not difference <= max(bound, 1e-14):
+        raise AssertionError(
+            f"{name}: 1 - cos is {difference:.3e}, over {bound:.3e} "
+            f"(relative L2 error {math.sqrt(2 * difference):.3e})\n{context}"
+        )
+
+
+def _coordinate(flat_idx: int | float, shape: torch.Size) -> tuple[int, ...]:
+    where: list[int] = []
+    rest = int(flat_idx)
+    for size in reversed(shape):
+        where.append(rest % size)
+        rest //= size
+    return tuple(reversed(where))
+
+
+def _values(where: tuple[int, ...], *tensors: torch.Tensor) -> str:
+    names = ("actual", "truth", "base")
+    return ", ".join(
+        f"{name} {tensor[where].item():.8g}" for name, tensor in zip(names, tensors, strict=True)
+    )

@@ -1,0 +1,290 @@
+"""The compile matrix: every row of the tile tables, compiled for its architecture. No GPU needed.
+
+``python tools/compile_matrix.py`` compiles it and fails on an error or an unlisted spill;
+`resource_report.py` prints its figures and tests/cpu/test_compile_matrix.py tests it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from _table import say
+
+from jitattn.gears import resolve_numerics
+from jitattn.jit.spec import (
+    Access,
+    Dtype,
+    IndexWidth,
+    KernelSpec,
+    MaskKind,
+    MergeSpec,
+    Problem,
+    RowClass,
+)
+from jitattn.tiles import fwd_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+REPOSITORY: Final = Path(__file__).resolve().parents[1]
+BUDGET_FILE: Final = REPOSITORY / "tests" / "data" / "resource_budget.json"
+
+#: Architectures with a tile table of their own: the whole matrix.
+TUNED: Final = ("sm_80", "sm_86", "sm_89", "sm_90")
+#: Architectures that run untuned: the short matrix.
+UNTUNED: Final = ("sm_87", "sm_100", "sm_120")
+
+#: Head dims of real models; together with the largest of each tile row they are the matrix.
+MODEL_DIMS: Final = (40, 64, 72, 80, 96, 112, 128, 160, 192, 256)
+ALL_DIMS: Final = tuple(range(16, 257, 16))
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What one kernel costs; `error` is empty if it was built."""
+
+    spec: dict[str, str | int]
+    registers: int = 0
+    spill_bytes: int = 0
+    smem_bytes: int = 0
+    cubin_bytes: int = 0
+    compile_ms: float = 0.0
+    origin: str = ""
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        """Return a short name: what tells this kernel from its neighbours."""
+        return kernel_name(self.spec)
+
+
+def kernel_name(fields: dict[str, str | int]) -> str:
+    """'sm_90 fwd bf16 d128 causal 128x64' and the like, from a spec's flat fields."""
+    if fields["family"] != "fwd":
+        return f"{fields['arch']} {fields['family']} {fields['out_dtype']} d{fields['head_dim_v']}"
+    dim, dim_v = fields["head_dim"], fields["head_dim_v"]
+    parts = [
+        fields["arch"],
+        fields["family"],
+        fields["dtype"] if fields["dtype"] == fields["out_dtype"] else f"{fields['dtype']}>fp32",
+        f"d{dim}" if dim == dim_v else f"d{dim}/{dim_v}",
+        fields["mask"],
+        f"{fields['block_q']}x{fields['block_kv']}",
+        f"{fields['warps_q']}x{fields['warps_kv']}w",
+        f"{fields['stages']}st",
+    ]
+    parts += [fields[key] for key in ("access", "index") if fields[key] in ("element", "wide")]
+    return " ".join(map(str, parts))
+
+
+def problem(dtype: Dtype, head_dim: int, mask: MaskKind = MaskKind.CAUSAL, **other: Any) -> Problem:
+    """Return a problem with the default numerics; `other` sets further fields."""
+    return Problem(
+        dtype=dtype,
+        out_dtype=other.pop("out_dtype", dtype),
+        head_dim=head_dim,
+        head_dim_v=other.pop("head_dim_v", head_dim),
+        mask=mask,
+        numerics=resolve_numerics(None, dtype),
+        **other,
+    )
+
+
+def matrix(arch: str, *, full: bool = False) -> list[KernelSpec]:
+    """Return the specs of an architecture, each once.
+
+    The tuned architectures get every row of the tile table at its largest head dim, the head dims
+    of real models, and one kernel for each further class of the spec; `full` takes every multiple
+    of 16 in every dtype and row class.
+    """
+    specs = _full(arch) if full else _rows(arch) if arch in TUNED else _short(arch)
+    return list({spec.to_key(): spec for spec in specs}.values())
+
+
+def _full(arch: str) -> Iterator[KernelSpec]:
+    for dtype in Dtype:
+        for rows in RowClass:
+            for mask in MaskKind:
+                for dim in ALL_DIMS:
+                    yield fwd_spec(problem(dtype, dim, mask), arch, rows)
+    yield from _rows(arch)
+
+
+def _rows(arch: str) -> Iterator[KernelSpec]:
+    for dtype in (Dtype.BF16, Dtype.FP32):
+        for rows in RowClass:
+            # The last head dim of a run of equal tiles needs the most registers and shared memory.
+            largest = {}
+            for dim in ALL_DIMS:
+                spec = fwd_spec(problem(dtype, dim), arch, rows)
+                largest[spec.tile] = spec
+            yield from largest.values()
+    for dim in MODEL_DIMS:
+        yield fwd_spec(problem(Dtype.BF16, dim), arch, RowClass.MANY)
+    yield from _short(arch)
+
+
+def _short(arch: str) -> Iterator[KernelSpec]:
+    many, bf16 = RowClass.MANY, Dtype.BF16
+    for dim in (64, 128):
+        yield fwd_spec(problem(bf16, dim), arch, many)
+        yield fwd_spec(problem(bf16, dim, MaskKind.FULL), arch, many)
+    for rows in (RowClass.ROWS16, RowClass.ROWS64):
+        yield fwd_spec(problem(bf16, 128), arch, rows)
+    yield fwd_spec(problem(Dtype.FP16, 128), arch, many)
+    yield fwd_spec(problem(Dtype.FP32, 128), arch, many)
+    yield fwd_spec(problem(bf16, 128, out_dtype=Dtype.FP32), arch, many)
+    yield fwd_spec(problem(bf16, 192, head_dim_v=128), arch, many)
+    yield fwd_spec(problem(bf16, 128, index=IndexWidth.WIDE), arch, many)
+    for dim in (7, 128):
+        yield fwd_spec(problem(bf16, dim, access=Access.ELEMENT), arch, many)
+    yield fwd_spec(problem(Dtype.FP32, 33, access=Access.ELEMENT), arch, many)
+    yield MergeSpec(out_dtype=bf16, head_dim_v=128, arch=arch)
+
+
+def build_one(spec: KernelSpec) -> Figures:
+    """Build one kernel through the cache, and return its figures."""
+    from jitattn.errors import JitAttnError
+    from jitattn.jit import build
+
+    try:
+        built = build.build(spec)
+    except JitAttnError as error:
+        return Figures(spec.to_dict(), error=f"{type(error).__name__}: {error}")
+    meta = built.metadata
+    return Figures(
+        spec.to_dict(),
+        registers=meta.registers,
+        spill_bytes=meta.spill_bytes,
+        smem_bytes=meta.smem_bytes,
+        cubin_bytes=len(built.cubin),
+        compile_ms=meta.compile_ms,
+        origin=str(built.origin),
+    )
+
+
+def build_all(
+    specs: Sequence[KernelSpec],
+    *,
+    jobs: int | None = None,
+    on_done: Callable[[Figures], None] | None = None,
+) -> list[Figures]:
+    """Build kernels in `jobs` processes, and return their figures in the order of `specs`."""
+    jobs = min(jobs or os.cpu_count() or 1, max(len(specs), 1))
+    results: dict[int, Figures] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        futures = {pool.submit(build_one, spec): index for index, spec in enumerate(specs)}
+        for future in as_completed(futures):
+            figures = results[futures[future]] = future.result()
+            if on_done is not None:
+                on_done(figures)
+    return [results[index] for index in range(len(specs))]
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """A kernel that may spill, and why."""
+
+    match: dict[str, str | int]
+    spill_bytes: int
+    reason: str
+
+    def covers(self, spec: dict[str, str | int]) -> bool:
+        """Whether every field named in `match` has that value in the spec."""
+        return all(spec.get(key) == value for key, value in self.match.items())
+
+
+def load_budget(path: Path = BUDGET_FILE) -> list[Allowance]:
+    """Read the budget file; every entry needs fields, a figure and a reason."""
+    if not path.exists():
+        return []
+    budget = [Allowance(**entry) for entry in json.loads(path.read_text())["spills"]]
+    for entry in budget:
+        if not entry.match or entry.spill_bytes <= 0 or not entry.reason.strip():
+            raise ValueError(f"{path.name}: {entry} needs match, spill_bytes above 0 and a reason")
+    return budget
+
+
+def problems(figures: Iterable[Figures], budget: Sequence[Allowance]) -> list[str]:
+    """Return one line for each kernel that failed or spills more than the budget allows."""
+    lines = []
+    for row in figures:
+        allowed = max((a.spill_bytes for a in budget if a.covers(row.spec)), default=0)
+        if row.error:
+            lines.append(f"{row.name}: {row.error}")
+        elif row.spill_bytes > allowed:
+            lines.append(
+                f"{row.name}: spills {row.spill_bytes} bytes, {allowed} allowed "
+                f"({row.registers} registers)"
+            )
+    return lines
+
+
+def parse_arches(text: str) -> tuple[str, ...]:
+    """'80,90' or 'sm_80,sm_90' → ('sm_80', 'sm_90')."""
+    return tuple(f"sm_{part.strip().removeprefix('sm_')}" for part in text.split(","))
+
+
+def collect(arches: Sequence[str], *, full: bool, jobs: int | None, quiet: bool) -> list[Figures]:
+    """Build the matrices of some architectures, in the user's cache or a fresh temporary one."""
+    specs = [spec for arch in arches for spec in matrix(arch, full=full)]
+    count = 0
+
+    def progress(figures: Figures) -> None:
+        nonlocal count
+        count += 1
+        if not quiet:
+            state = figures.error.partition("\n")[0] or f"{figures.compile_ms:.0f} ms"
+            say(f"[{count}/{len(specs)}] {figures.name}: {state}")
+
+    if "JITATTN_CACHE_DIR" in os.environ:
+        return build_all(specs, jobs=jobs, on_done=progress)
+    with tempfile.TemporaryDirectory(prefix="jitattn-matrix-") as folder:
+        os.environ["JITATTN_CACHE_DIR"] = folder
+        try:
+            return build_all(specs, jobs=jobs, on_done=progress)
+        finally:
+            del os.environ["JITATTN_CACHE_DIR"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile the matrix; return 1 if a kernel fails or spills unlisted."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", default=",".join(TUNED + UNTUNED), help="80,90 or sm_80,sm_90")
+    parser.add_argument("--full", action="store_true", help="every multiple of 16, dtype and mask")
+    parser.add_argument("-j", "--jobs", type=int, default=None)
+    parser.add_argument("--json", action="store_true", help="figures on stdout, nothing else")
+    arguments = parser.parse_args(argv)
+
+    start = time.perf_counter()
+    figures = collect(
+        parse_arches(arguments.arch),
+        full=arguments.full,
+        jobs=arguments.jobs,
+        quiet=arguments.json,
+    )
+    seconds = time.perf_counter() - start
+    bad = problems(figures, load_budget())
+    if arguments.json:
+        say(json.dumps([asdict(row) for row in figures], indent=1))
+    else:
+        compiled = sum(row.compile_ms for row in figures) / 1e3
+        say(f"{len(figures)} kernels, {compiled:.1f} s in the compiler, {seconds:.1f} s in all")
+    for line in bad:
+        print(line, file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,302 @@
+"""Run the GPU suite and a short benchmark on this machine, and record what was seen.
+
+``python tools/gpu_check.py`` writes tests/data/gpu_record.json: GPU, driver, versions, date, counts,
+timings, and a digest over the contents of jitattn/, tests/gpu, tests/support and cuda_src/ less its
+notes. ``--sanitize`` adds memcheck on the EDGE grid, ``--parts`` runs some parts only and keeps the
+others if the digest is still the same. ``--status`` needs no GPU: it exits 0 when the record is of
+these very files, else it prints what changed and exits 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+REPOSITORY: Final = Path(__file__).resolve().parents[1]
+RECORD: Final = Path("tests") / "data" / "gpu_record.json"
+
+COVERED: Final = ("cuda_src", "jitattn", "tests/gpu", "tests/support")
+LEFT_OUT: Final = ("cuda_src/notes",)
+PARTS: Final = ("tests", "bench", "sanitize")
+
+#: Every allocation is the driver's own, so that memcheck sees the end of each tensor.
+SANITIZER_ENVIRONMENT: Final = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+SANITIZER_FOUND: Final = 99
+
+PROBE: Final = """
+import importlib.metadata, json, torch
+names = ["torch", "numpy", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cuda-nvrtc",
+         "nvidia-cuda-nvrtc-cu12"]
+found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+facts = {name: found[name] for name in names if name in found}
+facts["torch"] = torch.__version__
+facts["torch_cuda"] = str(torch.version.cuda)
+try:
+    from jitattn.jit import nvrtc
+    facts["nvrtc"] = str(nvrtc.toolchain())
+except Exception as error:
+    facts["nvrtc"] = f"not known: {error}"
+print(json.dumps(facts))
+"""
+
+
+def covered_files(root: Path) -> Iterator[Path]:
+    """Yield the files that the record vouches for, relative to `root`, sorted by path."""
+    found = []
+    for folder in COVERED:
+        for path in (root / folder).rglob("*"):
+            relative = path.relative_to(root)
+            hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
+            left_out = relative.as_posix().startswith(tuple(f"{name}/" for name in LEFT_OUT))
+            if path.is_file() and not hidden and not left_out and path.suffix != ".pyc":
+                found.append(relative)
+    yield from sorted(found, key=Path.as_posix)
+
+
+def file_hashes(root: Path) -> dict[str, str]:
+    """Return the sha256 of every covered file. Line ends count as written in the repository."""
+    return {
+        path.as_posix(): hashlib.sha256(
+            (root / path).read_bytes().replace(b"\r\n", b"\n")
+        ).hexdigest()
+        for path in covered_files(root)
+    }
+
+
+def digest(hashes: dict[str, str]) -> str:
+    """Return one sha256 over sorted paths and contents."""
+    text = "".join(f"{path}\0{value}\n" for path, value in sorted(hashes.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def changes(recorded: dict[str, str], current: dict[str, str]) -> list[str]:
+    """Return one line for each file that differs."""
+    lines = []
+    for path in sorted(recorded.keys() | current.keys()):
+        if path not in recorded:
+            lines.append(f"added    {path}")
+        elif path not in current:
+            lines.append(f"removed  {path}")
+        elif recorded[path] != current[path]:
+            lines.append(f"changed  {path}")
+    return lines
+
+
+def load_record(path: Path) -> dict[str, Any] | None:
+    """Return the record, or None if there is none that can be read."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and "sha256" in record else None
+
+
+def status(root: Path) -> int:
+    """Say whether the record is of these very files; 0 if so."""
+    record = load_record(root / RECORD)
+    if record is None:
+        print(f"no GPU record in {RECORD.as_posix()}: run tools/gpu_check.py on a GPU machine")
+        return 1
+    current = file_hashes(root)
+    where = f"{record.get('gpu')}, {record.get('date')}"
+    if record["sha256"] == digest(current):
+        counts = record.get("tests") or "tests not run"
+        print(f"the GPU record is current ({where}; {counts})")
+        return 0
+    print(f"the GPU record is stale ({where}); since then:")
+    for line in changes(record.get("files", {}), current):
+        print(f"  {line}")
+    return 1
+
+
+def run_tests(root: Path, extra: Sequence[str]) -> dict[str, Any]:
+    """Run tests/gpu, and return the counts and seconds of its report."""
+    with tempfile.TemporaryDirectory(prefix="jitattn-gpu-check-") as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "tests/gpu", f"--junit-xml={report}", *extra]
+        code = subprocess.run(command, cwd=root, check=False).returncode
+        if not report.exists():
+            return {"passed": 0, "failed": 0, "skipped": 0, "exit_code": code}
+        return read_report(report) | {"exit_code": code}
+
+
+def read_report(report: Path) -> dict[str, Any]:
+    """Return counts, seconds and skip reasons of a junit report."""
+    suites = list(ET.parse(report).getroot().iter("testsuite"))
+
+    def total(name: str) -> int:
+        return sum(int(suite.get(name, "0")) for suite in suites)
+
+    failed, skipped = total("failures") + total("errors"), total("skipped")
+    reasons: dict[str, int] = {}
+    for case in (element for suite in suites for element in suite.iter("skipped")):
+        reason = case.get("message", "")
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return {
+        "passed": total("tests") - failed - skipped,
+        "failed": failed,
+        "skipped": skipped,
+        "seconds": round(sum(float(suite.get("time", "0")) for suite in suites), 1),
+        "skip_reasons": reasons,
+    }
+
+
+def run_bench(root: Path) -> list[dict[str, str]]:
+    """Run the short benchmark, and return its rows without what the record says once."""
+    with tempfile.TemporaryDirectory(prefix="jitattn-gpu-check-") as folder:
+        table = Path(folder) / "bench.csv"
+        command = [sys.executable, str(root / "tools" / "bench.py"), "--quick", "--csv", str(table)]
+        environment = os.environ | {"PYTHONPATH": _python_path(root)}
+        code = subprocess.run(command, cwd=root, env=environment, check=False).returncode
+        if not table.exists():
+            return [{"error": f"bench.py --quick ended with exit code {code}, without a table"}]
+        keep = ("section", "shape", "provider", "metric", "p20", "p50", "p80")
+        with table.open(newline="") as file:
+            return [{name: row.get(name, "") for name in keep} for row in csv.DictReader(file)]
+
+
+def run_sanitizer(root: Path, keyword: str) -> dict[str, Any]:
+    """Run memcheck over the EDGE grid, and return its findings."""
+    pytest = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-x", "-k", keyword]
+    command = ["compute-sanitizer", "--tool", "memcheck", "--target-processes", "all"]
+    command += ["--error-exitcode", str(SANITIZER_FOUND), *pytest]
+    environment = os.environ | SANITIZER_ENVIRONMENT
+    try:
+        done = subprocess.run(
+            command, cwd=root, env=environment, check=False, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return {"error": "compute-sanitizer is not on the PATH (it comes with the CUDA toolkit)"}
+    text = done.stdout + done.stderr
+    print(text[-4000:])
+    summaries = [int(count) for count in re.findall(r"ERROR SUMMARY: (\d+) error", text)]
+    tests = re.findall(r"^.*\b\d+ (?:passed|failed|error).*$", text, flags=re.MULTILINE)
+    return {
+        "tool": "memcheck",
+        "selection": keyword,
+        "errors": sum(summaries) if summaries else None,
+        "tests": tests[-1].strip("= ") if tests else "none ran",
+        "exit_code": done.returncode,
+    }
+
+
+def machine_facts(root: Path) -> dict[str, Any]:
+    """Return the GPU, driver and versions; a fact that cannot be had says so."""
+    facts: dict[str, Any] = {"gpu": "none found", "driver": "none found"}
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, check=True, capture_output=True, text=True).stdout
+        facts["gpu"], facts["driver"] = (part.strip() for part in lines.splitlines()[0].split(","))
+    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
+        pass
+    probe = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": _python_path(root)},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    if probe.returncode == 0:
+        versions |= json.loads(probe.stdout.splitlines()[-1])
+    else:
+        versions["error"] = probe.stderr.strip().rpartition("\n")[2]
+    return facts | {"versions": versions}
+
+
+def _python_path(root: Path) -> str:
+    return os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+
+
+def check(root: Path, parts: Sequence[str], arguments: argparse.Namespace) -> int:
+    """Run some parts, write the record, and return 0 if nothing failed."""
+    hashes = file_hashes(root)
+    record: dict[str, Any] = {
+        "sha256": digest(hashes),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        **machine_facts(root),
+    }
+    old = load_record(root / RECORD)
+    kept = old if old is not None and _same_run(old, record) else {}
+    for part in PARTS:
+        if part not in parts:
+            record[part] = kept.get(part)
+        elif part == "tests":
+            record[part] = run_tests(root, arguments.pytest_args)
+        elif part == "bench":
+            record[part] = run_bench(root)
+        else:
+            record[part] = run_sanitizer(root, arguments.sanitize_k)
+    record["files"] = hashes
+    text = json.dumps(record, indent=1) + "\n"
+    for path in [root / RECORD, *([arguments.out / RECORD.name] if arguments.out else [])]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        print(f"wrote {path}")
+    bad = failures(record, parts)
+    for line in bad:
+        print(f"FAILED: {line}")
+    return 1 if bad else 0
+
+
+def _same_run(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    return all(old.get(name) == new[name] for name in ("sha256", "gpu", "driver", "versions"))
+
+
+def failures(record: dict[str, Any], parts: Sequence[str]) -> list[str]:
+    """Return one line for each part that ran and went wrong."""
+    lines = []
+    if record["gpu"] == "none found":
+        lines.append("no GPU was found: nvidia-smi does not answer")
+    if "tests" in parts:
+        tests = record["tests"]
+        if tests["failed"] or tests["exit_code"] or not tests["passed"]:
+            lines.append(f"tests/gpu: {tests}")
+    if "bench" in parts and any("error" in row for row in record["bench"]):
+        lines.append(f"bench: {record['bench']}")
+    if "sanitize" in parts:
+        found = record["sanitize"]
+        if found.get("errors") != 0 or found.get("exit_code") != 0:
+            lines.append(f"memcheck: {found}")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the check, or say whether its record is current."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--status", action="store_true", help="is the record of these files?")
+    parser.add_argument("--sanitize", action="store_true", help="also memcheck on the EDGE grid")
+    parser.add_argument("--sanitize-k", default="EDGE", help="pytest -k expression for memcheck")
+    parser.add_argument("--parts", default="tests,bench", help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--out", type=Path, help="write the record into this folder as well")
+    parser.add_argument("--root", type=Path, default=REPOSITORY, help="another checkout")
+    parser.add_argument("pytest_args", nargs="*", help="after --, for pytest tests/gpu")
+    arguments = parser.parse_args(argv)
+    if arguments.status:
+        return status(arguments.root)
+    parts = [part for part in arguments.parts.split(",") if part]
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
+    if arguments.sanitize:
+        parts.append("sanitize")
+    return check(arguments.root, parts, arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
