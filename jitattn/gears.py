@@ -73,6 +73,11 @@ _NUMERICS: Final[dict[tuple[int, Dtype], Numerics]] = {
 }
 
 
+def default_gear(dtype: Dtype) -> int:
+    """Return the gear of a call that names none."""
+    return DEFAULT_GEAR[dtype]
+
+
 def resolve_numerics(gear: int | None, dtype: Dtype) -> Numerics:
     """Return the numerics class that keeps the promise of a gear.
 

@@ -1,0 +1,126 @@
+"""`attention`: the one core function. Its docstring is the contract."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from jitattn import interop
+from jitattn.dispatch import run
+from jitattn.masks import Full
+
+if TYPE_CHECKING:
+    import torch
+
+    from jitattn.masks import Mask
+
+_FULL = Full()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask = _FULL,
+    scale: float | None = None,
+    layout: str = "bshd",
+    gear: int | None = None,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    num_splits: int | None = None,
+    return_lse: bool = False,
+) -> Any:  # noqa: ANN401 - Tensor or (Tensor, Tensor), or arrays of the library that q came from
+    """Compute exact scaled dot-product attention, softmax(scale q k^T) v.
+
+    On a GPU the kernel is compiled when it is first needed (0.3 to 1.5 s), kept on disk, and
+    launched in torch's current stream; there is no host synchronisation, and a warm call can be
+    captured in a CUDA graph. CPU tensors take the CPU path, which is differentiable.
+
+    Parameters
+    ----------
+    q : Tensor, [B, Lq, Hq, D]
+        fp16, bf16 or fp32, D from 1 to 256. Any strides with the last equal to 1, any alignment
+        (16-byte aligned rows are fastest). Arrays with ``__dlpack__`` (CuPy, JAX, numpy) are taken
+        too, and the result comes back as the same kind.
+    k : Tensor, [B, Lkv, Hkv, D]
+        Same dtype and device. Hq % Hkv == 0; query head h reads kv head h // (Hq // Hkv).
+    v : Tensor, [B, Lkv, Hkv, Dv]
+        Dv from 1 to 256, equal to D or not.
+    mask : Full or Causal, default Full()
+        Who sees whom. Causal is aligned to the bottom right unless it says otherwise.
+    scale : float, default 1 / sqrt(D)
+        Any finite number; negative and 0 too.
+    layout : "bshd" or "bhsd"
+        With "bhsd", q is [B, Hq, Lq, D] and k, v and out likewise.
+    gear : int, default 2 for 16-bit inputs and 0 for fp32
+        Precision against speed. Today: 2 for 16-bit inputs (FlashAttention-2's numerics), 0, 1 or 2
+        for fp32 ones (all fp32-accurate).
+    out : Tensor, [B, Lq, Hq, Dv], optional
+        Where to write the result; it may not overlap the inputs.
+    out_dtype : torch.dtype, default the dtype of q
+        torch.float32 returns the accumulators unrounded.
+    num_splits : int, 1 to 256, optional
+        Parts into which the keys are cut, to be merged in a fixed order. Chosen if left out. With a
+        fixed number, the same inputs in a bigger batch give the same bits.
+    return_lse : bool
+        Return the log-sum-exp as well.
+
+    Returns
+    -------
+    out : Tensor, [B, Lq, Hq, Dv]
+        Rows that may attend to nothing are 0, never NaN.
+    lse : Tensor, [B, Hq, Lq], fp32
+        Natural logarithm of the row sums; -inf for rows that may attend to nothing. Only with
+        ``return_lse``.
+
+    Raises
+    ------
+    InvalidInputError
+        An argument breaks a rule; nothing was launched.
+    UnsupportedError
+        Legal, but no kernel exists: another gear, a GPU older than sm_80, or inputs that require
+        grad on a GPU (call under ``torch.no_grad()``).
+    CompileError
+        NVRTC is missing or rejected the source.
+    LaunchError
+        CuPy is missing, the driver refused the kernel, or a kernel that is not loaded yet was
+        called for during CUDA graph capture.
+
+    Notes
+    -----
+    Bitwise reproducible: two runs on the same inputs give the same bits. NaN in an input reaches
+    the rows that see it. Dao, "FlashAttention-2", arXiv:2307.08691; Milakov and Gimelshein, "Online
+    normalizer calculation for softmax", arXiv:1805.02867.
+
+    Examples
+    --------
+    >>> import torch, jitattn
+    >>> q = torch.randn(1, 8, 32, 128)
+    >>> k = v = torch.randn(1, 1024, 8, 128)
+    >>> jitattn.attention(q, k, v, mask=jitattn.Causal()).shape
+    torch.Size([1, 8, 32, 128])
+    """
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
+        return run(
+            q, k, v, mask, scale, layout, gear, out, out_dtype, num_splits, return_lse
+        )
+    tensors = interop.from_all({"q": q, "k": k, "v": v}, out=out)
+    result = run(
+        tensors["q"],
+        tensors["k"],
+        tensors["v"],
+        mask,
+        scale,
+        layout,
+        gear,
+        tensors.get("out"),
+        out_dtype,
+        num_splits,
+        return_lse,
+    )
+    if not return_lse:
+        return interop.to_kind_of(result, q) if out is None else out
+    values, lse = result
+    return interop.to_kind_of(values, q) if out is None else out, interop.to_kind_of(lse, q)

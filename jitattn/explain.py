@@ -1,0 +1,185 @@
+"""`explain`: which kernel a call gets, and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from jitattn import interop
+from jitattn.dispatch import plan
+from jitattn.gears import default_gear
+from jitattn.jit.device import device
+from jitattn.jit.spec import Access, RowClass
+from jitattn.masks import Full
+from jitattn.problem import parse
+
+if TYPE_CHECKING:
+    from jitattn.jit.spec import Problem
+    from jitattn.masks import Mask
+
+_FULL = Full()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What a call of `attention` would do. Numbers are 0 and texts empty where nothing applies."""
+
+    path: str  #: "cuda", "cpu", or "none" for a result without elements
+    device: str  #: name of the GPU
+    gear: int
+    problem: dict[str, str | int]  #: what was asked, as far as it changes code
+    kernel: dict[str, str | int]  #: every field of the kernel's spec, the tile's included
+    key: str  #: cache key
+    origin: str  #: where the cubin came from: "memory", "disk" or "compiled"
+    row_class: str
+    heads_per_tile: int  #: query heads packed into the rows of a tile
+    num_splits: int
+    num_ctas: int
+    blocks_per_sm: int
+    registers: int  #: per thread
+    spill_bytes: int  #: per thread
+    smem_bytes: int  #: per CTA
+    why: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain values, fit for JSON."""
+        return {**asdict(self), "why": list(self.why)}
+
+    def __str__(self) -> str:
+        """Lay the record out for reading."""
+        lines = [f"path         {self.path}" + (f" ({self.device})" if self.device else "")]
+        lines.append("problem      " + ", ".join(f"{k}={v}" for k, v in self.problem.items()))
+        if self.kernel:
+            tile = self.kernel
+            lines += [
+                f"kernel       {tile['family']} for {tile['arch']}, key {self.key[:16]}, "
+                f"from {self.origin}",
+                f"tile         {tile['block_q']} rows x {tile['block_kv']} keys, "
+                f"{tile['warps_q']} x {tile['warps_kv']} warps, stages {tile['stages']}",
+                f"work         {self.num_ctas} CTAs ({self.blocks_per_sm} a multiprocessor), "
+                f"{self.num_splits} splits, {self.heads_per_tile} heads a tile",
+                f"resources    {self.registers} registers, {self.spill_bytes} B spilled, "
+                f"{self.smem_bytes} B shared",
+            ]
+        return "\n".join(lines + [f"because      {reason}" for reason in self.why])
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask = _FULL,
+    scale: float | None = None,
+    layout: str = "bshd",
+    gear: int | None = None,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    num_splits: int | None = None,
+    return_lse: bool = False,
+) -> Explanation:
+    """Say which kernel `attention` would use for these arguments, and why.
+
+    Takes the arguments of `attention` and raises what it would raise. The kernel is compiled if
+    need be, but nothing is launched.
+
+    Returns
+    -------
+    Explanation
+        A frozen record with ``to_dict()`` and a readable ``str``.
+    """
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        tensors = interop.from_all({"q": q, "k": k, "v": v}, out=out)
+        q, k, v, out = tensors["q"], tensors["k"], tensors["v"], tensors.get("out")
+    problem, runtime = parse(
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=scale,
+        layout=layout,
+        gear=gear,
+        out=out,
+        out_dtype=out_dtype,
+        num_splits=num_splits,
+        return_lse=return_lse,
+    )
+    gear = default_gear(problem.dtype) if gear is None else gear
+    asked: dict[str, str | int] = {
+        "batch": runtime.batch,
+        "len_q": runtime.len_q,
+        "len_kv": runtime.len_kv,
+        "heads_q": runtime.heads_q,
+        "heads_kv": runtime.heads_kv,
+        "head_dim": problem.head_dim,
+        "head_dim_v": problem.head_dim_v,
+        "dtype": problem.dtype.value,
+        "mask": problem.mask.value,
+    }
+    if not q.is_cuda or math.prod((runtime.batch, runtime.len_q, runtime.heads_q)) == 0:
+        why = "q is on the CPU" if not q.is_cuda else "the result has no elements"
+        return Explanation(
+            path="none" if q.is_cuda else "cpu",
+            device="",
+            gear=gear,
+            problem=asked,
+            kernel={},
+            key="",
+            origin="",
+            row_class="",
+            heads_per_tile=0,
+            num_splits=0,
+            num_ctas=0,
+            blocks_per_sm=0,
+            registers=0,
+            spill_bytes=0,
+            smem_bytes=0,
+            why=(why,),
+        )
+    with torch.cuda.device(q.device):
+        chosen = plan(problem, runtime, q.device.index, num_splits)
+    built = chosen.kernel.built
+    return Explanation(
+        path="cuda",
+        device=device(q.device.index).name,
+        gear=gear,
+        problem=asked,
+        kernel=built.spec.to_dict(),
+        key=built.key,
+        origin=built.origin,
+        row_class=chosen.rows.name,
+        heads_per_tile=chosen.heads_per_tile,
+        num_splits=chosen.num_splits,
+        num_ctas=chosen.num_ctas,
+        blocks_per_sm=chosen.kernel.blocks_per_sm,
+        registers=built.metadata.registers,
+        spill_bytes=built.metadata.spill_bytes,
+        smem_bytes=built.metadata.smem_bytes,
+        why=_reasons(problem, chosen.rows, chosen.heads_per_tile, chosen.num_splits, num_splits),
+    )
+
+
+def _reasons(
+    problem: Problem, rows: RowClass, packed: int, num_splits: int, asked_splits: int | None
+) -> tuple[str, ...]:
+    reasons = []
+    if rows is RowClass.MANY:
+        reasons.append("more than 64 rows a kv head: the tile for long queries")
+    else:
+        reasons.append(f"at most {rows.value} rows a kv head: the tile for short queries")
+    if packed > 1:
+        reasons.append(f"the {packed} query heads of a kv head share its tile, and so its reads")
+    if asked_splits is not None:
+        reasons.append(f"num_splits={asked_splits} was asked for")
+    elif num_splits > 1:
+        reasons.append("too few tiles to fill the GPU: the keys are split, and merged afterwards")
+    if problem.access is Access.ELEMENT:
+        reasons.append(
+            "a head_dim, stride or address is not a multiple of 16 bytes: one element at a time"
+        )
+    reasons.append(f"numerics {problem.numerics.value}")
+    return tuple(reasons)

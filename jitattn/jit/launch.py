@@ -1,0 +1,206 @@
+"""Loading cubins and launching them through CuPy. CuPy's partial types stay in this file.
+
+The launch takes raw pointers packed into one parameter struct and a raw stream number: no arrays
+cross into CuPy. The struct lives in a buffer of the calling thread; the driver copies it during the
+launch, so the buffer is free again when the call returns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from jitattn.errors import LaunchError
+from jitattn.jit.build import build, rebuild
+from jitattn.jit.params import STRUCTS
+from jitattn.jit.spec import entry_symbol
+
+if TYPE_CHECKING:
+    from jitattn.jit.build import Built
+    from jitattn.jit.spec import KernelSpec
+
+#: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_MAX_DYNAMIC_SHARED_SIZE_BYTES: Final = 8
+#: A block gets more dynamic shared memory than this only after asking for it.
+_DEFAULT_SMEM_BYTES: Final = 48 * 1024
+#: Largest grid in x.
+MAX_GRID: Final = 2**31 - 1
+
+
+class _Stream:
+    """What CuPy asks of a stream: an object with `.ptr`."""
+
+    __slots__ = ("ptr",)
+
+    def __init__(self) -> None:
+        self.ptr = 0
+
+
+class _ThreadState(threading.local):
+    """The parameter buffers of a thread, and the devices whose context it has made current."""
+
+    def __init__(self) -> None:
+        size = max(struct.size for struct in STRUCTS.values())
+        self.buffer = ctypes.create_string_buffer(size)
+        self.args = (import_cupy().cuda.function.CPointer(ctypes.addressof(self.buffer)),)
+        self.stream = _Stream()
+        self.devices: set[int] = set()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kernel:
+    """A kernel that is loaded on one device."""
+
+    spec: KernelSpec
+    built: Built
+    device_index: int
+    blocks_per_sm: int  #: blocks that fit on a multiprocessor at a time
+    _module: Any  # dropping it would unload the function
+    _function: Any
+    _block: tuple[int, int, int]
+    _smem_bytes: int
+    _pack: Any
+
+    def launch(self, grid: int, stream: int, *params: float) -> None:
+        """Start the kernel on `grid` CTAs in a raw CUDA stream.
+
+        `params` are the fields of the family's parameter struct, in order. The device must be the
+        current one of the thread.
+        """
+        thread = _thread_state()
+        if self.device_index not in thread.devices:
+            # A thread that has made no CUDA call yet has no current context; this makes it one.
+            import_cupy().cuda.runtime.free(0)
+            thread.devices.add(self.device_index)
+        self._pack(thread.buffer, 0, *params)
+        thread.stream.ptr = stream
+        self._function((grid, 1, 1), self._block, thread.args, self._smem_bytes, thread.stream)
+
+
+_kernels: dict[tuple[KernelSpec, int], Kernel] = {}
+_lock = threading.Lock()
+_state: list[_ThreadState] = []
+
+
+def kernel(spec: KernelSpec, device_index: int) -> Kernel:
+    """Return the kernel of `spec` on a device: loaded, from the cache, or compiled.
+
+    Raises
+    ------
+    CompileError
+        NVRTC is missing or refused the source.
+    LaunchError
+        The driver refused the cubin, even after a fresh compile.
+    """
+    loaded = _kernels.get((spec, device_index))
+    if loaded is None:
+        built = build(spec)
+        try:
+            loaded = _load(built, device_index)
+        except LaunchError:
+            if built.origin == "compiled":
+                raise
+            loaded = _load(rebuild(spec), device_index)  # the driver refused a cached cubin
+        with _lock:
+            loaded = _kernels.setdefault((spec, device_index), loaded)
+    return loaded
+
+
+def is_loaded(spec: KernelSpec, device_index: int) -> bool:
+    """Whether `kernel` would return without loading anything."""
+    return (spec, device_index) in _kernels
+
+
+def unload_all() -> None:
+    """Forget every loaded kernel; the next call loads it anew."""
+    _kernels.clear()
+
+
+def _load(built: Built, device_index: int) -> Kernel:
+    cupy = import_cupy()
+    spec = built.spec
+    driver = cupy.cuda.driver
+    try:
+        with cupy.cuda.Device(device_index):
+            cupy.cuda.runtime.free(0)
+            module = cupy.cuda.function.Module()
+            module.load(built.cubin)
+            function = module.get_function(entry_symbol(spec))
+            if spec.smem_bytes > _DEFAULT_SMEM_BYTES:
+                driver.funcSetAttribute(
+                    function.ptr, _MAX_DYNAMIC_SHARED_SIZE_BYTES, spec.smem_bytes
+                )
+            blocks_per_sm = driver.occupancyMaxActiveBlocksPerMultiprocessor(
+                function.ptr, spec.num_threads, spec.smem_bytes
+            )
+    except (driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError) as error:
+        raise LaunchError(
+            f"the driver refused kernel {built.key[:16]} for {spec.arch} ({error}), built by "
+            f"{built.metadata.toolchain}; update the driver, or install the extra cu12 instead of "
+            "cu13 if it knows CUDA 12 only"
+        ) from error
+    return Kernel(
+        spec=spec,
+        built=built,
+        device_index=device_index,
+        blocks_per_sm=max(1, blocks_per_sm),
+        _module=module,
+        _function=function,
+        _block=(spec.num_threads, 1, 1),
+        _smem_bytes=spec.smem_bytes,
+        _pack=STRUCTS[spec.family].pack_into,
+    )
+
+
+def _thread_state() -> _ThreadState:
+    if not _state:
+        with _lock:
+            if not _state:
+                _state.append(_ThreadState())
+    return _state[0]
+
+
+@functools.cache
+def import_cupy() -> Any:  # noqa: ANN401 - CuPy's modules have partial types
+    """Import CuPy, keeping it from failing where its own cache directory cannot be made.
+
+    Raises
+    ------
+    LaunchError
+        CuPy is not installed.
+    """
+    if "CUPY_CACHE_DIR" not in os.environ and not _can_make(Path("~/.cupy/kernel_cache")):
+        os.environ["CUPY_CACHE_DIR"] = tempfile.mkdtemp(prefix="jitattn-cupy-")
+    try:
+        import cupy
+        import cupy.cuda.function
+    except ImportError as error:
+        raise LaunchError(
+            f"CuPy could not be imported ({error}): it launches the kernels; install "
+            "jitattn[cu13] (driver 580 or newer) or jitattn[cu12]"
+        ) from error
+    return cupy
+
+
+def _can_make(directory: Path) -> bool:
+    try:
+        directory.expanduser().mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: no home directory is known
+        return False
+    return os.access(directory.expanduser(), os.W_OK)
+
+
+def _after_fork_in_child() -> None:
+    # A child cannot use its parent's CUDA context; torch says so at the first CUDA call.
+    _kernels.clear()
+    _state.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,368 @@
+"""NVRTC through ctypes: found in the installed wheel, opened by path, no GPU or driver needed.
+
+Facts that shape this file: the library is opened by its full path, whatever CuPy or torch would
+load. NVRTC 13.0 has no RUNPATH, so its builtins are loaded first. From 12.9 on it would use the
+driver's own cache unless told not to. Headers are handed over in memory and the working directory is
+never searched. A process that forks while another thread compiles would hang in the child's next
+compile, so a fork waits for running compiles.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from jitattn.errors import CompileError, UnsupportedError
+from jitattn.jit import settings
+from jitattn.jit.codegen import HEADER_NAME, render
+from jitattn.jit.spec import arch_number
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jitattn.jit.sources import Sources
+    from jitattn.jit.spec import KernelSpec
+
+#: CUDA major → (distribution, library, builtins) on Linux and on Windows. Patterns are relative to
+#: site-packages.
+_LINUX: Final = {
+    12: ("nvidia-cuda-nvrtc-cu12", "nvidia/cuda_nvrtc/lib/libnvrtc.so.12", "libnvrtc-builtins.so*"),
+    13: ("nvidia-cuda-nvrtc", "nvidia/cu13/lib/libnvrtc.so.13", "libnvrtc-builtins.so*"),
+}
+_WINDOWS: Final = {
+    12: (
+        "nvidia-cuda-nvrtc-cu12",
+        "nvidia/cuda_nvrtc/bin/nvrtc64_120_0.dll",
+        "nvrtc-builtins64_*.dll",
+    ),
+    13: ("nvidia-cuda-nvrtc", "nvidia/cu13/bin/x86_64/nvrtc64_130_0.dll", "nvrtc-builtins64_*.dll"),
+}
+#: Fixed, because some NVRTC versions put it into the cubin.
+_PROGRAM_NAME: Final = b"jitattn.cu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Toolchain:
+    """An installed NVRTC."""
+
+    version: tuple[int, ...]  #: of the wheel, e.g. (12, 9, 86)
+    library: Path
+    builtins: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        """Return what names the compiler in cache keys: 'nvrtc 12.9.86'."""
+        return "nvrtc " + ".".join(map(str, self.version))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """What one compile gave. Bytes are per thread but for the cubin."""
+
+    cubin: bytes
+    log: str
+    options: tuple[str, ...]
+    registers: int
+    stack_bytes: int
+    spill_bytes: int  #: spill stores
+    compile_ms: float
+
+
+def installed(platform: str = sys.platform) -> dict[int, Toolchain]:
+    """Find the installed NVRTC wheels, by CUDA major version."""
+    found = {}
+    for major, (name, library, builtins) in (
+        _WINDOWS if platform == "win32" else _LINUX
+    ).items():
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        path = Path(str(distribution.locate_file(library)))
+        version = tuple(int(part) for part in re.findall(r"\d+", distribution.version)[:3])
+        if path.is_file() and version[0] == major:
+            found[major] = Toolchain(
+                version=version,
+                library=path,
+                builtins=tuple(sorted(path.parent.glob(builtins))),
+            )
+    return found
+
+
+def toolchain() -> Toolchain:
+    """Return the NVRTC that compiles, without opening it.
+
+    The newest whose CUDA major version is not above the driver's, which could not load its cubins;
+    without a driver, the newest. ``JITATTN_NVRTC`` overrides.
+
+    Raises
+    ------
+    CompileError
+        No usable NVRTC is installed.
+    """
+    return _toolchain(settings.nvrtc_major())
+
+
+@functools.cache
+def _toolchain(asked: int | None) -> Toolchain:
+    found = installed()
+    if asked is not None:
+        if asked in found:
+            return found[asked]
+        raise CompileError(
+            f"JITATTN_NVRTC={asked}, but that NVRTC is not installed (found: "
+            f"{', '.join(map(str, found.values())) or 'none'}); install jitattn[cu{asked}]"
+        )
+    driver = _driver_major()
+    usable = [major for major in found if driver is None or major <= driver]
+    if usable:
+        return found[max(usable)]
+    if found:
+        raise CompileError(
+            f"the driver supports CUDA {driver}, but the only NVRTC installed is "
+            f"{', '.join(map(str, found.values()))}, whose kernels it cannot load; install "
+            "jitattn[cu12], or update the driver"
+        )
+    raise CompileError(
+        "no NVRTC is installed: install jitattn[cu13] (driver 580 or newer) or jitattn[cu12]"
+    )
+
+
+def _driver_major() -> int | None:
+    """CUDA major version of the driver; None without one. Initialises nothing."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        version = ctypes.c_int()
+        failed = driver.cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else version.value // 1000
+
+
+def options(spec: KernelSpec, compiler: Toolchain) -> tuple[str, ...]:
+    """Return the exact options for `spec`; they are part of the cache key."""
+    fixed = (
+        "--std=c++17",
+        "-default-device",
+        "--no-source-include",
+        f"--gpu-architecture={spec.arch}",
+        "--ftz=true",
+        "--fmad=true",
+        "--ptxas-options=-v",
+    )
+    no_cache = ("--no-cache",) if compiler.version >= (12, 9) else ()
+    line_info = ("-lineinfo",) if settings.lineinfo() else ()
+    asserts = ("-DJITATTN_DEBUG_ASSERT",) if settings.debug_assert() else ()
+    return fixed + no_cache + line_info + asserts
+
+
+def supported_archs(compiler: Toolchain) -> tuple[int, ...]:
+    """Architectures that an NVRTC knows, as numbers."""
+    library = _open(compiler)
+    count = ctypes.c_int()
+    library.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    archs = (ctypes.c_int * count.value)()
+    library.nvrtcGetSupportedArchs(archs)
+    return tuple(archs)
+
+
+def compile_spec(spec: KernelSpec, sources: Sources, compiler: Toolchain | None = None) -> Compiled:
+    """Compile the kernel of `spec` to a cubin.
+
+    Raises
+    ------
+    CompileError
+        NVRTC cannot be used, or rejected the source; the error carries the log and says where the
+        source was kept.
+    UnsupportedError
+        NVRTC does not know the architecture.
+    """
+    compiler = toolchain() if compiler is None else compiler
+    if arch_number(spec.arch) not in supported_archs(compiler):
+        raise UnsupportedError(
+            f"{spec.arch} is not known to {compiler} (it knows sm_"
+            f"{', sm_'.join(map(str, supported_archs(compiler)))}); install a newer NVRTC "
+            "(sm_100 and sm_120 need 12.8)"
+        )
+    headers = {**sources.headers, HEADER_NAME: render(spec)}
+    arguments = options(spec, compiler)
+    with _compiling():
+        start = time.perf_counter()
+        succeeded, cubin, log = _run(_open(compiler), sources.entry, headers, arguments)
+        compile_ms = (time.perf_counter() - start) * 1e3
+    keep = settings.keep_source()
+    if not succeeded:
+        raise _compile_error(spec, sources.entry, headers, arguments, log, keep)
+    if keep is not None:
+        _write_sources(keep / f"{spec.family}-{spec.arch}", spec, sources.entry, headers)
+    return Compiled(
+        cubin=cubin,
+        log=log,
+        options=arguments,
+        registers=_figure(r"Used (\d+) registers", log),
+        stack_bytes=_figure(r"(\d+) bytes stack frame", log),
+        spill_bytes=_figure(r"(\d+) bytes spill stores", log),
+        compile_ms=compile_ms,
+    )
+
+
+def _run(
+    library: ctypes.CDLL, source: str, headers: dict[str, str], arguments: tuple[str, ...]
+) -> tuple[bool, bytes, str]:
+    """One NVRTC program from text to (succeeded, cubin, log)."""
+    program = ctypes.c_void_p()
+    names = ctypes.c_char_p * len(headers)
+    _check(
+        library,
+        library.nvrtcCreateProgram(
+            ctypes.byref(program),
+            source.encode(),
+            _PROGRAM_NAME,
+            len(headers),
+            names(*(text.encode() for text in headers.values())),
+            names(*(name.encode() for name in headers)),
+        ),
+    )
+    try:
+        encoded = (ctypes.c_char_p * len(arguments))(*(option.encode() for option in arguments))
+        failed = library.nvrtcCompileProgram(program, len(arguments), encoded)
+        log = _fetch(library, program, library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog)
+        text = log.rstrip(b"\0").decode(errors="replace")
+        if failed:
+            return False, b"", text or _error_text(library, failed)
+        cubin = _fetch(library, program, library.nvrtcGetCUBINSize, library.nvrtcGetCUBIN)
+        return True, cubin, text
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _fetch(
+    library: ctypes.CDLL,
+    program: ctypes.c_void_p,
+    get_size: Callable[..., int],
+    get: Callable[..., int],
+) -> bytes:
+    size = ctypes.c_size_t()
+    _check(library, get_size(program, ctypes.byref(size)))
+    buffer = ctypes.create_string_buffer(size.value)
+    _check(library, get(program, buffer))
+    return buffer.raw
+
+
+def _check(library: ctypes.CDLL, failed: int) -> None:
+    if failed:
+        raise CompileError(f"NVRTC failed: {_error_text(library, failed)}")
+
+
+def _error_text(library: ctypes.CDLL, code: int) -> str:
+    library.nvrtcGetErrorString.restype = ctypes.c_char_p
+    return f"{library.nvrtcGetErrorString(code).decode()} ({code})"
+
+
+@functools.cache
+def _open(compiler: Toolchain) -> ctypes.CDLL:
+    try:
+        if sys.platform == "win32":
+            os.add_dll_directory(str(compiler.library.parent))
+            mode = 0
+        else:
+            mode = ctypes.RTLD_GLOBAL
+        for builtins in compiler.builtins:
+            ctypes.CDLL(str(builtins), mode=mode)
+        return ctypes.CDLL(str(compiler.library))
+    except OSError as error:
+        raise CompileError(
+            f"{compiler} could not be opened from {compiler.library}: {error}; install it again"
+        ) from error
+
+
+def _figure(pattern: str, log: str) -> int:
+    match = re.search(pattern, log)
+    return int(match[1]) if match else 0
+
+
+def _compile_error(
+    spec: KernelSpec,
+    source: str,
+    headers: dict[str, str],
+    arguments: tuple[str, ...],
+    log: str,
+    keep: Path | None,
+) -> CompileError:
+    lines = log.splitlines()
+    first = next((line for line in lines if "error" in line), lines[0] if lines else "no log")
+    message = f"NVRTC rejected the {spec.family} kernel: {first.strip()}\n  spec: {spec.to_key()}"
+    directory = None
+    try:
+        directory = Path(tempfile.mkdtemp(prefix="jitattn-failed-", dir=keep))
+        _write_sources(directory, spec, source, headers)
+        message += (
+            f"\n  source: {directory}\n  reproduce: nvcc -cubin -arch={spec.arch} -std=c++17 "
+            f"-ftz=true -I {directory} {directory / 'entry' / (spec.family + '.cu')}"
+        )
+    except OSError as error:
+        message += f"\n  (the source could not be kept: {error})"
+    return CompileError(message, spec=spec, options=arguments, log=log, source_dir=directory)
+
+
+def _write_sources(directory: Path, spec: KernelSpec, source: str, headers: dict[str, str]) -> None:
+    for name, text in ((f"entry/{spec.family}.cu", source), *headers.items()):
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+class _Compiling:
+    """Counts the compiles that run, so that a fork can wait for them.
+
+    A process that forks while NVRTC runs in another thread leaves its child with locks that nobody
+    will release.
+    """
+
+    def __init__(self) -> None:
+        self.idle = threading.Condition()
+        self.count = 0
+
+    def __enter__(self) -> None:
+        with self.idle:
+            self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.idle:
+            self.count -= 1
+            self.idle.notify_all()
+
+    def before_fork(self) -> None:
+        self.idle.acquire()
+        while self.count:
+            self.idle.wait()
+
+    def after_fork_in_parent(self) -> None:
+        self.idle.release()
+
+    def after_fork_in_child(self) -> None:
+        self.__init__()  # type: ignore[misc]  # a lock that is held by no thread of the child
+
+
+_running: Final = _Compiling()
+
+
+def _compiling() -> _Compiling:
+    return _running
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_running.before_fork,
+        after_in_parent=_running.after_fork_in_parent,
+        after_in_child=_running.after_fork_in_child,
+    )

@@ -1,0 +1,88 @@
+"""Environment variables: one table, read when they are needed and never at import.
+
+None of them changes numerics. Those that change machine code (line info, device asserts) do so
+through the compiler's options, and so enter the cache key.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+
+from jitattn.errors import InvalidInputError
+
+CacheMode: TypeAlias = Literal["rw", "ro", "off"]
+
+#: Name → (default, meaning). README.md repeats this table; a test compares the two.
+VARIABLES: Final[dict[str, tuple[str, str]]] = {
+    "JITATTN_CACHE_DIR": ("user cache directory", "where kernels are kept on disk"),
+    "JITATTN_CACHE": ("rw", "rw, ro (read only) or off (memory only)"),
+    "JITATTN_LOCK_TIMEOUT": ("60", "seconds to wait for another process that compiles the kernel"),
+    "JITATTN_NVRTC": ("chosen by driver", "12 or 13: which installed NVRTC compiles"),
+    "JITATTN_KEEP_SOURCE": ("unset", "directory to keep the source of every compile in"),
+    "JITATTN_LINEINFO": ("0", "1 compiles line numbers in, for profilers"),
+    "JITATTN_DEBUG_ASSERT": ("0", "1 compiles device-side checks in"),
+}
+
+
+def cache_dir() -> Path | None:
+    """Return the cache directory that was asked for, if any."""
+    return _path("JITATTN_CACHE_DIR")
+
+
+def keep_source() -> Path | None:
+    """Return where the source of every compile is to be kept, if anywhere."""
+    return _path("JITATTN_KEEP_SOURCE")
+
+
+def cache_mode() -> CacheMode:
+    """Return whether the disk cache is read and written, only read, or not used."""
+    value = os.environ.get("JITATTN_CACHE", "rw")
+    if value == "rw" or value == "ro" or value == "off":
+        return value
+    raise InvalidInputError(f"JITATTN_CACHE={value!r}: it must be rw, ro or off")
+
+
+def lock_timeout() -> float:
+    """Seconds to wait for another process that compiles the same kernel."""
+    value = os.environ.get("JITATTN_LOCK_TIMEOUT", "60")
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 86400:
+        raise InvalidInputError(
+            f"JITATTN_LOCK_TIMEOUT={value!r}: it must be a number of seconds from 0 to 86400"
+        )
+    return seconds
+
+
+def nvrtc_major() -> int | None:
+    """Return the CUDA major version of the NVRTC that was asked for, if any."""
+    value = os.environ.get("JITATTN_NVRTC", "")
+    if value in ("", "12", "13"):
+        return int(value) if value else None
+    raise InvalidInputError(f"JITATTN_NVRTC={value!r}: it must be 12 or 13, or unset")
+
+
+def lineinfo() -> bool:
+    """Whether line numbers are compiled in."""
+    return _flag("JITATTN_LINEINFO")
+
+
+def debug_assert() -> bool:
+    """Whether device-side checks are compiled in."""
+    return _flag("JITATTN_DEBUG_ASSERT")
+
+
+def _path(name: str) -> Path | None:
+    value = os.environ.get(name)
+    return Path(value).absolute() if value else None
+
+
+def _flag(name: str) -> bool:
+    value = os.environ.get(name, "0")
+    if value not in ("", "0", "1"):
+        raise InvalidInputError(f"{name}={value!r}: it must be 0 or 1")
+    return value == "1"
