@@ -126,7 +126,7 @@ def prebuild(
 @click.option("--json", "as_json", is_flag=True, help="a JSON array of flat objects on stdout")
 def list_entries(as_json: bool) -> None:
     """List the kernels in the cache."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "key": entry.key,
             **entry.spec,

@@ -33,9 +33,17 @@ _TINY_SCALE: Final = 1e-30
 #: Rows that a CTA of the merge kernel handles: one a warp.
 _MERGE_ROWS: Final = MergeSpec.num_threads // 32
 
-_fwd_kernels: dict[tuple[Problem, RowClass, int], launch.Kernel] = {}
+_fwd_kernels: dict[tuple[Problem, RowClass, int], _FwdKernel] = {}
 _merge_kernels: dict[tuple[Problem, int], launch.Kernel] = {}
 _divisors: dict[int, tuple[int, int]] = {}
+
+
+class _FwdKernel(NamedTuple):
+    """A loaded forward kernel with what `plan` needs of its tile."""
+
+    loaded: launch.Kernel
+    block_q: int
+    block_kv: int
 
 
 class Plan(NamedTuple):
@@ -102,25 +110,22 @@ def plan(problem: Problem, runtime: Runtime, device_index: int, num_splits: int 
     kernel = _fwd_kernels.get((problem, rows, device_index))
     if kernel is None:
         spec = fwd_spec(problem, device(device_index).arch, rows)
-        kernel = _kernel(spec, device_index)
+        kernel = _FwdKernel(_kernel(spec, device_index), spec.tile.block_q, spec.tile.block_kv)
         _fwd_kernels[problem, rows, device_index] = kernel
-    spec = kernel.spec
-    if not isinstance(spec, FwdSpec):
-        raise TypeError(spec)
-    num_q_tiles = -(-num_rows // spec.tile.block_q)
+    num_q_tiles = -(-num_rows // kernel.block_q)
     num_tiles = num_q_tiles * (runtime.heads_q // packed) * runtime.batch
     if num_splits is None:
         num_splits = choose_splits(
             num_tiles,
-            -(-runtime.len_kv // spec.tile.block_kv),
-            device(device_index).num_sms * kernel.blocks_per_sm,
+            -(-runtime.len_kv // kernel.block_kv),
+            device(device_index).num_sms * kernel.loaded.blocks_per_sm,
         )
     num_ctas = num_tiles * num_splits
     if num_ctas > launch.MAX_GRID:
         raise UnsupportedError(
             f"the call needs {num_ctas} CTAs: a grid has at most 2**31 - 1; split the batch"
         )
-    return Plan(kernel, rows, packed, num_q_tiles, num_splits, num_ctas)
+    return Plan(kernel.loaded, rows, packed, num_q_tiles, num_splits, num_ctas)
 
 
 def _run_cuda(

@@ -3,7 +3,7 @@
 The one validation of the CPU and the GPU path. It runs on every call, so the usual call pays for
 plain comparisons only: texts are built when something is wrong, and `Problem`s are kept, keyed by
 the few facts that they follow from (a closed, small set: dtypes, head dims, mask kind, gear and
-the alignment and index classes; never lengths, counts or strides).
+the alignment class; never lengths, counts or strides).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from jitattn.errors import InternalError, InvalidInputError, UnsupportedError
 from jitattn.gears import resolve_numerics
-from jitattn.jit.spec import Access, Dtype, IndexWidth, MaskKind, Problem
+from jitattn.jit.spec import Access, Dtype, MaskKind, Problem
 from jitattn.masks import Causal, Full
 
 if TYPE_CHECKING:
@@ -41,10 +41,6 @@ MAX_SPLITS: Final = 256
 _MAX_COUNT: Final = 2**31 - 1
 #: |scale| · log2(e) travels as an fp32 number.
 _MAX_SCALE: Final = 3.4e38 / math.log2(math.e)
-#: Offsets of rows inside a tile are 32-bit when the index width is NARROW, so the byte offset of
-#: the last row of a tile must fit. No tile has more rows than this, with room to spare.
-_MAX_TILE_ROWS: Final = 1024
-_NARROW_LIMIT: Final = 2**31
 
 _problems: dict[tuple[object, ...], Problem] = {}
 
@@ -126,7 +122,6 @@ def parse(
     kb, kr, kh = k_strides
     vb, vr, vh = v_strides
     units = (qb | qr | qh | kb | kr | kh | vb | vr | vh | head_dim | head_dim_v) * size
-    row_bytes = max(qr, kr, vr) * size
     if out is not None:
         shape = (batch, len_q, heads_q, head_dim_v)
         if layout == "bhsd":
@@ -135,11 +130,9 @@ def parse(
         ob, orow, oh = _strides("out", out, row, head)
         address |= _address("out", out)
         units |= (ob | orow | oh | head_dim_v) * out.element_size()
-        row_bytes = max(row_bytes, orow * out.element_size())
 
     aligned = (address | units) & 15 == 0
-    narrow = row_bytes * _MAX_TILE_ROWS < _NARROW_LIMIT
-    key = (q.dtype, result_dtype, head_dim, head_dim_v, type(mask), gear, aligned, narrow)
+    key = (q.dtype, result_dtype, head_dim, head_dim_v, type(mask), gear, aligned)
     problem = _problems.get(key)
     if problem is None:
         problem = _problems[key] = _new_problem(*key)
@@ -390,7 +383,6 @@ def _new_problem(
     mask_type: type,
     gear: int | None,
     aligned: bool,
-    narrow: bool,
 ) -> Problem:
     """Check what is worth checking once per kind of call, and build its `Problem`."""
     if dtype not in DTYPES:
@@ -417,7 +409,6 @@ def _new_problem(
         mask=MaskKind.CAUSAL if mask_type is Causal else MaskKind.FULL,
         numerics=resolve_numerics(gear, DTYPES[dtype]),
         access=Access.VEC16 if aligned else Access.ELEMENT,
-        index=IndexWidth.NARROW if narrow else IndexWidth.WIDE,
     )
 
 

@@ -138,8 +138,8 @@ def _short_query_tile(
             if FwdSpec(problem=problem, tile=tile, arch=arch).smem_bytes <= budget:
                 return tile
     raise UnsupportedError(
-        f"head_dim {problem.head_dim} and {problem.head_dim_v} in {problem.dtype} on {arch}: no tile "
-        "fits its shared memory; use a 16-bit dtype"
+        f"head_dim {problem.head_dim} and {problem.head_dim_v} in {problem.dtype} on {arch}: "
+        "no tile fits its shared memory; use a 16-bit dtype"
     )
 
 

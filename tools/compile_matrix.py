@@ -24,7 +24,6 @@ from jitattn.gears import resolve_numerics
 from jitattn.jit.spec import (
     Access,
     Dtype,
-    IndexWidth,
     KernelSpec,
     MaskKind,
     MergeSpec,
@@ -145,7 +144,6 @@ def _short(arch: str) -> Iterator[KernelSpec]:
     yield fwd_spec(problem(Dtype.FP32, 128), arch, many)
     yield fwd_spec(problem(bf16, 128, out_dtype=Dtype.FP32), arch, many)
     yield fwd_spec(problem(bf16, 192, head_dim_v=128), arch, many)
-    yield fwd_spec(problem(bf16, 128, index=IndexWidth.WIDE), arch, many)
     for dim in (7, 128):
         yield fwd_spec(problem(bf16, dim, access=Access.ELEMENT), arch, many)
     yield fwd_spec(problem(Dtype.FP32, 33, access=Access.ELEMENT), arch, many)

@@ -23,7 +23,4 @@ enum class Access {
   kElement,  // one element at a time
 };
 
-// Width of row offsets inside a tile; tile bases are always 64-bit.
-enum class IndexWidth { kNarrow, kWide };
-
 }  // namespace jitattn

@@ -169,7 +169,7 @@ def _compile(
         stack_bytes=compiled.stack_bytes,
         spill_bytes=compiled.spill_bytes,
         smem_bytes=spec.smem_bytes,
-        compile_ms=round(compiled.compile_ms, 1),
+        compile_ms=float(round(compiled.compile_ms, 1)),
         bytes=len(compiled.cubin),
         sha256=sha256(compiled.cubin),
     )

@@ -29,7 +29,7 @@ import tempfile
 import threading
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import platformdirs
 
@@ -38,7 +38,7 @@ from jitattn.jit.codegen import render
 from jitattn.jit.spec import arch_number, entry_symbol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from jitattn.jit.spec import KernelSpec
 
@@ -113,7 +113,7 @@ def is_cubin_for(cubin: bytes, arch: str) -> bool:
     (machine,) = struct.unpack_from("<H", cubin, 18)
     (flags,) = struct.unpack_from("<I", cubin, 48)
     number = flags & 0xFF if cubin[7] == 51 else (flags >> 8) & 0xFF  # ABI 7; from CUDA 13 on, 8
-    return machine == 190 and number == arch_number(arch)
+    return bool(machine == 190 and number == arch_number(arch))
 
 
 class DiskCache:
@@ -292,8 +292,8 @@ def _read_file(path: Path, limit: int) -> bytes | None:
     return content if len(content) <= limit else None
 
 
-def _is_ours(status: os.stat_result, is_kind: object) -> bool:
-    if not callable(is_kind) or not is_kind(status.st_mode):
+def _is_ours(status: os.stat_result, is_kind: Callable[[int], bool]) -> bool:
+    if not is_kind(status.st_mode):
         return False
     if not _HAS_OWNERS:
         return True
@@ -303,12 +303,12 @@ def _is_ours(status: os.stat_result, is_kind: object) -> bool:
 def _parse_metadata(text: bytes) -> Metadata | None:
     try:
         raw = json.loads(text)
-        kinds = {"spec": dict, "options": list, "compile_ms": (int, float)}
-        values = {}
+        kinds: dict[str, type] = {"spec": dict, "options": list, "compile_ms": float}
+        values: dict[str, Any] = {}
         for field in fields(Metadata):
             value = raw[field.name]
             kind = kinds.get(field.name, int if field.type == "int" else str)
-            if not isinstance(value, kind):  # type: ignore[arg-type]
+            if not isinstance(value, kind):
                 return None
             values[field.name] = tuple(value) if field.name == "options" else value
         metadata = Metadata(**values)

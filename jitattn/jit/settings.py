@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, cast, get_args
 
 from jitattn.errors import InvalidInputError
 
@@ -39,8 +39,9 @@ def keep_source() -> Path | None:
 def cache_mode() -> CacheMode:
     """Return whether the disk cache is read and written, only read, or not used."""
     value = os.environ.get("JITATTN_CACHE", "rw")
-    if value == "rw" or value == "ro" or value == "off":
-        return value
+    for mode in get_args(CacheMode):
+        if value == mode:
+            return cast("CacheMode", mode)
     raise InvalidInputError(f"JITATTN_CACHE={value!r}: it must be rw, ro or off")
 
 

@@ -59,17 +59,10 @@ class Access(StrEnum):
     ELEMENT = "element"
 
 
-class IndexWidth(StrEnum):
-    """Width of row offsets inside a tile; tile bases are always 64-bit."""
-
-    NARROW = "narrow"
-    WIDE = "wide"
-
-
 class RowClass(IntEnum):
-    """How many rows a kv head's queries fill after GQA packing: the one length fact that picks a kernel.
+    """How many rows the queries of a kv head fill: the one length fact that picks a kernel.
 
-    The value is the largest number of rows of the class (0: no bound).
+    Counted after GQA packing. The value is the largest number of rows of the class (0: no bound).
     """
 
     ROWS16 = 16
@@ -90,7 +83,6 @@ class Problem:
     q_layout: SeqLayout = SeqLayout.BATCHED
     kv_layout: SeqLayout = SeqLayout.BATCHED
     access: Access = Access.VEC16
-    index: IndexWidth = IndexWidth.NARROW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
