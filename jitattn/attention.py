@@ -103,9 +103,7 @@ def attention(
     torch.Size([1, 8, 32, 128])
     """
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
-        return run(
-            q, k, v, mask, scale, layout, gear, out, out_dtype, num_splits, return_lse
-        )
+        return run(q, k, v, mask, scale, layout, gear, out, out_dtype, num_splits, return_lse)
     tensors = interop.from_all({"q": q, "k": k, "v": v}, out=out)
     result = run(
         tensors["q"],

@@ -51,7 +51,9 @@ class _Archs(click.ParamType):
         numbers = [word.strip().removeprefix("sm_") for word in value.split(",")]
         for number in numbers:
             if not number.isdecimal() or not 80 <= int(number) <= 999:
-                self.fail(f"{number!r} is no architecture from 80 on, as in 80,86,89,90", param, ctx)
+                self.fail(
+                    f"{number!r} is no architecture from 80 on, as in 80,86,89,90", param, ctx
+                )
         return [f"sm_{number}" for number in numbers]
 
 
@@ -66,7 +68,9 @@ class _HeadDims(click.ParamType):
             qk, _, v = word.strip().partition(":")
             pair = (qk, v or qk)
             if not all(part.isdecimal() and 1 <= int(part) <= 256 for part in pair):
-                self.fail(f"{word!r} is no head dim from 1 to 256, as in 64,128,192:128", param, ctx)
+                self.fail(
+                    f"{word!r} is no head dim from 1 to 256, as in 64,128,192:128", param, ctx
+                )
             dims.append((int(pair[0]), int(pair[1])))
         return dims
 

@@ -85,9 +85,7 @@ def run(
         return_lse=return_lse,
     )
     if q.is_cuda:
-        return _run_cuda(
-            q, k, v, problem, runtime, layout, out, out_dtype, num_splits, return_lse
-        )
+        return _run_cuda(q, k, v, problem, runtime, layout, out, out_dtype, num_splits, return_lse)
     return _run_cpu(q, k, v, mask, runtime, layout, out, out_dtype, return_lse)
 
 
@@ -187,7 +185,9 @@ def _launch(
     stream = torch._C._cuda_getCurrentRawStream(device_index)
     batch, len_q, heads_q = runtime.batch, runtime.len_q, runtime.heads_q
     stride = out.stride()
-    out_strides = (stride[0], stride[1], stride[2]) if is_bshd else (stride[0], stride[2], stride[1])
+    out_strides = (
+        (stride[0], stride[1], stride[2]) if is_bshd else (stride[0], stride[2], stride[1])
+    )
     out_ptr = out.data_ptr()
     lse_ptr = 0 if lse is None else lse.data_ptr()
     partial_out_ptr = partial_lse_ptr = 0
@@ -195,9 +195,7 @@ def _launch(
         # One allocation for both: [splits, B, Hq, Lq, Dv] and, after it, [splits, B, Hq, Lq].
         num_rows = batch * heads_q * len_q
         values = splits * num_rows * problem.head_dim_v
-        partial = torch.empty(
-            values + splits * num_rows, dtype=torch.float32, device=q.device
-        )
+        partial = torch.empty(values + splits * num_rows, dtype=torch.float32, device=q.device)
         partial_out_ptr = partial.data_ptr()
         partial_lse_ptr = partial_out_ptr + 4 * values
     divisor = _divisors.get(packed)

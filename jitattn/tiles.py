@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 from typing import Final
 
-from jitattn.errors import UnsupportedError
+from jitattn.errors import InternalError, UnsupportedError
 from jitattn.jit.spec import (
+    Access,
     Dtype,
     FwdSpec,
     Problem,
@@ -33,38 +34,51 @@ MAX_SMEM_BYTES: Final = {
 }
 #: What the runtime keeps for itself in every resident block.
 _RESERVED_SMEM_BYTES: Final = 1024
+#: Above this, a short query's tile takes a multiprocessor for itself.
+_SMALLEST_LARGE_SMEM: Final = 200 * 1024
 
-#: (block_q, block_kv, warps_q, stages) by the largest padded head dim that the row serves, for
-#: RowClass.MANY and 16-bit inputs. A row is skipped where it does not fit.
-_Row = tuple[int, int, int, int]
-_LARGE_SMEM: Final[dict[int, _Row]] = {
-    64: (128, 128, 4, 1),  # 377 TFLOP/s at 4k where 128x64 with 2 stages gave 351 (H200, full)
-    80: (128, 64, 4, 2),
-    96: (128, 64, 4, 1),  # 387 against 379 with 2 stages
-    128: (128, 64, 4, 2),  # 1 stage is as fast and spills 16 bytes; 3 stages do not fit twice
-    160: (128, 32, 4, 2),  # 413 against 314 for 64x64: 32 rows a warp halve the K and V reads
-    256: (128, 64, 8, 1),  # 32 rows a warp would spill 150 bytes from D=176 on
+#: (block_q, block_kv, warps_q, stages) by the largest padded head dim that the row serves, for long
+#: queries. TFLOP/s are of an H200, bf16, at 16k keys, full / causal, beside the next best tile.
+_Table = dict[int, tuple[int, int, int, int]]
+_LARGE_SMEM: Final[_Table] = {
+    64: (128, 128, 4, 1),  # 382 / 379; 128x64 with 2 stages 358 / 340
+    80: (128, 64, 4, 2),  # 341 / 352; 1 stage 338 / 339
+    96: (128, 64, 4, 1),  # 397 / 399; 2 stages 365 / 395
+    128: (128, 64, 4, 2),  # 416 / 418; 1 stage is as fast and spills 16 bytes
+    160: (128, 32, 4, 2),  # 421 / 404; 64x64 318 / 324: 32 rows a warp halve the K and V reads
+    192: (64, 64, 4, 1),  # 341 / 350; 128x32 358 / 347, but spills 150 to 200 bytes
+    256: (128, 64, 8, 1),  # 351 / 358; 64x64 333 / 334
 }
-#: 163 KB on sm_80: one stage keeps two blocks on a multiprocessor.
-_MEDIUM_SMEM: Final[dict[int, _Row]] = {**_LARGE_SMEM, 128: (128, 64, 4, 1)}
-#: 99 KB on sm_86 and sm_89. The MMA rate, not shared memory, is the limit there: 16 rows a warp do.
-_SMALL_SMEM: Final[dict[int, _Row]] = {
+#: 163 KB on sm_80: one stage keeps two blocks on a multiprocessor at D=128.
+_MEDIUM_SMEM: Final[_Table] = {**_LARGE_SMEM, 64: (128, 96, 4, 2), 128: (128, 64, 4, 1)}
+#: 99 KB on sm_86 and sm_89. The MMA rate, not shared memory, is the limit there. Not measured.
+_SMALL_SMEM: Final[_Table] = {
     64: (128, 64, 4, 2),
     96: (128, 64, 4, 1),
     128: (128, 32, 4, 1),
     192: (128, 64, 8, 1),
     256: (64, 64, 4, 1),
 }
-_TABLES: Final = {80: _MEDIUM_SMEM, 87: _MEDIUM_SMEM, 90: _LARGE_SMEM, 100: _LARGE_SMEM}
+#: sm_100: not measured; 128x128 would spill 68 bytes there.
+_UNTUNED_LARGE_SMEM: Final[_Table] = {**_LARGE_SMEM, 64: (128, 64, 4, 2)}
+_TABLES: Final = {
+    80: _MEDIUM_SMEM,
+    87: _MEDIUM_SMEM,
+    90: _LARGE_SMEM,
+    100: _UNTUNED_LARGE_SMEM,
+    103: _UNTUNED_LARGE_SMEM,
+}
+#: Loads of single elements need registers for their addresses: smaller steps from D=112 on.
+_ELEMENT: Final[_Table] = {96: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)}
 
-#: The same for fp32 inputs, on every architecture.
-_FP32: Final[dict[int, _Row]] = {
-    64: (64, 32, 4, 2),
-    128: (64, 32, 4, 1),
+#: The same for fp32 inputs, on every architecture: 46 TFLOP/s at D=64 and 47 at D=128.
+_FP32: Final[_Table] = {
+    64: (64, 32, 4, 1),
+    128: (128, 32, 8, 1),
     256: (64, 16, 4, 1),
 }
 
-#: Rows of a tile from which a query tile is worth filling with one position's heads only.
+#: Rows of the largest tile, by which packing is judged.
 _LARGEST_BLOCK_Q: Final = 128
 
 
@@ -95,51 +109,74 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
     """
     limit = max_smem_bytes(arch)
     if rows is RowClass.ROWS16:
-        return _short_query_tile(problem, arch, limit, block_q=16, warps_q=1, warps_kv=4)
+        return _largest_that_fits(problem, arch, _rows16(problem, limit))
     if rows is RowClass.ROWS64:
-        return _short_query_tile(problem, arch, limit, block_q=64, warps_q=4, warps_kv=1)
+        return _largest_that_fits(problem, arch, _rows64(problem, limit))
     dim = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v))
     table = _TABLES.get(arch_number(arch), _SMALL_SMEM)
     if problem.dtype is Dtype.FP32:
         table = _FP32
+    elif problem.access is Access.ELEMENT:
+        table = _ELEMENT
     block_q, block_kv, warps_q, stages = next(row for top, row in table.items() if dim <= top)
+    return _tile(block_q, block_kv, warps_q, 1, stages)
+
+
+def _rows16(problem: Problem, limit: int) -> list[tuple[int, Tile]]:
+    """List (budget in bytes, tile) for one MMA tile of rows: its four warps split the keys.
+
+    Bytes in flight decide. 128 keys and 2 stages in all of a large shared memory read 4.6 TB/s of
+    an H200's 4.6 at 64 x 8k; three stages of 64 keys in half of it, 4.56.
+    """
+    if problem.dtype is Dtype.FP32:
+        deep = [
+            (budget, _tile(16, 64, 1, 4, n)) for n in (2, 1) for budget in (_half(limit), limit)
+        ]
+        return [*deep, (limit, _tile(16, 32, 1, 2, 1))]
+    wide = [(limit, _tile(16, 128, 1, 4, 2))] if limit > _SMALLEST_LARGE_SMEM else []
+    return [
+        *wide,
+        *((_half(limit), _tile(16, 64, 1, 4, stages)) for stages in (3, 2)),
+        *((limit, _tile(16, 64, 1, 4, stages)) for stages in (3, 2, 1)),
+    ]
+
+
+def _rows64(problem: Problem, limit: int) -> list[tuple[int, Tile]]:
+    """List (budget in bytes, tile) for up to 64 rows: 16 a warp, all keys.
+
+    Two stages beat three by 4 % (4.2 TB/s against 4.05 at 8 x 16k, 32 rows, H200).
+    """
+    # fp32 keeps the promoted sums of a step in registers: 64 keys would spill.
+    widths = (64, 32)
+    if problem.dtype is Dtype.FP32:
+        widths = (32, 16) if max(problem.head_dim, problem.head_dim_v) <= 128 else (16, 16)
+    return [
+        (budget, _tile(64, block_kv, 4, 1, stages))
+        for block_kv in widths
+        for budget, stages in ((_half(limit), 2), (limit, 2), (limit, 1))
+    ]
+
+
+def _largest_that_fits(problem: Problem, arch: str, candidates: list[tuple[int, Tile]]) -> Tile:
+    for budget, tile in candidates:
+        if FwdSpec(problem=problem, tile=tile, arch=arch).smem_bytes <= budget:
+            return tile
+    raise InternalError(f"no tile of {candidates} fits {arch} for {problem}")
+
+
+def _half(limit: int) -> int:
+    """Shared memory of a block when two are to fit on a multiprocessor."""
+    return (limit + _RESERVED_SMEM_BYTES) // 2 - _RESERVED_SMEM_BYTES
+
+
+def _tile(block_q: int, block_kv: int, warps_q: int, warps_kv: int, stages: int) -> Tile:
     return Tile(
         block_q=block_q,
         block_kv=block_kv,
         warps_q=warps_q,
-        warps_kv=1,
+        warps_kv=warps_kv,
         stages=stages,
         min_blocks_per_sm=1,
-    )
-
-
-def _short_query_tile(
-    problem: Problem, arch: str, limit: int, *, block_q: int, warps_q: int, warps_kv: int
-) -> Tile:
-    """Choose the tile of a few rows on many keys: bytes in flight decide, so stages come first.
-
-    Three stages in half of the shared memory, so that two blocks fit on a multiprocessor; then two;
-    then whatever fits at all.
-    """
-    is_fp32 = problem.dtype is Dtype.FP32
-    half = (limit + _RESERVED_SMEM_BYTES) // 2 - _RESERVED_SMEM_BYTES
-    wide, narrow = 16 * warps_kv if is_fp32 else 64, 16 * warps_kv
-    shapes = ((half, 3), (half, 2), (limit, 3), (limit, 2), (limit, 1))
-    for block_kv in dict.fromkeys((wide, narrow)):
-        for budget, stages in shapes:
-            tile = Tile(
-                block_q=block_q,
-                block_kv=block_kv,
-                warps_q=warps_q,
-                warps_kv=warps_kv,
-                stages=stages,
-                min_blocks_per_sm=1,
-            )
-            if FwdSpec(problem=problem, tile=tile, arch=arch).smem_bytes <= budget:
-                return tile
-    raise UnsupportedError(
-        f"head_dim {problem.head_dim} and {problem.head_dim_v} in {problem.dtype} on {arch}: "
-        "no tile fits its shared memory; use a 16-bit dtype"
     )
 
 

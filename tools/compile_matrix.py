@@ -82,7 +82,7 @@ def kernel_name(fields: dict[str, str | int]) -> str:
         f"{fields['warps_q']}x{fields['warps_kv']}w",
         f"{fields['stages']}st",
     ]
-    parts += [fields[key] for key in ("access", "index") if fields[key] in ("element", "wide")]
+    parts += [fields["access"]] if fields["access"] == "element" else []
     return " ".join(map(str, parts))
 
 

@@ -251,12 +251,12 @@ def on_cpu() -> bool:
             start = time.perf_counter()
             out = jitattn.attention(q, k, v, mask=jitattn.Causal())
             seconds = time.perf_counter() - start
-            error = relative_error(
-                out, jitattn.reference.reference(q, k, v, mask=jitattn.Causal())
-            )
+            error = relative_error(out, jitattn.reference.reference(q, k, v, mask=jitattn.Causal()))
             right = right and error < bound
             name = str(dtype).removeprefix("torch.")
-            rows.append((scene.name, name, f"{seconds * 1e3:.0f} ms", f"{error:.1e}", f"{bound:.0e}"))
+            rows.append(
+                (scene.name, name, f"{seconds * 1e3:.0f} ms", f"{error:.1e}", f"{bound:.0e}")
+            )
     columns = ("CPU path", "dtype", "time", "rel. error", "bound")
     print_table("the CPU path against the reference (fp64)", columns, rows)
     return right

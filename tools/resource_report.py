@@ -78,9 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"not needed by these kernels: {entry.match}", file=sys.stderr)
     if not arguments.json:
         spills = sum(1 for row in figures if row.spill_bytes)
-        say(
-            f"\n{len(figures)} kernels, {spills} with spills: {'over' if bad else 'within'} budget"
-        )
+        say(f"\n{len(figures)} kernels, {spills} with spills: {'over' if bad else 'within'} budget")
     return 1 if bad else 0
 
 

@@ -16,7 +16,7 @@ struct FwdTraits {
   static_assert(sizeof(FwdParams) == Spec::kParamsBytes, "host and device disagree on FwdParams");
 
   using Mma = typename Conditional<Spec::kNumerics == Numerics::kF32Acc, MmaF32Acc<Spec::kDtype>,
-                                   MmaTf32x3>::type;
+                                   MmaTf32x3<max_of(Spec::kHeadDim, Spec::kHeadDimV)>>::type;
   using Element = typename Mma::Element;
   using ElementOut = typename Conditional<Spec::kOutDtype == Dtype::kFp32, float, uint16_t>::type;
 

@@ -80,9 +80,7 @@ class Compiled:
 def installed(platform: str = sys.platform) -> dict[int, Toolchain]:
     """Find the installed NVRTC wheels, by CUDA major version."""
     found = {}
-    for major, (name, library, builtins) in (
-        _WINDOWS if platform == "win32" else _LINUX
-    ).items():
+    for major, (name, library, builtins) in (_WINDOWS if platform == "win32" else _LINUX).items():
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:

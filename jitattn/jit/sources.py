@@ -12,7 +12,7 @@ from typing import Final
 from jitattn.errors import InternalError
 from jitattn.jit.codegen import HEADER_NAME
 
-_INCLUDE: Final = re.compile(r'^\s*#\s*include\s+(\S+)', re.MULTILINE)
+_INCLUDE: Final = re.compile(r"^\s*#\s*include\s+(\S+)", re.MULTILINE)
 _PACKAGE: Final = Path(__file__).resolve().parents[1]
 
 

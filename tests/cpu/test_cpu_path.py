@@ -128,7 +128,9 @@ def test_16_bit_inputs_are_computed_in_fp32(dtype, out_dtype):
     assert out.dtype == (out_dtype or dtype)
     if out_dtype is None:
         # Rounded once, from a value close to the truth: half an ulp of the largest result.
-        assert (out.double() - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
+        assert (out.double() - expected).abs().max() <= torch.finfo(
+            dtype
+        ).eps * expected.abs().max()
     else:
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
 

@@ -71,7 +71,11 @@ def test_layouts_agree(return_lse):
     q, k, v = random_qkv(2, 5, 7, 4, 2, 8, 6)
     bshd = reference(q, k, v, return_lse=return_lse)
     bhsd = reference(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), layout="bhsd", return_lse=return_lse
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        layout="bhsd",
+        return_lse=return_lse,
     )
     if return_lse:
         assert torch.equal(bshd[1], bhsd[1])
@@ -108,9 +112,7 @@ def test_rows_that_see_nothing_have_no_gradient_and_no_nan():
 
 
 def test_gradients_are_right():
-    q, k, v = (
-        x.requires_grad_() for x in random_qkv(1, 4, 3, 2, 1, 3, 2, dtype=torch.float64)
-    )
+    q, k, v = (x.requires_grad_() for x in random_qkv(1, 4, 3, 2, 1, 3, 2, dtype=torch.float64))
     assert torch.autograd.gradcheck(lambda *x: reference(*x, mask=Causal()), (q, k, v))
 
 

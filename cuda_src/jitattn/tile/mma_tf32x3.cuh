@@ -6,6 +6,9 @@
 // NOTE: the tensor cores truncate when they add to an fp32 accumulator, so long sums drift by up to
 // 2^-23 a step. Sums therefore start from zero every kPromoteSteps steps and are added to the result
 // by ordinary fp32 additions, which round. (notes/0002)
+//
+// NOTE: the split operands of kPromoteSteps steps are held in registers at a time; wide heads, whose
+// output fills the register file, take shorter runs.
 #pragma once
 
 #include "jitattn/enums.cuh"
@@ -18,9 +21,11 @@
 
 namespace jitattn {
 
+template <int kWidestDim>
 struct MmaTf32x3 {
   using Element = float;
-  static constexpr int kPromoteSteps = 4;  // MMA steps (of depth 8) between promotions
+  // MMA steps (of depth 8) between promotions.
+  static constexpr int kPromoteSteps = kWidestDim <= 176 ? 4 : 2;
 
   // Lane addresses in a V tile [keys][columns]: rows 2t and 2t + 1, column g (see add_output).
   template <int kChunks>

@@ -1,0 +1,64 @@
+"""Arrays of other libraries come in through DLPack and go back as what they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import jitattn
+from tests.support.inputs import random_qkv
+
+
+def test_cupy() -> None:
+    cupy = pytest.importorskip("cupy")
+    tensors = random_qkv(2, 30, 50, 4, 2, 64, dtype=torch.float16, device="cuda")
+    arrays = [cupy.from_dlpack(x) for x in tensors]
+    out, lse = jitattn.attention(*arrays, return_lse=True)
+    truth, lse_truth = jitattn.attention(*tensors, return_lse=True)
+    assert isinstance(out, cupy.ndarray)
+    assert torch.equal(torch.from_dlpack(out), truth)
+    assert torch.equal(torch.from_dlpack(lse), lse_truth)
+
+
+def test_cupy_out() -> None:
+    cupy = pytest.importorskip("cupy")
+    tensors = random_qkv(1, 30, 50, 2, 2, 64, dtype=torch.float16, device="cuda")
+    arrays = [cupy.from_dlpack(x) for x in tensors]
+    out = cupy.empty((1, 30, 2, 64), dtype=cupy.float16)
+    assert jitattn.attention(*arrays, out=out) is out
+    assert torch.equal(torch.from_dlpack(out), jitattn.attention(*tensors))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    jax = pytest.importorskip("jax")
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs JAX with a GPU")
+    tensors = random_qkv(2, 30, 50, 4, 2, 64, dtype=torch.bfloat16, device="cuda")
+    arrays = [jax.dlpack.from_dlpack(x) for x in tensors]
+    out = jitattn.attention(*arrays)
+    assert isinstance(out, jax.Array)
+    assert torch.equal(torch.from_dlpack(out), jitattn.attention(*tensors))
+
+
+class _Foreign:
+    """A torch tensor that shows nothing but DLPack."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **arguments: object) -> object:
+        return self.tensor.__dlpack__(**arguments)
+
+    def __dlpack_device__(self) -> object:
+        return self.tensor.__dlpack_device__()
+
+    def __array_namespace__(self) -> object:
+        return torch
+
+
+def test_torch_through_the_door_gives_the_same_bits() -> None:
+    tensors = random_qkv(2, 30, 50, 4, 2, 64, dtype=torch.bfloat16, device="cuda")
+    out = jitattn.attention(*(_Foreign(x) for x in tensors))
+    assert torch.equal(out, jitattn.attention(*tensors))

@@ -1,0 +1,48 @@
+"""Refusals that only a GPU shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import jitattn
+from tests.support.inputs import random_qkv
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_inputs_that_require_grad_are_refused(name: str) -> None:
+    tensors = dict(zip("qkv", random_qkv(dtype=torch.bfloat16, device="cuda"), strict=True))
+    tensors[name].requires_grad_()
+    with (
+        torch.enable_grad(),
+        pytest.raises(jitattn.UnsupportedError, match=r"torch\.no_grad"),
+    ):
+        jitattn.attention(**tensors)
+    assert jitattn.attention(**tensors).isfinite().all()  # under no_grad
+
+
+def test_mixed_devices() -> None:
+    q, k, v = random_qkv(dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(jitattn.InvalidInputError, match="one device"):
+        jitattn.attention(q, k.cpu(), v)
+
+
+@pytest.mark.parametrize(("dtype", "gear"), [(torch.bfloat16, 0), (torch.float32, 4)])
+def test_gears_that_are_not_there(dtype: torch.dtype, gear: int) -> None:
+    q, k, v = random_qkv(dtype=dtype, device="cuda")
+    with pytest.raises(jitattn.UnsupportedError, match=f"gear={gear}"):
+        jitattn.attention(q, k, v, gear=gear)
+
+
+def test_grid_limit_is_said_before_the_launch() -> None:
+    q = torch.empty(1, 1, 1, 64, device="cuda", dtype=torch.bfloat16).expand(2**24, 1, 64, 64)
+    with pytest.raises(jitattn.UnsupportedError, match="CTAs"):
+        jitattn.attention(q, q, q, num_splits=4, out=_huge_out(q))
+
+
+def _huge_out(q: torch.Tensor) -> torch.Tensor:
+    """A result tensor that is never written: only its shape and strides are looked at."""
+    try:
+        return torch.empty(q.shape, device="cuda", dtype=q.dtype)
+    except torch.OutOfMemoryError:
+        pytest.skip("needs 128 GiB for a result that the check comes before")

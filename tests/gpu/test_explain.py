@@ -1,0 +1,49 @@
+"""`explain` tells what `attention` does."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+import jitattn
+from tests.support.inputs import random_qkv
+
+
+def test_record_of_a_chat_call(arch: str) -> None:
+    q, k, v = random_qkv(1, 8, 4096, 8, 2, 128, dtype=torch.bfloat16, device="cuda")
+    record = jitattn.explain(q, k, v, mask=jitattn.Causal())
+    assert record.path == "cuda"
+    assert record.kernel["arch"] == arch
+    assert record.kernel["mask"] == "causal"
+    assert record.row_class == "ROWS64"
+    assert record.heads_per_tile == 4
+    assert record.num_splits > 1
+    assert record.num_ctas == 2 * record.num_splits  # one query tile for each kv head
+    assert 0 < record.registers <= 255
+    assert record.smem_bytes > 0
+    assert json.loads(json.dumps(record.to_dict()))["num_splits"] == record.num_splits
+    text = str(record)
+    assert f"{record.num_splits} splits" in text
+    assert "64 rows" in text
+
+
+def test_nothing_is_launched() -> None:
+    q, k, v = random_qkv(1, 8, 100, 8, 2, 128, dtype=torch.bfloat16, device="cuda")
+    out = torch.full_like(q, float("nan"))
+    jitattn.explain(q, k, v, out=out)
+    assert out.isnan().all()
+
+
+def test_asked_splits_are_reported() -> None:
+    q, k, v = random_qkv(1, 8, 1000, 8, 2, 128, dtype=torch.bfloat16, device="cuda")
+    record = jitattn.explain(q, k, v, num_splits=3)
+    assert record.num_splits == 3
+    assert any("num_splits=3" in reason for reason in record.why)
+
+
+def test_element_access_is_named() -> None:
+    q, k, v = random_qkv(1, 8, 1000, 8, 2, 33, dtype=torch.bfloat16, device="cuda")
+    record = jitattn.explain(q, k, v)
+    assert record.kernel["access"] == "element"
+    assert any("16 bytes" in reason for reason in record.why)

@@ -1,0 +1,53 @@
+"""Runtime facts stay out of the spec: nothing compiles when only they change."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+import jitattn
+from jitattn.jit import build
+from tests.support.inputs import random_qkv
+
+
+def test_lengths_batch_heads_and_strides_compile_nothing() -> None:
+    draw = random.Random(7)
+
+    def call(len_q: int) -> None:
+        heads_kv = draw.randint(1, 3)
+        group = draw.choice((1, 1, 2)) if len_q < 8 else 1
+        q, k, v = random_qkv(
+            draw.randint(1, 3),
+            len_q,
+            draw.randint(1, 900),
+            heads_kv * group,
+            heads_kv,
+            64,
+            dtype=torch.bfloat16,
+            device="cuda",
+        )
+        layout = draw.choice(("bshd", "bhsd"))
+        if layout == "bhsd":
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        jitattn.attention(
+            q,
+            k,
+            v,
+            mask=jitattn.Causal(draw.choice(("bottom_right", "top_left"))),
+            scale=draw.uniform(-1, 1),
+            layout=layout,
+            num_splits=draw.choice((1, 2, 5)),
+            return_lse=draw.random() < 0.5,
+        )
+
+    classes = ((1, 8), (17, 64), (65, 500))  # one kernel each, and one that merges splits
+    for low, high in classes:
+        for _ in range(6):
+            call(draw.randint(low, high))
+    before = build.stats()
+    for low, high in classes:
+        for _ in range(30):
+            call(draw.randint(low, high))
+    after = build.stats()
+    assert (after.compiled, after.disk_hits) == (before.compiled, before.disk_hits)

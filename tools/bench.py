@@ -1,0 +1,363 @@
+"""Benchmarks: ``python tools/bench.py [--section forward,decode,host,compile] [--quick] [--csv F]``.
+
+forward   long prompts beside SDPA's flash (FlashAttention-2) and cuDNN backends, same run, same data
+decode    short queries on a long history beside the same, and a plain read of as many bytes
+host      a warm eager call on the host beside SDPA's
+compile   NVRTC, a disk hit, the first call of a process (needs no GPU but for the last)
+
+Four kinds of numbers that are never mixed: compile (ms), disk load (us), host call (us), kernel (us).
+TFLOP/s count attended pairs only: 4 * D per pair and head. Ratios are peer time over ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+REPOSITORY: Final = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+import torch
+from _table import print_table, say
+from _timing import Spread, host_times, kernel_times, spread
+
+import jitattn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+COLUMNS: Final = (
+    "date", "commit", "section", "shape", "provider", "metric", "p20", "p50", "p80",
+    "gpu", "driver", "nvrtc", "spec",
+)  # fmt: skip
+#: Inputs of all sets together pass this, so that no set stays in L2 (60 MB on an H200).
+_COLD_BYTES: Final = 200e6
+_OURS: Final = "jitattn"
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One call."""
+
+    batch: int
+    len_q: int
+    len_kv: int
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    causal: bool = False
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        """Return a short name."""
+        return (
+            f"B{self.batch} q{self.len_q} kv{self.len_kv} H{self.heads_q}/{self.heads_kv} "
+            f"D{self.head_dim} {'causal' if self.causal else 'full'} "
+            f"{str(self.dtype).removeprefix('torch.')}"
+        )
+
+    @property
+    def pairs(self) -> int:
+        """Attended (query, key) pairs of one head and batch; causal is bottom-right aligned."""
+        if not self.causal:
+            return self.len_q * self.len_kv
+        first = self.len_kv - self.len_q + 1
+        return sum(max(0, first + row) for row in range(self.len_q))
+
+    @property
+    def flops(self) -> int:
+        return 4 * self.batch * self.heads_q * self.pairs * self.head_dim
+
+    @property
+    def kv_bytes(self) -> int:
+        return 2 * self.batch * self.len_kv * self.heads_kv * self.head_dim * self.dtype.itemsize
+
+    def inputs(self) -> list[tuple[torch.Tensor, ...]]:
+        """Random input sets, as many as it takes to be larger than L2."""
+        count = max(1, min(8, round(_COLD_BYTES / max(1, self.kv_bytes))))
+        sizes = ((self.len_q, self.heads_q), (self.len_kv, self.heads_kv))
+
+        def draw(size: tuple[int, int]) -> torch.Tensor:
+            shape = (self.batch, *size, self.head_dim)
+            return torch.randn(shape, device="cuda", dtype=self.dtype)
+
+        return [(draw(sizes[0]), draw(sizes[1]), draw(sizes[1])) for _ in range(count)]
+
+
+@dataclass(slots=True)
+class Report:
+    """Rows for the table and the CSV."""
+
+    common: dict[str, str]
+    rows: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, section: str, shape: str, provider: str, metric: str, figures: Spread) -> None:
+        self.rows.append(
+            {
+                **self.common,
+                "section": section,
+                "shape": shape,
+                "provider": provider,
+                "metric": metric,
+                **{name: f"{getattr(figures, name):.4g}" for name in ("p20", "p50", "p80")},
+            }
+        )
+
+
+def providers(shape: Shape, sets: list[tuple[torch.Tensor, ...]]) -> dict[str, Any]:
+    """Return the calls that compute `shape`, ours first; a peer that refuses it is left out."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    mask = jitattn.Causal() if shape.causal else jitattn.Full()
+    transposed = [tuple(x.transpose(1, 2) for x in one) for one in sets]
+    # SDPA aligns to the top left: with Lq < Lkv its causal flag would ask for other pairs.
+    is_causal = shape.causal and shape.len_q == shape.len_kv
+    calls: dict[str, Callable[[int], Any]] = {
+        _OURS: lambda index: jitattn.attention(*sets[index], mask=mask)
+    }
+    peers = {
+        "sdpa flash": SDPBackend.FLASH_ATTENTION,
+        "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    }
+    for name, backend in peers.items():
+
+        def call(index: int, backend: SDPBackend = backend) -> Any:
+            with sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(
+                    *transposed[index],
+                    is_causal=is_causal,
+                    enable_gqa=shape.heads_q != shape.heads_kv,
+                )
+
+        try:
+            call(0)
+        except RuntimeError as error:
+            say(f"  {name} takes no {shape}: {str(error).splitlines()[0]}")
+        else:
+            calls[name] = call
+    return calls
+
+
+def bench_kernels(section: str, shapes: Sequence[Shape], report: Report, rounds: int) -> None:
+    """Time shapes against the peers."""
+    table = []
+    for shape in shapes:
+        sets = shape.inputs()
+        times = kernel_times(providers(shape, sets), sets=len(sets), rounds=rounds)
+        ours = times[_OURS].p50
+        for name, figures in times.items():
+            report.add(section, str(shape), name, "kernel_us", figures)
+            table.append(
+                (
+                    str(shape),
+                    name,
+                    f"{figures.p50:.1f}",
+                    f"{figures.p20:.1f}..{figures.p80:.1f}",
+                    f"{shape.flops / figures.p50 / 1e6:.0f}",
+                    f"{shape.kv_bytes / figures.p50 / 1e3:.0f}",
+                    f"{figures.p50 / ours:.2f}x",
+                )
+            )
+    columns = ("shape", "provider", "us", "p20..p80", "TFLOP/s", "kv GB/s", "time / ours")
+    print_table(f"{section} (medians of {rounds} rounds)", columns, table)
+
+
+def forward_shapes(quick: bool) -> Iterator[Shape]:
+    """16k tokens and a width of 2048, as the published charts have it."""
+    dims = (64, 128) if quick else (64, 80, 96, 128, 160, 192, 256)
+    for head_dim in dims:
+        for length in (16384,) if quick else (4096, 16384):
+            for causal in (False, True):
+                heads = 2048 // head_dim
+                yield Shape(16384 // length, length, length, heads, heads, head_dim, causal)
+    if not quick:
+        for head_dim in (64, 128):
+            yield Shape(4, 4096, 4096, 8, 8, head_dim, False, torch.float32)
+
+
+def decode_shapes(quick: bool) -> Iterator[Shape]:
+    yield Shape(8, 8, 16384, 32, 8, 128, True)
+    if not quick:
+        yield Shape(8, 16, 32768, 32, 8, 128, True)
+        for batch, length in ((1, 8192), (8, 8192), (64, 8192), (1, 131072)):
+            yield Shape(batch, 1, length, 32, 8, 128)
+        yield Shape(8, 1, 8192, 32, 32, 128)
+
+
+def bench_read(report: Report, rounds: int) -> None:
+    """A plain read: torch.sum over 4 GB, the figure that decode is held against."""
+    data = torch.ones(2**30, device="cuda")
+    figures = kernel_times({"sum": lambda _: data.sum()}, sets=1, rounds=rounds)["sum"]
+    report.add("decode", "read 4 GiB", "torch.sum", "kernel_us", figures)
+    say(f"plain read: {data.nbytes / figures.p50 / 1e3:.0f} GB/s")
+
+
+def bench_host(report: Report, rounds: int) -> None:
+    """Host time of warm eager calls."""
+    shape = Shape(1, 512, 512, 8, 8, 64)
+    q, k, v = shape.inputs()[0]
+    chat = Shape(1, 8, 16384, 32, 8, 128)
+    q_chat, k_chat, v_chat = chat.inputs()[0]
+    transposed = [x.transpose(1, 2) for x in (q, k, v)]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    calls = {
+        (_OURS, str(shape)): lambda: jitattn.attention(q, k, v),
+        (_OURS, f"{chat} (splits: two launches)"): lambda: jitattn.attention(
+            q_chat, k_chat, v_chat
+        ),
+        ("sdpa", str(shape)): lambda: sdpa(*transposed),
+    }
+    table = []
+    for (provider, name), call in calls.items():
+        figures = host_times(call, rounds=rounds * 30)
+        report.add("host", name, provider, "host_us", figures)
+        table.append(
+            (name, provider, f"{figures.p50:.1f}", f"{figures.p20:.1f}..{figures.p80:.1f}")
+        )
+    print_table("host time of a warm eager call", ("shape", "provider", "us", "p20..p80"), table)
+
+
+_COMPILE: Final = """
+import json, sys, time
+from jitattn.jit import nvrtc, sources
+from jitattn.jit.spec import *
+from jitattn.tiles import fwd_spec
+from jitattn.gears import resolve_numerics
+problem = Problem(dtype=Dtype.BF16, out_dtype=Dtype.BF16, head_dim=128, head_dim_v=128,
+                  mask=MaskKind.CAUSAL, numerics=resolve_numerics(None, Dtype.BF16))
+spec = fwd_spec(problem, sys.argv[1], RowClass.MANY)
+compiled = nvrtc.compile_spec(spec, sources.closure(spec.family))
+print(json.dumps({"ms": compiled.compile_ms, "nvrtc": str(nvrtc.toolchain())}))
+"""
+
+_DISK: Final = """
+import json, time
+from jitattn.jit import build
+from jitattn.jit.prebuild import forward_specs
+from jitattn.jit.spec import *
+specs = forward_specs(["sm_90"], [Dtype.BF16], [(128, 128)], [MaskKind.CAUSAL])
+for spec in specs:
+    build.build(spec)
+samples = []
+for _ in range(20):
+    for spec in specs:
+        build.clear_memory()
+        start = time.perf_counter()
+        built = build.build(spec)
+        samples.append((time.perf_counter() - start) * 1e6)
+        assert built.origin == "disk"
+print(json.dumps(samples[len(specs):]))
+"""
+
+
+def _fresh(code: str, *arguments: str, **environment: str) -> Any:
+    """Run Python code in a fresh process, and return the JSON of its last line."""
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def bench_compile(report: Report) -> None:
+    """NVRTC's own time for the D=128 bf16 causal forward, five fresh processes each; disk hits."""
+    from jitattn.jit import nvrtc
+
+    table = []
+    for major in nvrtc.installed():
+        for arch in ("sm_80", "sm_90"):
+            runs = [_fresh(_COMPILE, arch, JITATTN_NVRTC=str(major)) for _ in range(5)]
+            figures = spread([run["ms"] for run in runs])
+            name = f"bf16 D128 causal {arch}"
+            report.add("compile", name, runs[0]["nvrtc"], "compile_ms", figures)
+            table.append((name, runs[0]["nvrtc"], f"{figures.p50:.0f} ms"))
+    with tempfile.TemporaryDirectory() as folder:
+        figures = spread(_fresh(_DISK, JITATTN_CACHE_DIR=folder))
+    report.add("compile", "entries of 16 to 72 KB", _OURS, "disk_hit_us", figures)
+    table.append(("disk hit, entries of 16 to 72 KB", _OURS, f"{figures.p50:.0f} us"))
+    print_table("compile and disk", ("what", "by", "median"), table)
+
+
+def common_facts() -> dict[str, str]:
+    """Return what every row of the CSV says."""
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    facts = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
+        "commit": git.stdout.strip(),
+        "gpu": "",
+        "driver": "",
+        "nvrtc": "",
+        "spec": "",
+    }
+    from jitattn.jit import nvrtc
+
+    facts["nvrtc"] = str(nvrtc.toolchain())
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, check=False)
+        facts["driver"] = found.stdout.strip().partition("\n")[0]
+    return facts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the sections that were asked for."""
+    sections = ("forward", "decode", "host", "compile")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--section", default=None, help=f"some of {','.join(sections)}")
+    parser.add_argument("--quick", action="store_true", help="few shapes, few rounds, no compile")
+    parser.add_argument("--rounds", type=int, default=None, help="timed rounds a shape")
+    parser.add_argument("--csv", type=Path, help="write all rows there")
+    arguments = parser.parse_args(argv)
+    asked = (arguments.section or ",".join(sections[:3] if arguments.quick else sections)).split(
+        ","
+    )
+    if unknown := set(asked) - set(sections):
+        parser.error(f"--section: {', '.join(sorted(unknown))} is none of {', '.join(sections)}")
+    if not torch.cuda.is_available() and set(asked) != {"compile"}:
+        say("torch sees no GPU: only --section compile runs here")
+        asked = ["compile"]
+    rounds = arguments.rounds or (5 if arguments.quick else 15)
+    report = Report(common_facts())
+    with torch.no_grad():
+        if "forward" in asked:
+            bench_kernels("forward", list(forward_shapes(arguments.quick)), report, rounds)
+        if "decode" in asked:
+            bench_read(report, rounds)
+            bench_kernels("decode", list(decode_shapes(arguments.quick)), report, rounds)
+        if "host" in asked:
+            bench_host(report, rounds)
+        if "compile" in asked:
+            bench_compile(report)
+    if arguments.csv:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(report.rows)
+        say(f"wrote {arguments.csv}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
