@@ -90,9 +90,10 @@ def attention(
 
     Notes
     -----
-    Bitwise reproducible: two runs on the same inputs give the same bits. NaN in an input reaches
-    the rows that see it. Dao, "FlashAttention-2", arXiv:2307.08691; Milakov and Gimelshein, "Online
-    normalizer calculation for softmax", arXiv:1805.02867.
+    Bitwise reproducible: two runs on the same inputs give the same bits. A NaN in q or k reaches
+    the rows that see it; one in v may also reach rows to which it is hidden, as 0 * NaN. Papers:
+    Dao, "FlashAttention-2", arXiv:2307.08691; Milakov and Gimelshein, "Online normalizer
+    calculation for softmax", arXiv:1805.02867.
 
     Examples
     --------

@@ -26,7 +26,7 @@ except ImportError as _error:
     sys.exit(2)
 
 
-class _Choices(click.ParamType):
+class _Choices(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
     """A comma-separated list of words from a set."""
 
     name = "list"
@@ -42,7 +42,7 @@ class _Choices(click.ParamType):
         return words
 
 
-class _Archs(click.ParamType):
+class _Archs(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
     """A comma-separated list of architectures: 80,86 or sm_80,sm_86."""
 
     name = "archs"
@@ -57,7 +57,7 @@ class _Archs(click.ParamType):
         return [f"sm_{number}" for number in numbers]
 
 
-class _HeadDims(click.ParamType):
+class _HeadDims(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
     """A comma-separated list of head dims: 64,128, or 192:128 where v's differs."""
 
     name = "dims"

@@ -1,4 +1,4 @@
-"""Timing on a GPU: CUDA graphs over rotating inputs, variants interleaved, medians with p20 and p80."""
+"""Timing on a GPU: CUDA graphs over rotating inputs, variants interleaved, medians and spread."""
 
 from __future__ import annotations
 

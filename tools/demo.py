@@ -1,9 +1,9 @@
 """See jitattn work: ``python tools/demo.py``.
 
-With a GPU: a chat-like call (8 query tokens on a 16k history) and a long prompt, checked against the
-reference, with cold-compile, disk, launch and kernel times beside torch's SDPA. Without one: the
-same kernels compiled for sm_80, sm_86 and sm_90, a second process that compiles nothing, and the CPU
-path against the reference. Uses a cache of its own and leaves nothing behind.
+With a GPU: a chat-like call (8 query tokens on a 16k history) and a long prompt, checked against
+the reference, with cold-compile, disk, launch and kernel times beside torch's SDPA. Without one:
+the same kernels compiled for sm_80, sm_86 and sm_90, a second process that compiles nothing, and
+the CPU path against the reference. Uses a cache of its own and leaves nothing behind.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ struct FwdEpilogue {
   const uint32_t s_addr;
   const int lane_idx, warp_q, warp_kv;
 
-  __device__ FwdEpilogue(const FwdParams& params, uint32_t cta_idx, uint32_t thread_idx, uint32_t s_addr)
+  __device__ FwdEpilogue(const FwdParams& params, uint32_t cta_idx, uint32_t thread_idx,
+                         uint32_t s_addr)
       : params(params),
         rows(params),
         tile(work_tile<Spec>(params, cta_idx)),
@@ -111,7 +112,8 @@ struct FwdEpilogue {
   }
 
   __device__ void write_partial(const Output& r_o, const Softmax& softmax) const {
-    const int64_t rows_of_split = static_cast<int64_t>(params.batch) * params.heads_q * params.len_q;
+    const int64_t rows_of_split =
+        static_cast<int64_t>(params.batch) * params.heads_q * params.len_q;
     for_each_row([&](int m, int half, int row_in_warp) {
       const Place place = place_of(row_in_warp);
       if (!place.exists) return;
@@ -145,12 +147,14 @@ struct FwdEpilogue {
   // ---- Staging of 16-bit results, for 16-byte stores of whole rows.
   using StageLayout = Swizzle<Traits::kDimV * 2 / 16>;
 
-  __device__ void stage_row(const float (&tiles)[Traits::kColumnTiles][4], int half, int row) const {
+  __device__ void stage_row(const float (&tiles)[Traits::kColumnTiles][4], int half,
+                            int row) const {
     const uint32_t s_row = s_addr + StageLayout::offset(row, 0) + (lane_idx & 3) * 4;
 #pragma unroll
     for (int n = 0; n < Traits::kColumnTiles; ++n) {  // an n8 tile is one 16-byte chunk
-      ptx::st_shared_b32(StageLayout::step(s_row, n),
-                         MmaF32Acc<Spec::kOutDtype>::pack(tiles[n][2 * half], tiles[n][2 * half + 1]));
+      ptx::st_shared_b32(
+          StageLayout::step(s_row, n),
+          MmaF32Acc<Spec::kOutDtype>::pack(tiles[n][2 * half], tiles[n][2 * half + 1]));
     }
   }
 
@@ -172,7 +176,8 @@ struct FwdEpilogue {
 
   // ---- Direct stores from the fragments; kPaired if two columns may go in one store.
   template <bool kPaired, class T>
-  __device__ void write_row(T* g_row, const float (&tiles)[Traits::kColumnTiles][4], int half) const {
+  __device__ void write_row(T* g_row, const float (&tiles)[Traits::kColumnTiles][4],
+                            int half) const {
 #pragma unroll
     for (int n = 0; n < Traits::kColumnTiles; ++n) {
       const int column = n * 8 + accumulator_column(lane_idx);

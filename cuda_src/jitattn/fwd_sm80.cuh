@@ -8,7 +8,8 @@
 //             (rows.cuh), and warps that may split the keys of a step among them.
 //
 // Work split  One CTA: kBlockQ rows of one kv head's queries (schedule.cuh) and a range of key
-//             blocks. Warp (warp_q, warp_kv) owns kWarpRows rows and kWarpKeys of each block's keys.
+//             blocks. Warp (warp_q, warp_kv) owns kWarpRows rows and kWarpKeys of each block's
+//             keys.
 //
 // Shared      Q [kBlockQ, kDim] for the whole run, K [kStages][kBlockKv, kDim],
 // memory      V [kStages][kBlockKv, kDimV], all swizzled (tile/swizzle.cuh). Afterwards: partial
@@ -17,7 +18,8 @@
 // Pipeline    kStages >= 2: a ring. Step i waits for its block, meets the one barrier, starts the
 //             copy of block i + kStages - 1 into the buffer that step i - 1 left, and computes.
 //               step i   | wait i | barrier | start i+1 | S_i  softmax  O_i |
-//               step i+1                                 (i+1 lands)        | wait i+1 | barrier ...
+//               step i+1                                 (i+1 lands)        | wait i+1 | barrier
+//               ...
 //             kStages == 1: K and V have a buffer each. V_i lands under S_i, K_i+1 under softmax
 //             and O_i, for two barriers a step and half the shared memory.
 //
@@ -62,15 +64,15 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
   // ---- Pointers for this (batch, head)
   const int64_t kv_head_idx = tile.head_idx / params.heads_per_kv;
   const int64_t batch_idx = tile.batch_idx;
-  const char* g_q = reinterpret_cast<const char*>(
-      static_cast<const Element*>(params.q) + batch_idx * params.q_stride_batch +
-      tile.head_idx * params.q_stride_head);
-  const char* g_k = reinterpret_cast<const char*>(
-      static_cast<const Element*>(params.k) + batch_idx * params.k_stride_batch +
-      kv_head_idx * params.k_stride_head);
-  const char* g_v = reinterpret_cast<const char*>(
-      static_cast<const Element*>(params.v) + batch_idx * params.v_stride_batch +
-      kv_head_idx * params.v_stride_head);
+  const char* g_q = reinterpret_cast<const char*>(static_cast<const Element*>(params.q) +
+                                                  batch_idx * params.q_stride_batch +
+                                                  tile.head_idx * params.q_stride_head);
+  const char* g_k = reinterpret_cast<const char*>(static_cast<const Element*>(params.k) +
+                                                  batch_idx * params.k_stride_batch +
+                                                  kv_head_idx * params.k_stride_head);
+  const char* g_v = reinterpret_cast<const char*>(static_cast<const Element*>(params.v) +
+                                                  batch_idx * params.v_stride_batch +
+                                                  kv_head_idx * params.v_stride_head);
 
   // ---- Shared storage
   extern __shared__ __align__(128) unsigned char s_storage[];
@@ -99,8 +101,9 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
   OnlineSoftmax<Traits::kRowTiles> softmax;
   const float scale_log2 = params.scale_log2;
 
-  // Copies of the next key block, from right to left, into buffer `stage`. The pointers walk: they are
-  // this thread's share of the block to be copied next. Only the last block of a sequence has a tail.
+  // Copies of the next key block, from right to left, into buffer `stage`. The pointers walk: they
+  // are this thread's share of the block to be copied next. Only the last block of a sequence has a
+  // tail.
   int block = range.end - 1;  // of the current step
   const int64_t k_block_bytes = params.k_stride_row * (kBlockKv * kElementBytes);
   const int64_t v_block_bytes = params.v_stride_row * (kBlockKv * kElementBytes);
@@ -149,7 +152,8 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
                     [&](float (&tile)[4], int m) { softmax.exponentiate(tile, m, scale_log2); });
   };
 
-  // ---- Prologue: Q and the first kPrefetch blocks. Only the first one, the right-most, has a tail.
+  // ---- Prologue: Q and the first kPrefetch blocks. Only the first one, the right-most, has a
+  // tail.
   if (block >= range.begin) {
     load_q();
     copy_q.zero_padding(s_q_addr);
@@ -171,7 +175,8 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
     }
     if (params.negate_q) {
       ptx::cp_async_wait<0>();
-      copy_q.negate(s_q_addr);  // each thread its own chunks; the loop's first barrier publishes them
+      copy_q.negate(
+          s_q_addr);  // each thread its own chunks; the loop's first barrier publishes them
     }
   }
 
@@ -185,8 +190,8 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
   int stage = 0;
   auto step = [&](auto is_masked) {
     constexpr bool kIsMasked = decltype(is_masked)::value;
-    // Protects: this step's tiles, written by all threads' copies, before anyone reads them; and the
-    // buffer that the previous step read, before the next copy overwrites it.
+    // Protects: this step's tiles, written by all threads' copies, before anyone reads them; and
+    // the buffer that the previous step read, before the next copy overwrites it.
     ptx::cp_async_wait<kStages == 1 ? 0 : kPrefetch - 1>();
     ptx::barrier_sync<Traits::kNumThreads>();
     if constexpr (kStages > 1) {

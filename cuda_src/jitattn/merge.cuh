@@ -17,14 +17,16 @@ namespace jitattn {
 
 template <class Spec>
 __device__ __forceinline__ void merge_splits(const MergeParams& params) {
-  static_assert(sizeof(MergeParams) == Spec::kParamsBytes, "host and device disagree on MergeParams");
+  static_assert(sizeof(MergeParams) == Spec::kParamsBytes,
+                "host and device disagree on MergeParams");
   static_assert(Spec::kSmemBytes == 0, "the merge kernel uses no shared memory");
   using Element = typename Conditional<Spec::kOutDtype == Dtype::kFp32, float, uint16_t>::type;
   constexpr int kColumns = ceil_div(Spec::kHeadDimV, 32);
   constexpr float kLog2e = 1.4426950408889634f;
 
   const int lane_idx = threadIdx.x % 32;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (Spec::kNumThreads / 32) + threadIdx.x / 32;
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * (Spec::kNumThreads / 32) + threadIdx.x / 32;
   if (row >= params.num_rows) return;
 
   // ---- Maximum over the splits; -inf if the row saw nothing in any of them
@@ -57,7 +59,8 @@ __device__ __forceinline__ void merge_splits(const MergeParams& params) {
 
   // ---- Write
   const int64_t batch_and_head = row / params.len_q, position = row % params.len_q;
-  const int64_t batch_idx = batch_and_head / params.heads_q, head_idx = batch_and_head % params.heads_q;
+  const int64_t batch_idx = batch_and_head / params.heads_q,
+                head_idx = batch_and_head % params.heads_q;
   Element* g_out = static_cast<Element*>(params.out) + batch_idx * params.out_stride_batch +
                    position * params.out_stride_row + head_idx * params.out_stride_head;
   const float inverse = total == 0.f ? 0.f : 1.f / total;

@@ -32,8 +32,8 @@ struct OnlineSoftmax {
   }
 
   // Raise the maxima if any score of the warp asks for it, and rescale the output with them. The
-  // vote is on each lane's own maxima; the quad shares them in the rare branch only. The branch also
-  // keeps the compiler from stretching the live ranges of scores across the exponentials.
+  // vote is on each lane's own maxima; the quad shares them in the rare branch only. The branch
+  // also keeps the compiler from stretching the live ranges of scores across the exponentials.
   template <int kKeyTiles, int kColumnTiles>
   __device__ void update_max(const float (&r_s)[kRowTiles][kKeyTiles][4],
                              float (&r_o)[kRowTiles][kColumnTiles][4], float scale_log2) {

@@ -16,7 +16,7 @@ struct FwdTraits {
   static_assert(sizeof(FwdParams) == Spec::kParamsBytes, "host and device disagree on FwdParams");
 
   using Mma = typename Conditional<Spec::kNumerics == Numerics::kF32Acc, MmaF32Acc<Spec::kDtype>,
-                                   MmaTf32x3<max_of(Spec::kHeadDim, Spec::kHeadDimV)>>::type;
+                                   MmaTf32x3>::type;
   using Element = typename Mma::Element;
   using ElementOut = typename Conditional<Spec::kOutDtype == Dtype::kFp32, float, uint16_t>::type;
 
@@ -62,8 +62,10 @@ struct FwdTraits {
   static constexpr int kSmemBytes = max_of(kBytesLoop, max_of(kBytesOut, kBytesMerge));
   static_assert(kSmemBytes == Spec::kSmemBytes, "host and device disagree on shared memory");
 
-  static_assert(swizzle_check::is_conflict_free<kChunksQk>() && swizzle_check::is_bijection<kChunksQk>());
-  static_assert(swizzle_check::is_conflict_free<kChunksV>() && swizzle_check::is_bijection<kChunksV>());
+  static_assert(swizzle_check::is_conflict_free<kChunksQk>() &&
+                swizzle_check::is_bijection<kChunksQk>());
+  static_assert(swizzle_check::is_conflict_free<kChunksV>() &&
+                swizzle_check::is_bijection<kChunksV>());
 };
 
 }  // namespace jitattn

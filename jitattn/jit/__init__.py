@@ -1,0 +1,1 @@
+"""The lower half: from specs to cubins, on disk and on the GPU."""

@@ -93,7 +93,7 @@ def build(spec: KernelSpec) -> Built:
 
 
 def rebuild(spec: KernelSpec) -> Built:
-    """Compile `spec` afresh, replacing what the cache holds; for a cubin that the driver refused."""
+    """Compile `spec` afresh and replace what the cache holds; for a cubin the driver refused."""
     with _process.lock_of(spec):
         source, compiler, key = _identify(spec)
         mode = settings.cache_mode()
@@ -108,7 +108,7 @@ def stats() -> Stats:
 
 def clear_memory() -> None:
     """Forget every kernel of this process and set the counters to 0. The disk stays as it is."""
-    global _process  # noqa: PLW0603 - replaced as a whole
+    global _process
     _process = _Process()
 
 

@@ -306,11 +306,11 @@ def _parse_metadata(text: bytes) -> Metadata | None:
         kinds: dict[str, type] = {"spec": dict, "options": list, "compile_ms": float}
         values: dict[str, Any] = {}
         for field in fields(Metadata):
-            value = raw[field.name]
+            value: Any = raw[field.name]
             kind = kinds.get(field.name, int if field.type == "int" else str)
             if not isinstance(value, kind):
                 return None
-            values[field.name] = tuple(value) if field.name == "options" else value
+            values[field.name] = tuple(raw["options"]) if field.name == "options" else value
         metadata = Metadata(**values)
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -2,8 +2,8 @@
 
 Facts that shape this file: the library is opened by its full path, whatever CuPy or torch would
 load. NVRTC 13.0 has no RUNPATH, so its builtins are loaded first. From 12.9 on it would use the
-driver's own cache unless told not to. Headers are handed over in memory and the working directory is
-never searched. A process that forks while another thread compiles would hang in the child's next
+driver's own cache unless told not to. Headers are handed over in memory, and the working directory
+is never searched. A process that forks while another thread compiles would hang in the child's next
 compile, so a fork waits for running compiles.
 """
 

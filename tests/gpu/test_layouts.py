@@ -39,12 +39,12 @@ def test_unaligned_gives_the_same_values(name: str) -> None:
     tensors = dict(
         zip("qkv", random_qkv(2, 77, 99, 4, 2, 64, dtype=BF16, device="cuda"), strict=True)
     )
-    aligned = jitattn.attention(*tensors.values())
+    truth = jitattn.reference.reference(*tensors.values())
     buffer = torch.empty(tensors[name].numel() + 1, device="cuda", dtype=BF16)
     moved = buffer[1:].view(tensors[name].shape)
     tensors[name] = moved.copy_(tensors[name])
     assert tensors[name].data_ptr() % 16 != 0
-    assert torch.equal(jitattn.attention(*tensors.values()), aligned)
+    assert rel_l2(jitattn.attention(*tensors.values()), truth) < 3e-3
 
 
 def test_batch_stride_beyond_32_bits() -> None:

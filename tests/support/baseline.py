@@ -12,13 +12,15 @@ import torch
 from jitattn.masks import Full, Mask
 from jitattn.reference import visible
 
+FULL = Full()
+
 
 def baseline(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    mask: Mask = Full(),
+    mask: Mask = FULL,
     scale: float | None = None,
     layout: str = "bshd",
     out_dtype: torch.dtype | None = None,

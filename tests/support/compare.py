@@ -6,8 +6,8 @@ A result passes if, all together:
 - max|actual - truth| <= factor * max|base - truth| + noise, where `base` is the plain computation
   in the same numerics and order reversed (`support.baseline`);
 - max|actual - truth| stays below an absolute cap, so that a bad base excuses nothing;
-- the directions agree: 1 - cos(actual, truth) is small. (A few wrong rows in a large tensor may hide
-  under a maximum, not under this one's counterpart, and the other way round.)
+- the directions agree: 1 - cos(actual, truth) is small. (What hides from a maximum, many small
+  errors of one sign, shows here, and the other way round.)
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ namespace jitattn {
 //
 // A group of kThreadsPerRow lanes walks along a row, so that the swizzle key of a thread never
 // changes and every address is a lane constant plus a multiple of the pass:
-//   thread t: row t / kThreadsPerRow + pass * kRowsPerPass, chunk t % kThreadsPerRow + j * kThreadsPerRow
+//   thread t: row t / kThreadsPerRow + pass * kRowsPerPass, chunk t % kThreadsPerRow + j *
+//   kThreadsPerRow
 template <class Element, int kRows, int kDim, int kPaddedDim, int kNumThreads, Access kAccess>
 struct TileCopy {
   static constexpr int kElementsPerChunk = 16 / sizeof(Element);
@@ -68,10 +69,11 @@ struct TileCopy {
     copy<true>(s_tile_addr, g_share, rows_valid);
   }
 
-  // Start copying rows that lie anywhere: row_offset(row) gives the bytes from g_tensor to a row, or a
-  // negative number for a row that does not exist, which becomes zeros.
+  // Start copying rows that lie anywhere: row_offset(row) gives the bytes from g_tensor to a row,
+  // or a negative number for a row that does not exist, which becomes zeros.
   template <class RowOffset>
-  __device__ void load_rows(uint32_t s_tile_addr, const char* g_tensor, RowOffset row_offset) const {
+  __device__ void load_rows(uint32_t s_tile_addr, const char* g_tensor,
+                            RowOffset row_offset) const {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       if (!row_is_mine(pass)) continue;
@@ -105,8 +107,8 @@ struct TileCopy {
  private:
   template <bool kTail>
   __device__ void copy(uint32_t s_tile_addr, const char* g_row, int rows_valid) const {
-    // NOTE: the pointer walks from pass to pass. An offset for each pass would be hoisted out of the
-    // main loop, where it costs two registers that have to be spilled.
+    // NOTE: the pointer walks from pass to pass. An offset for each pass would be hoisted out of
+    // the main loop, where it costs two registers that have to be spilled.
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass, g_row += pass_bytes) {
       const bool exists = !kTail || row + pass * kRowsPerPass < rows_valid;
@@ -129,8 +131,8 @@ struct TileCopy {
       }
     } else {
       const int columns = kDim - (chunk + j * kThreadsPerRow) * kElementsPerChunk;
-      ptx::st_shared_v4(s_chunk_addr, gather(reinterpret_cast<const Element*>(g_chunk),
-                                             exists ? columns : 0));
+      ptx::st_shared_v4(s_chunk_addr,
+                        gather(reinterpret_cast<const Element*>(g_chunk), exists ? columns : 0));
     }
   }
 
@@ -158,7 +160,8 @@ struct TileCopy {
   }
 
   __device__ uint32_t s_addr(uint32_t s_tile_addr, int pass, int j) const {
-    return s_tile_addr + s_offset + pass * kRowsPerPass * Layout::kRowBytes + j * kThreadsPerRow * 16;
+    return s_tile_addr + s_offset + pass * kRowsPerPass * Layout::kRowBytes +
+           j * kThreadsPerRow * 16;
   }
 };
 

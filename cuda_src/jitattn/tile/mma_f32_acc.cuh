@@ -48,8 +48,9 @@ struct MmaF32Acc {
     }
   }
 
-  // r_o += P V with P = exponentiate(r_s). exponentiate(tile, m) turns the scores of one n8 tile into
-  // probabilities; it is called just before they are needed, so that exponentials and MMAs overlap.
+  // r_o += P V with P = exponentiate(r_s). exponentiate(tile, m) turns the scores of one n8 tile
+  // into probabilities; it is called just before they are needed, so that exponentials and MMAs
+  // overlap.
   template <int kRowTiles, int kKeyTiles, int kColumnTiles, int kChunks, class Exponentiate>
   __device__ static void add_output(float (&r_o)[kRowTiles][kColumnTiles][4],
                                     float (&r_s)[kRowTiles][kKeyTiles][4],
@@ -60,7 +61,7 @@ struct MmaF32Acc {
       uint32_t p[kRowTiles][4];
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        float(&left)[4] = r_s[m][2 * step], (&right)[4] = r_s[m][2 * step + 1];
+        float (&left)[4] = r_s[m][2 * step], (&right)[4] = r_s[m][2 * step + 1];
         exponentiate(left, m);
         exponentiate(right, m);
         // No shuffle: the accumulators of two n8 tiles are the A fragment of one k16 step.

@@ -4,11 +4,8 @@
 // is high*high + high*low + low*high in fp32; low*low is below 2^-22 of it and left out.
 //
 // NOTE: the tensor cores truncate when they add to an fp32 accumulator, so long sums drift by up to
-// 2^-23 a step. Sums therefore start from zero every kPromoteSteps steps and are added to the result
-// by ordinary fp32 additions, which round. (notes/0002)
-//
-// NOTE: the split operands of kPromoteSteps steps are held in registers at a time; wide heads, whose
-// output fills the register file, take shorter runs.
+// 2^-23 a step. Sums therefore start from zero every kPromoteSteps steps and are added to the
+// result by ordinary fp32 additions, which round. (notes/0002)
 #pragma once
 
 #include "jitattn/enums.cuh"
@@ -21,11 +18,9 @@
 
 namespace jitattn {
 
-template <int kWidestDim>
 struct MmaTf32x3 {
   using Element = float;
-  // MMA steps (of depth 8) between promotions.
-  static constexpr int kPromoteSteps = kWidestDim <= 176 ? 4 : 2;
+  static constexpr int kPromoteSteps = 4;  // MMA steps (of depth 8) between promotions
 
   // Lane addresses in a V tile [keys][columns]: rows 2t and 2t + 1, column g (see add_output).
   template <int kChunks>
@@ -89,8 +84,8 @@ struct MmaTf32x3 {
     }
   }
 
-  // r_o += P V with P = exponentiate(r_s). The order of the keys within a step of 8 is free as long as
-  // A and B agree: contraction index t stands for key 2t, index t + 4 for key 2t + 1, so that a
+  // r_o += P V with P = exponentiate(r_s). The order of the keys within a step of 8 is free as long
+  // as A and B agree: contraction index t stands for key 2t, index t + 4 for key 2t + 1, so that a
   // lane's accumulators are its A fragment without a shuffle.
   template <int kRowTiles, int kKeyTiles, int kColumnTiles, int kChunks, class Exponentiate>
   __device__ static void add_output(float (&r_o)[kRowTiles][kColumnTiles][4],
@@ -106,7 +101,7 @@ struct MmaTf32x3 {
         if (first + i >= kKeyTiles) continue;
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-          float(&tile)[4] = r_s[m][first + i];
+          float (&tile)[4] = r_s[m][first + i];
           exponentiate(tile, m);
           const float a[4] = {tile[0], tile[2], tile[1], tile[3]};
           p[i][m].set(a);

@@ -13,7 +13,10 @@ namespace jitattn {
 // kChunks needs no XOR for that, and has kSpan = 1. Rows 8 apart share a key.
 template <int kChunks>
 struct Swizzle {
-  static constexpr int kSpan = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1;
+  static constexpr int kSpan = kChunks % 8 == 0   ? 8
+                               : kChunks % 4 == 0 ? 4
+                               : kChunks % 2 == 0 ? 2
+                                                  : 1;
   static constexpr int kShift = kSpan == 8 ? 0 : kSpan == 4 ? 1 : kSpan == 2 ? 2 : 3;
   static constexpr int kRowBytes = kChunks * 16;
 

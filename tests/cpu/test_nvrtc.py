@@ -1,0 +1,194 @@
+"""The compiler: which one, how, and what it says when it fails."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jitattn.errors import CompileError, UnsupportedError
+from jitattn.jit import nvrtc
+from jitattn.jit.cache import is_cubin_for
+from jitattn.jit.sources import closure
+
+from .specs import forward_spec, merge_spec
+
+
+@pytest.fixture
+def no_memo() -> None:
+    nvrtc._toolchain.cache_clear()
+    yield
+    nvrtc._toolchain.cache_clear()
+
+
+@pytest.mark.parametrize("major", [12, 13])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
+def test_both_compilers_compile_for_every_architecture(major: int, arch: str) -> None:
+    found = nvrtc.installed()
+    if major not in found:
+        pytest.skip(f"needs NVRTC {major}")
+    if arch in ("sm_100", "sm_120") and found[major].version < (12, 8):
+        pytest.skip(f"{arch} needs NVRTC 12.8 or newer")
+    compiled = nvrtc.compile_spec(merge_spec(arch), closure("merge"), found[major])
+    assert is_cubin_for(compiled.cubin, arch)
+    assert 16 <= compiled.registers <= 64
+    assert compiled.spill_bytes == 0
+
+
+def test_options_are_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = (
+        nvrtc.Toolchain(version=version, library=Path("x"), builtins=())
+        for version in ((12, 6, 85), (13, 0, 88))
+    )
+    base = nvrtc.options(merge_spec("sm_86"), old)
+    assert "--gpu-architecture=sm_86" in base
+    assert "--no-source-include" in base
+    assert "--no-cache" not in base
+    assert set(nvrtc.options(merge_spec("sm_86"), new)) == {*base, "--no-cache"}
+    monkeypatch.setenv("JITATTN_LINEINFO", "1")
+    monkeypatch.setenv("JITATTN_DEBUG_ASSERT", "1")
+    switched = nvrtc.options(merge_spec("sm_86"), old)
+    assert set(switched) == {*base, "-lineinfo", "-DJITATTN_DEBUG_ASSERT"}
+
+
+@pytest.mark.usefixtures("no_memo")
+@pytest.mark.parametrize(
+    ("driver", "majors", "expected"),
+    [(None, (12, 13), 13), (13, (12, 13), 13), (12, (12, 13), 12), (13, (12,), 12)],
+)
+def test_choice_by_driver(
+    monkeypatch: pytest.MonkeyPatch, driver: int | None, majors: tuple[int, ...], expected: int
+) -> None:
+    found = {
+        major: nvrtc.Toolchain(version=(major, 1, 2), library=Path("x"), builtins=())
+        for major in majors
+    }
+    monkeypatch.setattr(nvrtc, "installed", lambda: found)
+    monkeypatch.setattr(nvrtc, "_driver_major", lambda: driver)
+    assert nvrtc.toolchain() is found[expected]
+    assert str(nvrtc.toolchain()) == f"nvrtc {expected}.1.2"
+
+
+@pytest.mark.usefixtures("no_memo")
+@pytest.mark.parametrize(
+    ("driver", "majors", "text"),
+    [(12, (13,), r"jitattn\[cu12\]"), (13, (), r"jitattn\[cu13\]")],
+)
+def test_no_usable_compiler(
+    monkeypatch: pytest.MonkeyPatch, driver: int, majors: tuple[int, ...], text: str
+) -> None:
+    found = {
+        major: nvrtc.Toolchain(version=(major, 0), library=Path("x"), builtins=())
+        for major in majors
+    }
+    monkeypatch.setattr(nvrtc, "installed", lambda: found)
+    monkeypatch.setattr(nvrtc, "_driver_major", lambda: driver)
+    with pytest.raises(CompileError, match=text):
+        nvrtc.toolchain()
+
+
+@pytest.mark.usefixtures("no_memo")
+@pytest.mark.parametrize("major", [12, 13])
+def test_override(monkeypatch: pytest.MonkeyPatch, major: int) -> None:
+    monkeypatch.setenv("JITATTN_NVRTC", str(major))
+    if major in nvrtc.installed():
+        assert nvrtc.toolchain().version[0] == major
+    else:
+        with pytest.raises(CompileError, match=rf"cu{major}"):
+            nvrtc.toolchain()
+
+
+def test_windows_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Distribution:
+        version = "12.9.86"
+
+        def locate_file(self, path: str) -> Path:
+            return tmp_path / path
+
+    folder = tmp_path / "nvidia" / "cuda_nvrtc" / "bin"
+    folder.mkdir(parents=True)
+    for name in ("nvrtc64_120_0.dll", "nvrtc-builtins64_129.dll", "other.dll"):
+        (folder / name).touch()
+
+    def distribution(name: str) -> Distribution:
+        if name == "nvidia-cuda-nvrtc-cu12":
+            return Distribution()
+        raise nvrtc.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(nvrtc.importlib.metadata, "distribution", distribution)
+    found = nvrtc.installed("win32")
+    assert list(found) == [12]
+    assert found[12].library == folder / "nvrtc64_120_0.dll"
+    assert found[12].builtins == (folder / "nvrtc-builtins64_129.dll",)
+
+
+def test_unknown_architecture_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match=r"sm_199 is not known to nvrtc 1[23]\."):
+        nvrtc.compile_spec(merge_spec("sm_199"), closure("merge"))
+
+
+def test_compile_error_says_all_that_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JITATTN_KEEP_SOURCE", str(tmp_path))
+    spec = merge_spec("sm_86")
+    good = closure("merge")
+    bad = replace(good, entry=good.entry.replace("jitattn::merge_splits", "jitattn::nothing"))
+    with pytest.raises(CompileError) as caught:
+        nvrtc.compile_spec(spec, bad)
+    error, text = caught.value, str(caught.value)
+    assert "nothing" in text.splitlines()[0]
+    assert "error" in text.splitlines()[0]
+    assert spec.to_key() in text
+    assert error.spec == spec
+    assert error.source_dir is not None
+    assert error.source_dir.parent == tmp_path
+    assert f"nvcc -cubin -arch=sm_86 -std=c++17 -ftz=true -I {error.source_dir}" in text
+    assert (error.source_dir / "entry" / "merge.cu").read_text() == bad.entry
+    assert (error.source_dir / "jitattn_spec.h").is_file()
+    for name, header in good.headers.items():
+        assert (error.source_dir / name).read_text() == header
+
+
+@pytest.mark.parametrize("field", ["smem", "params"])
+def test_host_and_device_must_agree(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    honest = nvrtc.render
+
+    def lying(spec: object) -> str:
+        return re.sub(rf"(k{field.capitalize()}Bytes = )\d+", r"\g<1>8", honest(spec))
+
+    monkeypatch.setattr(nvrtc, "render", lying)
+    with pytest.raises(CompileError, match="host and device disagree"):
+        nvrtc.compile_spec(forward_spec(), closure("fwd"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_fork_waits_for_a_running_compile() -> None:
+    started = threading.Event()
+
+    def work() -> None:
+        started.set()
+        nvrtc.compile_spec(forward_spec("sm_90"), closure("fwd"))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    started.wait()
+    time.sleep(0.05)  # now NVRTC is at work
+    child = os.fork()
+    if child == 0:
+        signal.alarm(15)  # a hang ends the child with a signal
+        try:
+            nvrtc.compile_spec(merge_spec("sm_90"), closure("merge"))
+        except BaseException:  # noqa: BLE001 - whatever it is, the parent must hear of it
+            os._exit(1)
+        os._exit(0)
+    thread.join()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
