@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from jitattn.errors import JitAttnError
 from jitattn.gears import resolve_numerics
-from jitattn.jit.build import build
+from jitattn.jit.build import build, stats
 from jitattn.jit.spec import (
     Access,
     Dtype,
@@ -91,9 +91,10 @@ def build_all(specs: Sequence[KernelSpec], jobs: int | None = None) -> Iterator[
 
 
 def _build_one(spec: KernelSpec) -> Outcome:
-    start = time.perf_counter()
+    start, compiled = time.perf_counter(), stats().compiled
     try:
         built = build(spec)
     except JitAttnError as error:
         return Outcome(spec, "failed", time.perf_counter() - start, 0, str(error))
-    return Outcome(spec, built.origin, time.perf_counter() - start, len(built.cubin), "")
+    origin = "compiled" if stats().compiled > compiled else "disk"
+    return Outcome(spec, origin, time.perf_counter() - start, len(built.cubin), "")

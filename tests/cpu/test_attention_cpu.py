@@ -1,0 +1,75 @@
+"""The public function on CPU tensors, its docstring, and the exception tree."""
+
+from __future__ import annotations
+
+import doctest
+import json
+
+import pytest
+import torch
+
+import jitattn
+from jitattn import attention as attention_function
+
+from ..support.check import check_case
+from ..support.grids import EDGE, Case
+from ..support.inputs import random_qkv
+
+#: Every seventh case: the grid's own order spreads dims, lengths, heads, memory and splits.
+SAMPLE = [case for case in EDGE[::7] if case.variant != "wide_row"]
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=[case.name for case in SAMPLE])
+def test_sample_of_the_edge_grid(case: Case) -> None:
+    check_case(case, jitattn.attention)
+
+
+def test_docstring_example() -> None:
+    import sys
+
+    module = sys.modules["jitattn.attention"]
+    finder = doctest.DocTestFinder(recurse=False)
+    (test,) = finder.find(attention_function, module=module, globs={})
+    results = doctest.DocTestRunner().run(test)
+    assert results.attempted >= 4
+    assert results.failed == 0
+
+
+def test_gradients_flow() -> None:
+    q, k, v = (x.requires_grad_() for x in random_qkv(1, 6, 9, 2, 1, 16))
+    jitattn.attention(q, k, v, mask=jitattn.Causal()).square().sum().backward()
+    grads = [x.grad.clone() for x in (q, k, v)]
+    for x in (q, k, v):
+        x.grad = None
+    jitattn.reference.reference(q, k, v, mask=jitattn.Causal()).square().sum().backward()
+    for grad, x in zip(grads, (q, k, v), strict=True):
+        torch.testing.assert_close(grad, x.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_explain_names_the_cpu_path() -> None:
+    record = jitattn.explain(*random_qkv(1, 6, 9, 2, 1, 16))
+    assert record.path == "cpu"
+    assert record.kernel == {}
+    assert json.loads(json.dumps(record.to_dict()))["problem"]["len_kv"] == 9
+    assert "CPU" in str(record)
+
+
+@pytest.mark.parametrize("gear", [0, 1, 3, 4])
+def test_gears_that_are_not_there_are_refused_by_name(gear: int) -> None:
+    q, k, v = random_qkv(dtype=torch.bfloat16)
+    with pytest.raises(jitattn.UnsupportedError, match=f"gear={gear} for bf16"):
+        jitattn.attention(q, k, v, gear=gear)
+
+
+def test_gears_0_to_2_are_one_for_fp32() -> None:
+    q, k, v = random_qkv()
+    results = [jitattn.attention(q, k, v, gear=gear) for gear in (None, 0, 1, 2)]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_exception_tree() -> None:
+    assert issubclass(jitattn.InvalidInputError, (jitattn.JitAttnError, ValueError))
+    assert issubclass(jitattn.UnsupportedError, NotImplementedError)
+    for name in ("UnsupportedError", "CompileError", "CacheError", "LaunchError", "InternalError"):
+        assert issubclass(getattr(jitattn, name), jitattn.JitAttnError)
+    assert issubclass(jitattn.CacheMissError, jitattn.CacheError)

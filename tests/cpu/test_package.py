@@ -1,0 +1,109 @@
+"""What importing does not do, and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "jitattn"
+MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
+TORCH_MAY = {
+    "attention.py", "cpu.py", "dispatch.py", "explain.py", "interop.py", "problem.py",
+    "reference.py",
+}  # fmt: skip
+CUPY_MAY = {"jit/device.py", "jit/launch.py", "jit/nvrtc.py"}
+
+
+def imports_at_run_time(path: Path) -> set[str]:
+    """Modules that a file imports, those for type checkers aside."""
+    tree = ast.parse((ROOT / path).read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            found.add(str(node.module))
+    return found
+
+
+def names(module: str, found: set[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for name in found)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=map(str, MODULES))
+def test_import_rules(path: Path) -> None:
+    found = imports_at_run_time(path)
+    own = path.relative_to("jitattn").as_posix()
+    if own not in TORCH_MAY:
+        assert not names("torch", found)
+    if own not in CUPY_MAY:
+        assert not names("cupy", found)
+    if own == "jit/spec.py":
+        assert not names("jitattn", found)
+    if own == "reference.py":  # the oracle shares no code with what it judges
+        assert not names("jitattn.cpu", found)
+        assert not names("jitattn.problem", found)
+    if own.startswith("jit/"):  # nothing below asks anything above
+        for upper in ("attention", "dispatch", "explain", "problem", "cpu", "interop", "cli"):
+            assert not names(f"jitattn.{upper}", found)
+
+
+def test_import_loads_neither_torch_nor_cupy() -> None:
+    code = (
+        "import sys, jitattn; jitattn.Causal(); jitattn.InvalidInputError;"
+        "print(sorted({'torch', 'cupy', 'numpy', 'filelock'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_there() -> None:
+    import jitattn
+
+    for name in jitattn.__all__:
+        assert getattr(jitattn, name) is not None
+    assert callable(jitattn.attention)
+    assert callable(jitattn.explain)
+    with pytest.raises(AttributeError, match="nothing"):
+        jitattn.nothing  # noqa: B018
+
+
+CUDA_FILES = sorted(
+    path.relative_to(ROOT / "cuda_src")
+    for path in (ROOT / "cuda_src").rglob("*")
+    if path.suffix in (".cu", ".cuh")
+)
+
+
+@pytest.mark.parametrize("path", CUDA_FILES, ids=map(str, CUDA_FILES))
+def test_cuda_include_rules(path: Path) -> None:
+    text = (ROOT / "cuda_src" / path).read_text()
+    included = re.findall(r'#include (["<].*?[">])', text)
+    own = path.as_posix()
+    kernels = {'"jitattn/fwd_sm80.cuh"', '"jitattn/merge.cuh"'}
+    if own.startswith("jitattn/ptx/"):
+        assert set(included) <= {'"jitattn/types.cuh"'}
+    else:
+        assert not re.search(r"\basm\b", text)
+    if not own.startswith("entry/"):
+        assert not kernels & set(included)
+        assert text.count("#pragma once") == 1
+    for name in included:
+        assert name.startswith('"jitattn/') or name == '"jitattn_spec.h"'
