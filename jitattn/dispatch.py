@@ -151,15 +151,15 @@ def _run_cuda(
             if is_bshd
             else (batch, heads_q, len_q, problem.head_dim_v)
         )
-        out = torch.empty(shape, dtype=out_dtype or q.dtype, device=q.device)
+        out = q.new_empty(shape, dtype=out_dtype)
     lse = (
         torch.empty((batch, heads_q, len_q), dtype=torch.float32, device=q.device)
         if return_lse
         else None
     )
     if batch * heads_q * len_q:
-        device_index = q.device.index
-        if device_index == torch.cuda.current_device():
+        device_index = q.get_device()
+        if device_index == torch._C._cuda_getDevice():
             _launch(q, k, v, out, lse, problem, runtime, is_bshd, device_index, num_splits)
         else:
             with torch.cuda.device(device_index):

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn, TypeAlias
 
 import torch
 
@@ -45,8 +44,7 @@ _MAX_SCALE: Final = 3.4e38 / math.log2(math.e)
 _problems: dict[tuple[object, ...], Problem] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Runtime:
+class Runtime(NamedTuple):
     """What a call hands to a kernel beside the code: sizes, strides and numbers.
 
     Strides are in elements, as (batch, row, head), whatever the layout was.
@@ -112,24 +110,44 @@ def parse(
     _check_options(q, gear, out_dtype, num_splits, return_lse)
     result_dtype = q.dtype if out_dtype is None else out_dtype
 
-    q_strides = _strides("q", q, row, head)
-    k_strides = _strides("k", k, row, head)
-    v_strides = _strides("v", v, row, head)
+    try:
+        q_stride, k_stride, v_stride = q.stride(), k.stride(), v.stride()
+        # The low bits of an "or" are clear exactly when those of every part are.
+        address = q.data_ptr() | k.data_ptr() | v.data_ptr()
+        odd = q_stride[3] != 1 or k_stride[3] != 1 or v_stride[3] != 1 or q.is_neg()
+        odd = odd or k.is_neg() or v.is_neg()
+    except RuntimeError:  # sparse, nested, inside a transform
+        odd = True
+    if odd:  # name what is wrong, if it is wrong
+        address = _address("q", q) | _address("k", k) | _address("v", v)
+        q_stride, k_stride, v_stride = _stride("q", q), _stride("k", k), _stride("v", v)
+    # A stride that no index passes says nothing.
+    q_strides = qb, qr, qh = (
+        q_stride[0] if batch > 1 else 0,
+        q_stride[row] if len_q > 1 else 0,
+        q_stride[head] if heads_q > 1 else 0,
+    )
+    k_strides = kb, kr, kh = (
+        k_stride[0] if batch > 1 else 0,
+        k_stride[row] if len_kv > 1 else 0,
+        k_stride[head] if heads_kv > 1 else 0,
+    )
+    v_strides = vb, vr, vh = (
+        v_stride[0] if batch > 1 else 0,
+        v_stride[row] if len_kv > 1 else 0,
+        v_stride[head] if heads_kv > 1 else 0,
+    )
     size = q.element_size()
-    # The low bits of an "or" are clear exactly when those of every part are.
-    address = _address("q", q) | _address("k", k) | _address("v", v)
-    qb, qr, qh = q_strides
-    kb, kr, kh = k_strides
-    vb, vr, vh = v_strides
     units = (qb | qr | qh | kb | kr | kh | vb | vr | vh | head_dim | head_dim_v) * size
     if out is not None:
         shape = (batch, len_q, heads_q, head_dim_v)
         if layout == "bhsd":
             shape = (batch, heads_q, len_q, head_dim_v)
         _check_out(out, (q, k, v), shape, result_dtype)
-        ob, orow, oh = _strides("out", out, row, head)
         address |= _address("out", out)
-        units |= (ob | orow | oh | head_dim_v) * out.element_size()
+        steps = zip(_stride("out", out)[:3], shape, strict=False)
+        for unit in (head_dim_v, *(step for step, count in steps if count > 1)):
+            units |= unit * out.element_size()
 
     aligned = (address | units) & 15 == 0
     key = (q.dtype, result_dtype, head_dim, head_dim_v, type(mask), gear, aligned)
@@ -202,23 +220,18 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, row: int, head: int) -> _Sizes:
     return batch, len_q, len_kv, heads_q, heads_kv, head_dim, shape_v[3]
 
 
-def _strides(name: str, tensor: Tensor, row: int, head: int) -> Strides:
-    """Return (batch, row, head) strides, 0 where no index passes them."""
-    shape = tensor.shape
+def _stride(name: str, tensor: Tensor) -> tuple[int, ...]:
+    """Return the strides of a tensor whose last one is 1, or passed by no index."""
     try:
         stride = tensor.stride()
     except RuntimeError as error:  # sparse, nested …
         raise _no_plain_memory(name, tensor) from error
-    if stride[3] != 1 and shape[3] > 1:
+    if stride[3] != 1 and tensor.shape[3] > 1:
         raise InvalidInputError(
             f"{name} has strides {tuple(stride)}: the last one must be 1; "
             f"call {name}.contiguous() first"
         )
-    return (
-        stride[0] if shape[0] > 1 else 0,
-        stride[row] if shape[row] > 1 else 0,
-        stride[head] if shape[head] > 1 else 0,
-    )
+    return stride
 
 
 def _address(name: str, tensor: Tensor) -> int:
