@@ -107,6 +107,8 @@ def plan(problem: Problem, runtime: Runtime, device_index: int, num_splits: int 
         rows = RowClass.ROWS16 if num_rows <= RowClass.ROWS16 else RowClass.ROWS64
     kernel = _fwd_kernels.get((problem, rows, device_index))
     if kernel is None:
+        # Whether the keys are split depends on lengths, which must compile nothing: load both now.
+        _merge_kernel(problem, device_index)
         spec = fwd_spec(problem, device(device_index).arch, rows)
         kernel = _FwdKernel(_kernel(spec, device_index), spec.tile.block_q, spec.tile.block_kv)
         _fwd_kernels[problem, rows, device_index] = kernel

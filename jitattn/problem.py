@@ -226,6 +226,8 @@ def _stride(name: str, tensor: Tensor) -> tuple[int, ...]:
         stride = tensor.stride()
     except RuntimeError as error:  # sparse, nested …
         raise _no_plain_memory(name, tensor) from error
+    if tensor.layout is not torch.strided:
+        raise _no_plain_memory(name, tensor)
     if stride[3] != 1 and tensor.shape[3] > 1:
         raise InvalidInputError(
             f"{name} has strides {tuple(stride)}: the last one must be 1; "

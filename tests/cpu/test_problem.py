@@ -148,3 +148,10 @@ def test_out_may_not_be_an_input() -> None:
 def test_mask_refuses_an_unknown_corner() -> None:
     with pytest.raises(InvalidInputError, match="align='center'"):
         Causal("center")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_sparse_tensors_are_refused(size: int) -> None:
+    q = torch.ones(1, size, size, 1).to_sparse()
+    with pytest.raises(InvalidInputError, match=r"to_dense\(\)"):
+        parse_default(q, q, q)

@@ -12,6 +12,8 @@ import pytest
 
 from jitattn.jit import nvrtc
 
+pytestmark = pytest.mark.slow  # each starts processes that import torch and CuPy
+
 _CALL = """
 import json, torch, jitattn
 from jitattn.jit import build
@@ -44,16 +46,16 @@ def call_in_fresh_process(cache: Path, **environment: str) -> tuple[int, int, fl
 
 def test_second_process_compiles_nothing(tmp_path: Path) -> None:
     compiled, disk_hits, error, _ = call_in_fresh_process(tmp_path)
-    assert (compiled, disk_hits) == (1, 0)
+    assert (compiled, disk_hits) == (2, 0)  # the forward kernel, and the one that merges splits
     assert error < 5e-3
     compiled, disk_hits, error, _ = call_in_fresh_process(tmp_path)
-    assert (compiled, disk_hits) == (0, 1)
+    assert (compiled, disk_hits) == (0, 2)
     assert error < 5e-3
 
 
 def test_damaged_cubin_is_compiled_anew(tmp_path: Path) -> None:
     call_in_fresh_process(tmp_path)
-    (cubin,) = tmp_path.glob("v1/*/*.cubin")
+    cubin = max(tmp_path.glob("v1/*/*.cubin"), key=lambda path: path.stat().st_size)
     damaged = bytearray(cubin.read_bytes())
     damaged[len(damaged) // 2] ^= 0x10
     cubin.write_bytes(damaged)
@@ -68,7 +70,7 @@ def test_kernels_of_both_compilers_run(tmp_path: Path, major: int) -> None:
     if major not in nvrtc.installed():
         pytest.skip(f"needs NVRTC {major}")
     compiled, _, error, made_by = call_in_fresh_process(tmp_path, JITATTN_NVRTC=str(major))
-    assert compiled == 1
+    assert compiled == 2
     assert made_by.startswith(f"nvrtc {major}.")
     assert error < 5e-3
 
@@ -77,5 +79,5 @@ def test_no_cache_directory(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     compiled, _, error, _ = call_in_fresh_process(blocked)
-    assert compiled == 1
+    assert compiled == 2
     assert error < 5e-3

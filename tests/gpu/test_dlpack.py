@@ -29,6 +29,28 @@ def test_cupy_out() -> None:
     assert torch.equal(torch.from_dlpack(out), jitattn.attention(*tensors))
 
 
+def test_cupy_stream_is_waited_for_and_made_to_wait() -> None:
+    """Arrays made in a CuPy stream go through torch's, and the result back, in order."""
+    cupy = pytest.importorskip("cupy")
+    tensors = random_qkv(2, 30, 50, 4, 2, 64, dtype=torch.float16, device="cuda")
+    truth = jitattn.attention(*tensors)
+    late = [torch.full_like(x, float("nan")) for x in tensors]
+    result = torch.full_like(truth, float("nan"))
+    torch.cuda.synchronize()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        arrays = [cupy.from_dlpack(x) for x in late]
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr)):
+            torch.cuda._sleep(50_000_000)
+            for x, values in zip(late, tensors, strict=True):
+                x.copy_(values)
+        out = jitattn.attention(*arrays)  # in torch's default stream
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr)):
+            result.copy_(torch.from_dlpack(out))
+    stream.synchronize()
+    assert torch.equal(result, truth)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_jax(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

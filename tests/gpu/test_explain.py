@@ -47,3 +47,27 @@ def test_element_access_is_named() -> None:
     record = jitattn.explain(q, k, v)
     assert record.kernel["access"] == "element"
     assert any("16 bytes" in reason for reason in record.why)
+
+
+def test_reported_splits_are_those_of_the_call() -> None:
+    q, k, v = random_qkv(1, 8, 4096, 8, 2, 128, dtype=torch.bfloat16, device="cuda")
+    splits = jitattn.explain(q, k, v).num_splits
+    assert splits > 1
+    chosen = jitattn.attention(q, k, v)
+    assert torch.equal(chosen, jitattn.attention(q, k, v, num_splits=splits))
+    assert not torch.equal(chosen, jitattn.attention(q, k, v, num_splits=1))
+
+
+def test_text_names_the_tile() -> None:
+    q, k, v = random_qkv(1, 300, 300, 2, 2, 128, dtype=torch.bfloat16, device="cuda")
+    record = jitattn.explain(q, k, v)
+    tile = record.kernel
+    assert f"{tile['block_q']} rows x {tile['block_kv']} keys" in str(record)
+    assert record.row_class == "MANY"
+
+
+def test_result_without_elements_has_no_kernel() -> None:
+    q = torch.empty(1, 0, 2, 64, device="cuda", dtype=torch.bfloat16)
+    record = jitattn.explain(q, q, q)
+    assert record.path == "none"
+    assert record.kernel == {}

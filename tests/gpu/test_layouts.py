@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 
@@ -47,27 +49,57 @@ def test_unaligned_gives_the_same_values(name: str) -> None:
     assert rel_l2(jitattn.attention(*tensors.values()), truth) < 3e-3
 
 
-def test_batch_stride_beyond_32_bits() -> None:
-    q, k, v = random_qkv(2, 40, 50, 2, 2, 64, dtype=BF16, device="cuda")
+@pytest.fixture
+def far() -> Iterator[Callable[..., torch.Tensor]]:
+    """Make tensors with strides of choice in a buffer of gigabytes, NaN outside of them."""
+
+    def make(values: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+        span = 1 + sum((size - 1) * step for size, step in zip(values.shape, strides, strict=True))
+        try:
+            buffer = torch.full((span,), float("nan"), device="cuda", dtype=values.dtype)
+        except torch.OutOfMemoryError:
+            pytest.skip(f"needs {span * values.element_size() >> 30} GiB of GPU memory")
+        return buffer.as_strided(values.shape, strides).copy_(values)
+
+    yield make
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("len_q", [1, 40, 100])
+def test_batch_stride_beyond_32_bits(far: Callable[..., torch.Tensor], len_q: int) -> None:
+    q, k, v = random_qkv(2, len_q, 50, 2, 2, 64, dtype=BF16, device="cuda")
     truth = jitattn.attention(q, k, v)
-    step = 2**31 + 64
-    buffer = torch.empty(step + 2 * 50 * 2 * 64, device="cuda", dtype=BF16)
-    far = buffer.as_strided(k.shape, (step, 128, 64, 1)).copy_(k)
-    assert torch.equal(jitattn.attention(q, far, v), truth)
-    assert torch.equal(jitattn.attention(q, k, far), jitattn.attention(q, k, k))
+    assert rel_l2(truth, jitattn.reference.reference(q, k, v)) < 3e-3
+    strides = (2**31 + 64, 128, 64, 1)
+    assert torch.equal(jitattn.attention(q, far(k, strides), v), truth)
+    assert torch.equal(jitattn.attention(q, k, far(v, strides)), truth)
 
 
-def test_rows_beyond_32_bits() -> None:
-    q, k, v = random_qkv(1, 300, 300, 1, 1, 64, dtype=BF16, device="cuda")
-    truth = jitattn.attention(q, k, v, mask=jitattn.Causal())
-    step = 2**23 + 64  # 300 rows span 2.5e9 elements, and the rows of a tile 2**30 bytes
-    buffer = torch.empty(step * 300, device="cuda", dtype=BF16)
-    far = buffer.as_strided(k.shape, (0, step, 64, 1))
-    assert torch.equal(jitattn.attention(q, far.copy_(k), v, mask=jitattn.Causal()), truth)
-    assert torch.equal(jitattn.attention(q, k, far.copy_(v), mask=jitattn.Causal()), truth)
-    assert torch.equal(jitattn.attention(far.copy_(q), k, v, mask=jitattn.Causal()), truth)
-    jitattn.attention(q, k, v, mask=jitattn.Causal(), out=far.fill_(float("nan")))
-    assert torch.equal(far, truth)
+@pytest.mark.parametrize(
+    ("step", "length"),
+    [
+        (2**23 + 64, 300),  # all rows span 2.5e9 elements, those of a tile 2**30 bytes
+        (2**25 + 64, 130),  # those of a tile of 128 span 2**32 elements
+        (2**25 + 65, 130),  # the same, one element at a time
+    ],
+)
+def test_rows_beyond_32_bits(far: Callable[..., torch.Tensor], step: int, length: int) -> None:
+    q, k, v = random_qkv(1, length, length, 1, 1, 64, dtype=BF16, device="cuda")
+    causal = {"mask": jitattn.Causal()}
+    near = jitattn.attention(q, k, v, **causal)
+    truth = jitattn.reference.reference(q, k, v, **causal)
+    strides = (0, step, 64, 1)
+
+    def check(result: torch.Tensor) -> None:
+        assert rel_l2(result, truth) < 3e-3
+        if step % 8 == 0:  # the same kernel, so the same bits
+            assert torch.equal(result, near)
+
+    check(jitattn.attention(far(q, strides), k, v, **causal))
+    check(jitattn.attention(q, far(k, strides), v, **causal))
+    check(jitattn.attention(q, k, far(v, strides), **causal))
+    out = far(torch.full_like(q, float("nan")), strides)
+    check(jitattn.attention(q, k, v, out=out, **causal))
 
 
 def test_out_is_written_and_returned() -> None:
@@ -75,6 +107,18 @@ def test_out_is_written_and_returned() -> None:
     out = torch.full_like(q, float("nan"))
     assert jitattn.attention(q, k, v, out=out) is out
     assert torch.equal(out, jitattn.attention(q, k, v))
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("columns", [slice(8, 72), slice(3, 67)], ids=["aligned", "unaligned"])
+def test_nothing_but_out_is_written(num_splits: int, columns: slice) -> None:
+    q, k, v = random_qkv(2, 77, 99, 4, 2, 64, dtype=BF16, device="cuda")
+    buffer = torch.full((2, 79, 6, 80), float("nan"), device="cuda", dtype=BF16)
+    out = buffer[:, 1:78, 1:5, columns]
+    jitattn.attention(q, k, v, out=out, num_splits=num_splits)
+    assert rel_l2(out, jitattn.reference.reference(q, k, v)) < 3e-3
+    out.fill_(float("nan"))
+    assert buffer.isnan().all()
 
 
 def test_fp32_output_is_the_unrounded_one() -> None:

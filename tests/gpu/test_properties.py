@@ -57,7 +57,7 @@ def test_batch_does_not_change_bits_with_fixed_splits(len_q: int) -> None:
         assert torch.equal(alone, together[one])
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 3, 5, 9, 40])
+@pytest.mark.parametrize("num_splits", [*range(1, 10), 40])
 def test_every_split_count_gives_the_truth(num_splits: int) -> None:
     q, k, v = random_qkv(2, 5, 1500, 8, 2, 128, dtype=BF16, device="cuda")
     arguments = {"mask": jitattn.Causal(), "return_lse": True}
@@ -81,3 +81,24 @@ def test_nan_key_reaches_the_rows_that_see_it_and_no_others() -> None:
     out = jitattn.attention(q, k, v, mask=jitattn.Causal())
     assert out[0, :70].isfinite().all()
     assert out[0, 70:].isnan().all()
+
+
+def test_constant_on_all_scores_shifts_the_lse_alone() -> None:
+    q, k, v = random_qkv(2, 40, 500, 4, 2, 64, dtype=BF16, device="cuda")
+    q[..., 0], k[..., 0] = 1.0, 0.0
+    shifted = k.clone()
+    shifted[..., 0] = 16.0  # exact in bf16; 1/8 of it on every score
+    out, lse = jitattn.attention(q, k, v, return_lse=True)
+    out_shifted, lse_shifted = jitattn.attention(q, shifted, v, return_lse=True)
+    assert rel_l2(out_shifted, out) < 5e-3
+    torch.testing.assert_close(lse_shifted, lse + 2.0, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("len_q", [1, 20])
+def test_another_tile_gives_the_same_answer(len_q: int) -> None:
+    """The first rows of a long query, alone: another row class, other warps, other splits."""
+    q, k, v = random_qkv(1, 300, 700, 2, 2, 64, dtype=BF16, device="cuda")
+    long, lse_long = jitattn.attention(q, k, v, return_lse=True)
+    short, lse_short = jitattn.attention(q[:, :len_q], k, v, return_lse=True)
+    assert rel_l2(short, long[:, :len_q]) < 5e-3
+    torch.testing.assert_close(lse_short, lse_long[:, :, :len_q], rtol=0, atol=1e-5)

@@ -7,6 +7,7 @@ import random
 import torch
 
 import jitattn
+from jitattn import dispatch
 from jitattn.jit import build
 from tests.support.inputs import random_qkv
 
@@ -51,3 +52,17 @@ def test_lengths_batch_heads_and_strides_compile_nothing() -> None:
             call(draw.randint(low, high))
     after = build.stats()
     assert (after.compiled, after.disk_hits) == (before.compiled, before.disk_hits)
+
+
+def test_splitting_for_the_first_time_compiles_nothing() -> None:
+    tensors = {"dtype": torch.bfloat16, "device": "cuda"}
+    dispatch.forget_kernels()
+    build.clear_memory()
+    short = random_qkv(1, 4, 50, 2, 2, 64, **tensors)
+    assert jitattn.explain(*short).num_splits == 1
+    jitattn.attention(*short)
+    before = build.stats()
+    long = random_qkv(1, 4, 9000, 2, 2, 64, **tensors)
+    assert jitattn.explain(*long).num_splits > 1
+    jitattn.attention(*long)
+    assert build.stats() == before

@@ -63,6 +63,42 @@ def test_cold_kernel_during_capture_is_refused_and_the_stream_survives() -> None
     assert torch.equal(out, truth)
 
 
+def test_cold_merge_during_capture_is_refused_and_the_stream_survives() -> None:
+    q, k, v = random_qkv(1, 4, 900, 2, 2, 48, dtype=BF16, device="cuda")
+    truth = jitattn.attention(q, k, v, num_splits=4)
+    dispatch.forget_kernels()
+    jitattn.attention(q, k, v, num_splits=1)  # loads the forward kernel, not the merge
+    graph = torch.cuda.CUDAGraph()
+    with (
+        pytest.raises(jitattn.LaunchError, match=r"merge kernel.*before the capture"),
+        torch.cuda.graph(graph),
+    ):
+        jitattn.attention(q, k, v, num_splits=4)
+    assert torch.equal(jitattn.attention(q, k, v, num_splits=4), truth)
+
+
+def test_thread_whose_first_cuda_call_is_the_launch() -> None:
+    q, k, v = random_qkv(2, 100, 200, 2, 2, 64, dtype=BF16, device="cuda")
+    truth = jitattn.attention(q, k, v, num_splits=1)
+    out = torch.full_like(q, float("nan"))  # given, so torch allocates nothing in the thread
+    torch.cuda.synchronize()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                jitattn.attention(q, k, v, out=out, num_splits=1)
+        except jitattn.JitAttnError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert errors == []
+    assert torch.equal(out, truth)
+
+
 def test_fresh_thread() -> None:
     q, k, v = random_qkv(2, 100, 900, 8, 2, 64, dtype=BF16, device="cuda")
     truth = jitattn.attention(q, k, v)
@@ -89,4 +125,7 @@ def test_second_device() -> None:
     q, k, v = random_qkv(2, 100, 900, 8, 2, 64, dtype=BF16, device="cuda:1")
     out = jitattn.attention(q, k, v)  # the current device is 0
     assert out.device == q.device
+    assert torch.cuda.current_device() == 0
     assert rel_l2(out, jitattn.reference.reference(q, k, v)) < 5e-3
+    with pytest.raises(jitattn.InvalidInputError, match="one device"):
+        jitattn.attention(q, k.to("cuda:0"), v)
