@@ -73,3 +73,26 @@ def test_exception_tree() -> None:
     for name in ("UnsupportedError", "CompileError", "CacheError", "LaunchError", "InternalError"):
         assert issubclass(getattr(jitattn, name), jitattn.JitAttnError)
     assert issubclass(jitattn.CacheMissError, jitattn.CacheError)
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("out_dtype", [None, torch.float32])
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_out_is_written_where_it_lies(
+    layout: str, out_dtype: torch.dtype | None, return_lse: bool
+) -> None:
+    tensors = random_qkv(2, 5, 7, 4, 2, 16, 24, dtype=torch.bfloat16)
+    truth, lse_truth = jitattn.attention(*tensors, out_dtype=out_dtype, return_lse=True)
+    buffer = torch.full((2, 5, 4, 40), float("nan"), dtype=truth.dtype)
+    out = buffer[..., 8:32]
+    if layout == "bhsd":
+        tensors, out = [x.transpose(1, 2) for x in tensors], out.transpose(1, 2)
+    result = jitattn.attention(
+        *tensors, layout=layout, out=out, out_dtype=out_dtype, return_lse=return_lse
+    )
+    assert (result[0] if return_lse else result) is out
+    assert torch.equal(buffer[..., 8:32], truth)
+    if return_lse:
+        assert torch.equal(result[1], lse_truth)
+    out.fill_(float("nan"))
+    assert buffer.isnan().all()
