@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from jitattn.errors import JitAttnError
+from jitattn.jit import build, settings
 from jitattn.jit.cache import DiskCache, user_cache
 from jitattn.jit.prebuild import Outcome, build_all, forward_specs
 from jitattn.jit.spec import Dtype, MaskKind
@@ -96,9 +98,11 @@ def prebuild(
     as_json: bool,
 ) -> None:
     """Compile kernels into the cache, for any architecture."""
-    _cache()
+    cache = _cache()
     start = time.perf_counter()
     try:
+        if settings.cache_mode() != "rw":
+            _fail(f"prebuild writes to the cache, but JITATTN_CACHE={settings.cache_mode()}", 2)
         specs = forward_specs(arch, map(Dtype, dtype), head_dim, map(MaskKind, mask))
     except JitAttnError as error:
         _fail(str(error))
@@ -108,13 +112,15 @@ def prebuild(
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(specs))
-        for done, outcome in enumerate(build_all(specs, jobs), 1):
+        for done, built in enumerate(build_all(specs, jobs), 1):
+            outcome = _checked(built, cache)
             name = {"disk": "cached"}.get(outcome.origin, outcome.origin)
             counts[name] += 1
             total_bytes += outcome.bytes
             progress.advance(task)
             if outcome.error or not console.is_terminal:
-                console.print(_line(done, len(specs), name, outcome), highlight=False, markup=False)
+                line = _line(done, len(specs), name, outcome)
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
     result = {**counts, "seconds": round(time.perf_counter() - start, 2), "bytes": total_bytes}
     if as_json:
         click.echo(json.dumps(result))
@@ -189,10 +195,21 @@ def clear(yes: bool) -> None:
 
 
 def _cache() -> DiskCache:
-    cache = user_cache()
+    try:
+        cache = user_cache()
+    except JitAttnError as error:
+        _fail(str(error), 2)
     if cache is None:
         _fail("no cache directory is to be had: set JITATTN_CACHE_DIR to one that you can write")
     return cache
+
+
+def _checked(outcome: Outcome, cache: DiskCache) -> Outcome:
+    """Turn a kernel that was compiled but is not on disk into a failure."""
+    if outcome.origin != "compiled" or cache.read(build.key_of(outcome.spec), outcome.spec.arch):
+        return outcome
+    error = f"compiled, but {cache.root} does not keep it; see JITATTN_CACHE_DIR"
+    return replace(outcome, origin="failed", bytes=0, error=error)
 
 
 def _line(done: int, total: int, name: str, outcome: Outcome) -> str:

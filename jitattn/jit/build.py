@@ -95,10 +95,8 @@ def build(spec: KernelSpec) -> Built:
 def rebuild(spec: KernelSpec) -> Built:
     """Compile `spec` afresh and replace what the cache holds; for a cubin the driver refused."""
     with _process.lock_of(spec):
-        source, compiler, key = _identify(spec)
-        mode = settings.cache_mode()
-        disk = user_cache() if mode != "off" else None
-        return _process.keep(_compile(spec, source, compiler, key, disk if mode == "rw" else None))
+        disk = user_cache() if settings.cache_mode() == "rw" else None
+        return _process.keep(_compile(spec, _identify(spec), disk))
 
 
 def stats() -> Stats:
@@ -114,30 +112,42 @@ def clear_memory() -> None:
 
 def key_of(spec: KernelSpec) -> str:
     """Return the cache key of `spec` with the installed NVRTC."""
-    return _identify(spec)[2]
+    return _identify(spec).key
 
 
-def _identify(spec: KernelSpec) -> tuple[sources.Sources, nvrtc.Toolchain, str]:
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    """What NVRTC is given for a spec, and the key made from exactly that."""
+
+    source: sources.Sources
+    compiler: nvrtc.Toolchain
+    options: tuple[str, ...]
+    key: str
+
+
+def _identify(spec: KernelSpec) -> _Identity:
     source = sources.closure(spec.family)
     compiler = nvrtc.toolchain()
     options = nvrtc.options(spec, compiler)
-    return source, compiler, cache_key(spec, source.digest, options, str(compiler))
+    key = cache_key(spec, source.digest, options, str(compiler))
+    return _Identity(source, compiler, options, key)
 
 
 def _from_disk_or_compiled(spec: KernelSpec) -> Built:
-    source, compiler, key = _identify(spec)
+    identity = _identify(spec)
     mode = settings.cache_mode()
     disk = user_cache() if mode != "off" else None
     if disk is None:
-        return _compile(spec, source, compiler, key, None)
-    found = _from_disk(spec, key, disk)
+        return _compile(spec, identity, None)
+    found = _from_disk(spec, identity.key, disk)
     if found is None and mode == "ro":
-        return _compile(spec, source, compiler, key, None)
+        return _compile(spec, identity, None)
     if found is None:
-        with disk.lock(key):
-            found = _from_disk(spec, key, disk)  # another process may have made it meanwhile
+        with disk.lock(identity.key):
+            # Another process may have made it meanwhile.
+            found = _from_disk(spec, identity.key, disk)
             if found is None:
-                return _compile(spec, source, compiler, key, disk)
+                return _compile(spec, identity, disk)
     return found
 
 
@@ -148,14 +158,9 @@ def _from_disk(spec: KernelSpec, key: str, disk: DiskCache) -> Built | None:
     return Built(spec=spec, key=key, cubin=entry.cubin, metadata=entry.metadata, origin="disk")
 
 
-def _compile(
-    spec: KernelSpec,
-    source: sources.Sources,
-    compiler: nvrtc.Toolchain,
-    key: str,
-    disk: DiskCache | None,
-) -> Built:
-    compiled = nvrtc.compile_spec(spec, source, compiler)
+def _compile(spec: KernelSpec, identity: _Identity, disk: DiskCache | None) -> Built:
+    compiler, key = identity.compiler, identity.key
+    compiled = nvrtc.compile_spec(spec, identity.source, compiler, identity.options)
     if not is_cubin_for(compiled.cubin, spec.arch):
         raise InternalError(f"{compiler} gave no cubin for {spec.arch}: {spec.to_key()}")
     metadata = Metadata(
@@ -164,7 +169,7 @@ def _compile(
         arch=spec.arch,
         toolchain=str(compiler),
         options=compiled.options,
-        source_digest=source.digest,
+        source_digest=identity.source.digest,
         registers=compiled.registers,
         stack_bytes=compiled.stack_bytes,
         spill_bytes=compiled.spill_bytes,
@@ -187,6 +192,11 @@ def _compile(
     return Built(spec=spec, key=key, cubin=compiled.cubin, metadata=metadata, origin="compiled")
 
 
+def _after_fork_in_child() -> None:
+    """Forget the locks: one that another thread of the parent held is never released here."""
+    _process.lock = threading.Lock()
+    _process.locks.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    # A lock that another thread of the parent held would never be released in the child.
-    os.register_at_fork(after_in_child=lambda: _process.locks.clear())
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -27,6 +27,7 @@ import stat
 import struct
 import tempfile
 import threading
+import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -47,6 +48,10 @@ SCHEMA: Final = 1
 _MAX_CUBIN_BYTES: Final = 64 * 1024 * 1024
 _MAX_JSON_BYTES: Final = 1024 * 1024
 _KEY: Final = re.compile(r"[0-9a-f]{64}")
+_SHARD: Final = re.compile(r"[0-9a-f]{2}")
+_ENTRY: Final = re.compile(r"([0-9a-f]{62})\.(json|cubin)")
+_TEMPORARY: Final = re.compile(r"\d+-[0-9a-f]{16}")
+_STALE_SECONDS: Final = 3600  # a temporary file this old belongs to a writer that died
 _TAG: Final = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# This directory holds compiled kernels of jitattn. It may be deleted at any time.\n"
@@ -89,7 +94,7 @@ def cache_key(
     spec: KernelSpec, source_digest: str, options: tuple[str, ...], toolchain: str
 ) -> str:
     """Return the key of a kernel: sha256 over everything that its bytes depend on."""
-    digest = hashlib.sha256(usedforsecurity=False)
+    texts: list[bytes] = []
     for label, value in (
         ("schema", str(SCHEMA)),
         ("templates", source_digest),
@@ -102,8 +107,8 @@ def cache_key(
     ):
         for text in (label, value):
             encoded = text.encode()
-            digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    return digest.hexdigest()
+            texts += (len(encoded).to_bytes(8, "little"), encoded)
+    return sha256(b"".join(texts))
 
 
 def is_cubin_for(cubin: bytes, arch: str) -> bool:
@@ -170,22 +175,37 @@ class DiskCache:
 
     def entries(self) -> Iterator[Metadata]:
         """Metadata of all entries, sorted by key. Cubins are not read."""
-        for path in sorted(self.store.glob("[0-9a-f][0-9a-f]/*.json")):
-            text = _read_file(path, _MAX_JSON_BYTES)
+        for key in sorted(key for key, kind in self._files() if kind == "json"):
+            text = _read_file(self._paths(key)[1], _MAX_JSON_BYTES)
             metadata = None if text is None else _parse_metadata(text)
-            if metadata is not None and metadata.key == path.parent.name + path.stem:
+            if metadata is not None and metadata.key == key:
                 yield metadata
 
     def clear(self) -> int:
-        """Delete all that this layout holds, and nothing else; returns the number of entries."""
-        count = 0
-        for path in sorted(self.store.glob("[0-9a-f][0-9a-f]/*.json")):
-            count += self.remove(path.parent.name + path.stem)
-        for pattern in ("[0-9a-f][0-9a-f]/*.cubin", "tmp/*", "lock/*"):
-            for path in self.store.glob(pattern):
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        """Delete entries and what dead writers left, nothing else; returns the number of entries.
+
+        Lock files stay: a process that waits on one would not see the next holder.
+        """
+        files = list(self._files())
+        count = sum(self.remove(key) for key in sorted({key for key, _ in files}))
+        oldest = time.time() - _STALE_SECONDS
+        for file in _scan(self.store / "tmp"):
+            with contextlib.suppress(OSError):
+                if _TEMPORARY.fullmatch(file.name) and os.lstat(file).st_mtime < oldest:
+                    os.unlink(file)
+        for shard in {key[:2] for key, _ in files}:
+            with contextlib.suppress(OSError):  # not empty: something of somebody else's is in it
+                (self.store / shard).rmdir()
         return count
+
+    def _files(self) -> Iterator[tuple[str, str]]:
+        """Key and kind of every file whose name is one of the layout's. Follows no links."""
+        for shard in _scan(self.store):
+            if _SHARD.fullmatch(shard.name) and shard.is_dir(follow_symlinks=False):
+                for file in _scan(shard.path):
+                    match = _ENTRY.fullmatch(file.name)
+                    if match is not None:
+                        yield shard.name + match[1], match[2]
 
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
@@ -251,27 +271,52 @@ def sha256(content: bytes) -> str:
 def user_cache() -> DiskCache | None:
     """Return the cache of this user, or None where no directory can be had.
 
-    ``JITATTN_CACHE_DIR``, else the platform's cache directory, else a private one among the
-    temporary files.
+    ``JITATTN_CACHE_DIR``, else the platform's cache directory, else (if that cannot be made) a
+    private one among the temporary files. Never the working directory.
     """
     asked = settings.cache_dir()
     if asked is not None:
         return DiskCache(asked)
+    root = _home_root() or _temporary_root()
+    if root is None:
+        _warn_once("no cache directory is to be had: kernels are kept in memory only")
+        return None
+    return DiskCache(root)
+
+
+def _home_root() -> Path | None:
     try:
-        return DiskCache(Path(platformdirs.user_cache_dir("jitattn", appauthor=False)))
-    except (RuntimeError, KeyError, OSError):  # no home directory is known
-        pass
+        root = Path(platformdirs.user_cache_dir("jitattn", appauthor=False))
+        if not root.is_absolute():
+            return None
+        if not root.is_dir():
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (RuntimeError, KeyError, OSError):  # no home directory is known, or it is not ours
+        return None
+    return root
+
+
+def _temporary_root() -> Path | None:
     if not _HAS_OWNERS:
         return None
-    root = Path(tempfile.gettempdir()) / f"jitattn-{os.geteuid()}"
     try:
+        folder = Path(tempfile.gettempdir())
+        if folder == Path.cwd():  # the last resort of tempfile, not of ours
+            return None
+        root = folder / f"jitattn-{os.geteuid()}"
         root.mkdir(mode=0o700, exist_ok=True)
-        if _is_ours(root.lstat(), stat.S_ISDIR):
-            return DiskCache(root)
+        return root if _is_ours(root.lstat(), stat.S_ISDIR) else None
     except OSError:
-        pass
-    _warn_once("no cache directory is to be had: kernels are kept in memory only")
-    return None
+        return None
+
+
+def _scan(folder: Path | str) -> list[os.DirEntry[str]]:
+    """Content of a directory; nothing if it cannot be read."""
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except OSError:
+        return []
 
 
 def _read_file(path: Path, limit: int) -> bytes | None:
@@ -281,15 +326,16 @@ def _read_file(path: Path, limit: int) -> bytes | None:
     except OSError:
         return None
     try:
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(file.fileno())
-            if not _is_ours(status, stat.S_ISREG) or status.st_size > limit:
-                _warn_once(f"{path} is not a file of ours that nobody else can write: ignored")
-                return None
-            content = file.read(limit + 1)
+        status = os.fstat(descriptor)
+        if not _is_ours(status, stat.S_ISREG) or status.st_size > limit:
+            _warn_once(f"{path} is not a file of ours that nobody else can write: ignored")
+            return None
+        content = os.read(descriptor, status.st_size)
     except OSError:
         return None
-    return content if len(content) <= limit else None
+    finally:
+        os.close(descriptor)
+    return content if len(content) == status.st_size else None
 
 
 def _is_ours(status: os.stat_result, is_kind: Callable[[int], bool]) -> bool:

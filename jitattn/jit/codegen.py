@@ -5,6 +5,7 @@ One line a field, named by one rule: snake_case becomes kCamelCase, an enum valu
 
 from __future__ import annotations
 
+import functools
 from dataclasses import fields
 from enum import StrEnum
 
@@ -30,6 +31,7 @@ def render(spec: KernelSpec) -> str:
     return "\n".join(lines) + "\n"
 
 
+@functools.cache
 def camel(name: str) -> str:
     """'head_dim' → 'kHeadDim', 'f32_acc' → 'kF32Acc'."""
     return "k" + "".join(part[:1].upper() + part[1:] for part in name.split("_"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.metadata
+import logging
 import os
 import re
 import sys
@@ -49,6 +50,7 @@ _WINDOWS: Final = {
 }
 #: Fixed, because some NVRTC versions put it into the cubin.
 _PROGRAM_NAME: Final = b"jitattn.cu"
+_LOG: Final = logging.getLogger("jitattn")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,8 +175,18 @@ def supported_archs(compiler: Toolchain) -> tuple[int, ...]:
     return tuple(archs)
 
 
-def compile_spec(spec: KernelSpec, sources: Sources, compiler: Toolchain | None = None) -> Compiled:
+def compile_spec(
+    spec: KernelSpec,
+    sources: Sources,
+    compiler: Toolchain | None = None,
+    arguments: tuple[str, ...] | None = None,
+) -> Compiled:
     """Compile the kernel of `spec` to a cubin.
+
+    Parameters
+    ----------
+    arguments : tuple of str, default `options(spec, compiler)`
+        The options that the cache key was made from, so that the two cannot differ.
 
     Raises
     ------
@@ -192,8 +204,8 @@ def compile_spec(spec: KernelSpec, sources: Sources, compiler: Toolchain | None 
             "(sm_100 and sm_120 need 12.8)"
         )
     headers = {**sources.headers, HEADER_NAME: render(spec)}
-    arguments = options(spec, compiler)
-    with _compiling():
+    arguments = options(spec, compiler) if arguments is None else arguments
+    with _running:
         start = time.perf_counter()
         succeeded, cubin, log = _run(_open(compiler), sources.entry, headers, arguments)
         compile_ms = (time.perf_counter() - start) * 1e3
@@ -201,7 +213,10 @@ def compile_spec(spec: KernelSpec, sources: Sources, compiler: Toolchain | None 
     if not succeeded:
         raise _compile_error(spec, sources.entry, headers, arguments, log, keep)
     if keep is not None:
-        _write_sources(keep / f"{spec.family}-{spec.arch}", spec, sources.entry, headers)
+        try:
+            _keep_sources(keep, spec, sources.entry, headers)
+        except OSError as error:
+            _LOG.warning("JITATTN_KEEP_SOURCE: the source could not be kept: %s", error)
     return Compiled(
         cubin=cubin,
         log=log,
@@ -301,8 +316,7 @@ def _compile_error(
     message = f"NVRTC rejected the {spec.family} kernel: {first.strip()}\n  spec: {spec.to_key()}"
     directory = None
     try:
-        directory = Path(tempfile.mkdtemp(prefix="jitattn-failed-", dir=keep))
-        _write_sources(directory, spec, source, headers)
+        directory = _keep_sources(keep, spec, source, headers)
         message += (
             f"\n  source: {directory}\n  reproduce: nvcc -cubin -arch={spec.arch} -std=c++17 "
             f"-ftz=true -I {directory} {directory / 'entry' / (spec.family + '.cu')}"
@@ -312,51 +326,56 @@ def _compile_error(
     return CompileError(message, spec=spec, options=arguments, log=log, source_dir=directory)
 
 
-def _write_sources(directory: Path, spec: KernelSpec, source: str, headers: dict[str, str]) -> None:
+def _keep_sources(
+    parent: Path | None, spec: KernelSpec, source: str, headers: dict[str, str]
+) -> Path:
+    """Write all that NVRTC was given into a fresh private directory, and return it."""
+    if parent is not None:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    prefix = f"jitattn-{spec.family}-{spec.arch}-"
+    directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     for name, text in ((f"entry/{spec.family}.cu", source), *headers.items()):
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    return directory
 
 
 class _Compiling:
-    """Counts the compiles that run, so that a fork can wait for them.
+    """Knows the threads that compile, so that a fork can wait for them.
 
     A process that forks while NVRTC runs in another thread leaves its child with locks that nobody
-    will release.
+    will release. The forking thread itself is not waited for: when a signal handler forks, NVRTC
+    has already returned to the code that the handler interrupted.
     """
 
     def __init__(self) -> None:
         self.idle = threading.Condition()
-        self.count = 0
+        self.threads: set[int] = set()
 
     def __enter__(self) -> None:
         with self.idle:
-            self.count += 1
+            self.threads.add(threading.get_ident())
 
     def __exit__(self, *_: object) -> None:
         with self.idle:
-            self.count -= 1
+            self.threads.discard(threading.get_ident())
             self.idle.notify_all()
 
     def before_fork(self) -> None:
         self.idle.acquire()
-        while self.count:
+        while self.threads - {threading.get_ident()}:
             self.idle.wait()
 
     def after_fork_in_parent(self) -> None:
         self.idle.release()
 
     def after_fork_in_child(self) -> None:
-        self.__init__()  # type: ignore[misc]  # a lock that is held by no thread of the child
+        self.idle = threading.Condition()  # held by no thread of the child
+        self.threads &= {threading.get_ident()}
 
 
 _running: Final = _Compiling()
-
-
-def _compiling() -> _Compiling:
-    return _running
-
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(

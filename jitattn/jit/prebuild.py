@@ -6,7 +6,7 @@ import itertools
 import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,9 +85,17 @@ def build_all(specs: Sequence[KernelSpec], jobs: int | None = None) -> Iterator[
         yield from map(_build_one, specs)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=jobs, mp_context=context) as pool:
-        for future in as_completed([pool.submit(_build_one, spec) for spec in specs]):
-            yield future.result()
+    pool = ProcessPoolExecutor(max_workers=jobs, mp_context=context)
+    try:
+        futures = {pool.submit(_build_one, spec): spec for spec in specs}
+        for future in as_completed(futures):
+            try:
+                yield future.result()
+            except BrokenExecutor:
+                died = "a worker process died (out of memory?); try fewer with -j"
+                yield Outcome(futures[future], "failed", 0.0, 0, died)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _build_one(spec: KernelSpec) -> Outcome:

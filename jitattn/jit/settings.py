@@ -79,7 +79,12 @@ def debug_assert() -> bool:
 
 def _path(name: str) -> Path | None:
     value = os.environ.get(name)
-    return Path(value).absolute() if value else None
+    if not value:
+        return None
+    try:
+        return Path(value).expanduser().absolute()
+    except RuntimeError as error:
+        raise InvalidInputError(f"{name}={value!r}: {error}; give the whole path") from error
 
 
 def _flag(name: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jitattn.jit import build, cache
+from jitattn.jit import build, cache, settings
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +15,7 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """Point the cache at an empty directory and forget what the process has built."""
     root = tmp_path / "cache"
     monkeypatch.setenv("JITATTN_CACHE_DIR", str(root))
-    for name in ("JITATTN_CACHE", "JITATTN_NVRTC", "JITATTN_KEEP_SOURCE"):
+    for name in settings.VARIABLES.keys() - {"JITATTN_CACHE_DIR"}:
         monkeypatch.delenv(name, raising=False)
     build.clear_memory()
     cache._warned.clear()

@@ -89,3 +89,23 @@ def test_unequal_head_dims(cache_dir: Path) -> None:
     assert json.loads(done.stdout)["failed"] == 0
     rows = json.loads(run("list", "--json").stdout)
     assert {(row.get("head_dim", 16), row["head_dim_v"]) for row in rows} == {(16, 32)}
+
+
+def test_prebuild_that_stores_nothing_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("JITATTN_CACHE_DIR", str(tmp_path / "file"))
+    done = run("prebuild", *SMALL, "-j", "1", "--json")
+    assert done.exit_code == 1
+    counts = json.loads(done.stdout)
+    assert (counts["compiled"], counts["failed"], counts["bytes"]) == (0, 4, 0)
+    assert "does not keep it" in done.stderr
+
+
+@pytest.mark.parametrize("mode", ["ro", "off"])
+def test_prebuild_needs_a_cache_to_write(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.setenv("JITATTN_CACHE", mode)
+    done = run("prebuild", *SMALL)
+    assert done.exit_code == 2
+    assert f"JITATTN_CACHE={mode}" in done.stderr

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+import stat
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -13,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from jitattn.errors import CompileError, UnsupportedError
-from jitattn.jit import nvrtc
-from jitattn.jit.cache import is_cubin_for
+from jitattn.jit import build, nvrtc
+from jitattn.jit.cache import _HAS_OWNERS, is_cubin_for
 from jitattn.jit.sources import closure
 
 from .specs import forward_spec, merge_spec
@@ -192,3 +195,70 @@ def test_fork_waits_for_a_running_compile() -> None:
     thread.join()
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+#: A handler that runs while this thread compiles is called on the way out of NVRTC.
+FORKING_HANDLER = """
+import os, signal
+from jitattn.jit import nvrtc
+from jitattn.jit.sources import closure
+from tests.cpu.specs import forward_spec, merge_spec
+
+def fork(*_):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(15)
+        nvrtc.compile_spec(merge_spec(), closure("merge"))
+        second = os.fork()
+        if second == 0:
+            os._exit(0)
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]))
+    print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+signal.signal(signal.SIGALRM, fork)
+nvrtc.compile_spec(merge_spec(), closure("merge"))
+signal.setitimer(signal.ITIMER_REAL, 0.05)
+nvrtc.compile_spec(forward_spec("sm_90", 128), closure("fwd"))
+print("compiled")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_signal_handler_may_fork_during_a_compile() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING_HANDLER],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.splitlines() == ["child 0", "compiled"], done.stderr
+
+
+def test_every_kept_source_has_a_private_directory_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = tmp_path / "made" / "kept"
+    monkeypatch.setenv("JITATTN_KEEP_SOURCE", str(keep))
+    for dim in (16, 32):
+        build.build(merge_spec(head_dim_v=dim))
+    kept = sorted(keep.iterdir())
+    assert len(kept) == 2
+    assert len({(folder / "jitattn_spec.h").read_text() for folder in kept}) == 2
+    if _HAS_OWNERS:
+        assert {stat.S_IMODE(folder.stat().st_mode) for folder in kept} == {0o700}
+
+
+def test_source_that_cannot_be_kept_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("JITATTN_KEEP_SOURCE", str(tmp_path / "file" / "kept"))
+    assert build.build(merge_spec()).origin == "compiled"
+    assert "could not be kept" in caplog.text
+
+
+def test_options_of_the_key_are_those_of_the_compile() -> None:
+    asked = (*nvrtc.options(merge_spec(), nvrtc.toolchain()), "-lineinfo")
+    assert nvrtc.compile_spec(merge_spec(), closure("merge"), None, asked).options == asked
