@@ -3,7 +3,7 @@
 forward   long prompts beside SDPA's flash (FlashAttention-2) and cuDNN backends, in one run
 decode    short queries on a long history beside the same, and a plain read of as many bytes
 host      a warm eager call on the host beside SDPA's
-compile   NVRTC, a disk hit, the first call of a process (needs no GPU but for the last)
+compile   NVRTC and a disk hit (needs no GPU)
 
 Four kinds of numbers, never mixed: compile (ms), disk load (us), host call (us), kernel (us).
 TFLOP/s count attended pairs only: 4 * D per pair and head. Ratios are peer time over ours.

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from _table import say
 
 from jitattn.gears import resolve_numerics
+from jitattn.jit import nvrtc
 from jitattn.jit.spec import (
     Access,
     Dtype,
@@ -248,14 +249,17 @@ def collect(arches: Sequence[str], *, full: bool, jobs: int | None, quiet: bool)
             state = figures.error.partition("\n")[0] or f"{figures.compile_ms:.0f} ms"
             say(f"[{count}/{len(specs)}] {figures.name}: {state}")
 
-    if "JITATTN_CACHE_DIR" in os.environ:
-        return build_all(specs, jobs=jobs, on_done=progress)
     with tempfile.TemporaryDirectory(prefix="jitattn-matrix-") as folder:
-        os.environ["JITATTN_CACHE_DIR"] = folder
+        # The budget is of the newest compiler that is installed, whatever this driver could load.
+        newest = str(max(nvrtc.installed(), default=""))
+        defaults = {"JITATTN_CACHE_DIR": folder, "JITATTN_NVRTC": newest}
+        added = {name: value for name, value in defaults.items() if name not in os.environ}
+        os.environ.update(added)
         try:
             return build_all(specs, jobs=jobs, on_done=progress)
         finally:
-            del os.environ["JITATTN_CACHE_DIR"]
+            for name in added:
+                del os.environ[name]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

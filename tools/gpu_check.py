@@ -185,14 +185,19 @@ def run_sanitizer(root: Path, keyword: str) -> dict[str, Any]:
     text = done.stdout + done.stderr
     print(text[-4000:])
     summaries = [int(count) for count in re.findall(r"ERROR SUMMARY: (\d+) error", text)]
-    tests = re.findall(r"^.*\b\d+ (?:passed|failed|error).*$", text, flags=re.MULTILINE)
     return {
         "tool": "memcheck",
         "selection": keyword,
         "errors": sum(summaries) if summaries else None,
-        "tests": tests[-1].strip("= ") if tests else "none ran",
+        "tests": pytest_summary(text),
         "exit_code": done.returncode,
     }
+
+
+def pytest_summary(text: str) -> str:
+    """Return pytest's own last line, '3 passed in 1.20s'; memcheck's summary is none of it."""
+    lines = re.findall(r"^=*\s*(\d+ [a-z]+.* in [\d.]+s.*?)\s*=*$", text, flags=re.MULTILINE)
+    return str(lines[-1]) if lines else "none ran"
 
 
 def machine_facts(root: Path) -> dict[str, Any]:
@@ -272,7 +277,8 @@ def failures(record: dict[str, Any], parts: Sequence[str]) -> list[str]:
         lines.append(f"bench: {record['bench']}")
     if "sanitize" in parts:
         found = record["sanitize"]
-        if found.get("errors") != 0 or found.get("exit_code") != 0:
+        ran = "passed" in found.get("tests", "")
+        if found.get("errors") != 0 or found.get("exit_code") != 0 or not ran:
             lines.append(f"memcheck: {found}")
     return lines
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_120"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
 def test_matrix(arch: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "tools/compile_matrix.py", "--arch", arch, "--json"],
@@ -26,6 +26,6 @@ def test_matrix(arch: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
-    assert len(figures) >= (14 if arch == "sm_120" else 30)
+    assert len(figures) >= (14 if arch in ("sm_100", "sm_120") else 30)
     assert {row["spec"]["arch"] for row in figures} == {arch}
     assert all(row["registers"] > 0 for row in figures)

@@ -91,6 +91,18 @@ def test_report_fails_over_budget(tmp_path: Path) -> None:
     assert check(11) == 1
 
 
+def test_memcheck_counts_pytest_and_not_its_own_summary() -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'tools'); import gpu_check as g\n"
+        "memcheck = '========= ERROR SUMMARY: 0 errors\\n'\n"
+        "print(g.pytest_summary('3 passed, 1 skipped in 1.20s\\n' + memcheck))\n"
+        "print(g.pytest_summary('==== 2 failed in 61.00s (0:01:01) ====\\n' + memcheck))\n"
+        "print(g.pytest_summary(memcheck))"
+    )
+    lines = run("-c", code).stdout.splitlines()
+    assert lines == ["3 passed, 1 skipped in 1.20s", "2 failed in 61.00s (0:01:01)", "none ran"]
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_ci_finds_the_test_command_of_the_readme() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
