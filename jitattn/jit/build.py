@@ -1,7 +1,8 @@
 """`KernelSpec` → cubin: from memory, from disk, or compiled. Needs no GPU.
 
-A kernel is compiled once, however many threads and processes ask for it together: threads wait on
-a lock of their spec, processes on a lock file. A process that compiled uses the bytes it has in
+The order is: this process, the user's cache, the directories that are only read, the compiler. A
+kernel is compiled once, however many threads and processes ask for it together: threads wait on a
+lock of their spec, processes on a lock file. A process that compiled uses the bytes it has in
 memory, and never reads back what it published.
 """
 
@@ -13,15 +14,18 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
-from jitattn.errors import InternalError
-from jitattn.jit import nvrtc, settings, sources
-from jitattn.jit.cache import Metadata, cache_key, is_cubin_for, sha256, user_cache
+from jitattn.errors import CacheMissError, CompileError, InternalError
+from jitattn.jit import compilers, layers, nvrtc, record, settings, sources
+from jitattn.jit.cache import user_cache
+from jitattn.jit.codegen import render
+from jitattn.jit.entry import Entry, Metadata, cache_key, is_cubin_for, sha256
+from jitattn.jit.store import Bad
 
 if TYPE_CHECKING:
     from jitattn.jit.cache import DiskCache
     from jitattn.jit.spec import KernelSpec
 
-Origin: TypeAlias = Literal["disk", "compiled"]
+Origin: TypeAlias = Literal["disk", "read-only", "compiled"]
 _LOG: Final = logging.getLogger("jitattn")
 
 
@@ -33,7 +37,7 @@ class Built:
     key: str
     cubin: bytes
     metadata: Metadata
-    origin: Origin  #: where this process got it from
+    origin: Origin  #: where this process got it: the user's cache, another directory, or NVRTC
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class Stats:
     """What this process has done so far."""
 
     compiled: int
-    disk_hits: int
+    disk_hits: int  #: read-only directories included
     memory_hits: int
 
 
@@ -65,7 +69,12 @@ class _Process:
                 self.compiled += 1
             else:
                 self.disk_hits += 1
+        record.note(built.spec)
         return built
+
+    def keys_in_use(self) -> set[str]:
+        with self.lock:
+            return {built.key for built in self.built.values()}
 
 
 _process = _Process()
@@ -76,6 +85,8 @@ def build(spec: KernelSpec) -> Built:
 
     Raises
     ------
+    CacheMissError
+        It is nowhere to be found, and ``JITATTN_NO_COMPILE`` forbids compiling.
     CompileError
         NVRTC is missing or rejected the source.
     UnsupportedError
@@ -88,15 +99,31 @@ def build(spec: KernelSpec) -> Built:
     with _process.lock_of(spec):
         built = _process.built.get(spec)
         if built is None:
-            built = _process.keep(_from_disk_or_compiled(spec))
+            built = _process.keep(_find(spec) or _make(spec))
     return built
+
+
+def find(spec: KernelSpec) -> Built | None:
+    """Return the cubin of `spec` if it is in memory or on disk; compile nothing."""
+    built = _process.built.get(spec)
+    if built is not None:
+        return built
+    with _process.lock_of(spec):
+        found = _find(spec)
+        return None if found is None else _process.keep(found)
+
+
+def adopt(built: Built) -> Built:
+    """Keep a kernel that another process built for this one."""
+    with _process.lock_of(built.spec):
+        return _process.built.get(built.spec) or _process.keep(built)
 
 
 def rebuild(spec: KernelSpec) -> Built:
     """Compile `spec` afresh and replace what the cache holds; for a cubin the driver refused."""
     with _process.lock_of(spec):
         disk = user_cache() if settings.cache_mode() == "rw" else None
-        return _process.keep(_compile(spec, _identify(spec), disk))
+        return _process.keep(_compile(spec, disk))
 
 
 def stats() -> Stats:
@@ -111,70 +138,108 @@ def clear_memory() -> None:
 
 
 def key_of(spec: KernelSpec) -> str:
-    """Return the cache key of `spec` with the installed NVRTC."""
-    return _identify(spec).key
+    """Return the cache key of `spec` with the installed NVRTC (its first 40 digits without one)."""
+    return _identify(spec, _compiler()).key
 
 
 @dataclass(frozen=True, slots=True)
 class _Identity:
-    """What NVRTC is given for a spec, and the key made from exactly that."""
+    """What decides the machine code of a spec, and the key made from exactly that."""
 
-    source: sources.Sources
-    compiler: nvrtc.Toolchain
+    source_digest: str
+    header_digest: str
     options: tuple[str, ...]
     key: str
 
 
-def _identify(spec: KernelSpec) -> _Identity:
-    source = sources.closure(spec.family)
-    compiler = nvrtc.toolchain()
-    options = nvrtc.options(spec, compiler)
-    key = cache_key(spec, source.digest, options, str(compiler))
-    return _Identity(source, compiler, options, key)
+def _identify(
+    spec: KernelSpec, compiler: compilers.Toolchain | None, source_digest: str | None = None
+) -> _Identity:
+    source_digest = source_digest or sources.digest(spec.family)
+    header_digest = sha256(render(spec).encode())
+    options = nvrtc.options(spec)
+    name = "" if compiler is None else str(compiler)
+    key = cache_key(spec.to_dict(), source_digest, header_digest, options, name)
+    return _Identity(source_digest, header_digest, options, key)
 
 
-def _from_disk_or_compiled(spec: KernelSpec) -> Built:
-    identity = _identify(spec)
-    mode = settings.cache_mode()
-    disk = user_cache() if mode != "off" else None
-    if disk is None:
-        return _compile(spec, identity, None)
-    found = _from_disk(spec, identity.key, disk)
-    if found is None and mode == "ro":
-        return _compile(spec, identity, None)
-    if found is None:
-        with disk.lock(identity.key):
-            # Another process may have made it meanwhile.
-            found = _from_disk(spec, identity.key, disk)
-            if found is None:
-                return _compile(spec, identity, disk)
-    return found
-
-
-def _from_disk(spec: KernelSpec, key: str, disk: DiskCache) -> Built | None:
-    entry = disk.read(key, spec.arch)
-    if entry is None:
+def _compiler() -> compilers.Toolchain | None:
+    try:
+        return compilers.chosen()
+    except CompileError:  # none is usable: what is on disk may still serve
         return None
-    return Built(spec=spec, key=key, cubin=entry.cubin, metadata=entry.metadata, origin="disk")
 
 
-def _compile(spec: KernelSpec, identity: _Identity, disk: DiskCache | None) -> Built:
-    compiler, key = identity.compiler, identity.key
-    compiled = nvrtc.compile_spec(spec, identity.source, compiler, identity.options)
+def _find(spec: KernelSpec) -> Built | None:
+    mode = settings.cache_mode()
+    if mode == "off":
+        return None
+    compiler = _compiler()
+    key = _identify(spec, compiler).key
+    user = user_cache()
+    entry: Entry | None = None
+    if user is not None and compiler is not None:
+        entry = user.read(key, spec.arch, is_writable=mode == "rw")
+    elif user is not None:
+        entry = _made_by_any(key, spec.arch, user)
+    if entry is not None:
+        return _built(spec, entry, "disk")
+    entry = layers.find(key, spec.arch, user)
+    return None if entry is None else _built(spec, entry, "read-only")
+
+
+def _made_by_any(key: str, arch: str, user: DiskCache) -> Entry | None:
+    """Look in the user's cache where no compiler is installed that could make the kernel again."""
+    for looked in user.look_for_kernel(key, arch):
+        if not isinstance(looked, Bad) and compilers.is_loadable(looked.metadata.toolchain):
+            return looked
+    return None
+
+
+def _make(spec: KernelSpec) -> Built:
+    """Compile `spec`, or wait for the process that does."""
+    if settings.no_compile():
+        raise CacheMissError(_missing(spec))
+    user = user_cache() if settings.cache_mode() == "rw" else None
+    if user is None:
+        return _compile(spec, None)
+    claim = user.claim(_identify(spec, compilers.chosen()).key, spec.arch)
+    if isinstance(claim, Entry):
+        return _built(spec, claim, "disk")
+    with claim:
+        return _compile(spec, user)
+
+
+def _missing(spec: KernelSpec) -> str:
+    from jitattn.jit.choices import command
+
+    return (
+        f"the {spec.family} kernel of this call is not in the cache, and JITATTN_NO_COMPILE=1 "
+        f"forbids compiling it\n  spec: {spec.to_key()}\n  make it ahead with: {command(spec)}"
+    )
+
+
+def _compile(spec: KernelSpec, disk: DiskCache | None) -> Built:
+    compiler, source = compilers.chosen(), sources.closure(spec.family)
+    # The key is made from the very text that is compiled, whatever was remembered of it.
+    identity = _identify(spec, compiler, source.digest)
+    compiled = nvrtc.compile_spec(spec, source, compiler, identity.options)
     if not is_cubin_for(compiled.cubin, spec.arch):
         raise InternalError(f"{compiler} gave no cubin for {spec.arch}: {spec.to_key()}")
     metadata = Metadata(
-        key=key,
+        key=identity.key,
         spec=spec.to_dict(),
         arch=spec.arch,
         toolchain=str(compiler),
         options=compiled.options,
-        source_digest=identity.source.digest,
+        source_digest=identity.source_digest,
+        header_digest=identity.header_digest,
         registers=compiled.registers,
         stack_bytes=compiled.stack_bytes,
         spill_bytes=compiled.spill_bytes,
         smem_bytes=spec.smem_bytes,
         compile_ms=float(round(compiled.compile_ms, 1)),
+        log=compiled.log,
         bytes=len(compiled.cubin),
         sha256=sha256(compiled.cubin),
     )
@@ -185,11 +250,17 @@ def _compile(spec: KernelSpec, identity: _Identity, disk: DiskCache | None) -> B
         compiled.compile_ms / 1e3,
         compiled.registers,
         compiled.spill_bytes,
-        key[:16],
+        identity.key[:16],
     )
+    entry = Entry(compiled.cubin, metadata)
     if disk is not None:
-        disk.write(compiled.cubin, metadata)
-    return Built(spec=spec, key=key, cubin=compiled.cubin, metadata=metadata, origin="compiled")
+        disk.write(entry, _process.keys_in_use())
+    return _built(spec, entry, "compiled")
+
+
+def _built(spec: KernelSpec, entry: Entry, origin: Origin) -> Built:
+    metadata = entry.metadata
+    return Built(spec=spec, key=metadata.key, cubin=entry.cubin, metadata=metadata, origin=origin)
 
 
 def _after_fork_in_child() -> None:

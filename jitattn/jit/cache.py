@@ -1,171 +1,187 @@
-"""The kernel cache on disk: `<key>.cubin` beside `<key>.json`.
+"""The user's own cache: a store that is also written, shared by any number of processes.
 
 ::
 
     <root>/CACHEDIR.TAG
-    <root>/v1/<k[:2]>/<k[2:]>.cubin   the plain cubin: cuobjdump and nvdisasm open it
-    <root>/v1/<k[:2]>/<k[2:]>.json    metadata with size and sha256 of the cubin; published last
-    <root>/v1/tmp/                    half-written files, renamed into place
-    <root>/v1/lock/                   one file a kernel in the making; an optimisation, no more
+    <root>/v1/<k[:2]>/<k[2:]>.{cubin,json}   an entry; the JSON is published last
+    <root>/v1/tmp/                           drafts, renamed into place
+    <root>/v1/bad/                           damaged entries, set aside for a look
+    <root>/v1/lock/                          one file a kernel in the making, no more
+    <root>/v1/memo.json                      see `jit/memo.py`
+    <root>/imported/<sha256>/                an archive that was imported: a store of its own
 
-A damaged cubin crashes the process inside the driver, so an entry is believed only if everything
-about it is right, and the bytes that were checked are the bytes that are loaded. Nothing read from
-the JSON reaches a launch. Trouble with the directory is never an error: the kernel is then kept in
-memory only, and one warning is logged.
+Correctness is rename and checksum; the lock only keeps processes from doing the same work. Trouble
+with the directory is never an error: the kernel is then kept in memory, and one warning is logged.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
+import functools
 import logging
 import os
+import random
 import re
 import secrets
-import stat
-import struct
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import platformdirs
 
-from jitattn.jit import settings
-from jitattn.jit.codegen import render
-from jitattn.jit.spec import arch_number, entry_symbol
+from jitattn.jit import files, settings
+from jitattn.jit.entry import Entry, to_json
+from jitattn.jit.store import Bad, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Collection
 
-    from jitattn.jit.spec import KernelSpec
+    import filelock
 
-#: Version of the key recipe and of the layout.
-SCHEMA: Final = 1
-_MAX_CUBIN_BYTES: Final = 64 * 1024 * 1024
-_MAX_JSON_BYTES: Final = 1024 * 1024
-_KEY: Final = re.compile(r"[0-9a-f]{64}")
-_SHARD: Final = re.compile(r"[0-9a-f]{2}")
-_ENTRY: Final = re.compile(r"([0-9a-f]{62})\.(json|cubin)")
 _TEMPORARY: Final = re.compile(r"\d+-[0-9a-f]{16}")
-_STALE_SECONDS: Final = 3600  # a temporary file this old belongs to a writer that died
+_STALE_SECONDS: Final = 3600  # a draft this old belongs to a writer that died
+_TOUCH_SECONDS: Final = 3600  # how exactly the time of last use is known
+_KEEP_BAD: Final = 32  # files that were set aside
+_FIRST_PAUSE: Final = 0.002  # seconds between two looks while another process compiles
+_LAST_PAUSE: Final = 0.05
 _TAG: Final = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# This directory holds compiled kernels of jitattn. It may be deleted at any time.\n"
 )
-_LOG: Final = logging.getLogger("jitattn")
-_HAS_OWNERS: Final = hasattr(os, "geteuid")  # Windows has no modes and owners of this kind
-_OPEN_FLAGS: Final = (
-    getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+#: What decides where the cache is.
+_ROOT_VARIABLES: Final = (
+    "JITATTN_CACHE_DIR",
+    "HOME",
+    "USERPROFILE",
+    "LOCALAPPDATA",
+    "XDG_CACHE_HOME",
+    "TMPDIR",
 )
+_LOG: Final = logging.getLogger("jitattn")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metadata:
-    """What is known of a cubin. For people and reports; nothing of it reaches a launch."""
+class Claim:
+    """The right to compile one kernel, held until the end of a ``with``."""
 
-    key: str
-    spec: dict[str, str | int]
-    arch: str
-    toolchain: str
-    options: tuple[str, ...]
-    source_digest: str
-    registers: int
-    stack_bytes: int
-    spill_bytes: int
-    smem_bytes: int  #: dynamic shared memory of a CTA
-    compile_ms: float
-    bytes: int  #: of the cubin
-    sha256: str  #: of the cubin
+    def __init__(self, lock: filelock.BaseFileLock | None) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self._lock.release()
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A checked entry."""
+@dataclass(slots=True)
+class _Account:
+    """What this process knows of the size of a cache: at its last count, and written since."""
 
-    cubin: bytes
-    metadata: Metadata
-
-
-def cache_key(
-    spec: KernelSpec, source_digest: str, options: tuple[str, ...], toolchain: str
-) -> str:
-    """Return the key of a kernel: sha256 over everything that its bytes depend on."""
-    texts: list[bytes] = []
-    for label, value in (
-        ("schema", str(SCHEMA)),
-        ("templates", source_digest),
-        ("spec", spec.to_key()),
-        ("header", render(spec)),
-        ("options", json.dumps(options)),
-        ("arch", spec.arch),
-        ("toolchain", toolchain),
-        ("entry", entry_symbol(spec)),
-    ):
-        for text in (label, value):
-            encoded = text.encode()
-            texts += (len(encoded).to_bytes(8, "little"), encoded)
-    return sha256(b"".join(texts))
+    counted: int = -1  #: -1: never counted
+    written: int = 0
 
 
-def is_cubin_for(cubin: bytes, arch: str) -> bool:
-    """Whether bytes are an ELF file of machine code for `arch`."""
-    if len(cubin) < 64 or cubin[:4] != b"\x7fELF" or cubin[4] != 2:
-        return False
-    (machine,) = struct.unpack_from("<H", cubin, 18)
-    (flags,) = struct.unpack_from("<I", cubin, 48)
-    number = flags & 0xFF if cubin[7] == 51 else (flags >> 8) & 0xFF  # ABI 7; from CUDA 13 on, 8
-    return bool(machine == 190 and number == arch_number(arch))
-
-
-class DiskCache:
-    """One cache directory."""
+class DiskCache(Store):
+    """The cache directory of this user."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        self.store = root / f"v{SCHEMA}"
+        super().__init__(root, files.our_owners())
+        self._account = _Account()
+        self._lock = threading.Lock()
 
-    def read(self, key: str, arch: str) -> Entry | None:
-        """Return the entry of `key` if there is one and it is right in every respect."""
-        cubin_path, json_path = self._paths(key)
-        text = _read_file(json_path, _MAX_JSON_BYTES)
-        if text is None:
+    def read(self, key: str, arch: str, *, is_writable: bool = True) -> Entry | None:
+        """Return the entry of `key` if it is right in every respect.
+
+        One that is there but not right is set aside, unless the cache may not be written.
+        """
+        looked = self.look(key, arch)
+        if isinstance(looked, Bad):
+            files.warn_once(
+                (self.root, "bad"),
+                f"a kernel in {self.root} is not to be believed and will be compiled anew "
+                f"({key[:16]}: {looked.reason})",
+            )
+            if is_writable:
+                self.set_aside(looked)
             return None
-        metadata = _parse_metadata(text)
-        cubin = _read_file(cubin_path, _MAX_CUBIN_BYTES)
-        if (
-            metadata is not None
-            and cubin is not None
-            and metadata.key == key
-            and metadata.arch == arch
-            and metadata.bytes == len(cubin)
-            and metadata.sha256 == sha256(cubin)
-            and is_cubin_for(cubin, arch)
-        ):
-            return Entry(cubin, metadata)
-        _warn_once(f"a damaged entry in {self.root} is ignored and will be compiled anew")
-        return None
+        if looked is not None and is_writable:
+            self._touch(key)
+        return looked
 
-    def write(self, cubin: bytes, metadata: Metadata) -> bool:
-        """Publish an entry; False if the directory does not let us."""
-        cubin_path, json_path = self._paths(metadata.key)
-        text = json.dumps(asdict(metadata), indent=1, sort_keys=True).encode()
+    def write(self, entry: Entry, in_use: Collection[str] = ()) -> bool:
+        """Publish an entry, and make room if the cache has outgrown its limit.
+
+        Parameters
+        ----------
+        in_use : collection of str
+            Keys that may not be evicted.
+
+        Returns
+        -------
+        bool
+            False if the directory does not let us.
+        """
+        metadata = entry.metadata
+        cubin_path, json_path = self.paths(metadata.key)
+        text = to_json(metadata)
         try:
-            self._make_directories(cubin_path.parent)
+            self.make_directories(cubin_path.parent)
             # The JSON comes last: without it, or with another's, the cubin counts for nothing.
-            self._publish(cubin_path, cubin)
+            self._publish(cubin_path, entry.cubin)
             self._publish(json_path, text)
         except OSError as error:
-            _warn_once(f"the kernel cache {self.root} cannot be written ({error}): kept in memory")
+            files.warn_once(
+                self.root,
+                f"the kernel cache {self.root} cannot be written ({error}): kept in memory",
+            )
             return False
+        self._make_room(len(entry.cubin) + len(text), {metadata.key, *in_use})
         return True
+
+    def claim(self, key: str, arch: str) -> Entry | Claim:
+        """Wait for the right to compile `key`, or for another process to have compiled it.
+
+        Waits at most ``JITATTN_LOCK_TIMEOUT`` seconds and then lets the caller compile without the
+        lock, as it does where locks do not work: two processes that publish one key publish the
+        same bytes.
+        """
+        import filelock  # 40 ms, and needed only to compile
+
+        deadline = time.monotonic() + settings.lock_timeout()
+        pause = _FIRST_PAUSE
+        try:
+            self.make_directories(self.store / "lock")
+            lock = _new_lock(self.store / "lock" / key[:4])
+            while True:
+                with contextlib.suppress(filelock.Timeout):
+                    lock.acquire(blocking=False)
+                    break
+                if time.monotonic() >= deadline:
+                    _LOG.info("the lock of %s is stuck: compiling without it", key[:16])
+                    return Claim(None)
+                time.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(pause * 1.5, _LAST_PAUSE)
+                found = self.read(key, arch)
+                if found is not None:
+                    return found
+        except (OSError, NotImplementedError) as error:
+            _LOG.info("compiling %s without a lock: %s", key[:16], error)
+            return Claim(None)
+        claim = Claim(lock)
+        found = self.read(key, arch)  # made between our first look and the lock?
+        if found is not None:
+            with claim:
+                return found
+        return claim
 
     def remove(self, key: str) -> bool:
         """Delete an entry; False if it could not be deleted or is not there."""
-        cubin_path, json_path = self._paths(key)
+        cubin_path, json_path = self.paths(key)
         removed = False
         for path in (json_path, cubin_path):
             with contextlib.suppress(OSError):
@@ -173,99 +189,145 @@ class DiskCache:
                 removed = True
         return removed
 
-    def entries(self) -> Iterator[Metadata]:
-        """Metadata of all entries, sorted by key. Cubins are not read."""
-        for key in sorted(key for key, kind in self._files() if kind == "json"):
-            text = _read_file(self._paths(key)[1], _MAX_JSON_BYTES)
-            metadata = None if text is None else _parse_metadata(text)
-            if metadata is not None and metadata.key == key:
-                yield metadata
+    def set_aside(self, bad: Bad) -> bool:
+        """Move a bad entry away, unless another process has replaced it meanwhile."""
+        folder = self.store / "bad"
+        moved = False
+        for path, stamp in zip(self.paths(bad.key), bad.stamps, strict=True):
+            if stamp is not None and not files.is_unchanged(path, stamp):
+                continue
+            target = folder / f"{bad.key}-{secrets.token_hex(4)}{path.suffix}"
+            with contextlib.suppress(OSError):
+                self.make_directories(folder)
+                os.rename(path, target)
+                moved = True
+        return moved
 
-    def clear(self) -> int:
-        """Delete entries and what dead writers left, nothing else; returns the number of entries.
+    def clear(self, keys: Collection[str] | None = None) -> int:
+        """Delete entries (all, or those of `keys`) and what dead writers left, nothing else.
 
         Lock files stay: a process that waits on one would not see the next holder.
+
+        Returns
+        -------
+        int
+            How many entries were deleted.
         """
-        files = list(self._files())
-        count = sum(self.remove(key) for key in sorted({key for key, _ in files}))
-        oldest = time.time() - _STALE_SECONDS
-        for file in _scan(self.store / "tmp"):
-            with contextlib.suppress(OSError):
-                if _TEMPORARY.fullmatch(file.name) and os.lstat(file).st_mtime < oldest:
-                    os.unlink(file)
-        for shard in {key[:2] for key, _ in files}:
-            with contextlib.suppress(OSError):  # not empty: something of somebody else's is in it
+        present = {key for key, _, _ in self.files()}
+        doomed = sorted(present if keys is None else present.intersection(keys))
+        count = sum(self.remove(key) for key in doomed)
+        self.sweep()
+        for shard in {key[:2] for key in doomed}:
+            with contextlib.suppress(OSError):  # not empty
                 (self.store / shard).rmdir()
+        self._checked.clear()
         return count
 
-    def _files(self) -> Iterator[tuple[str, str]]:
-        """Key and kind of every file whose name is one of the layout's. Follows no links."""
-        for shard in _scan(self.store):
-            if _SHARD.fullmatch(shard.name) and shard.is_dir(follow_symlinks=False):
-                for file in _scan(shard.path):
-                    match = _ENTRY.fullmatch(file.name)
-                    if match is not None:
-                        yield shard.name + match[1], match[2]
+    def sweep(self, keep_bad: int = _KEEP_BAD) -> int:
+        """Delete the drafts of dead writers, and all but the newest entries that were set aside."""
+        now = time.time()
+        drafts = files.scan(self.store / "tmp")
+        doomed = [
+            file.path
+            for file in drafts
+            if _TEMPORARY.fullmatch(file.name) and abs(now - _mtime(file.path)) > _STALE_SECONDS
+        ]
+        aside = sorted(files.scan(self.store / "bad"), key=lambda file: _mtime(file.path))
+        doomed += [file.path for file in aside[: max(0, len(aside) - keep_bad)]]
+        count = 0
+        for path in doomed:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+                count += 1
+        return count
 
-    @contextlib.contextmanager
-    def lock(self, key: str) -> Iterator[None]:
-        """Keep other processes from compiling the same kernel, as far as that is possible.
+    def usage(self) -> dict[str, int]:
+        """Bytes that each entry takes on disk, least recently used first.
 
-        Waits at most ``JITATTN_LOCK_TIMEOUT`` seconds, and goes on without the lock if it cannot be
-        had: two processes that publish one key publish the same bytes.
+        A stamp from the future comes from a wrong clock and says nothing: such entries come first,
+        and are stamped anew when they are used.
         """
-        import filelock  # 40 ms, and needed only to compile
+        sizes: dict[str, int] = {}
+        used: dict[str, float] = {}
+        for key, kind, file in self.files():
+            with contextlib.suppress(OSError):
+                status = file.stat(follow_symlinks=False)
+                sizes[key] = sizes.get(key, 0) + _size(status)
+                if kind == "json":
+                    used[key] = status.st_mtime
+        horizon = time.time() + _TOUCH_SECONDS
+        order = sorted(sizes, key=lambda key: _last_use(used.get(key, 0.0), horizon))
+        return {key: sizes[key] for key in order}
 
-        try:
-            self._make_directories(self.store / "lock")
-            lock = filelock.FileLock(
-                self.store / "lock" / key[:4], timeout=settings.lock_timeout(), mode=0o600
-            )
-            lock.acquire()
-        except (OSError, NotImplementedError, filelock.Timeout) as error:
-            _LOG.info("compiling without the lock of %s: %s", key[:16], error)
-            lock = None
-        try:
-            yield
-        finally:
-            if lock is not None:
-                with contextlib.suppress(OSError):
-                    lock.release()
+    def evict(self, limit: int, in_use: Collection[str] = ()) -> list[str]:
+        """Delete least recently used entries until the rest takes at most `limit` bytes.
 
-    def _paths(self, key: str) -> tuple[Path, Path]:
-        folder = self.store / key[:2]
-        return folder / f"{key[2:]}.cubin", folder / f"{key[2:]}.json"
+        Returns
+        -------
+        list of str
+            The keys that went. Entries of `in_use` stay.
+        """
+        sizes = self.usage()
+        total = sum(sizes.values())
+        gone = []
+        for key, size in sizes.items():
+            if total <= limit:
+                break
+            if key not in in_use and self.remove(key):
+                total -= size
+                gone.append(key)
+        self._account.counted, self._account.written = total, 0
+        return gone
 
-    def _make_directories(self, folder: Path) -> None:
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    def make_directories(self, folder: Path) -> None:
+        """Make `folder`, inside the store, and everything above it, for this user alone.
+
+        Raises
+        ------
+        OSError
+            It cannot be made, or somebody else could write to what is there.
+        """
+        self.root.parent.mkdir(parents=True, exist_ok=True)
+        files.make_directory(self.root, self.owners, may_be_link=True)
         for path in (self.store, self.store / "tmp", folder):
-            path.mkdir(mode=0o700, exist_ok=True)
-            if not _is_ours(path.lstat(), stat.S_ISDIR):
-                raise PermissionError(f"{path} belongs to someone else, or others may write to it")
+            files.make_directory(path, self.owners)
         tag = self.root / "CACHEDIR.TAG"
         if not tag.exists():
             self._publish(tag, _TAG.encode())
 
     def _publish(self, path: Path, content: bytes) -> None:
-        """Write a file whole or not at all."""
-        temporary = self.store / "tmp" / f"{os.getpid()}-{secrets.token_hex(8)}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS
-        descriptor = os.open(temporary, flags, 0o600)
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+            files.publish(path, content, self.store / "tmp")
+        except PermissionError:
+            # Windows replaces no file that somebody reads; one of this name has these very bytes.
+            if files.HAS_OWNERS or not path.is_file():
+                raise
 
+    def _touch(self, key: str) -> None:
+        """Note that an entry was used, at most once an hour."""
+        path, now = self._names(key)[1], time.time()
+        with contextlib.suppress(OSError):
+            if abs(now - os.stat(path).st_mtime) > _TOUCH_SECONDS:
+                os.utime(path, (now, now))
 
-def sha256(content: bytes) -> str:
-    """Return the checksum of an entry's bytes."""
-    return hashlib.sha256(content, usedforsecurity=False).hexdigest()
+    def _make_room(self, written: int, in_use: Collection[str]) -> None:
+        """Count the cache and evict, if what was written since the last count could matter.
+
+        With 64 processes that write as much as this one, the limit would just be reached.
+        """
+        limit = settings.cache_max_bytes()
+        with self._lock:
+            account = self._account
+            account.written += written
+            if account.counted >= 0 and account.written * 64 < limit - account.counted:
+                return
+            if account.counted < 0:
+                self.sweep()
+            account.counted, account.written = sum(self.usage().values()), 0
+            if account.counted > limit:
+                # Down to four fifths, so that this does not happen at every write.
+                gone = self.evict(limit * 4 // 5, in_use)
+                _LOG.info("%d kernels evicted from %s", len(gone), self.root)
 
 
 def user_cache() -> DiskCache | None:
@@ -274,14 +336,22 @@ def user_cache() -> DiskCache | None:
     ``JITATTN_CACHE_DIR``, else the platform's cache directory, else (if that cannot be made) a
     private one among the temporary files. Never the working directory.
     """
-    asked = settings.cache_dir()
-    if asked is not None:
-        return DiskCache(asked)
-    root = _home_root() or _temporary_root()
+    environment = tuple(map(os.environ.get, _ROOT_VARIABLES))
+    root = _find_root(environment, *files.our_owners())
     if root is None:
-        _warn_once("no cache directory is to be had: kernels are kept in memory only")
+        files.warn_once("root", "no cache directory is to be had: kernels are kept in memory only")
         return None
+    return _cache_at(root, *files.our_owners())
+
+
+@functools.cache
+def _cache_at(root: Path, *_owners: int) -> DiskCache:
     return DiskCache(root)
+
+
+@functools.cache
+def _find_root(_environment: object, *_owners: int) -> Path | None:
+    return settings.cache_dir() or _home_root() or _temporary_root()
 
 
 def _home_root() -> Path | None:
@@ -297,79 +367,45 @@ def _home_root() -> Path | None:
 
 
 def _temporary_root() -> Path | None:
-    if not _HAS_OWNERS:
+    if not files.HAS_OWNERS:
         return None
     try:
         folder = Path(tempfile.gettempdir())
         if folder == Path.cwd():  # the last resort of tempfile, not of ours
             return None
         root = folder / f"jitattn-{os.geteuid()}"
-        root.mkdir(mode=0o700, exist_ok=True)
-        return root if _is_ours(root.lstat(), stat.S_ISDIR) else None
+        files.make_directory(root, files.our_owners())
     except OSError:
         return None
+    return root
 
 
-def _scan(folder: Path | str) -> list[os.DirEntry[str]]:
-    """Content of a directory; nothing if it cannot be read."""
+def _new_lock(path: Path) -> filelock.BaseFileLock:
+    import filelock
+
     try:
-        with os.scandir(folder) as found:
-            return list(found)
+        # A lock by mere existence, its fall-back, would outlive a holder that is killed.
+        return filelock.FileLock(path, mode=0o600, fallback_to_soft=False)
+    except TypeError:  # an older filelock, which has no such fall-back
+        return filelock.FileLock(path, mode=0o600)
+
+
+def _mtime(path: str) -> float:
+    try:
+        return os.lstat(path).st_mtime
     except OSError:
-        return []
+        return 0.0
 
 
-def _read_file(path: Path, limit: int) -> bytes | None:
-    """Content of a regular file that only its owner, us or root, can write; else None."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | _OPEN_FLAGS | getattr(os, "O_NONBLOCK", 0))
-    except OSError:
-        return None
-    try:
-        status = os.fstat(descriptor)
-        if not _is_ours(status, stat.S_ISREG) or status.st_size > limit:
-            _warn_once(f"{path} is not a file of ours that nobody else can write: ignored")
-            return None
-        content = os.read(descriptor, status.st_size)
-    except OSError:
-        return None
-    finally:
-        os.close(descriptor)
-    return content if len(content) == status.st_size else None
+def _size(status: os.stat_result) -> int:
+    blocks: int = getattr(status, "st_blocks", 0)
+    return blocks * 512 or status.st_size
 
 
-def _is_ours(status: os.stat_result, is_kind: Callable[[int], bool]) -> bool:
-    if not is_kind(status.st_mode):
-        return False
-    if not _HAS_OWNERS:
-        return True
-    return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
+def _last_use(mtime: float, horizon: float) -> tuple[bool, float]:
+    return mtime <= horizon, mtime
 
 
-def _parse_metadata(text: bytes) -> Metadata | None:
-    try:
-        raw = json.loads(text)
-        kinds: dict[str, type] = {"spec": dict, "options": list, "compile_ms": float}
-        values: dict[str, Any] = {}
-        for field in fields(Metadata):
-            value: Any = raw[field.name]
-            kind = kinds.get(field.name, int if field.type == "int" else str)
-            if not isinstance(value, kind):
-                return None
-            values[field.name] = tuple(raw["options"]) if field.name == "options" else value
-        metadata = Metadata(**values)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return metadata if _KEY.fullmatch(metadata.key) else None
-
-
-_warned: set[str] = set()
-_warned_lock = threading.Lock()
-
-
-def _warn_once(message: str) -> None:
-    with _warned_lock:
-        if message in _warned:
-            return
-        _warned.add(message)
-    _LOG.warning(message)
+if hasattr(os, "register_at_fork"):
+    # Another thread of the parent may have held the lock of a cache, which nobody releases here.
+    os.register_at_fork(after_in_child=_cache_at.cache_clear)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.metadata
 import logging
 import os
 import re
@@ -24,46 +23,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from jitattn.errors import CompileError, UnsupportedError
-from jitattn.jit import settings
+from jitattn.jit import compilers, settings
 from jitattn.jit.codegen import HEADER_NAME, render
 from jitattn.jit.spec import arch_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from jitattn.jit.compilers import Toolchain
     from jitattn.jit.sources import Sources
     from jitattn.jit.spec import KernelSpec
 
-#: CUDA major → (distribution, library, builtins) on Linux and on Windows. Patterns are relative to
-#: site-packages.
-_LINUX: Final = {
-    12: ("nvidia-cuda-nvrtc-cu12", "nvidia/cuda_nvrtc/lib/libnvrtc.so.12", "libnvrtc-builtins.so*"),
-    13: ("nvidia-cuda-nvrtc", "nvidia/cu13/lib/libnvrtc.so.13", "libnvrtc-builtins.so*"),
-}
-_WINDOWS: Final = {
-    12: (
-        "nvidia-cuda-nvrtc-cu12",
-        "nvidia/cuda_nvrtc/bin/nvrtc64_120_0.dll",
-        "nvrtc-builtins64_*.dll",
-    ),
-    13: ("nvidia-cuda-nvrtc", "nvidia/cu13/bin/x86_64/nvrtc64_130_0.dll", "nvrtc-builtins64_*.dll"),
-}
 #: Fixed, because some NVRTC versions put it into the cubin.
 _PROGRAM_NAME: Final = b"jitattn.cu"
 _LOG: Final = logging.getLogger("jitattn")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Toolchain:
-    """An installed NVRTC."""
-
-    version: tuple[int, ...]  #: of the wheel, e.g. (12, 9, 86)
-    library: Path
-    builtins: tuple[Path, ...]
-
-    def __str__(self) -> str:
-        """Return what names the compiler in cache keys: 'nvrtc 12.9.86'."""
-        return "nvrtc " + ".".join(map(str, self.version))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,77 +52,8 @@ class Compiled:
     compile_ms: float
 
 
-def installed(platform: str = sys.platform) -> dict[int, Toolchain]:
-    """Find the installed NVRTC wheels, by CUDA major version."""
-    found = {}
-    for major, (name, library, builtins) in (_WINDOWS if platform == "win32" else _LINUX).items():
-        try:
-            distribution = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        path = Path(str(distribution.locate_file(library)))
-        version = tuple(int(part) for part in re.findall(r"\d+", distribution.version)[:3])
-        if path.is_file() and version[0] == major:
-            found[major] = Toolchain(
-                version=version,
-                library=path,
-                builtins=tuple(sorted(path.parent.glob(builtins))),
-            )
-    return found
-
-
-def toolchain() -> Toolchain:
-    """Return the NVRTC that compiles, without opening it.
-
-    The newest whose CUDA major version is not above the driver's, which could not load its cubins;
-    without a driver, the newest. ``JITATTN_NVRTC`` overrides.
-
-    Raises
-    ------
-    CompileError
-        No usable NVRTC is installed.
-    """
-    return _toolchain(settings.nvrtc_major())
-
-
-@functools.cache
-def _toolchain(asked: int | None) -> Toolchain:
-    found = installed()
-    if asked is not None:
-        if asked in found:
-            return found[asked]
-        raise CompileError(
-            f"JITATTN_NVRTC={asked}, but that NVRTC is not installed (found: "
-            f"{', '.join(map(str, found.values())) or 'none'}); install jitattn[cu{asked}]"
-        )
-    driver = _driver_major()
-    usable = [major for major in found if driver is None or major <= driver]
-    if usable:
-        return found[max(usable)]
-    if found:
-        raise CompileError(
-            f"the driver supports CUDA {driver}, but the only NVRTC installed is "
-            f"{', '.join(map(str, found.values()))}, whose kernels it cannot load; install "
-            "jitattn[cu12], or update the driver"
-        )
-    raise CompileError(
-        "no NVRTC is installed: install jitattn[cu13] (driver 580 or newer) or jitattn[cu12]"
-    )
-
-
-def _driver_major() -> int | None:
-    """CUDA major version of the driver; None without one. Initialises nothing."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        version = ctypes.c_int()
-        failed = driver.cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return None
-    return None if failed else version.value // 1000
-
-
-def options(spec: KernelSpec, compiler: Toolchain) -> tuple[str, ...]:
-    """Return the exact options for `spec`; they are part of the cache key."""
+def options(spec: KernelSpec) -> tuple[str, ...]:
+    """Return the options that decide the machine code of `spec`; they are part of the cache key."""
     fixed = (
         "--std=c++17",
         "-default-device",
@@ -157,12 +61,16 @@ def options(spec: KernelSpec, compiler: Toolchain) -> tuple[str, ...]:
         f"--gpu-architecture={spec.arch}",
         "--ftz=true",
         "--fmad=true",
-        "--ptxas-options=-v",
     )
-    no_cache = ("--no-cache",) if compiler.version >= (12, 9) else ()
     line_info = ("-lineinfo",) if settings.lineinfo() else ()
     asserts = ("-DJITATTN_DEBUG_ASSERT",) if settings.debug_assert() else ()
-    return fixed + no_cache + line_info + asserts
+    return fixed + line_info + asserts
+
+
+def _other_options(compiler: Toolchain) -> tuple[str, ...]:
+    """Options that decide nothing about the code: reports, and no second cache behind ours."""
+    no_cache = ("--no-cache",) if compiler.version >= (12, 9) else ()
+    return ("--ptxas-options=-v", *no_cache)
 
 
 def supported_archs(compiler: Toolchain) -> tuple[int, ...]:
@@ -185,7 +93,7 @@ def compile_spec(
 
     Parameters
     ----------
-    arguments : tuple of str, default `options(spec, compiler)`
+    arguments : tuple of str, default `options(spec)`
         The options that the cache key was made from, so that the two cannot differ.
 
     Raises
@@ -196,7 +104,7 @@ def compile_spec(
     UnsupportedError
         NVRTC does not know the architecture.
     """
-    compiler = toolchain() if compiler is None else compiler
+    compiler = compilers.chosen() if compiler is None else compiler
     if arch_number(spec.arch) not in supported_archs(compiler):
         raise UnsupportedError(
             f"{spec.arch} is not known to {compiler} (it knows sm_"
@@ -204,14 +112,15 @@ def compile_spec(
             "(sm_100 and sm_120 need 12.8)"
         )
     headers = {**sources.headers, HEADER_NAME: render(spec)}
-    arguments = options(spec, compiler) if arguments is None else arguments
+    arguments = options(spec) if arguments is None else arguments
+    given = arguments + _other_options(compiler)
     with _running:
         start = time.perf_counter()
-        succeeded, cubin, log = _run(_open(compiler), sources.entry, headers, arguments)
+        succeeded, cubin, log = _run(_open(compiler), sources.entry, headers, given)
         compile_ms = (time.perf_counter() - start) * 1e3
     keep = settings.keep_source()
     if not succeeded:
-        raise _compile_error(spec, sources.entry, headers, arguments, log, keep)
+        raise _compile_error(spec, sources.entry, headers, given, log, keep)
     if keep is not None:
         try:
             _keep_sources(keep, spec, sources.entry, headers)
@@ -219,7 +128,8 @@ def compile_spec(
             _LOG.warning("JITATTN_KEEP_SOURCE: the source could not be kept: %s", error)
     return Compiled(
         cubin=cubin,
-        log=log,
+        # Without the line that differs from run to run: equal compiles have equal records.
+        log="\n".join(line for line in log.splitlines() if "Compile time" not in line),
         options=arguments,
         registers=_figure(r"Used (\d+) registers", log),
         stack_bytes=_figure(r"(\d+) bytes stack frame", log),

@@ -7,6 +7,8 @@ through the compiler's options, and so enter the cache key.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, cast, get_args
 
@@ -14,12 +16,18 @@ from jitattn.errors import InvalidInputError
 
 CacheMode: TypeAlias = Literal["rw", "ro", "off"]
 
+_SIZE: Final = re.compile(r"(\d{1,15})([KMGkmg]?)")
+
 #: Name → (default, meaning). README.md repeats this table; a test compares the two.
 VARIABLES: Final[dict[str, tuple[str, str]]] = {
     "JITATTN_CACHE_DIR": ("user cache directory", "where kernels are kept on disk"),
     "JITATTN_CACHE": ("rw", "rw, ro (read only) or off (memory only)"),
+    "JITATTN_CACHE_PATH": ("unset", "more directories of kernels, only read; separated as in PATH"),
+    "JITATTN_CACHE_MAX_BYTES": ("512M", "size of the cache: bytes, or a number with K, M or G"),
+    "JITATTN_NO_COMPILE": ("0", "1 forbids compiling: a missing kernel is an error that names it"),
     "JITATTN_LOCK_TIMEOUT": ("60", "seconds to wait for another process that compiles the kernel"),
     "JITATTN_NVRTC": ("chosen by driver", "12 or 13: which installed NVRTC compiles"),
+    "JITATTN_RECORD": ("unset", "file to note the kernels in that a program uses, for prebuild"),
     "JITATTN_KEEP_SOURCE": ("unset", "directory to keep the source of every compile in"),
     "JITATTN_LINEINFO": ("0", "1 compiles line numbers in, for profilers"),
     "JITATTN_DEBUG_ASSERT": ("0", "1 compiles device-side checks in"),
@@ -29,6 +37,17 @@ VARIABLES: Final[dict[str, tuple[str, str]]] = {
 def cache_dir() -> Path | None:
     """Return the cache directory that was asked for, if any."""
     return _path("JITATTN_CACHE_DIR")
+
+
+def cache_path() -> tuple[Path, ...]:
+    """Return the read-only directories of kernels that were asked for."""
+    value = os.environ.get("JITATTN_CACHE_PATH", "")
+    return tuple(_expanded("JITATTN_CACHE_PATH", part) for part in value.split(os.pathsep) if part)
+
+
+def record() -> Path | None:
+    """Return the file in which used kernels are to be noted, if any."""
+    return _path("JITATTN_RECORD")
 
 
 def keep_source() -> Path | None:
@@ -43,6 +62,23 @@ def cache_mode() -> CacheMode:
         if value == mode:
             return cast("CacheMode", mode)
     raise InvalidInputError(f"JITATTN_CACHE={value!r}: it must be rw, ro or off")
+
+
+def cache_max_bytes() -> int:
+    """Return the size in bytes at which least recently used kernels go."""
+    value = os.environ.get("JITATTN_CACHE_MAX_BYTES") or "512M"
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise InvalidInputError(
+            f"JITATTN_CACHE_MAX_BYTES={value!r}: it must be a number of bytes, as in 536870912 or "
+            "512M (K, M or G: 1024, 1024**2 or 1024**3)"
+        )
+    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2].upper()]
+
+
+def no_compile() -> bool:
+    """Whether compiling is forbidden."""
+    return _flag("JITATTN_NO_COMPILE")
 
 
 def lock_timeout() -> float:
@@ -79,8 +115,10 @@ def debug_assert() -> bool:
 
 def _path(name: str) -> Path | None:
     value = os.environ.get(name)
-    if not value:
-        return None
+    return _expanded(name, value) if value else None
+
+
+def _expanded(name: str, value: str) -> Path:
     try:
         return Path(value).expanduser().absolute()
     except RuntimeError as error:
@@ -92,3 +130,19 @@ def _flag(name: str) -> bool:
     if value not in ("", "0", "1"):
         raise InvalidInputError(f"{name}={value!r}: it must be 0 or 1")
     return value == "1"
+
+
+#: Every reader: each refuses a wrong value by name.
+READERS: Final[tuple[Callable[[], object], ...]] = (
+    cache_dir,
+    cache_path,
+    cache_mode,
+    cache_max_bytes,
+    no_compile,
+    lock_timeout,
+    nvrtc_major,
+    record,
+    keep_source,
+    lineinfo,
+    debug_assert,
+)

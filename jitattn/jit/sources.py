@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from jitattn.errors import InternalError
+from jitattn.jit import memo
 from jitattn.jit.codegen import HEADER_NAME
 
 _INCLUDE: Final = re.compile(r"^\s*#\s*include\s+(\S+)", re.MULTILINE)
@@ -20,11 +22,13 @@ _PACKAGE: Final = Path(__file__).resolve().parents[1]
 class Sources:
     """One entry file and every header that it reaches, without the generated one."""
 
+    family: str
     entry: str  #: text of entry/<family>.cu
     headers: dict[str, str]  #: include name → text, sorted by name
     digest: str  #: sha256 over names and texts
 
 
+@functools.lru_cache(maxsize=32)
 def locate(package: Path = _PACKAGE) -> Path:
     """Return the folder that holds entry/ and jitattn/.
 
@@ -37,7 +41,7 @@ def locate(package: Path = _PACKAGE) -> Path:
         Neither is there.
     """
     for candidate in (package / "_cuda_src", package.parent / "cuda_src"):
-        if (candidate / "entry").is_dir():
+        if os.path.isdir(f"{candidate}/entry"):
             return candidate
     raise InternalError(
         f"the CUDA templates are in neither {package / '_cuda_src'} nor "
@@ -46,15 +50,37 @@ def locate(package: Path = _PACKAGE) -> Path:
 
 
 @functools.lru_cache(maxsize=32)
+def digest(family: str) -> str:
+    """Return the digest of `closure(family)`, from the memo while no file of it has changed."""
+    root = locate()
+    name = f"templates of {family} in {root}"
+    fact = memo.recall(name)
+    if fact is not None:
+        signature, remembered = fact
+        paths = [str(part[0]) for part in signature if part]
+        if isinstance(remembered, str) and paths and memo.signature(paths) == signature:
+            return remembered
+    files = [root / "entry" / f"{family}.cu", *(root / name for name in closure(family).headers)]
+    # The signature comes first: a file that changes while it is read is then found out next time.
+    signature = memo.signature(files)
+    source = _close(family, root)
+    memo.remember(name, signature, source.digest)
+    return source.digest
+
+
+@functools.lru_cache(maxsize=32)
 def closure(family: str, root: Path | None = None) -> Sources:
-    """Read the entry of a kernel family and all that it includes. Memoised for the process.
+    """Read the entry of a kernel family and all that it includes. Kept for the process.
 
     Raises
     ------
     InternalError
         A file is missing, or includes something other than "jitattn/…" or the generated header.
     """
-    root = locate() if root is None else root
+    return _close(family, locate() if root is None else root)
+
+
+def _close(family: str, root: Path) -> Sources:
     entry = _read(root, f"entry/{family}.cu")
     headers: dict[str, str] = {}
     pending = [(f"entry/{family}.cu", entry)]
@@ -71,11 +97,11 @@ def closure(family: str, root: Path | None = None) -> Sources:
             headers[name] = _read(root, name)
             pending.append((name, headers[name]))
     headers = dict(sorted(headers.items()))
-    digest = hashlib.sha256(usedforsecurity=False)
+    checksum = hashlib.sha256(usedforsecurity=False)
     for name, text in (("entry", entry), *headers.items()):
         for part in (name.encode(), text.encode()):
-            digest.update(len(part).to_bytes(8, "little") + part)
-    return Sources(entry=entry, headers=headers, digest=digest.hexdigest())
+            checksum.update(len(part).to_bytes(8, "little") + part)
+    return Sources(family=family, entry=entry, headers=headers, digest=checksum.hexdigest())
 
 
 def _read(root: Path, name: str) -> str:

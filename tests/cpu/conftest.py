@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jitattn.jit import build, cache, settings
+from jitattn.jit import build, cache, files, record, settings
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,14 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.setenv("JITATTN_CACHE_DIR", str(root))
     for name in settings.VARIABLES.keys() - {"JITATTN_CACHE_DIR"}:
         monkeypatch.delenv(name, raising=False)
-    build.clear_memory()
-    cache._warned.clear()
+    _forget()
     yield root
+    _forget()
+
+
+def _forget() -> None:
     build.clear_memory()
+    files._warned.clear()
+    record._noted.clear()
+    cache._find_root.cache_clear()
+    cache._cache_at.cache_clear()

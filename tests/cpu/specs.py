@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
+import struct
+
+from jitattn.jit.entry import Entry, Metadata, cache_key, sha256
 from jitattn.jit.spec import Dtype, FwdSpec, MaskKind, MergeSpec, Numerics, Problem, RowClass
 from jitattn.tiles import fwd_spec
 
@@ -23,3 +28,35 @@ def forward_spec(arch: str = "sm_80", head_dim: int = 16, **other: object) -> Fw
         }
     )
     return fwd_spec(problem, arch, RowClass.ROWS16)
+
+
+def fake_entry(number: int, size: int = 4096, toolchain: str = "nvrtc 13.0.88") -> Entry:
+    """An entry that every check accepts but no GPU would run: for tests of files only."""
+    header = bytearray(64)
+    header[:8] = b"\x7fELF\x02\x01\x01\x33"
+    struct.pack_into("<H", header, 18, 190)
+    struct.pack_into("<I", header, 48, 80)
+    cubin = bytes(header) + random.Random(number).randbytes(size - 64)
+    spec = merge_spec().to_dict()
+    digest = hashlib.sha256(str(number).encode()).hexdigest()
+    options = ("-a",)
+    return Entry(
+        cubin,
+        Metadata(
+            key=cache_key(spec, digest, "", options, toolchain),
+            spec=spec,
+            arch="sm_80",
+            toolchain=toolchain,
+            options=options,
+            source_digest=digest,
+            header_digest="",
+            registers=32,
+            stack_bytes=0,
+            spill_bytes=0,
+            smem_bytes=0,
+            compile_ms=1.0,
+            log="",
+            bytes=len(cubin),
+            sha256=sha256(cubin),
+        ),
+    )

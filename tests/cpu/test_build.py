@@ -110,7 +110,9 @@ def test_processes_compile_once(cache_dir: Path) -> None:
 
 
 def _hold(root: str, key: str, held: object, release: object) -> None:
-    with cache.DiskCache(Path(root)).lock(key):
+    claim = cache.DiskCache(Path(root)).claim(key, "sm_80")
+    assert isinstance(claim, cache.Claim)
+    with claim:
         held.set()
         release.wait(30)
 

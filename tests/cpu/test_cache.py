@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from jitattn.jit import build, cache
-from jitattn.jit.cache import DiskCache, Metadata, cache_key, is_cubin_for, sha256
+from jitattn.jit import build, cache, files
+from jitattn.jit.cache import DiskCache
+from jitattn.jit.entry import Entry, Metadata, cache_key, is_cubin_for, sha256
+from jitattn.jit.store import Bad
 
 from .specs import forward_spec, merge_spec
 
-POSIX = pytest.mark.skipif(not cache._HAS_OWNERS, reason="needs POSIX owners and modes")
+POSIX = pytest.mark.skipif(not files.HAS_OWNERS, reason="needs POSIX owners and modes")
 
 
 @pytest.fixture
@@ -43,40 +45,104 @@ def test_roundtrip(entry: tuple[DiskCache, Metadata, bytes]) -> None:
 
 
 def test_key_depends_on_every_ingredient() -> None:
-    base = (merge_spec(), "digest", ("-a", "-b"), "nvrtc 12.9.86")
-    variants = [
+    base = (merge_spec().to_dict(), "digest", "header", ("-a", "-b"), "nvrtc 12.9.86")
+    kernels = [
         base,
-        (merge_spec("sm_86"), *base[1:]),
-        (merge_spec(head_dim_v=32), *base[1:]),
+        (merge_spec("sm_86").to_dict(), *base[1:]),
+        (merge_spec(head_dim_v=32).to_dict(), *base[1:]),
         (base[0], "other", *base[2:]),
-        (*base[:2], ("-a",), base[3]),
-        (*base[:2], ("-a-b",), base[3]),
-        (*base[:3], "nvrtc 13.0.88"),
+        (*base[:2], "other", *base[3:]),
+        (*base[:3], ("-a",), base[4]),
+        (*base[:3], ("-a-b",), base[4]),
     ]
-    assert len({cache_key(*variant) for variant in variants}) == len(variants)
-    assert cache_key(*base) == cache_key(*base)
+    keys = [cache_key(*kernel) for kernel in kernels]
+    assert len({key[:40] for key in keys}) == len({key[40:] for key in keys}) == len(keys)
+    other_compiler = cache_key(*base[:4], "nvrtc 13.0.88")
+    assert other_compiler[:40] == keys[0][:40]
+    assert other_compiler[40:] != keys[0][40:]
+    assert cache_key(*base) == keys[0]
 
 
-def test_damage_anywhere_is_a_miss(entry: tuple[DiskCache, Metadata, bytes]) -> None:
+def test_metadata_holds_every_ingredient_of_the_key() -> None:
+    metadata = build.build(merge_spec()).metadata
+    assert metadata.key_again() == metadata.key == build.key_of(merge_spec())
+
+
+def damaged(content: bytes, offsets: int = 64) -> list[bytes]:
+    """Every kind of damage: cut, emptied, zeroed, extended, one bit flipped at many places."""
+    flips = []
+    for index in range(offsets):
+        flipped = bytearray(content)
+        flipped[index * (len(content) - 1) // (offsets - 1)] ^= 1 << index % 8
+        flips.append(bytes(flipped))
+    cuts = [b"", content[:1], content[: len(content) // 2], content[:-1]]
+    return [*cuts, bytes(len(content)), content + b"\0", *flips]
+
+
+def test_damaged_cubin_is_never_believed(entry: tuple[DiskCache, Metadata, bytes]) -> None:
     disk, metadata, cubin = entry
-    cubin_path, json_path = paths(disk, metadata.key)
-    text = json_path.read_bytes()
-    for path, content in ((cubin_path, cubin), (json_path, text)):
-        damaged = [b"", content[: len(content) // 2], content[:-1], bytes(len(content))]
-        for index in range(24):
-            offset = index * (len(content) - 1) // 23
-            flipped = bytearray(content)
-            flipped[offset] ^= 1 << index % 8
-            damaged.append(bytes(flipped))
-        if path == cubin_path:
-            damaged.append(content + b"\0")
-        for one in damaged:
-            path.write_bytes(one)
-            found = disk.read(metadata.key, "sm_80")
-            # A flipped bit in the JSON may leave every checked field right (spec, times …).
-            assert found is None or (path == json_path and found.cubin == cubin)
-        path.write_bytes(content)
+    path = paths(disk, metadata.key)[0]
+    for one in damaged(cubin):
+        path.write_bytes(one)
+        assert isinstance(disk.look(metadata.key, "sm_80"), Bad)
+    path.write_bytes(cubin)
+    assert isinstance(disk.look(metadata.key, "sm_80"), Entry)
+
+
+def test_damaged_metadata_never_gives_another_cubin(
+    entry: tuple[DiskCache, Metadata, bytes],
+) -> None:
+    disk, metadata, cubin = entry
+    path = paths(disk, metadata.key)[1]
+    text = path.read_bytes()
+    believed = 0
+    for one in damaged(text):
+        path.write_bytes(one)
+        found = disk.look(metadata.key, "sm_80")
+        # A flip in a figure that is only reported may leave the entry usable: with the same bytes.
+        assert isinstance(found, Bad) or found.cubin == cubin
+        believed += isinstance(found, Entry)
+    assert believed < 64
+    path.write_bytes(text)
+    assert isinstance(disk.look(metadata.key, "sm_80"), Entry)
+
+
+def test_swapped_cubins_are_not_believed(entry: tuple[DiskCache, Metadata, bytes]) -> None:
+    disk, metadata, _ = entry
+    other = build.build(merge_spec(head_dim_v=32)).metadata
+    one_path, other_path = (paths(disk, key)[0] for key in (metadata.key, other.key))
+    one, two = one_path.read_bytes(), other_path.read_bytes()
+    assert one != two
+    one_path.write_bytes(two)
+    other_path.write_bytes(one)
+    for key in (metadata.key, other.key):
+        assert isinstance(disk.look(key, "sm_80"), Bad)
+
+
+def test_bad_entry_is_set_aside(entry: tuple[DiskCache, Metadata, bytes]) -> None:
+    disk, metadata, cubin = entry
+    for path in paths(disk, metadata.key):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert disk.read(metadata.key, "sm_80", is_writable=False) is None
+    assert all(path.exists() for path in paths(disk, metadata.key))
+    assert disk.read(metadata.key, "sm_80") is None
+    assert not any(path.exists() for path in paths(disk, metadata.key))
+    aside = sorted(path.suffix for path in (disk.root / "v1" / "bad").iterdir())
+    assert aside == [".cubin", ".json"]
+    disk.write(Entry(cubin, metadata))
     assert disk.read(metadata.key, "sm_80") is not None
+
+
+def test_good_entry_that_replaced_a_bad_one_stays(
+    entry: tuple[DiskCache, Metadata, bytes],
+) -> None:
+    disk, metadata, cubin = entry
+    paths(disk, metadata.key)[0].write_bytes(b"bad")
+    bad = disk.look(metadata.key, "sm_80")
+    assert isinstance(bad, Bad)
+    disk.write(Entry(cubin, metadata))  # another process was faster
+    disk.set_aside(bad)
+    assert disk.look(metadata.key, "sm_80") is not None
 
 
 @pytest.mark.parametrize(
@@ -106,14 +172,14 @@ def test_cubin_of_another_architecture_is_a_miss(
     assert is_cubin_for(cubin, "sm_80")
     assert not is_cubin_for(cubin, "sm_90")
     assert disk.read(metadata.key, "sm_90") is None
-    disk.write(cubin, replace(metadata, arch="sm_90", key="cd" * 32))  # forged metadata
+    disk.write(Entry(cubin, replace(metadata, arch="sm_90", key="cd" * 32)))  # forged metadata
     assert disk.read("cd" * 32, "sm_90") is None
 
 
 @POSIX
 @pytest.mark.parametrize("kind", ["writable", "symlink", "directory", "fifo"])
 @pytest.mark.parametrize("which", [0, 1])
-def test_what_is_no_private_file_is_a_miss(
+def test_what_is_no_private_file_is_a_miss_and_makes_way(
     entry: tuple[DiskCache, Metadata, bytes], kind: str, which: int, tmp_path: Path
 ) -> None:
     disk, metadata, _ = entry
@@ -129,6 +195,10 @@ def test_what_is_no_private_file_is_a_miss(
         else:
             os.mkfifo(path)
     assert disk.read(metadata.key, "sm_80") is None
+    build.clear_memory()
+    assert build.build(merge_spec()).origin == "compiled"
+    build.clear_memory()
+    assert build.build(merge_spec()).origin == "disk"
 
 
 @POSIX
@@ -139,7 +209,7 @@ def test_foreign_owner_is_a_miss(
     if os.geteuid() == 0:
         os.chown(paths(disk, metadata.key)[0], 4711, -1)
     else:
-        monkeypatch.setattr(cache.os, "geteuid", lambda: 4711)
+        monkeypatch.setattr(files.os, "geteuid", lambda: 4711)
     assert disk.read(metadata.key, "sm_80") is None
 
 
@@ -174,7 +244,7 @@ def test_full_disk_keeps_the_kernel_in_memory(
     def fail(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(cache.os, call, fail)
+    monkeypatch.setattr(files.os, call, fail)
     with caplog.at_level(logging.WARNING, "jitattn"):
         built = [build.build(merge_spec(head_dim_v=dim)) for dim in (16, 32)]
     assert [one.origin for one in built] == ["compiled", "compiled"]
@@ -210,12 +280,13 @@ def test_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert disk.root == tmp_path / f"jitattn-{os.geteuid()}"
     assert stat.S_IMODE(disk.root.stat().st_mode) == 0o700
     disk.root.chmod(0o777)  # someone else may have put something there
+    cache._find_root.cache_clear()  # as a new process
     assert cache.user_cache() is None
 
 
 def test_windows_branch(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_HAS_OWNERS", False)
-    monkeypatch.setattr(cache, "_OPEN_FLAGS", 0)
+    monkeypatch.setattr(files, "HAS_OWNERS", False)
+    monkeypatch.setattr(files, "_OPEN_FLAGS", 0)
     assert build.build(merge_spec()).origin == "compiled"
     build.clear_memory()
     assert build.build(merge_spec()).origin == "disk"
@@ -225,7 +296,7 @@ def test_clear_deletes_entries_and_nothing_else(
     entry: tuple[DiskCache, Metadata, bytes],
 ) -> None:
     disk, metadata, cubin = entry
-    disk.write(cubin, replace(metadata, key="ef" * 32))
+    disk.write(Entry(cubin, replace(metadata, key="ef" * 32)))
     mine = [disk.root / "notes.txt", disk.root / "v1" / "ab.json"]
     for path in mine:
         path.write_text("not of the cache")

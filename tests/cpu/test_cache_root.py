@@ -10,10 +10,11 @@ import pytest
 from jitattn.errors import InvalidInputError
 from jitattn.jit import build, cache, settings
 from jitattn.jit.cache import DiskCache
+from jitattn.jit.files import HAS_OWNERS
 
 from .specs import merge_spec
 
-POSIX = pytest.mark.skipif(not cache._HAS_OWNERS, reason="needs POSIX owners and modes")
+POSIX = pytest.mark.skipif(not HAS_OWNERS, reason="needs POSIX owners and modes")
 
 
 @pytest.fixture
@@ -57,6 +58,7 @@ def test_working_directory_is_never_the_cache(
     monkeypatch.chdir(work)
     monkeypatch.setattr(cache.tempfile, "gettempdir", os.getcwd)  # what tempfile falls back to
     assert cache.user_cache() is None
+    cache._find_root.cache_clear()
     monkeypatch.setattr(cache.platformdirs, "user_cache_dir", lambda *_, **__: "jitattn")
     assert cache.user_cache() is None
     assert list(work.iterdir()) == []

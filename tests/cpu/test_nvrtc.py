@@ -16,24 +16,18 @@ from pathlib import Path
 import pytest
 
 from jitattn.errors import CompileError, UnsupportedError
-from jitattn.jit import build, nvrtc
-from jitattn.jit.cache import _HAS_OWNERS, is_cubin_for
+from jitattn.jit import build, compilers, nvrtc
+from jitattn.jit.entry import is_cubin_for
+from jitattn.jit.files import HAS_OWNERS
 from jitattn.jit.sources import closure
 
 from .specs import forward_spec, merge_spec
 
 
-@pytest.fixture
-def no_memo() -> None:
-    nvrtc._toolchain.cache_clear()
-    yield
-    nvrtc._toolchain.cache_clear()
-
-
 @pytest.mark.parametrize("major", [12, 13])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
 def test_both_compilers_compile_for_every_architecture(major: int, arch: str) -> None:
-    found = nvrtc.installed()
+    found = compilers.installed()
     if major not in found:
         pytest.skip(f"needs NVRTC {major}")
     if arch in ("sm_100", "sm_120") and found[major].version < (12, 8):
@@ -45,90 +39,19 @@ def test_both_compilers_compile_for_every_architecture(major: int, arch: str) ->
 
 
 def test_options_are_these(monkeypatch: pytest.MonkeyPatch) -> None:
-    old, new = (
-        nvrtc.Toolchain(version=version, library=Path("x"), builtins=())
-        for version in ((12, 6, 85), (13, 0, 88))
-    )
-    base = nvrtc.options(merge_spec("sm_86"), old)
+    base = nvrtc.options(merge_spec("sm_86"))
     assert "--gpu-architecture=sm_86" in base
     assert "--no-source-include" in base
-    assert "--no-cache" not in base
-    assert set(nvrtc.options(merge_spec("sm_86"), new)) == {*base, "--no-cache"}
     monkeypatch.setenv("JITATTN_LINEINFO", "1")
     monkeypatch.setenv("JITATTN_DEBUG_ASSERT", "1")
-    switched = nvrtc.options(merge_spec("sm_86"), old)
+    switched = nvrtc.options(merge_spec("sm_86"))
     assert set(switched) == {*base, "-lineinfo", "-DJITATTN_DEBUG_ASSERT"}
 
 
-@pytest.mark.usefixtures("no_memo")
-@pytest.mark.parametrize(
-    ("driver", "majors", "expected"),
-    [(None, (12, 13), 13), (13, (12, 13), 13), (12, (12, 13), 12), (13, (12,), 12)],
-)
-def test_choice_by_driver(
-    monkeypatch: pytest.MonkeyPatch, driver: int | None, majors: tuple[int, ...], expected: int
-) -> None:
-    found = {
-        major: nvrtc.Toolchain(version=(major, 1, 2), library=Path("x"), builtins=())
-        for major in majors
-    }
-    monkeypatch.setattr(nvrtc, "installed", lambda: found)
-    monkeypatch.setattr(nvrtc, "_driver_major", lambda: driver)
-    assert nvrtc.toolchain() is found[expected]
-    assert str(nvrtc.toolchain()) == f"nvrtc {expected}.1.2"
-
-
-@pytest.mark.usefixtures("no_memo")
-@pytest.mark.parametrize(
-    ("driver", "majors", "text"),
-    [(12, (13,), r"jitattn\[cu12\]"), (13, (), r"jitattn\[cu13\]")],
-)
-def test_no_usable_compiler(
-    monkeypatch: pytest.MonkeyPatch, driver: int, majors: tuple[int, ...], text: str
-) -> None:
-    found = {
-        major: nvrtc.Toolchain(version=(major, 0), library=Path("x"), builtins=())
-        for major in majors
-    }
-    monkeypatch.setattr(nvrtc, "installed", lambda: found)
-    monkeypatch.setattr(nvrtc, "_driver_major", lambda: driver)
-    with pytest.raises(CompileError, match=text):
-        nvrtc.toolchain()
-
-
-@pytest.mark.usefixtures("no_memo")
-@pytest.mark.parametrize("major", [12, 13])
-def test_override(monkeypatch: pytest.MonkeyPatch, major: int) -> None:
-    monkeypatch.setenv("JITATTN_NVRTC", str(major))
-    if major in nvrtc.installed():
-        assert nvrtc.toolchain().version[0] == major
-    else:
-        with pytest.raises(CompileError, match=rf"cu{major}"):
-            nvrtc.toolchain()
-
-
-def test_windows_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Distribution:
-        version = "12.9.86"
-
-        def locate_file(self, path: str) -> Path:
-            return tmp_path / path
-
-    folder = tmp_path / "nvidia" / "cuda_nvrtc" / "bin"
-    folder.mkdir(parents=True)
-    for name in ("nvrtc64_120_0.dll", "nvrtc-builtins64_129.dll", "other.dll"):
-        (folder / name).touch()
-
-    def distribution(name: str) -> Distribution:
-        if name == "nvidia-cuda-nvrtc-cu12":
-            return Distribution()
-        raise nvrtc.importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(nvrtc.importlib.metadata, "distribution", distribution)
-    found = nvrtc.installed("win32")
-    assert list(found) == [12]
-    assert found[12].library == folder / "nvrtc64_120_0.dll"
-    assert found[12].builtins == (folder / "nvrtc-builtins64_129.dll",)
+@pytest.mark.parametrize(("version", "has"), [((12, 6, 85), False), ((12, 9, 86), True)])
+def test_driver_cache_is_kept_out_where_there_is_one(version: tuple[int, ...], has: bool) -> None:
+    compiler = compilers.Toolchain(version=version, library=Path("x"), builtins=())
+    assert ("--no-cache" in nvrtc._other_options(compiler)) is has
 
 
 def test_unknown_architecture_is_refused_by_name() -> None:
@@ -246,7 +169,7 @@ def test_every_kept_source_has_a_private_directory_of_its_own(
     kept = sorted(keep.iterdir())
     assert len(kept) == 2
     assert len({(folder / "jitattn_spec.h").read_text() for folder in kept}) == 2
-    if _HAS_OWNERS:
+    if HAS_OWNERS:
         assert {stat.S_IMODE(folder.stat().st_mode) for folder in kept} == {0o700}
 
 
@@ -260,5 +183,5 @@ def test_source_that_cannot_be_kept_is_no_error(
 
 
 def test_options_of_the_key_are_those_of_the_compile() -> None:
-    asked = (*nvrtc.options(merge_spec(), nvrtc.toolchain()), "-lineinfo")
+    asked = (*nvrtc.options(merge_spec()), "-lineinfo")
     assert nvrtc.compile_spec(merge_spec(), closure("merge"), None, asked).options == asked

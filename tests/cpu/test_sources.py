@@ -23,6 +23,7 @@ def test_wheel_and_checkout_are_both_found(tmp_path: Path) -> None:
     (tmp_path / "site" / "cuda_src" / "entry").mkdir(parents=True)
     assert sources.locate(package) == tmp_path / "site" / "cuda_src"
     (package / "_cuda_src" / "entry").mkdir(parents=True)
+    sources.locate.cache_clear()
     assert sources.locate(package) == package / "_cuda_src"
 
 

@@ -1,0 +1,162 @@
+"""Which NVRTC compiles: the installed wheels, the driver's limit, and the choice. Opens nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from jitattn.errors import CompileError
+from jitattn.jit import memo, settings
+
+#: CUDA major → (distribution, library, builtins) on Linux and on Windows. Patterns are relative to
+#: site-packages.
+_LINUX: Final = {
+    12: ("nvidia-cuda-nvrtc-cu12", "nvidia/cuda_nvrtc/lib/libnvrtc.so.12", "libnvrtc-builtins.so*"),
+    13: ("nvidia-cuda-nvrtc", "nvidia/cu13/lib/libnvrtc.so.13", "libnvrtc-builtins.so*"),
+}
+_WINDOWS: Final = {
+    12: (
+        "nvidia-cuda-nvrtc-cu12",
+        "nvidia/cuda_nvrtc/bin/nvrtc64_120_0.dll",
+        "nvrtc-builtins64_*.dll",
+    ),
+    13: ("nvidia-cuda-nvrtc", "nvidia/cu13/bin/x86_64/nvrtc64_130_0.dll", "nvrtc-builtins64_*.dll"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Toolchain:
+    """An installed NVRTC."""
+
+    version: tuple[int, ...]  #: of the wheel, e.g. (12, 9, 86)
+    library: Path
+    builtins: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        """Return what names the compiler in cache keys: 'nvrtc 12.9.86'."""
+        return "nvrtc " + ".".join(map(str, self.version))
+
+
+def installed(platform: str = sys.platform) -> dict[int, Toolchain]:
+    """Find the installed NVRTC wheels, by CUDA major version."""
+    found = {}
+    for major, (name, library, builtins) in (_WINDOWS if platform == "win32" else _LINUX).items():
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        path = Path(str(distribution.locate_file(library)))
+        version = tuple(int(part) for part in re.findall(r"\d+", distribution.version)[:3])
+        if path.is_file() and version[0] == major:
+            found[major] = Toolchain(
+                version=version,
+                library=path,
+                builtins=tuple(sorted(path.parent.glob(builtins))),
+            )
+    return found
+
+
+def chosen() -> Toolchain:
+    """Return the NVRTC that compiles, without opening it.
+
+    The newest whose CUDA major version is not above the driver's, which could not load its cubins;
+    without a driver, the newest. ``JITATTN_NVRTC`` overrides.
+
+    Raises
+    ------
+    CompileError
+        No usable NVRTC is installed.
+    """
+    return _choose(settings.nvrtc_major())
+
+
+def is_loadable(toolchain: str) -> bool:
+    """Whether the driver can load what a compiler made; True where there is no driver to ask."""
+    driver = driver_major()
+    match = re.search(r"\d+", toolchain)
+    return driver is None or (match is not None and int(match[0]) <= driver)
+
+
+@functools.cache
+def driver_major() -> int | None:
+    """CUDA major version of the driver; None without one. Initialises nothing."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        version = ctypes.c_int()
+        failed = driver.cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else version.value // 1000
+
+
+@functools.cache
+def _choose(asked: int | None) -> Toolchain:
+    found = _remembered()
+    if asked is not None:
+        if asked in found:
+            return found[asked]
+        raise CompileError(
+            f"JITATTN_NVRTC={asked}, but that NVRTC is not installed (found: "
+            f"{', '.join(map(str, found.values())) or 'none'}); install jitattn[cu{asked}]"
+        )
+    driver = driver_major()
+    usable = [major for major in found if driver is None or major <= driver]
+    if usable:
+        return found[max(usable)]
+    if found:
+        raise CompileError(
+            f"the driver supports CUDA {driver}, but the only NVRTC installed is "
+            f"{', '.join(map(str, found.values()))}, whose kernels it cannot load; install "
+            "jitattn[cu12], or update the driver"
+        )
+    raise CompileError(
+        "no NVRTC is installed: install jitattn[cu13] (driver 580 or newer) or jitattn[cu12]"
+    )
+
+
+def _remembered() -> dict[int, Toolchain]:
+    """Return `installed()`, from the memo while nothing was installed or removed since."""
+    folders = [folder for folder in sys.path if folder]
+    name = f"nvrtc in {sys.prefix}"
+    fact = memo.recall(name)
+    if fact is not None:
+        found = _from_plain(fact[1])
+        if found and fact[0] == memo.signature(_watched(folders, found)):
+            return found
+    found = installed()
+    if found:
+        memo.remember(name, memo.signature(_watched(folders, found)), _to_plain(found))
+    return found
+
+
+def _watched(folders: list[str], found: dict[int, Toolchain]) -> list[str]:
+    """List what changes when a wheel comes or goes: folders of packages, and the libraries."""
+    return folders + [str(toolchain.library) for toolchain in found.values()]
+
+
+def _to_plain(found: dict[int, Toolchain]) -> list[object]:
+    return [
+        [list(one.version), str(one.library), [str(path) for path in one.builtins]]
+        for one in found.values()
+    ]
+
+
+def _from_plain(plain: object) -> dict[int, Toolchain]:
+    try:
+        toolchains = [
+            Toolchain(
+                version=tuple(map(int, version)),
+                library=Path(library),
+                builtins=tuple(map(Path, builtins)),
+            )
+            for version, library, builtins in plain  # type: ignore[attr-defined]  # checked below
+        ]
+        return {one.version[0]: one for one in toolchains}
+    except (TypeError, ValueError, IndexError):
+        return {}

@@ -1,0 +1,81 @@
+"""Directories of kernels that are only read: given ones, an installed package, imported archives.
+
+They may come from another machine with another compiler, so a kernel is looked up by what it is,
+not by what made it; only a cubin of a newer CUDA than the driver's is left alone. They may belong
+to an administrator: whoever owns the root of such a directory may own what is in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from jitattn.jit import compilers, files, settings
+from jitattn.jit.store import Bad, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from jitattn.jit.cache import DiskCache
+    from jitattn.jit.entry import Entry
+
+#: Name of an installed package that carries kernels beside the code.
+PREBUILT_PACKAGE: Final = "jitattn_prebuilt"
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+
+
+def layers(user: DiskCache | None) -> Iterator[Store]:
+    """Yield the read-only directories, in the order in which they are asked."""
+    for root in settings.cache_path():
+        yield _store_of(root)
+    for folder in dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")):
+        root = Path(folder) / PREBUILT_PACKAGE
+        if os.path.isdir(root):  # unlike Path, it takes a closed folder for none
+            yield _store_of(root)
+    if user is not None:
+        yield from imported(user)
+
+
+def imported(user: DiskCache) -> Iterator[Store]:
+    """Yield what was imported into a user's cache, sorted by the digest of the archive."""
+    for folder in sorted(files.scan(user.root / "imported"), key=lambda folder: folder.name):
+        if _DIGEST.fullmatch(folder.name):
+            yield _imported_store(Path(folder.path), *files.our_owners())
+
+
+def find(key: str, arch: str, user: DiskCache | None) -> Entry | None:
+    """Return a kernel from the first read-only directory that has it, whatever made it."""
+    for layer in layers(user):
+        for looked in layer.look_for_kernel(key, arch):
+            if isinstance(looked, Bad):
+                files.warn_once(
+                    (layer.root, "bad"),
+                    f"a kernel in {layer.root} is not to be believed ({looked.key[:16]}: "
+                    f"{looked.reason})",
+                )
+            elif compilers.is_loadable(looked.metadata.toolchain):
+                return looked
+    return None
+
+
+def _store_of(root: Path) -> Store:
+    owners = set(files.our_owners())
+    if files.HAS_OWNERS:
+        with contextlib.suppress(OSError):
+            owners.add(os.stat(root).st_uid)
+    return _cached_store(root, frozenset(owners))
+
+
+@functools.cache
+def _cached_store(root: Path, owners: frozenset[int]) -> Store:
+    return Store(root, owners)
+
+
+@functools.cache
+def _imported_store(root: Path, *owners: int) -> Store:
+    return Store(root, frozenset(owners))

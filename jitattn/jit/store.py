@@ -1,0 +1,173 @@
+"""A directory of kernels, as a reader sees it: `<key>.cubin` beside `<key>.json`.
+
+::
+
+    <root>/v1/<k[:2]>/<k[2:]>.cubin   the plain cubin: cuobjdump and nvdisasm open it
+    <root>/v1/<k[:2]>/<k[2:]>.json    metadata with size and sha256 of the cubin
+
+A damaged cubin crashes the process inside the driver, so an entry is believed only if everything
+about it is right, and the bytes that were checked are the bytes that are loaded. `Store` reads; the
+user's own cache, which is also written, is `jit/cache.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from jitattn.jit import files
+from jitattn.jit.entry import (
+    KERNEL_DIGITS,
+    MAX_CUBIN_BYTES,
+    MAX_JSON_BYTES,
+    SCHEMA,
+    Entry,
+    Metadata,
+    fault,
+    from_json,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+_SHARD: Final = re.compile(r"[0-9a-f]{2}")
+_FILE: Final = re.compile(r"([0-9a-f]{62})\.(json|cubin)")
+
+
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """An entry that is there but not to be believed."""
+
+    key: str
+    reason: str
+    #: What its two files were when they were read, (inode, size, mtime); None: never read.
+    stamps: tuple[tuple[int, int, int] | None, tuple[int, int, int] | None]
+
+
+class Store:
+    """The reading side of one directory.
+
+    Parameters
+    ----------
+    root : Path
+    owners : collection of int
+        Users who may own the directory and its files; `files.our_owners()` for one's own.
+    """
+
+    def __init__(self, root: Path, owners: Collection[int]) -> None:
+        self.root = root
+        self.store = root / f"v{SCHEMA}"
+        self.owners = owners
+        self._prefix = f"{self.store}{os.sep}"
+        self._checked: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.root)!r})"
+
+    def look(self, key: str, arch: str) -> Entry | Bad | None:
+        """Return the entry of `key`: right in every respect, or bad, or not there at all."""
+        cubin_name, json_name = self._names(key)
+        json_stamp = None
+        try:
+            if not self.is_trusted(key[:2]):
+                return None
+            text = files.read(json_name, MAX_JSON_BYTES, self.owners)
+            json_stamp = text.stamp
+            metadata = from_json(text.data)
+            if metadata is None or metadata.key != key:
+                return Bad(key, "the metadata is damaged, or of another entry", (None, json_stamp))
+            cubin = files.read(cubin_name, MAX_CUBIN_BYTES, self.owners)
+        except (FileNotFoundError, NotADirectoryError):
+            return None  # no entry, or one that is being written or deleted
+        except files.UntrustedError as error:
+            return Bad(key, f"{error.filename}: {error.strerror}", (None, json_stamp))
+        except OSError as error:
+            files.warn_once(self.root, f"the kernel cache {self.root} cannot be read ({error})")
+            return None
+        reason = fault(cubin.data, metadata, arch)
+        if reason is not None:
+            return Bad(key, reason, (cubin.stamp, json_stamp))
+        return Entry(cubin.data, metadata)
+
+    def look_for_kernel(self, key: str, arch: str) -> Iterator[Entry | Bad]:
+        """Yield the entries of a kernel, whatever compiler made them; the newest compiler first."""
+        kernel = key[2:KERNEL_DIGITS]
+        found = [
+            looked
+            for file in sorted(files.scan(self.store / key[:2]), key=lambda file: file.name)
+            if file.name.startswith(kernel)
+            and (match := _FILE.fullmatch(file.name))
+            and match[2] == "json"
+            and (looked := self.look(key[:2] + match[1], arch)) is not None
+        ]
+        found.sort(key=_compiler_version, reverse=True)
+        yield from found
+
+    def keys(self) -> list[str]:
+        """Keys of all entries, bad ones included, sorted."""
+        return sorted({key for key, kind, _ in self.files() if kind == "json"})
+
+    def entries(self) -> Iterator[Metadata]:
+        """Metadata of all entries, sorted by key. Cubins are not read."""
+        for key in self.keys():
+            try:
+                text = files.read(self.paths(key)[1], MAX_JSON_BYTES, self.owners)
+            except OSError:
+                continue
+            metadata = from_json(text.data)
+            if metadata is not None and metadata.key == key:
+                yield metadata
+
+    def files(self) -> Iterator[tuple[str, str, os.DirEntry[str]]]:
+        """Key, kind and directory entry of every file of an entry. Follows no links."""
+        for shard in files.scan(self.store):
+            if _SHARD.fullmatch(shard.name) and shard.is_dir(follow_symlinks=False):
+                for file in files.scan(shard.path):
+                    match = _FILE.fullmatch(file.name)
+                    if match is not None:
+                        yield shard.name + match[1], match[2], file
+
+    def paths(self, key: str) -> tuple[Path, Path]:
+        """Where the cubin and the metadata of `key` are, or would be."""
+        cubin, metadata = self._names(key)
+        return Path(cubin), Path(metadata)
+
+    def _names(self, key: str) -> tuple[str, str]:
+        """Build the two paths as text: a hit has no time for `Path`."""
+        base = f"{self._prefix}{key[:2]}{os.sep}{key[2:]}"
+        return f"{base}.cubin", f"{base}.json"
+
+    def is_trusted(self, shard: str = "") -> bool:
+        """Check, once per process, who can write to the store, or to a directory in it.
+
+        Raises
+        ------
+        OSError
+            It is not there.
+        """
+        if shard in self._checked:
+            return True
+        try:
+            if "" not in self._checked:
+                files.check_directory(self.root, self.owners, may_be_link=True)
+                files.check_directory(self.store, self.owners)
+                self._checked.add("")
+            if shard:
+                files.check_directory(f"{self._prefix}{shard}", self.owners)
+        except files.UntrustedError as error:
+            files.warn_once(
+                self.root,
+                f"the kernel cache {self.root} is not used: {error.filename}: {error.strerror}",
+            )
+            return False
+        self._checked.add(shard)
+        return True
+
+
+def _compiler_version(looked: Entry | Bad) -> tuple[int, ...]:
+    if isinstance(looked, Bad):
+        return ()
+    return tuple(int(part) for part in re.findall(r"\d+", looked.metadata.toolchain)[:3])
