@@ -1,7 +1,7 @@
 """Exact attention for NVIDIA GPUs, compiled when it is first called.
 
 Importing this package loads neither torch nor CuPy, reads no environment and creates nothing;
-`attention`, `explain` and `reference` are loaded when they are first used.
+`attention`, `explain`, `warmup` and `reference` are loaded when they are first used.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jitattn import reference
     from jitattn.attention import attention
     from jitattn.explain import explain
+    from jitattn.warmup import warmup
 
 __version__ = "0.1.0.dev0"
 
@@ -46,10 +47,11 @@ __all__ = [
     "attention",
     "explain",
     "reference",
+    "warmup",
 ]
 
 #: Functions that live in a submodule of the same name, and submodules, loaded on first use.
-_LAZY_FUNCTIONS: Final = frozenset({"attention", "explain"})
+_LAZY_FUNCTIONS: Final = frozenset({"attention", "explain", "warmup"})
 _LAZY_MODULES: Final = frozenset({"reference"})
 
 

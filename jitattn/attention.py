@@ -85,8 +85,11 @@ def attention(
     CompileError
         NVRTC is missing or rejected the source.
     LaunchError
-        CuPy is missing, the driver refused the kernel, or a kernel that is not loaded yet was
-        called for during CUDA graph capture.
+        CuPy is missing, the driver refused the kernel, a kernel that is not loaded yet was called
+        for during CUDA graph capture (call `jitattn.warmup` before), or the process was forked
+        from one that had used CUDA.
+    CacheMissError
+        The kernel is not in the cache, and ``JITATTN_NO_COMPILE`` forbids compiling it.
 
     Notes
     -----

@@ -7,6 +7,7 @@ reports it. The way down is: problem → row class and packing → spec → kern
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from jitattn.tiles import choose_splits, fwd_spec, heads_per_tile
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jitattn.jit.spec import Problem
+    from jitattn.jit.spec import KernelSpec, Problem
     from jitattn.masks import Mask
     from jitattn.problem import Runtime
 
@@ -145,6 +146,11 @@ def _run_cuda(
             "an input on the GPU requires grad: the backward kernels do not exist yet; call under "
             "torch.no_grad(), detach the inputs, or use CPU tensors, which are differentiable"
         )
+    if torch.cuda._is_in_bad_fork():
+        raise LaunchError(
+            "this process was forked from one that had used CUDA, which does not survive that; "
+            "start worker processes with the 'spawn' start method"
+        )
     batch, len_q, heads_q = runtime.batch, runtime.len_q, runtime.heads_q
     is_bshd = layout == "bshd"
     if out is None:
@@ -262,12 +268,18 @@ def merge_spec(problem: Problem, arch: str) -> MergeSpec:
     return MergeSpec(out_dtype=problem.out_dtype, head_dim_v=problem.head_dim_v, arch=arch)
 
 
+def specs_of_problem(problem: Problem, arch: str) -> list[KernelSpec]:
+    """Return every kernel that calls with this problem can need, whatever their lengths."""
+    forward = [fwd_spec(problem, arch, rows) for rows in RowClass]
+    return [*dict.fromkeys(forward), merge_spec(problem, arch)]
+
+
 def _kernel(spec: FwdSpec | MergeSpec, device_index: int) -> launch.Kernel:
     if not launch.is_loaded(spec, device_index) and torch.cuda.is_current_stream_capturing():
         raise LaunchError(
             f"the {spec.family} kernel of this call is not loaded, and the current stream is "
             "capturing a CUDA graph: compiling and loading are not possible then; call "
-            "jitattn.attention once with such arguments before the capture"
+            "jitattn.warmup with the same arguments before the capture"
         )
     return launch.kernel(spec, device_index)
 
@@ -307,7 +319,12 @@ def _run_cpu(
 
 
 def forget_kernels() -> None:
-    """Forget which kernels calls have got; for tests."""
+    """Forget which kernels calls have got: in a forked child, and in tests."""
     _fwd_kernels.clear()
     _merge_kernels.clear()
     launch.unload_all()
+
+
+if hasattr(os, "register_at_fork"):
+    # A child cannot use kernels that its parent loaded.
+    os.register_at_fork(after_in_child=forget_kernels)

@@ -12,7 +12,7 @@ from torch import Tensor
 from jitattn import interop
 from jitattn.dispatch import plan
 from jitattn.gears import default_gear
-from jitattn.jit.device import device
+from jitattn.jit.device import device_name
 from jitattn.jit.spec import Access, RowClass
 from jitattn.masks import Full
 from jitattn.problem import parse
@@ -34,7 +34,7 @@ class Explanation:
     problem: dict[str, str | int]  #: what was asked, as far as it changes code
     kernel: dict[str, str | int]  #: every field of the kernel's spec, the tile's included
     key: str  #: cache key
-    origin: str  #: where the cubin came from: "memory", "disk" or "compiled"
+    origin: str  #: where this process got the cubin: "disk", "read-only" (directory) or "compiled"
     row_class: str
     heads_per_tile: int  #: query heads packed into the rows of a tile
     num_splits: int
@@ -145,7 +145,7 @@ def explain(
     built = chosen.kernel.built
     return Explanation(
         path="cuda",
-        device=device(q.device.index).name,
+        device=device_name(q.device.index),
         gear=gear,
         problem=asked,
         kernel=built.spec.to_dict(),

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Final
 
 from jitattn.errors import UnsupportedError
+
+#: cudaDevAttrComputeCapabilityMajor and its kin.
+_MAJOR: Final = 75
+_MINOR: Final = 76
+_MULTIPROCESSORS: Final = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,7 +19,6 @@ class Device:
     """One GPU."""
 
     index: int
-    name: str
     arch: str  #: "sm_90"
     num_sms: int
 
@@ -29,14 +34,22 @@ def device(index: int) -> Device:
     """
     from jitattn.jit.launch import import_cupy
 
-    properties = import_cupy().cuda.runtime.getDeviceProperties(index)
-    arch = arch_of(properties["major"], properties["minor"])
+    # Single attributes: all properties together take more than a millisecond.
+    ask = import_cupy().cuda.runtime.deviceGetAttribute
     return Device(
         index=index,
-        name=properties["name"].decode(),
-        arch=arch,
-        num_sms=properties["multiProcessorCount"],
+        arch=arch_of(ask(_MAJOR, index), ask(_MINOR, index)),
+        num_sms=ask(_MULTIPROCESSORS, index),
     )
+
+
+@functools.cache
+def device_name(index: int) -> str:
+    """Return what the GPU with this CUDA index is called."""
+    from jitattn.jit.launch import import_cupy
+
+    name: bytes = import_cupy().cuda.runtime.getDeviceProperties(index)["name"]
+    return name.decode()
 
 
 def arch_of(major: int, minor: int) -> str:

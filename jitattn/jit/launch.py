@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from jitattn.errors import LaunchError
+from jitattn.jit import settings
 from jitattn.jit.build import build, rebuild
 from jitattn.jit.params import STRUCTS
 from jitattn.jit.spec import entry_symbol
@@ -104,7 +106,7 @@ def kernel(spec: KernelSpec, device_index: int) -> Kernel:
         try:
             loaded = _load(built, device_index)
         except LaunchError:
-            if built.origin == "compiled":
+            if built.origin == "compiled" or settings.no_compile():
                 raise
             loaded = _load(rebuild(spec), device_index)  # the driver refused a cached cubin
         with _lock:
@@ -175,7 +177,8 @@ def import_cupy() -> Any:  # noqa: ANN401 - CuPy's modules have partial types
     LaunchError
         CuPy is not installed.
     """
-    if "CUPY_CACHE_DIR" not in os.environ and not _can_make(Path("~/.cupy/kernel_cache")):
+    is_new = "cupy" not in sys.modules and "CUPY_CACHE_DIR" not in os.environ
+    if is_new and not can_make(Path("~/.cupy/kernel_cache")):
         os.environ["CUPY_CACHE_DIR"] = tempfile.mkdtemp(prefix="jitattn-cupy-")
     try:
         import cupy
@@ -188,7 +191,8 @@ def import_cupy() -> Any:  # noqa: ANN401 - CuPy's modules have partial types
     return cupy
 
 
-def _can_make(directory: Path) -> bool:
+def can_make(directory: Path) -> bool:
+    """Whether a directory is there and can be written, or can be made."""
     try:
         directory.expanduser().mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # RuntimeError: no home directory is known
@@ -197,7 +201,7 @@ def _can_make(directory: Path) -> bool:
 
 
 def _after_fork_in_child() -> None:
-    # A child cannot use its parent's CUDA context; torch says so at the first CUDA call.
+    # A child cannot use its parent's CUDA context; `dispatch` says so.
     _kernels.clear()
     _state.clear()
 

@@ -12,7 +12,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from enum import IntEnum, StrEnum
-from typing import ClassVar, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class Dtype(StrEnum):
@@ -173,6 +176,47 @@ FAMILIES: Final = (FwdSpec.family, MergeSpec.family)
 def entry_symbol(spec: KernelSpec) -> str:
     """Name of the one extern "C" kernel in the cubin of `spec`."""
     return f"jitattn_{spec.family}"
+
+
+def spec_from_dict(flat: Mapping[str, Any]) -> KernelSpec:
+    """Build the spec whose `to_dict` this is.
+
+    Raises
+    ------
+    ValueError
+        It is of no known family, a field is missing or unknown, or a value is of another kind.
+    """
+    values = dict(flat)
+    family, arch = values.pop("family", None), values.pop("arch", None)
+    if not isinstance(arch, str):
+        raise ValueError(f"no architecture in the spec {flat}")  # noqa: TRY004 - any fault is one
+    if family == MergeSpec.family:
+        spec: KernelSpec = MergeSpec(arch=arch, **_typed(MergeSpec, values, flat))
+    elif family == FwdSpec.family:
+        problem = Problem(**_typed(Problem, values, flat))
+        spec = FwdSpec(problem=problem, tile=Tile(**_typed(Tile, values, flat)), arch=arch)
+    else:
+        raise ValueError(f"unknown family in the spec {flat}")
+    if values:
+        raise ValueError(f"unknown fields {sorted(values)} in the spec {flat}")
+    return spec
+
+
+def _typed(kind: type, values: dict[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the fields of a dataclass out of `values`, each as the type that it is declared with."""
+    typed = {}
+    for name, hint in get_type_hints(kind).items():
+        if name == "arch" or get_origin(hint) is ClassVar:
+            continue
+        if name not in values:
+            raise ValueError(f"field {name} is missing in the spec {flat}")
+        value = values.pop(name)
+        if issubclass(hint, StrEnum):
+            value = hint(value)
+        elif type(value) is not hint:
+            raise ValueError(f"field {name} is {value!r} in the spec {flat}")
+        typed[name] = value
+    return typed
 
 
 def arch_number(arch: str) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jitattn.jit import nvrtc
+from jitattn.jit import compilers
 
 pytestmark = pytest.mark.slow  # each starts processes that import torch and CuPy
 
@@ -67,7 +67,7 @@ def test_damaged_cubin_is_compiled_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("major", [12, 13])
 def test_kernels_of_both_compilers_run(tmp_path: Path, major: int) -> None:
-    if major not in nvrtc.installed():
+    if major not in compilers.installed():
         pytest.skip(f"needs NVRTC {major}")
     compiled, _, error, made_by = call_in_fresh_process(tmp_path, JITATTN_NVRTC=str(major))
     assert compiled == 2

@@ -1,0 +1,345 @@
+"""Choices: kernels described by what they are for, in files that people read and write.
+
+A choice is a table of fields, each with one value or a list of them, and stands for every
+combination::
+
+    [[kernels]]
+    dtype = ["fp16", "bf16"]
+    head_dim = [64, "192:128"]     # "D:Dv" where v's head dim differs
+    mask = "causal"
+    arch = ["sm_80", "sm_90"]      # else those that the command line names
+
+The fields are those of `Problem`, so this grows with it; `gear` may stand for `numerics`, and
+`rows` restricts a choice to one row class. Tiles are never named: the installed version chooses
+them. A spec file is TOML or JSON with a list ``kernels``, or lines of JSON with one choice each, as
+``JITATTN_RECORD`` writes them. Presets are choices for well-known model families.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, TypeAlias, get_type_hints
+
+from jitattn.errors import InvalidInputError, JitAttnError
+from jitattn.gears import resolve_numerics
+from jitattn.jit.spec import (
+    Access,
+    Dtype,
+    FwdSpec,
+    KernelSpec,
+    MergeSpec,
+    Problem,
+    RowClass,
+    arch_number,
+)
+from jitattn.tiles import fwd_spec
+
+#: One table of a spec file.
+Choice: TypeAlias = Mapping[str, Any]
+MAX_HEAD_DIM: Final = 256
+_MAX_FILE_BYTES: Final = 16 * 1024 * 1024
+_PRESETS: Final = Path(__file__).resolve().parents[1] / "presets.toml"
+#: Fields of a choice that are no fields of `Problem`.
+_OTHER_FIELDS: Final = ("family", "arch", "gear", "rows")
+_DEFAULTS: Final[dict[str, tuple[str | int, ...]]] = {
+    "dtype": ("fp16", "bf16"),
+    "head_dim": (64, 128),
+    "mask": ("full", "causal"),
+}
+
+
+def problem_fields() -> dict[str, list[str] | None]:
+    """Fields of `Problem` with the values that each may have; None for a head dim."""
+    hints = get_type_hints(Problem)
+    return {
+        field.name: [member.value for member in hints[field.name]]
+        if issubclass(hints[field.name], StrEnum)
+        else None
+        for field in fields(Problem)
+    }
+
+
+def specs_of(
+    choices: Sequence[Choice], archs: Sequence[str] = (), where: str = ""
+) -> list[KernelSpec]:
+    """Return every kernel that the choices stand for, without repetition.
+
+    A choice without `rows` stands for all that calls with its properties can need: every row class,
+    and the kernel that merges splits.
+
+    Parameters
+    ----------
+    choices : sequence of mapping
+    archs : sequence of str
+        Architectures for choices that name none: "sm_80", "80" or 80.
+    where : str
+        Where the choices come from, for errors.
+
+    Raises
+    ------
+    InvalidInputError
+        A field is unknown, or a value is none of those it may have.
+    UnsupportedError
+        An architecture is older than sm_80, or a gear does not exist for a dtype.
+    """
+    specs: dict[KernelSpec, None] = {}
+    for number, choice in enumerate(choices, 1):
+        place = f"{where or 'choice'}, kernel {number}" if len(choices) > 1 else where or "choice"
+        try:
+            for spec in _expand(choice, archs, place):
+                specs[spec] = None
+        except JitAttnError as error:
+            if str(error).startswith(place):
+                raise
+            raise type(error)(f"{place}: {error}") from error
+    return list(specs)
+
+
+def to_choice(spec: KernelSpec) -> dict[str, str | int]:
+    """Return the choice that stands for exactly one kernel."""
+    if isinstance(spec, MergeSpec):
+        return spec.to_dict()
+    flat = spec.to_dict()
+    problem = {field.name: flat[field.name] for field in fields(Problem)}
+    rows = next(
+        (row for row in RowClass if fwd_spec(spec.problem, spec.arch, row) == spec), RowClass.MANY
+    )
+    return {"family": spec.family, "arch": spec.arch, **problem, "rows": rows.name.lower()}
+
+
+def command(spec: KernelSpec) -> str:
+    """Return the shell command that makes a kernel, with the others that its calls can need."""
+    base = f"jitattn-cache prebuild --arch {spec.arch.removeprefix('sm_')}"
+    if isinstance(spec, MergeSpec):
+        return f"{base} --dtype {spec.out_dtype} --head-dim {spec.head_dim_v} --mask full"
+    problem = spec.problem
+    dims = f"{problem.head_dim}"
+    if problem.head_dim_v != problem.head_dim:
+        dims += f":{problem.head_dim_v}"
+    words = [base, f"--dtype {problem.dtype}", f"--head-dim {dims}", f"--mask {problem.mask}"]
+    usual = _problem({}, problem.dtype, problem.head_dim, problem.head_dim_v, problem.mask)
+    for field in fields(Problem):
+        value = getattr(problem, field.name)
+        if value != getattr(usual, field.name):
+            words.append(f"--set {field.name}={value}")
+    return " ".join(words)
+
+
+def read_file(path: Path) -> list[Choice]:
+    """Read a spec file: TOML, JSON, or a record of JSON lines.
+
+    Raises
+    ------
+    InvalidInputError
+        It cannot be read, or is none of these.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MAX_FILE_BYTES + 1).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"spec file {path}: it cannot be read ({error})") from error
+    if len(text) > _MAX_FILE_BYTES:
+        raise InvalidInputError(f"spec file {path}: it is larger than {_MAX_FILE_BYTES} bytes")
+    try:
+        raw = tomllib.loads(text) if path.suffix == ".toml" else _parse_json(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInputError(f"spec file {path}: {error}") from error
+    kernels = raw
+    if isinstance(raw, dict):
+        is_one_choice = path.suffix != ".toml" and "kernels" not in raw  # a record of one line
+        kernels = [raw] if is_one_choice else raw.get("kernels")
+    if not isinstance(kernels, list) or not all(isinstance(one, dict) for one in kernels):
+        raise InvalidInputError(
+            f"spec file {path}: it must hold a list 'kernels' of tables, or one JSON object a line"
+        )
+    return kernels
+
+
+@cache
+def presets() -> dict[str, tuple[str, list[Choice]]]:
+    """Every preset by name: what it is for, and its choices."""
+    raw = tomllib.loads(_PRESETS.read_text(encoding="utf-8"))
+    return {name: (preset["about"], preset["kernels"]) for name, preset in raw.items()}
+
+
+def preset(names: Sequence[str]) -> list[Choice]:
+    """Return the choices of presets by name; "all" means every one.
+
+    Raises
+    ------
+    InvalidInputError
+        A name is unknown.
+    """
+    known = presets()
+    chosen: list[Choice] = []
+    for name in names:
+        if name != "all" and name not in known:
+            raise InvalidInputError(f"preset {name!r}: it must be all or one of {', '.join(known)}")
+        for one in known if name == "all" else (name,):
+            chosen += known[one][1]
+    return chosen
+
+
+def arch_name(value: object) -> str:
+    """Return "sm_80" for "sm_80", "80" or 80.
+
+    Raises
+    ------
+    InvalidInputError
+        It is no architecture.
+    """
+    text = str(value).strip().removeprefix("sm_")
+    digits = text[:-1] if text[-1:] in ("a", "f") else text
+    if isinstance(value, bool) or not digits.isdecimal() or not 10 <= int(digits) <= 999:
+        raise InvalidInputError(
+            f"arch {value!r}: it must be the number of an architecture, as in 80, 86, 89, 90"
+        )
+    return f"sm_{text}"
+
+
+def _parse_json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        lines = [line for line in text.splitlines() if line.strip()]
+        if len(lines) < 2:
+            raise
+        return [json.loads(line) for line in lines]
+
+
+def _expand(choice: Choice, archs: Sequence[str], where: str) -> list[KernelSpec]:
+    allowed = problem_fields()
+    for name in choice:
+        if name not in allowed and name not in _OTHER_FIELDS:
+            raise InvalidInputError(
+                f"{where}: unknown field {name!r}; the fields are "
+                f"{', '.join((*_OTHER_FIELDS, *allowed))}"
+            )
+    named = [arch_name(value) for value in _values(choice, "arch")] or [
+        arch_name(value) for value in archs
+    ]
+    if not named:
+        raise InvalidInputError(f"{where}: no architecture is named; add arch, or pass --arch")
+    for arch in named:
+        if arch_number(arch) < 80:
+            raise InvalidInputError(f"{where}: {arch} is older than sm_80, which jitattn needs")
+    family = choice.get("family", FwdSpec.family)
+    if family == MergeSpec.family:
+        dims = [_head_dim(value, where) for value in _values(choice, "head_dim_v")]
+        dtypes = _words(choice, "out_dtype", allowed, where)
+        return [
+            MergeSpec(out_dtype=Dtype(dtype), head_dim_v=dim, arch=arch)
+            for arch, dtype, dim in itertools.product(named, dtypes, dims)
+        ]
+    if family != FwdSpec.family:
+        raise InvalidInputError(
+            f"{where}: family={family!r}: it must be {FwdSpec.family} or {MergeSpec.family}"
+        )
+    specs: dict[KernelSpec, None] = {}
+    rows = [_row_class(value, where) for value in _values(choice, "rows")]
+    for problem in _problems(choice, allowed, where):
+        for arch in named:
+            for row in rows or RowClass:
+                specs[fwd_spec(problem, arch, row)] = None
+            if not rows:
+                specs[
+                    MergeSpec(out_dtype=problem.out_dtype, head_dim_v=problem.head_dim_v, arch=arch)
+                ] = None
+    return list(specs)
+
+
+def _problems(choice: Choice, allowed: dict[str, list[str] | None], where: str) -> list[Problem]:
+    dims = [
+        _head_dims(value, choice.get("head_dim_v"), where) for value in _values(choice, "head_dim")
+    ]
+    dtypes = [Dtype(word) for word in _words(choice, "dtype", allowed, where)]
+    masks = _words(choice, "mask", allowed, where)
+    others = [
+        name
+        for name in choice
+        if name not in ("dtype", "head_dim", "head_dim_v", "mask", "family", "arch", "rows")
+    ]
+    values = [
+        _values(choice, name) if name == "gear" else _words(choice, name, allowed, where)
+        for name in others
+    ]
+    return [
+        _problem(dict(zip(others, chosen, strict=True)), dtype, dim, dim_v, mask)
+        for dtype, (dim, dim_v), mask in itertools.product(dtypes, dims, masks)
+        for chosen in itertools.product(*values)
+    ]
+
+
+def _problem(
+    chosen: Mapping[str, Any], dtype: Dtype, head_dim: int, head_dim_v: int, mask: str
+) -> Problem:
+    """Fill in what a choice leaves open as the usual call would have it."""
+    hints = get_type_hints(Problem)
+    given = {name: hints[name](value) for name, value in chosen.items() if name != "gear"}
+    aligned = (head_dim * dtype.bytes) % 16 == 0 == (head_dim_v * dtype.bytes) % 16
+    usual: dict[str, Any] = {
+        "dtype": dtype,
+        "out_dtype": dtype,
+        "head_dim": head_dim,
+        "head_dim_v": head_dim_v,
+        "mask": hints["mask"](mask),
+        "access": Access.VEC16 if aligned else Access.ELEMENT,
+    }
+    if "numerics" not in given:
+        usual["numerics"] = resolve_numerics(chosen.get("gear"), dtype)
+    for field in fields(Problem):
+        if field.name not in usual and field.name not in given and field.default is MISSING:
+            raise InvalidInputError(f"the field {field.name} is missing")
+    return Problem(**{**usual, **given})
+
+
+def _values(choice: Choice, name: str) -> list[Any]:
+    value = choice.get(name, _DEFAULTS.get(name, ()))
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _words(
+    choice: Choice, name: str, allowed: dict[str, list[str] | None], where: str
+) -> list[str]:
+    values = _values(choice, name)
+    words = allowed[name]
+    for value in values:
+        if words is not None and value not in words:
+            raise InvalidInputError(
+                f"{where}: {name}={value!r}: it must be one of {', '.join(words)}"
+            )
+    if not values:
+        raise InvalidInputError(f"{where}: {name} is missing or empty")
+    return values
+
+
+def _head_dims(value: object, dim_v: object, where: str) -> tuple[int, int]:
+    first, colon, second = str(value).partition(":")
+    if colon and dim_v is not None:
+        raise InvalidInputError(f"{where}: head_dim={value!r} and head_dim_v={dim_v!r}: give one")
+    other = second if colon else first if dim_v is None else dim_v
+    return _head_dim(first, where), _head_dim(other, where)
+
+
+def _head_dim(value: object, where: str) -> int:
+    text = str(value).strip()
+    if isinstance(value, bool) or not text.isdecimal() or not 1 <= int(text) <= MAX_HEAD_DIM:
+        raise InvalidInputError(
+            f"{where}: head dim {value!r}: it must be from 1 to {MAX_HEAD_DIM}, as in 64, or "
+            "192:128 where v's differs"
+        )
+    return int(text)
+
+
+def _row_class(value: object, where: str) -> RowClass:
+    names = {row.name.lower(): row for row in RowClass}
+    if value not in names:
+        raise InvalidInputError(f"{where}: rows={value!r}: it must be one of {', '.join(names)}")
+    return names[str(value)]

@@ -1,0 +1,170 @@
+"""`warmup`: compile and load kernels before they are needed."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from jitattn import interop
+from jitattn.attention import attention
+from jitattn.dispatch import specs_of_problem
+from jitattn.errors import InvalidInputError, UnsupportedError
+from jitattn.jit import build, launch
+from jitattn.jit.choices import preset as preset_choices
+from jitattn.jit.choices import read_file, specs_of
+from jitattn.jit.device import device as device_of
+from jitattn.jit.pool import build_all
+from jitattn.problem import parse
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+    from jitattn.jit.choices import Choice
+    from jitattn.jit.spec import KernelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class WarmedUp:
+    """What `warmup` did."""
+
+    kernels: int  #: now loaded on the device; 0 for tensors on the CPU, which need none
+    compiled: int  #: how many of them were compiled for that
+
+
+def warmup(
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    preset: str | Sequence[str] | None = None,
+    spec_file: str | Path | None = None,
+    specs: Iterable[Choice] | None = None,
+    device: torch.device | int | str | None = None,
+    jobs: int | None = None,
+    **arguments: Any,  # noqa: ANN401 - those of attention
+) -> WarmedUp:
+    """Compile and load ahead what later calls of `attention` need, on one device.
+
+    Lengths do not matter: the kernels for all of them are made, short queries and long, and the one
+    that merges splits. Do this before a CUDA graph is captured, and before requests come in.
+
+    Parameters
+    ----------
+    q, k, v, **arguments
+        A call of `attention`; nothing is computed, and the tensors' contents do not matter.
+    preset : str or sequence of str, optional
+        Instead: model families, as `jitattn-cache prebuild --preset` knows them ("llama", "all").
+    spec_file : path, optional
+        Instead: a TOML or JSON file of choices, or a record that ``JITATTN_RECORD`` wrote. What it
+        says of architectures is passed over: the kernels are made for the device.
+    specs : iterable of mapping, optional
+        Instead: choices, as such a file holds them: ``{"dtype": "bf16", "head_dim": 128, "mask":
+        "causal"}``.
+    device : torch.device, int or str, default that of q, else the current one
+        Where the kernels are loaded.
+    jobs : int, default the number of processors
+        Processes that compile.
+
+    Returns
+    -------
+    WarmedUp
+        How many kernels are loaded, and how many of them were compiled for that. Nothing is done
+        for tensors on the CPU.
+
+    Raises
+    ------
+    InvalidInputError
+        No call, preset, file or spec is given, or more than one of them; or an argument is wrong.
+    UnsupportedError
+        There is no GPU of sm_80 or newer.
+    CompileError, LaunchError, CacheMissError
+        A kernel could not be compiled or loaded. The others are there all the same.
+
+    Examples
+    --------
+    >>> jitattn.warmup(q, k, v, mask=jitattn.Causal())       # doctest: +SKIP
+    >>> jitattn.warmup(preset=["llama", "sd"])                # doctest: +SKIP
+    """
+    ways = {"q": q, "preset": preset, "spec_file": spec_file, "specs": specs}
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) != 1:
+        raise InvalidInputError(
+            f"warmup got {', '.join(given) or 'nothing'}: it takes one of a call (q, k, v and the "
+            "other arguments of attention), preset, spec_file or specs"
+        )
+    if q is not None:
+        return _warm_call(q, k, v, arguments, device, jobs)
+    if arguments or k is not None or v is not None:
+        raise InvalidInputError(
+            f"warmup({given[0]}=...) takes no {', '.join(arguments) or 'k and v'}: arguments of "
+            "attention go with q, k and v"
+        )
+    if preset is not None:
+        choices = preset_choices([preset] if isinstance(preset, str) else preset)
+    else:
+        choices = list(specs) if specs is not None else read_file(Path(str(spec_file)))
+    index = _index(device)
+    arch = device_of(index).arch
+    return _warm(specs_of([{**choice, "arch": arch} for choice in choices]), index, jobs)
+
+
+def _warm_call(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    arguments: dict[str, Any],
+    device: torch.device | int | str | None,
+    jobs: int | None,
+) -> WarmedUp:
+    call = inspect.signature(attention).bind(q, k, v, **arguments)
+    call.apply_defaults()
+    arrays = {name: call.arguments.pop(name) for name in ("q", "k", "v", "out")}
+    tensors = interop.from_all({name: arrays[name] for name in ("q", "k", "v")}, out=arrays["out"])
+    call.kwargs.pop("out", None)
+    problem, _ = parse(
+        tensors["q"],
+        tensors["k"],
+        tensors["v"],
+        out=tensors.get("out"),
+        **{name: value for name, value in call.arguments.items() if name != "out"},
+    )
+    if device is None and not tensors["q"].is_cuda:
+        return WarmedUp(kernels=0, compiled=0)
+    index = _index(tensors["q"].device if device is None else device)
+    return _warm(specs_of_problem(problem, device_of(index).arch), index, jobs)
+
+
+def _index(device: torch.device | int | str | None) -> int:
+    if not torch.cuda.is_available():
+        raise UnsupportedError(
+            "torch sees no CUDA device to load kernels on; to compile without one, use "
+            "jitattn-cache prebuild --arch"
+        )
+    if device is None:
+        return torch.cuda.current_device()
+    chosen = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if chosen.type != "cuda":
+        raise InvalidInputError(
+            f"device={device}: kernels are loaded on a CUDA device; the CPU path needs none"
+        )
+    return torch.cuda.current_device() if chosen.index is None else chosen.index
+
+
+def _warm(specs: Sequence[KernelSpec], device_index: int, jobs: int | None) -> WarmedUp:
+    cold = [spec for spec in specs if not launch.is_loaded(spec, device_index)]
+    missing = [spec for spec in cold if build.find(spec) is None]
+    outcomes = list(build_all(missing, jobs))
+    failed = {outcome.spec: outcome for outcome in outcomes if outcome.error}
+    with torch.cuda.device(device_index):
+        for spec in cold:
+            if spec not in failed:
+                launch.kernel(spec, device_index)
+    for outcome in failed.values():
+        raise outcome.exception()
+    return WarmedUp(len(specs), sum(outcome.origin == "compiled" for outcome in outcomes))
