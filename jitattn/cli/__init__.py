@@ -1,0 +1,43 @@
+"""`jitattn-cache`: make, look at, check, move and delete kernels. Needs no GPU.
+
+Results go to stdout and nothing else does; progress, questions and messages go to stderr. Exit
+status: 0 done, 1 something failed or was found bad, 2 the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+
+try:
+    import click
+    import rich as _rich  # noqa: F401 - so that its absence is said here
+except ImportError as _error:
+    sys.stderr.write(f"jitattn-cache needs the extra cli ({_error}): pip install 'jitattn[cli]'\n")
+    sys.exit(2)
+
+from jitattn.cli import inspect, maintain, move
+from jitattn.cli.common import Commands
+from jitattn.cli.doctor import doctor
+from jitattn.cli.prebuild import prebuild
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Look after jitattn's kernel cache."""
+
+
+for _command in (
+    prebuild,
+    inspect.list_entries,
+    inspect.show,
+    inspect.extract,
+    inspect.path,
+    inspect.stats,
+    maintain.verify,
+    maintain.prune,
+    maintain.clear,
+    move.export_archive,
+    move.import_archive_command,
+    doctor,
+):
+    main.add_command(_command)

@@ -1,0 +1,28 @@
+"""`jitattn-cache doctor`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+
+import click
+
+from jitattn import doctor as findings
+from jitattn.cli.common import json_option
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Say what is installed, what is wrong or mixed, and what to do. Status 1 if bad."""
+    found = list(findings.examine())
+    if as_json:
+        click.echo(json.dumps([asdict(one) for one in found]))
+    else:
+        marks = {"ok": "ok  ", "warn": "WARN", "bad": "BAD "}
+        for one in found:
+            click.echo(f"{marks[one.status]} {one.area:12s} {one.found}")
+            if one.advice:
+                click.echo(f"{'':17s} -> {one.advice}")
+    sys.exit(1 if any(one.status == "bad" for one in found) else 0)

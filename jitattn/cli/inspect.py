@@ -1,0 +1,204 @@
+"""Commands that only look: list, show, extract, path, stats."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jitattn.cli.common import (
+    Archs,
+    Found,
+    Words,
+    all_entries,
+    emit,
+    fail,
+    find_by_key,
+    is_trusted,
+    json_option,
+    named_stores,
+    own_cache,
+    print_rows,
+)
+from jitattn.jit import choices, files, settings, sources
+from jitattn.jit.codegen import render
+from jitattn.jit.entry import Entry, sha256
+from jitattn.jit.spec import spec_from_dict
+
+_COLUMNS = (
+    "key", "where", "family", "arch", "dtype", "head_dim", "head_dim_v", "mask", "block_q",
+    "block_kv", "registers", "spill_bytes", "smem_bytes", "compile_ms", "bytes", "toolchain",
+)  # fmt: skip
+
+
+def _row(found: Found) -> dict[str, Any]:
+    metadata = found.metadata
+    return {
+        "key": metadata.key,
+        "where": found.where,
+        **metadata.spec,
+        "toolchain": metadata.toolchain,
+        "registers": metadata.registers,
+        "stack_bytes": metadata.stack_bytes,
+        "spill_bytes": metadata.spill_bytes,
+        "smem_bytes": metadata.smem_bytes,
+        "compile_ms": metadata.compile_ms,
+        "bytes": metadata.bytes,
+    }
+
+
+@click.command("list")
+@click.option("--arch", type=Archs(), help="only these")
+@click.option("--family", type=Words(), help="only these: fwd, merge")
+@click.option("--dtype", type=Words(), help="only these")
+@click.option("--head-dim", type=Words(), help="only these")
+@click.option("--mask", type=Words(), help="only these")
+@click.option("--where", type=Words(), help="only these: user, imported, or a directory")
+@click.option("--sort", default="key", help="a column, as in bytes or compile_ms")
+@click.option("--reverse", is_flag=True, help="largest first")
+@json_option
+def list_entries(sort: str, reverse: bool, as_json: bool, **filters: list[str] | None) -> None:
+    """List the kernels in the cache and in the read-only directories."""
+    rows = [_row(found) for found in all_entries(own_cache())]
+    for name, allowed in filters.items():
+        if allowed is not None:
+            rows = [row for row in rows if str(row.get(name, "")) in allowed]
+    known = {name for row in rows for name in row}
+    if rows and sort not in known:
+        fail(f"--sort {sort}: it must be one of {', '.join(sorted(known))}", 2)
+    # A column that a family does not have comes first; numbers are sorted as numbers.
+    rows.sort(key=lambda row: (sort in row, row.get(sort, "")), reverse=reverse)
+    if as_json:
+        click.echo(json.dumps(rows))
+    elif not rows:
+        click.echo("no kernels", err=True)
+    else:
+        print_rows(_COLUMNS, [{**row, "key": row["key"][:16]} for row in rows])
+
+
+@click.command()
+@click.argument("key")
+@click.option("--source", is_flag=True, help="the templates as well, if they are still the same")
+@json_option
+def show(key: str, source: bool, as_json: bool) -> None:
+    """Show everything about the kernel whose key begins with KEY."""
+    found = find_by_key(own_cache(), key)
+    metadata = found.metadata
+    cubin_path, json_path = found.store.paths(metadata.key)
+    header = command = None
+    templates: dict[str, str] | None = None
+    try:
+        spec = spec_from_dict(metadata.spec)
+    except ValueError:
+        pass  # of a version with other specs
+    else:
+        command = choices.command(spec)
+        text = render(spec)
+        if sha256(text.encode()) == metadata.header_digest:
+            header = text
+        closure = sources.closure(spec.family)
+        if closure.digest == metadata.source_digest:
+            templates = {f"entry/{spec.family}.cu": closure.entry, **closure.headers}
+    record: dict[str, Any] = {
+        **_row(found),
+        "spec": metadata.spec,
+        "options": list(metadata.options),
+        "sha256": metadata.sha256,
+        "source_digest": metadata.source_digest,
+        "cubin": str(cubin_path),
+        "metadata": str(json_path),
+        "command": command,
+        "log": metadata.log,
+        "header": header,
+        "templates_are_current": templates is not None,
+    }
+    if source:
+        record["templates"] = templates
+    if as_json:
+        click.echo(json.dumps(record))
+        return
+    texts = ("log", "header", "templates", "spec", "options")
+    lines = [f"{name:22s} {value}" for name, value in record.items() if name not in texts]
+    lines += ["", "options", f"  {' '.join(metadata.options)}"]
+    lines += ["", "compiler log", *(f"  {line}" for line in metadata.log.splitlines())]
+    missing = "  (made by another version of the templates)"
+    lines += ["", "generated header", *(_indented(header) if header else [missing])]
+    if source:
+        for name, text in (templates or {"templates": missing}).items():
+            lines += ["", name, *_indented(text)]
+    click.echo("\n".join(lines))
+
+
+def _indented(text: str) -> list[str]:
+    return [f"  {line}" for line in text.splitlines()]
+
+
+@click.command()
+@click.argument("key")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="default: KEY.cubin")
+@click.option("-y", "--yes", is_flag=True, help="overwrite a file that is there")
+@json_option
+def extract(key: str, output: Path | None, yes: bool, as_json: bool) -> None:
+    """Write the cubin of a kernel to a file, for cuobjdump or nvdisasm."""
+    found = find_by_key(own_cache(), key)
+    metadata = found.metadata
+    looked = found.store.look(metadata.key, metadata.arch)
+    if not isinstance(looked, Entry):
+        reason = "it is gone" if looked is None else looked.reason
+        fail(f"the kernel {metadata.key[:16]} is not to be believed: {reason}")
+    path = output or Path(f"{metadata.key[:16]}.cubin")
+    try:
+        with path.open("wb" if yes else "xb") as file:
+            file.write(looked.cubin)
+    except FileExistsError:
+        fail(f"{path} is there already: add -y to overwrite it")
+    except OSError as error:
+        fail(f"{path} cannot be written: {error}")
+    emit({"path": str(path), "bytes": metadata.bytes}, as_json, str(path))
+
+
+@click.command()
+@json_option
+def path(as_json: bool) -> None:
+    """Print the cache directory."""
+    root = str(own_cache().root)
+    emit(root, as_json, root)
+
+
+@click.command()
+@json_option
+def stats(as_json: bool) -> None:
+    """Count kernels and bytes, directory by directory."""
+    cache = own_cache()
+    rows = []
+    for where, store in named_stores(cache):
+        entries = list(store.entries()) if is_trusted(store) else []
+        by_arch = Counter(entry.arch for entry in entries)
+        rows.append(
+            {
+                "where": where,
+                "directory": str(store.root),
+                "kernels": len(entries),
+                "bytes": sum(entry.bytes for entry in entries),
+                **dict(sorted(by_arch.items())),
+            }
+        )
+    summary = {
+        "directories": rows,
+        "disk_bytes": sum(cache.usage().values()),
+        "limit_bytes": settings.cache_max_bytes(),
+        "set_aside": len(files.scan(cache.store / "bad")),
+        "drafts": len(files.scan(cache.store / "tmp")),
+    }
+    if as_json:
+        click.echo(json.dumps(summary))
+        return
+    archs = sorted({name for row in rows for name in row if name.startswith("sm_")})
+    print_rows(("where", "directory", "kernels", "bytes", *archs), rows)
+    click.echo(
+        f"on disk {summary['disk_bytes']} of {summary['limit_bytes']} bytes, "
+        f"{summary['set_aside']} files set aside, {summary['drafts']} drafts"
+    )

@@ -1,0 +1,98 @@
+"""Commands that carry kernels to another machine: export, import."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from jitattn.cli.common import (
+    Archs,
+    Words,
+    all_entries,
+    emit,
+    json_option,
+    own_cache,
+    warn,
+)
+from jitattn.jit import choices
+from jitattn.jit.archive import export, import_archive
+from jitattn.jit.entry import Entry
+
+
+@click.command("export")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--arch", type=Archs(), help="only these")
+@click.option("--preset", type=Words(), help="only the kernels of model families, or all")
+@click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="only those of a file")
+@json_option
+def export_archive(
+    file: Path,
+    arch: list[str] | None,
+    preset: list[str] | None,
+    spec_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Write kernels to one archive FILE; the same kernels give the same bytes.
+
+    Only kernels that are in the cache or in a read-only directory: prebuild makes what is missing.
+    """
+    cache = own_cache()
+    chosen = all_entries(cache)
+    if arch is not None:
+        chosen = [found for found in chosen if found.metadata.arch in arch]
+    asked = (choices.preset(preset) if preset else []) + (
+        choices.read_file(spec_file) if spec_file else []
+    )
+    if asked:
+        archs = arch or sorted({found.metadata.arch for found in chosen})
+        specs = [spec.to_dict() for spec in choices.specs_of(asked, archs)]
+        chosen = [found for found in chosen if found.metadata.spec in specs]
+    seen: set[str] = set()
+    bad: list[str] = []
+
+    def entries() -> Iterator[Entry]:
+        for found in chosen:
+            key = found.metadata.key
+            if key in seen:
+                continue
+            looked = found.store.look(key, found.metadata.arch)
+            if isinstance(looked, Entry):
+                seen.add(key)
+                yield looked
+            elif looked is not None:
+                bad.append(key)
+                warn(f"the kernel {key[:16]} is left out: {looked.reason}")
+
+    done = export(file, entries())
+    emit(
+        {"kernels": done.count, "bytes": done.bytes, "sha256": done.sha256, "left_out": len(bad)},
+        as_json,
+        f"{done.count} kernels, {done.bytes} bytes, sha256 {done.sha256}",
+    )
+    sys.exit(1 if bad else 0)
+
+
+@click.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--sha256", help="what the checksum of FILE has to be")
+@json_option
+def import_archive_command(file: Path, sha256: str | None, as_json: bool) -> None:
+    """Check an archive FILE and add its kernels to the cache.
+
+    They serve whatever compiler is installed here. Import only what you would run.
+    """
+    done = import_archive(file, own_cache(to_write=True), sha256=sha256)
+    emit(
+        {
+            "kernels": done.count,
+            "sha256": done.sha256,
+            "directory": str(done.folder),
+            "was_there": done.was_there,
+        },
+        as_json,
+        f"{done.count} kernels {'were there already' if done.was_there else 'imported'}, "
+        f"sha256 {done.sha256}",
+    )

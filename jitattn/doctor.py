@@ -1,0 +1,279 @@
+"""What is installed, what is wrong, and what to do: the findings of `jitattn-cache doctor`.
+
+Every area reports its own failure as a finding, so that the doctor never fails itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+
+import jitattn
+from jitattn.errors import JitAttnError, UnsupportedError
+from jitattn.jit import compilers, files, launch, nvrtc, settings, sources
+from jitattn.jit.cache import user_cache
+from jitattn.jit.device import arch_of
+from jitattn.jit.layers import layers
+from jitattn.jit.spec import Dtype, MergeSpec
+
+Status: TypeAlias = Literal["ok", "warn", "bad"]
+
+_NETWORK: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs",
+                             "ceph", "fuse.sshfs", "afs", "9p"})  # fmt: skip
+_FEW_BYTES: Final = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    area: str
+    status: Status
+    found: str
+    advice: str = ""
+
+
+def examine() -> Iterator[Finding]:
+    """Look at everything that jitattn stands on."""
+    for area, look in _AREAS.items():
+        try:
+            for status, found, advice in look():
+                yield Finding(area, status, found, advice)
+        except JitAttnError as error:
+            yield Finding(area, "bad", str(error))
+        except Exception as error:  # noqa: BLE001 - a doctor has to finish
+            yield Finding(area, "warn", f"could not be examined: {type(error).__name__}: {error}")
+
+
+_Findings: TypeAlias = Iterator[tuple[Status, str, str]]
+
+
+def _python() -> _Findings:
+    yield "ok", f"Python {platform.python_version()} on {platform.platform()}", ""
+    if sys.maxsize < 2**32:
+        yield "bad", "a 32-bit Python", "install a 64-bit Python"
+    yield "ok", f"jitattn {jitattn.__version__} in {Path(jitattn.__file__).parent}", ""
+    yield "ok", f"templates in {sources.locate()}", ""
+
+
+def _torch() -> _Findings:
+    version = _version("torch")
+    if version is None:
+        yield "bad", "torch is not installed", "pip install torch"
+        return
+    cuda = re.search(r"\+cu(\d+)", version)
+    yield "ok", f"torch {version}", ""
+    if cuda is None and compilers.driver_major() is not None and "+cpu" in version:
+        yield "bad", "a driver is there, but torch is built without CUDA", "install a CUDA build"
+
+
+def _cupy() -> _Findings:
+    names = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
+    found = {name: version for name in names if (version := _version(name)) is not None}
+    driver = compilers.driver_major()
+    text = ", ".join(f"{name} {version}" for name, version in found.items())
+    if not found:
+        status: Status = "warn" if driver is None else "bad"
+        yield status, "CuPy is not installed: kernels cannot be launched", _extra(driver)
+    elif len(found) > 1:
+        yield (
+            "bad",
+            f"several CuPy distributions, which overwrite each other: {text}",
+            (f"pip uninstall {' '.join(found)}, then {_extra(driver)}"),
+        )
+    else:
+        yield "ok", text, ""
+    major = re.search(r"cuda(\d+)x", " ".join(found))
+    if driver is not None and major is not None and int(major[1]) > driver:
+        yield "bad", f"{text} needs CUDA {major[1]}, the driver knows {driver}", _extra(driver)
+    built = re.search(r"\+cu(\d\d)", _version("torch") or "")
+    if built is not None and major is not None and built[1] != major[1]:
+        yield (
+            "warn",
+            f"torch is built for CUDA {built[1]}, CuPy for {major[1]}",
+            (f"works, with two CUDA runtimes in memory; jitattn[cu{built[1]}] has one"),
+        )
+    if "cupy" not in sys.modules:
+        home = Path(os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache")
+        if not launch.can_make(home):
+            yield (
+                "warn",
+                f"CuPy's own cache directory {home} cannot be made",
+                ("jitattn gives CuPy a temporary one; CUPY_CACHE_DIR names a lasting one"),
+            )
+
+
+def _nvrtc() -> _Findings:
+    found = compilers.installed()
+    if not found:
+        yield (
+            "warn",
+            "no NVRTC is installed: only kernels on disk can be used",
+            (_extra(compilers.driver_major())),
+        )
+        return
+    chosen = compilers.chosen()
+    for toolchain in found.values():
+        mark = " (compiles)" if toolchain == chosen else ""
+        yield "ok", f"{toolchain} in {toolchain.library}{mark}", ""
+        if (12, 0) <= toolchain.version < (12, 6):
+            yield (
+                "warn",
+                f"{toolchain} is older than 12.6: its cubins are not reproducible",
+                ("pip install --upgrade nvidia-cuda-nvrtc-cu12"),
+            )
+    spec = MergeSpec(out_dtype=Dtype.BF16, head_dim_v=16, arch="sm_80")
+    compiled = nvrtc.compile_spec(spec, sources.closure(spec.family), chosen)
+    yield "ok", f"a small kernel compiles in {compiled.compile_ms:.0f} ms", ""
+
+
+def _driver() -> _Findings:
+    major = compilers.driver_major()
+    if major is None:
+        yield "warn", "no CUDA driver: compiling works, launching does not", ""
+        return
+    yield "ok", f"the driver supports CUDA {major}", ""
+    if major < 12:
+        yield "bad", "CUDA 12 is the oldest that jitattn supports", "update the driver to 525"
+
+
+def _gpus() -> _Findings:
+    if compilers.driver_major() is None:
+        return
+    runtime = launch.import_cupy().cuda.runtime
+    for index in range(runtime.getDeviceCount()):
+        properties = runtime.getDeviceProperties(index)
+        name = properties["name"].decode()
+        try:
+            arch = arch_of(properties["major"], properties["minor"])
+        except UnsupportedError as error:
+            yield "warn", f"{index}: {name}: {error}", ""
+        else:
+            yield "ok", f"{index}: {name}, {arch}", ""
+
+
+def _cache() -> _Findings:
+    mode = settings.cache_mode()
+    cache = user_cache()
+    if cache is None:
+        yield (
+            "warn",
+            "no directory is to be had: every process compiles anew",
+            ("set JITATTN_CACHE_DIR to a directory that you can write"),
+        )
+        return
+    why = "JITATTN_CACHE_DIR" if settings.cache_dir() else "the default"
+    yield "ok", f"{cache.root} ({why}, JITATTN_CACHE={mode})", ""
+    if not cache.root.is_dir():
+        yield "ok", "it does not exist yet", ""
+        return
+    for folder in (cache.root, cache.store):
+        if folder.exists():
+            yield _trust(folder, cache.owners, cache.root)
+    if mode == "rw":
+        try:
+            cache.make_directories(cache.store)
+            files.publish(cache.store / "tmp" / "doctor", b"", cache.store / "tmp")
+            (cache.store / "tmp" / "doctor").unlink()
+            yield "ok", "it can be written", ""
+        except OSError as error:
+            yield (
+                "warn",
+                f"it cannot be written ({error}): kernels stay in memory",
+                ("make it writable, or set JITATTN_CACHE_DIR"),
+            )
+    free = shutil.disk_usage(cache.root).free
+    status: Status = "ok" if free > _FEW_BYTES else "warn"
+    yield status, f"{free >> 20} MiB are free", "" if status == "ok" else "make room"
+    kind = _filesystem(cache.root)
+    if kind in _NETWORK:
+        yield "ok", f"it is on a network filesystem ({kind}): slower, but safe", ""
+
+
+def _layers() -> _Findings:
+    for layer in layers(user_cache()):
+        if not layer.store.is_dir():
+            yield "warn", f"{layer.root} holds no kernels", "see JITATTN_CACHE_PATH"
+            continue
+        yield _trust(layer.store, layer.owners, layer.root)
+        kernels = list(layer.entries())
+        newer = {one.toolchain for one in kernels if not compilers.is_loadable(one.toolchain)}
+        yield "ok", f"{layer.root}: {len(kernels)} kernels", ""
+        for toolchain in sorted(newer):
+            yield (
+                "warn",
+                f"{layer.root}: the driver cannot load what {toolchain} made",
+                ("update the driver"),
+            )
+
+
+def _environment() -> _Findings:
+    for name, value in sorted(os.environ.items()):
+        if name.startswith("JITATTN_"):
+            if name in settings.VARIABLES:
+                yield "ok", f"{name}={value}", ""
+            else:
+                near = difflib.get_close_matches(name, settings.VARIABLES, 1)
+                advice = f"is {near[0]} meant?" if near else "see the table in the README"
+                yield "warn", f"{name}={value} is no variable of jitattn", advice
+    for read in settings.READERS:
+        try:
+            read()
+        except JitAttnError as error:
+            yield "bad", str(error), ""
+
+
+_AREAS: Final[dict[str, Callable[[], _Findings]]] = {
+    "python": _python,
+    "torch": _torch,
+    "cupy": _cupy,
+    "nvrtc": _nvrtc,
+    "driver": _driver,
+    "gpus": _gpus,
+    "cache": _cache,
+    "read-only": _layers,
+    "environment": _environment,
+}
+
+
+def _trust(folder: Path, owners: Collection[int], root: Path) -> tuple[Status, str, str]:
+    status = os.lstat(folder)
+    owner = f"user {status.st_uid}, " if files.HAS_OWNERS else ""
+    what = f"{folder}: {owner}mode {stat.S_IMODE(status.st_mode):o}"
+    try:
+        files.check_directory(folder, owners, may_be_link=folder == root)
+    except files.UntrustedError as error:
+        return "bad", f"{what}: not used: {error.strerror}", f"chmod go-w {folder}, or chown it"
+    return "ok", what, ""
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _extra(driver: int | None) -> str:
+    return f"pip install 'jitattn[cu{12 if driver == 12 else 13}]'"
+
+
+def _filesystem(path: Path) -> str:
+    """Kind of the filesystem that a path is on; empty where that cannot be told."""
+    try:
+        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return ""
+    resolved = path.resolve()
+    kinds = {mount[1]: mount[2] for mount in mounts if resolved.is_relative_to(mount[1])}
+    return kinds[max(kinds, key=len)] if kinds else ""

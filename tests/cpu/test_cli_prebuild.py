@@ -1,0 +1,138 @@
+"""`jitattn-cache prebuild`: what it makes, from which sources, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from jitattn.cli import main
+from jitattn.jit import build
+
+SMALL = ["--arch", "86", "--dtype", "bf16", "--head-dim", "16", "--mask", "full"]
+
+
+def run(*arguments: str, **environment: str) -> Result:
+    return CliRunner().invoke(main, list(arguments), env=environment)
+
+
+def test_makes_what_is_missing(cache_dir: Path) -> None:
+    first = run("prebuild", *SMALL, "-j", "1", "--json")
+    assert first.exit_code == 0, first.output
+    counts = json.loads(first.stdout)
+    assert (counts["compiled"], counts["cached"], counts["failed"]) == (4, 0, 0)
+    assert counts["bytes"] > 4000
+    assert first.stderr.count("compiled fwd sm_86 bf16") == 3  # progress, on stderr only
+    assert "[4/4]" in first.stderr
+    assert len(list(cache_dir.glob("v1/*/*.cubin"))) == 4
+    build.clear_memory()
+    again = json.loads(run("prebuild", *SMALL, "-j", "1", "--json").stdout)
+    assert (again["compiled"], again["cached"], again["bytes"]) == (0, 4, counts["bytes"])
+
+
+def test_in_processes() -> None:
+    done = run("prebuild", *SMALL, "-j", "2")
+    assert done.exit_code == 0, done.output
+    assert "4 compiled, 0 cached, 0 failed" in done.stdout
+    assert "0 kernels spill" in done.stdout
+
+
+def test_sources_combine(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.toml"
+    path.write_text('[[kernels]]\nhead_dim = 24\ndtype = "fp16"\nmask = "full"\narch = 80\n')
+    done = run(
+        "prebuild", "--spec", str(path), "--preset", "deepseek", "--arch", "90",
+        "--head-dim", "32", "--dtype", "bf16", "--mask", "causal", "--dry-run", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    rows = [row for row in json.loads(done.stdout) if row["family"] == "fwd"]
+    kinds = {(row["arch"], row["dtype"], row["head_dim"], row["head_dim_v"]) for row in rows}
+    assert kinds == {
+        ("sm_80", "fp16", 24, 24),
+        ("sm_90", "bf16", 192, 128),
+        ("sm_90", "bf16", 32, 32),
+    }
+
+
+def test_defaults_are_used_alone() -> None:
+    rows = json.loads(run("prebuild", "--arch", "90", "--dry-run", "--json").stdout)
+    forward = [row for row in rows if row["family"] == "fwd"]
+    assert {row["head_dim"] for row in forward} == {64, 128}
+    assert {row["dtype"] for row in forward} == {"fp16", "bf16"}
+    assert {row["mask"] for row in forward} == {"full", "causal"}
+
+
+def test_other_fields(cache_dir: Path) -> None:
+    done = run("prebuild", *SMALL, "--set", "out_dtype=fp32", "--set", "rows=rows16", "-j", "1")
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(run("list", "--json").stdout)
+    assert (row["out_dtype"], row["block_q"]) == ("fp32", 16)
+
+
+def test_dry_run_compiles_nothing(cache_dir: Path) -> None:
+    done = run("prebuild", *SMALL, "--dry-run")
+    assert "4 to make, 0 cached" in done.stdout
+    assert not list(cache_dir.glob("v1/*/*.cubin"))
+    assert build.stats().compiled == 0
+    run("prebuild", *SMALL, "-j", "1")
+    build.clear_memory()
+    assert "0 to make, 4 cached" in run("prebuild", *SMALL, "--dry-run").stdout
+
+
+def test_presets_are_listed() -> None:
+    done = run("prebuild", "--presets")
+    assert done.exit_code == 0
+    assert {"llama", "mistral", "gpt2", "sd"} <= {
+        line.split()[0] for line in done.stdout.splitlines()
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["--arch", "75"], 1, "75"),
+        (["--arch", "x"], 2, "x"),
+        (["--arch", "80", "--dtype", "int8"], 2, "int8"),
+        (["--arch", "80", "--head-dim", "257"], 1, "257"),
+        (["--arch", "80", "--mask", "window"], 2, "window"),
+        (["--arch", "80", "--preset", "lama"], 1, "llama"),
+        (["--arch", "80", "--gear", "4"], 1, "gear=4"),
+        (["--arch", "80", "--set", "colour=red"], 1, "colour"),
+        (["--arch", "80", "--set", "colour"], 2, "FIELD=VALUE"),
+        (["--arch", "80", "--spec", "/nonexistent.toml"], 1, "nonexistent"),
+        ([], 1, "no architecture"),
+    ],
+)
+def test_wrong_choices_are_named(arguments: list[str], status: int, text: str) -> None:
+    done = run("prebuild", *arguments)
+    assert done.exit_code == status, done.output
+    assert text in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_unknown_architecture_fails_by_name() -> None:
+    done = run(
+        "prebuild", "--arch", "199", "--head-dim", "16", "--dtype", "bf16", "-j", "1", "--json"
+    )
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["compiled"] == 0
+    assert "sm_199 is not known to nvrtc" in done.stderr
+
+
+def test_prebuild_that_stores_nothing_fails(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = run("prebuild", *SMALL, "-j", "1", "--json", JITATTN_CACHE_DIR=str(tmp_path / "file"))
+    assert done.exit_code == 1
+    counts = json.loads(done.stdout)
+    assert (counts["compiled"], counts["failed"], counts["bytes"]) == (0, 4, 0)
+    assert "does not keep it" in done.stderr
+
+
+@pytest.mark.parametrize("mode", ["ro", "off"])
+def test_prebuild_needs_a_cache_to_write(mode: str) -> None:
+    done = run("prebuild", *SMALL, JITATTN_CACHE=mode)
+    assert done.exit_code == 2
+    assert f"JITATTN_CACHE={mode}" in done.stderr
