@@ -1,9 +1,10 @@
-"""Benchmarks: ``python tools/bench.py [--section forward,decode,host,compile] [--quick]``.
+"""Benchmarks: ``python tools/bench.py [--section forward,decode,host,…] [--quick]``.
 
 forward   long prompts beside SDPA's flash (FlashAttention-2) and cuDNN backends, in one run
 decode    short queries on a long history beside the same, and a plain read of as many bytes
 host      a warm eager call on the host beside SDPA's
-compile   NVRTC and a disk hit (needs no GPU)
+compile   NVRTC (needs no GPU)
+service   a disk hit, one cold process beside 64, the first call of a process (the last on a GPU)
 
 Four kinds of numbers, never mixed: compile (ms), disk load (us), host call (us), kernel (us).
 TFLOP/s count attended pairs only: 4 * D per pair and head. Ratios are peer time over ours.
@@ -14,11 +15,8 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import json
-import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,8 +25,9 @@ REPOSITORY: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 import torch
+from _service import bench_compile, bench_service
 from _table import print_table, say
-from _timing import Spread, host_times, kernel_times, spread
+from _timing import Spread, host_times, kernel_times
 
 import jitattn
 
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
 COLUMNS: Final = (
     "date", "commit", "section", "shape", "provider", "metric", "p20", "p50", "p80",
-    "gpu", "driver", "nvrtc", "spec",
+    "gpu", "clocks", "driver", "nvrtc",
 )  # fmt: skip
 #: Inputs of all sets together pass this, so that no set stays in L2 (60 MB on an H200).
 _COLD_BYTES: Final = 200e6
@@ -226,71 +225,6 @@ def bench_host(report: Report, rounds: int) -> None:
     print_table("host time of a warm eager call", ("shape", "provider", "us", "p20..p80"), table)
 
 
-_COMPILE: Final = """
-import json, sys, time
-from jitattn.jit import nvrtc, sources
-from jitattn.jit.spec import *
-from jitattn.tiles import fwd_spec
-from jitattn.gears import resolve_numerics
-problem = Problem(dtype=Dtype.BF16, out_dtype=Dtype.BF16, head_dim=128, head_dim_v=128,
-                  mask=MaskKind.CAUSAL, numerics=resolve_numerics(None, Dtype.BF16))
-spec = fwd_spec(problem, sys.argv[1], RowClass.MANY)
-compiled = nvrtc.compile_spec(spec, sources.closure(spec.family))
-print(json.dumps({"ms": compiled.compile_ms, "nvrtc": str(nvrtc.toolchain())}))
-"""
-
-_DISK: Final = """
-import json, time
-from jitattn.jit import build
-from jitattn.jit.prebuild import forward_specs
-from jitattn.jit.spec import *
-specs = forward_specs(["sm_90"], [Dtype.BF16], [(128, 128)], [MaskKind.CAUSAL])
-for spec in specs:
-    build.build(spec)
-samples = []
-for _ in range(20):
-    for spec in specs:
-        build.clear_memory()
-        start = time.perf_counter()
-        built = build.build(spec)
-        samples.append((time.perf_counter() - start) * 1e6)
-        assert built.origin == "disk"
-print(json.dumps(samples[len(specs):]))
-"""
-
-
-def _fresh(code: str, *arguments: str, **environment: str) -> Any:
-    """Run Python code in a fresh process, and return the JSON of its last line."""
-    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path, **environment},
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def bench_compile(report: Report) -> None:
-    """NVRTC's own time for the D=128 bf16 causal forward, five fresh processes each; disk hits."""
-    from jitattn.jit import nvrtc
-
-    table = []
-    for major in nvrtc.installed():
-        for arch in ("sm_80", "sm_90"):
-            runs = [_fresh(_COMPILE, arch, JITATTN_NVRTC=str(major)) for _ in range(5)]
-            figures = spread([run["ms"] for run in runs])
-            name = f"bf16 D128 causal {arch}"
-            report.add("compile", name, runs[0]["nvrtc"], "compile_ms", figures)
-            table.append((name, runs[0]["nvrtc"], f"{figures.p50:.0f} ms"))
-    with tempfile.TemporaryDirectory() as folder:
-        figures = spread(_fresh(_DISK, JITATTN_CACHE_DIR=folder))
-    report.add("compile", "entries of 16 to 72 KB", _OURS, "disk_hit_us", figures)
-    table.append(("disk hit, entries of 16 to 72 KB", _OURS, f"{figures.p50:.0f} us"))
-    print_table("compile and disk", ("what", "by", "median"), table)
-
-
 def common_facts() -> dict[str, str]:
     """Return what every row of the CSV says."""
     git = subprocess.run(
@@ -304,24 +238,26 @@ def common_facts() -> dict[str, str]:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
         "commit": git.stdout.strip(),
         "gpu": "",
+        "clocks": "",
         "driver": "",
         "nvrtc": "",
-        "spec": "",
     }
-    from jitattn.jit import nvrtc
+    from jitattn.jit import compilers
 
-    facts["nvrtc"] = str(nvrtc.toolchain())
+    facts["nvrtc"] = str(compilers.chosen())
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, check=False)
-        facts["driver"] = found.stdout.strip().partition("\n")[0]
+        query = "driver_version,clocks.sm,clocks.mem,power.draw"
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        facts["driver"], _, clocks = found.stdout.strip().partition("\n")[0].partition(", ")
+        facts["clocks"] = clocks  # when the run began
     return facts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sections that were asked for."""
-    sections = ("forward", "decode", "host", "compile")
+    sections = ("forward", "decode", "host", "compile", "service")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -335,9 +271,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if unknown := set(asked) - set(sections):
         parser.error(f"--section: {', '.join(sorted(unknown))} is none of {', '.join(sections)}")
-    if not torch.cuda.is_available() and set(asked) != {"compile"}:
-        say("torch sees no GPU: only --section compile runs here")
-        asked = ["compile"]
+    if not torch.cuda.is_available() and not set(asked) <= {"compile", "service"}:
+        say("torch sees no GPU: only --section compile,service runs here")
+        asked = ["compile", "service"]
     rounds = arguments.rounds or (5 if arguments.quick else 15)
     report = Report(common_facts())
     with torch.no_grad():
@@ -350,6 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench_host(report, rounds)
         if "compile" in asked:
             bench_compile(report)
+        if "service" in asked:
+            bench_service(report)
     if arguments.csv:
         with arguments.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)

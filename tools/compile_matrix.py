@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from _table import say
 
 from jitattn.gears import resolve_numerics
-from jitattn.jit import nvrtc
+from jitattn.jit import compilers
 from jitattn.jit.spec import (
     Access,
     Dtype,
@@ -251,7 +251,7 @@ def collect(arches: Sequence[str], *, full: bool, jobs: int | None, quiet: bool)
 
     with tempfile.TemporaryDirectory(prefix="jitattn-matrix-") as folder:
         # The budget is of the newest compiler that is installed, whatever this driver could load.
-        newest = str(max(nvrtc.installed(), default=""))
+        newest = str(max(compilers.installed(), default=""))
         defaults = {"JITATTN_CACHE_DIR": folder, "JITATTN_NVRTC": newest}
         added = {name: value for name, value in defaults.items() if name not in os.environ}
         os.environ.update(added)

@@ -24,10 +24,11 @@ import torch
 from _table import print_table, say
 
 import jitattn
-from jitattn.jit.prebuild import build_all, forward_specs
-from jitattn.jit.spec import Dtype, MaskKind
+from jitattn.jit.choices import specs_of
+from jitattn.jit.pool import build_all
 
 ARCHS: Final = ("sm_80", "sm_86", "sm_90")
+CHOICE: Final = {"dtype": "bf16", "head_dim": 128, "mask": "causal"}
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def best_sdpa_us(scene: Scene, q: Any, k: Any, v: Any) -> float:
 def without_gpu() -> bool:
     """Compile, show that nothing compiles twice, and run the CPU path; whether all is right."""
     say("No GPU here: compiling the same kernels for " + ", ".join(ARCHS))
-    specs = forward_specs(ARCHS, [Dtype.BF16], [(128, 128)], [MaskKind.CAUSAL])
+    specs = specs_of([CHOICE], ARCHS)
     start = time.perf_counter()
     failed = 0
     for done, outcome in enumerate(build_all(specs), 1):
@@ -227,8 +228,7 @@ def second_process() -> dict[str, int]:
         "import json, sys; sys.path[:0] = json.loads(sys.argv[1])\n"
         "import demo\n"
         "from jitattn.jit import build\n"
-        "for spec in demo.forward_specs(demo.ARCHS, [demo.Dtype.BF16], [(128, 128)],"
-        " [demo.MaskKind.CAUSAL]): build.build(spec)\n"
+        "for spec in demo.specs_of([demo.CHOICE], demo.ARCHS): build.build(spec)\n"
         "stats = build.stats()\n"
         "print(json.dumps({'compiled': stats.compiled, 'disk_hits': stats.disk_hits}))"
     )

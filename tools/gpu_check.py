@@ -47,8 +47,8 @@ facts = {name: found[name] for name in names if name in found}
 facts["torch"] = torch.__version__
 facts["torch_cuda"] = str(torch.version.cuda)
 try:
-    from jitattn.jit import nvrtc
-    facts["nvrtc"] = str(nvrtc.toolchain())
+    from jitattn.jit import compilers
+    facts["nvrtc"] = str(compilers.chosen())
 except Exception as error:
     facts["nvrtc"] = f"not known: {error}"
 print(json.dumps(facts))
