@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jitattn.jit import build
+from jitattn.jit import build, files
 from jitattn.jit.cache import Claim, DiskCache
 from jitattn.jit.store import Bad
 
@@ -89,6 +89,17 @@ def test_cold_processes_compile_once(count: int) -> None:
     results = together(lambda _: cold_build(), count)
     assert sorted(origin for origin, _ in results) == ["compiled"] + ["disk"] * (count - 1)
     assert len({digest for _, digest in results}) == 1
+
+
+def test_cold_processes_compile_once_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other branch: no owners and modes, no links to refuse, another kind of lock."""
+    import filelock
+
+    monkeypatch.setattr(files, "HAS_OWNERS", False)
+    monkeypatch.setattr(files, "_OPEN_FLAGS", 0)
+    monkeypatch.setattr(filelock, "FileLock", filelock.SoftFileLock)
+    results = together(lambda _: cold_build(), 16)
+    assert sorted(origin for origin, _ in results) == ["compiled"] + ["disk"] * 15
 
 
 def test_different_kernels_are_compiled_side_by_side(cache_dir: Path) -> None:
