@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 import jitattn
-from jitattn.errors import JitAttnError, UnsupportedError
+from jitattn.errors import JitAttnError
 from jitattn.jit import compilers, files, launch, nvrtc, settings, sources
 from jitattn.jit.cache import user_cache
-from jitattn.jit.device import arch_of
 from jitattn.jit.layers import layers
 from jitattn.jit.spec import Dtype, MergeSpec
 
@@ -154,12 +153,11 @@ def _gpus() -> _Findings:
     for index in range(runtime.getDeviceCount()):
         properties = runtime.getDeviceProperties(index)
         name = properties["name"].decode()
-        try:
-            arch = arch_of(properties["major"], properties["minor"])
-        except UnsupportedError as error:
-            yield "warn", f"{index}: {name}: {error}", ""
+        number = 10 * properties["major"] + properties["minor"]
+        if number < 80:
+            yield "warn", f"{index}: {name}, sm_{number}: jitattn needs sm_80 or newer", ""
         else:
-            yield "ok", f"{index}: {name}, {arch}", ""
+            yield "ok", f"{index}: {name}, sm_{number}", ""
 
 
 def _cache() -> _Findings:

@@ -12,7 +12,7 @@ from torch import Tensor
 from jitattn import interop
 from jitattn.dispatch import plan
 from jitattn.gears import default_gear
-from jitattn.jit.device import device_name
+from jitattn.jit.device import device
 from jitattn.jit.spec import Access, RowClass
 from jitattn.masks import Full
 from jitattn.problem import parse
@@ -145,7 +145,7 @@ def explain(
     built = chosen.kernel.built
     return Explanation(
         path="cuda",
-        device=device_name(q.device.index),
+        device=device(q.device.index).name,
         gear=gear,
         problem=asked,
         kernel=built.spec.to_dict(),
