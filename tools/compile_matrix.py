@@ -24,6 +24,7 @@ from _table import say
 
 from jitattn.gears import resolve_numerics
 from jitattn.jit import compilers
+from jitattn.jit.choices import preset, specs_of
 from jitattn.jit.spec import (
     Access,
     Dtype,
@@ -106,8 +107,8 @@ def matrix(arch: str, *, full: bool = False) -> list[KernelSpec]:
     """Return the specs of an architecture, each once.
 
     The tuned architectures get every row of the tile table at its largest head dim, the head dims
-    of real models, and one kernel for each further class of the spec; `full` takes every multiple
-    of 16 in every dtype and row class.
+    of real models, every kernel of the presets, and one for each further class of the spec; `full`
+    takes every multiple of 16 in every dtype and row class.
     """
     specs = _full(arch) if full else _rows(arch) if arch in TUNED else _short(arch)
     return list({spec.to_key(): spec for spec in specs}.values())
@@ -133,6 +134,7 @@ def _rows(arch: str) -> Iterator[KernelSpec]:
             yield from largest.values()
     for dim in MODEL_DIMS:
         yield fwd_spec(problem(Dtype.BF16, dim), arch, RowClass.MANY)
+    yield from specs_of(preset(["all"]), [arch])
     yield from _short(arch)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,17 +14,19 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from jitattn.errors import CacheError, JitAttnError
+from jitattn.errors import CacheError, InvalidInputError, JitAttnError
 from jitattn.jit import files, settings
 from jitattn.jit.cache import DiskCache, user_cache
 from jitattn.jit.choices import arch_name
-from jitattn.jit.entry import Metadata
+from jitattn.jit.entry import MAX_CUBIN_BYTES, MAX_JSON_BYTES, Entry, Metadata, from_json
 from jitattn.jit.layers import imported, layers
-from jitattn.jit.store import Store
+from jitattn.jit.store import Bad, Store
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _SHORTEST_KEY = 4
+_WIDEST_CELL = 32
 
 
 class Commands(click.Group):
@@ -86,13 +89,30 @@ def yes_option(function: _Function) -> _Function:
 
 def fail(message: str, status: int = 1) -> NoReturn:
     """End with a message on stderr."""
-    click.echo(f"jitattn-cache: {message}", err=True)
+    warn(message)
     sys.exit(status)
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """Take an invalid input for a mistake on the command line: status 2."""
+    try:
+        yield
+    except InvalidInputError as error:
+        fail(str(error), 2)
 
 
 def emit(value: object, as_json: bool, text: str) -> None:
     """Print a result: as JSON, or as text for people."""
-    click.echo(json.dumps(value) if as_json else text)
+    click.echo(json.dumps(value) if as_json else plain(text))
+
+
+def plain(text: str) -> str:
+    """Show control characters instead of sending them: an archive may come from anybody."""
+    return "".join(
+        one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode()
+        for one in text
+    )
 
 
 def confirm(question: str, yes: bool) -> None:
@@ -104,12 +124,38 @@ def confirm(question: str, yes: bool) -> None:
     click.confirm(question, abort=True, err=True)
 
 
-def print_rows(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    """Print a table that fits the terminal; elsewhere, as wide as it is."""
-    table = Table(*columns, box=None)
-    for row in rows:
-        table.add_row(*(str(row.get(column, "")) for column in columns))
-    Console(width=None if sys.stdout.isatty() else 240).print(table)
+def print_rows(
+    columns: tuple[str, ...], rows: list[dict[str, Any]], droppable: tuple[str, ...] = ()
+) -> None:
+    """Print a table; on a terminal too narrow for it, without some of the `droppable` columns."""
+    cells = [{name: plain(str(row.get(name, ""))) for name in columns} for row in rows]
+    console = Console()
+    if console.is_terminal:
+        columns = fitting(columns, cells, console.width, droppable)
+    else:
+        console.width = sum(_width(name, cells) + 2 for name in columns)
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, no_wrap=True)
+    for row in cells:
+        table.add_row(*(Text(row[name]) for name in columns))  # Text: brackets are no markup here
+    console.print(table)
+
+
+def fitting(
+    columns: tuple[str, ...], cells: list[dict[str, str]], width: int, droppable: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Leave out `droppable` columns, first ones first, until the others fit into `width`."""
+    widths = {name: min(_width(name, cells), _WIDEST_CELL) + 2 for name in columns}
+    for name in droppable:
+        if sum(widths.values()) - 2 <= width:
+            break
+        widths.pop(name, None)
+    return tuple(widths)
+
+
+def _width(name: str, cells: list[dict[str, str]]) -> int:
+    return max(len(text) for text in (name, *(row[name] for row in cells)))
 
 
 @contextmanager
@@ -136,7 +182,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
 
 def warn(message: str) -> None:
     """Print a message on stderr."""
-    click.echo(f"jitattn-cache: {message}", err=True)
+    click.echo(f"jitattn-cache: {plain(message)}", err=True)
 
 
 def own_cache(*, to_write: bool = False) -> DiskCache:
@@ -179,16 +225,53 @@ def all_entries(cache: DiskCache) -> list[Found]:
 
 
 def is_trusted(store: Store) -> bool:
-    """Whether nobody else can write to a directory of kernels; says so if not."""
+    """Whether a directory of kernels is there and only its owner can write to it; says why not."""
+    reason = distrust(store)
+    if reason is not None:
+        warn(f"{store.root} is not used: {reason}")
+    return reason is None and store.store.is_dir()
+
+
+def distrust(store: Store) -> str | None:
+    """Say why a directory of kernels is not used; None if it is, or is not there at all."""
     try:
         for folder in (store.root, store.store):
             files.check_directory(folder, store.owners, may_be_link=folder == store.root)
-    except files.UntrustedError as error:
-        warn(f"{store.root} is not used: {error.filename}: {error.strerror}")
-        return False
+        with os.scandir(store.store):
+            return None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+
+
+def check(store: Store, key: str) -> Entry | Bad | None:
+    """Check an entry in every respect, its key included; None only if it is not there any more.
+
+    A reader takes an entry that it may not or cannot read for none; who asks about it wants to know.
+    """
+    cubin_path, json_path = store.paths(key)
+    metadata = metadata_of(store, key)
+    looked = store.look(key, "" if metadata is None else metadata.arch)
+    if isinstance(looked, Entry) and looked.metadata.key_again() != key:
+        return Bad(key, "its key is not that of what it says it is", (None, None))
+    if looked is not None or not os.path.lexists(json_path):
+        return looked
+    try:
+        files.check_directory(cubin_path.parent, store.owners)
+        files.read(json_path, MAX_JSON_BYTES, store.owners)
+        files.read(cubin_path, MAX_CUBIN_BYTES, store.owners)
+    except OSError as error:
+        return Bad(key, f"{error.filename}: {error.strerror}", (None, None))
+    return store.look(key, "" if metadata is None else metadata.arch)  # just written
+
+
+def metadata_of(store: Store, key: str) -> Metadata | None:
+    """Return what an entry says of itself; None if that cannot be read."""
+    try:
+        return from_json(files.read(store.paths(key)[1], MAX_JSON_BYTES, store.owners).data)
     except OSError:
-        return False  # it is not there
-    return True
+        return None
 
 
 def find_by_key(cache: DiskCache, key: str) -> Found:

@@ -14,6 +14,7 @@ from jitattn.cli.common import (
     Found,
     Words,
     all_entries,
+    check,
     emit,
     fail,
     find_by_key,
@@ -21,6 +22,7 @@ from jitattn.cli.common import (
     json_option,
     named_stores,
     own_cache,
+    plain,
     print_rows,
 )
 from jitattn.jit import choices, files, settings, sources
@@ -32,14 +34,19 @@ _COLUMNS = (
     "key", "where", "family", "arch", "dtype", "head_dim", "head_dim_v", "mask", "block_q",
     "block_kv", "registers", "spill_bytes", "smem_bytes", "compile_ms", "bytes", "toolchain",
 )  # fmt: skip
+#: What a narrow terminal can do without; the first goes first.
+_DROPPABLE = (
+    "smem_bytes", "compile_ms", "block_kv", "block_q", "toolchain", "spill_bytes", "registers",
+    "head_dim_v", "family", "bytes",
+)  # fmt: skip
 
 
 def _row(found: Found) -> dict[str, Any]:
     metadata = found.metadata
     return {
+        **metadata.spec,  # first: nothing in it may pass for what follows
         "key": metadata.key,
         "where": found.where,
-        **metadata.spec,
         "toolchain": metadata.toolchain,
         "registers": metadata.registers,
         "stack_bytes": metadata.stack_bytes,
@@ -69,14 +76,18 @@ def list_entries(sort: str, reverse: bool, as_json: bool, **filters: list[str] |
     known = {name for row in rows for name in row}
     if rows and sort not in known:
         fail(f"--sort {sort}: it must be one of {', '.join(sorted(known))}", 2)
-    # A column that a family does not have comes first; numbers are sorted as numbers.
-    rows.sort(key=lambda row: (sort in row, row.get(sort, "")), reverse=reverse)
+    rows.sort(key=lambda row: _order(row.get(sort)), reverse=reverse)
     if as_json:
         click.echo(json.dumps(rows))
     elif not rows:
         click.echo("no kernels", err=True)
     else:
-        print_rows(_COLUMNS, [{**row, "key": row["key"][:16]} for row in rows])
+        print_rows(_COLUMNS, [{**row, "key": row["key"][:16]} for row in rows], _DROPPABLE)
+
+
+def _order(value: object) -> tuple[int, object]:
+    """Sort what a family does not have first, then numbers as numbers, then words."""
+    return (0, 0) if value is None else (2 if isinstance(value, str) else 1, value)
 
 
 @click.command()
@@ -129,7 +140,7 @@ def show(key: str, source: bool, as_json: bool) -> None:
     if source:
         for name, text in (templates or {"templates": missing}).items():
             lines += ["", name, *_indented(text)]
-    click.echo("\n".join(lines))
+    click.echo(plain("\n".join(lines)))
 
 
 def _indented(text: str) -> list[str]:
@@ -145,7 +156,7 @@ def extract(key: str, output: Path | None, yes: bool, as_json: bool) -> None:
     """Write the cubin of a kernel to a file, for cuobjdump or nvdisasm."""
     found = find_by_key(own_cache(), key)
     metadata = found.metadata
-    looked = found.store.look(metadata.key, metadata.arch)
+    looked = check(found.store, metadata.key)
     if not isinstance(looked, Entry):
         reason = "it is gone" if looked is None else looked.reason
         fail(f"the kernel {metadata.key[:16]} is not to be believed: {reason}")
