@@ -87,6 +87,8 @@ def build_all(specs: Sequence[KernelSpec], jobs: int | None = None) -> Iterator[
             worker.stop()
         for thread in threads:
             thread.join()
+        for worker in workers:
+            worker.close()
 
 
 def num_processors() -> int:
@@ -130,12 +132,16 @@ class _Worker:
         return Outcome(spec=spec, origin=built.origin, seconds=seconds, built=build.adopt(built))
 
     def stop(self) -> None:
+        """End the process; a thread that waits for its answer finds that there is none."""
         with self._lock:
             self._is_stopped = True
-            process = self._process
-        if process is not None:
-            process.kill()
-            _end(process)
+            if self._process is not None:
+                self._process.kill()
+
+    def close(self) -> None:
+        """Close what led to the process, when no thread uses it any more."""
+        if self._process is not None:
+            _end(self._process)
 
     def _running(self) -> subprocess.Popen[str] | None:
         with self._lock:
