@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import stat
+import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
@@ -24,12 +28,19 @@ from jitattn.jit import compilers, files, launch, nvrtc, settings, sources
 from jitattn.jit.cache import user_cache
 from jitattn.jit.layers import layers
 from jitattn.jit.spec import Dtype, MergeSpec
+from jitattn.jit.store import Store
 
 Status: TypeAlias = Literal["ok", "warn", "bad"]
 
 _NETWORK: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs",
                              "ceph", "fuse.sshfs", "afs", "9p"})  # fmt: skip
 _FEW_BYTES: Final = 64 * 1024 * 1024
+_TORCH_SECONDS: Final = 120
+_ASK_TORCH: Final = (
+    "import json, torch;"
+    "print(json.dumps([torch.__version__, torch.version.cuda, torch.cuda.is_available()]))"
+)
+_ELSEWHERE: Final = "make it writable, or set JITATTN_CACHE_DIR to a directory that is"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +53,15 @@ class Finding:
     advice: str = ""
 
 
-def examine() -> Iterator[Finding]:
-    """Look at everything that jitattn stands on."""
-    for area, look in _AREAS.items():
+def examine(*, full: bool = False) -> Iterator[Finding]:
+    """Look at everything that jitattn stands on.
+
+    Parameters
+    ----------
+    full : bool
+        Ask torch as well, which takes seconds.
+    """
+    for area, look in (_AREAS | ({"torch (full)": _asked_torch} if full else {})).items():
         try:
             for status, found, advice in look():
                 yield Finding(area, status, found, advice)
@@ -76,6 +93,31 @@ def _torch() -> _Findings:
         yield "bad", "a driver is there, but torch is built without CUDA", "install a CUDA build"
 
 
+def _asked_torch() -> _Findings:
+    # In a process of its own: a torch that crashes would end the doctor as well.
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", _ASK_TORCH],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=_TORCH_SECONDS,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        yield "bad", f"torch cannot be imported: {last}", "install torch again"
+        return
+    version, cuda, is_available = json.loads(done.stdout.splitlines()[-1])
+    yield "ok", f"torch {version} can be imported, built for CUDA {cuda}", ""
+    driver = compilers.driver_major()
+    if driver is None or cuda is None:
+        return
+    if int(cuda.partition(".")[0]) > driver:
+        advice = f"install torch for CUDA {driver}, or update the driver"
+        yield "bad", f"torch needs CUDA {cuda}, the driver knows {driver}", advice
+    elif not is_available:
+        yield "bad", "torch finds no usable GPU", "see whether nvidia-smi does"
+
+
 def _cupy() -> _Findings:
     names = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
     found = {name: version for name in names if (version := _version(name)) is not None}
@@ -104,7 +146,7 @@ def _cupy() -> _Findings:
         )
     if "cupy" not in sys.modules:
         home = Path(os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache")
-        if not launch.can_make(home):
+        if not _is_makeable(home):
             yield (
                 "warn",
                 f"CuPy's own cache directory {home} cannot be made",
@@ -122,8 +164,13 @@ def _nvrtc() -> _Findings:
         )
         return
     chosen = compilers.chosen()
+    driver = compilers.driver_major()
+    if settings.nvrtc_major() is not None:
+        why = f"JITATTN_NVRTC={settings.nvrtc_major()}"
+    else:
+        why = "the newest" if driver is None else f"the newest for a driver of CUDA {driver}"
     for toolchain in found.values():
-        mark = " (compiles)" if toolchain == chosen else ""
+        mark = f" (compiles: {why})" if toolchain == chosen else ""
         yield "ok", f"{toolchain} in {toolchain.library}{mark}", ""
         if (12, 0) <= toolchain.version < (12, 6):
             yield (
@@ -170,26 +217,25 @@ def _cache() -> _Findings:
             ("set JITATTN_CACHE_DIR to a directory that you can write"),
         )
         return
-    why = "JITATTN_CACHE_DIR" if settings.cache_dir() else "the default"
-    yield "ok", f"{cache.root} ({why}, JITATTN_CACHE={mode})", ""
-    if not cache.root.is_dir():
-        yield "ok", "it does not exist yet", ""
+    yield _why_there(cache.root, mode)
+    if cache.root.is_symlink():
+        yield "ok", f"it is a link to {cache.root.resolve()}", ""
+    if not os.path.lexists(cache.root):
+        if _is_makeable(cache.root):
+            yield "ok", "it does not exist yet, and can be made", ""
+        else:
+            yield "bad", "it does not exist and cannot be made: kernels stay in memory", _ELSEWHERE
         return
-    for folder in (cache.root, cache.store):
-        if folder.exists():
-            yield _trust(folder, cache.owners, cache.root)
-    if mode == "rw":
+    yield from _trust(cache)
+    if mode == "rw" and cache.root.is_dir():
         try:
             cache.make_directories(cache.store)
-            files.publish(cache.store / "tmp" / "doctor", b"", cache.store / "tmp")
-            (cache.store / "tmp" / "doctor").unlink()
+            test = cache.store / "tmp" / f"{os.getpid()}-{secrets.token_hex(8)}"
+            files.publish(test, b"", cache.store / "tmp")
+            test.unlink()
             yield "ok", "it can be written", ""
         except OSError as error:
-            yield (
-                "warn",
-                f"it cannot be written ({error}): kernels stay in memory",
-                ("make it writable, or set JITATTN_CACHE_DIR"),
-            )
+            yield "warn", f"it cannot be written ({error}): kernels stay in memory", _ELSEWHERE
     free = shutil.disk_usage(cache.root).free
     status: Status = "ok" if free > _FEW_BYTES else "warn"
     yield status, f"{free >> 20} MiB are free", "" if status == "ok" else "make room"
@@ -200,10 +246,13 @@ def _cache() -> _Findings:
 
 def _layers() -> _Findings:
     for layer in layers(user_cache()):
+        trust = list(_trust(layer))
+        yield from trust
+        if any(status == "bad" for status, *_ in trust):
+            continue
         if not layer.store.is_dir():
             yield "warn", f"{layer.root} holds no kernels", "see JITATTN_CACHE_PATH"
             continue
-        yield _trust(layer.store, layer.owners, layer.root)
         kernels = list(layer.entries())
         newer = {one.toolchain for one in kernels if not compilers.is_loadable(one.toolchain)}
         yield "ok", f"{layer.root}: {len(kernels)} kernels", ""
@@ -244,15 +293,45 @@ _AREAS: Final[dict[str, Callable[[], _Findings]]] = {
 }
 
 
-def _trust(folder: Path, owners: Collection[int], root: Path) -> tuple[Status, str, str]:
-    status = os.lstat(folder)
-    owner = f"user {status.st_uid}, " if files.HAS_OWNERS else ""
-    what = f"{folder}: {owner}mode {stat.S_IMODE(status.st_mode):o}"
+def _why_there(root: Path, mode: str) -> tuple[Status, str, str]:
+    if settings.cache_dir():
+        return "ok", f"{root} (JITATTN_CACHE_DIR, JITATTN_CACHE={mode})", ""
+    if root.parent == Path(tempfile.gettempdir()):
+        found = f"{root}, among temporary files: the home directory cannot be used"
+        return "warn", found, "set JITATTN_CACHE_DIR to a directory that lasts"
+    return "ok", f"{root} (the default, JITATTN_CACHE={mode})", ""
+
+
+def _trust(store: Store) -> _Findings:
+    """Say of the root of a store, and of what is in it, who can write there."""
+    for folder in (store.root, store.store):
+        try:
+            # Of a link, what it leads to counts, and is reported.
+            status = os.stat(folder) if folder == store.root else os.lstat(folder)
+            owner = f"user {status.st_uid}, " if files.HAS_OWNERS else ""
+            what = f"{folder}: {owner}mode {stat.S_IMODE(status.st_mode):o}"
+            files.check_directory(folder, store.owners, may_be_link=folder == store.root)
+            with os.scandir(folder):
+                yield "ok", what, ""
+        except files.UntrustedError as error:
+            advice = f"chmod go-w {folder}, or chown it; or name another directory"
+            yield "bad", f"{what}: not used: {error.strerror}", advice
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            yield "bad", f"{folder}: it cannot be read: {error.strerror}", "let this user read it"
+
+
+def _is_makeable(path: Path) -> bool:
+    """Whether a directory is there and can be written, or can be made; makes nothing."""
     try:
-        files.check_directory(folder, owners, may_be_link=folder == root)
-    except files.UntrustedError as error:
-        return "bad", f"{what}: not used: {error.strerror}", f"chmod go-w {folder}, or chown it"
-    return "ok", what, ""
+        path = path.expanduser().absolute()
+        while not os.path.lexists(path) and path != path.parent:
+            path = path.parent
+    except (OSError, RuntimeError):  # RuntimeError: no home directory is known
+        return False
+    # There is no making anything in /proc, whatever its mode says.
+    return path.is_dir() and os.access(path, os.W_OK | os.X_OK) and _filesystem(path) != "proc"
 
 
 def _version(distribution: str) -> str | None:
@@ -273,5 +352,11 @@ def _filesystem(path: Path) -> str:
     except OSError:
         return ""
     resolved = path.resolve()
-    kinds = {mount[1]: mount[2] for mount in mounts if resolved.is_relative_to(mount[1])}
+    # Spaces and the like are written as in \040.
+    points = [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), one[1]) for one in mounts]
+    kinds = {
+        point: mount[2]
+        for point, mount in zip(points, mounts, strict=True)
+        if resolved.is_relative_to(point)
+    }
     return kinds[max(kinds, key=len)] if kinds else ""

@@ -19,6 +19,7 @@ from jitattn.cli import inspect, maintain, move
 from jitattn.cli.common import Commands
 from jitattn.cli.doctor import doctor
 from jitattn.cli.prebuild import prebuild
+from jitattn.cli.verify import verify
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,7 +34,7 @@ for _command in (
     inspect.extract,
     inspect.path,
     inspect.stats,
-    maintain.verify,
+    verify,
     maintain.prune,
     maintain.clear,
     move.export_archive,

@@ -13,10 +13,11 @@ from jitattn.cli.common import json_option
 
 
 @click.command()
+@click.option("--full", is_flag=True, help="ask torch as well, which takes seconds")
 @json_option
-def doctor(as_json: bool) -> None:
+def doctor(full: bool, as_json: bool) -> None:
     """Say what is installed, what is wrong or mixed, and what to do. Status 1 if bad."""
-    found = list(findings.examine())
+    found = list(findings.examine(full=full))
     if as_json:
         click.echo(json.dumps([asdict(one) for one in found]))
     else:

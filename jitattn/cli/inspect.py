@@ -11,19 +11,21 @@ import click
 
 from jitattn.cli.common import (
     Archs,
-    Found,
     Words,
-    all_entries,
-    check,
     emit,
     fail,
-    find_by_key,
-    is_trusted,
     json_option,
-    named_stores,
     own_cache,
     plain,
     print_rows,
+)
+from jitattn.cli.entries import (
+    Found,
+    all_entries,
+    check,
+    find_by_key,
+    is_trusted,
+    named_stores,
 )
 from jitattn.jit import choices, files, settings, sources
 from jitattn.jit.codegen import render

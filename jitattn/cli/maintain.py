@@ -1,8 +1,7 @@
-"""Commands that check and delete: verify, prune, clear."""
+"""Commands that delete: prune, clear."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -17,22 +16,18 @@ from jitattn.cli.common import (
     confirm,
     describe,
     emit,
-    is_trusted,
+    fail,
     json_option,
-    named_stores,
     own_cache,
-    progress,
+    warn,
     yes_option,
 )
-from jitattn.errors import CompileError, JitAttnError
-from jitattn.jit import build, compilers, nvrtc, sources
+from jitattn.jit import compilers, sources
 from jitattn.jit.cache import DiskCache
 from jitattn.jit.codegen import render
-from jitattn.jit.entry import MAX_JSON_BYTES, Entry, Metadata, from_json, sha256
-from jitattn.jit.files import read
+from jitattn.jit.entry import Metadata, sha256
 from jitattn.jit.layers import imported
 from jitattn.jit.spec import spec_from_dict
-from jitattn.jit.store import Bad, Store
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SIZES = {"": 0, "K": 10, "M": 20, "G": 30}
@@ -56,99 +51,6 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
         if match is None:
             self.fail(f"{value!r}: it must be a number of bytes, as in 100000 or 100M")
         return int(match[1]) << _SIZES[match[2]]
-
-
-@click.command()
-@click.option("--recompile", is_flag=True, help="compile again and compare, byte by byte")
-@click.option("--repair", is_flag=True, help="set bad kernels of the user's cache aside, remake")
-@json_option
-def verify(recompile: bool, repair: bool, as_json: bool) -> None:
-    """Check every kernel: owner, mode, size, checksum, architecture, key.
-
-    Ends with status 1 if one is bad. --recompile passes over kernels of another compiler, or of
-    other templates, and counts them.
-    """
-    cache = own_cache(to_write=repair)
-    work = [
-        (where, store, key)
-        for where, store in named_stores(cache)
-        if is_trusted(store)
-        for key in list(store.keys())
-    ]
-    bad: list[dict[str, Any]] = []
-    counts = {"checked": 0, "recompiled": 0, "not_comparable": 0}
-    with progress("checking", len(work)) as step:
-        for where, store, key in work:
-            counts["checked"] += 1
-            looked, metadata = _look(store, key)
-            reason = looked.reason if isinstance(looked, Bad) else None
-            if isinstance(looked, Entry) and looked.metadata.key_again() != key:
-                reason = "its key is not that of what it says it is"
-            if reason is None and recompile and isinstance(looked, Entry):
-                compared = _compile_again(looked)
-                counts["not_comparable" if compared is None else "recompiled"] += 1
-                if compared is False:
-                    reason = "compiling it again gives other bytes"
-            step("")
-            if reason is not None:
-                repaired = repair and store is cache and _repair(cache, key, looked, metadata)
-                bad.append({"key": key, "where": where, "reason": reason, "repaired": repaired})
-    lines = [
-        f"bad {one['key'][:16]} ({one['where']}): {one['reason']}"
-        + (", made again" if one["repaired"] else "")
-        for one in bad
-    ]
-    compared_text = (
-        f", {counts['recompiled']} compiled again, {counts['not_comparable']} of other compilers "
-        "or templates"
-        if recompile
-        else ""
-    )
-    lines.append(f"{counts['checked']} checked, {len(bad)} bad{compared_text}")
-    emit({**counts, "bad": bad}, as_json, "\n".join(lines))
-    sys.exit(1 if any(not one["repaired"] for one in bad) else 0)
-
-
-def _look(store: Store, key: str) -> tuple[Entry | Bad | None, Metadata | None]:
-    """Check an entry against what its own metadata says it is for."""
-    try:
-        metadata = from_json(read(store.paths(key)[1], MAX_JSON_BYTES, store.owners).data)
-    except OSError:
-        metadata = None
-    looked = store.look(key, "" if metadata is None else metadata.arch)
-    return looked, metadata
-
-
-def _compile_again(entry: Entry) -> bool | None:
-    """Whether the cubin comes out the same; None if that cannot be asked here."""
-    metadata = entry.metadata
-    try:
-        spec = spec_from_dict(metadata.spec)
-        compiler = compilers.chosen()
-        source = sources.closure(spec.family)
-        if (
-            str(compiler) != metadata.toolchain
-            or source.digest != metadata.source_digest
-            or build.key_of(spec) != metadata.key
-        ):
-            return None
-        return nvrtc.compile_spec(spec, source, compiler).cubin == entry.cubin
-    except (ValueError, CompileError):
-        return None
-
-
-def _repair(
-    cache: DiskCache, key: str, looked: Entry | Bad | None, metadata: Metadata | None
-) -> bool:
-    """Set a bad entry aside, and compile it anew if it says what it is."""
-    cache.set_aside(looked if isinstance(looked, Bad) else Bad(key, "", (None, None)))
-    if metadata is None:
-        return False
-    try:
-        build.rebuild(spec_from_dict(metadata.spec))
-    except (ValueError, JitAttnError):
-        return False
-    return True
 
 
 @click.command()
@@ -178,6 +80,8 @@ def prune(
         doomed |= {key for key in usage if _unused_seconds(cache, key) > older_than}
     if other_toolchains:
         installed = {str(toolchain) for toolchain in compilers.installed().values()}
+        if not installed:
+            fail("--other-toolchains: no NVRTC is installed, so nothing here could be made again")
         doomed |= {entry.key for entry in cache.entries() if entry.toolchain not in installed}
     if stale:
         doomed |= {entry.key for entry in cache.entries() if not _is_current(entry)}
@@ -189,16 +93,29 @@ def prune(
             if key not in doomed:
                 doomed.add(key)
                 left -= size
-    freed = sum(usage.get(key, 0) for key in doomed)
-    swept = 0
-    if not dry_run:
-        if doomed:
-            confirm(f"Delete {len(doomed)} kernels, {freed} bytes, from {cache.root}?", yes)
-            cache.clear(doomed)
+    swept = len(cache.leftovers(keep_bad=0))
+    left_behind: set[str] = set()
+    if not dry_run and (doomed or swept):
+        size = sum(usage.get(key, 0) for key in doomed)
+        what = f"{len(doomed)} kernels, {size} bytes, and {swept} leftovers"
+        confirm(f"Delete {what} from {cache.root}?", yes)
         swept = cache.sweep(keep_bad=0)
+        left_behind = _delete(cache, doomed)
+    doomed -= left_behind
+    freed = sum(usage.get(key, 0) for key in doomed)
     result = {"kernels": sorted(doomed), "bytes": freed, "swept": swept, "dry_run": dry_run}
     verb = "would go" if dry_run else "deleted"
-    emit(result, as_json, f"{len(doomed)} kernels, {freed} bytes {verb}; {swept} leftovers swept")
+    emit(result, as_json, f"{len(doomed)} kernels, {freed} bytes, {swept} leftovers {verb}")
+    sys.exit(1 if left_behind else 0)
+
+
+def _delete(cache: DiskCache, keys: set[str]) -> set[str]:
+    """Delete entries; returns those that are still there, which it says."""
+    cache.clear(keys)
+    left_behind = keys.intersection(key for key, _, _ in cache.files())
+    if left_behind:
+        warn(f"{len(left_behind)} kernels in {cache.root} could not be deleted")
+    return left_behind
 
 
 def _unused_seconds(cache: DiskCache, key: str) -> float:
@@ -229,23 +146,30 @@ def clear(
     arch: list[str] | None, with_imported: bool, yes: bool, dry_run: bool, as_json: bool
 ) -> None:
     """Delete every kernel of your cache. Read-only directories are never touched."""
+    if arch is not None and with_imported:
+        fail("--imported deletes whole archives, whatever is in them: leave --arch out", 2)
     cache = own_cache(to_write=not dry_run)
-    keys = None
+    doomed = {key for key, _, _ in cache.files()}
     if arch is not None:
-        keys = {entry.key for entry in cache.entries() if entry.arch in arch}
-    present = cache.keys() if keys is None else sorted(keys)
+        doomed = {entry.key for entry in cache.entries() if entry.arch in arch}
     archives = [store.root for store in imported(cache)]
     if dry_run:
-        deleted, removed = len(present), len(archives) if with_imported else 0
+        deleted, removed = len(doomed), len(archives) if with_imported else 0
+        has_failed = False
     else:
-        what = f"{len(present)} kernels" + (
+        what = f"{len(doomed)} kernels" + (
             f" and {len(archives)} imported archives" if with_imported else ""
         )
         confirm(f"Delete {what} in {cache.root}?", yes)
-        deleted, removed = cache.clear(keys), 0
+        deleted, removed = len(doomed - (left_behind := _delete(cache, doomed))), 0
+        has_failed = bool(left_behind)
         for root in archives if with_imported else ():
             shutil.rmtree(root, ignore_errors=True)
-            removed += not root.exists()
+            if os.path.lexists(root):
+                warn(f"{root} could not be deleted")
+                has_failed = True
+            else:
+                removed += 1
     kept = len(archives) - removed
     lines = [f"{deleted} {'would be ' if dry_run else ''}deleted"]
     if removed or with_imported:
@@ -262,6 +186,7 @@ def clear(
         lines += [
             f"  {entry.key[:16]} {describe(entry.spec)}"
             for entry in cache.entries()
-            if entry.key in set(present)
+            if entry.key in doomed
         ]
-    click.echo(json.dumps(result) if as_json else "\n".join(lines))
+    emit(result, as_json, "\n".join(lines))
+    sys.exit(1 if has_failed else 0)

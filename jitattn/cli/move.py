@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -11,15 +10,20 @@ import click
 from jitattn.cli.common import (
     Archs,
     Words,
-    all_entries,
+    command_line,
     emit,
+    fail,
     json_option,
     own_cache,
     warn,
 )
+from jitattn.cli.entries import (
+    all_entries,
+    check,
+)
 from jitattn.jit import choices
 from jitattn.jit.archive import export, import_archive
-from jitattn.jit.entry import Entry
+from jitattn.jit.entry import KEY, Entry
 
 
 @click.command("export")
@@ -43,36 +47,50 @@ def export_archive(
     chosen = all_entries(cache)
     if arch is not None:
         chosen = [found for found in chosen if found.metadata.arch in arch]
-    asked = (choices.preset(preset) if preset else []) + (
-        choices.read_file(spec_file) if spec_file else []
-    )
-    if asked:
+    with command_line():
+        asked = choices.preset(preset or ())
+    asked = asked + (choices.read_file(spec_file) if spec_file else [])
+    missing = 0
+    if preset or spec_file:
         archs = arch or sorted({found.metadata.arch for found in chosen})
-        specs = [spec.to_dict() for spec in choices.specs_of(asked, archs)]
-        chosen = [found for found in chosen if found.metadata.spec in specs]
-    seen: set[str] = set()
-    bad: list[str] = []
-
-    def entries() -> Iterator[Entry]:
-        for found in chosen:
-            key = found.metadata.key
-            if key in seen:
-                continue
-            looked = found.store.look(key, found.metadata.arch)
-            if isinstance(looked, Entry):
-                seen.add(key)
-                yield looked
-            elif looked is not None:
-                bad.append(key)
-                warn(f"the kernel {key[:16]} is left out: {looked.reason}")
-
-    done = export(file, entries())
+        specs = (
+            {_frozen(spec.to_dict()) for spec in choices.specs_of(asked, archs)} if archs else set()
+        )
+        chosen = [found for found in chosen if _frozen(found.metadata.spec) in specs]
+        missing = len(specs - {_frozen(found.metadata.spec) for found in chosen})
+    good: dict[str, Entry] = {}
+    bad: set[str] = set()
+    for found in chosen:
+        key = found.metadata.key
+        if key in good:
+            continue
+        looked = check(found.store, key)
+        if isinstance(looked, Entry):
+            good[key] = looked
+        elif looked is not None:
+            bad.add(key)
+            warn(f"the kernel {key[:16]} in {found.store.root} is left out: {looked.reason}")
+    if not good:
+        fail("there is no such kernel to export; jitattn-cache prebuild makes kernels")
+    if missing:
+        warn(f"{missing} of the kernels asked for are not there; jitattn-cache prebuild makes them")
+    done = export(file, good.values())
     emit(
-        {"kernels": done.count, "bytes": done.bytes, "sha256": done.sha256, "left_out": len(bad)},
+        {
+            "kernels": done.count,
+            "bytes": done.bytes,
+            "sha256": done.sha256,
+            "left_out": len(bad),
+            "missing": missing,
+        },
         as_json,
         f"{done.count} kernels, {done.bytes} bytes, sha256 {done.sha256}",
     )
     sys.exit(1 if bad else 0)
+
+
+def _frozen(spec: dict[str, str | int]) -> frozenset[tuple[str, str | int]]:
+    return frozenset(spec.items())
 
 
 @click.command("import")
@@ -84,6 +102,8 @@ def import_archive_command(file: Path, sha256: str | None, as_json: bool) -> Non
 
     They serve whatever compiler is installed here. Import only what you would run.
     """
+    if sha256 is not None and not KEY.fullmatch(sha256.lower()):
+        fail(f"--sha256 {sha256}: it must be 64 hexadecimal digits", 2)
     done = import_archive(file, own_cache(to_write=True), sha256=sha256)
     emit(
         {

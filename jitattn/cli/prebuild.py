@@ -13,23 +13,20 @@ import click
 from jitattn.cli.common import (
     Archs,
     Words,
+    command_line,
     describe,
     emit,
     fail,
     json_option,
     own_cache,
     progress,
+    warn,
 )
-from jitattn.jit import build, choices, pool
+from jitattn.errors import CompileError
+from jitattn.jit import build, choices, compilers, layers, pool, settings
 from jitattn.jit.cache import DiskCache
+from jitattn.jit.entry import Entry
 from jitattn.jit.spec import KernelSpec
-
-
-def _show_presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        for name, (about, _choices) in choices.presets().items():
-            click.echo(f"{name:10s} {about}")
-        ctx.exit()
 
 
 @click.command()
@@ -43,10 +40,7 @@ def _show_presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 @click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="TOML, JSON, or record")
 @click.option("-j", "--jobs", type=click.IntRange(min=1), help="processes (default: all cores)")
 @click.option("--dry-run", is_flag=True, help="say what would be made, compile nothing")
-@click.option(
-    "--presets", is_flag=True, is_eager=True, expose_value=False, callback=_show_presets,
-    help="list the presets",
-)  # fmt: skip
+@click.option("--presets", "show_presets", is_flag=True, help="only list the presets")
 @json_option
 def prebuild(
     arch: list[str] | None,
@@ -59,6 +53,7 @@ def prebuild(
     spec_file: Path | None,
     jobs: int | None,
     dry_run: bool,
+    show_presets: bool,
     as_json: bool,
 ) -> None:
     """Compile kernels into the cache, for any architecture; no GPU is needed.
@@ -66,17 +61,23 @@ def prebuild(
     What to make is named by the options, by presets, by a file, or by all of these together. With
     nothing but --arch: fp16 and bf16, head dims 64 and 128, full and causal.
     """
+    if show_presets:
+        abouts = {name: about for name, (about, _) in choices.presets().items()}
+        emit(abouts, as_json, "\n".join(f"{name:10s} {about}" for name, about in abouts.items()))
+        return
     cache = own_cache(to_write=not dry_run)
     flags = _choice(dtype, head_dim, mask, gear, others)
     specs: dict[KernelSpec, None] = {}
-    for chosen, where in (
-        (choices.preset(preset) if preset else [], "preset"),
-        (choices.read_file(spec_file) if spec_file else [], str(spec_file)),
-        ([flags] if flags or not (preset or spec_file) else [], "the options"),
-    ):
-        specs.update(dict.fromkeys(choices.specs_of(chosen, arch or (), where)))
+    with command_line():
+        chosen = choices.preset(preset or ())
+        specs.update(dict.fromkeys(choices.specs_of(chosen, arch or (), "preset")))
+        if flags or not (preset or spec_file):
+            specs.update(dict.fromkeys(choices.specs_of([flags], arch or (), "the options")))
+    if spec_file:
+        chosen = choices.read_file(spec_file)
+        specs.update(dict.fromkeys(choices.specs_of(chosen, arch or (), str(spec_file))))
     if dry_run:
-        _report_plan(list(specs), as_json)
+        _report_plan(list(specs), cache, as_json)
     else:
         _make(list(specs), cache, jobs, as_json)
 
@@ -94,12 +95,14 @@ def _choice(
         name, equals, value = other.partition("=")
         if not equals:
             fail(f"--set {other}: it must be FIELD=VALUE, as in out_dtype=fp32", 2)
+        if name.strip() in choice:
+            fail(f"--set {other}: {name.strip()} is given twice; separate values by commas", 2)
         choice[name.strip()] = [word.strip() for word in value.split(",")]
     return choice
 
 
-def _report_plan(specs: list[KernelSpec], as_json: bool) -> None:
-    there = {spec: build.find(spec) is not None for spec in specs}
+def _report_plan(specs: list[KernelSpec], cache: DiskCache, as_json: bool) -> None:
+    there = {spec: _is_there(spec, cache) for spec in specs}
     rows = [{**choices.to_choice(spec), "cached": there[spec]} for spec in specs]
     lines = [
         f"{'cached  ' if there[spec] else 'to make '} {describe(spec.to_dict())}" for spec in specs
@@ -108,10 +111,28 @@ def _report_plan(specs: list[KernelSpec], as_json: bool) -> None:
     emit(rows, as_json, "\n".join(lines))
 
 
+def _is_there(spec: KernelSpec, cache: DiskCache) -> bool:
+    """Whether `build.find` would find a kernel; unlike it, this leaves no trace anywhere."""
+    key = build.key_of(spec)
+    if settings.cache_mode() == "off":
+        return False
+    try:
+        compilers.chosen()
+    except CompileError:  # then any compiler's will do
+        found = [one for one in cache.look_for_kernel(key, spec.arch) if isinstance(one, Entry)]
+        if any(compilers.is_loadable(one.metadata.toolchain) for one in found):
+            return True
+    else:
+        if isinstance(cache.look(key, spec.arch), Entry):
+            return True
+    return layers.find(key, spec.arch, cache) is not None
+
+
 def _make(specs: list[KernelSpec], cache: DiskCache, jobs: int | None, as_json: bool) -> None:
     start = time.perf_counter()
     counts = {"compiled": 0, "cached": 0, "failed": 0}
     total_bytes = spilling = 0
+    kept: set[str] = set()  # keys that have to be in the user's cache at the end
     with progress("compiling", len(specs)) as step:
         for built in pool.build_all(specs, jobs):
             outcome = _checked(built, cache)
@@ -120,26 +141,43 @@ def _make(specs: list[KernelSpec], cache: DiskCache, jobs: int | None, as_json: 
             if outcome.built is not None:
                 total_bytes += outcome.built.metadata.bytes
                 spilling += outcome.built.metadata.spill_bytes > 0
+                if outcome.origin != "read-only":
+                    kept.add(outcome.built.key)
             detail = f": {outcome.error}" if outcome.error else f" in {outcome.seconds:.2f} s"
             step(f"{name} {describe(outcome.spec.to_dict())}{detail}")
             if outcome.error and sys.stderr.isatty():
                 click.echo(f"failed {describe(outcome.spec.to_dict())}{detail}", err=True)
     seconds = round(time.perf_counter() - start, 2)
-    result = {**counts, "seconds": seconds, "bytes": total_bytes, "spilling": spilling}
+    evicted = len(kept.difference(cache.keys()))
+    if evicted:
+        warn(
+            f"{evicted} of these kernels went again, to make room for the others: the cache is "
+            f"limited to {settings.cache_max_bytes()} bytes; raise JITATTN_CACHE_MAX_BYTES"
+        )
+    result = {
+        **counts,
+        "evicted": evicted,
+        "seconds": seconds,
+        "bytes": total_bytes,
+        "spilling": spilling,
+    }
     emit(
         result,
         as_json,
         f"{counts['compiled']} compiled, {counts['cached']} cached, {counts['failed']} failed "
         f"in {seconds} s, {total_bytes} bytes, {spilling} kernels spill",
     )
-    sys.exit(1 if counts["failed"] else 0)
+    sys.exit(1 if counts["failed"] or evicted else 0)
 
 
 def _checked(outcome: pool.Outcome, cache: DiskCache) -> pool.Outcome:
     """Turn a kernel that was compiled but is not on disk into a failure."""
     if outcome.origin != "compiled" or outcome.built is None:
         return outcome
-    if cache.read(outcome.built.key, outcome.spec.arch) is not None:
+    if isinstance(cache.look(outcome.built.key, outcome.spec.arch), Entry):
         return outcome
-    error = f"compiled, but {cache.root} does not keep it; see JITATTN_CACHE_DIR"
+    error = (
+        f"compiled, but {cache.root} does not keep it; see JITATTN_CACHE_DIR and "
+        "JITATTN_CACHE_MAX_BYTES"
+    )
     return replace(outcome, origin="failed", built=None, error=error)

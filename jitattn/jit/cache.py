@@ -225,6 +225,15 @@ class DiskCache(Store):
 
     def sweep(self, keep_bad: int = _KEEP_BAD) -> int:
         """Delete the drafts of dead writers, and all but the newest entries that were set aside."""
+        count = 0
+        for path in self.leftovers(keep_bad):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+                count += 1
+        return count
+
+    def leftovers(self, keep_bad: int = _KEEP_BAD) -> list[str]:
+        """List the files that `sweep` deletes."""
         now = time.time()
         drafts = files.scan(self.store / "tmp")
         doomed = [
@@ -233,13 +242,7 @@ class DiskCache(Store):
             if _TEMPORARY.fullmatch(file.name) and abs(now - _mtime(file.path)) > _STALE_SECONDS
         ]
         aside = sorted(files.scan(self.store / "bad"), key=lambda file: _mtime(file.path))
-        doomed += [file.path for file in aside[: max(0, len(aside) - keep_bad)]]
-        count = 0
-        for path in doomed:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-                count += 1
-        return count
+        return doomed + [file.path for file in aside[: max(0, len(aside) - keep_bad)]]
 
     def usage(self) -> dict[str, int]:
         """Bytes that each entry takes on disk, least recently used first.

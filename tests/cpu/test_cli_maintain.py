@@ -1,4 +1,4 @@
-"""Looking at, checking, moving and deleting kernels from the command line."""
+"""Checking, moving and deleting kernels from the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from jitattn import doctor
 from jitattn.cli import main
 from jitattn.jit import build, choices, compilers, files
 from jitattn.jit.cache import DiskCache
@@ -40,103 +39,14 @@ def filled(cache_dir: Path) -> DiskCache:
     return DiskCache(cache_dir)
 
 
-def test_list(filled: DiskCache) -> None:
-    rows = result("list")
-    assert [row["key"] for row in rows] == filled.keys()
-    assert {row["where"] for row in rows} == {"user"}
-    for row in rows:
-        assert all(isinstance(value, str | int | float) for value in row.values())
-    assert [row["arch"] for row in result("list", "--arch", "86")] == ["sm_86"]
-    assert [row["family"] for row in result("list", "--family", "fwd")] == ["fwd"]
-    assert result("list", "--dtype", "fp16") == []
-    sizes = [row["bytes"] for row in result("list", "--sort", "bytes", "--reverse")]
-    assert sizes == sorted(sizes, reverse=True)
-    assert len(result("list", "--sort", "block_q")) == 3  # a column that merges do not have
-    table = run("list").stdout
-    assert table.count("sm_80") == 2
-    assert "\n" in table
-    refused = run("list", "--sort", "beauty")
-    assert refused.exit_code == 2
-    assert "compile_ms" in refused.stderr
-
-
-def test_empty_list_says_so(cache_dir: Path) -> None:
-    done = run("list")
-    assert (done.exit_code, done.stdout, done.stderr) == (0, "", "no kernels\n")
-    assert result("list") == []
-
-
-def test_show(filled: DiskCache) -> None:
-    built = build.build(SPECS[2])
-    shown = result("show", built.key[:12])
-    assert shown["key"] == built.key
-    assert shown["spec"] == SPECS[2].to_dict()
-    assert shown["command"] == choices.command(SPECS[2])
-    assert "jitattn_fwd" in shown["log"]
-    assert "kHeadDim = 16" in shown["header"]
-    assert shown["templates_are_current"]
-    assert Path(shown["cubin"]).read_bytes() == built.cubin
-    text = run("show", built.key, "--source").stdout
-    assert "kHeadDim = 16" in text
-    assert "__global__" in text
-
-
-def test_show_of_another_version(filled: DiskCache) -> None:
-    metadata = build.build(SPECS[0]).metadata
-    other = replace(metadata, key="ab" * 32, source_digest="0" * 64, header_digest="0" * 64)
-    filled.write(Entry(build.build(SPECS[0]).cubin, other))
-    shown = result("show", "abab")
-    assert shown["header"] is None
-    assert not shown["templates_are_current"]
-    assert "another version" in run("show", "abab").stdout
-
-
-@pytest.mark.parametrize("command", ["show", "extract"])
-def test_keys_may_be_abbreviated(filled: DiskCache, command: str, tmp_path: Path) -> None:
-    entry = fake_entry(1)
-    for key in ("ab" * 32, "ab" * 31 + "cd"):
-        filled.write(Entry(entry.cubin, replace(entry.metadata, key=key)))
-    for key, text in (
-        ("abab", "2 keys begin with abab"),
-        ("ffffffffff", "no kernel's key begins"),
-        ("abc", "at least 4"),
-        ("../..", "hexadecimal"),
-    ):
-        done = run(command, key)
-        assert done.exit_code == 1
-        assert text in done.stderr
-        assert done.stdout == ""
-
-
-def test_extract(filled: DiskCache, tmp_path: Path) -> None:
-    built = build.build(SPECS[0])
-    target = tmp_path / "kernel.cubin"
-    assert result("extract", built.key, "-o", str(target))["bytes"] == len(built.cubin)
-    assert target.read_bytes() == built.cubin
-    target.write_bytes(b"mine")
-    refused = run("extract", built.key, "-o", str(target))
-    assert refused.exit_code == 1
-    assert "-y" in refused.stderr
-    assert target.read_bytes() == b"mine"
-    assert run("extract", built.key, "-o", str(target), "-y").exit_code == 0
-    assert target.read_bytes() == built.cubin
-    filled.paths(built.key)[0].write_bytes(b"damaged")
-    assert run("extract", built.key, "-o", str(tmp_path / "x")).exit_code == 1
-    assert not (tmp_path / "x").exists()
-
-
-def test_path_and_stats(filled: DiskCache) -> None:
-    assert run("path").stdout.strip() == result("path") == str(filled.root)
-    summary = result("stats")
-    (row,) = summary["directories"]
-    assert (row["kernels"], row["sm_80"], row["sm_86"]) == (3, 2, 1)
-    assert summary["limit_bytes"] == 512 << 20
-    assert summary["disk_bytes"] >= row["bytes"] > 0
-    assert str(filled.root) in run("stats").stdout
-
-
 def test_verify_finds_and_repairs(filled: DiskCache) -> None:
-    assert result("verify") == {"checked": 3, "recompiled": 0, "not_comparable": 0, "bad": []}
+    assert result("verify") == {
+        "checked": 3,
+        "recompiled": 0,
+        "not_comparable": 0,
+        "bad": [],
+        "not_used": {},
+    }
     compared = result("verify", "--recompile")
     assert (compared["recompiled"], compared["bad"]) == (3, [])
     key = build.build(SPECS[0]).key
@@ -217,8 +127,12 @@ def test_prune_sweeps_leftovers(filled: DiskCache) -> None:
     os.utime(draft, (1, 1))
     filled.paths(build.build(SPECS[0]).key)[0].write_bytes(b"bad")
     filled.read(build.build(SPECS[0]).key, "sm_80")  # sets it aside
-    assert result("prune")["swept"] == 3
+    assert result("prune", "--dry-run")["swept"] == 3
+    assert run("prune").exit_code == 2  # nothing goes without -y
+    assert draft.exists()
+    assert result("prune", "-y")["swept"] == 3
     assert files.scan(filled.store / "bad") == files.scan(filled.store / "tmp") == []
+    assert result("prune")["swept"] == 0  # nothing to delete, nothing to ask
 
 
 def test_clear(filled: DiskCache) -> None:
@@ -272,64 +186,128 @@ def test_read_only_cache_is_not_changed(filled: DiskCache) -> None:
     assert len(filled.keys()) == 3
 
 
-def test_wrong_environment_is_one_line(cache_dir: Path) -> None:
-    done = run("stats", JITATTN_CACHE_MAX_BYTES="much")
-    assert done.exit_code == 1
-    assert "JITATTN_CACHE_MAX_BYTES='much'" in done.stderr
-    assert "Traceback" not in done.output
-
-
-def test_doctor(filled: DiskCache) -> None:
-    done = run("doctor", "--json")
-    found = json.loads(done.stdout)
-    assert {one["area"] for one in found} >= {"python", "torch", "nvrtc", "driver", "cache"}
-    assert any(str(compilers.chosen()) in one["found"] for one in found)
-    assert any(str(filled.root) in one["found"] for one in found)
-    assert done.exit_code == any(one["status"] == "bad" for one in found)
-    assert str(filled.root) in run("doctor").stdout
-
-
-def findings(area: str) -> list[tuple[str, str, str]]:
-    return [(one.status, one.found, one.advice) for one in doctor.examine() if one.area == area]
-
-
-def test_doctor_knows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JITATTN_CASHE", "ro")
-    monkeypatch.setenv("JITATTN_LOCK_TIMEOUT", "soon")
-    found = findings("environment")
-    assert any(status == "warn" and "JITATTN_CACHE" in advice for status, _, advice in found)
-    assert any(status == "bad" and "LOCK_TIMEOUT='soon'" in text for status, text, _ in found)
-    assert run("doctor").exit_code == 1
+def test_verify_sees_a_missing_cubin(filled: DiskCache, tmp_path: Path) -> None:
+    """Readers take it for no entry at all; verify and export say so, and repair makes it anew."""
+    key = build.build(SPECS[0]).key
+    filled.paths(key)[0].unlink()
+    (bad,) = result("verify", status=1)["bad"]
+    assert bad["key"] == key
+    assert "No such file" in bad["reason"]
+    assert result("export", str(tmp_path / "a.zip"), status=1)["left_out"] == 1
+    (repaired,) = result("verify", "--repair")["bad"]
+    assert repaired["repaired"]
+    assert result("verify")["bad"] == []
 
 
 @pytest.mark.skipif(not files.HAS_OWNERS, reason="needs POSIX owners and modes")
-def test_doctor_knows_who_can_write(filled: DiskCache) -> None:
+def test_verify_sees_what_others_may_write(filled: DiskCache) -> None:
+    key = build.build(SPECS[0]).key
+    shard = filled.paths(key)[0].parent
+    shard.chmod(0o777)
+    (bad,) = result("verify", status=1)["bad"]
+    assert "others may write to it" in bad["reason"]
+    (bad,) = result("verify", "--repair", status=1)["bad"]
+    assert not bad["repaired"]  # what is made anew cannot be kept there either
+    shard.chmod(0o700)
     filled.store.chmod(0o777)
-    bad = [text for status, text, _ in findings("cache") if status == "bad"]
-    assert bad
-    assert "others may write to it" in bad[0]
+    unused = result("verify", status=1)["not_used"]
+    assert list(unused) == [str(filled.root)]
+    assert "not used" in run("verify").stdout
     filled.store.chmod(0o700)
 
 
-def test_doctor_knows_mixed_installations(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"cupy-cuda12x": "14.0", "cupy-cuda13x": "14.2", "torch": "2.11.0+cu130"}
-    monkeypatch.setattr(doctor, "_version", versions.get)
-    monkeypatch.setattr(compilers, "driver_major", lambda: 12)
-    found = findings("cupy")
-    assert any(status == "bad" and "several CuPy" in text for status, text, _ in found)
-    del versions["cupy-cuda12x"]
-    found = findings("cupy")
-    assert any(status == "bad" and "the driver knows 12" in text for status, text, _ in found)
-    versions.clear()
-    (first, *_) = findings("cupy")
-    assert first[0] == "bad"
-    assert "cu12" in first[2]
+def test_repair_that_keeps_nothing_is_no_repair(
+    filled: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = build.build(SPECS[0]).key
+    filled.paths(key)[0].write_bytes(b"bad")
+
+    def refused(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files, "publish", refused)
+    (bad,) = result("verify", "--repair", status=1)["bad"]
+    assert not bad["repaired"]
 
 
-def test_doctor_finishes_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> dict:
-        raise OSError("broken")
+def test_export_makes_nothing_that_import_refuses(filled: DiskCache, tmp_path: Path) -> None:
+    built = build.build(SPECS[0])
+    filled.write(Entry(built.cubin, replace(built.metadata, source_digest="0" * 64)))
+    archive, other = str(tmp_path / "kernels.zip"), str(tmp_path / "other")
+    done = result("export", archive, status=1)
+    assert (done["kernels"], done["left_out"]) == (2, 1)
+    assert run("import", archive, JITATTN_CACHE_DIR=other).exit_code == 0
 
-    monkeypatch.setattr(compilers, "installed", broken)
-    assert any("broken" in text for _, text, _ in findings("nvrtc"))
-    assert findings("cache")
+
+def test_export_says_what_is_missing(filled: DiskCache, tmp_path: Path) -> None:
+    archive = tmp_path / "kernels.zip"
+    spec_file = tmp_path / "kernels.json"
+    wanted = [choices.to_choice(spec) for spec in (SPECS[0], merge_spec(head_dim_v=32))]
+    spec_file.write_text(json.dumps(wanted))
+    done = run("export", str(archive), "--spec", str(spec_file), "--json")
+    assert done.exit_code == 0
+    assert (json.loads(done.stdout)["kernels"], json.loads(done.stdout)["missing"]) == (1, 1)
+    assert "1 of the kernels asked for" in done.stderr
+    archive.unlink()
+    for arguments in (["--arch", "90"], ["--preset", "llama", "--arch", "80"]):
+        nothing = run("export", str(archive), *arguments)
+        assert nothing.exit_code == 1
+        assert "no such kernel" in nothing.stderr
+    assert not archive.exists()
+    assert run("export", str(archive), "--preset", "lama").exit_code == 2
+
+
+def test_import_wants_a_whole_checksum(filled: DiskCache, tmp_path: Path) -> None:
+    archive = str(tmp_path / "kernels.zip")
+    assert run("export", archive).exit_code == 0
+    assert run("import", archive, "--sha256", "abc").exit_code == 2
+    assert not (filled.root / "imported").exists()
+    missing = run("import", str(tmp_path / "none.zip"))
+    assert missing.exit_code == 1
+    assert "none.zip" in missing.stderr
+
+
+def test_archives_are_deleted_as_a_whole_or_not(filled: DiskCache, tmp_path: Path) -> None:
+    archive = str(tmp_path / "kernels.zip")
+    run("export", archive)
+    folder = Path(result("import", archive)["directory"])
+    done = run("clear", "--arch", "86", "--imported", "-y")
+    assert done.exit_code == 2
+    assert "whole archives" in done.stderr
+    assert folder.is_dir()
+    assert len(filled.keys()) == 3
+    assert result("clear", "--imported", "--dry-run")["imported_deleted"] == 1
+    assert folder.is_dir()
+
+
+def test_what_cannot_be_deleted_is_said(filled: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stuck(self: DiskCache, key: str) -> bool:
+        return False
+
+    monkeypatch.setattr(DiskCache, "remove", stuck)
+    assert result("clear", "-y", status=1)["deleted"] == 0
+    pruned = run("prune", "--max-bytes", "0", "-y", "--json")
+    assert pruned.exit_code == 1
+    assert json.loads(pruned.stdout)["kernels"] == []
+    assert "3 kernels in" in pruned.stderr
+    assert len(filled.keys()) == 3
+
+
+def test_without_a_compiler_none_is_another(
+    filled: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilers, "installed", dict)
+    done = run("prune", "--other-toolchains", "-y")
+    assert done.exit_code == 1
+    assert "no NVRTC is installed" in done.stderr
+    assert len(filled.keys()) == 3
+
+
+def test_a_terminal_is_asked(filled: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jitattn.cli.common._is_asked", lambda: True)
+    for answer, status, left in (("n\n", 1, 3), ("y\n", 0, 0)):
+        done = CliRunner().invoke(main, ["clear", "--json"], input=answer)
+        assert done.exit_code == status
+        assert "Delete 3 kernels" in done.stderr  # and stdout stays JSON
+        assert len(filled.keys()) == left
+    assert json.loads(done.stdout)["deleted"] == 3

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from jitattn.cli import main
-from jitattn.jit import build
+from jitattn.jit import build, compilers, pool
+from jitattn.jit.cache import DiskCache
+from jitattn.jit.spec import KernelSpec
 
 SMALL = ["--arch", "86", "--dtype", "bf16", "--head-dim", "16", "--mask", "full"]
 
@@ -84,25 +87,28 @@ def test_dry_run_compiles_nothing(cache_dir: Path) -> None:
 def test_presets_are_listed() -> None:
     done = run("prebuild", "--presets")
     assert done.exit_code == 0
-    assert {"llama", "mistral", "gpt2", "sd"} <= {
-        line.split()[0] for line in done.stdout.splitlines()
-    }
+    names = {line.split()[0] for line in done.stdout.splitlines()}
+    assert names >= {"llama", "mistral", "gpt2", "sd"}
+    abouts = json.loads(run("prebuild", "--presets", "--json").stdout)
+    assert abouts.keys() == names
+    assert "Llama" in abouts["llama"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
     [
-        (["--arch", "75"], 1, "75"),
+        (["--arch", "75"], 2, "75"),
         (["--arch", "x"], 2, "x"),
         (["--arch", "80", "--dtype", "int8"], 2, "int8"),
-        (["--arch", "80", "--head-dim", "257"], 1, "257"),
+        (["--arch", "80", "--head-dim", "257"], 2, "257"),
         (["--arch", "80", "--mask", "window"], 2, "window"),
-        (["--arch", "80", "--preset", "lama"], 1, "llama"),
+        (["--arch", "80", "--preset", "lama"], 2, "llama"),
         (["--arch", "80", "--gear", "4"], 1, "gear=4"),
-        (["--arch", "80", "--set", "colour=red"], 1, "colour"),
+        (["--arch", "80", "--set", "colour=red"], 2, "colour"),
         (["--arch", "80", "--set", "colour"], 2, "FIELD=VALUE"),
+        (["--arch", "80", "--dtype", "bf16", "--set", "dtype=fp16"], 2, "twice"),
         (["--arch", "80", "--spec", "/nonexistent.toml"], 1, "nonexistent"),
-        ([], 1, "no architecture"),
+        ([], 2, "no architecture"),
     ],
 )
 def test_wrong_choices_are_named(arguments: list[str], status: int, text: str) -> None:
@@ -136,3 +142,47 @@ def test_prebuild_needs_a_cache_to_write(mode: str) -> None:
     done = run("prebuild", *SMALL, JITATTN_CACHE=mode)
     assert done.exit_code == 2
     assert f"JITATTN_CACHE={mode}" in done.stderr
+
+
+def test_what_was_evicted_meanwhile_fails(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prebuild larger than the cache would leave some of its kernels out, unnoticed."""
+
+    def build_and_evict(specs: Sequence[KernelSpec], jobs: int | None) -> Iterator[pool.Outcome]:
+        disk = DiskCache(cache_dir)
+        for outcome in build_all(specs, jobs):
+            yield outcome
+            # As another worker does, which needs the room for a kernel of its own.
+            disk.evict(40 << 10, {outcome.built.key})
+
+    build_all = pool.build_all
+    monkeypatch.setattr(pool, "build_all", build_and_evict)
+    done = run("prebuild", *SMALL, "-j", "1", "--json", JITATTN_CACHE_MAX_BYTES="40K")
+    assert done.exit_code == 1
+    counts = json.loads(done.stdout)
+    left = len(DiskCache(cache_dir).keys())
+    assert 0 < left < 4
+    assert (counts["compiled"], counts["failed"], counts["evicted"]) == (4, 0, 4 - left)
+    assert "limited to 40960 bytes; raise JITATTN_CACHE_MAX_BYTES" in done.stderr
+
+
+def test_dry_run_leaves_no_trace(tmp_path: Path, cache_dir: Path) -> None:
+    run("prebuild", *SMALL, "-j", "1")
+    build.clear_memory()
+    damaged = next(cache_dir.glob("v1/*/*.cubin"))
+    damaged.write_bytes(b"bad")
+    record = tmp_path / "record.jsonl"
+    done = run("prebuild", *SMALL, "--dry-run", JITATTN_RECORD=str(record))
+    assert "1 to make, 3 cached" in done.stdout
+    assert damaged.read_bytes() == b"bad"
+    assert not record.exists()
+    assert "4 to make" in run("prebuild", *SMALL, "--dry-run", JITATTN_CACHE="off").stdout
+
+
+def test_dry_run_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    run("prebuild", *SMALL, "-j", "1")
+    build.clear_memory()
+    monkeypatch.setattr(compilers, "_remembered", dict)
+    compilers._choose.cache_clear()
+    done = run("prebuild", *SMALL, "--dry-run")
+    compilers._choose.cache_clear()
+    assert "0 to make, 4 cached" in done.stdout
