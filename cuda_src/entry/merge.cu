@@ -3,5 +3,5 @@
 
 extern "C" __global__ void __launch_bounds__(Spec::kNumThreads)
     jitattn_merge(const __grid_constant__ jitattn::MergeParams params) {
-  jitattn::merge_splits<Spec>(params);
+  jitattn::merge_parts<Spec>(params);
 }

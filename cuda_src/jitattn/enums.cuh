@@ -9,7 +9,11 @@ enum class Dtype { kFp16, kBf16, kFp32 };
 enum class MaskKind { kFull, kCausal };
 
 // Where the sequences of q, or of k and v, lie.
-enum class SeqLayout { kBatched };
+enum class SeqLayout {
+  kBatched,  // [B, L, H, D]: every sequence fills its row
+  kRagged,   // a start and a length each, in one tensor or in a row of their own
+  kPaged,    // keys only: pages of rows, found through a block table
+};
 
 // How products are formed and summed.
 enum class Numerics {

@@ -1,12 +1,15 @@
 // From the accumulators of a CTA to global memory: merging the warps that split the keys, dividing
-// by the row sums, and writing either the result or the partial result of a split.
+// by the row sums, and writing either the result or the partial result of a split. The CTA that
+// finishes the last split of a tile adds the splits up, always in their order.
 #pragma once
 
 #include "jitattn/enums.cuh"
 #include "jitattn/params.cuh"
+#include "jitattn/ptx/math.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/rows.cuh"
 #include "jitattn/schedule.cuh"
+#include "jitattn/sequence.cuh"
 #include "jitattn/softmax.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/tile/swizzle.cuh"
@@ -26,16 +29,18 @@ struct FwdEpilogue {
   static constexpr bool kIsStaged = sizeof(Element) == 2 && Spec::kAccess == Access::kVec16;
 
   const FwdParams& params;
-  const RowMap rows;
   const WorkTile tile;
+  const Sequence sequence;
+  const RowMap rows;
   const uint32_t s_addr;
   const int lane_idx, warp_q, warp_kv;
 
-  __device__ FwdEpilogue(const FwdParams& params, uint32_t cta_idx, uint32_t thread_idx,
+  __device__ FwdEpilogue(const FwdParams& params, const CtaPlan& plan, uint32_t thread_idx,
                          uint32_t s_addr)
       : params(params),
-        rows(params),
-        tile(work_tile<Spec>(params, cta_idx)),
+        tile(plan.tile),
+        sequence(plan.sequence),
+        rows(params, plan.sequence.len_q),
         s_addr(s_addr),
         lane_idx(thread_idx % 32),
         warp_q(thread_idx / 32 % Spec::kWarpsQ),
@@ -44,10 +49,19 @@ struct FwdEpilogue {
   // All threads of the CTA. The shared tiles are dead after the first barrier.
   __device__ void finish(Output& r_o, Softmax& softmax) const {
     softmax.reduce();
-    if constexpr (Spec::kWarpsKv > 1) {
-      merge_warps(r_o, softmax);
-      if (warp_kv != 0) return;
-    }
+    if constexpr (Spec::kWarpsKv > 1) merge_warps(r_o, softmax);
+    if (warp_kv == 0) write(r_o, softmax);
+    if (tile.num_splits > 1) merge_splits_if_last();
+  }
+
+ private:
+  struct Place {
+    int position;  // in the tensor: that of the sequence's first row included
+    int head;
+    bool exists;
+  };
+
+  __device__ void write(Output& r_o, const Softmax& softmax) const {
     for_each_row([&](int m, int half, int) {
       const float inverse = softmax.inverse_sum(m, half);
 #pragma unroll
@@ -56,14 +70,13 @@ struct FwdEpilogue {
         r_o[m][n][2 * half + 1] *= inverse;
       }
     });
-    if (params.num_splits > 1) {
+    if (tile.num_splits > 1) {
       write_partial(r_o, softmax);
     } else {
       write_result(r_o, softmax);
     }
   }
 
- private:
   // Add the partial results of warps 1 .. of the same rows to warp 0's, always in that order.
   __device__ void merge_warps(Output& r_o, Softmax& softmax) const {
     ptx::barrier_sync<Traits::kNumThreads>();  // every warp is done with the K and V tiles
@@ -112,15 +125,101 @@ struct FwdEpilogue {
   }
 
   __device__ void write_partial(const Output& r_o, const Softmax& softmax) const {
-    const int64_t rows_of_split =
-        static_cast<int64_t>(params.batch) * params.heads_q * params.len_q;
     for_each_row([&](int m, int half, int row_in_warp) {
-      const Place place = place_of(row_in_warp);
-      if (!place.exists) return;
-      const int64_t row = tile.split_idx * rows_of_split + lse_index(place);
+      if (!place_of(row_in_warp).exists) return;
+      const int64_t row = partial_row(tile.split_idx) + warp_q * Traits::kWarpRows + row_in_warp;
       if ((lane_idx & 3) == 0) params.partial_lse[row] = softmax.lse(m, half);
       write_row<Spec::kHeadDimV % 2 == 0>(params.partial_out + row * Spec::kHeadDimV, r_o[m], half);
     });
+  }
+
+  // First row of a split's partial result.
+  __device__ int64_t partial_row(int split_idx) const {
+    const int head_tiles = params.heads_q / params.heads_per_tile;
+    return (static_cast<int64_t>(tile.item + split_idx) * head_tiles + head_tile_idx()) *
+           Spec::kBlockQ;
+  }
+
+  __device__ int head_tile_idx() const { return tile.head_idx / params.heads_per_tile; }
+
+  // All threads. Every CTA reports
+  // that its split is written; the one that finds all the others reported merges them, and sets the
+  // counter back for the next launch.
+  __device__ void merge_splits_if_last() const {
+    const int head_tiles = params.heads_q / params.heads_per_tile;
+    int32_t* g_arrivals =
+        params.arrivals + static_cast<int64_t>(tile.item) * head_tiles + head_tile_idx();
+    const uint32_t s_flag = s_addr + Traits::kOffsetPlan + Traits::kBytesPlan - 4;
+    __threadfence();  // what this thread wrote, before the report
+    ptx::barrier_sync<Traits::kNumThreads>();
+    if (threadIdx.x == 0) {
+      const bool is_last = atomicAdd(g_arrivals, 1) == tile.num_splits - 1;
+      if (is_last) *g_arrivals = 0;
+      ptx::st_shared_b32(s_flag, is_last);
+    }
+    ptx::barrier_sync<Traits::kNumThreads>();
+    if (ptx::ld_shared_b32(s_flag) == 0) return;
+    __threadfence();  // the other CTAs' results, after their reports
+    constexpr int kWarps = Traits::kNumWarps;
+    const int warp_idx = threadIdx.x / 32;
+    for (int row = warp_idx; row < Spec::kBlockQ; row += kWarps) {
+      const Place place = place_of_row(row);
+      if (place.exists) merge_row(place, row);
+    }
+  }
+
+  // One warp, one row: out = sum_s w_s out_s / sum_s w_s with w_s = exp(LSE_s - max LSE).
+  __device__ void merge_row(const Place& place, int row) const {
+    constexpr int kColumns = ceil_div(Spec::kHeadDimV, 32);
+    constexpr float kLog2e = 1.4426950408889634f;
+    const int64_t step = partial_row(1) - partial_row(0);  // rows from a split to the next
+    const float* g_lse = params.partial_lse + partial_row(0) + row;
+    const float* g_out = params.partial_out + (partial_row(0) + row) * Spec::kHeadDimV;
+
+    float highest = -infinity();
+    for (int split = lane_idx; split < tile.num_splits; split += 32) {
+      highest = fmaxf(highest, __ldcg(g_lse + split * step));
+    }
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) {
+      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, mask));
+    }
+    float total = 0.f;
+    float sum[kColumns] = {};
+    for (int base = 0; base < tile.num_splits; base += 32) {
+      // A lane's weight is that of one split; a split that saw nothing has weight 0.
+      const int split = base + lane_idx;
+      const float lse = split < tile.num_splits ? __ldcg(g_lse + split * step) : -infinity();
+      const float weight = lse == -infinity() ? 0.f : ptx::exp2_approx((lse - highest) * kLog2e);
+      const int count = min_of(32, tile.num_splits - base);
+#pragma unroll 4
+      for (int i = 0; i < count; ++i) {
+        const float w = __shfl_sync(0xffffffffu, weight, i);
+        total += w;
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          const int column = j * 32 + lane_idx;
+          if (kColumns * 32 != Spec::kHeadDimV && column >= Spec::kHeadDimV) continue;
+          sum[j] += w * __ldcg(g_out + (base + i) * step * Spec::kHeadDimV + column);
+        }
+      }
+    }
+    const float inverse = total == 0.f ? 0.f : 1.f / total;
+    Element* out = out_row(place);
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const int column = j * 32 + lane_idx;
+      if (column >= Spec::kHeadDimV) continue;
+      if constexpr (sizeof(Element) == 4) {
+        out[column] = sum[j] * inverse;
+      } else {
+        out[column] = static_cast<Element>(MmaF32Acc<Spec::kOutDtype>::pack(sum[j] * inverse, 0.f));
+      }
+    }
+    if (params.lse != nullptr && lane_idx == 0) {
+      params.lse[lse_index(place)] =
+          total == 0.f ? -infinity() : highest + ptx::log2_approx(total) * kLn2;
+    }
   }
 
   __device__ void write_result(const Output& r_o, const Softmax& softmax) const {
@@ -196,21 +295,20 @@ struct FwdEpilogue {
     }
   }
 
-  // ---- Where a row of this warp goes.
-  struct Place {
-    int position;
-    int head;
-    bool exists;
-  };
-
+  // ---- Where a row goes.
   __device__ Place place_of(int row_in_warp) const {
-    const int row = tile.q_tile_idx * Spec::kBlockQ + warp_q * Traits::kWarpRows + row_in_warp;
+    return place_of_row(warp_q * Traits::kWarpRows + row_in_warp);
+  }
+
+  __device__ Place place_of_row(int row_in_tile) const {
+    const int row = tile.q_tile_idx * Spec::kBlockQ + row_in_tile;
     const int position = rows.position(row);
-    return {position, tile.head_idx + rows.head(row, position), row < rows.num_rows};
+    return {sequence.q_start + position, tile.head_idx + rows.head(row, position),
+            row < rows.num_rows};
   }
 
   __device__ int64_t lse_index(const Place& place) const {
-    return (static_cast<int64_t>(tile.batch_idx) * params.heads_q + place.head) * params.len_q +
+    return tile.batch_idx * params.lse_stride_batch + place.head * params.lse_stride_head +
            place.position;
   }
 

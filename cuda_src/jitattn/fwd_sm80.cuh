@@ -23,7 +23,11 @@
 //             kStages == 1: K and V have a buffer each. V_i lands under S_i, K_i+1 under softmax
 //             and O_i, for two barriers a step and half the shared memory.
 //
-// Not         Sequences that are not batched; masks other than full and causal.
+// Sequences   Batched, ragged, or keys in pages (sequence.cuh, paged_rows.cuh). Splits of the keys
+// of
+//             one tile are merged, in their order, by the CTA that finishes last (epilogue.cuh).
+//
+// Not         Masks other than full and causal.
 // supported
 #pragma once
 
@@ -31,12 +35,14 @@
 #include "jitattn/enums.cuh"
 #include "jitattn/epilogue.cuh"
 #include "jitattn/mask.cuh"
+#include "jitattn/paged_rows.cuh"
 #include "jitattn/params.cuh"
 #include "jitattn/ptx/cp_async.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/ptx/special.cuh"
 #include "jitattn/rows.cuh"
 #include "jitattn/schedule.cuh"
+#include "jitattn/sequence.cuh"
 #include "jitattn/softmax.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/traits.cuh"
@@ -58,21 +64,25 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
   const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
   const int warp_q = warp_idx % Spec::kWarpsQ, warp_kv = warp_idx / Spec::kWarpsQ;
   const WorkTile tile = work_tile<Spec>(params, blockIdx.x);
-  const RowMap rows(params);
-  const KvBlockRange range = kv_block_range<Spec>(params, rows, tile);
+  if (!kIsUniform<Spec> && tile.batch_idx < 0) return;
+  const Sequence sequence = Sequence::of<Spec>(params, tile.batch_idx);
+  const RowMap rows(params, sequence.len_q);
+  const KvBlockRange range = kv_block_range<Spec>(params, sequence, rows, tile);
 
   // ---- Pointers for this (batch, head)
   const int64_t kv_head_idx = tile.head_idx / params.heads_per_kv;
   const int64_t batch_idx = tile.batch_idx;
-  const char* g_q = reinterpret_cast<const char*>(static_cast<const Element*>(params.q) +
-                                                  batch_idx * params.q_stride_batch +
-                                                  tile.head_idx * params.q_stride_head);
-  const char* g_k = reinterpret_cast<const char*>(static_cast<const Element*>(params.k) +
-                                                  batch_idx * params.k_stride_batch +
-                                                  kv_head_idx * params.k_stride_head);
-  const char* g_v = reinterpret_cast<const char*>(static_cast<const Element*>(params.v) +
-                                                  batch_idx * params.v_stride_batch +
-                                                  kv_head_idx * params.v_stride_head);
+  const int64_t kv_batch_idx = Traits::kIsPaged ? 0 : batch_idx;
+  const int64_t kv_start = Traits::kIsPaged ? 0 : sequence.kv_start;
+  const char* g_q = reinterpret_cast<const char*>(
+      static_cast<const Element*>(params.q) + batch_idx * params.q_stride_batch +
+      sequence.q_start * params.q_stride_row + tile.head_idx * params.q_stride_head);
+  const char* g_k = reinterpret_cast<const char*>(
+      static_cast<const Element*>(params.k) + kv_batch_idx * params.k_stride_batch +
+      kv_start * params.k_stride_row + kv_head_idx * params.k_stride_head);
+  const char* g_v = reinterpret_cast<const char*>(
+      static_cast<const Element*>(params.v) + kv_batch_idx * params.v_stride_batch +
+      kv_start * params.v_stride_row + kv_head_idx * params.v_stride_head);
 
   // ---- Shared storage
   extern __shared__ __align__(128) unsigned char s_storage[];
@@ -80,6 +90,10 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
   const uint32_t s_k_addr = s_q_addr + Traits::kOffsetK;
   const uint32_t s_v_addr = s_q_addr + Traits::kOffsetV;
   JITATTN_DEVICE_ASSERT(s_q_addr % 128 == 0);
+  if (!kIsUniform<Spec> && threadIdx.x == 0) {
+    // What the epilogue needs again: kept here, not in registers.
+    *reinterpret_cast<CtaPlan*>(s_storage + Traits::kOffsetPlan) = {tile, sequence};
+  }
 
   // ---- Per-lane addresses
   const typename Traits::CopyQ copy_q(threadIdx.x, 0);
@@ -103,32 +117,41 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
 
   // Copies of the next key block, from right to left, into buffer `stage`. The pointers walk: they
   // are this thread's share of the block to be copied next. Only the last block of a sequence has a
-  // tail.
+  // tail. The rows of paged keys are looked up in `page_slot` instead.
   int block = range.end - 1;  // of the current step
   const int64_t k_block_bytes = params.k_stride_row * (kBlockKv * kElementBytes);
   const int64_t v_block_bytes = params.v_stride_row * (kBlockKv * kElementBytes);
   const char* g_k_next = copy_k.share(g_k + block * k_block_bytes);
   const char* g_v_next = copy_v.share(g_v + block * v_block_bytes);
-  auto load_k = [&](int stage, auto is_first) {
+  auto len_kv = [&] { return kIsUniform<Spec> ? params.len_kv : sequence.len_kv; };
+  const PagedRows<Traits, kBlockKv> pages(params, sequence, tile.batch_idx,
+                                          s_q_addr + Traits::kOffsetPages);
+  auto load_k = [&](int stage, int page_slot, auto is_first) {
     const uint32_t s_addr = s_k_addr + stage * Traits::kBytesK;
-    if constexpr (decltype(is_first)::value) {
-      copy_k.load_tail(s_addr, g_k_next, params.len_kv - block * kBlockKv);
+    if constexpr (Traits::kIsPaged) {
+      copy_k.template load_rows<decltype(is_first)::value, true>(
+          s_addr, g_k, [&](int row) { return pages.offset_k(page_slot, row); });
+    } else if constexpr (decltype(is_first)::value) {
+      copy_k.load_tail(s_addr, g_k_next, len_kv() - block * kBlockKv);
     } else {
       copy_k.load_full(s_addr, g_k_next);
     }
     g_k_next -= k_block_bytes;
   };
-  auto load_v = [&](int stage, auto is_first) {
+  auto load_v = [&](int stage, int page_slot, auto is_first) {
     const uint32_t s_addr = s_v_addr + stage * Traits::kBytesV;
-    if constexpr (decltype(is_first)::value) {
-      copy_v.load_tail(s_addr, g_v_next, params.len_kv - block * kBlockKv);
+    if constexpr (Traits::kIsPaged) {
+      copy_v.template load_rows<decltype(is_first)::value, true>(
+          s_addr, g_v, [&](int row) { return pages.offset_v(page_slot, row); });
+    } else if constexpr (decltype(is_first)::value) {
+      copy_v.load_tail(s_addr, g_v_next, len_kv() - block * kBlockKv);
     } else {
       copy_v.load_full(s_addr, g_v_next);
     }
     g_v_next -= v_block_bytes;
   };
   auto load_q = [&] {
-    copy_q.load_rows(s_q_addr, g_q, [&](int row_in_tile) -> int64_t {
+    copy_q.template load_rows<true, false>(s_q_addr, g_q, [&](int row_in_tile) -> int64_t {
       const int row = tile.q_tile_idx * Spec::kBlockQ + row_in_tile;
       if (row >= rows.num_rows) return -1;
       const int position = rows.position(row);
@@ -162,14 +185,24 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
       copy_k.zero_padding(s_k_addr + stage * Traits::kBytesK);
       copy_v.zero_padding(s_v_addr + stage * Traits::kBytesV);
     }
-    load_k(0, TrueType{});
-    if constexpr (kStages > 1) load_v(0, TrueType{});
+    if constexpr (Traits::kIsPaged) {
+      typename PagedRows<Traits, kBlockKv>::Lookup found[Traits::kPageSlots];
+#pragma unroll
+      for (int slot = 0; slot < Traits::kPageSlots; ++slot) {
+        found[slot] = pages.look_up(block - slot);
+      }
+#pragma unroll
+      for (int slot = 0; slot < Traits::kPageSlots; ++slot) pages.store(found[slot], slot);
+      ptx::barrier_sync<Traits::kNumThreads>();  // the rows of the first blocks are known to all
+    }
+    load_k(0, 0, TrueType{});
+    if constexpr (kStages > 1) load_v(0, 0, TrueType{});
     ptx::cp_async_commit();
 #pragma unroll
     for (int ahead = 1; ahead < kPrefetch; ++ahead) {
       if (block - ahead >= range.begin) {
-        load_k(ahead, FalseType{});
-        load_v(ahead, FalseType{});
+        load_k(ahead, ahead, FalseType{});
+        load_v(ahead, ahead, FalseType{});
       }
       ptx::cp_async_commit();
     }
@@ -182,12 +215,12 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
 
   // Keys that this warp's first and last rows see. Derived anew where needed, to save registers.
   const int warp_row = tile.q_tile_idx * Spec::kBlockQ + warp_first_row;
-  auto first_sees = [&] { return visible_keys<Spec>(params, rows.position(warp_row)); };
+  auto first_sees = [&] { return visible_keys<Spec>(params, sequence, rows.position(warp_row)); };
   auto last_sees = [&] {
-    return visible_keys<Spec>(params, rows.position(warp_row + Traits::kWarpRows - 1));
+    return visible_keys<Spec>(params, sequence, rows.position(warp_row + Traits::kWarpRows - 1));
   };
 
-  int stage = 0;
+  int stage = 0, page_slot = 0;
   auto step = [&](auto is_masked) {
     constexpr bool kIsMasked = decltype(is_masked)::value;
     // Protects: this step's tiles, written by all threads' copies, before anyone reads them; and
@@ -197,15 +230,20 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
     if constexpr (kStages > 1) {
       const int next_stage = stage == 0 ? kStages - 1 : stage - 1;  // kPrefetch ahead in the ring
       if (block - kPrefetch >= range.begin) {
-        load_k(next_stage, FalseType{});
-        load_v(next_stage, FalseType{});
+        load_k(next_stage, next_stage, FalseType{});
+        load_v(next_stage, next_stage, FalseType{});
       }
     } else if (kIsMasked) {
-      load_v(0, TrueType{});
+      load_v(0, page_slot, TrueType{});
     } else {
-      load_v(0, FalseType{});
+      load_v(0, page_slot, FalseType{});
     }
     ptx::cp_async_commit();
+    typename PagedRows<Traits, kBlockKv>::Lookup found;  // of the block that takes this one's slot
+    if constexpr (Traits::kIsPaged) {
+      const int ahead = block - Traits::kPageSlots;
+      found = pages.look_up(ahead >= range.begin ? ahead : -1);
+    }
 
     const bool sees_any = !kIsMasked || block * kBlockKv < last_sees();
     Scores r_s = {};
@@ -214,16 +252,19 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
       // Protects: V of this step before anyone reads it; K of this step from the next copy.
       ptx::cp_async_wait<0>();
       ptx::barrier_sync<Traits::kNumThreads>();
-      if (block > range.begin) load_k(0, FalseType{});
+      if (block > range.begin) load_k(0, page_slot ^ 1, FalseType{});
       ptx::cp_async_commit();
     }
     if (sees_any) {
       if constexpr (kIsMasked) {
-        mask_scores<Spec>(r_s, params, rows, warp_row, block * kBlockKv + warp_first_key, lane_idx);
+        mask_scores<Spec>(r_s, params, sequence, rows, warp_row, block * kBlockKv + warp_first_key,
+                          lane_idx);
       }
       softmax.update_max(r_s, r_o, scale_log2);
       exp_and_mma_o(r_s, stage);
     }
+    if constexpr (Traits::kIsPaged) pages.store(found, kStages > 1 ? stage : page_slot);
+    page_slot ^= 1;
     stage = stage + 1 == kStages ? 0 : stage + 1;
   };
 
@@ -234,8 +275,16 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
   for (; block >= range.begin; --block) step(FalseType{});
 
   // ---- Epilogue
-  const FwdEpilogue<Spec> epilogue(params, ptx::cta_idx(), ptx::thread_idx(),
-                                   ptx::shared_addr(s_storage));
+  // Found out anew, or read back: registers are dear in the loop.
+  CtaPlan plan;
+  if constexpr (kIsUniform<Spec>) {
+    plan.tile = work_tile<Spec>(params, ptx::cta_idx());
+    plan.sequence = Sequence::of<Spec>(params, plan.tile.batch_idx);
+  } else {
+    ptx::barrier_sync<Traits::kNumThreads>();  // the plan was written by one thread
+    plan = *reinterpret_cast<const CtaPlan*>(s_storage + Traits::kOffsetPlan);
+  }
+  const FwdEpilogue<Spec> epilogue(params, plan, ptx::thread_idx(), ptx::shared_addr(s_storage));
   epilogue.finish(r_o, softmax);
 }
 

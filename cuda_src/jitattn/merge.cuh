@@ -1,8 +1,8 @@
-// What        Merges the partial results of split-KV into out and LSE.
+// What        Merges results of attention over disjoint sets of keys: jitattn.merge.
 //
 // Math        M = max_s LSE_s,  w_s = exp(LSE_s - M),  out = sum_s w_s out_s / sum_s w_s,
-//             LSE = M + ln sum_s w_s. The splits are added in their order, so the result does not
-//             depend on when they finished.
+//             LSE = M + ln sum_s w_s. The parts are added in their order. A part whose LSE is -inf
+//             saw nothing, and is not read.
 //
 // Work split  One warp a row (batch, head, position); a lane owns columns lane, lane + 32, ...
 #pragma once
@@ -15,12 +15,31 @@
 
 namespace jitattn {
 
+template <Dtype kDtype>
+struct MergeElement {
+  using type = uint16_t;
+  __device__ static float load(uint16_t bits) {
+    if constexpr (kDtype == Dtype::kFp16) return ptx::f16_to_f32(bits);
+    return __int_as_float(static_cast<uint32_t>(bits) << 16);  // bf16: the upper half
+  }
+  __device__ static uint16_t round(float value) {
+    return static_cast<uint16_t>(MmaF32Acc<kDtype>::pack(value, 0.f));
+  }
+};
+template <>
+struct MergeElement<Dtype::kFp32> {
+  using type = float;
+  __device__ static float load(float value) { return value; }
+  __device__ static float round(float value) { return value; }
+};
+
 template <class Spec>
-__device__ __forceinline__ void merge_splits(const MergeParams& params) {
+__device__ __forceinline__ void merge_parts(const MergeParams& params) {
   static_assert(sizeof(MergeParams) == Spec::kParamsBytes,
                 "host and device disagree on MergeParams");
   static_assert(Spec::kSmemBytes == 0, "the merge kernel uses no shared memory");
-  using Element = typename Conditional<Spec::kOutDtype == Dtype::kFp32, float, uint16_t>::type;
+  using In = MergeElement<Spec::kDtype>;
+  using Out = MergeElement<Spec::kOutDtype>;
   constexpr int kColumns = ceil_div(Spec::kHeadDimV, 32);
   constexpr float kLog2e = 1.4426950408889634f;
 
@@ -28,23 +47,30 @@ __device__ __forceinline__ void merge_splits(const MergeParams& params) {
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * (Spec::kNumThreads / 32) + threadIdx.x / 32;
   if (row >= params.num_rows) return;
+  const int64_t batch_and_head = row / params.len_q, position = row % params.len_q;
+  const int64_t batch_idx = batch_and_head / params.heads_q,
+                head_idx = batch_and_head % params.heads_q;
+  const typename In::type* g_part =
+      static_cast<const typename In::type*>(params.parts) + batch_idx * params.part_stride_batch +
+      position * params.part_stride_row + head_idx * params.part_stride_head;
+  const float* g_lse = params.part_lses + batch_idx * params.lse_stride_batch +
+                       head_idx * params.lse_stride_head + position * params.lse_stride_row;
 
-  // ---- Maximum over the splits; -inf if the row saw nothing in any of them
+  // ---- Maximum over the parts; -inf if the row saw nothing in any of them
   float highest = -infinity();
-  for (int split = lane_idx; split < params.num_splits; split += 32) {
-    highest = fmaxf(highest, params.partial_lse[split * params.num_rows + row]);
+  for (int part = lane_idx; part < params.num_parts; part += 32) {
+    highest = fmaxf(highest, g_lse[part * params.lse_stride_part]);
   }
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) {
     highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, mask));
   }
 
-  // ---- Weighted sum, in the order of the splits
+  // ---- Weighted sum, in the order of the parts
   float total = 0.f;
   float sum[kColumns] = {};
-  for (int split = 0; split < params.num_splits; ++split) {
-    const int64_t part = split * params.num_rows + row;
-    const float lse = params.partial_lse[part];
+  for (int part = 0; part < params.num_parts; ++part) {
+    const float lse = g_lse[part * params.lse_stride_part];
     if (lse == -infinity()) continue;
     const float weight = ptx::exp2_approx((lse - highest) * kLog2e);
     total += weight;
@@ -52,29 +78,20 @@ __device__ __forceinline__ void merge_splits(const MergeParams& params) {
     for (int i = 0; i < kColumns; ++i) {
       const int column = i * 32 + lane_idx;
       if (column < Spec::kHeadDimV) {
-        sum[i] += weight * params.partial_out[part * Spec::kHeadDimV + column];
+        sum[i] += weight * In::load(g_part[part * params.part_stride_part + column]);
       }
     }
   }
 
   // ---- Write
-  const int64_t batch_and_head = row / params.len_q, position = row % params.len_q;
-  const int64_t batch_idx = batch_and_head / params.heads_q,
-                head_idx = batch_and_head % params.heads_q;
-  Element* g_out = static_cast<Element*>(params.out) + batch_idx * params.out_stride_batch +
-                   position * params.out_stride_row + head_idx * params.out_stride_head;
+  auto* g_out = static_cast<typename Out::type*>(params.out) + row * Spec::kHeadDimV;
   const float inverse = total == 0.f ? 0.f : 1.f / total;
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
     const int column = i * 32 + lane_idx;
-    if (column >= Spec::kHeadDimV) continue;
-    if constexpr (Spec::kOutDtype == Dtype::kFp32) {
-      g_out[column] = sum[i] * inverse;
-    } else {
-      g_out[column] = static_cast<Element>(MmaF32Acc<Spec::kOutDtype>::pack(sum[i] * inverse, 0.f));
-    }
+    if (column < Spec::kHeadDimV) g_out[column] = Out::round(sum[i] * inverse);
   }
-  if (params.lse != nullptr && lane_idx == 0) {
+  if (lane_idx == 0) {
     params.lse[row] = total == 0.f ? -infinity() : highest + ptx::log2_approx(total) * kLn2;
   }
 }

@@ -10,22 +10,25 @@
 
 namespace jitattn {
 
+// n / divisor for 0 <= n < 2^31 (jitattn/jit/params.py: fast_divisor).
+__device__ __forceinline__ int divide(int n, uint32_t mul, uint32_t shift) {
+  const uint32_t dividend = n;
+  return static_cast<int>((__umulhi(dividend, mul) + dividend) >> shift);
+}
+
 struct RowMap {
   uint32_t div_mul;
   uint32_t div_shift;
   int heads_per_tile;
   int num_rows;  // len_q * heads_per_tile
 
-  __device__ explicit RowMap(const FwdParams& params)
+  __device__ RowMap(const FwdParams& params, int len_q)
       : div_mul(params.row_div_mul),
         div_shift(params.row_div_shift),
         heads_per_tile(params.heads_per_tile),
-        num_rows(params.len_q * params.heads_per_tile) {}
+        num_rows(len_q * params.heads_per_tile) {}
 
-  __device__ int position(int row) const {
-    const uint32_t n = row;
-    return static_cast<int>((__umulhi(n, div_mul) + n) >> div_shift);
-  }
+  __device__ int position(int row) const { return divide(row, div_mul, div_shift); }
 
   __device__ int head(int row, int position) const { return row - position * heads_per_tile; }
 };

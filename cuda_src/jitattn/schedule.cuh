@@ -1,9 +1,15 @@
-// Which query tile, head, batch and key range a CTA works on.
+// Which query tile, head, sequence and key range a CTA works on.
+//
+// An item is a query tile of one sequence with one part (split) of its keys; every head tile has
+// them all. Where all sequences are alike, items follow from the CTA's number alone. Where they
+// differ, every CTA reads the lengths and counts: no plan has to be made beforehand, and a captured
+// graph stays right when lengths change.
 #pragma once
 
 #include "jitattn/enums.cuh"
 #include "jitattn/params.cuh"
 #include "jitattn/rows.cuh"
+#include "jitattn/sequence.cuh"
 #include "jitattn/types.cuh"
 
 namespace jitattn {
@@ -11,15 +17,17 @@ namespace jitattn {
 struct WorkTile {
   int q_tile_idx;
   int split_idx;
-  int head_idx;  // first query head of the tile
-  int batch_idx;
+  int num_splits;  // of this query tile
+  int head_idx;    // first query head of the tile
+  int batch_idx;   // negative: no work for this CTA
+  int item;        // number of the tile's first split among all items
 };
 
 // Full: query tiles fastest, so that neighbouring CTAs share the K and V of one head in L2.
 // Causal: heads fastest and the last (longest) query tiles first, so that short tiles fill the end
-// of the run. (9 to 11 % on causal; notes/0001)
+// of the run. (9 to 11 % on causal in an earlier experiment; notes/0001)
 template <class Spec>
-__device__ __forceinline__ WorkTile work_tile(const FwdParams& params, uint32_t cta_idx) {
+__device__ __forceinline__ WorkTile uniform_tile(const FwdParams& params, uint32_t cta_idx) {
   const uint32_t num_q_tiles = params.num_q_tiles, num_splits = params.num_splits;
   const uint32_t head_tiles = params.heads_q / params.heads_per_tile;
   uint32_t q_tile_idx, split_idx, head_and_batch;
@@ -38,31 +46,153 @@ __device__ __forceinline__ WorkTile work_tile(const FwdParams& params, uint32_t 
   WorkTile tile;
   tile.q_tile_idx = q_tile_idx;
   tile.split_idx = split_idx;
+  tile.num_splits = num_splits;
   tile.head_idx = (head_and_batch % head_tiles) * params.heads_per_tile;
   tile.batch_idx = head_and_batch / head_tiles;
+  tile.item = (tile.batch_idx * num_q_tiles + q_tile_idx) * num_splits;
   return tile;
 }
 
-// Keys that the query at `position` may see: [0, limit).
+// Query tiles and key blocks of a sequence.
+struct Extent {
+  int num_q_tiles;
+  int num_kv_blocks;
+};
+
 template <class Spec>
-__device__ __forceinline__ int visible_keys(const FwdParams& params, int position) {
-  if constexpr (Spec::kMask == MaskKind::kFull) return params.len_kv;
-  return min_of(params.len_kv, position + params.diagonal + 1);
+__device__ __forceinline__ Extent extent_of(const FwdParams& params, int batch_idx) {
+  if (batch_idx >= params.batch) return {0, 0};
+  const int rows = q_span<Spec>(params, batch_idx).length * params.heads_per_tile;
+  return {ceil_div(rows, Spec::kBlockQ),
+          ceil_div(kv_span<Spec>(params, batch_idx).length, Spec::kBlockKv)};
 }
+
+__device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(0xffffffffu, value); }
+
+// The same in every warp of the CTA. Longest first, roughly: sequences come in classes of halving
+// lengths, and in their order within a class. Balanced (num_splits = 0), no item has more key
+// blocks than the mean load of a CTA slot.
+template <class Spec>
+__device__ __forceinline__ WorkTile counted_tile(const FwdParams& params, uint32_t cta_idx) {
+  constexpr int kClasses = 4, kFewestBlocks = 4;
+  const int lane_idx = threadIdx.x % 32;
+  const int head_tiles = params.heads_q / params.heads_per_tile;
+
+  // ---- Key blocks of the longest item
+  int most_blocks = params.len_kv;  // one split each
+  if (params.num_splits == 0) {
+    int64_t load = 0;
+    int num_tiles = 0;
+#pragma unroll 1
+    for (int base = 0; base < params.batch; base += 32) {
+      const Extent extent = extent_of<Spec>(params, base + lane_idx);
+      load += warp_sum(extent.num_q_tiles * extent.num_kv_blocks);
+      num_tiles += warp_sum(extent.num_q_tiles);
+    }
+    const int64_t mean = ceil_div<int64_t>(load * head_tiles, params.num_slots);
+    most_blocks = max_of(kFewestBlocks, static_cast<int>(mean));
+    // If all items can run at once, they should: rounding up must not begin a second wave.
+    const int share = max_of(1, params.num_slots / head_tiles);
+#pragma unroll 1
+    for (int attempt = 0; attempt < 3 && num_tiles <= share; ++attempt) {
+      int num_items = 0;
+#pragma unroll 1
+      for (int base = 0; base < params.batch; base += 32) {
+        const Extent extent = extent_of<Spec>(params, base + lane_idx);
+        const int splits = max_of(1, ceil_div(extent.num_kv_blocks, most_blocks));
+        num_items += warp_sum(extent.num_q_tiles * splits);
+      }
+      if (num_items <= share) break;
+      most_blocks = ceil_div(most_blocks * num_items, share);
+    }
+  }
+  auto splits_of = [&](const Extent& extent) {
+    if (params.num_splits > 0) return params.num_splits;
+    return max_of(1, ceil_div(extent.num_kv_blocks, most_blocks));
+  };
+
+  // ---- The sequence that holds this CTA's item
+  WorkTile tile;
+  tile.batch_idx = -1;
+  const int wanted = cta_idx / head_tiles;
+  tile.head_idx = (cta_idx % head_tiles) * params.heads_per_tile;
+  const int longest = ceil_div(params.len_kv, Spec::kBlockKv);
+  int before = 0;  // items of the sequences passed
+#pragma unroll 1
+  for (int length_class = 0; length_class < kClasses; ++length_class) {
+    const int most = length_class == 0 ? longest : longest >> length_class;
+    const int below = length_class == kClasses - 1 ? -1 : longest >> (length_class + 1);
+#pragma unroll 1
+    for (int base = 0; base < params.batch; base += 32) {
+      const Extent extent = extent_of<Spec>(params, base + lane_idx);
+      const bool in_class = extent.num_kv_blocks <= most && extent.num_kv_blocks > below;
+      const int splits = splits_of(extent);
+      const int items = in_class ? extent.num_q_tiles * splits : 0;
+      int upto = items;  // of this lane and those before it
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, upto, step);
+        if (lane_idx >= step) upto += other;
+      }
+      const uint32_t passed = __ballot_sync(0xffffffffu, before + upto > wanted);
+      if (passed != 0) {
+        const int lane = __ffs(passed) - 1;
+        const int first = before + __shfl_sync(0xffffffffu, upto - items, lane);
+        const int num_splits = __shfl_sync(0xffffffffu, splits, lane);
+        const int num_q_tiles = __shfl_sync(0xffffffffu, extent.num_q_tiles, lane);
+        const int idx = wanted - first;
+        tile.batch_idx = base + lane;
+        tile.num_splits = num_splits;
+        tile.split_idx = idx % num_splits;
+        tile.q_tile_idx = num_q_tiles - 1 - idx / num_splits;
+        tile.item = wanted - tile.split_idx;
+        return tile;
+      }
+      before += __shfl_sync(0xffffffffu, upto, 31);
+    }
+  }
+  return tile;
+}
+
+template <class Spec>
+__device__ __forceinline__ WorkTile work_tile(const FwdParams& params, uint32_t cta_idx) {
+  if constexpr (kIsUniform<Spec>) {
+    return uniform_tile<Spec>(params, cta_idx);
+  } else {
+    return counted_tile<Spec>(params, cta_idx);
+  }
+}
+
+// Keys that the query at `position` may see: [0, limit). Where all sequences are alike, straight
+// from the parameters: copies in registers made the main loop spill.
+template <class Spec>
+__device__ __forceinline__ int visible_keys(const FwdParams& params, const Sequence& sequence,
+                                            int position) {
+  const int len_kv = kIsUniform<Spec> ? params.len_kv : sequence.len_kv;
+  if constexpr (Spec::kMask == MaskKind::kFull) return len_kv;
+  return min_of(len_kv, position + 1 + (kIsUniform<Spec> ? params.diagonal : sequence.diagonal));
+}
+
+// What a CTA whose sequences differ has found out, for its epilogue.
+struct CtaPlan {
+  WorkTile tile;
+  Sequence sequence;
+};
 
 struct KvBlockRange {
   int begin;
   int end;
 };
 
-// Key blocks that any row of the tile may see, cut evenly into num_splits parts.
+// Key blocks that any row of the tile may see, cut evenly into the tile's splits.
 template <class Spec>
-__device__ __forceinline__ KvBlockRange kv_block_range(const FwdParams& params, const RowMap& rows,
+__device__ __forceinline__ KvBlockRange kv_block_range(const FwdParams& params,
+                                                       const Sequence& sequence, const RowMap& rows,
                                                        const WorkTile& tile) {
   const int last_row = min_of((tile.q_tile_idx + 1) * Spec::kBlockQ, rows.num_rows) - 1;
-  const int visible = max_of(0, visible_keys<Spec>(params, rows.position(last_row)));
+  const int visible = max_of(0, visible_keys<Spec>(params, sequence, rows.position(last_row)));
   const int num_blocks = ceil_div(visible, Spec::kBlockKv);
-  const int per_split = ceil_div(num_blocks, params.num_splits);
+  const int per_split = ceil_div(num_blocks, tile.num_splits);
   const int begin = min_of(tile.split_idx * per_split, num_blocks);
   return {begin, min_of(begin + per_split, num_blocks)};
 }

@@ -59,7 +59,17 @@ struct FwdTraits {
   static constexpr int kBytesOut =
       sizeof(ElementOut) == 2 ? Spec::kBlockQ * kDimV * static_cast<int>(sizeof(ElementOut)) : 0;
   static constexpr int kBytesMerge = (Spec::kWarpsKv - 1) * Spec::kBlockQ * (kDimV + 2) * 4;
-  static constexpr int kSmemBytes = max_of(kBytesLoop, max_of(kBytesOut, kBytesMerge));
+  static constexpr int kBytesReused = max_of(kBytesLoop, max_of(kBytesOut, kBytesMerge));
+
+  // Behind all that: the plan of a CTA whose sequences differ (schedule.cuh), a flag, and the rows
+  // of the next blocks of paged keys (paged_rows.cuh).
+  static constexpr bool kIsPaged = Spec::kKvLayout == SeqLayout::kPaged;
+  static constexpr int kOffsetPlan = kBytesReused;
+  static constexpr int kBytesPlan = 64;
+  static constexpr int kPageSlots = max_of(Spec::kStages, 2);
+  static constexpr int kOffsetPages = kOffsetPlan + kBytesPlan;
+  static constexpr int kBytesPages = kIsPaged ? kPageSlots * Spec::kBlockKv * 16 : 0;
+  static constexpr int kSmemBytes = kOffsetPages + kBytesPages;
   static_assert(kSmemBytes == Spec::kSmemBytes, "host and device disagree on shared memory");
 
   static_assert(swizzle_check::is_conflict_free<kChunksQk>() &&

@@ -41,7 +41,10 @@ class MaskKind(StrEnum):
 class SeqLayout(StrEnum):
     """Where the sequences of q, or of k and v, lie."""
 
-    BATCHED = "batched"
+    BATCHED = "batched"  #: [B, L, H, D]: every sequence fills its row
+    #: A start and a length each, in one tensor [total, H, D], or in a row of its own (padded).
+    RAGGED = "ragged"
+    PAGED = "paged"  #: keys only: pages of rows, found through a block table
 
 
 class Numerics(StrEnum):
@@ -136,7 +139,11 @@ class FwdSpec:
         # warps that split the keys: r_o, m and l of every warp_kv but the first, in fp32.
         s_out = tile.block_q * dim_v * (2 if problem.out_dtype is not Dtype.FP32 else 0)
         s_merge = (tile.warps_kv - 1) * tile.block_q * (dim_v + 2) * 4
-        return max(s_q + s_kv, s_out, s_merge)
+        # Behind that: the plan of a CTA, and the offsets of the rows of paged keys.
+        s_pages = 0
+        if problem.kv_layout is SeqLayout.PAGED:
+            s_pages = max(tile.stages, 2) * tile.block_kv * 16
+        return max(s_q + s_kv, s_out, s_merge) + 64 + s_pages
 
     def to_dict(self) -> dict[str, str | int]:
         """Flat fields, in declaration order: family, arch, the problem's, the tile's."""
@@ -149,11 +156,12 @@ class FwdSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeSpec:
-    """The kernel that merges the partial results of split-KV, in a fixed order."""
+    """The kernel that merges results over disjoint sets of keys, in a fixed order."""
 
     family: ClassVar[str] = "merge"
     num_threads: ClassVar[int] = 128
     smem_bytes: ClassVar[int] = 0
+    dtype: Dtype  #: of the parts
     out_dtype: Dtype
     head_dim_v: int
     arch: str

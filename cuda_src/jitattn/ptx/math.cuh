@@ -19,6 +19,13 @@ __device__ __forceinline__ float log2_approx(float x) {
   return y;
 }
 
+// cvt.f32.f16
+__device__ __forceinline__ float f16_to_f32(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
 // cvt.rn.f16x2.f32: low half = round(low)
 __device__ __forceinline__ uint32_t pack_f16x2(float low, float high) {
   uint32_t packed;

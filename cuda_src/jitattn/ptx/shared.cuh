@@ -32,6 +32,18 @@ __device__ __forceinline__ Vec16 ld_shared_v4(uint32_t addr) {
   return v;
 }
 
+// ld.shared.b64
+__device__ __forceinline__ int64_t ld_shared_b64(uint32_t addr) {
+  int64_t value;
+  asm volatile("ld.shared.b64 %0, [%1];" : "=l"(value) : "r"(addr) : "memory");
+  return value;
+}
+
+// st.shared.v2.b64
+__device__ __forceinline__ void st_shared_v2_b64(uint32_t addr, int64_t first, int64_t second) {
+  asm volatile("st.shared.v2.b64 [%0], {%1, %2};" ::"r"(addr), "l"(first), "l"(second) : "memory");
+}
+
 // st.shared.b32
 __device__ __forceinline__ void st_shared_b32(uint32_t addr, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(addr), "r"(value) : "memory");

@@ -70,21 +70,23 @@ struct TileCopy {
   }
 
   // Start copying rows that lie anywhere: row_offset(row) gives the bytes from g_tensor to a row,
-  // or a negative number for a row that does not exist, which becomes zeros.
-  template <class RowOffset>
+  // or a negative number for a row that does not exist. With kTail, such rows become zeros; without
+  // it, copies of the row at g_tensor.
+  template <bool kTail, bool kGrouped, class RowOffset>
   __device__ void load_rows(uint32_t s_tile_addr, const char* g_tensor,
                             RowOffset row_offset) const {
+    // A few offsets at a time: they may come from shared memory, whose latency is then paid once.
+    constexpr int kGroup = kGrouped ? kPasses : 1;
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      if (!row_is_mine(pass)) continue;
-      const int64_t offset = row_offset(row + pass * kRowsPerPass);
-      const char* g_row = g_tensor + max_of<int64_t>(offset, 0) + chunk * 16;
+    for (int first = 0; first < kPasses; first += kGroup) {
+      int64_t offsets[kGroup];
 #pragma unroll
-      for (int j = 0; j < kChunksPerThread; ++j) {
-        if (!chunk_is_filled(j)) continue;
-        copy_chunk<true>(s_addr(s_tile_addr, pass, j), g_row + j * kThreadsPerRow * 16, j,
-                         offset >= 0);
+      for (int i = 0; i < kGroup; ++i) {
+        offsets[i] = row_is_mine(first + i) ? row_offset(row + (first + i) * kRowsPerPass) : -1;
       }
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i)
+        copy_row<kTail>(s_tile_addr, g_tensor, first + i, offsets[i]);
     }
   }
 
@@ -105,6 +107,19 @@ struct TileCopy {
   }
 
  private:
+  template <bool kTail>
+  __device__ void copy_row(uint32_t s_tile_addr, const char* g_tensor, int pass,
+                           int64_t offset) const {
+    if (!row_is_mine(pass)) return;
+    const char* g_row = g_tensor + max_of<int64_t>(offset, 0) + chunk * 16;
+#pragma unroll
+    for (int j = 0; j < kChunksPerThread; ++j) {
+      if (!chunk_is_filled(j)) continue;
+      copy_chunk<kTail>(s_addr(s_tile_addr, pass, j), g_row + j * kThreadsPerRow * 16, j,
+                        !kTail || offset >= 0);
+    }
+  }
+
   template <bool kTail>
   __device__ void copy(uint32_t s_tile_addr, const char* g_row, int rows_valid) const {
     // NOTE: the pointer walks from pass to pass. An offset for each pass would be hoisted out of

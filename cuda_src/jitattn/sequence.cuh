@@ -1,0 +1,67 @@
+// Where one sequence of the batch lies: first rows and lengths of its queries and keys.
+#pragma once
+
+#include "jitattn/enums.cuh"
+#include "jitattn/params.cuh"
+#include "jitattn/types.cuh"
+
+namespace jitattn {
+
+// Whether all sequences of the batch are alike.
+template <class Spec>
+constexpr bool kIsUniform =
+    Spec::kQLayout == SeqLayout::kBatched && Spec::kKvLayout == SeqLayout::kBatched;
+
+// The low word of index `idx`: indices are of 4 or 8 bytes, their values below 2^31.
+__device__ __forceinline__ int load_index(const int32_t* g_index, int idx, int words) {
+  return __ldg(g_index + static_cast<int64_t>(idx) * words);
+}
+
+struct Span {
+  int start;
+  int length;
+};
+
+// `most`: the largest length; `rows`: of the tensor. No index leads out of it, whatever was given.
+__device__ __forceinline__ Span load_span(const int32_t* g_start, const int32_t* g_stop, int idx,
+                                          int words, bool stop_is_length, int most, int rows) {
+  const int given = g_start == nullptr ? 0 : load_index(g_start, idx, words);
+  const int stop = load_index(g_stop, idx, words);
+  const int length = stop_is_length ? stop : stop - given;
+  const int start = min_of(max_of(given, 0), rows);
+  return {start, max_of(0, min_of(min_of(length, most), rows - start))};
+}
+
+// Queries of sequence batch_idx.
+template <class Spec>
+__device__ __forceinline__ Span q_span(const FwdParams& params, int batch_idx) {
+  if constexpr (Spec::kQLayout == SeqLayout::kBatched) return {0, params.len_q};
+  return load_span(params.q_start, params.q_stop, batch_idx, params.q_word, params.q_stop_is_length,
+                   params.len_q, params.q_rows);
+}
+
+// Keys of sequence batch_idx.
+template <class Spec>
+__device__ __forceinline__ Span kv_span(const FwdParams& params, int batch_idx) {
+  if constexpr (Spec::kKvLayout == SeqLayout::kBatched) return {0, params.len_kv};
+  return load_span(params.kv_start, params.kv_stop, batch_idx, params.kv_word,
+                   params.kv_stop_is_length, params.len_kv, params.kv_rows);
+}
+
+struct Sequence {
+  int q_start;
+  int len_q;
+  int kv_start;
+  int len_kv;
+  int diagonal;  // causal: query i sees keys <= i + diagonal
+
+  template <class Spec>
+  __device__ static Sequence of(const FwdParams& params, int batch_idx) {
+    if constexpr (kIsUniform<Spec>) return {0, params.len_q, 0, params.len_kv, params.diagonal};
+    const Span q = q_span<Spec>(params, batch_idx), kv = kv_span<Spec>(params, batch_idx);
+    const int corner = params.bottom_right ? kv.length - q.length : 0;
+    return {q.start, q.length, kv.start, kv.length, corner + params.diagonal};
+  }
+};
+
+}  // namespace jitattn
