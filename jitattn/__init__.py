@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from jitattn import reference
     from jitattn.attention import attention
     from jitattn.explain import explain
+    from jitattn.merge import merge
+    from jitattn.sequences import Padded, Paged, Ragged
     from jitattn.warmup import warmup
 
 __version__ = "0.1.0.dev0"
@@ -42,16 +44,22 @@ __all__ = [
     "JitAttnError",
     "LaunchError",
     "Mask",
+    "Padded",
+    "Paged",
+    "Ragged",
     "UnsupportedError",
     "__version__",
     "attention",
     "explain",
+    "merge",
     "reference",
     "warmup",
 ]
 
 #: Functions that live in a submodule of the same name, and submodules, loaded on first use.
-_LAZY_FUNCTIONS: Final = frozenset({"attention", "explain", "warmup"})
+_LAZY_FUNCTIONS: Final = frozenset({"attention", "explain", "merge", "warmup"})
+#: Classes that need torch, by the submodule that they live in.
+_LAZY_CLASSES: Final = {"Padded": "sequences", "Paged": "sequences", "Ragged": "sequences"}
 _LAZY_MODULES: Final = frozenset({"reference"})
 
 
@@ -72,6 +80,9 @@ def __getattr__(name: str) -> object:
     if name in _LAZY_FUNCTIONS or name in _LAZY_MODULES:
         module = importlib.import_module(f"{__name__}.{name}")
         return getattr(module, name) if name in _LAZY_FUNCTIONS else module
+    if name in _LAZY_CLASSES:
+        module = importlib.import_module(f"{__name__}.{_LAZY_CLASSES[name]}")
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

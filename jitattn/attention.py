@@ -9,11 +9,13 @@ from torch import Tensor
 from jitattn import interop
 from jitattn.dispatch import run
 from jitattn.masks import Full
+from jitattn.problem import Call
 
 if TYPE_CHECKING:
     import torch
 
     from jitattn.masks import Mask
+    from jitattn.sequences import KvSequences, QSequences
 
 _FULL = Full()
 
@@ -31,6 +33,8 @@ def attention(
     out_dtype: torch.dtype | None = None,
     num_splits: int | None = None,
     return_lse: bool = False,
+    q_seqs: QSequences = None,
+    kv_seqs: KvSequences = None,
 ) -> Any:  # noqa: ANN401 - Tensor or (Tensor, Tensor), or arrays of the library that q came from
     """Compute exact scaled dot-product attention, softmax(scale q k^T) v.
 
@@ -66,14 +70,22 @@ def attention(
         fixed number, the same inputs in a bigger batch give the same bits.
     return_lse : bool
         Return the log-sum-exp as well.
+    q_seqs : Ragged or Padded, optional
+        Where the sequences of q lie. With `Ragged`, q is [total, Hq, D], and out likewise; with
+        `Padded`, q is batched and only some of its rows are real. Rows that belong to no sequence
+        are 0 in a new out, and keep what they held in a given one.
+    kv_seqs : Ragged, Padded or Paged, optional
+        Where those of k and v lie, independently of q. With `Ragged`, k is [total, Hkv, D]; with
+        `Paged`, [num_pages, page_size, Hkv, D]. `layout` is for batched tensors only. Positions
+        count from the first real token, and the diagonal of `Causal` is that of each sequence.
 
     Returns
     -------
     out : Tensor, [B, Lq, Hq, Dv]
         Rows that may attend to nothing are 0, never NaN.
-    lse : Tensor, [B, Hq, Lq], fp32
-        Natural logarithm of the row sums; -inf for rows that may attend to nothing. Only with
-        ``return_lse``.
+    lse : Tensor, [B, Hq, Lq], or [Hq, total] with a ragged q; fp32
+        Natural logarithm of the row sums; -inf for rows that may attend to nothing, or belong to no
+        sequence. Only with ``return_lse``.
 
     Raises
     ------
@@ -106,22 +118,11 @@ def attention(
     >>> jitattn.attention(q, k, v, mask=jitattn.Causal()).shape
     torch.Size([1, 8, 32, 128])
     """
+    call = Call(mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, q_seqs, kv_seqs)
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
-        return run(q, k, v, mask, scale, layout, gear, out, out_dtype, num_splits, return_lse)
+        return run(q, k, v, call)
     tensors = interop.from_all({"q": q, "k": k, "v": v}, out=out)
-    result = run(
-        tensors["q"],
-        tensors["k"],
-        tensors["v"],
-        mask,
-        scale,
-        layout,
-        gear,
-        tensors.get("out"),
-        out_dtype,
-        num_splits,
-        return_lse,
-    )
+    result = run(tensors["q"], tensors["k"], tensors["v"], call._replace(out=tensors.get("out")))
     if not return_lse:
         return interop.to_kind_of(result, q) if out is None else out
     values, lse = result

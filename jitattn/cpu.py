@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from jitattn.errors import InternalError, InvalidInputError
 from jitattn.masks import Causal
+from jitattn.sequences import Padded, Paged, Ragged
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from jitattn.masks import Mask
+    from jitattn.problem import Call, Runtime
 
 #: Queries and keys of a chunk: the scores of a chunk take 4 · B · Hq · 128 · 512 bytes.
 CHUNK_Q: Final = 128
@@ -88,6 +91,125 @@ def attention_cpu(
     if not return_lse:
         return out
     return out, torch.cat([lse for _, lse in parts], dim=2)
+
+
+def run_cpu(
+    q: Tensor, k: Tensor, v: Tensor, runtime: Runtime, call: Call
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute a validated call of `attention` on CPU tensors."""
+    if call.q_seqs is None and call.kv_seqs is None:
+        is_bshd = call.layout == "bshd"
+        if not is_bshd:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        target = call.out if call.out is None or is_bshd else call.out.transpose(1, 2)
+        computed, lse = _dense(q, k, v, runtime, call, target)
+        if call.out is not None:
+            computed = call.out
+        elif not is_bshd:
+            computed = computed.transpose(1, 2)
+    else:
+        computed, lse = _sequence_by_sequence(q, k, v, runtime, call)
+    return (computed, lse) if call.return_lse else computed
+
+
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, runtime: Runtime, call: Call, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    result = attention_cpu(
+        q,
+        k,
+        v,
+        mask=call.mask,
+        scale=runtime.scale,
+        out=out,
+        out_dtype=call.out_dtype or q.dtype,
+        return_lse=True,
+    )
+    if not isinstance(result, tuple):
+        raise InternalError("the CPU path returned no LSE")
+    return result
+
+
+def _sequence_by_sequence(
+    q: Tensor, k: Tensor, v: Tensor, runtime: Runtime, call: Call
+) -> tuple[Tensor, Tensor]:
+    """Ragged, padded and paged: one sequence after another. Here contents are checked."""
+    is_flat = isinstance(call.q_seqs, Ragged)
+    if call.layout == "bhsd":
+        q = q if is_flat else q.transpose(1, 2)
+        is_batched = not isinstance(call.kv_seqs, Ragged | Paged)
+        k, v = (x.transpose(1, 2) if is_batched else x for x in (k, v))
+    # From here on: [B, L, H, D], [total, H, D], or [pages, page_size, H, D].
+    q_spans = _spans("q_seqs", call.q_seqs, runtime.batch, q.shape[0 if is_flat else 1])
+    pages = call.kv_seqs.block_table.tolist() if isinstance(call.kv_seqs, Paged) else None
+    rows = k.shape[0] if isinstance(call.kv_seqs, Ragged) else k.shape[1]
+    kv_spans = (
+        [(0, int(length)) for length in call.kv_seqs.length]
+        if isinstance(call.kv_seqs, Paged)
+        else _spans("kv_seqs", call.kv_seqs, runtime.batch, rows)
+    )
+    out = call.out
+    if out is None:
+        out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=call.out_dtype or q.dtype)
+    elif call.layout == "bhsd" and not is_flat:
+        out = out.transpose(1, 2)
+    shape = (q.shape[1], q.shape[0]) if is_flat else (q.shape[0], q.shape[2], q.shape[1])
+    lse = torch.full(
+        shape, float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
+    )
+    for idx, ((q_start, len_q), (kv_start, len_kv)) in enumerate(
+        zip(q_spans, kv_spans, strict=True)
+    ):
+        if not len_q:
+            continue
+        one_q = (q if is_flat else q[idx])[q_start : q_start + len_q][None]
+        if pages is not None:
+            one_k, one_v = (_gather(x, pages[idx], len_kv)[None] for x in (k, v))
+        else:
+            is_ragged = isinstance(call.kv_seqs, Ragged)
+            one_k, one_v = (
+                (x if is_ragged else x[idx])[kv_start : kv_start + len_kv][None] for x in (k, v)
+            )
+        part, part_lse = _dense(one_q, one_k, one_v, runtime, call, None)
+        target = out if is_flat else out[idx]
+        target[q_start : q_start + len_q] = part[0]
+        lse_target = lse if is_flat else lse[idx]
+        lse_target[:, q_start : q_start + len_q] = part_lse[0]
+    if call.out is not None:
+        return call.out, lse
+    return (out.transpose(1, 2) if call.layout == "bhsd" and not is_flat else out), lse
+
+
+def _spans(name: str, seqs: Ragged | Padded | None, batch: int, rows: int) -> list[tuple[int, int]]:
+    """(start, length) of every sequence; refuses one that leaves the tensor."""
+    if seqs is None:
+        return [(0, rows)] * batch
+    starts = [0] * batch if seqs.start is None else seqs.start.tolist()
+    lengths = seqs.lengths().tolist()
+    for idx, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        if start < 0 or length < 0 or start + length > rows:
+            raise InvalidInputError(
+                f"{name}: sequence {idx} is the rows {start} to {start + length - 1}, but there "
+                f"are only {rows}"
+            )
+    return list(zip(starts, lengths, strict=True))
+
+
+def _gather(x: Tensor, pages: list[int], length: int) -> Tensor:
+    """Keys or values of one sequence, [length, H, D]."""
+    page_size, num_pages = x.shape[1], x.shape[0]
+    used = pages[: -(-length // page_size)]
+    if len(used) * page_size < length:
+        raise InvalidInputError(
+            f"kv_seqs: a sequence has {length} keys, but its block table holds {len(pages)} pages "
+            f"of {page_size}"
+        )
+    for page in used:
+        if not 0 <= page < num_pages:
+            raise InvalidInputError(
+                f"kv_seqs: the block table names page {page}, but there are only {num_pages}"
+            )
+    return x[torch.tensor(used, dtype=torch.int64)].flatten(0, 1)[:length]
 
 
 def _any_requires_grad(*tensors: Tensor) -> bool:

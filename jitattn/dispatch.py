@@ -12,31 +12,35 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from jitattn.cpu import attention_cpu
-from jitattn.errors import InvalidInputError, LaunchError, UnsupportedError
+from jitattn import workspace
+from jitattn.cpu import run_cpu
+from jitattn.errors import LaunchError, UnsupportedError
 from jitattn.jit import launch
 from jitattn.jit.device import device
 from jitattn.jit.params import fast_divisor
-from jitattn.jit.spec import FwdSpec, MergeSpec, RowClass
-from jitattn.problem import parse
+from jitattn.jit.spec import RowClass, SeqLayout
+from jitattn.layouts import parse
+from jitattn.problem import Indices
 from jitattn.tiles import choose_splits, fwd_spec, heads_per_tile
+from jitattn.workspace import arrivals
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from jitattn.jit.spec import KernelSpec, Problem
-    from jitattn.masks import Mask
-    from jitattn.problem import Runtime
+    from jitattn.problem import Call, Runtime
 
 _LOG2_E: Final = math.log2(math.e)
 #: Stands for a scale of 0, with which a hidden score, -inf, would become NaN.
 _TINY_SCALE: Final = 1e-30
-#: Rows that a CTA of the merge kernel handles: one a warp.
-_MERGE_ROWS: Final = MergeSpec.num_threads // 32
+#: A call with more query tiles than this many times the CTAs that the GPU holds needs no splits.
+_BALANCED_TILES: Final = 4
 
 _fwd_kernels: dict[tuple[Problem, RowClass, int], _FwdKernel] = {}
-_merge_kernels: dict[tuple[Problem, int], launch.Kernel] = {}
 _divisors: dict[int, tuple[int, int]] = {}
+_NOWHERE: Final = Indices(
+    0, 0, 0, 0, 0, 0, False, 1, 1, 1, True, True, 0, 0, 0, 1, False
+)  # every sequence fills its row of the batch
 
 
 class _FwdKernel(NamedTuple):
@@ -45,6 +49,7 @@ class _FwdKernel(NamedTuple):
     loaded: launch.Kernel
     block_q: int
     block_kv: int
+    num_slots: int  #: CTAs that the GPU holds at a time
 
 
 class Plan(NamedTuple):
@@ -53,41 +58,19 @@ class Plan(NamedTuple):
     kernel: launch.Kernel
     rows: RowClass
     heads_per_tile: int
-    num_q_tiles: int
-    num_splits: int
+    num_q_tiles: int  #: of the longest sequence
+    num_splits: int  #: 0: every CTA finds out from the lengths
+    num_slots: int
     num_ctas: int
+    rows_per_tile: int
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Mask,
-    scale: float | None,
-    layout: str,
-    gear: int | None,
-    out: Tensor | None,
-    out_dtype: torch.dtype | None,
-    num_splits: int | None,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute `attention` on torch tensors; the arguments are those of `jitattn.attention`."""
-    problem, runtime = parse(
-        q,
-        k,
-        v,
-        mask=mask,
-        scale=scale,
-        layout=layout,
-        gear=gear,
-        out=out,
-        out_dtype=out_dtype,
-        num_splits=num_splits,
-        return_lse=return_lse,
-    )
+def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute `attention` on torch tensors."""
+    problem, runtime = parse(q, k, v, call)
     if q.is_cuda:
-        return _run_cuda(q, k, v, problem, runtime, layout, out, out_dtype, num_splits, return_lse)
-    return _run_cpu(q, k, v, mask, runtime, layout, out, out_dtype, return_lse)
+        return _run_cuda(q, k, v, problem, runtime, call)
+    return run_cpu(q, k, v, runtime, call)
 
 
 def plan(problem: Problem, runtime: Runtime, device_index: int, num_splits: int | None) -> Plan:
@@ -108,38 +91,54 @@ def plan(problem: Problem, runtime: Runtime, device_index: int, num_splits: int 
         rows = RowClass.ROWS16 if num_rows <= RowClass.ROWS16 else RowClass.ROWS64
     kernel = _fwd_kernels.get((problem, rows, device_index))
     if kernel is None:
-        # Whether the keys are split depends on lengths, which must compile nothing: load both now.
-        _merge_kernel(problem, device_index)
-        spec = fwd_spec(problem, device(device_index).arch, rows)
-        kernel = _FwdKernel(_kernel(spec, device_index), spec.tile.block_q, spec.tile.block_kv)
-        _fwd_kernels[problem, rows, device_index] = kernel
+        kernel = _fwd_kernels[problem, rows, device_index] = _load(problem, rows, device_index)
     num_q_tiles = -(-num_rows // kernel.block_q)
-    num_tiles = num_q_tiles * (runtime.heads_q // packed) * runtime.batch
-    if num_splits is None:
-        num_splits = choose_splits(
-            num_tiles,
-            -(-runtime.len_kv // kernel.block_kv),
-            device(device_index).num_sms * kernel.loaded.blocks_per_sm,
-        )
-    num_ctas = num_tiles * num_splits
+    head_tiles = runtime.heads_q // packed
+    num_tiles = num_q_tiles * runtime.batch
+    num_slots = kernel.num_slots
+    num_items = num_tiles
+    if runtime.indices is None:
+        if num_splits is None:
+            num_splits = choose_splits(
+                num_tiles * head_tiles, -(-runtime.len_kv // kernel.block_kv), num_slots
+            )
+        num_items *= num_splits
+    elif num_splits is not None:
+        num_items *= num_splits
+    elif num_tiles * head_tiles > _BALANCED_TILES * num_slots:
+        num_splits = 1
+    else:
+        # At most one item more than its share of the slots for each query tile.
+        num_splits, num_items = 0, num_tiles + num_slots // head_tiles + 1
+    num_ctas = num_items * head_tiles
     if num_ctas > launch.MAX_GRID:
         raise UnsupportedError(
             f"the call needs {num_ctas} CTAs: a grid has at most 2**31 - 1; split the batch"
         )
-    return Plan(kernel.loaded, rows, packed, num_q_tiles, num_splits, num_ctas)
+    return Plan(
+        kernel.loaded,
+        rows,
+        packed,
+        num_q_tiles,
+        num_splits,
+        num_slots,
+        num_ctas,
+        kernel.block_q,
+    )
+
+
+def _load(problem: Problem, rows: RowClass, device_index: int) -> _FwdKernel:
+    here = device(device_index)
+    if not torch.cuda.is_current_stream_capturing():
+        workspace.prepare(device_index)
+    spec = fwd_spec(problem, here.arch, rows)
+    kernel = _kernel(spec, device_index)
+    num_slots = here.num_sms * kernel.blocks_per_sm
+    return _FwdKernel(kernel, spec.tile.block_q, spec.tile.block_kv, num_slots)
 
 
 def _run_cuda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    problem: Problem,
-    runtime: Runtime,
-    layout: str,
-    out: Tensor | None,
-    out_dtype: torch.dtype | None,
-    num_splits: int | None,
-    return_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, problem: Problem, runtime: Runtime, call: Call
 ) -> Tensor | tuple[Tensor, Tensor]:
     if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
         raise UnsupportedError(
@@ -151,28 +150,39 @@ def _run_cuda(
             "this process was forked from one that had used CUDA, which does not survive that; "
             "start worker processes with the 'spawn' start method"
         )
-    batch, len_q, heads_q = runtime.batch, runtime.len_q, runtime.heads_q
-    is_bshd = layout == "bshd"
+    # Rows that belong to no sequence are written by no kernel.
+    is_sparse = problem.q_layout is not SeqLayout.BATCHED
+    out, lse = call.out, None
     if out is None:
-        shape = (
-            (batch, len_q, heads_q, problem.head_dim_v)
-            if is_bshd
-            else (batch, heads_q, len_q, problem.head_dim_v)
-        )
-        out = q.new_empty(shape, dtype=out_dtype)
-    lse = (
-        torch.empty((batch, heads_q, len_q), dtype=torch.float32, device=q.device)
-        if return_lse
-        else None
-    )
-    if batch * heads_q * len_q:
+        shape = (*q.shape[:-1], problem.head_dim_v)
+        out = (q.new_zeros if is_sparse else q.new_empty)(shape, dtype=call.out_dtype)
+    if call.return_lse:
+        shape = lse_shape(q, runtime)
+        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+        if is_sparse:
+            lse.fill_(float("-inf"))
+    if runtime.batch * runtime.heads_q * runtime.len_q:
         device_index = q.get_device()
         if device_index == torch._C._cuda_getDevice():
-            _launch(q, k, v, out, lse, problem, runtime, is_bshd, device_index, num_splits)
+            _launch(q, k, v, out, lse, problem, runtime, call, device_index)
         else:
             with torch.cuda.device(device_index):
-                _launch(q, k, v, out, lse, problem, runtime, is_bshd, device_index, num_splits)
+                _launch(q, k, v, out, lse, problem, runtime, call, device_index)
     return out if lse is None else (out, lse)
+
+
+def lse_shape(q: Tensor, runtime: Runtime) -> tuple[int, ...]:
+    """Return the shape of the LSE: [B, Hq, Lq], or [Hq, total] where q is flat."""
+    indices = runtime.indices
+    if indices is None:
+        return runtime.batch, runtime.heads_q, runtime.len_q
+    if indices.is_flat:
+        return runtime.heads_q, q.shape[0]
+    return (
+        runtime.batch,
+        runtime.heads_q,
+        q.numel() // max(1, runtime.batch * runtime.heads_q * q.shape[-1]),
+    )
 
 
 def _launch(
@@ -183,47 +193,59 @@ def _launch(
     lse: Tensor | None,
     problem: Problem,
     runtime: Runtime,
-    is_bshd: bool,
+    call: Call,
     device_index: int,
-    num_splits: int | None,
 ) -> None:
-    kernel, _, packed, num_q_tiles, splits, num_ctas = plan(
-        problem, runtime, device_index, num_splits
+    kernel, _, packed, num_q_tiles, splits, num_slots, num_ctas, block_q = plan(
+        problem, runtime, device_index, call.num_splits
     )
     stream = torch._C._cuda_getCurrentRawStream(device_index)
     batch, len_q, heads_q = runtime.batch, runtime.len_q, runtime.heads_q
+    indices = runtime.indices or _NOWHERE
     stride = out.stride()
-    out_strides = (
-        (stride[0], stride[1], stride[2]) if is_bshd else (stride[0], stride[2], stride[1])
-    )
-    out_ptr = out.data_ptr()
-    lse_ptr = 0 if lse is None else lse.data_ptr()
-    partial_out_ptr = partial_lse_ptr = 0
-    if splits > 1:
-        # One allocation for both: [splits, B, Hq, Lq, Dv] and, after it, [splits, B, Hq, Lq].
-        num_rows = batch * heads_q * len_q
-        values = splits * num_rows * problem.head_dim_v
-        partial = torch.empty(values + splits * num_rows, dtype=torch.float32, device=q.device)
+    if indices.is_flat:
+        out_strides = (0, stride[0], stride[1])
+    elif call.layout == "bshd":
+        out_strides = (stride[0], stride[1], stride[2])
+    else:
+        out_strides = (stride[0], stride[2], stride[1])
+    lse_ptr, lse_strides = 0, (0, 0)
+    if lse is not None:
+        stride = lse.stride()
+        lse_ptr, lse_strides = lse.data_ptr(), (0, stride[0])
+        if not indices.is_flat:
+            lse_strides = (stride[0], stride[1])
+    partial_out_ptr = partial_lse_ptr = arrivals_ptr = 0
+    if splits != 1:
+        # One allocation for both: values of every item, and after them their LSEs.
+        num_rows = num_ctas * block_q
+        values = num_rows * problem.head_dim_v
+        partial = torch.empty(values + num_rows, dtype=torch.float32, device=q.device)
         partial_out_ptr = partial.data_ptr()
         partial_lse_ptr = partial_out_ptr + 4 * values
-    divisor = _divisors.get(packed)
-    if divisor is None:
-        divisor = _divisors[packed] = fast_divisor(packed)
-    scale = runtime.scale
+        arrivals_ptr = arrivals(num_ctas, device_index, stream)
     kernel.launch(
         num_ctas,
         stream,
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
-        out_ptr,
+        out.data_ptr(),
         lse_ptr,
         partial_out_ptr,
         partial_lse_ptr,
+        arrivals_ptr,
+        indices.q_start,
+        indices.q_stop,
+        indices.kv_start,
+        indices.kv_stop,
+        indices.block_table,
         *runtime.q_strides,
         *runtime.k_strides,
         *runtime.v_strides,
         *out_strides,
+        *lse_strides,
+        indices.table_stride,
         batch,
         len_q,
         runtime.len_kv,
@@ -232,49 +254,38 @@ def _launch(
         packed,
         num_q_tiles,
         splits,
+        num_slots,
         runtime.diagonal,
-        scale < 0,
-        *divisor,
-        (abs(scale) or _TINY_SCALE) * _LOG2_E,
-        0,
+        indices.bottom_right,
+        runtime.scale < 0,
+        indices.q_word,
+        indices.kv_word,
+        indices.table_word,
+        indices.q_stop_is_length,
+        indices.kv_stop_is_length,
+        indices.q_rows,
+        indices.kv_rows,
+        indices.num_pages,
+        indices.page_size,
+        *_divisor(indices.page_size),
+        *_divisor(packed),
+        (abs(runtime.scale) or _TINY_SCALE) * _LOG2_E,
     )
-    if splits > 1:
-        _merge_kernel(problem, device_index).launch(
-            -(-num_rows // _MERGE_ROWS),
-            stream,
-            partial_out_ptr,
-            partial_lse_ptr,
-            out_ptr,
-            lse_ptr,
-            *out_strides,
-            num_rows,
-            len_q,
-            heads_q,
-            splits,
-            0,
-        )
 
 
-def _merge_kernel(problem: Problem, device_index: int) -> launch.Kernel:
-    kernel = _merge_kernels.get((problem, device_index))
-    if kernel is None:
-        kernel = _kernel(merge_spec(problem, device(device_index).arch), device_index)
-        _merge_kernels[problem, device_index] = kernel
-    return kernel
-
-
-def merge_spec(problem: Problem, arch: str) -> MergeSpec:
-    """Return the spec of the kernel that merges the splits of `problem`."""
-    return MergeSpec(out_dtype=problem.out_dtype, head_dim_v=problem.head_dim_v, arch=arch)
+def _divisor(divisor: int) -> tuple[int, int]:
+    found = _divisors.get(divisor)
+    if found is None:
+        found = _divisors[divisor] = fast_divisor(divisor)
+    return found
 
 
 def specs_of_problem(problem: Problem, arch: str) -> list[KernelSpec]:
     """Return every kernel that calls with this problem can need, whatever their lengths."""
-    forward = [fwd_spec(problem, arch, rows) for rows in RowClass]
-    return [*dict.fromkeys(forward), merge_spec(problem, arch)]
+    return list(dict.fromkeys(fwd_spec(problem, arch, rows) for rows in RowClass))
 
 
-def _kernel(spec: FwdSpec | MergeSpec, device_index: int) -> launch.Kernel:
+def _kernel(spec: KernelSpec, device_index: int) -> launch.Kernel:
     if not launch.is_loaded(spec, device_index) and torch.cuda.is_current_stream_capturing():
         raise LaunchError(
             f"the {spec.family} kernel of this call is not loaded, and the current stream is "
@@ -284,44 +295,9 @@ def _kernel(spec: FwdSpec | MergeSpec, device_index: int) -> launch.Kernel:
     return launch.kernel(spec, device_index)
 
 
-def _run_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Mask,
-    runtime: Runtime,
-    layout: str,
-    out: Tensor | None,
-    out_dtype: torch.dtype | None,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    is_bshd = layout == "bshd"
-    if not is_bshd:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    result = attention_cpu(
-        q,
-        k,
-        v,
-        mask=mask,
-        scale=runtime.scale,
-        out=out if out is None or is_bshd else out.transpose(1, 2),
-        out_dtype=out_dtype or q.dtype,
-        return_lse=True,
-    )
-    if not isinstance(result, tuple):
-        raise InvalidInputError("the CPU path returned no LSE")
-    computed, lse = result
-    if out is not None:
-        computed = out
-    elif not is_bshd:
-        computed = computed.transpose(1, 2)
-    return (computed, lse) if return_lse else computed
-
-
 def forget_kernels() -> None:
     """Forget which kernels calls have got: in a forked child, and in tests."""
     _fwd_kernels.clear()
-    _merge_kernels.clear()
     launch.unload_all()
 
 

@@ -14,12 +14,14 @@ from jitattn.dispatch import plan
 from jitattn.gears import default_gear
 from jitattn.jit.device import device
 from jitattn.jit.spec import Access, RowClass
+from jitattn.layouts import parse
 from jitattn.masks import Full
-from jitattn.problem import parse
+from jitattn.problem import Call
 
 if TYPE_CHECKING:
     from jitattn.jit.spec import Problem
     from jitattn.masks import Mask
+    from jitattn.sequences import KvSequences, QSequences
 
 _FULL = Full()
 
@@ -37,7 +39,7 @@ class Explanation:
     origin: str  #: where this process got the cubin: "disk", "read-only" (directory) or "compiled"
     row_class: str
     heads_per_tile: int  #: query heads packed into the rows of a tile
-    num_splits: int
+    num_splits: int  #: 0: found out on the device, from the lengths
     num_ctas: int
     blocks_per_sm: int
     registers: int  #: per thread
@@ -81,6 +83,8 @@ def explain(
     out_dtype: torch.dtype | None = None,
     num_splits: int | None = None,
     return_lse: bool = False,
+    q_seqs: QSequences = None,
+    kv_seqs: KvSequences = None,
 ) -> Explanation:
     """Say which kernel `attention` would use for these arguments, and why.
 
@@ -95,19 +99,8 @@ def explain(
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         tensors = interop.from_all({"q": q, "k": k, "v": v}, out=out)
         q, k, v, out = tensors["q"], tensors["k"], tensors["v"], tensors.get("out")
-    problem, runtime = parse(
-        q,
-        k,
-        v,
-        mask=mask,
-        scale=scale,
-        layout=layout,
-        gear=gear,
-        out=out,
-        out_dtype=out_dtype,
-        num_splits=num_splits,
-        return_lse=return_lse,
-    )
+    call = Call(mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, q_seqs, kv_seqs)
+    problem, runtime = parse(q, k, v, call)
     gear = default_gear(problem.dtype) if gear is None else gear
     asked: dict[str, str | int] = {
         "batch": runtime.batch,
@@ -119,6 +112,8 @@ def explain(
         "head_dim_v": problem.head_dim_v,
         "dtype": problem.dtype.value,
         "mask": problem.mask.value,
+        "q_layout": problem.q_layout.value,
+        "kv_layout": problem.kv_layout.value,
     }
     if not q.is_cuda or math.prod((runtime.batch, runtime.len_q, runtime.heads_q)) == 0:
         why = "q is on the CPU" if not q.is_cuda else "the result has no elements"
@@ -176,7 +171,9 @@ def _reasons(
     if asked_splits is not None:
         reasons.append(f"num_splits={asked_splits} was asked for")
     elif num_splits > 1:
-        reasons.append("too few tiles to fill the GPU: the keys are split, and merged afterwards")
+        reasons.append("too few tiles to fill the GPU: the keys are split")
+    elif num_splits == 0:
+        reasons.append("lengths differ: every CTA counts them, and long sequences are split")
     if problem.access is Access.ELEMENT:
         reasons.append(
             "a head_dim, stride or address is not a multiple of 16 bytes: one element at a time"

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TypeAlias
 
 import torch
 
 from jitattn.errors import InternalError, InvalidInputError, UnsupportedError
 from jitattn.gears import resolve_numerics
-from jitattn.jit.spec import Access, Dtype, MaskKind, Problem
+from jitattn.jit.spec import Access, Dtype, MaskKind, Problem, SeqLayout
 from jitattn.masks import Causal, Full
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from jitattn.masks import Mask
+    from jitattn.sequences import KvSequences, QSequences
 
 #: batch, len_q, len_kv, heads_q, heads_kv, head_dim, head_dim_v.
 _Sizes: TypeAlias = tuple[int, int, int, int, int, int, int]
@@ -44,6 +45,47 @@ _MAX_SCALE: Final = 3.4e38 / math.log2(math.e)
 _problems: dict[tuple[object, ...], Problem] = {}
 
 
+class Call(NamedTuple):
+    """The keyword arguments of `attention`, as they were given."""
+
+    mask: Mask
+    scale: float | None
+    layout: str
+    gear: int | None
+    out: Tensor | None
+    out_dtype: torch.dtype | None
+    num_splits: int | None
+    return_lse: bool
+    q_seqs: QSequences
+    kv_seqs: KvSequences
+
+
+class Indices(NamedTuple):
+    """Where sequences lie that differ from each other, as a kernel reads it.
+
+    Addresses are 0 for what does not exist. Indices are read as 4-byte words: of one of 8 bytes,
+    the low word.
+    """
+
+    q_start: int
+    q_stop: int
+    kv_start: int
+    kv_stop: int
+    block_table: int
+    table_stride: int  #: between the rows of the table, in words
+    bottom_right: bool  #: the diagonal of each sequence is moved by its Lkv - Lq
+    q_word: int  #: words of an index: 1 or 2
+    kv_word: int
+    table_word: int
+    q_stop_is_length: bool
+    kv_stop_is_length: bool
+    q_rows: int  #: rows of the tensor, of which no index leads out
+    kv_rows: int
+    num_pages: int
+    page_size: int  #: 1 where there are no pages
+    is_flat: bool  #: q is [total, Hq, D], and so out; LSE is [Hq, total]
+
+
 class Runtime(NamedTuple):
     """What a call hands to a kernel beside the code: sizes, strides and numbers.
 
@@ -60,28 +102,19 @@ class Runtime(NamedTuple):
     v_strides: Strides
     scale: float  #: finite, any sign
     diagonal: int  #: causal: query i sees the keys <= i + diagonal; 0 for Full
+    indices: Indices | None = None  #: None: every sequence fills its row of the batch
 
 
-def parse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Mask,
-    scale: float | None,
-    layout: str,
-    gear: int | None,
-    out: Tensor | None,
-    out_dtype: torch.dtype | None,
-    num_splits: int | None,
-    return_lse: bool,
-) -> tuple[Problem, Runtime]:
+def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime]:
     """Check every argument of `attention` and sort its facts by what they change.
+
+    Here, every sequence fills its row of the batch; `layouts.parse` handles all others too.
 
     Parameters
     ----------
-    q, k, v, mask, scale, layout, gear, out, out_dtype, num_splits, return_lse
-        As in `jitattn.attention`, with torch tensors only.
+    q, k, v : Tensor
+        torch tensors only.
+    call : Call
 
     Returns
     -------
@@ -97,17 +130,11 @@ def parse(
     UnsupportedError
         The request is legal, but nothing computes it yet: a gear, a dtype, a device.
     """
-    if layout == "bshd":
-        row, head = 1, 2
-    elif layout == "bhsd":
-        row, head = 2, 1
-    else:
-        raise InvalidInputError(
-            f"layout={layout!r}: the layout is 'bshd' ([B, L, H, D]) or 'bhsd' ([B, H, L, D])"
-        )
+    mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, _, _ = call
+    row, head = axes(layout)
     batch, len_q, len_kv, heads_q, heads_kv, head_dim, head_dim_v = _sizes(q, k, v, row, head)
     diagonal = _diagonal(mask, len_q, len_kv)
-    _check_options(q, gear, out_dtype, num_splits, return_lse)
+    check_options(q, gear, out_dtype, num_splits, return_lse)
     result_dtype = q.dtype if out_dtype is None else out_dtype
 
     try:
@@ -119,8 +146,8 @@ def parse(
     except RuntimeError:  # sparse, nested, inside a transform
         odd = True
     if odd:  # name what is wrong, if it is wrong
-        address = _address("q", q) | _address("k", k) | _address("v", v)
-        q_stride, k_stride, v_stride = _stride("q", q), _stride("k", k), _stride("v", v)
+        address = address_of("q", q) | address_of("k", k) | address_of("v", v)
+        q_stride, k_stride, v_stride = strides_of("q", q), strides_of("k", k), strides_of("v", v)
     # A stride that no index passes says nothing.
     q_strides = qb, qr, qh = (
         q_stride[0] if batch > 1 else 0,
@@ -143,18 +170,16 @@ def parse(
         shape = (batch, len_q, heads_q, head_dim_v)
         if layout == "bhsd":
             shape = (batch, heads_q, len_q, head_dim_v)
-        _check_out(out, (q, k, v), shape, result_dtype)
-        address |= _address("out", out)
-        steps = zip(_stride("out", out)[:3], shape, strict=False)
+        check_out(out, (q, k, v), shape, result_dtype)
+        address |= address_of("out", out)
+        steps = zip(strides_of("out", out)[:3], shape, strict=False)
         for unit in (head_dim_v, *(step for step, count in steps if count > 1)):
             units |= unit * out.element_size()
 
     aligned = (address | units) & 15 == 0
     key = (q.dtype, result_dtype, head_dim, head_dim_v, type(mask), gear, aligned)
     problem = _problems.get(key)
-    if problem is None:
-        problem = _problems[key] = _new_problem(*key)
-    return problem, Runtime(
+    return problem_of(key) if problem is None else problem, Runtime(
         batch,
         len_q,
         len_kv,
@@ -163,38 +188,31 @@ def parse(
         q_strides,
         k_strides,
         v_strides,
-        head_dim**-0.5 if scale is None else _checked_scale(scale),
+        head_dim**-0.5 if scale is None else checked_scale(scale),
         diagonal,
+    )
+
+
+def axes(layout: str) -> tuple[int, int]:
+    """Return which dimensions of a batched tensor are rows and heads."""
+    if layout == "bshd":
+        return 1, 2
+    if layout == "bhsd":
+        return 2, 1
+    raise InvalidInputError(
+        f"layout={layout!r}: the layout is 'bshd' ([B, L, H, D]) or 'bhsd' ([B, H, L, D])"
     )
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, row: int, head: int) -> _Sizes:
     """Check types, dtypes, devices and shapes of the inputs against each other."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, torch.Tensor):
-            raise InvalidInputError(
-                f"{name} is a {type(tensor).__name__}: q, k and v must be torch tensors"
-            )
-    dtype, device = q.dtype, q.device
-    if not k.dtype == v.dtype == dtype:
-        raise InvalidInputError(
-            f"q is {_short(dtype)}, k is {_short(k.dtype)} and v is {_short(v.dtype)}: "
-            "they must have one dtype; cast them with .to()"
-        )
-    if not k.device == v.device == device:
-        raise InvalidInputError(
-            f"q is on {device}, k is on {k.device} and v is on {v.device}: "
-            "they must be on one device; move them with .to()"
-        )
-    if not (q.is_cuda or q.is_cpu):
-        raise UnsupportedError(
-            f"q is on {device}: attention runs on CUDA and CPU tensors; move q, k and v with .to()"
-        )
+    check_alike(q, k, v)
     shape_q, shape_k, shape_v = q.shape, k.shape, v.shape
     if not len(shape_q) == len(shape_k) == len(shape_v) == 4:
         raise InvalidInputError(
             f"q, k and v must have 4 dimensions each, batch first and head_dim last "
-            f"({_shapes(q, k, v)}); add a batch with .unsqueeze(0)"
+            f"({shapes(q, k, v)}); add a batch with .unsqueeze(0), or say where the sequences lie "
+            "with q_seqs and kv_seqs"
         )
     batch, heads_q, heads_kv = shape_q[0], shape_q[head], shape_k[head]
     len_q, len_kv, head_dim = shape_q[row], shape_k[row], shape_q[3]
@@ -206,10 +224,49 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, row: int, head: int) -> _Sizes:
         or shape_v[head] != heads_kv
     ):
         _refuse_shapes(q, k, v, row, head)
+    check_counts(q, k, v, batch, len_q, len_kv, heads_q, heads_kv)
+    return batch, len_q, len_kv, heads_q, heads_kv, head_dim, shape_v[3]
+
+
+def check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check types, dtypes and devices of the inputs against each other."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise InvalidInputError(
+                f"{name} is a {type(tensor).__name__}: q, k and v must be torch tensors"
+            )
+    dtype, device = q.dtype, q.device
+    if not k.dtype == v.dtype == dtype:
+        raise InvalidInputError(
+            f"q is {short(dtype)}, k is {short(k.dtype)} and v is {short(v.dtype)}: "
+            "they must have one dtype; cast them with .to()"
+        )
+    if not k.device == v.device == device:
+        raise InvalidInputError(
+            f"q is on {device}, k is on {k.device} and v is on {v.device}: "
+            "they must be on one device; move them with .to()"
+        )
+    if not (q.is_cuda or q.is_cpu):
+        raise UnsupportedError(
+            f"q is on {device}: attention runs on CUDA and CPU tensors; move q, k and v with .to()"
+        )
+
+
+def check_counts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: int,
+    len_q: int,
+    len_kv: int,
+    heads_q: int,
+    heads_kv: int,
+) -> None:
+    """Check head counts against each other, and that everything can be counted in 32 bits."""
     if (heads_q % heads_kv if heads_kv else heads_q) != 0:
         raise InvalidInputError(
             f"q has {heads_q} heads but k and v have {heads_kv}: the heads of q must be a multiple "
-            f"of those of k and v ({_shapes(q, k, v)}); check the layout argument"
+            f"of those of k and v ({shapes(q, k, v)}); check the layout argument"
         )
     rows = len_q * (heads_q // heads_kv) if heads_kv else len_q
     if rows > _MAX_COUNT or len_kv > _MAX_COUNT or batch * heads_q > _MAX_COUNT:
@@ -217,10 +274,9 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, row: int, head: int) -> _Sizes:
             f"len_q * (heads_q / heads_kv) is {rows}, len_kv is {len_kv} and batch * heads_q is "
             f"{batch * heads_q}: each must be below 2**31; split the call"
         )
-    return batch, len_q, len_kv, heads_q, heads_kv, head_dim, shape_v[3]
 
 
-def _stride(name: str, tensor: Tensor) -> tuple[int, ...]:
+def strides_of(name: str, tensor: Tensor) -> tuple[int, ...]:
     """Return the strides of a tensor whose last one is 1, or passed by no index."""
     try:
         stride = tensor.stride()
@@ -228,7 +284,7 @@ def _stride(name: str, tensor: Tensor) -> tuple[int, ...]:
         raise _no_plain_memory(name, tensor) from error
     if tensor.layout is not torch.strided:
         raise _no_plain_memory(name, tensor)
-    if stride[3] != 1 and tensor.shape[3] > 1:
+    if stride[-1] != 1 and tensor.shape[-1] > 1:
         raise InvalidInputError(
             f"{name} has strides {tuple(stride)}: the last one must be 1; "
             f"call {name}.contiguous() first"
@@ -236,7 +292,7 @@ def _stride(name: str, tensor: Tensor) -> tuple[int, ...]:
     return stride
 
 
-def _address(name: str, tensor: Tensor) -> int:
+def address_of(name: str, tensor: Tensor) -> int:
     """Return the address of a tensor; 0 for one on the CPU that has none (inside torch.func)."""
     if tensor.is_neg():
         raise InvalidInputError(
@@ -253,11 +309,20 @@ def _address(name: str, tensor: Tensor) -> int:
 
 def _diagonal(mask: Mask, len_q: int, len_kv: int) -> int:
     """Check the mask, and say where the causal diagonal starts."""
-    kind = type(mask)
-    if kind is Full:
+    if type(mask) is Full:
         return 0
     if isinstance(mask, Causal):
         return len_kv - len_q if mask.align == "bottom_right" else 0
+    raise _no_mask(mask)
+
+
+def check_mask(mask: Mask) -> None:
+    """Refuse what is no mask."""
+    _diagonal(mask, 0, 0)
+
+
+def _no_mask(mask: object) -> InvalidInputError:
+    kind = type(mask)
     if isinstance(mask, torch.Tensor):
         hint = "tensors are not taken as masks"
     elif isinstance(mask, bool):
@@ -268,12 +333,12 @@ def _diagonal(mask: Mask, len_q: int, len_kv: int) -> int:
         hint = "leave mask out to let every query see every key"
     else:
         hint = "both are in jitattn"
-    raise InvalidInputError(
+    return InvalidInputError(
         f"mask is a {kind.__name__}: it must be Full() or Causal(align=...); {hint}"
     )
 
 
-def _check_options(
+def check_options(
     q: Tensor,
     gear: int | None,
     out_dtype: torch.dtype | None,
@@ -298,7 +363,8 @@ def _check_options(
         raise InvalidInputError(f"return_lse={return_lse!r}: it must be True or False")
 
 
-def _checked_scale(scale: float) -> float:
+def checked_scale(scale: float) -> float:
+    """Return the scale as a float; refuse what is none."""
     if type(scale) is float and -_MAX_SCALE < scale < _MAX_SCALE:
         return scale
     if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
@@ -312,7 +378,7 @@ def _checked_scale(scale: float) -> float:
     )
 
 
-def _check_out(
+def check_out(
     out: Tensor, inputs: tuple[Tensor, Tensor, Tensor], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     """Check the caller's result tensor; its strides are checked where they are read."""
@@ -325,7 +391,7 @@ def _check_out(
         )
     if out.dtype != dtype:
         raise InvalidInputError(
-            f"out is {_short(out.dtype)} but the result is {_short(dtype)}: they must be the same; "
+            f"out is {short(out.dtype)} but the result is {short(dtype)}: they must be the same; "
             "pass the dtype of out as out_dtype"
         )
     if out.device != inputs[0].device:
@@ -357,10 +423,10 @@ def _check_out_memory(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
                     "elements must not overlap; allocate it with torch.empty"
                 )
             reached += stride * (size - 1)
-    start, span = _address("out", out), _span(out)
+    start, span = address_of("out", out), _span(out)
     end = start + span * out.element_size()
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        other, other_span = _address(name, tensor), _span(tensor)
+        other, other_span = address_of(name, tensor), _span(tensor)
         other_end = other + other_span * tensor.element_size()
         # Where the address ranges meet, the memory is shared for certain if they begin together or
         # if one of them has no gaps; interleaved ones are the caller's affair.
@@ -379,15 +445,17 @@ def _check_out_memory(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _span(tensor: Tensor) -> int:
     """Elements from the first to the last of a tensor that is not empty."""
-    size_0, size_1, size_2, size_3 = tensor.shape
-    stride_0, stride_1, stride_2, stride_3 = tensor.stride()
-    return (
-        1
-        + (size_0 - 1) * stride_0
-        + (size_1 - 1) * stride_1
-        + (size_2 - 1) * stride_2
-        + (size_3 - 1) * stride_3
+    return 1 + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
+
+
+def problem_of(facts: tuple[Any, ...]) -> Problem:
+    """Return the `Problem` of these facts, always the same object."""
+    problem = _problems.get(facts)
+    if problem is None:
+        problem = _problems[facts] = _new_problem(*facts)
+    return problem
 
 
 def _new_problem(
@@ -398,16 +466,18 @@ def _new_problem(
     mask_type: type,
     gear: int | None,
     aligned: bool,
+    q_layout: SeqLayout = SeqLayout.BATCHED,
+    kv_layout: SeqLayout = SeqLayout.BATCHED,
 ) -> Problem:
     """Check what is worth checking once per kind of call, and build its `Problem`."""
     if dtype not in DTYPES:
         raise UnsupportedError(
-            f"q is {_short(dtype)}: attention takes {', '.join(map(_short, DTYPES))}; "
+            f"q is {short(dtype)}: attention takes {', '.join(map(short, DTYPES))}; "
             "cast q, k and v with .to()"
         )
     if out_dtype not in (dtype, torch.float32):
         raise UnsupportedError(
-            f"out_dtype={out_dtype}: the result has the dtype of q ({_short(dtype)}) or float32; "
+            f"out_dtype={out_dtype}: the result has the dtype of q ({short(dtype)}) or float32; "
             "cast it afterwards"
         )
     for name, dim in (("head_dim", head_dim), ("head_dim of v", head_dim_v)):
@@ -423,6 +493,8 @@ def _new_problem(
         head_dim_v=head_dim_v,
         mask=MaskKind.CAUSAL if mask_type is Causal else MaskKind.FULL,
         numerics=resolve_numerics(gear, DTYPES[dtype]),
+        q_layout=q_layout,
+        kv_layout=kv_layout,
         access=Access.VEC16 if aligned else Access.ELEMENT,
     )
 
@@ -440,10 +512,10 @@ def _refuse_shapes(q: Tensor, k: Tensor, v: Tensor, row: int, head: int) -> NoRe
         if tensor.shape[axis] != tensor_other.shape[axis]:
             raise InvalidInputError(
                 f"{name_other} has {what} {tensor_other.shape[axis]} but {name} has "
-                f"{tensor.shape[axis]}: they must match ({_shapes(q, k, v)}); "
+                f"{tensor.shape[axis]}: they must match ({shapes(q, k, v)}); "
                 "check the layout argument"
             )
-    raise InternalError(f"shapes were refused without a reason: {_shapes(q, k, v)}")
+    raise InternalError(f"shapes were refused without a reason: {shapes(q, k, v)}")
 
 
 def _no_plain_memory(name: str, tensor: Tensor) -> InvalidInputError:
@@ -453,9 +525,11 @@ def _no_plain_memory(name: str, tensor: Tensor) -> InvalidInputError:
     )
 
 
-def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+def shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Name the shapes of the inputs, for a message."""
     return f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
+    """'float16', without torch's name in front."""
     return str(dtype).removeprefix("torch.")

@@ -13,11 +13,13 @@ import torch
 
 from jitattn.errors import InvalidInputError
 from jitattn.masks import Causal, Full
+from jitattn.sequences import Padded, Paged, Ragged
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from jitattn.masks import Mask
+    from jitattn.sequences import KvSequences, QSequences
 
 
 def visible(
@@ -46,6 +48,8 @@ def reference(
     layout: str = ...,
     dtype: torch.dtype = ...,
     return_lse: Literal[False] = ...,
+    q_seqs: QSequences = ...,
+    kv_seqs: KvSequences = ...,
 ) -> Tensor: ...
 @overload
 def reference(
@@ -58,6 +62,8 @@ def reference(
     layout: str = ...,
     dtype: torch.dtype = ...,
     return_lse: Literal[True],
+    q_seqs: QSequences = ...,
+    kv_seqs: KvSequences = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -71,6 +77,8 @@ def reference(
     layout: str = "bshd",
     dtype: torch.dtype = torch.float64,
     return_lse: bool = False,
+    q_seqs: QSequences = None,
+    kv_seqs: KvSequences = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute exact scaled dot-product attention the obvious way.
 
@@ -87,6 +95,9 @@ def reference(
     dtype : torch.dtype, default torch.float64
         What everything is computed in, and the dtype of the results.
     return_lse : bool, default False
+    q_seqs, kv_seqs : optional
+        Where the sequences lie, as in `jitattn.attention`. Rows that belong to none are 0, with an
+        LSE of -inf.
 
     Returns
     -------
@@ -108,6 +119,9 @@ def reference(
     """
     if layout not in ("bshd", "bhsd"):
         raise InvalidInputError(f"layout={layout!r}: the layout is 'bshd' or 'bhsd'")
+    if q_seqs is not None or kv_seqs is not None:
+        out, lse = _one_by_one(q, k, v, mask, scale, layout, dtype, q_seqs, kv_seqs)
+        return (out, lse) if return_lse else out
     # Everything below is [B, H, L, D].
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if layout == "bshd":
@@ -134,3 +148,69 @@ def reference(
         return out
     lse = torch.logsumexp(scores, dim=3).masked_fill(~sees_any, float("-inf"))
     return out, lse
+
+
+def _one_by_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scale: float | None,
+    layout: str,
+    dtype: torch.dtype,
+    q_seqs: QSequences,
+    kv_seqs: KvSequences,
+) -> tuple[Tensor, Tensor]:
+    """Cut every sequence out, compute it alone, and put it where it belongs."""
+    is_flat = isinstance(q_seqs, Ragged)
+    if layout == "bhsd" and not is_flat:
+        q = q.transpose(1, 2)
+    if layout == "bhsd" and (kv_seqs is None or isinstance(kv_seqs, Padded)):
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    batch = q.shape[0] if q_seqs is None else q_seqs.batch
+    out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=dtype, device=q.device)
+    heads, rows = q.shape[-2], q.shape[-3]
+    lse = torch.full(
+        (heads, rows) if is_flat else (batch, heads, rows),
+        float("-inf"),
+        dtype=dtype,
+        device=q.device,
+    )
+    for b in range(batch):
+        where = _rows_of(q_seqs, b, rows)
+        own_q = q[where] if is_flat else q[b, where]
+        own_k, own_v = (_keys_of(kv_seqs, x, b) for x in (k, v))
+        own_out, own_lse = reference(
+            own_q[None],
+            own_k[None],
+            own_v[None],
+            mask=mask,
+            scale=scale,
+            dtype=dtype,
+            return_lse=True,
+        )
+        if is_flat:
+            out[where], lse[:, where] = own_out[0], own_lse[0]
+        else:
+            out[b, where], lse[b][:, where] = own_out[0], own_lse[0]
+    if layout == "bhsd" and not is_flat:
+        out = out.transpose(1, 2)
+    return out, lse
+
+
+def _rows_of(seqs: Ragged | Padded | None, b: int, rows: int) -> slice:
+    if seqs is None:
+        return slice(0, rows)
+    start = 0 if seqs.start is None else int(seqs.start[b])
+    return slice(start, start + int(seqs.lengths()[b]))
+
+
+def _keys_of(seqs: KvSequences, x: Tensor, b: int) -> Tensor:
+    if isinstance(seqs, Paged):
+        page_size = x.shape[1]
+        keys = range(int(seqs.length[b]))
+        rows = [x[int(seqs.block_table[b, t // page_size]), t % page_size] for t in keys]
+        return torch.stack(rows) if rows else x[:0, 0]
+    if isinstance(seqs, Ragged):
+        return x[_rows_of(seqs, b, x.shape[0])]
+    return x[b, _rows_of(seqs, b, x.shape[1])]

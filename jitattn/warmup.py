@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jitattn import interop
+from jitattn import interop, workspace
 from jitattn.attention import attention
 from jitattn.dispatch import specs_of_problem
 from jitattn.errors import InvalidInputError, UnsupportedError
@@ -18,7 +18,8 @@ from jitattn.jit.choices import preset as preset_choices
 from jitattn.jit.choices import read_file, specs_of
 from jitattn.jit.device import device as device_of
 from jitattn.jit.pool import build_all
-from jitattn.problem import parse
+from jitattn.layouts import parse
+from jitattn.problem import Call
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -122,18 +123,12 @@ def _warm_call(
     device: torch.device | int | str | None,
     jobs: int | None,
 ) -> WarmedUp:
-    call = inspect.signature(attention).bind(q, k, v, **arguments)
-    call.apply_defaults()
-    arrays = {name: call.arguments.pop(name) for name in ("q", "k", "v", "out")}
-    tensors = interop.from_all({name: arrays[name] for name in ("q", "k", "v")}, out=arrays["out"])
-    call.kwargs.pop("out", None)
-    problem, _ = parse(
-        tensors["q"],
-        tensors["k"],
-        tensors["v"],
-        out=tensors.get("out"),
-        **{name: value for name, value in call.arguments.items() if name != "out"},
-    )
+    bound = inspect.signature(attention).bind(q, k, v, **arguments)
+    bound.apply_defaults()
+    given = bound.arguments
+    tensors = interop.from_all({name: given[name] for name in ("q", "k", "v")}, out=given["out"])
+    call = Call(**{**{name: given[name] for name in Call._fields}, "out": tensors.get("out")})
+    problem, _ = parse(tensors["q"], tensors["k"], tensors["v"], call)
     if device is None and not tensors["q"].is_cuda:
         return WarmedUp(kernels=0, compiled=0)
     index = _index(tensors["q"].device if device is None else device)
@@ -162,6 +157,7 @@ def _warm(specs: Sequence[KernelSpec], device_index: int, jobs: int | None) -> W
     outcomes = list(build_all(missing, jobs))
     failed = {outcome.spec: outcome for outcome in outcomes if outcome.error}
     with torch.cuda.device(device_index):
+        workspace.prepare(device_index)
         for spec in cold:
             if spec not in failed:
                 launch.kernel(spec, device_index)

@@ -3,6 +3,7 @@
 forward   long prompts beside SDPA's flash (FlashAttention-2) and cuDNN backends, in one run
 decode    short queries on a long history beside the same, and a plain read of as many bytes
 host      a warm eager call on the host beside SDPA's
+sequences padded, paged and ragged beside dense calls of equal work
 compile   NVRTC (needs no GPU)
 service   a disk hit, one cold process beside 64, the first call of a process (the last on a GPU)
 
@@ -25,6 +26,7 @@ REPOSITORY: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 import torch
+from _sequences import bench_sequences
 from _service import bench_compile, bench_service
 from _table import print_table, say
 from _timing import Spread, host_times, kernel_times
@@ -257,7 +259,7 @@ def common_facts() -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sections that were asked for."""
-    sections = ("forward", "decode", "host", "compile", "service")
+    sections = ("forward", "decode", "host", "sequences", "compile", "service")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -284,6 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench_kernels("decode", list(decode_shapes(arguments.quick)), report, rounds)
         if "host" in asked:
             bench_host(report, rounds)
+        if "sequences" in asked:
+            bench_sequences(report, rounds)
         if "compile" in asked:
             bench_compile(report)
         if "service" in asked:

@@ -33,6 +33,7 @@ from jitattn.jit.spec import (
     MergeSpec,
     Problem,
     RowClass,
+    SeqLayout,
 )
 from jitattn.tiles import fwd_spec
 
@@ -50,6 +51,12 @@ UNTUNED: Final = ("sm_87", "sm_100", "sm_120")
 #: Head dims of real models; together with the largest of each tile row they are the matrix.
 MODEL_DIMS: Final = (40, 64, 72, 80, 96, 112, 128, 160, 192, 256)
 ALL_DIMS: Final = tuple(range(16, 257, 16))
+#: Where the sequences of q, and of k and v, lie, beside batched.
+LAYOUTS: Final = (
+    (SeqLayout.RAGGED, SeqLayout.RAGGED),
+    (SeqLayout.BATCHED, SeqLayout.PAGED),
+    (SeqLayout.RAGGED, SeqLayout.PAGED),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +142,11 @@ def _rows(arch: str) -> Iterator[KernelSpec]:
     for dim in MODEL_DIMS:
         yield fwd_spec(problem(Dtype.BF16, dim), arch, RowClass.MANY)
     yield from specs_of(preset(["all"]), [arch])
+    for q_layout, kv_layout in LAYOUTS:
+        for dim in (64, 128):
+            for rows in RowClass:
+                layouts = {"q_layout": q_layout, "kv_layout": kv_layout}
+                yield fwd_spec(problem(Dtype.BF16, dim, **layouts), arch, rows)
     yield from _short(arch)
 
 
@@ -152,7 +164,7 @@ def _short(arch: str) -> Iterator[KernelSpec]:
     for dim in (7, 128):
         yield fwd_spec(problem(bf16, dim, access=Access.ELEMENT), arch, many)
     yield fwd_spec(problem(Dtype.FP32, 33, access=Access.ELEMENT), arch, many)
-    yield MergeSpec(out_dtype=bf16, head_dim_v=128, arch=arch)
+    yield MergeSpec(dtype=bf16, out_dtype=bf16, head_dim_v=128, arch=arch)
 
 
 def build_one(spec: KernelSpec) -> Figures:

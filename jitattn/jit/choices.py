@@ -30,6 +30,7 @@ from typing import Any, Final, TypeAlias, get_type_hints
 from jitattn.errors import InvalidInputError, JitAttnError
 from jitattn.gears import resolve_numerics
 from jitattn.jit.spec import (
+    FAMILIES,
     Access,
     Dtype,
     FwdSpec,
@@ -71,8 +72,7 @@ def specs_of(
 ) -> list[KernelSpec]:
     """Return every kernel that the choices stand for, without repetition.
 
-    A choice without `rows` stands for all that calls with its properties can need: every row class,
-    and the kernel that merges splits.
+    A choice without `rows` stands for all that calls with its properties can need: every row class.
 
     Parameters
     ----------
@@ -118,7 +118,10 @@ def command(spec: KernelSpec) -> str:
     """Return the shell command that makes a kernel, with the others that its calls can need."""
     base = f"jitattn-cache prebuild --arch {spec.arch.removeprefix('sm_')}"
     if isinstance(spec, MergeSpec):
-        return f"{base} --dtype {spec.out_dtype} --head-dim {spec.head_dim_v} --mask full"
+        words = [base, f"--dtype {spec.dtype}", f"--head-dim {spec.head_dim_v}"]
+        if spec.out_dtype != spec.dtype:
+            words.append(f"--set out_dtype={spec.out_dtype}")
+        return " ".join([*words, "--set family=merge"])
     problem = spec.problem
     dims = f"{problem.head_dim}"
     if problem.head_dim_v != problem.head_dim:
@@ -230,28 +233,30 @@ def _expand(choice: Choice, archs: Sequence[str], where: str) -> list[KernelSpec
     for arch in named:
         if arch_number(arch) < 80:
             raise InvalidInputError(f"{where}: {arch} is older than sm_80, which jitattn needs")
-    family = choice.get("family", FwdSpec.family)
-    if family == MergeSpec.family:
-        dims = [_head_dim(value, where) for value in _values(choice, "head_dim_v")]
-        dtypes = _words(choice, "out_dtype", allowed, where)
-        return [
-            MergeSpec(out_dtype=Dtype(dtype), head_dim_v=dim, arch=arch)
-            for arch, dtype, dim in itertools.product(named, dtypes, dims)
+    families = _values(choice, "family") or [FwdSpec.family]
+    for family in families:
+        if family not in FAMILIES:
+            raise InvalidInputError(
+                f"{where}: family={family!r}: it must be one of {', '.join(FAMILIES)}"
+            )
+    if MergeSpec.family in families:
+        dims = [
+            _head_dim(value, where)
+            for value in _values(choice, "head_dim_v" if "head_dim_v" in choice else "head_dim")
         ]
-    if family != FwdSpec.family:
-        raise InvalidInputError(
-            f"{where}: family={family!r}: it must be {FwdSpec.family} or {MergeSpec.family}"
-        )
+        dtypes = [Dtype(word) for word in _words(choice, "dtype", allowed, where)]
+        outs = [Dtype(word) for word in _values(choice, "out_dtype")]
+        return [
+            MergeSpec(dtype=dtype, out_dtype=out, head_dim_v=dim, arch=arch)
+            for arch, dtype, dim in itertools.product(named, dtypes, dims)
+            for out in outs or [dtype]
+        ]
     specs: dict[KernelSpec, None] = {}
     rows = [_row_class(value, where) for value in _values(choice, "rows")]
     for problem in _problems(choice, allowed, where):
         for arch in named:
             for row in rows or RowClass:
                 specs[fwd_spec(problem, arch, row)] = None
-            if not rows:
-                specs[
-                    MergeSpec(out_dtype=problem.out_dtype, head_dim_v=problem.head_dim_v, arch=arch)
-                ] = None
     return list(specs)
 
 

@@ -12,7 +12,7 @@ from jitattn.tiles import fwd_spec
 
 
 def merge_spec(arch: str = "sm_80", head_dim_v: int = 16) -> MergeSpec:
-    return MergeSpec(out_dtype=Dtype.BF16, head_dim_v=head_dim_v, arch=arch)
+    return MergeSpec(dtype=Dtype.BF16, out_dtype=Dtype.BF16, head_dim_v=head_dim_v, arch=arch)
 
 
 def forward_spec(arch: str = "sm_80", head_dim: int = 16, **other: object) -> FwdSpec:

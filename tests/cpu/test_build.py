@@ -86,7 +86,7 @@ from jitattn.jit import build
 from jitattn.jit.spec import Dtype, MergeSpec
 while time.time() < float(sys.argv[1]):
     pass
-built = build.build(MergeSpec(out_dtype=Dtype.BF16, head_dim_v=16, arch="sm_80"))
+built = build.build(MergeSpec(dtype=Dtype.BF16, out_dtype=Dtype.BF16, head_dim_v=16, arch="sm_80"))
 print(json.dumps([built.origin, built.metadata.sha256]))
 """
 

@@ -25,20 +25,20 @@ def test_makes_what_is_missing(cache_dir: Path) -> None:
     first = run("prebuild", *SMALL, "-j", "1", "--json")
     assert first.exit_code == 0, first.output
     counts = json.loads(first.stdout)
-    assert (counts["compiled"], counts["cached"], counts["failed"]) == (4, 0, 0)
+    assert (counts["compiled"], counts["cached"], counts["failed"]) == (3, 0, 0)
     assert counts["bytes"] > 4000
     assert first.stderr.count("compiled fwd sm_86 bf16") == 3  # progress, on stderr only
-    assert "[4/4]" in first.stderr
-    assert len(list(cache_dir.glob("v1/*/*.cubin"))) == 4
+    assert "[3/3]" in first.stderr
+    assert len(list(cache_dir.glob("v1/*/*.cubin"))) == 3
     build.clear_memory()
     again = json.loads(run("prebuild", *SMALL, "-j", "1", "--json").stdout)
-    assert (again["compiled"], again["cached"], again["bytes"]) == (0, 4, counts["bytes"])
+    assert (again["compiled"], again["cached"], again["bytes"]) == (0, 3, counts["bytes"])
 
 
 def test_in_processes() -> None:
     done = run("prebuild", *SMALL, "-j", "2")
     assert done.exit_code == 0, done.output
-    assert "4 compiled, 0 cached, 0 failed" in done.stdout
+    assert "3 compiled, 0 cached, 0 failed" in done.stdout
     assert "0 kernels spill" in done.stdout
 
 
@@ -76,12 +76,12 @@ def test_other_fields(cache_dir: Path) -> None:
 
 def test_dry_run_compiles_nothing(cache_dir: Path) -> None:
     done = run("prebuild", *SMALL, "--dry-run")
-    assert "4 to make, 0 cached" in done.stdout
+    assert "3 to make, 0 cached" in done.stdout
     assert not list(cache_dir.glob("v1/*/*.cubin"))
     assert build.stats().compiled == 0
     run("prebuild", *SMALL, "-j", "1")
     build.clear_memory()
-    assert "0 to make, 4 cached" in run("prebuild", *SMALL, "--dry-run").stdout
+    assert "0 to make, 3 cached" in run("prebuild", *SMALL, "--dry-run").stdout
 
 
 def test_presets_are_listed() -> None:
@@ -133,7 +133,7 @@ def test_prebuild_that_stores_nothing_fails(tmp_path: Path) -> None:
     done = run("prebuild", *SMALL, "-j", "1", "--json", JITATTN_CACHE_DIR=str(tmp_path / "file"))
     assert done.exit_code == 1
     counts = json.loads(done.stdout)
-    assert (counts["compiled"], counts["failed"], counts["bytes"]) == (0, 4, 0)
+    assert (counts["compiled"], counts["failed"], counts["bytes"]) == (0, 3, 0)
     assert "does not keep it" in done.stderr
 
 
@@ -160,8 +160,8 @@ def test_what_was_evicted_meanwhile_fails(cache_dir: Path, monkeypatch: pytest.M
     assert done.exit_code == 1
     counts = json.loads(done.stdout)
     left = len(DiskCache(cache_dir).keys())
-    assert 0 < left < 4
-    assert (counts["compiled"], counts["failed"], counts["evicted"]) == (4, 0, 4 - left)
+    assert 0 < left < 3
+    assert (counts["compiled"], counts["failed"], counts["evicted"]) == (3, 0, 3 - left)
     assert "limited to 40960 bytes; raise JITATTN_CACHE_MAX_BYTES" in done.stderr
 
 
@@ -172,10 +172,10 @@ def test_dry_run_leaves_no_trace(tmp_path: Path, cache_dir: Path) -> None:
     damaged.write_bytes(b"bad")
     record = tmp_path / "record.jsonl"
     done = run("prebuild", *SMALL, "--dry-run", JITATTN_RECORD=str(record))
-    assert "1 to make, 3 cached" in done.stdout
+    assert "1 to make, 2 cached" in done.stdout
     assert damaged.read_bytes() == b"bad"
     assert not record.exists()
-    assert "4 to make" in run("prebuild", *SMALL, "--dry-run", JITATTN_CACHE="off").stdout
+    assert "3 to make" in run("prebuild", *SMALL, "--dry-run", JITATTN_CACHE="off").stdout
 
 
 def test_dry_run_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,4 +185,4 @@ def test_dry_run_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     compilers._choose.cache_clear()
     done = run("prebuild", *SMALL, "--dry-run")
     compilers._choose.cache_clear()
-    assert "0 to make, 4 cached" in done.stdout
+    assert "0 to make, 3 cached" in done.stdout

@@ -65,7 +65,7 @@ def test_compile_error_says_all_that_is_needed(
     monkeypatch.setenv("JITATTN_KEEP_SOURCE", str(tmp_path))
     spec = merge_spec("sm_86")
     good = closure("merge")
-    bad = replace(good, entry=good.entry.replace("jitattn::merge_splits", "jitattn::nothing"))
+    bad = replace(good, entry=good.entry.replace("jitattn::merge_parts", "jitattn::nothing"))
     with pytest.raises(CompileError) as caught:
         nvrtc.compile_spec(spec, bad)
     error, text = caught.value, str(caught.value)

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "jitattn"
 MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 TORCH_MAY = {
     "attention.py", "cpu.py", "dispatch.py", "explain.py", "interop.py", "problem.py",
-    "jit/device.py", "reference.py", "warmup.py",
+    "jit/device.py", "layouts.py", "merge.py", "reference.py", "sequences.py", "warmup.py",
+    "workspace.py",
 }  # fmt: skip
 CUPY_MAY = {"jit/launch.py"}
 

@@ -11,7 +11,7 @@ import torch
 from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.jit.spec import Access, Dtype, MaskKind, Problem
 from jitattn.masks import Causal, Full
-from jitattn.problem import Runtime, parse
+from jitattn.problem import Call, Runtime, parse
 
 from ..support.inputs import random_qkv
 
@@ -29,7 +29,8 @@ def parse_default(q: Any, k: Any, v: Any, **changes: Any) -> tuple[Problem, Runt
         "num_splits": None,
         "return_lse": False,
     }
-    return parse(q, k, v, **{**arguments, **changes})
+    given = {**dict.fromkeys(Call._fields), **arguments, **changes}
+    return parse(q, k, v, Call(**given))
 
 
 def test_facts_are_sorted_by_what_they_change() -> None:

@@ -18,7 +18,7 @@ _COMPILE = """
 import json, jitattn
 from jitattn.jit import build, sources
 from jitattn.jit.spec import Dtype, MergeSpec
-built = build.build(MergeSpec(out_dtype=Dtype.FP16, head_dim_v=16, arch="sm_86"))
+built = build.build(MergeSpec(dtype=Dtype.FP16, out_dtype=Dtype.FP16, head_dim_v=16, arch="sm_86"))
 print(json.dumps([jitattn.__file__, str(sources.locate()), built.origin, len(built.cubin)]))
 """
 

@@ -42,7 +42,7 @@ def test_lengths_batch_heads_and_strides_compile_nothing() -> None:
             return_lse=draw.random() < 0.5,
         )
 
-    classes = ((1, 8), (17, 64), (65, 500))  # one kernel each, and one that merges splits
+    classes = ((1, 8), (17, 64), (65, 500))  # one kernel each
     for low, high in classes:
         for _ in range(6):
             call(draw.randint(low, high))

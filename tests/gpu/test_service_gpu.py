@@ -49,7 +49,7 @@ def test_warmup_then_capture() -> None:
     with torch.cuda.graph(graph):
         out = jitattn.attention(q, k, v, mask=jitattn.Causal())
         jitattn.attention(*long, mask=jitattn.Causal())  # another row class
-        jitattn.attention(q, k, v, mask=jitattn.Causal(), num_splits=4)  # and the merge
+        jitattn.attention(q, k, v, mask=jitattn.Causal(), num_splits=4)  # and splits
     graph.replay()
     assert torch.equal(out, truth)
     assert jitattn.warmup(q, k, v, mask=jitattn.Causal()).compiled == 0
@@ -116,7 +116,7 @@ def test_archive_of_another_compiler_serves(tmp_path: Path) -> None:
     compiled, disk_hits, error = in_fresh_process(
         _CALL, here, JITATTN_NVRTC="13", JITATTN_NO_COMPILE="1"
     )
-    assert (compiled, disk_hits) == (0, 2)
+    assert (compiled, disk_hits) == (0, 1)
     assert error < 5e-3
 
 
@@ -131,7 +131,7 @@ def test_cubin_that_the_driver_refuses_is_compiled_anew(tmp_path: Path) -> None:
         forged = found.cubin[:64] + bytes(len(found.cubin) - 64)  # an ELF header, and nothing
         disk.write(Entry(forged, replace(metadata, sha256=sha256(forged))))
     compiled, _, error = in_fresh_process(_CALL, tmp_path)
-    assert compiled == 2
+    assert compiled == 1
     assert error < 5e-3
     assert in_fresh_process(_CALL, tmp_path)[0] == 0
 

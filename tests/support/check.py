@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from jitattn.cpu import attention_cpu
-from jitattn.problem import parse
+from jitattn.cpu import run_cpu
+from jitattn.problem import Call, parse
 from jitattn.reference import reference
 
 from .baseline import baseline
@@ -49,23 +49,7 @@ def cpu_path(
     **arguments: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Validation and CPU path without the front door; returns (out, lse)."""
-    full = {"scale": None, "gear": None, "out_dtype": None, "num_splits": None, **arguments}
-    full["return_lse"] = True
-    _, runtime = parse(q, k, v, layout=layout, out=out, **full)
-    result = out
-    if layout == "bhsd":
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out = None if out is None else out.transpose(1, 2)
-    computed, lse = attention_cpu(
-        q,
-        k,
-        v,
-        mask=full["mask"],
-        scale=runtime.scale,
-        out=out,
-        out_dtype=full["out_dtype"] or q.dtype,
-        return_lse=True,
-    )
-    if result is not None:
-        return result, lse
-    return computed.transpose(1, 2) if layout == "bhsd" else computed, lse
+    given = dict.fromkeys(Call._fields)
+    call = Call(**{**given, **arguments, "layout": layout, "out": out, "return_lse": True})
+    _, runtime = parse(q, k, v, call)
+    return run_cpu(q, k, v, runtime, call)

@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 
-from jitattn.jit.spec import KernelSpec, MergeSpec, RowClass
-from jitattn.problem import Runtime, parse
+from jitattn.jit.spec import KernelSpec, RowClass
+from jitattn.problem import Call, Runtime, parse
 from jitattn.tiles import fwd_spec
 
 from .grids import Case
@@ -41,12 +41,9 @@ def specs_of(cases: Iterable[Case], arch: str) -> list[KernelSpec]:
             ).tensor
             for name, (length, heads, dim, dtype) in sizes.items()
         )
-        problem, runtime = parse(
-            q, k, v, **call_arguments(case), gear=None, out=None, return_lse=True
-        )
+        given = {"gear": None, "out": None, "q_seqs": None, "kv_seqs": None, "return_lse": True}
+        problem, runtime = parse(q, k, v, Call(**{**given, **call_arguments(case)}))
         specs[fwd_spec(problem, arch, row_class(runtime))] = None
-        merge = MergeSpec(out_dtype=problem.out_dtype, head_dim_v=problem.head_dim_v, arch=arch)
-        specs[merge] = None
     return list(specs)
 
 

@@ -1,0 +1,263 @@
+"""Validation of calls whose sequences differ: ragged, padded, paged → `Problem` + `Runtime`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import torch
+
+from jitattn import problem
+from jitattn.errors import InvalidInputError
+from jitattn.jit.spec import SeqLayout
+from jitattn.masks import Causal
+from jitattn.problem import Indices, Runtime
+from jitattn.sequences import Padded, Paged, Ragged
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from jitattn.jit.spec import Problem
+    from jitattn.problem import Call
+    from jitattn.sequences import KvSequences, QSequences
+
+_MAX_COUNT: Final = 2**31 - 1
+
+
+class _Side(NamedTuple):
+    """q, or k and v: sizes, and which dimensions are what."""
+
+    batch: int
+    rows: int  #: of the tensor: of all sequences together, or of each, or of all pages
+    heads: int
+    longest: int
+    row: int  #: dimension of rows; -1 and so on
+    head: int
+    outer: int | None  #: dimension of the batch or of pages; None for a flat tensor
+    page_size: int = 0  #: 0 where there are no pages
+
+
+def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime]:
+    """Check every argument of `attention`, and sort its facts by what they change.
+
+    As `problem.parse`, for calls with `q_seqs` or `kv_seqs` too.
+
+    Raises
+    ------
+    InvalidInputError
+        An argument breaks a rule. The message gives argument and value, the rule, the way out.
+    UnsupportedError
+        The request is legal, but nothing computes it yet.
+    """
+    if call.q_seqs is None and call.kv_seqs is None:
+        return problem.parse(q, k, v, call)
+    problem.check_alike(q, k, v)
+    problem.axes(call.layout)
+    _check_kinds(call.q_seqs, call.kv_seqs, q.device)
+    ours = _q_side(q, call)
+    theirs = _kv_side("k", k, call)
+    _check_fit(q, k, v, ours, theirs, _kv_side("v", v, call))
+    batch = ours.batch
+    problem.check_counts(q, k, v, batch, ours.longest, theirs.longest, ours.heads, theirs.heads)
+    problem.check_mask(call.mask)
+    problem.check_options(q, call.gear, call.out_dtype, call.num_splits, call.return_lse)
+
+    head_dim, head_dim_v = q.shape[-1], v.shape[-1]
+    q_strides = _strides("q", q, ours)
+    k_strides, v_strides = _strides("k", k, theirs), _strides("v", v, theirs)
+    address = 0
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        address |= problem.address_of(name, tensor)
+    units = head_dim | head_dim_v
+    for stride in (*q_strides, *k_strides, *v_strides):
+        units |= stride
+    units *= q.element_size()
+    result_dtype = q.dtype if call.out_dtype is None else call.out_dtype
+    if call.out is not None:
+        shape = (*q.shape[:-1], head_dim_v)
+        problem.check_out(call.out, (q, k, v), shape, result_dtype)
+        address |= problem.address_of("out", call.out)
+        for stride in (head_dim_v, *_strides("out", call.out, ours)):
+            units |= stride * call.out.element_size()
+    aligned = (address | units) & 15 == 0
+    layouts = (_layout_of(call.q_seqs), _layout_of(call.kv_seqs))
+    facts = (q.dtype, result_dtype, head_dim, head_dim_v, type(call.mask), call.gear, aligned)
+    return problem.problem_of((*facts, *layouts)), Runtime(
+        batch,
+        ours.longest,
+        theirs.longest,
+        ours.heads,
+        theirs.heads,
+        q_strides,
+        k_strides,
+        v_strides,
+        head_dim**-0.5 if call.scale is None else problem.checked_scale(call.scale),
+        0,
+        _indices(call, ours, theirs),
+    )
+
+
+def _check_kinds(q_seqs: QSequences, kv_seqs: KvSequences, device: torch.device) -> None:
+    for name, seqs, kinds in (
+        ("q_seqs", q_seqs, (Ragged, Padded)),
+        ("kv_seqs", kv_seqs, (Ragged, Padded, Paged)),
+    ):
+        if seqs is None:
+            continue
+        if not isinstance(seqs, kinds):
+            allowed = ", ".join(kind.__name__ for kind in kinds)
+            raise InvalidInputError(
+                f"{name} is a {type(seqs).__name__}: it must be one of {allowed}, or None for "
+                "sequences that fill the batch"
+            )
+        tensor = seqs.length if isinstance(seqs, Paged) else seqs.stop
+        if tensor.device != device:
+            raise InvalidInputError(
+                f"{name} holds indices on {tensor.device}, q is on {device}: they must be on one "
+                "device; move them with .to()"
+            )
+
+
+def _q_side(q: Tensor, call: Call) -> _Side:
+    seqs = call.q_seqs
+    if isinstance(seqs, Ragged):
+        _check_dimensions("q", q, 3, "q_seqs=Ragged(...): [total, Hq, D]")
+        return _flat(q, seqs, "q_seqs")
+    return _batched("q", q, seqs, call.layout)
+
+
+def _kv_side(name: str, tensor: Tensor, call: Call) -> _Side:
+    seqs = call.kv_seqs
+    if isinstance(seqs, Ragged):
+        _check_dimensions(name, tensor, 3, "kv_seqs=Ragged(...): [total, Hkv, D]")
+        return _flat(tensor, seqs, "kv_seqs")
+    if isinstance(seqs, Paged):
+        _check_dimensions(
+            name,
+            tensor,
+            4,
+            "kv_seqs=Paged(...): [num_pages, page_size, Hkv, D]",
+        )
+        page_size = tensor.shape[1]
+        if page_size < 1 or tensor.shape[0] * page_size > _MAX_COUNT:
+            raise InvalidInputError(
+                f"{name} has {tensor.shape[0]} pages of {page_size} rows: a page holds at least "
+                "one row, and all pages together fewer than 2**31"
+            )
+        return _Side(
+            seqs.batch,
+            tensor.shape[0] * page_size,
+            tensor.shape[2],
+            seqs.max_length(page_size),
+            1,
+            2,
+            0,
+            page_size,
+        )
+    return _batched(name, tensor, seqs, call.layout)
+
+
+def _flat(tensor: Tensor, seqs: Ragged, name: str) -> _Side:
+    if not seqs.knows_max_length() and tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise InvalidInputError(
+            f"{name}: the largest length is not known, and cannot be read while a CUDA graph is "
+            "captured; give max_length"
+        )
+    longest = min(seqs.max_length(), tensor.shape[0])
+    return _Side(seqs.batch, tensor.shape[0], tensor.shape[1], longest, 0, 1, None)
+
+
+def _batched(name: str, tensor: Tensor, seqs: Padded | None, layout: str) -> _Side:
+    row, head = problem.axes(layout)
+    letters = "[B, L, H, D]" if layout == "bshd" else "[B, H, L, D]"
+    _check_dimensions(name, tensor, 4, f"a batched tensor: {letters}")
+    rows = tensor.shape[row]
+    if seqs is not None and seqs.batch != tensor.shape[0]:
+        raise InvalidInputError(
+            f"{name} has batch {tensor.shape[0]}, its Padded(...) {seqs.batch} sequences: they "
+            "must match"
+        )
+    longest = rows if seqs is None else seqs.max_length(rows)
+    return _Side(tensor.shape[0], rows, tensor.shape[head], longest, row, head, 0)
+
+
+def _check_dimensions(name: str, tensor: Tensor, dimensions: int, rule: str) -> None:
+    if tensor.dim() != dimensions:
+        raise InvalidInputError(
+            f"{name} has shape {list(tensor.shape)}: it must have {dimensions} dimensions with "
+            f"{rule}"
+        )
+
+
+def _check_fit(q: Tensor, k: Tensor, v: Tensor, ours: _Side, k_side: _Side, v_side: _Side) -> None:
+    shapes = f"(got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)})"
+    for what, one, other in (
+        ("sequences", ours.batch, k_side.batch),
+        ("head_dim", q.shape[-1], k.shape[-1]),
+        ("heads", k_side.heads, v_side.heads),
+        ("rows", k.shape[k_side.row], v.shape[v_side.row]),
+        ("rows in all", k_side.rows, v_side.rows),
+        ("sequences", k_side.batch, v_side.batch),
+    ):
+        if one != other:
+            raise InvalidInputError(f"{what} differ: {one} and {other} {shapes}")
+
+
+def _strides(name: str, tensor: Tensor, side: _Side) -> problem.Strides:
+    """Strides in elements as (batch or page, row, head); 0 where no index passes."""
+    stride, shape = problem.strides_of(name, tensor), tensor.shape
+
+    def step(dimension: int | None) -> int:
+        return 0 if dimension is None or shape[dimension] <= 1 else stride[dimension]
+
+    return step(side.outer), step(side.row), step(side.head)
+
+
+def _layout_of(seqs: QSequences | KvSequences) -> SeqLayout:
+    if isinstance(seqs, Paged):
+        return SeqLayout.PAGED
+    return SeqLayout.BATCHED if seqs is None else SeqLayout.RAGGED
+
+
+def _indices(call: Call, ours: _Side, theirs: _Side) -> Indices:
+    q_seqs, kv_seqs = call.q_seqs, call.kv_seqs
+    table = table_stride = num_pages = 0
+    table_word = page_size = 1
+    kv_start = kv_stop = 0
+    kv_word, kv_is_length = 1, True
+    if isinstance(kv_seqs, Paged):
+        block_table = kv_seqs.block_table
+        table, table_word = block_table.data_ptr(), block_table.element_size() // 4
+        table_stride = block_table.stride(0) * table_word
+        kv_stop, kv_word = kv_seqs.length.data_ptr(), kv_seqs.length.element_size() // 4
+        page_size = theirs.page_size
+        num_pages = theirs.rows // page_size
+    elif kv_seqs is not None:
+        kv_start = 0 if kv_seqs.start is None else kv_seqs.start.data_ptr()
+        kv_stop, kv_word = kv_seqs.stop.data_ptr(), kv_seqs.stop.element_size() // 4
+        kv_is_length = kv_seqs.stop_is_length
+    q_start = q_stop = 0
+    q_word, q_is_length = 1, True
+    if q_seqs is not None:
+        q_start = 0 if q_seqs.start is None else q_seqs.start.data_ptr()
+        q_stop, q_word = q_seqs.stop.data_ptr(), q_seqs.stop.element_size() // 4
+        q_is_length = q_seqs.stop_is_length
+    mask = call.mask
+    return Indices(
+        q_start,
+        q_stop,
+        kv_start,
+        kv_stop,
+        table,
+        table_stride,
+        isinstance(mask, Causal) and mask.align == "bottom_right",
+        q_word,
+        kv_word,
+        table_word,
+        q_is_length,
+        kv_is_length,
+        ours.rows,
+        _MAX_COUNT if theirs.page_size else theirs.rows,
+        num_pages,
+        page_size,
+        isinstance(q_seqs, Ragged),
+    )

@@ -1,0 +1,195 @@
+"""`merge`: results over disjoint sets of keys become the result over all of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+from jitattn.errors import InvalidInputError, UnsupportedError
+from jitattn.jit import launch
+from jitattn.jit.device import device
+from jitattn.jit.spec import MergeSpec
+from jitattn.problem import DTYPES, MAX_HEAD_DIM, axes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: Rows that a CTA handles: one a warp.
+_ROWS: Final = MergeSpec.num_threads // 32
+
+
+def merge(
+    outs: Sequence[Tensor] | Tensor,
+    lses: Sequence[Tensor] | Tensor,
+    *,
+    layout: str = "bshd",
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Merge results of attention of the same queries over disjoint sets of keys.
+
+    For prefix caches, for keys that are spread over devices, for chunks computed elsewhere. Exact:
+    softmax over all keys is the mean of the parts, weighted by exp(LSE). The parts are added in
+    their order, in fp32, so the result is bitwise reproducible.
+
+    Parameters
+    ----------
+    outs : sequence of Tensor [B, Lq, Hq, Dv], or one Tensor [S, B, Lq, Hq, Dv]
+        fp16, bf16 or fp32, on one device. With ``layout="bhsd"``, [B, Hq, Lq, Dv]; without a batch,
+        [total, Hq, Dv], as a ragged q gives it. A sequence is stacked first, which copies it.
+    lses : sequence of Tensor [B, Hq, Lq], or one Tensor [S, B, Hq, Lq]; fp32
+        Natural logarithms; without a batch, [Hq, total]. Where one is -inf, the part saw nothing,
+        and its values do not count, whatever they are.
+    layout : "bshd" or "bhsd"
+        Of tensors with a batch.
+    out_dtype : torch.dtype, default that of outs
+
+    Returns
+    -------
+    out : Tensor, as one of outs
+        0 where no part saw anything.
+    lse : Tensor, as one of lses
+        -inf there.
+
+    Raises
+    ------
+    InvalidInputError
+        Shapes, dtypes or devices do not fit together.
+    UnsupportedError
+        A dtype or head dim that no kernel exists for, or gradients on a GPU.
+
+    Examples
+    --------
+    >>> import torch, jitattn
+    >>> q, k, v = torch.randn(1, 4, 2, 16), *torch.randn(2, 1, 64, 2, 16)
+    >>> halves = [
+    ...     jitattn.attention(q, k[:, part], v[:, part], return_lse=True)
+    ...     for part in (slice(0, 40), slice(40, 64))
+    ... ]
+    >>> out, lse = jitattn.merge(*zip(*halves))
+    >>> torch.allclose(out, jitattn.attention(q, k, v), atol=1e-5)
+    True
+    """
+    axes(layout)
+    parts, part_lses = _stacked("outs", outs), _stacked("lses", lses)
+    dtype = parts.dtype if out_dtype is None else out_dtype
+    _check(parts, part_lses, layout, dtype)
+    if parts.dim() == 4:  # flat: one sequence of all rows, heads second
+        flat_out, flat_lse = _merge(parts[:, None], part_lses[:, None], dtype)
+        return flat_out[0].transpose(0, 1), flat_lse[0]
+    out, lse = _merge(parts if layout == "bshd" else parts.transpose(2, 3), part_lses, dtype)
+    return (out if layout == "bhsd" else out.transpose(1, 2)), lse
+
+
+def _stacked(name: str, tensors: Sequence[Tensor] | Tensor) -> Tensor:
+    if isinstance(tensors, Tensor):
+        return tensors
+    parts = list(tensors)
+    for idx, part in enumerate(parts):
+        if not isinstance(part, Tensor):
+            raise InvalidInputError(
+                f"{name}[{idx}] is a {type(part).__name__}: it must be a torch tensor"
+            )
+        first = parts[0]
+        if (part.shape, part.dtype, part.device) != (first.shape, first.dtype, first.device):
+            raise InvalidInputError(
+                f"{name}[{idx}] is {part.dtype} {list(part.shape)} on {part.device}, {name}[0] "
+                f"{first.dtype} {list(first.shape)} on {first.device}: they must be alike"
+            )
+    if not parts:
+        raise InvalidInputError(f"{name} is empty: there must be at least one part")
+    return torch.stack(parts)
+
+
+def _check(parts: Tensor, lses: Tensor, layout: str, out_dtype: torch.dtype) -> None:
+    shape = list(parts.shape)
+    if parts.dim() == 5:
+        row, head = axes(layout)
+        expected = [shape[0], shape[1], shape[head + 1], shape[row + 1]]
+    elif parts.dim() == 4:
+        expected = [shape[0], shape[2], shape[1]]
+    else:
+        raise InvalidInputError(
+            f"outs has shape {shape[1:]} a part: it must be [B, Lq, Hq, Dv] or [total, Hq, Dv]"
+        )
+    if list(lses.shape) != expected or lses.device != parts.device:
+        raise InvalidInputError(
+            f"lses has shape {list(lses.shape[1:])} a part on {lses.device}: with outs "
+            f"{shape[1:]} on {parts.device} it must be {expected[1:]} there ({shape[0]} parts)"
+        )
+    if lses.dtype is not torch.float32:
+        raise InvalidInputError(f"lses is {lses.dtype}: an LSE is torch.float32")
+    if shape[0] == 0:
+        raise InvalidInputError("outs is empty: there must be at least one part")
+    if parts.dtype not in DTYPES or out_dtype not in DTYPES:
+        raise UnsupportedError(
+            f"outs is {parts.dtype} and out_dtype {out_dtype}: merge takes "
+            f"{', '.join(map(str, DTYPES))}; cast with .to()"
+        )
+
+
+def _merge(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Merge parts [S, B, Lq, Hq, Dv] with LSEs [S, B, Hq, Lq] to out [B, Hq, Lq, Dv] and LSE."""
+    return (_merge_cuda if parts.is_cuda else _merge_cpu)(parts, lses, out_dtype)
+
+
+def _merge_cpu(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    highest = lses.detach().amax(dim=0)
+    highest = highest.masked_fill(highest == float("-inf"), 0.0)
+    total = torch.zeros_like(highest)
+    out = torch.zeros(
+        parts.shape[1], parts.shape[3], parts.shape[2], parts.shape[4], device=parts.device
+    )
+    for part, lse in zip(parts, lses, strict=True):
+        weight = torch.exp(lse - highest)
+        values = part.transpose(1, 2).float()
+        # What a part holds where it saw nothing does not count, NaN neither.
+        values = values.masked_fill((lse == float("-inf"))[..., None], 0.0)
+        total = total + weight
+        out = out + weight[..., None] * values
+    blind = total == 0
+    total = total.masked_fill(blind, 1.0)
+    lse = (highest + total.log()).masked_fill(blind, float("-inf"))
+    return (out / total[..., None]).to(out_dtype), lse
+
+
+def _merge_cuda(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and (parts.requires_grad or lses.requires_grad):
+        raise UnsupportedError(
+            "an input on the GPU requires grad: merge has no backward kernel yet; call under "
+            "torch.no_grad(), or use CPU tensors"
+        )
+    num_parts, batch, len_q, heads, dim = parts.shape
+    if not 1 <= dim <= MAX_HEAD_DIM:
+        raise UnsupportedError(f"outs has head_dim {dim}: it must be from 1 to {MAX_HEAD_DIM}")
+    if parts.stride(4) != 1 and dim > 1:
+        parts = parts.contiguous()
+    out = torch.empty(batch, heads, len_q, dim, dtype=out_dtype, device=parts.device)
+    lse = torch.empty(batch, heads, len_q, dtype=torch.float32, device=parts.device)
+    num_rows = batch * heads * len_q
+    if num_rows:
+        index = parts.get_device()
+        with torch.cuda.device(index):
+            spec = MergeSpec(
+                dtype=DTYPES[parts.dtype],
+                out_dtype=DTYPES[out_dtype],
+                head_dim_v=dim,
+                arch=device(index).arch,
+            )
+            launch.kernel(spec, index).launch(
+                -(-num_rows // _ROWS),
+                torch._C._cuda_getCurrentRawStream(index),
+                parts.data_ptr(),
+                lses.data_ptr(),
+                out.data_ptr(),
+                lse.data_ptr(),
+                *(parts.stride(dimension) for dimension in (0, 1, 2, 3)),
+                *(lses.stride(dimension) for dimension in (0, 1, 3, 2)),
+                num_rows,
+                len_q,
+                heads,
+                num_parts,
+                0,
+            )
+    return out, lse

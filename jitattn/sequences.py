@@ -1,0 +1,269 @@
+"""Where sequences lie, when they do not simply fill a batch: ragged, padded, paged.
+
+Frozen values over index tensors. Their contents stay on the device: nothing here waits for it, but
+for the largest length of a `Ragged` that was given none, which is read once and remembered.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import torch
+
+from jitattn.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_INDEX_DTYPES: Final = (torch.int32, torch.int64)
+
+
+class _Spans:
+    """A start and an end for every sequence: what `Ragged` and `Padded` have in common.
+
+    Attributes
+    ----------
+    start : Tensor, [B], int32 or int64, or None
+        First row of each sequence; None for 0.
+    stop : Tensor, [B]
+        Its length, or the row after its last, of the same dtype.
+    stop_is_length : bool
+        Which of the two `stop` is.
+    """
+
+    __slots__ = ("_max_length", "start", "stop", "stop_is_length")
+
+    start: Tensor | None
+    stop: Tensor
+    stop_is_length: bool
+    _max_length: int | None
+
+    def _set(
+        self,
+        start: Tensor | None,
+        stop: Tensor,
+        stop_is_length: bool,
+        max_length: int | None,
+        name: str,
+    ) -> None:
+        for what, tensor in (("start", start), ("length", stop)):
+            if tensor is not None:
+                _check_index(f"{name}({what}=...)", tensor, 1)
+        if start is not None:
+            if start.dtype != stop.dtype or start.device != stop.device:
+                raise InvalidInputError(
+                    f"{name}: start is {start.dtype} on {start.device} and length {stop.dtype} on "
+                    f"{stop.device}: they must be alike; cast one with .to()"
+                )
+            if start.shape != stop.shape:
+                raise InvalidInputError(
+                    f"{name}: start has {len(start)} entries and length {len(stop)}: both need one "
+                    "for every sequence"
+                )
+        check_max_length(name, max_length)
+        for field, value in (
+            ("start", start),
+            ("stop", stop),
+            ("stop_is_length", stop_is_length),
+            ("_max_length", max_length),
+        ):
+            object.__setattr__(self, field, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen: {name} cannot be set")
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(self.stop)
+
+    def lengths(self) -> Tensor:
+        """Return the lengths, [B]; launches a kernel if the values hold stops."""
+        if self.stop_is_length or self.start is None:
+            return self.stop
+        return self.stop - self.start
+
+
+class Ragged(_Spans):
+    """Sequences one after another in one tensor [total, H, D], with or without gaps.
+
+    Row b of the batch is the rows start[b] … start[b] + length[b] - 1. Sequences may overlap, be
+    empty, and come in any order.
+
+    Parameters
+    ----------
+    start : Tensor, [B], int32 or int64
+        First row of each sequence, on the device of q.
+    length : Tensor, [B], same dtype
+        Number of rows of each.
+    max_length : int, optional
+        A bound on the lengths, at least the largest. Without it the largest is read from the
+        device at the first call, which waits for it (once for the life of this value), and which a
+        CUDA graph capture forbids. What lies beyond a bound that is too small is not seen.
+
+    Raises
+    ------
+    InvalidInputError
+        A tensor is of another kind, or they do not fit together.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, start: Tensor, length: Tensor, max_length: int | None = None) -> None:
+        self._set(start, length, True, max_length, "Ragged")
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, max_length: int | None = None) -> Ragged:
+        """Make the value from cumulative lengths, as FlashAttention has them; launches nothing.
+
+        Parameters
+        ----------
+        cu_seqlens : Tensor, [B + 1], int32 or int64
+            Sequence b is the rows cu_seqlens[b] … cu_seqlens[b + 1] - 1.
+        max_length : int, optional
+            As in the constructor.
+        """
+        _check_index("Ragged.from_cu_seqlens(...)", cu_seqlens, 1)
+        if len(cu_seqlens) == 0:
+            raise InvalidInputError("cu_seqlens is empty: it has one entry more than sequences")
+        value = cls.__new__(cls)
+        value._set(cu_seqlens[:-1], cu_seqlens[1:], False, max_length, "Ragged")
+        return value
+
+    def knows_max_length(self) -> bool:
+        """Whether the bound on the lengths is known without asking the device."""
+        return self._max_length is not None
+
+    def max_length(self) -> int:
+        """Return the bound on the lengths; reads it from the device if none was given."""
+        longest = self._max_length
+        if longest is None:
+            longest = max(0, int(self.lengths().max())) if self.batch else 0
+            object.__setattr__(self, "_max_length", longest)
+        return longest
+
+
+class Padded(_Spans):
+    """Sequences in a row of a batched tensor each, which they need not fill.
+
+    Row b of the batch is the tokens start[b] … start[b] + length[b] - 1 of [B, L, H, D]. Without
+    `start` they begin at 0 (`seqused_k`); with it, padding may lie on the left.
+
+    Parameters
+    ----------
+    length : Tensor, [B], int32 or int64
+        Number of real tokens, on the device of q.
+    start : Tensor, [B], same dtype, optional
+        First real token.
+    max_length : int, default L
+        A bound on the lengths. A smaller one than L saves work.
+
+    Raises
+    ------
+    InvalidInputError
+        A tensor is of another kind, or they do not fit together.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self, length: Tensor, start: Tensor | None = None, max_length: int | None = None
+    ) -> None:
+        self._set(start, length, True, max_length, "Padded")
+
+    def max_length(self, rows: int) -> int:
+        """Return the bound on the lengths in a tensor of `rows` tokens."""
+        return rows if self._max_length is None else min(rows, self._max_length)
+
+
+class Paged:
+    """Keys and values in pages of equal size, found through a block table.
+
+    k is [num_pages, page_size, Hkv, D] and v [num_pages, page_size, Hkv, Dv], each with strides of
+    its own; both may be views of one tensor. Key t of sequence b is row t % page_size of page
+    block_table[b, t // page_size].
+
+    Parameters
+    ----------
+    block_table : Tensor, [B, max_pages], int32 or int64
+        Entries behind the last page of a sequence are never read.
+    length : Tensor, [B], int32 or int64
+        Number of keys of each sequence.
+    max_length : int, default max_pages * page_size
+        A bound on the lengths. A smaller one saves work.
+
+    Raises
+    ------
+    InvalidInputError
+        A tensor is of another kind, or they do not fit together.
+    """
+
+    __slots__ = ("_max_length", "block_table", "length")
+
+    block_table: Tensor
+    length: Tensor
+    _max_length: int | None
+
+    def __init__(self, block_table: Tensor, length: Tensor, max_length: int | None = None) -> None:
+        _check_index("Paged(block_table=...)", block_table, 2)
+        _check_index("Paged(length=...)", length, 1)
+        if len(block_table) != len(length) or block_table.device != length.device:
+            raise InvalidInputError(
+                f"Paged: block_table has {len(block_table)} rows on {block_table.device} and "
+                f"length {len(length)} entries on {length.device}: both need one for every sequence"
+            )
+        if block_table.shape[1] > 1 and block_table.stride(1) != 1:
+            raise InvalidInputError(
+                f"Paged: block_table has strides {block_table.stride()}: the last one must be 1; "
+                "call .contiguous() first"
+            )
+        check_max_length("Paged", max_length)
+        for field, value in (
+            ("block_table", block_table),
+            ("length", length),
+            ("_max_length", max_length),
+        ):
+            object.__setattr__(self, field, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Paged is frozen: {name} cannot be set")
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(self.length)
+
+    def max_length(self, page_size: int) -> int:
+        """Return the bound on the lengths with pages of `page_size` keys."""
+        room = self.block_table.shape[1] * page_size
+        return room if self._max_length is None else min(room, self._max_length)
+
+
+QSequences: TypeAlias = Ragged | Padded | None
+KvSequences: TypeAlias = Ragged | Padded | Paged | None
+
+
+def check_max_length(name: str, max_length: int | None) -> None:
+    """Refuse a bound that is none."""
+    if max_length is not None and (type(max_length) is not int or not 0 <= max_length < 2**31):
+        raise InvalidInputError(
+            f"{name}(max_length={max_length!r}): it must be an int from 0 to 2**31 - 1"
+        )
+
+
+def _check_index(what: str, tensor: object, dimensions: int) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidInputError(f"{what} is a {type(tensor).__name__}: it must be a torch tensor")
+    if tensor.dtype not in _INDEX_DTYPES:
+        raise InvalidInputError(
+            f"{what} is {tensor.dtype}: it must be int32 or int64; cast it with .to(torch.int32)"
+        )
+    if tensor.dim() != dimensions:
+        raise InvalidInputError(
+            f"{what} has shape {list(tensor.shape)}: it must have {dimensions} "
+            f"dimension{'s' if dimensions > 1 else ''}"
+        )
+    if dimensions == 1 and len(tensor) > 1 and tensor.stride(0) != 1:
+        raise InvalidInputError(
+            f"{what} has stride {tensor.stride(0)}: it must be contiguous; call .contiguous() first"
+        )

@@ -1,0 +1,75 @@
+"""Counters that kernels count up and set back to zero: zeroed once, used for ever.
+
+A launch that splits keys counts the CTAs that have finished. The last one sets the counter back, so
+that the next launch in the same stream finds zeros again. Launches that may run at the same time
+must not share counters: every stream has its own, and so has every launch that a CUDA graph
+captures, for as long as the process lives.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+import torch
+
+from jitattn.errors import LaunchError
+
+#: Counters of a stream at first; they grow.
+_FIRST: Final = 4096
+#: Counters that are kept ready for captures, during which none can be zeroed.
+_FOR_CAPTURES: Final = 1 << 20
+
+_of_stream: dict[tuple[int, int], torch.Tensor] = {}
+_for_captures: dict[int, tuple[torch.Tensor, int]] = {}
+
+
+def arrivals(count: int, device_index: int, stream: int) -> int:
+    """Return the address of `count` counters, all zero, for a launch in a stream.
+
+    Raises
+    ------
+    LaunchError
+        A graph is being captured, and nothing was launched on this device before that.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return _captured(count, device_index)
+    found = _of_stream.get((device_index, stream))
+    if found is None or found.numel() < count:
+        prepare(device_index)
+        size = max(_FIRST, 1 << (count - 1).bit_length())
+        found = _of_stream[device_index, stream] = _zeros(size, device_index)
+    return found.data_ptr()
+
+
+def prepare(device_index: int) -> None:
+    """Make counters ready for captures."""
+    if device_index not in _for_captures:
+        _for_captures[device_index] = (_zeros(_FOR_CAPTURES, device_index), 0)
+
+
+def _forget() -> None:
+    _of_stream.clear()
+    _for_captures.clear()
+
+
+def _captured(count: int, device_index: int) -> int:
+    counters, used = _for_captures.get(device_index, (None, 0))
+    if counters is None or used + count > counters.numel():
+        if counters is None:
+            raise LaunchError(
+                "a call that splits its keys is captured before any was made on this device; call "
+                "jitattn.warmup with the same arguments before the capture"
+            )
+        # All are given out: zeroed by the graph itself then, at every replay.
+        return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device_index}").data_ptr()
+    _for_captures[device_index] = (counters, used + count)
+    return counters.data_ptr() + 4 * used
+
+
+def _zeros(count: int, device_index: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device_index}")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

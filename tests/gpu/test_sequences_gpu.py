@@ -1,0 +1,169 @@
+"""Random layouts of sequences against the reference; decoding in a graph; nothing recompiled."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+import jitattn
+from jitattn import Causal, Full, Padded, Paged, Ragged
+from jitattn.gears import resolve_numerics
+from jitattn.jit import build
+from jitattn.jit.pool import build_all
+from jitattn.jit.spec import Access, MaskKind, Problem, RowClass, SeqLayout
+from jitattn.problem import DTYPES
+from jitattn.tiles import fwd_spec
+from tests.support.compare import rel_l2
+from tests.support.layouts import KINDS, LayoutCase, check_layout, layout_cases
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(arch: str) -> None:
+    """Compile in parallel all kernels that the random cases can need."""
+    specs = []
+    for (dtype, dim), mask, q, kv, rows in itertools.product(
+        KINDS, MaskKind, (SeqLayout.BATCHED, SeqLayout.RAGGED), SeqLayout, RowClass
+    ):
+        if q is kv is SeqLayout.BATCHED:
+            continue
+        problem = Problem(
+            dtype=DTYPES[dtype],
+            out_dtype=DTYPES[dtype],
+            head_dim=dim,
+            head_dim_v=dim,
+            mask=mask,
+            numerics=resolve_numerics(None, DTYPES[dtype]),
+            q_layout=q,
+            kv_layout=kv,
+            access=Access.VEC16 if dim * 2 % 16 == 0 else Access.ELEMENT,
+        )
+        specs.append(fwd_spec(problem, arch, rows))
+    assert len(specs) <= 150
+    failed = [outcome.error for outcome in build_all(specs) if outcome.error]
+    assert failed == []
+
+
+@settings(
+    max_examples=150,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(layout_cases())
+def test_random_layouts(case: LayoutCase) -> None:
+    check_layout(case, "cuda")
+
+
+@pytest.mark.usefixtures("full_grid")
+@settings(
+    max_examples=2000,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(layout_cases())
+def test_many_random_layouts(case: LayoutCase) -> None:
+    check_layout(case, "cuda")
+
+
+def paged_inputs(
+    lengths: list[int], room: int, page_size: int = 16, dim: int = 64
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Paged]:
+    """A decode call: one query a sequence, pages in random order, room for `room` keys each."""
+    batch, width = len(lengths), -(-room // page_size)
+    pages = torch.randn(batch * width, 2, page_size, 2, dim, device="cuda", dtype=BF16)
+    table = torch.randperm(batch * width, device="cuda").reshape(batch, width).int()
+    length = torch.tensor(lengths, device="cuda", dtype=torch.int32)
+    q = torch.randn(batch, 1, 8, dim, device="cuda", dtype=BF16)
+    return q, pages[:, 0], pages[:, 1], Paged(table, length)
+
+
+def test_decode_in_a_graph_while_lengths_grow() -> None:
+    q, k, v, seqs = paged_inputs([1, 700, 33, 0], 3000)
+    jitattn.attention(q, k, v, kv_seqs=seqs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = jitattn.attention(q, k, v, kv_seqs=seqs)
+    for step in (0, 1, 15, 400, 2200):
+        seqs.length.copy_(torch.tensor([1 + step, min(3000, 700 + step), 33 + step, step]))
+        graph.replay()
+        truth = jitattn.reference.reference(q, k, v, kv_seqs=seqs)
+        assert rel_l2(out, truth) < 5e-3
+        assert torch.equal(out, jitattn.attention(q, k, v, kv_seqs=seqs))
+
+
+def test_nothing_compiles_when_lengths_and_tables_change() -> None:
+    q, k, v, seqs = paged_inputs([100, 200], 1000)
+    jitattn.warmup(q, k, v, kv_seqs=seqs)
+    compiled = build.stats().compiled
+    for step in range(100):
+        batch = 1 + step % 5
+        lengths = [1 + (step * 37 + 101 * idx) % 900 for idx in range(batch)]
+        size = (16, 32, 1)[step % 3]
+        q, k, v, seqs = paged_inputs(lengths, 1000, size)
+        jitattn.attention(q, k, v, kv_seqs=seqs)
+    assert build.stats().compiled == compiled
+
+
+def test_same_bits_in_a_bigger_batch_with_fixed_splits() -> None:
+    q, k, v, seqs = paged_inputs([900, 5, 450, 77], 1000)
+    whole = jitattn.attention(q, k, v, kv_seqs=seqs, num_splits=4)
+    for idx in range(4):
+        one = Paged(seqs.block_table[idx : idx + 1], seqs.length[idx : idx + 1])
+        alone = jitattn.attention(q[idx : idx + 1], k, v, kv_seqs=one, num_splits=4)
+        assert torch.equal(alone[0], whole[idx])
+
+
+def test_runs_are_bitwise_reproducible() -> None:
+    q, k, v, seqs = paged_inputs([3000, 5, 450, 2999], 3000)
+    first = jitattn.attention(q, k, v, kv_seqs=seqs)
+    for _ in range(50):
+        assert torch.equal(jitattn.attention(q, k, v, kv_seqs=seqs), first)
+
+
+def test_indices_that_lead_out_read_nothing() -> None:
+    """Contents are not checked on a GPU; but no read leaves the tensors (memcheck)."""
+    q, k, v, seqs = paged_inputs([100, 200], 1000)
+    seqs.block_table.fill_(2**31 - 1)
+    seqs.length.fill_(10**6)
+    jitattn.attention(q, k, v, kv_seqs=seqs)
+    start = torch.tensor([-5, 10**9], device="cuda", dtype=torch.int32)
+    flat = torch.randn(50, 2, 64, device="cuda", dtype=BF16)
+    wrong = Ragged(start, start.abs(), max_length=50)
+    jitattn.attention(flat, flat, flat, q_seqs=wrong, kv_seqs=wrong)
+    torch.cuda.synchronize()
+
+
+def test_unknown_length_is_refused_during_capture() -> None:
+    flat = torch.randn(50, 2, 64, device="cuda", dtype=BF16)
+    start = torch.tensor([0, 20], device="cuda", dtype=torch.int32)
+    known = Ragged(start, start + 5, max_length=25)
+    jitattn.attention(flat, flat, flat, q_seqs=known, kv_seqs=known, mask=Causal())
+    unknown = Ragged(start, start + 5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        with pytest.raises(jitattn.InvalidInputError, match="give max_length"):
+            jitattn.attention(flat, flat, flat, q_seqs=unknown, kv_seqs=unknown, mask=Causal())
+        out = jitattn.attention(flat, flat, flat, q_seqs=known, kv_seqs=known, mask=Causal())
+    graph.replay()
+    truth = jitattn.attention(flat, flat, flat, q_seqs=unknown, kv_seqs=unknown, mask=Causal())
+    assert torch.equal(out, truth)
+
+
+def test_key_lengths_of_a_batched_cache() -> None:
+    q = torch.randn(3, 1, 8, 64, device="cuda", dtype=BF16)
+    cache = torch.full((3, 500, 2, 64), float("nan"), device="cuda", dtype=BF16)
+    lengths = torch.tensor([0, 499, 130], device="cuda")
+    for idx, length in enumerate(lengths.tolist()):
+        cache[idx, :length] = torch.randn(length, 2, 64)
+    out = jitattn.attention(q, cache, cache, mask=Full(), kv_seqs=Padded(lengths))
+    truth = jitattn.reference.reference(q, cache, cache, kv_seqs=Padded(lengths))
+    assert rel_l2(out, truth) < 5e-3
+    assert torch.equal(out[0], torch.zeros_like(out[0]))
