@@ -14,11 +14,12 @@ from typing import Final
 import torch
 
 from jitattn.errors import LaunchError
+from jitattn.jit import launch
 
 #: Counters of a stream at first; they grow.
 _FIRST: Final = 4096
 #: Counters that are kept ready for captures, during which none can be zeroed.
-_FOR_CAPTURES: Final = 1 << 20
+_FOR_CAPTURES: Final = 1 << 17
 
 _of_stream: dict[tuple[int, int], torch.Tensor] = {}
 _for_captures: dict[int, tuple[torch.Tensor, int]] = {}
@@ -62,13 +63,17 @@ def _captured(count: int, device_index: int) -> int:
                 "jitattn.warmup with the same arguments before the capture"
             )
         # All are given out: zeroed by the graph itself then, at every replay.
-        return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device_index}").data_ptr()
+        return _zeros(count, device_index).data_ptr()
     _for_captures[device_index] = (counters, used + count)
     return counters.data_ptr() + 4 * used
 
 
 def _zeros(count: int, device_index: int) -> torch.Tensor:
-    return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device_index}")
+    # Not torch.zeros, whose kernel takes 4 ms to load in a new process.
+    counters = torch.empty(count, dtype=torch.int32, device=f"cuda:{device_index}")
+    stream = torch._C._cuda_getCurrentRawStream(device_index)
+    launch.zero(counters.data_ptr(), 4 * count, stream)
+    return counters
 
 
 if hasattr(os, "register_at_fork"):

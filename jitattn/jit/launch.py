@@ -124,6 +124,11 @@ def unload_all() -> None:
     _kernels.clear()
 
 
+def zero(address: int, num_bytes: int, stream: int) -> None:
+    """Set device memory to zero, in a raw CUDA stream; loads no kernel for that."""
+    import_cupy().cuda.runtime.memsetAsync(address, 0, num_bytes, stream)
+
+
 def _load(built: Built, device_index: int) -> Kernel:
     cupy = import_cupy()
     spec = built.spec
