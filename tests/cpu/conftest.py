@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from jitattn.jit import build, cache, files, record, settings
+from jitattn.jit.cache import DiskCache
+
+from .specs import CACHED
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +23,14 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     _forget()
     yield root
     _forget()
+
+
+@pytest.fixture
+def filled(cache_dir: Path) -> DiskCache:
+    """A cache with three kernels."""
+    for spec in CACHED:
+        build.build(spec)
+    return DiskCache(cache_dir)
 
 
 def _forget() -> None:

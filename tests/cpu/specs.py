@@ -60,3 +60,7 @@ def fake_entry(number: int, size: int = 4096, toolchain: str = "nvrtc 13.0.88") 
             sha256=sha256(cubin),
         ),
     )
+
+
+#: The kernels of the fixture `filled`.
+CACHED = (merge_spec(), merge_spec("sm_86"), forward_spec())

@@ -33,6 +33,22 @@ def cold_build() -> list[str]:
     return [built.origin, built.metadata.sha256]
 
 
+def lock_holder(cache_dir: Path, key: str) -> Child:
+    """A process that holds the lock of a kernel, and goes on holding it."""
+    held = cache_dir.with_name("held")
+
+    def hold() -> None:
+        claim = DiskCache(cache_dir).claim(key, "sm_80")
+        assert isinstance(claim, Claim)
+        held.touch()
+        time.sleep(60)
+
+    child = Child(hold)
+    while not held.exists():
+        time.sleep(0.005)
+    return child
+
+
 def test_killed_writers_leave_nothing_that_is_believed_and_wrong(cache_dir: Path) -> None:
     entries = [fake_entry(number, 30_000) for number in range(8)]
     delays = random.Random(1)
@@ -65,19 +81,10 @@ def test_killed_writers_leave_nothing_that_is_believed_and_wrong(cache_dir: Path
     assert list((cache_dir / "v1" / "tmp").iterdir()) == []
 
 
-def test_killed_lock_holder_frees_the_lock(cache_dir: Path, tmp_path: Path) -> None:
+def test_killed_lock_holder_frees_the_lock(cache_dir: Path) -> None:
     key = build.key_of(merge_spec())
 
-    def hold() -> None:
-        claim = DiskCache(cache_dir).claim(key, "sm_80")
-        assert isinstance(claim, Claim)
-        (tmp_path / "held").touch()
-        time.sleep(60)
-
-    child = Child(hold)
-    while not (tmp_path / "held").exists():
-        time.sleep(0.005)
-    child.kill()
+    lock_holder(cache_dir, key).kill()
     start = time.monotonic()
     with DiskCache(cache_dir).claim(key, "sm_80") as none:
         assert none is None
@@ -113,21 +120,13 @@ def test_different_kernels_are_compiled_side_by_side(cache_dir: Path) -> None:
 
 
 def test_stopped_lock_holder_delays_by_the_timeout_only(
-    cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JITATTN_LOCK_TIMEOUT", "0.3")
     key = build.key_of(merge_spec())
 
-    def hold() -> None:
-        claim = DiskCache(cache_dir).claim(key, "sm_80")
-        assert isinstance(claim, Claim)
-        (tmp_path / "held").touch()
-        time.sleep(60)
-
-    holder = Child(hold)
+    holder = lock_holder(cache_dir, key)
     try:
-        while not (tmp_path / "held").exists():
-            time.sleep(0.005)
         os.kill(holder.pid, signal.SIGSTOP)
         start = time.monotonic()
         assert build.build(merge_spec()).origin == "compiled"

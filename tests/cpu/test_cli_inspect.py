@@ -7,35 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from jitattn.cli import main
 from jitattn.cli.common import fitting, plain
 from jitattn.jit import build, choices
 from jitattn.jit.cache import DiskCache
 from jitattn.jit.entry import Entry, cache_key
 
-from .specs import fake_entry, forward_spec, merge_spec
-
-SPECS = [merge_spec(), merge_spec("sm_86"), forward_spec()]
-
-
-def run(*arguments: str, **environment: str) -> Result:
-    return CliRunner().invoke(main, list(arguments), env=environment)
-
-
-def result(*arguments: str, status: int = 0) -> object:
-    done = run(*arguments, "--json")
-    assert done.exit_code == status, done.output
-    return json.loads(done.stdout)
-
-
-@pytest.fixture
-def filled(cache_dir: Path) -> DiskCache:
-    """A cache with three kernels."""
-    for spec in SPECS:
-        build.build(spec)
-    return DiskCache(cache_dir)
+from .commands import result, run
+from .specs import CACHED, fake_entry
 
 
 def test_list(filled: DiskCache) -> None:
@@ -65,11 +44,11 @@ def test_empty_list_says_so(cache_dir: Path) -> None:
 
 
 def test_show(filled: DiskCache) -> None:
-    built = build.build(SPECS[2])
+    built = build.build(CACHED[2])
     shown = result("show", built.key[:12])
     assert shown["key"] == built.key
-    assert shown["spec"] == SPECS[2].to_dict()
-    assert shown["command"] == choices.command(SPECS[2])
+    assert shown["spec"] == CACHED[2].to_dict()
+    assert shown["command"] == choices.command(CACHED[2])
     assert "jitattn_fwd" in shown["log"]
     assert "kHeadDim = 16" in shown["header"]
     assert shown["templates_are_current"]
@@ -80,9 +59,9 @@ def test_show(filled: DiskCache) -> None:
 
 
 def test_show_of_another_version(filled: DiskCache) -> None:
-    metadata = build.build(SPECS[0]).metadata
+    metadata = build.build(CACHED[0]).metadata
     other = replace(metadata, key="ab" * 32, source_digest="0" * 64, header_digest="0" * 64)
-    filled.write(Entry(build.build(SPECS[0]).cubin, other))
+    filled.write(Entry(build.build(CACHED[0]).cubin, other))
     shown = result("show", "abab")
     assert shown["header"] is None
     assert not shown["templates_are_current"]
@@ -107,7 +86,7 @@ def test_keys_may_be_abbreviated(filled: DiskCache, command: str, tmp_path: Path
 
 
 def test_extract(filled: DiskCache, tmp_path: Path) -> None:
-    built = build.build(SPECS[0])
+    built = build.build(CACHED[0])
     target = tmp_path / "kernel.cubin"
     assert result("extract", built.key, "-o", str(target))["bytes"] == len(built.cubin)
     assert target.read_bytes() == built.cubin
@@ -191,7 +170,7 @@ def test_columns_of_other_kinds_are_sorted(filled: DiskCache) -> None:
 
 
 def test_extract_checks_the_key_too(filled: DiskCache, tmp_path: Path) -> None:
-    built = build.build(SPECS[0])
+    built = build.build(CACHED[0])
     filled.write(Entry(built.cubin, replace(built.metadata, source_digest="0" * 64)))
     done = run("extract", built.key, "-o", str(tmp_path / "x"))
     assert done.exit_code == 1

@@ -9,34 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 from jitattn.cli import main
 from jitattn.jit import build, choices, compilers, files
 from jitattn.jit.cache import DiskCache
 from jitattn.jit.entry import Entry, sha256
 
-from .specs import fake_entry, forward_spec, merge_spec
-
-SPECS = [merge_spec(), merge_spec("sm_86"), forward_spec()]
-
-
-def run(*arguments: str, **environment: str) -> Result:
-    return CliRunner().invoke(main, list(arguments), env=environment)
-
-
-def result(*arguments: str, status: int = 0) -> object:
-    done = run(*arguments, "--json")
-    assert done.exit_code == status, done.output
-    return json.loads(done.stdout)
-
-
-@pytest.fixture
-def filled(cache_dir: Path) -> DiskCache:
-    """A cache with three kernels."""
-    for spec in SPECS:
-        build.build(spec)
-    return DiskCache(cache_dir)
+from .commands import result, run
+from .specs import CACHED, fake_entry, merge_spec
 
 
 def test_verify_finds_and_repairs(filled: DiskCache) -> None:
@@ -49,7 +30,7 @@ def test_verify_finds_and_repairs(filled: DiskCache) -> None:
     }
     compared = result("verify", "--recompile")
     assert (compared["recompiled"], compared["bad"]) == (3, [])
-    key = build.build(SPECS[0]).key
+    key = build.build(CACHED[0]).key
     cubin = filled.paths(key)[0]
     good = cubin.read_bytes()
     cubin.write_bytes(good[:-1])
@@ -64,7 +45,7 @@ def test_verify_finds_and_repairs(filled: DiskCache) -> None:
 
 
 def test_verify_sees_what_a_checksum_cannot(filled: DiskCache) -> None:
-    built = build.build(SPECS[0])
+    built = build.build(CACHED[0])
     # Everything agrees, but the key is not that of these facts.
     forged = replace(built.metadata, source_digest="0" * 64)
     filled.write(Entry(built.cubin, forged))
@@ -86,7 +67,7 @@ def test_verify_passes_over_other_compilers(filled: DiskCache) -> None:
 
 
 def test_verify_of_damaged_metadata(filled: DiskCache) -> None:
-    key = build.build(SPECS[0]).key
+    key = build.build(CACHED[0]).key
     filled.paths(key)[1].write_text("{}")
     (bad,) = result("verify", "--repair", status=1)["bad"]
     assert not bad["repaired"]  # nobody knows any more what it was
@@ -99,7 +80,7 @@ def age(disk: DiskCache, key: str, days: float) -> None:
 
 
 def test_prune(filled: DiskCache) -> None:
-    old, middle, new = (build.build(spec).key for spec in SPECS)
+    old, middle, new = (build.build(spec).key for spec in CACHED)
     other = fake_entry(1, toolchain="nvrtc 12.1.105").metadata.key
     filled.write(fake_entry(1, toolchain="nvrtc 12.1.105"))
     age(filled, old, 40)
@@ -125,8 +106,8 @@ def test_prune_sweeps_leftovers(filled: DiskCache) -> None:
     draft = filled.store / "tmp" / f"1-{'a' * 16}"
     draft.touch()
     os.utime(draft, (1, 1))
-    filled.paths(build.build(SPECS[0]).key)[0].write_bytes(b"bad")
-    filled.read(build.build(SPECS[0]).key, "sm_80")  # sets it aside
+    filled.paths(build.build(CACHED[0]).key)[0].write_bytes(b"bad")
+    filled.read(build.build(CACHED[0]).key, "sm_80")  # sets it aside
     assert result("prune", "--dry-run")["swept"] == 3
     assert run("prune").exit_code == 2  # nothing goes without -y
     assert draft.exists()
@@ -170,10 +151,10 @@ def test_export_import_clear(filled: DiskCache, tmp_path: Path) -> None:
 
 def test_export_of_choices_leaves_bad_ones_out(filled: DiskCache, tmp_path: Path) -> None:
     spec_file = tmp_path / "kernels.json"
-    spec_file.write_text(json.dumps([choices.to_choice(SPECS[0]), choices.to_choice(SPECS[2])]))
+    spec_file.write_text(json.dumps([choices.to_choice(CACHED[0]), choices.to_choice(CACHED[2])]))
     archive = str(tmp_path / "kernels.zip")
     assert result("export", archive, "--spec", str(spec_file))["kernels"] == 2
-    filled.paths(build.build(SPECS[0]).key)[0].write_bytes(b"bad")
+    filled.paths(build.build(CACHED[0]).key)[0].write_bytes(b"bad")
     done = result("export", archive, "--spec", str(spec_file), status=1)
     assert (done["kernels"], done["left_out"]) == (1, 1)
 
@@ -188,7 +169,7 @@ def test_read_only_cache_is_not_changed(filled: DiskCache) -> None:
 
 def test_verify_sees_a_missing_cubin(filled: DiskCache, tmp_path: Path) -> None:
     """Readers take it for no entry at all; verify and export say so, and repair makes it anew."""
-    key = build.build(SPECS[0]).key
+    key = build.build(CACHED[0]).key
     filled.paths(key)[0].unlink()
     (bad,) = result("verify", status=1)["bad"]
     assert bad["key"] == key
@@ -201,7 +182,7 @@ def test_verify_sees_a_missing_cubin(filled: DiskCache, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not files.HAS_OWNERS, reason="needs POSIX owners and modes")
 def test_verify_sees_what_others_may_write(filled: DiskCache) -> None:
-    key = build.build(SPECS[0]).key
+    key = build.build(CACHED[0]).key
     shard = filled.paths(key)[0].parent
     shard.chmod(0o777)
     (bad,) = result("verify", status=1)["bad"]
@@ -219,7 +200,7 @@ def test_verify_sees_what_others_may_write(filled: DiskCache) -> None:
 def test_repair_that_keeps_nothing_is_no_repair(
     filled: DiskCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = build.build(SPECS[0]).key
+    key = build.build(CACHED[0]).key
     filled.paths(key)[0].write_bytes(b"bad")
 
     def refused(*_: object) -> None:
@@ -231,7 +212,7 @@ def test_repair_that_keeps_nothing_is_no_repair(
 
 
 def test_export_makes_nothing_that_import_refuses(filled: DiskCache, tmp_path: Path) -> None:
-    built = build.build(SPECS[0])
+    built = build.build(CACHED[0])
     filled.write(Entry(built.cubin, replace(built.metadata, source_digest="0" * 64)))
     archive, other = str(tmp_path / "kernels.zip"), str(tmp_path / "other")
     done = result("export", archive, status=1)
@@ -242,7 +223,7 @@ def test_export_makes_nothing_that_import_refuses(filled: DiskCache, tmp_path: P
 def test_export_says_what_is_missing(filled: DiskCache, tmp_path: Path) -> None:
     archive = tmp_path / "kernels.zip"
     spec_file = tmp_path / "kernels.json"
-    wanted = [choices.to_choice(spec) for spec in (SPECS[0], merge_spec(head_dim_v=32))]
+    wanted = [choices.to_choice(spec) for spec in (CACHED[0], merge_spec(head_dim_v=32))]
     spec_file.write_text(json.dumps(wanted))
     done = run("export", str(archive), "--spec", str(spec_file), "--json")
     assert done.exit_code == 0

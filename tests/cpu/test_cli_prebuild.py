@@ -7,18 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from jitattn.cli import main
 from jitattn.jit import build, compilers, pool
 from jitattn.jit.cache import DiskCache
 from jitattn.jit.spec import KernelSpec
 
+from .commands import run
+
 SMALL = ["--arch", "86", "--dtype", "bf16", "--head-dim", "16", "--mask", "full"]
-
-
-def run(*arguments: str, **environment: str) -> Result:
-    return CliRunner().invoke(main, list(arguments), env=environment)
 
 
 def test_makes_what_is_missing(cache_dir: Path) -> None:
