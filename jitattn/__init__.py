@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from jitattn import reference
     from jitattn.attention import attention
     from jitattn.explain import explain
+    from jitattn.kvcache import attention_with_kvcache
     from jitattn.merge import merge
+    from jitattn.rotary import Rotary
     from jitattn.sequences import Padded, Paged, Ragged
     from jitattn.warmup import warmup
 
@@ -47,9 +49,11 @@ __all__ = [
     "Padded",
     "Paged",
     "Ragged",
+    "Rotary",
     "UnsupportedError",
     "__version__",
     "attention",
+    "attention_with_kvcache",
     "explain",
     "merge",
     "reference",
@@ -58,8 +62,14 @@ __all__ = [
 
 #: Functions that live in a submodule of the same name, and submodules, loaded on first use.
 _LAZY_FUNCTIONS: Final = frozenset({"attention", "explain", "merge", "warmup"})
-#: Classes that need torch, by the submodule that they live in.
-_LAZY_CLASSES: Final = {"Padded": "sequences", "Paged": "sequences", "Ragged": "sequences"}
+#: Names that need torch, by the submodule of another name that they live in.
+_LAZY_NAMES: Final = {
+    "Padded": "sequences",
+    "Paged": "sequences",
+    "Ragged": "sequences",
+    "Rotary": "rotary",
+    "attention_with_kvcache": "kvcache",
+}
 _LAZY_MODULES: Final = frozenset({"reference"})
 
 
@@ -80,8 +90,8 @@ def __getattr__(name: str) -> object:
     if name in _LAZY_FUNCTIONS or name in _LAZY_MODULES:
         module = importlib.import_module(f"{__name__}.{name}")
         return getattr(module, name) if name in _LAZY_FUNCTIONS else module
-    if name in _LAZY_CLASSES:
-        module = importlib.import_module(f"{__name__}.{_LAZY_CLASSES[name]}")
+    if name in _LAZY_NAMES:
+        module = importlib.import_module(f"{__name__}.{_LAZY_NAMES[name]}")
         return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

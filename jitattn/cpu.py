@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from jitattn.masks import Mask
     from jitattn.problem import Call, Runtime
+    from jitattn.sequences import KvSequences
 
 #: Queries and keys of a chunk: the scores of a chunk take 4 · B · Hq · 128 · 512 bytes.
 CHUNK_Q: Final = 128
@@ -143,11 +144,17 @@ def _sequence_by_sequence(
     q_spans = _spans("q_seqs", call.q_seqs, runtime.batch, q.shape[0 if is_flat else 1])
     pages = call.kv_seqs.block_table.tolist() if isinstance(call.kv_seqs, Paged) else None
     rows = k.shape[0] if isinstance(call.kv_seqs, Ragged) else k.shape[1]
-    kv_spans = (
-        [(0, int(length)) for length in call.kv_seqs.length]
-        if isinstance(call.kv_seqs, Paged)
-        else _spans("kv_seqs", call.kv_seqs, runtime.batch, rows)
-    )
+    if isinstance(call.kv_seqs, Paged):
+        rows *= call.kv_seqs.block_table.shape[1]
+    kv_spans = _spans("kv_seqs", call.kv_seqs, runtime.batch, rows)
+    kv_rows = list(range(runtime.batch))
+    if isinstance(call.kv_seqs, Padded) and call.kv_seqs.batch_idx is not None:
+        kv_rows = call.kv_seqs.batch_idx.tolist()
+        for idx, row in enumerate(kv_rows):
+            if not 0 <= row < k.shape[0]:
+                raise InvalidInputError(
+                    f"kv_seqs: sequence {idx} is in row {row}, but there are only {k.shape[0]}"
+                )
     out = call.out
     if out is None:
         out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=call.out_dtype or q.dtype)
@@ -164,11 +171,12 @@ def _sequence_by_sequence(
             continue
         one_q = (q if is_flat else q[idx])[q_start : q_start + len_q][None]
         if pages is not None:
-            one_k, one_v = (_gather(x, pages[idx], len_kv)[None] for x in (k, v))
+            one_k, one_v = (_gather(x, pages[idx], kv_start, len_kv)[None] for x in (k, v))
         else:
             is_ragged = isinstance(call.kv_seqs, Ragged)
             one_k, one_v = (
-                (x if is_ragged else x[idx])[kv_start : kv_start + len_kv][None] for x in (k, v)
+                (x if is_ragged else x[kv_rows[idx]])[kv_start : kv_start + len_kv][None]
+                for x in (k, v)
             )
         part, part_lse = _dense(one_q, one_k, one_v, runtime, call, None)
         target = out if is_flat else out[idx]
@@ -180,12 +188,12 @@ def _sequence_by_sequence(
     return (out.transpose(1, 2) if call.layout == "bhsd" and not is_flat else out), lse
 
 
-def _spans(name: str, seqs: Ragged | Padded | None, batch: int, rows: int) -> list[tuple[int, int]]:
+def _spans(name: str, seqs: KvSequences, batch: int, rows: int) -> list[tuple[int, int]]:
     """(start, length) of every sequence; refuses one that leaves the tensor."""
     if seqs is None:
         return [(0, rows)] * batch
     starts = [0] * batch if seqs.start is None else seqs.start.tolist()
-    lengths = seqs.lengths().tolist()
+    lengths = seqs.length.tolist()
     for idx, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         if start < 0 or length < 0 or start + length > rows:
             raise InvalidInputError(
@@ -195,21 +203,19 @@ def _spans(name: str, seqs: Ragged | Padded | None, batch: int, rows: int) -> li
     return list(zip(starts, lengths, strict=True))
 
 
-def _gather(x: Tensor, pages: list[int], length: int) -> Tensor:
+def _gather(x: Tensor, pages: list[int], start: int, length: int) -> Tensor:
     """Keys or values of one sequence, [length, H, D]."""
     page_size, num_pages = x.shape[1], x.shape[0]
-    used = pages[: -(-length // page_size)]
-    if len(used) * page_size < length:
-        raise InvalidInputError(
-            f"kv_seqs: a sequence has {length} keys, but its block table holds {len(pages)} pages "
-            f"of {page_size}"
-        )
+    first = start // page_size
+    used = pages[first : -(-(start + length) // page_size)] if length else []
     for page in used:
         if not 0 <= page < num_pages:
             raise InvalidInputError(
                 f"kv_seqs: the block table names page {page}, but there are only {num_pages}"
             )
-    return x[torch.tensor(used, dtype=torch.int64)].flatten(0, 1)[:length]
+    return x[torch.tensor(used, dtype=torch.int64)].flatten(0, 1)[start - first * page_size :][
+        :length
+    ]
 
 
 def _any_requires_grad(*tensors: Tensor) -> bool:

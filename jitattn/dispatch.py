@@ -17,10 +17,9 @@ from jitattn.cpu import run_cpu
 from jitattn.errors import LaunchError, UnsupportedError
 from jitattn.jit import launch
 from jitattn.jit.device import device
-from jitattn.jit.params import fast_divisor
+from jitattn.jit.params import divisor
 from jitattn.jit.spec import RowClass, SeqLayout
 from jitattn.layouts import parse
-from jitattn.problem import Indices
 from jitattn.tiles import choose_splits, fwd_spec, heads_per_tile
 from jitattn.workspace import arrivals
 
@@ -37,10 +36,6 @@ _TINY_SCALE: Final = 1e-30
 _BALANCED_TILES: Final = 4
 
 _fwd_kernels: dict[tuple[Problem, RowClass, int], _FwdKernel] = {}
-_divisors: dict[int, tuple[int, int]] = {}
-_NOWHERE: Final = Indices(
-    0, 0, 0, 0, 0, 0, False, 1, 1, 1, True, True, 0, 0, 0, 1, False
-)  # every sequence fills its row of the batch
 
 
 class _FwdKernel(NamedTuple):
@@ -68,6 +63,13 @@ class Plan(NamedTuple):
 def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `attention` on torch tensors."""
     problem, runtime = parse(q, k, v, call)
+    return run_parsed(q, k, v, problem, runtime, call)
+
+
+def run_parsed(
+    q: Tensor, k: Tensor, v: Tensor, problem: Problem, runtime: Runtime, call: Call
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute a call that `layouts.parse` has checked."""
     if q.is_cuda:
         return _run_cuda(q, k, v, problem, runtime, call)
     return run_cpu(q, k, v, runtime, call)
@@ -132,7 +134,7 @@ def _load(problem: Problem, rows: RowClass, device_index: int) -> _FwdKernel:
     if not torch.cuda.is_current_stream_capturing():
         workspace.prepare(device_index)
     spec = fwd_spec(problem, here.arch, rows)
-    kernel = _kernel(spec, device_index)
+    kernel = loaded_kernel(spec, device_index)
     num_slots = here.num_sms * kernel.blocks_per_sm
     return _FwdKernel(kernel, spec.tile.block_q, spec.tile.block_kv, num_slots)
 
@@ -145,11 +147,7 @@ def _run_cuda(
             "an input on the GPU requires grad: the backward kernels do not exist yet; call under "
             "torch.no_grad(), detach the inputs, or use CPU tensors, which are differentiable"
         )
-    if torch.cuda._is_in_bad_fork():
-        raise LaunchError(
-            "this process was forked from one that had used CUDA, which does not survive that; "
-            "start worker processes with the 'spawn' start method"
-        )
+    check_cuda()
     # Rows that belong to no sequence are written by no kernel.
     is_sparse = problem.q_layout is not SeqLayout.BATCHED
     out, lse = call.out, None
@@ -169,6 +167,15 @@ def _run_cuda(
             with torch.cuda.device(device_index):
                 _launch(q, k, v, out, lse, problem, runtime, call, device_index)
     return out if lse is None else (out, lse)
+
+
+def check_cuda() -> None:
+    """Refuse a process that cannot use its GPU."""
+    if torch.cuda._is_in_bad_fork():
+        raise LaunchError(
+            "this process was forked from one that had used CUDA, which does not survive that; "
+            "start worker processes with the 'spawn' start method"
+        )
 
 
 def lse_shape(q: Tensor, runtime: Runtime) -> tuple[int, ...]:
@@ -201,9 +208,10 @@ def _launch(
     )
     stream = torch._C._cuda_getCurrentRawStream(device_index)
     batch, len_q, heads_q = runtime.batch, runtime.len_q, runtime.heads_q
-    indices = runtime.indices or _NOWHERE
+    indices = runtime.indices
+    is_flat = indices is not None and indices.is_flat
     stride = out.stride()
-    if indices.is_flat:
+    if is_flat:
         out_strides = (0, stride[0], stride[1])
     elif call.layout == "bshd":
         out_strides = (stride[0], stride[1], stride[2])
@@ -213,7 +221,7 @@ def _launch(
     if lse is not None:
         stride = lse.stride()
         lse_ptr, lse_strides = lse.data_ptr(), (0, stride[0])
-        if not indices.is_flat:
+        if not is_flat:
             lse_strides = (stride[0], stride[1])
     partial_out_ptr = partial_lse_ptr = arrivals_ptr = 0
     if splits != 1:
@@ -235,17 +243,11 @@ def _launch(
         partial_out_ptr,
         partial_lse_ptr,
         arrivals_ptr,
-        indices.q_start,
-        indices.q_stop,
-        indices.kv_start,
-        indices.kv_stop,
-        indices.block_table,
         *runtime.q_strides,
         *runtime.k_strides,
         *runtime.v_strides,
         *out_strides,
         *lse_strides,
-        indices.table_stride,
         batch,
         len_q,
         runtime.len_kv,
@@ -256,28 +258,11 @@ def _launch(
         splits,
         num_slots,
         runtime.diagonal,
-        indices.bottom_right,
         runtime.scale < 0,
-        indices.q_word,
-        indices.kv_word,
-        indices.table_word,
-        indices.q_stop_is_length,
-        indices.kv_stop_is_length,
-        indices.q_rows,
-        indices.kv_rows,
-        indices.num_pages,
-        indices.page_size,
-        *_divisor(indices.page_size),
-        *_divisor(packed),
+        *divisor(packed),
         (abs(runtime.scale) or _TINY_SCALE) * _LOG2_E,
+        *(() if indices is None else (*indices.addresses, indices.bottom_right, *indices.counts)),
     )
-
-
-def _divisor(divisor: int) -> tuple[int, int]:
-    found = _divisors.get(divisor)
-    if found is None:
-        found = _divisors[divisor] = fast_divisor(divisor)
-    return found
 
 
 def specs_of_problem(problem: Problem, arch: str) -> list[KernelSpec]:
@@ -285,7 +270,14 @@ def specs_of_problem(problem: Problem, arch: str) -> list[KernelSpec]:
     return list(dict.fromkeys(fwd_spec(problem, arch, rows) for rows in RowClass))
 
 
-def _kernel(spec: KernelSpec, device_index: int) -> launch.Kernel:
+def loaded_kernel(spec: KernelSpec, device_index: int) -> launch.Kernel:
+    """Return a kernel, compiled and loaded if need be and if that is possible now.
+
+    Raises
+    ------
+    LaunchError
+        The kernel is not loaded, and the current stream is capturing a graph.
+    """
     if not launch.is_loaded(spec, device_index) and torch.cuda.is_current_stream_capturing():
         raise LaunchError(
             f"the {spec.family} kernel of this call is not loaded, and the current stream is "

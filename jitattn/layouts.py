@@ -8,6 +8,7 @@ import torch
 
 from jitattn import problem
 from jitattn.errors import InvalidInputError
+from jitattn.jit.params import divisor
 from jitattn.jit.spec import SeqLayout
 from jitattn.masks import Causal
 from jitattn.problem import Indices, Runtime
@@ -34,6 +35,7 @@ class _Side(NamedTuple):
     head: int
     outer: int | None  #: dimension of the batch or of pages; None for a flat tensor
     page_size: int = 0  #: 0 where there are no pages
+    outer_size: int = 0  #: of a batched tensor: its rows of the batch
 
 
 def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime]:
@@ -79,7 +81,7 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
         for stride in (head_dim_v, *_strides("out", call.out, ours)):
             units |= stride * call.out.element_size()
     aligned = (address | units) & 15 == 0
-    layouts = (_layout_of(call.q_seqs), _layout_of(call.kv_seqs))
+    layouts = (_layout_of(call.q_seqs), _layout_of(call.kv_seqs, theirs.page_size))
     facts = (q.dtype, result_dtype, head_dim, head_dim_v, type(call.mask), call.gear, aligned)
     return problem.problem_of((*facts, *layouts)), Runtime(
         batch,
@@ -109,11 +111,10 @@ def _check_kinds(q_seqs: QSequences, kv_seqs: KvSequences, device: torch.device)
                 f"{name} is a {type(seqs).__name__}: it must be one of {allowed}, or None for "
                 "sequences that fill the batch"
             )
-        tensor = seqs.length if isinstance(seqs, Paged) else seqs.stop
-        if tensor.device != device:
+        if seqs.stop.device != device:
             raise InvalidInputError(
-                f"{name} holds indices on {tensor.device}, q is on {device}: they must be on one "
-                "device; move them with .to()"
+                f"{name} holds indices on {seqs.stop.device}, q is on {device}: they must be on "
+                "one device; move them with .to()"
             )
 
 
@@ -171,13 +172,20 @@ def _batched(name: str, tensor: Tensor, seqs: Padded | None, layout: str) -> _Si
     letters = "[B, L, H, D]" if layout == "bshd" else "[B, H, L, D]"
     _check_dimensions(name, tensor, 4, f"a batched tensor: {letters}")
     rows = tensor.shape[row]
-    if seqs is not None and seqs.batch != tensor.shape[0]:
+    batch = tensor.shape[0]
+    if seqs is not None and seqs.batch_idx is not None:
+        if name == "q":
+            raise InvalidInputError(
+                "q_seqs=Padded(batch_idx=...): it names rows of k and v only; index q itself"
+            )
+        batch = seqs.batch
+    elif seqs is not None and seqs.batch != batch:
         raise InvalidInputError(
-            f"{name} has batch {tensor.shape[0]}, its Padded(...) {seqs.batch} sequences: they "
-            "must match"
+            f"{name} has batch {batch}, its Padded(...) {seqs.batch} sequences: they must match; "
+            "say with batch_idx which rows of k and v they are in"
         )
     longest = rows if seqs is None else seqs.max_length(rows)
-    return _Side(tensor.shape[0], rows, tensor.shape[head], longest, row, head, 0)
+    return _Side(batch, rows, tensor.shape[head], longest, row, head, 0, outer_size=tensor.shape[0])
 
 
 def _check_dimensions(name: str, tensor: Tensor, dimensions: int, rule: str) -> None:
@@ -212,9 +220,9 @@ def _strides(name: str, tensor: Tensor, side: _Side) -> problem.Strides:
     return step(side.outer), step(side.row), step(side.head)
 
 
-def _layout_of(seqs: QSequences | KvSequences) -> SeqLayout:
+def _layout_of(seqs: QSequences | KvSequences, page_size: int = 0) -> SeqLayout:
     if isinstance(seqs, Paged):
-        return SeqLayout.PAGED
+        return SeqLayout.PAGED16 if page_size % 16 == 0 and seqs.start is None else SeqLayout.PAGED
     return SeqLayout.BATCHED if seqs is None else SeqLayout.RAGGED
 
 
@@ -222,19 +230,26 @@ def _indices(call: Call, ours: _Side, theirs: _Side) -> Indices:
     q_seqs, kv_seqs = call.q_seqs, call.kv_seqs
     table = table_stride = num_pages = 0
     table_word = page_size = 1
+    kv_rows = theirs.rows
     kv_start = kv_stop = 0
     kv_word, kv_is_length = 1, True
     if isinstance(kv_seqs, Paged):
         block_table = kv_seqs.block_table
         table, table_word = block_table.data_ptr(), block_table.element_size() // 4
         table_stride = block_table.stride(0) * table_word
-        kv_stop, kv_word = kv_seqs.length.data_ptr(), kv_seqs.length.element_size() // 4
+        kv_stop, kv_word = kv_seqs.stop.data_ptr(), kv_seqs.stop.element_size() // 4
         page_size = theirs.page_size
         num_pages = theirs.rows // page_size
+        kv_rows = min(_MAX_COUNT, block_table.shape[1] * page_size) if num_pages else 0
+        kv_start = 0 if kv_seqs.start is None else kv_seqs.start.data_ptr()
+        kv_is_length = kv_seqs.stop_is_length
     elif kv_seqs is not None:
         kv_start = 0 if kv_seqs.start is None else kv_seqs.start.data_ptr()
         kv_stop, kv_word = kv_seqs.stop.data_ptr(), kv_seqs.stop.element_size() // 4
         kv_is_length = kv_seqs.stop_is_length
+        if isinstance(kv_seqs, Padded) and kv_seqs.batch_idx is not None:
+            table, table_word = kv_seqs.batch_idx.data_ptr(), kv_seqs.batch_idx.element_size() // 4
+            num_pages = theirs.outer_size
     q_start = q_stop = 0
     q_word, q_is_length = 1, True
     if q_seqs is not None:
@@ -243,21 +258,19 @@ def _indices(call: Call, ours: _Side, theirs: _Side) -> Indices:
         q_is_length = q_seqs.stop_is_length
     mask = call.mask
     return Indices(
-        q_start,
-        q_stop,
-        kv_start,
-        kv_stop,
-        table,
-        table_stride,
+        (q_start, q_stop, kv_start, kv_stop, table, table_stride),
         isinstance(mask, Causal) and mask.align == "bottom_right",
-        q_word,
-        kv_word,
-        table_word,
-        q_is_length,
-        kv_is_length,
-        ours.rows,
-        _MAX_COUNT if theirs.page_size else theirs.rows,
-        num_pages,
-        page_size,
+        (
+            q_word,
+            kv_word,
+            table_word,
+            q_is_length,
+            kv_is_length,
+            ours.rows,
+            kv_rows,
+            num_pages,
+            page_size,
+            *divisor(page_size),
+        ),
         isinstance(q_seqs, Ragged),
     )

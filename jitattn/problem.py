@@ -67,22 +67,12 @@ class Indices(NamedTuple):
     the low word.
     """
 
-    q_start: int
-    q_stop: int
-    kv_start: int
-    kv_stop: int
-    block_table: int
-    table_stride: int  #: between the rows of the table, in words
+    #: q_start, q_stop, kv_start, kv_stop, block_table, and the stride of the table's rows in words
+    addresses: tuple[int, ...]
     bottom_right: bool  #: the diagonal of each sequence is moved by its Lkv - Lq
-    q_word: int  #: words of an index: 1 or 2
-    kv_word: int
-    table_word: int
-    q_stop_is_length: bool
-    kv_stop_is_length: bool
-    q_rows: int  #: rows of the tensor, of which no index leads out
-    kv_rows: int
-    num_pages: int
-    page_size: int  #: 1 where there are no pages
+    #: q_word, kv_word, table_word, q_stop_is_length, kv_stop_is_length, q_rows, kv_rows, num_pages,
+    #: page_size, page_div_mul, page_div_shift: as `FwdSeqParams` has them
+    counts: tuple[int, ...]
     is_flat: bool  #: q is [total, Hq, D], and so out; LSE is [Hq, total]
 
 

@@ -19,7 +19,7 @@ _INDEX_DTYPES: Final = (torch.int32, torch.int64)
 
 
 class _Spans:
-    """A start and an end for every sequence: what `Ragged` and `Padded` have in common.
+    """A start and an end for every sequence: what all kinds have in common.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class _Spans:
     ) -> None:
         for what, tensor in (("start", start), ("length", stop)):
             if tensor is not None:
-                _check_index(f"{name}({what}=...)", tensor, 1)
+                check_index(f"{name}({what}=...)", tensor, 1)
         if start is not None:
             if start.dtype != stop.dtype or start.device != stop.device:
                 raise InvalidInputError(
@@ -77,8 +77,9 @@ class _Spans:
         """Number of sequences."""
         return len(self.stop)
 
-    def lengths(self) -> Tensor:
-        """Return the lengths, [B]; launches a kernel if the values hold stops."""
+    @property
+    def length(self) -> Tensor:
+        """The lengths, [B]; computed anew, by a kernel, where stops were given."""
         if self.stop_is_length or self.start is None:
             return self.stop
         return self.stop - self.start
@@ -123,7 +124,7 @@ class Ragged(_Spans):
         max_length : int, optional
             As in the constructor.
         """
-        _check_index("Ragged.from_cu_seqlens(...)", cu_seqlens, 1)
+        check_index("Ragged.from_cu_seqlens(...)", cu_seqlens, 1)
         if len(cu_seqlens) == 0:
             raise InvalidInputError("cu_seqlens is empty: it has one entry more than sequences")
         value = cls.__new__(cls)
@@ -138,7 +139,7 @@ class Ragged(_Spans):
         """Return the bound on the lengths; reads it from the device if none was given."""
         longest = self._max_length
         if longest is None:
-            longest = max(0, int(self.lengths().max())) if self.batch else 0
+            longest = max(0, int(self.length.max())) if self.batch else 0
             object.__setattr__(self, "_max_length", longest)
         return longest
 
@@ -146,7 +147,7 @@ class Ragged(_Spans):
 class Padded(_Spans):
     """Sequences in a row of a batched tensor each, which they need not fill.
 
-    Row b of the batch is the tokens start[b] … start[b] + length[b] - 1 of [B, L, H, D]. Without
+    Sequence b is the tokens start[b] … start[b] + length[b] - 1 of row b of [B, L, H, D]. Without
     `start` they begin at 0 (`seqused_k`); with it, padding may lie on the left.
 
     Parameters
@@ -157,6 +158,9 @@ class Padded(_Spans):
         First real token.
     max_length : int, default L
         A bound on the lengths. A smaller one than L saves work.
+    batch_idx : Tensor, [B], int32 or int64, optional
+        For k and v: the row of the tensor that each sequence is in, where that is not its own. The
+        tensor may then have more or fewer rows than there are sequences.
 
     Raises
     ------
@@ -164,33 +168,72 @@ class Padded(_Spans):
         A tensor is of another kind, or they do not fit together.
     """
 
-    __slots__ = ()
+    __slots__ = ("batch_idx",)
+
+    batch_idx: Tensor | None
 
     def __init__(
-        self, length: Tensor, start: Tensor | None = None, max_length: int | None = None
+        self,
+        length: Tensor,
+        start: Tensor | None = None,
+        max_length: int | None = None,
+        batch_idx: Tensor | None = None,
     ) -> None:
-        self._set(start, length, True, max_length, "Padded")
+        self._set_padded(start, length, True, max_length, batch_idx)
+
+    @classmethod
+    def from_stop(
+        cls,
+        stop: Tensor,
+        start: Tensor | None = None,
+        max_length: int | None = None,
+        batch_idx: Tensor | None = None,
+    ) -> Padded:
+        """Make the value from the token after the last one of each sequence; launches nothing."""
+        value = cls.__new__(cls)
+        value._set_padded(start, stop, start is None, max_length, batch_idx)
+        return value
+
+    def _set_padded(
+        self,
+        start: Tensor | None,
+        stop: Tensor,
+        stop_is_length: bool,
+        max_length: int | None,
+        batch_idx: Tensor | None,
+    ) -> None:
+        self._set(start, stop, stop_is_length, max_length, "Padded")
+        if batch_idx is not None:
+            check_index("Padded(batch_idx=...)", batch_idx, 1)
+            if len(batch_idx) != len(stop) or batch_idx.device != stop.device:
+                raise InvalidInputError(
+                    f"Padded: batch_idx has {len(batch_idx)} entries on {batch_idx.device} and "
+                    f"length {len(stop)} on {stop.device}: both need one for every sequence"
+                )
+        object.__setattr__(self, "batch_idx", batch_idx)
 
     def max_length(self, rows: int) -> int:
         """Return the bound on the lengths in a tensor of `rows` tokens."""
         return rows if self._max_length is None else min(rows, self._max_length)
 
 
-class Paged:
+class Paged(_Spans):
     """Keys and values in pages of equal size, found through a block table.
 
     k is [num_pages, page_size, Hkv, D] and v [num_pages, page_size, Hkv, Dv], each with strides of
-    its own; both may be views of one tensor. Key t of sequence b is row t % page_size of page
+    its own; both may be views of one tensor. Row t of sequence b is row t % page_size of page
     block_table[b, t // page_size].
 
     Parameters
     ----------
     block_table : Tensor, [B, max_pages], int32 or int64
-        Entries behind the last page of a sequence are never read.
+        Entries before the first and behind the last page of a sequence are never read.
     length : Tensor, [B], int32 or int64
         Number of keys of each sequence.
     max_length : int, default max_pages * page_size
         A bound on the lengths. A smaller one saves work.
+    start : Tensor, [B], same dtype as length, optional
+        Row of the first key of each sequence, where padding lies on the left; 0 if left out.
 
     Raises
     ------
@@ -198,40 +241,53 @@ class Paged:
         A tensor is of another kind, or they do not fit together.
     """
 
-    __slots__ = ("_max_length", "block_table", "length")
+    __slots__ = ("block_table",)
 
     block_table: Tensor
-    length: Tensor
-    _max_length: int | None
 
-    def __init__(self, block_table: Tensor, length: Tensor, max_length: int | None = None) -> None:
-        _check_index("Paged(block_table=...)", block_table, 2)
-        _check_index("Paged(length=...)", length, 1)
-        if len(block_table) != len(length) or block_table.device != length.device:
+    def __init__(
+        self,
+        block_table: Tensor,
+        length: Tensor,
+        max_length: int | None = None,
+        start: Tensor | None = None,
+    ) -> None:
+        self._set_paged(block_table, start, length, True, max_length)
+
+    @classmethod
+    def from_stop(
+        cls,
+        block_table: Tensor,
+        stop: Tensor,
+        max_length: int | None = None,
+        start: Tensor | None = None,
+    ) -> Paged:
+        """Make the value from the row after the last key of each sequence; launches nothing."""
+        value = cls.__new__(cls)
+        value._set_paged(block_table, start, stop, start is None, max_length)
+        return value
+
+    def _set_paged(
+        self,
+        block_table: Tensor,
+        start: Tensor | None,
+        stop: Tensor,
+        stop_is_length: bool,
+        max_length: int | None,
+    ) -> None:
+        check_index("Paged(block_table=...)", block_table, 2)
+        self._set(start, stop, stop_is_length, max_length, "Paged")
+        if len(block_table) != len(stop) or block_table.device != stop.device:
             raise InvalidInputError(
                 f"Paged: block_table has {len(block_table)} rows on {block_table.device} and "
-                f"length {len(length)} entries on {length.device}: both need one for every sequence"
+                f"length {len(stop)} entries on {stop.device}: both need one for every sequence"
             )
         if block_table.shape[1] > 1 and block_table.stride(1) != 1:
             raise InvalidInputError(
                 f"Paged: block_table has strides {block_table.stride()}: the last one must be 1; "
                 "call .contiguous() first"
             )
-        check_max_length("Paged", max_length)
-        for field, value in (
-            ("block_table", block_table),
-            ("length", length),
-            ("_max_length", max_length),
-        ):
-            object.__setattr__(self, field, value)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"Paged is frozen: {name} cannot be set")
-
-    @property
-    def batch(self) -> int:
-        """Number of sequences."""
-        return len(self.length)
+        object.__setattr__(self, "block_table", block_table)
 
     def max_length(self, page_size: int) -> int:
         """Return the bound on the lengths with pages of `page_size` keys."""
@@ -251,7 +307,8 @@ def check_max_length(name: str, max_length: int | None) -> None:
         )
 
 
-def _check_index(what: str, tensor: object, dimensions: int) -> None:
+def check_index(what: str, tensor: object, dimensions: int) -> None:
+    """Refuse what is no tensor of indices."""
     if not isinstance(tensor, torch.Tensor):
         raise InvalidInputError(f"{what} is a {type(tensor).__name__}: it must be a torch tensor")
     if tensor.dtype not in _INDEX_DTYPES:

@@ -59,6 +59,8 @@ _SMALL_SMEM: Final[_Table] = {
     192: (128, 64, 8, 1),
     256: (64, 64, 4, 1),
 }
+#: Sequences that differ: 128x128 would spill 88 bytes (753 us against 811 at 8k causal).
+_LARGE_SMEM_SEQ: Final[_Table] = {**_LARGE_SMEM, 64: (128, 96, 4, 1)}
 #: sm_100: not measured; 128x128 would spill 68 bytes there.
 _UNTUNED_LARGE_SMEM: Final[_Table] = {**_LARGE_SMEM, 64: (128, 64, 4, 2)}
 _TABLES: Final = {
@@ -118,6 +120,8 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
         table = _FP32
     elif problem.access is Access.ELEMENT:
         table = _ELEMENT
+    elif table is _LARGE_SMEM and not problem.is_uniform:
+        table = _LARGE_SMEM_SEQ
     block_q, block_kv, warps_q, stages = next(row for top, row in table.items() if dim <= top)
     return _tile(block_q, block_kv, warps_q, 1, stages)
 
@@ -133,7 +137,10 @@ def _rows16(problem: Problem, limit: int) -> list[tuple[int, Tile]]:
             (budget, _tile(16, 64, 1, 4, n)) for n in (2, 1) for budget in (_half(limit), limit)
         ]
         return [*deep, (limit, _tile(16, 32, 1, 2, 1))]
-    wide = [(limit, _tile(16, 128, 1, 4, 2))] if limit > _SMALLEST_LARGE_SMEM else []
+    # Paged keys: two blocks on a multiprocessor hide each other's look-ups (474 us against 485, and
+    # 478 against 506 with shuffled pages of 16, at 64 x 8k; notes/0003).
+    is_wide = limit > _SMALLEST_LARGE_SMEM and not problem.kv_layout.page_group
+    wide = [(limit, _tile(16, 128, 1, 4, 2))] if is_wide else []
     return [
         *wide,
         *((_half(limit), _tile(16, 64, 1, 4, stages)) for stages in (3, 2)),

@@ -56,6 +56,7 @@ LAYOUTS: Final = (
     (SeqLayout.RAGGED, SeqLayout.RAGGED),
     (SeqLayout.BATCHED, SeqLayout.PAGED),
     (SeqLayout.RAGGED, SeqLayout.PAGED),
+    (SeqLayout.BATCHED, SeqLayout.PAGED16),
 )
 
 
@@ -165,6 +166,7 @@ def _short(arch: str) -> Iterator[KernelSpec]:
         yield fwd_spec(problem(bf16, dim, access=Access.ELEMENT), arch, many)
     yield fwd_spec(problem(Dtype.FP32, 33, access=Access.ELEMENT), arch, many)
     yield MergeSpec(dtype=bf16, out_dtype=bf16, head_dim_v=128, arch=arch)
+    yield from specs_of([{"family": "append", "dtype": ["bf16", "fp32"]}], [arch])
 
 
 def build_one(spec: KernelSpec) -> Figures:

@@ -32,6 +32,8 @@ RECORD: Final = Path("tests") / "data" / "gpu_record.json"
 
 COVERED: Final = ("cuda_src", "jitattn", "tests/gpu", "tests/support")
 LEFT_OUT: Final = ("cuda_src/notes",)
+#: pytest -k expression for memcheck: the EDGE grid, and the tests whose indices lead anywhere.
+_MEMCHECKED: Final = "EDGE or merge or ((sequences or kvcache) and not many)"
 PARTS: Final = ("tests", "bench", "sanitize")
 
 #: Every allocation is the driver's own, so that memcheck sees the end of each tensor.
@@ -288,7 +290,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--status", action="store_true", help="is the record of these files?")
     parser.add_argument("--sanitize", action="store_true", help="also memcheck on the EDGE grid")
-    parser.add_argument("--sanitize-k", default="EDGE", help="pytest -k expression for memcheck")
+    parser.add_argument(
+        "--sanitize-k", default=_MEMCHECKED, help="pytest -k expression for memcheck"
+    )
     parser.add_argument("--parts", default="tests,bench", help=f"some of {','.join(PARTS)}")
     parser.add_argument("--out", type=Path, help="write the record into this folder as well")
     parser.add_argument("--root", type=Path, default=REPOSITORY, help="another checkout")

@@ -13,6 +13,7 @@ enum class SeqLayout {
   kBatched,  // [B, L, H, D]: every sequence fills its row
   kRagged,   // a start and a length each, in one tensor or in a row of their own
   kPaged,    // keys only: pages of rows, found through a block table
+  kPaged16,  // the same, where every page begins and ends at a multiple of 16 keys
 };
 
 // How products are formed and summed.
@@ -25,6 +26,13 @@ enum class Numerics {
 enum class Access {
   kVec16,    // every row starts at a multiple of 16 bytes and is a multiple of 16 bytes long
   kElement,  // one element at a time
+};
+
+// Which columns a rotary embedding turns with each other.
+enum class RotaryStyle {
+  kNone,
+  kInterleaved,  // 2i and 2i + 1
+  kHalfSplit,    // i and i + rotary_dim / 2
 };
 
 }  // namespace jitattn

@@ -176,9 +176,13 @@ struct FwdEpilogue {
     const float* g_lse = params.partial_lse + partial_row(0) + row;
     const float* g_out = params.partial_out + (partial_row(0) + row) * Spec::kHeadDimV;
 
-    float highest = -infinity();
-    for (int split = lane_idx; split < tile.num_splits; split += 32) {
-      highest = fmaxf(highest, __ldcg(g_lse + split * step));
+    auto load_lse = [&](int split) {
+      return split < tile.num_splits ? __ldcg(g_lse + split * step) : -infinity();
+    };
+    const float first_lse = load_lse(lane_idx);
+    float highest = first_lse;
+    for (int split = lane_idx + 32; split < tile.num_splits; split += 32) {
+      highest = fmaxf(highest, load_lse(split));
     }
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) {
@@ -188,11 +192,10 @@ struct FwdEpilogue {
     float sum[kColumns] = {};
     for (int base = 0; base < tile.num_splits; base += 32) {
       // A lane's weight is that of one split; a split that saw nothing has weight 0.
-      const int split = base + lane_idx;
-      const float lse = split < tile.num_splits ? __ldcg(g_lse + split * step) : -infinity();
+      const float lse = base == 0 ? first_lse : load_lse(base + lane_idx);
       const float weight = lse == -infinity() ? 0.f : ptx::exp2_approx((lse - highest) * kLog2e);
       const int count = min_of(32, tile.num_splits - base);
-#pragma unroll 4
+#pragma unroll 8
       for (int i = 0; i < count; ++i) {
         const float w = __shfl_sync(0xffffffffu, weight, i);
         total += w;

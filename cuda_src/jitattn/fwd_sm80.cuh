@@ -51,7 +51,7 @@
 namespace jitattn {
 
 template <class Spec>
-__device__ __forceinline__ void attn_fwd(const FwdParams& params) {
+__device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   using Traits = FwdTraits<Spec>;
   using Mma = typename Traits::Mma;
   using Element = typename Traits::Element;
@@ -72,7 +72,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
   // ---- Pointers for this (batch, head)
   const int64_t kv_head_idx = tile.head_idx / params.heads_per_kv;
   const int64_t batch_idx = tile.batch_idx;
-  const int64_t kv_batch_idx = Traits::kIsPaged ? 0 : batch_idx;
+  const int64_t kv_batch_idx = kv_row<Spec>(params, tile.batch_idx);
   const int64_t kv_start = Traits::kIsPaged ? 0 : sequence.kv_start;
   const char* g_q = reinterpret_cast<const char*>(
       static_cast<const Element*>(params.q) + batch_idx * params.q_stride_batch +
@@ -117,20 +117,24 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
 
   // Copies of the next key block, from right to left, into buffer `stage`. The pointers walk: they
   // are this thread's share of the block to be copied next. Only the last block of a sequence has a
-  // tail. The rows of paged keys are looked up in `page_slot` instead.
+  // tail. The rows of paged keys are looked up instead.
   int block = range.end - 1;  // of the current step
   const int64_t k_block_bytes = params.k_stride_row * (kBlockKv * kElementBytes);
   const int64_t v_block_bytes = params.v_stride_row * (kBlockKv * kElementBytes);
   const char* g_k_next = copy_k.share(g_k + block * k_block_bytes);
   const char* g_v_next = copy_v.share(g_v + block * v_block_bytes);
   auto len_kv = [&] { return kIsUniform<Spec> ? params.len_kv : sequence.len_kv; };
-  const PagedRows<Traits, kBlockKv> pages(params, sequence, tile.batch_idx,
-                                          s_q_addr + Traits::kOffsetPages);
-  auto load_k = [&](int stage, int page_slot, auto is_first) {
+  const PagedRows<Spec> pages(params, sequence, tile.batch_idx, s_q_addr + Traits::kOffsetPages);
+  if constexpr (Traits::kIsPaged) {
+    g_k = pages.lane_k(copy_k.lane(g_k), copy_k.row);
+    g_v = pages.lane_v(copy_v.lane(g_v), copy_v.row);
+  }
+  auto load_k = [&](int stage, int ahead, auto is_first) {
     const uint32_t s_addr = s_k_addr + stage * Traits::kBytesK;
     if constexpr (Traits::kIsPaged) {
       copy_k.template load_rows<decltype(is_first)::value, true>(
-          s_addr, g_k, [&](int row) { return pages.offset_k(page_slot, row); });
+          s_addr, g_k, len_kv() - block * kBlockKv,
+          [&](int skip) { return pages.offset_k(block - ahead, copy_k.row, skip); });
     } else if constexpr (decltype(is_first)::value) {
       copy_k.load_tail(s_addr, g_k_next, len_kv() - block * kBlockKv);
     } else {
@@ -138,11 +142,12 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
     }
     g_k_next -= k_block_bytes;
   };
-  auto load_v = [&](int stage, int page_slot, auto is_first) {
+  auto load_v = [&](int stage, int ahead, auto is_first) {
     const uint32_t s_addr = s_v_addr + stage * Traits::kBytesV;
     if constexpr (Traits::kIsPaged) {
       copy_v.template load_rows<decltype(is_first)::value, true>(
-          s_addr, g_v, [&](int row) { return pages.offset_v(page_slot, row); });
+          s_addr, g_v, len_kv() - block * kBlockKv,
+          [&](int skip) { return pages.offset_v(block - ahead, copy_v.row, skip); });
     } else if constexpr (decltype(is_first)::value) {
       copy_v.load_tail(s_addr, g_v_next, len_kv() - block * kBlockKv);
     } else {
@@ -151,13 +156,14 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
     g_v_next -= v_block_bytes;
   };
   auto load_q = [&] {
-    copy_q.template load_rows<true, false>(s_q_addr, g_q, [&](int row_in_tile) -> int64_t {
-      const int row = tile.q_tile_idx * Spec::kBlockQ + row_in_tile;
-      if (row >= rows.num_rows) return -1;
-      const int position = rows.position(row);
-      return (position * params.q_stride_row + rows.head(row, position) * params.q_stride_head) *
-             kElementBytes;
-    });
+    const int first_row = tile.q_tile_idx * Spec::kBlockQ;
+    copy_q.template load_rows<true, false>(
+        s_q_addr, copy_q.lane(g_q), rows.num_rows - first_row, [&](int skip) {
+          const int row = first_row + copy_q.row + skip, position = rows.position(row);
+          return (position * params.q_stride_row +
+                  rows.head(row, position) * params.q_stride_head) *
+                 kElementBytes;
+        });
   };
 
   using Scores = float[Traits::kRowTiles][Traits::kKeyTiles][4];  // [kWarpRows, kWarpKeys]
@@ -186,13 +192,11 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
       copy_v.zero_padding(s_v_addr + stage * Traits::kBytesV);
     }
     if constexpr (Traits::kIsPaged) {
-      typename PagedRows<Traits, kBlockKv>::Lookup found[Traits::kPageSlots];
-#pragma unroll
-      for (int slot = 0; slot < Traits::kPageSlots; ++slot) {
-        found[slot] = pages.look_up(block - slot);
-      }
-#pragma unroll
-      for (int slot = 0; slot < Traits::kPageSlots; ++slot) pages.store(found[slot], slot);
+      using Lookup = typename PagedRows<Spec>::Lookup;
+      const int batch = pages.batch_of(block);
+      const Lookup found = pages.look_up(batch), next = pages.look_up(batch - 1);
+      pages.store(found, batch);
+      pages.store(next, batch - 1);
       ptx::barrier_sync<Traits::kNumThreads>();  // the rows of the first blocks are known to all
     }
     load_k(0, 0, TrueType{});
@@ -220,7 +224,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
     return visible_keys<Spec>(params, sequence, rows.position(warp_row + Traits::kWarpRows - 1));
   };
 
-  int stage = 0, page_slot = 0;
+  int stage = 0;
   auto step = [&](auto is_masked) {
     constexpr bool kIsMasked = decltype(is_masked)::value;
     // Protects: this step's tiles, written by all threads' copies, before anyone reads them; and
@@ -230,19 +234,18 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
     if constexpr (kStages > 1) {
       const int next_stage = stage == 0 ? kStages - 1 : stage - 1;  // kPrefetch ahead in the ring
       if (block - kPrefetch >= range.begin) {
-        load_k(next_stage, next_stage, FalseType{});
-        load_v(next_stage, next_stage, FalseType{});
+        load_k(next_stage, kPrefetch, FalseType{});
+        load_v(next_stage, kPrefetch, FalseType{});
       }
     } else if (kIsMasked) {
-      load_v(0, page_slot, TrueType{});
+      load_v(0, 0, TrueType{});
     } else {
-      load_v(0, page_slot, FalseType{});
+      load_v(0, 0, FalseType{});
     }
     ptx::cp_async_commit();
-    typename PagedRows<Traits, kBlockKv>::Lookup found;  // of the block that takes this one's slot
+    typename PagedRows<Spec>::Lookup found;  // of the next batch of blocks
     if constexpr (Traits::kIsPaged) {
-      const int ahead = block - Traits::kPageSlots;
-      found = pages.look_up(ahead >= range.begin ? ahead : -1);
+      if (pages.is_first_of_batch(block)) found = pages.look_up(pages.batch_of(block) - 1);
     }
 
     const bool sees_any = !kIsMasked || block * kBlockKv < last_sees();
@@ -252,7 +255,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
       // Protects: V of this step before anyone reads it; K of this step from the next copy.
       ptx::cp_async_wait<0>();
       ptx::barrier_sync<Traits::kNumThreads>();
-      if (block > range.begin) load_k(0, page_slot ^ 1, FalseType{});
+      if (block > range.begin) load_k(0, 1, FalseType{});
       ptx::cp_async_commit();
     }
     if (sees_any) {
@@ -263,8 +266,9 @@ __device__ __forceinline__ void attn_fwd(const FwdParams& params) {
       softmax.update_max(r_s, r_o, scale_log2);
       exp_and_mma_o(r_s, stage);
     }
-    if constexpr (Traits::kIsPaged) pages.store(found, kStages > 1 ? stage : page_slot);
-    page_slot ^= 1;
+    if constexpr (Traits::kIsPaged) {
+      if (pages.is_first_of_batch(block)) pages.store(found, pages.batch_of(block) - 1);
+    }
     stage = stage + 1 == kStages ? 0 : stage + 1;
   };
 

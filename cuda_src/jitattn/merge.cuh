@@ -7,39 +7,21 @@
 // Work split  One warp a row (batch, head, position); a lane owns columns lane, lane + 32, ...
 #pragma once
 
+#include "jitattn/element.cuh"
 #include "jitattn/enums.cuh"
 #include "jitattn/params.cuh"
 #include "jitattn/ptx/math.cuh"
-#include "jitattn/tile/mma_f32_acc.cuh"
 #include "jitattn/types.cuh"
 
 namespace jitattn {
-
-template <Dtype kDtype>
-struct MergeElement {
-  using type = uint16_t;
-  __device__ static float load(uint16_t bits) {
-    if constexpr (kDtype == Dtype::kFp16) return ptx::f16_to_f32(bits);
-    return __int_as_float(static_cast<uint32_t>(bits) << 16);  // bf16: the upper half
-  }
-  __device__ static uint16_t round(float value) {
-    return static_cast<uint16_t>(MmaF32Acc<kDtype>::pack(value, 0.f));
-  }
-};
-template <>
-struct MergeElement<Dtype::kFp32> {
-  using type = float;
-  __device__ static float load(float value) { return value; }
-  __device__ static float round(float value) { return value; }
-};
 
 template <class Spec>
 __device__ __forceinline__ void merge_parts(const MergeParams& params) {
   static_assert(sizeof(MergeParams) == Spec::kParamsBytes,
                 "host and device disagree on MergeParams");
   static_assert(Spec::kSmemBytes == 0, "the merge kernel uses no shared memory");
-  using In = MergeElement<Spec::kDtype>;
-  using Out = MergeElement<Spec::kOutDtype>;
+  using In = Scalar<Spec::kDtype>;
+  using Out = Scalar<Spec::kOutDtype>;
   constexpr int kColumns = ceil_div(Spec::kHeadDimV, 32);
   constexpr float kLog2e = 1.4426950408889634f;
 

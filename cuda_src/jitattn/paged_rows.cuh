@@ -1,51 +1,67 @@
-// Where the rows of paged keys and values lie: byte offsets, resolved a few steps ahead.
+// Where the rows of paged keys and values lie: byte offsets, resolved well ahead of their copies.
 //
-// A thread looks up the page of its own key, one block at a time, and leaves the offsets of that K
-// row and V row in shared memory, where all copies of the block find them. A lookup is started at
-// the beginning of a step and stored at its end, so that its latency is hidden.
+// Keys are looked up in groups that lie in one page: of 16 where pages hold a multiple of that,
+// else one by one. Blocks come in batches of kBatch. In the first step of a batch, all threads look
+// up the pages of the next one, and leave the offsets of each group's first K row and V row in
+// shared memory at the end of the step, where all copies find them. There is room for two batches.
 #pragma once
 
 #include "jitattn/params.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/rows.cuh"
 #include "jitattn/sequence.cuh"
+#include "jitattn/traits.cuh"
 #include "jitattn/types.cuh"
 
 namespace jitattn {
 
-template <class Traits, int kBlockKv>
+template <class Spec>
 struct PagedRows {
-  static constexpr int kSlots = Traits::kPageSlots;
-  static constexpr int kKeysPerThread = ceil_div(kBlockKv, Traits::kNumThreads);
+  using Traits = FwdTraits<Spec>;
+  static constexpr int kGroup = Traits::kPageGroup;
+  static constexpr int kGroups = Spec::kBlockKv / kGroup;  // of a block
+  static constexpr int kBatch = Traits::kPageBatch;
+  static constexpr int kBatchGroups = kBatch * kGroups;
+  static constexpr int kGroupsPerThread = ceil_div(kBatchGroups, Traits::kNumThreads);
+  static_assert(kBatch > Spec::kStages, "a batch is looked up before its first copy");
   static constexpr int64_t kElementBytes = sizeof(typename Traits::Element);
+  // A thread's rows lie whole groups apart, so that its place in the group is always the same.
+  static_assert(Traits::CopyK::kRowsPerPass % kGroup == 0 &&
+                Traits::CopyV::kRowsPerPass % kGroup == 0);
 
-  // Page and row within it of this thread's keys of one block; page -1 for a key beyond the end.
+  // Page and row within it of the first key of this thread's groups of one batch.
   struct Lookup {
-    int page[kKeysPerThread];
-    int row[kKeysPerThread];
+    int page[kGroupsPerThread];
+    int row[kGroupsPerThread];
   };
 
-  const FwdParams& params;
+  const FwdParamsOf<Spec>& params;
   const int32_t* g_table;  // of this sequence
-  const uint32_t s_addr;   // [kSlots, kBlockKv] pairs of int64
+  const uint32_t s_addr;   // [2 * kBatch, kGroups] pairs of int64
   const int kv_start, len_kv;
 
-  __device__ PagedRows(const FwdParams& params, const Sequence& sequence, int batch_idx,
+  __device__ PagedRows(const FwdParamsOf<Spec>& params, const Sequence& sequence, int batch_idx,
                        uint32_t s_addr)
       : params(params),
-        g_table(params.block_table + batch_idx * params.table_stride),
+        g_table(table_of(params, batch_idx)),
         s_addr(s_addr),
         kv_start(sequence.kv_start),
         len_kv(sequence.len_kv) {}
 
-  __device__ Lookup look_up(int block) const {
+  __device__ static int batch_of(uint32_t block) { return block / kBatch; }
+
+  // Whether the next batch is to be looked up in the step of this block.
+  __device__ static bool is_first_of_batch(uint32_t block) { return block % kBatch == kBatch - 1; }
+
+  // Batches are counted as blocks are, and visited from right to left.
+  __device__ Lookup look_up(int batch) const {
     Lookup found;
 #pragma unroll
-    for (int i = 0; i < kKeysPerThread; ++i) {
-      const int key = block * kBlockKv + threadIdx.x + i * Traits::kNumThreads;
-      found.page[i] = -1;
+    for (int i = 0; i < kGroupsPerThread; ++i) {
+      const int key = batch * (kBatch * Spec::kBlockKv) + group_of(i) * kGroup;
+      found.page[i] = 0;
       found.row[i] = 0;
-      if (block >= 0 && key < len_kv) {
+      if (is_mine(i) && batch >= 0 && key < len_kv) {
         const int idx = divide(kv_start + key, params.page_div_mul, params.page_div_shift);
         found.row[i] = kv_start + key - idx * params.page_size;
         found.page[i] = load_index(g_table, idx, params.table_word);
@@ -54,33 +70,52 @@ struct PagedRows {
     return found;
   }
 
-  __device__ void store(const Lookup& found, int slot) const {
+  __device__ void store(const Lookup& found, int batch) const {
 #pragma unroll
-    for (int i = 0; i < kKeysPerThread; ++i) {
-      const int key = threadIdx.x + i * Traits::kNumThreads;
-      if (kBlockKv % Traits::kNumThreads != 0 && key >= kBlockKv) continue;
-      const int64_t page = found.page[i], row = found.row[i];
-      // A page that does not exist is never read, whatever the table says.
+    for (int i = 0; i < kGroupsPerThread; ++i) {
+      if (!is_mine(i)) continue;
+      // Whatever the table says, no page is read but those that exist.
       const bool exists = static_cast<uint32_t>(found.page[i]) < params.num_pages;
-      const int64_t offset_k =
-          (page * params.k_stride_batch + row * params.k_stride_row) * kElementBytes;
-      const int64_t offset_v =
-          (page * params.v_stride_batch + row * params.v_stride_row) * kElementBytes;
-      ptx::st_shared_v2_b64(slot_addr(slot, key), exists ? offset_k : -1, exists ? offset_v : -1);
+      const int64_t page = exists ? found.page[i] : 0, row = found.row[i];
+      ptx::st_shared_v2_b64(
+          slot_addr((batch & 1) * kBatch, group_of(i)),
+          (page * params.k_stride_batch + row * params.k_stride_row) * kElementBytes,
+          (page * params.v_stride_batch + row * params.v_stride_row) * kElementBytes);
     }
   }
 
-  // Bytes from the first page to a row of K or V of the block in `slot`; negative: no such key.
-  __device__ int64_t offset_k(int slot, int row) const {
-    return ptx::ld_shared_b64(slot_addr(slot, row));
+  // For copies of K, whose first row of a thread is `first_row`: where this thread's pointer into
+  // the first page stands, and the bytes from there to its row `skip` rows on, of a block.
+  __device__ const char* lane_k(const char* g_lane, int first_row) const {
+    return g_lane + first_row % kGroup * params.k_stride_row * kElementBytes;
   }
-  __device__ int64_t offset_v(int slot, int row) const {
-    return ptx::ld_shared_b64(slot_addr(slot, row) + 8);
+  __device__ int64_t offset_k(int block, int first_row, int skip) const {
+    return ptx::ld_shared_b64(row_addr(block, first_row, skip));
+  }
+  // The same of V.
+  __device__ const char* lane_v(const char* g_lane, int first_row) const {
+    return g_lane + first_row % kGroup * params.v_stride_row * kElementBytes;
+  }
+  __device__ int64_t offset_v(int block, int first_row, int skip) const {
+    return ptx::ld_shared_b64(row_addr(block, first_row, skip) + 8);
   }
 
  private:
-  __device__ uint32_t slot_addr(int slot, int key) const {
-    return s_addr + (slot * kBlockKv + key) * 16;
+  __device__ static const int32_t* table_of(const FwdParamsOf<Spec>& params, int batch_idx) {
+    if constexpr (Traits::kIsPaged) return params.block_table + batch_idx * params.table_stride;
+    return nullptr;
+  }
+
+  __device__ static int group_of(int i) { return threadIdx.x + i * Traits::kNumThreads; }
+  __device__ static bool is_mine(int i) {
+    return kBatchGroups % Traits::kNumThreads == 0 || group_of(i) < kBatchGroups;
+  }
+
+  __device__ uint32_t slot_addr(uint32_t slot, uint32_t group) const {
+    return s_addr + (slot * kGroups + group) * 16;
+  }
+  __device__ uint32_t row_addr(uint32_t block, uint32_t first_row, int skip) const {
+    return slot_addr(block % (2 * kBatch), first_row / kGroup) + skip / kGroup * 16;
   }
 };
 

@@ -6,22 +6,16 @@
 
 namespace jitattn {
 
-// A ragged q is [total, Hq, D] (batch stride 0) or [B, Lq, Hq, D]; so are k and v. A paged k is
-// [num_pages, page_size, Hkv, D], and its batch stride is that of a page.
+// What every forward kernel reads.
 struct FwdParams {
-  const void* q;               // [B, Lq, Hq, D]
-  const void* k;               // [B, Lkv, Hkv, D]
-  const void* v;               // [B, Lkv, Hkv, Dv]
-  void* out;                   // [B, Lq, Hq, Dv]
-  float* lse;                  // [B, Hq, Lq] or, ragged, [Hq, total]; may be null
-  float* partial_out;          // [num_items, head_tiles, block_q, Dv], contiguous; null: no splits
-  float* partial_lse;          // [num_items, head_tiles, block_q], contiguous
-  int32_t* arrivals;           // [num_items, head_tiles], all 0, and so left behind
-  const int32_t* q_start;      // ragged: first row of each sequence; null for 0
-  const int32_t* q_stop;       // ragged: its length, or the row after its last
-  const int32_t* kv_start;     // the same of the keys
-  const int32_t* kv_stop;      // paged as well
-  const int32_t* block_table;  // paged: [B, max_pages], the page of every page_size keys
+  const void* q;       // [B, Lq, Hq, D]
+  const void* k;       // [B, Lkv, Hkv, D]
+  const void* v;       // [B, Lkv, Hkv, Dv]
+  void* out;           // [B, Lq, Hq, Dv]
+  float* lse;          // [B, Hq, Lq] or, ragged, [Hq, total]; may be null
+  float* partial_out;  // [num_items, head_tiles, block_q, Dv], contiguous; null: no splits
+  float* partial_lse;  // [num_items, head_tiles, block_q], contiguous
+  int32_t* arrivals;   // [num_items, head_tiles], all 0, and so left behind
   int64_t q_stride_batch;
   int64_t q_stride_row;
   int64_t q_stride_head;
@@ -36,7 +30,6 @@ struct FwdParams {
   int64_t out_stride_head;
   int64_t lse_stride_batch;
   int64_t lse_stride_head;
-  int64_t table_stride;  // between the rows of the block table, in 4-byte words
   int32_t batch;
   int32_t len_q;   // ragged: the largest
   int32_t len_kv;  // ragged and paged: the largest
@@ -47,22 +40,35 @@ struct FwdParams {
   int32_t num_splits;      // CTAs that share the keys of one query tile; 0: balanced on the device
   int32_t num_slots;       // balanced: CTAs that the GPU holds at a time
   int32_t diagonal;        // causal: query i sees keys <= i + diagonal
-  int32_t bottom_right;    // 1: and Lkv - Lq of each sequence is added to the diagonal
   int32_t negate_q;        // 1 if the scale is negative: q changes sign, the scale does not
-  int32_t q_word;          // 4-byte words of an index of q: 1, or 2 of which the low one is read
+  uint32_t row_div_mul;    // row / heads_per_tile = (mulhi(row, mul) + row) >> shift
+  uint32_t row_div_shift;
+  float scale_log2;  // |scale| * log2(e), never 0
+};
+
+// And where sequences differ. A ragged q is [total, Hq, D] (batch stride 0) or [B, Lq, Hq, D]; so
+// are k and v. A paged k is [num_pages, page_size, Hkv, D], and its batch stride is that of a page.
+struct FwdSeqParams : FwdParams {
+  const int32_t* q_start;   // ragged: first row of each sequence; null for 0
+  const int32_t* q_stop;    // ragged: its length, or the row after its last
+  const int32_t* kv_start;  // the same of the keys
+  const int32_t* kv_stop;   // paged as well
+  // paged: [B, max_pages], the page of every page_size keys. ragged: [B], the row of the batch of k
+  // and v that is the sequence's; null: its own.
+  const int32_t* block_table;
+  int64_t table_stride;  // between the rows of the block table, in 4-byte words
+  int32_t bottom_right;  // 1: Lkv - Lq of each sequence is added to the diagonal
+  int32_t q_word;        // 4-byte words of an index of q: 1, or 2 of which the low one is read
   int32_t kv_word;
   int32_t table_word;
   int32_t q_stop_is_length;
   int32_t kv_stop_is_length;
-  int32_t q_rows;  // ragged: rows of the tensor, of which no index leads out
-  int32_t kv_rows;
-  uint32_t num_pages;
+  int32_t q_rows;      // ragged: rows of the tensor, of which no index leads out
+  int32_t kv_rows;     // paged: of all pages that a sequence has room for
+  uint32_t num_pages;  // ragged: batch of k and v
   int32_t page_size;
-  uint32_t page_div_mul;  // key / page_size = (mulhi(key, mul) + key) >> shift
+  uint32_t page_div_mul;  // key / page_size, as row_div
   uint32_t page_div_shift;
-  uint32_t row_div_mul;  // row / heads_per_tile, likewise
-  uint32_t row_div_shift;
-  float scale_log2;  // |scale| * log2(e), never 0
 };
 
 struct MergeParams {
@@ -83,6 +89,65 @@ struct MergeParams {
   int32_t heads_q;
   int32_t num_parts;
   int32_t reserved;  // keeps the size a multiple of 8
+};
+
+// A cache is [num_pages, page_size, Hkv, D]; one without a block table has a page for every row of
+// the batch. New tokens are [B, num_new, ...], or ragged: [total, ...] with batch stride 0.
+struct AppendParams {
+  const void* k;               // new keys [B, num_new, Hkv, D]
+  const void* v;               // new values [B, num_new, Hkv, Dv]
+  const void* q;               // [B, Lq, Hq, D]; null: not rotated
+  const void* cos;             // [table_rows, rotary_dim / 2]
+  const void* sin;             // likewise
+  void* k_cache;               // [num_pages, page_size, Hkv, D]
+  void* v_cache;               // [num_pages, page_size, Hkv, Dv]
+  void* q_out;                 // as q
+  int32_t* kv_stop;            // [B], of stop_word words: rows in use afterwards
+  const int32_t* used;         // [B]: rows in use before; null: used_by_all
+  const int32_t* q_start;      // ragged tokens: first row of each sequence; null for 0
+  const int32_t* q_stop;       // ragged tokens: its length, or the row after its last
+  const int32_t* block_table;  // [B, table_width]; null: page b for sequence b
+  int64_t k_stride_batch;
+  int64_t k_stride_row;
+  int64_t k_stride_head;
+  int64_t v_stride_batch;
+  int64_t v_stride_row;
+  int64_t v_stride_head;
+  int64_t q_stride_batch;
+  int64_t q_stride_row;
+  int64_t q_stride_head;
+  int64_t q_out_stride_batch;
+  int64_t q_out_stride_row;
+  int64_t q_out_stride_head;
+  int64_t k_cache_stride_page;
+  int64_t k_cache_stride_row;
+  int64_t k_cache_stride_head;
+  int64_t v_cache_stride_page;
+  int64_t v_cache_stride_row;
+  int64_t v_cache_stride_head;
+  int64_t cos_stride;  // between rows
+  int64_t sin_stride;
+  int64_t table_stride;  // between the rows of the block table, in 4-byte words
+  int32_t num_new;       // tokens of a sequence; ragged: the most
+  int32_t len_q;         // queries of a sequence; ragged: those of its new tokens
+  int32_t heads_q;
+  int32_t heads_kv;
+  int32_t head_dim;
+  int32_t head_dim_v;
+  int32_t rotary_dim;
+  int32_t q_follows;   // 1: query i is turned as new token i; 0: all as new token 0
+  int32_t table_rows;  // of cos and sin
+  int32_t table_width;
+  int32_t num_pages;
+  int32_t page_size;
+  int32_t used_by_all;
+  int32_t used_word;  // 4-byte words of an index: 1, or 2 of which the low one is read
+  int32_t stop_word;
+  int32_t table_word;
+  int32_t q_word;
+  int32_t q_stop_is_length;
+  int32_t q_rows;  // ragged: rows of the tensor
+  int32_t ctas_per_sequence;
 };
 
 }  // namespace jitattn

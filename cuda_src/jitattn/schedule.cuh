@@ -60,7 +60,7 @@ struct Extent {
 };
 
 template <class Spec>
-__device__ __forceinline__ Extent extent_of(const FwdParams& params, int batch_idx) {
+__device__ __forceinline__ Extent extent_of(const FwdSeqParams& params, int batch_idx) {
   if (batch_idx >= params.batch) return {0, 0};
   const int rows = q_span<Spec>(params, batch_idx).length * params.heads_per_tile;
   return {ceil_div(rows, Spec::kBlockQ),
@@ -73,10 +73,15 @@ __device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(0x
 // lengths, and in their order within a class. Balanced (num_splits = 0), no item has more key
 // blocks than the mean load of a CTA slot.
 template <class Spec>
-__device__ __forceinline__ WorkTile counted_tile(const FwdParams& params, uint32_t cta_idx) {
+__device__ __forceinline__ WorkTile counted_tile(const FwdSeqParams& params, uint32_t cta_idx) {
   constexpr int kClasses = 4, kFewestBlocks = 4;
   const int lane_idx = threadIdx.x % 32;
   const int head_tiles = params.heads_q / params.heads_per_tile;
+  // Read once where one round of lanes holds them all: this is on the way to the first copy.
+  const Extent first_extent = extent_of<Spec>(params, lane_idx);
+  auto extent_at = [&](int base) {
+    return base == 0 ? first_extent : extent_of<Spec>(params, base + lane_idx);
+  };
 
   // ---- Key blocks of the longest item
   int most_blocks = params.len_kv;  // one split each
@@ -85,12 +90,13 @@ __device__ __forceinline__ WorkTile counted_tile(const FwdParams& params, uint32
     int num_tiles = 0;
 #pragma unroll 1
     for (int base = 0; base < params.batch; base += 32) {
-      const Extent extent = extent_of<Spec>(params, base + lane_idx);
+      const Extent extent = extent_at(base);
       load += warp_sum(extent.num_q_tiles * extent.num_kv_blocks);
       num_tiles += warp_sum(extent.num_q_tiles);
     }
-    const int64_t mean = ceil_div<int64_t>(load * head_tiles, params.num_slots);
-    most_blocks = max_of(kFewestBlocks, static_cast<int>(mean));
+    // Rounding by some 1e-7 here is less than the grid has to spare (dispatch.py: plan).
+    const float mean = static_cast<float>(load) * head_tiles / params.num_slots;
+    most_blocks = max_of(kFewestBlocks, static_cast<int>(ceilf(mean)));
     // If all items can run at once, they should: rounding up must not begin a second wave.
     const int share = max_of(1, params.num_slots / head_tiles);
 #pragma unroll 1
@@ -98,7 +104,7 @@ __device__ __forceinline__ WorkTile counted_tile(const FwdParams& params, uint32
       int num_items = 0;
 #pragma unroll 1
       for (int base = 0; base < params.batch; base += 32) {
-        const Extent extent = extent_of<Spec>(params, base + lane_idx);
+        const Extent extent = extent_at(base);
         const int splits = max_of(1, ceil_div(extent.num_kv_blocks, most_blocks));
         num_items += warp_sum(extent.num_q_tiles * splits);
       }
@@ -124,7 +130,7 @@ __device__ __forceinline__ WorkTile counted_tile(const FwdParams& params, uint32
     const int below = length_class == kClasses - 1 ? -1 : longest >> (length_class + 1);
 #pragma unroll 1
     for (int base = 0; base < params.batch; base += 32) {
-      const Extent extent = extent_of<Spec>(params, base + lane_idx);
+      const Extent extent = extent_at(base);
       const bool in_class = extent.num_kv_blocks <= most && extent.num_kv_blocks > below;
       const int splits = splits_of(extent);
       const int items = in_class ? extent.num_q_tiles * splits : 0;
@@ -155,7 +161,7 @@ __device__ __forceinline__ WorkTile counted_tile(const FwdParams& params, uint32
 }
 
 template <class Spec>
-__device__ __forceinline__ WorkTile work_tile(const FwdParams& params, uint32_t cta_idx) {
+__device__ __forceinline__ WorkTile work_tile(const FwdParamsOf<Spec>& params, uint32_t cta_idx) {
   if constexpr (kIsUniform<Spec>) {
     return uniform_tile<Spec>(params, cta_idx);
   } else {

@@ -12,6 +12,13 @@ template <class Spec>
 constexpr bool kIsUniform =
     Spec::kQLayout == SeqLayout::kBatched && Spec::kKvLayout == SeqLayout::kBatched;
 
+template <class Spec>
+constexpr bool kIsPaged =
+    Spec::kKvLayout == SeqLayout::kPaged || Spec::kKvLayout == SeqLayout::kPaged16;
+
+template <class Spec>
+using FwdParamsOf = typename Conditional<kIsUniform<Spec>, FwdParams, FwdSeqParams>::type;
+
 // The low word of index `idx`: indices are of 4 or 8 bytes, their values below 2^31.
 __device__ __forceinline__ int load_index(const int32_t* g_index, int idx, int words) {
   return __ldg(g_index + static_cast<int64_t>(idx) * words);
@@ -34,16 +41,33 @@ __device__ __forceinline__ Span load_span(const int32_t* g_start, const int32_t*
 
 // Queries of sequence batch_idx.
 template <class Spec>
-__device__ __forceinline__ Span q_span(const FwdParams& params, int batch_idx) {
+__device__ __forceinline__ Span q_span(const FwdSeqParams& params, int batch_idx) {
   if constexpr (Spec::kQLayout == SeqLayout::kBatched) return {0, params.len_q};
   return load_span(params.q_start, params.q_stop, batch_idx, params.q_word, params.q_stop_is_length,
                    params.len_q, params.q_rows);
 }
 
+// Row of the batch of k and v that holds sequence batch_idx. (A flat tensor has one for them all.)
+template <class Spec>
+__device__ __forceinline__ uint32_t kv_row(const FwdParamsOf<Spec>& params, int batch_idx) {
+  if constexpr (kIsPaged<Spec>) return 0;
+  if constexpr (Spec::kKvLayout == SeqLayout::kRagged) {
+    if (params.block_table != nullptr) {
+      return load_index(params.block_table, batch_idx, params.table_word);
+    }
+  }
+  return batch_idx;
+}
+
 // Keys of sequence batch_idx.
 template <class Spec>
-__device__ __forceinline__ Span kv_span(const FwdParams& params, int batch_idx) {
+__device__ __forceinline__ Span kv_span(const FwdSeqParams& params, int batch_idx) {
   if constexpr (Spec::kKvLayout == SeqLayout::kBatched) return {0, params.len_kv};
+  if constexpr (Spec::kKvLayout == SeqLayout::kRagged) {
+    // A row that does not exist has no keys.
+    const bool is_named = params.block_table != nullptr;
+    if (is_named && kv_row<Spec>(params, batch_idx) >= params.num_pages) return {0, 0};
+  }
   return load_span(params.kv_start, params.kv_stop, batch_idx, params.kv_word,
                    params.kv_stop_is_length, params.len_kv, params.kv_rows);
 }
@@ -56,11 +80,14 @@ struct Sequence {
   int diagonal;  // causal: query i sees keys <= i + diagonal
 
   template <class Spec>
-  __device__ static Sequence of(const FwdParams& params, int batch_idx) {
-    if constexpr (kIsUniform<Spec>) return {0, params.len_q, 0, params.len_kv, params.diagonal};
-    const Span q = q_span<Spec>(params, batch_idx), kv = kv_span<Spec>(params, batch_idx);
-    const int corner = params.bottom_right ? kv.length - q.length : 0;
-    return {q.start, q.length, kv.start, kv.length, corner + params.diagonal};
+  __device__ static Sequence of(const FwdParamsOf<Spec>& params, int batch_idx) {
+    if constexpr (kIsUniform<Spec>) {
+      return {0, params.len_q, 0, params.len_kv, params.diagonal};
+    } else {
+      const Span q = q_span<Spec>(params, batch_idx), kv = kv_span<Spec>(params, batch_idx);
+      const int corner = params.bottom_right ? kv.length - q.length : 0;
+      return {q.start, q.length, kv.start, kv.length, corner + params.diagonal};
+    }
   }
 };
 

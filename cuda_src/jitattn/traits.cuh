@@ -3,6 +3,7 @@
 
 #include "jitattn/enums.cuh"
 #include "jitattn/params.cuh"
+#include "jitattn/sequence.cuh"
 #include "jitattn/tile/copy.cuh"
 #include "jitattn/tile/mma_f32_acc.cuh"
 #include "jitattn/tile/mma_tf32x3.cuh"
@@ -13,7 +14,8 @@ namespace jitattn {
 template <class Spec>
 struct FwdTraits {
   static_assert(Spec::kArch >= 80, "the forward kernel needs sm_80 or newer");
-  static_assert(sizeof(FwdParams) == Spec::kParamsBytes, "host and device disagree on FwdParams");
+  static_assert(sizeof(FwdParamsOf<Spec>) == Spec::kParamsBytes,
+                "host and device disagree on FwdParams");
 
   using Mma = typename Conditional<Spec::kNumerics == Numerics::kF32Acc, MmaF32Acc<Spec::kDtype>,
                                    MmaTf32x3>::type;
@@ -63,12 +65,14 @@ struct FwdTraits {
 
   // Behind all that: the plan of a CTA whose sequences differ (schedule.cuh), a flag, and the rows
   // of the next blocks of paged keys (paged_rows.cuh).
-  static constexpr bool kIsPaged = Spec::kKvLayout == SeqLayout::kPaged;
+  static constexpr bool kIsPaged = jitattn::kIsPaged<Spec>;
+  static constexpr int kPageGroup = Spec::kKvLayout == SeqLayout::kPaged16 ? 16 : 1;
+  static constexpr int kPageBatch = kPageGroup == 16 ? 8 : 4;
   static constexpr int kOffsetPlan = kBytesReused;
   static constexpr int kBytesPlan = 64;
-  static constexpr int kPageSlots = max_of(Spec::kStages, 2);
   static constexpr int kOffsetPages = kOffsetPlan + kBytesPlan;
-  static constexpr int kBytesPages = kIsPaged ? kPageSlots * Spec::kBlockKv * 16 : 0;
+  static constexpr int kBytesPages =
+      kIsPaged ? 2 * kPageBatch * (Spec::kBlockKv / kPageGroup) * 16 : 0;
   static constexpr int kSmemBytes = kOffsetPages + kBytesPages;
   static_assert(kSmemBytes == Spec::kSmemBytes, "host and device disagree on shared memory");
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from enum import StrEnum
 from functools import cache
@@ -31,11 +31,12 @@ from jitattn.errors import InvalidInputError, JitAttnError
 from jitattn.gears import resolve_numerics
 from jitattn.jit.spec import (
     FAMILIES,
+    PLAIN_FAMILIES,
     Access,
     Dtype,
     FwdSpec,
     KernelSpec,
-    MergeSpec,
+    PlainSpec,
     Problem,
     RowClass,
     arch_number,
@@ -104,7 +105,7 @@ def specs_of(
 
 def to_choice(spec: KernelSpec) -> dict[str, str | int]:
     """Return the choice that stands for exactly one kernel."""
-    if isinstance(spec, MergeSpec):
+    if not isinstance(spec, FwdSpec):
         return spec.to_dict()
     flat = spec.to_dict()
     problem = {field.name: flat[field.name] for field in fields(Problem)}
@@ -117,11 +118,10 @@ def to_choice(spec: KernelSpec) -> dict[str, str | int]:
 def command(spec: KernelSpec) -> str:
     """Return the shell command that makes a kernel, with the others that its calls can need."""
     base = f"jitattn-cache prebuild --arch {spec.arch.removeprefix('sm_')}"
-    if isinstance(spec, MergeSpec):
-        words = [base, f"--dtype {spec.dtype}", f"--head-dim {spec.head_dim_v}"]
-        if spec.out_dtype != spec.dtype:
-            words.append(f"--set out_dtype={spec.out_dtype}")
-        return " ".join([*words, "--set family=merge"])
+    if not isinstance(spec, FwdSpec):
+        others = [field.name for field in fields(spec) if field.name not in ("arch", "dtype")]
+        words = [base, f"--dtype {spec.dtype}", f"--set family={spec.family}"]
+        return " ".join([*words, *(f"--set {name}={getattr(spec, name)}" for name in others)])
     problem = spec.problem
     dims = f"{problem.head_dim}"
     if problem.head_dim_v != problem.head_dim:
@@ -218,9 +218,17 @@ def _parse_json(text: str) -> object:
 
 
 def _expand(choice: Choice, archs: Sequence[str], where: str) -> list[KernelSpec]:
+    families = _values(choice, "family") or [FwdSpec.family]
+    for family in families:
+        if family not in FAMILIES:
+            raise InvalidInputError(
+                f"{where}: family={family!r}: it must be one of {', '.join(FAMILIES)}"
+            )
     allowed = problem_fields()
+    plain = [PLAIN_FAMILIES[family] for family in families if family in PLAIN_FAMILIES]
+    known = {*_OTHER_FIELDS, *allowed, *(field.name for kind in plain for field in fields(kind))}
     for name in choice:
-        if name not in allowed and name not in _OTHER_FIELDS:
+        if name not in known:
             raise InvalidInputError(
                 f"{where}: unknown field {name!r}; the fields are "
                 f"{', '.join((*_OTHER_FIELDS, *allowed))}"
@@ -233,31 +241,46 @@ def _expand(choice: Choice, archs: Sequence[str], where: str) -> list[KernelSpec
     for arch in named:
         if arch_number(arch) < 80:
             raise InvalidInputError(f"{where}: {arch} is older than sm_80, which jitattn needs")
-    families = _values(choice, "family") or [FwdSpec.family]
-    for family in families:
-        if family not in FAMILIES:
-            raise InvalidInputError(
-                f"{where}: family={family!r}: it must be one of {', '.join(FAMILIES)}"
-            )
-    if MergeSpec.family in families:
-        dims = [
-            _head_dim(value, where)
-            for value in _values(choice, "head_dim_v" if "head_dim_v" in choice else "head_dim")
-        ]
-        dtypes = [Dtype(word) for word in _words(choice, "dtype", allowed, where)]
-        outs = [Dtype(word) for word in _values(choice, "out_dtype")]
-        return [
-            MergeSpec(dtype=dtype, out_dtype=out, head_dim_v=dim, arch=arch)
-            for arch, dtype, dim in itertools.product(named, dtypes, dims)
-            for out in outs or [dtype]
-        ]
     specs: dict[KernelSpec, None] = {}
+    for kind in plain:
+        specs.update(dict.fromkeys(_plain_specs(kind, choice, named, where)))
+    if FwdSpec.family not in families:
+        return list(specs)
     rows = [_row_class(value, where) for value in _values(choice, "rows")]
     for problem in _problems(choice, allowed, where):
         for arch in named:
             for row in rows or RowClass:
                 specs[fwd_spec(problem, arch, row)] = None
     return list(specs)
+
+
+def _plain_specs(
+    kind: type[PlainSpec], choice: Choice, archs: list[str], where: str
+) -> Iterator[KernelSpec]:
+    """Every kernel of a family without tiles; dtypes that are not named are that of the inputs."""
+    hints = get_type_hints(kind)
+    names = [field.name for field in fields(kind) if field.name != "arch"]
+    options: list[list[Any]] = []
+    for name in names:
+        own = "head_dim" if name == "head_dim_v" and name not in choice else name
+        values = _values(choice, own)
+        if hints[name] is int:
+            options.append([_head_dim(value, where) for value in values])
+            continue
+        words = list(hints[name])
+        if name not in choice and name not in _DEFAULTS:
+            options.append([None] if hints[name] is Dtype else words)
+            continue
+        for value in values:
+            if value not in words:
+                raise InvalidInputError(
+                    f"{where}: {name}={value!r}: it must be one of {', '.join(words)}"
+                )
+        options.append([hints[name](value) for value in values])
+    for arch, *chosen in itertools.product(archs, *options):
+        given = dict(zip(names, chosen, strict=True))
+        dtype = given["dtype"]
+        yield kind(arch=arch, **{name: value or dtype for name, value in given.items()})
 
 
 def _problems(choice: Choice, allowed: dict[str, list[str] | None], where: str) -> list[Problem]:

@@ -50,7 +50,7 @@ def _members(spec: KernelSpec) -> list[str]:
         *members,
         _member("num_threads", spec.num_threads),
         _member("smem_bytes", spec.smem_bytes),
-        _member("params_bytes", STRUCTS[spec.family].size),
+        _member("params_bytes", STRUCTS[spec.params].size),
     ]
 
 

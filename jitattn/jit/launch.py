@@ -161,7 +161,7 @@ def _load(built: Built, device_index: int) -> Kernel:
         _function=function,
         _block=(spec.num_threads, 1, 1),
         _smem_bytes=spec.smem_bytes,
-        _pack=STRUCTS[spec.family].pack_into,
+        _pack=STRUCTS[spec.params].pack_into,
     )
 
 

@@ -1,12 +1,14 @@
 """The by-value parameter struct of each kernel family, packed for a launch.
 
 The field order here is that of `cuda_src/jitattn/params.cuh`: 8-byte fields first, then 4-byte
-ones, so that neither side inserts padding. The templates assert the size; a test compares names,
+ones, so that neither side inserts padding (a struct that extends another begins
+anew). The templates assert the size; a test compares names,
 order and types with the header's text.
 """
 
 from __future__ import annotations
 
+import functools
 import struct
 from typing import Final
 
@@ -21,11 +23,6 @@ FWD_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("partial_out", _POINTER),
     ("partial_lse", _POINTER),
     ("arrivals", _POINTER),
-    ("q_start", _POINTER),
-    ("q_stop", _POINTER),
-    ("kv_start", _POINTER),
-    ("kv_stop", _POINTER),
-    ("block_table", _POINTER),
     ("q_stride_batch", _INT64),
     ("q_stride_row", _INT64),
     ("q_stride_head", _INT64),
@@ -40,7 +37,6 @@ FWD_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("out_stride_head", _INT64),
     ("lse_stride_batch", _INT64),
     ("lse_stride_head", _INT64),
-    ("table_stride", _INT64),
     ("batch", _INT32),
     ("len_q", _INT32),
     ("len_kv", _INT32),
@@ -51,8 +47,21 @@ FWD_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("num_splits", _INT32),
     ("num_slots", _INT32),
     ("diagonal", _INT32),
-    ("bottom_right", _INT32),
     ("negate_q", _INT32),
+    ("row_div_mul", _UINT32),
+    ("row_div_shift", _UINT32),
+    ("scale_log2", _FLOAT),
+)
+
+#: And where sequences differ.
+FWD_SEQ_FIELDS: Final[tuple[tuple[str, str], ...]] = (
+    ("q_start", _POINTER),
+    ("q_stop", _POINTER),
+    ("kv_start", _POINTER),
+    ("kv_stop", _POINTER),
+    ("block_table", _POINTER),
+    ("table_stride", _INT64),
+    ("bottom_right", _INT32),
     ("q_word", _INT32),
     ("kv_word", _INT32),
     ("table_word", _INT32),
@@ -64,9 +73,6 @@ FWD_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("page_size", _INT32),
     ("page_div_mul", _UINT32),
     ("page_div_shift", _UINT32),
-    ("row_div_mul", _UINT32),
-    ("row_div_shift", _UINT32),
-    ("scale_log2", _FLOAT),
 )
 
 MERGE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
@@ -89,11 +95,80 @@ MERGE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("reserved", _INT32),
 )
 
-FWD_STRUCT: Final = struct.Struct("=" + "".join(code for _, code in FWD_FIELDS))
-MERGE_STRUCT: Final = struct.Struct("=" + "".join(code for _, code in MERGE_FIELDS))
+APPEND_FIELDS: Final[tuple[tuple[str, str], ...]] = (
+    ("k", _POINTER),
+    ("v", _POINTER),
+    ("q", _POINTER),
+    ("cos", _POINTER),
+    ("sin", _POINTER),
+    ("k_cache", _POINTER),
+    ("v_cache", _POINTER),
+    ("q_out", _POINTER),
+    ("kv_stop", _POINTER),
+    ("used", _POINTER),
+    ("q_start", _POINTER),
+    ("q_stop", _POINTER),
+    ("block_table", _POINTER),
+    ("k_stride_batch", _INT64),
+    ("k_stride_row", _INT64),
+    ("k_stride_head", _INT64),
+    ("v_stride_batch", _INT64),
+    ("v_stride_row", _INT64),
+    ("v_stride_head", _INT64),
+    ("q_stride_batch", _INT64),
+    ("q_stride_row", _INT64),
+    ("q_stride_head", _INT64),
+    ("q_out_stride_batch", _INT64),
+    ("q_out_stride_row", _INT64),
+    ("q_out_stride_head", _INT64),
+    ("k_cache_stride_page", _INT64),
+    ("k_cache_stride_row", _INT64),
+    ("k_cache_stride_head", _INT64),
+    ("v_cache_stride_page", _INT64),
+    ("v_cache_stride_row", _INT64),
+    ("v_cache_stride_head", _INT64),
+    ("cos_stride", _INT64),
+    ("sin_stride", _INT64),
+    ("table_stride", _INT64),
+    ("num_new", _INT32),
+    ("len_q", _INT32),
+    ("heads_q", _INT32),
+    ("heads_kv", _INT32),
+    ("head_dim", _INT32),
+    ("head_dim_v", _INT32),
+    ("rotary_dim", _INT32),
+    ("q_follows", _INT32),
+    ("table_rows", _INT32),
+    ("table_width", _INT32),
+    ("num_pages", _INT32),
+    ("page_size", _INT32),
+    ("used_by_all", _INT32),
+    ("used_word", _INT32),
+    ("stop_word", _INT32),
+    ("table_word", _INT32),
+    ("q_word", _INT32),
+    ("q_stop_is_length", _INT32),
+    ("q_rows", _INT32),
+    ("ctas_per_sequence", _INT32),
+)
 
-FIELDS: Final = {"fwd": FWD_FIELDS, "merge": MERGE_FIELDS}
-STRUCTS: Final = {"fwd": FWD_STRUCT, "merge": MERGE_STRUCT}
+#: The fields of every struct, by the name that `KernelSpec.params` gives it.
+FIELDS: Final = {
+    "fwd": FWD_FIELDS,
+    "fwd_seq": FWD_FIELDS + FWD_SEQ_FIELDS,
+    "merge": MERGE_FIELDS,
+    "append": APPEND_FIELDS,
+}
+STRUCTS: Final = {
+    name: struct.Struct("=" + "".join(code for _, code in fields))
+    for name, fields in FIELDS.items()
+}
+
+
+@functools.cache
+def divisor(number: int) -> tuple[int, int]:
+    """Return `fast_divisor`, remembered."""
+    return fast_divisor(number)
 
 
 def fast_divisor(divisor: int) -> tuple[int, int]:

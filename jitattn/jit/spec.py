@@ -45,6 +45,12 @@ class SeqLayout(StrEnum):
     #: A start and a length each, in one tensor [total, H, D], or in a row of its own (padded).
     RAGGED = "ragged"
     PAGED = "paged"  #: keys only: pages of rows, found through a block table
+    PAGED16 = "paged16"  #: the same, where every page begins and ends at a multiple of 16 keys
+
+    @property
+    def page_group(self) -> int:
+        """Keys that certainly lie in one page; 0 where there are no pages."""
+        return {SeqLayout.PAGED: 1, SeqLayout.PAGED16: 16}.get(self, 0)
 
 
 class Numerics(StrEnum):
@@ -63,6 +69,14 @@ class Access(StrEnum):
     VEC16 = "vec16"
     #: Anything else: one element at a time.
     ELEMENT = "element"
+
+
+class RotaryStyle(StrEnum):
+    """Which columns a rotary embedding turns with each other."""
+
+    NONE = "none"
+    INTERLEAVED = "interleaved"  #: 2i and 2i + 1
+    HALF_SPLIT = "half_split"  #: i and i + rotary_dim / 2
 
 
 class RowClass(IntEnum):
@@ -89,6 +103,11 @@ class Problem:
     q_layout: SeqLayout = SeqLayout.BATCHED
     kv_layout: SeqLayout = SeqLayout.BATCHED
     access: Access = Access.VEC16
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all sequences of the batch are alike."""
+        return self.q_layout is SeqLayout.BATCHED is self.kv_layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +147,11 @@ class FwdSpec:
         return self.tile.num_threads
 
     @property
+    def params(self) -> str:
+        """Name of the parameter struct (`jit/params.py`)."""
+        return "fwd" if self.problem.is_uniform else "fwd_seq"
+
+    @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a CTA; `traits.cuh` asserts the same number."""
         problem, tile = self.problem, self.tile
@@ -141,8 +165,9 @@ class FwdSpec:
         s_merge = (tile.warps_kv - 1) * tile.block_q * (dim_v + 2) * 4
         # Behind that: the plan of a CTA, and the offsets of the rows of paged keys.
         s_pages = 0
-        if problem.kv_layout is SeqLayout.PAGED:
-            s_pages = max(tile.stages, 2) * tile.block_kv * 16
+        if group := problem.kv_layout.page_group:
+            batch = 8 if group == 16 else 4  # blocks that are looked up together
+            s_pages = 2 * batch * (tile.block_kv // group) * 16
         return max(s_q + s_kv, s_out, s_merge) + 64 + s_pages
 
     def to_dict(self) -> dict[str, str | int]:
@@ -159,6 +184,7 @@ class MergeSpec:
     """The kernel that merges results over disjoint sets of keys, in a fixed order."""
 
     family: ClassVar[str] = "merge"
+    params: ClassVar[str] = "merge"
     num_threads: ClassVar[int] = 128
     smem_bytes: ClassVar[int] = 0
     dtype: Dtype  #: of the parts
@@ -175,10 +201,39 @@ class MergeSpec:
         return _canonical(self)
 
 
-KernelSpec: TypeAlias = FwdSpec | MergeSpec
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppendSpec:
+    """The kernel that appends to a KV cache, with rotary embedding; head dims are parameters."""
 
+    family: ClassVar[str] = "append"
+    params: ClassVar[str] = "append"
+    num_threads: ClassVar[int] = 256
+    smem_bytes: ClassVar[int] = 0
+    dtype: Dtype
+    table_dtype: Dtype  #: of cos and sin
+    rotary: RotaryStyle
+    access: Access
+    arch: str
+
+    def to_dict(self) -> dict[str, str | int]:
+        """Flat fields, in declaration order: family, arch, then the kernel's own."""
+        return _flat(self)
+
+    def to_key(self) -> str:
+        """Return the canonical JSON text of the spec (sorted keys, no spaces)."""
+        return _canonical(self)
+
+
+#: Kernels whose fields are all that there is to them: no tile is chosen.
+PlainSpec: TypeAlias = MergeSpec | AppendSpec
+KernelSpec: TypeAlias = FwdSpec | PlainSpec
+
+PLAIN_FAMILIES: Final[dict[str, type[PlainSpec]]] = {
+    MergeSpec.family: MergeSpec,
+    AppendSpec.family: AppendSpec,
+}
 #: Entry file and symbol of each family: cuda_src/entry/<family>.cu holds jitattn_<family>.
-FAMILIES: Final = (FwdSpec.family, MergeSpec.family)
+FAMILIES: Final = (FwdSpec.family, *PLAIN_FAMILIES)
 
 
 def entry_symbol(spec: KernelSpec) -> str:
@@ -198,8 +253,9 @@ def spec_from_dict(flat: Mapping[str, Any]) -> KernelSpec:
     family, arch = values.pop("family", None), values.pop("arch", None)
     if not isinstance(arch, str):
         raise ValueError(f"no architecture in the spec {flat}")  # noqa: TRY004 - any fault is one
-    if family == MergeSpec.family:
-        spec: KernelSpec = MergeSpec(arch=arch, **_typed(MergeSpec, values, flat))
+    plain = PLAIN_FAMILIES.get(str(family))
+    if plain is not None:
+        spec: KernelSpec = plain(arch=arch, **_typed(plain, values, flat))
     elif family == FwdSpec.family:
         problem = Problem(**_typed(Problem, values, flat))
         spec = FwdSpec(problem=problem, tile=Tile(**_typed(Tile, values, flat)), arch=arch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 
@@ -15,10 +16,11 @@ _CODES = {"int64_t": "q", "int32_t": "i", "uint32_t": "I", "float": "f"}
 
 def header_fields(struct: str) -> list[tuple[str, str]]:
     text = (locate() / "jitattn" / "params.cuh").read_text()
-    body = re.search(rf"struct {struct} \{{(.*?)\n\}};", text, flags=re.DOTALL)
-    assert body is not None
-    found = []
-    for line in body[1].splitlines():
+    found = re.search(rf"struct {struct}(?: : (\w+))? \{{(.*?)\n\}};", text, flags=re.DOTALL)
+    assert found is not None
+    base, body = found.groups()
+    found = header_fields(base) if base else []
+    for line in body.splitlines():
         declaration = line.partition("//")[0].strip()
         if not declaration:
             continue
@@ -27,16 +29,25 @@ def header_fields(struct: str) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(("family", "struct"), [("fwd", "FwdParams"), ("merge", "MergeParams")])
+STRUCTS = {
+    "fwd": "FwdParams",
+    "fwd_seq": "FwdSeqParams",
+    "merge": "MergeParams",
+    "append": "AppendParams",
+}
+
+
+@pytest.mark.parametrize(("family", "struct"), STRUCTS.items())
 def test_fields_match_the_header(family: str, struct: str) -> None:
     assert header_fields(struct) == list(params.FIELDS[family])
 
 
-@pytest.mark.parametrize("family", ["fwd", "merge"])
+@pytest.mark.parametrize("family", STRUCTS)
 def test_neither_side_pads(family: str) -> None:
     codes = [code for _, code in params.FIELDS[family]]
     sizes = [8 if code in "Qq" else 4 for code in codes]
-    assert sizes == sorted(sizes, reverse=True)
+    offsets = list(itertools.accumulate(sizes, initial=0))
+    assert all(offset % size == 0 for offset, size in zip(offsets[:-1], sizes, strict=True))
     assert params.STRUCTS[family].size == sum(sizes)
     assert sum(sizes) % 8 == 0
 

@@ -75,7 +75,7 @@ def test_wrong_values_are_refused_when_they_are_made(make: object, text: str) ->
                 "v": PAGES,
                 "kv_seqs": Paged(index(1)[None], index(17)),
             },
-            "17 keys, but its block table holds 1 pages",
+            "kv_seqs: sequence 0 is the rows 0 to 16, but there are only 16",
         ),
     ],
 )

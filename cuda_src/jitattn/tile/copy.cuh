@@ -69,11 +69,14 @@ struct TileCopy {
     copy<true>(s_tile_addr, g_share, rows_valid);
   }
 
-  // Start copying rows that lie anywhere: row_offset(row) gives the bytes from g_tensor to a row,
-  // or a negative number for a row that does not exist. With kTail, such rows become zeros; without
-  // it, copies of the row at g_tensor.
+  // This thread's chunk of the row at g_row.
+  __device__ const char* lane(const char* g_row) const { return g_row + chunk * 16; }
+
+  // Start copying rows that lie anywhere: row_offset(skip) gives the bytes from g_lane, a lane()
+  // pointer, to the row `skip` rows after this thread's first. With kTail, only rows_valid rows
+  // exist; the others become zeros.
   template <bool kTail, bool kGrouped, class RowOffset>
-  __device__ void load_rows(uint32_t s_tile_addr, const char* g_tensor,
+  __device__ void load_rows(uint32_t s_tile_addr, const char* g_lane, int rows_valid,
                             RowOffset row_offset) const {
     // A few offsets at a time: they may come from shared memory, whose latency is then paid once.
     constexpr int kGroup = kGrouped ? kPasses : 1;
@@ -82,11 +85,11 @@ struct TileCopy {
       int64_t offsets[kGroup];
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
-        offsets[i] = row_is_mine(first + i) ? row_offset(row + (first + i) * kRowsPerPass) : -1;
+        offsets[i] = row_is_mine(first + i) ? row_offset((first + i) * kRowsPerPass) : 0;
       }
 #pragma unroll
       for (int i = 0; i < kGroup; ++i)
-        copy_row<kTail>(s_tile_addr, g_tensor, first + i, offsets[i]);
+        copy_row<kTail>(s_tile_addr, g_lane + offsets[i], first + i, rows_valid);
     }
   }
 
@@ -108,15 +111,14 @@ struct TileCopy {
 
  private:
   template <bool kTail>
-  __device__ void copy_row(uint32_t s_tile_addr, const char* g_tensor, int pass,
-                           int64_t offset) const {
+  __device__ void copy_row(uint32_t s_tile_addr, const char* g_lane, int pass,
+                           int rows_valid) const {
     if (!row_is_mine(pass)) return;
-    const char* g_row = g_tensor + max_of<int64_t>(offset, 0) + chunk * 16;
+    const bool exists = !kTail || row + pass * kRowsPerPass < rows_valid;
 #pragma unroll
     for (int j = 0; j < kChunksPerThread; ++j) {
       if (!chunk_is_filled(j)) continue;
-      copy_chunk<kTail>(s_addr(s_tile_addr, pass, j), g_row + j * kThreadsPerRow * 16, j,
-                        !kTail || offset >= 0);
+      copy_chunk<kTail>(s_addr(s_tile_addr, pass, j), g_lane + j * kThreadsPerRow * 16, j, exists);
     }
   }
 

@@ -1,0 +1,178 @@
+// What        Appends new keys and values to a cache in place, and turns new keys and queries by
+//             their positions (rotary embedding): jitattn.attention_with_kvcache.
+//
+// Math        x'_a = x_a cos - x_b sin,  x'_b = x_b cos + x_a sin for each pair (a, b) of columns,
+//             with the angle of the row's position; in fp32, rounded once.
+//
+// Paper       Su et al., RoFormer, arXiv:2104.09864. Which columns are a pair: RotaryStyle.
+//
+// Work split  ctas_per_sequence CTAs a sequence; a team of 16 lanes takes one row (token and head)
+//             at a time, a lane 16 bytes of it (or one element: Access::kElement).
+//
+// Bounds      A token beyond the room of its sequence, or on a page that does not exist, is not
+//             written. Positions beyond the tables of cos and sin read their last row.
+#pragma once
+
+#include "jitattn/element.cuh"
+#include "jitattn/enums.cuh"
+#include "jitattn/params.cuh"
+#include "jitattn/sequence.cuh"
+#include "jitattn/types.cuh"
+
+namespace jitattn {
+
+template <class Spec>
+struct Append {
+  using Element = Scalar<Spec::kDtype>;
+  using Table = Scalar<Spec::kTableDtype>;
+  using T = typename Element::type;
+  static constexpr bool kRotates = Spec::kRotary != RotaryStyle::kNone;
+  static constexpr int kTeam = 16;
+  static constexpr int kTeams = Spec::kNumThreads / kTeam;
+  static constexpr int kUnit =  // elements that a lane moves at a time
+      Spec::kAccess == Access::kVec16 ? 16 / static_cast<int>(sizeof(T)) : 1;
+  struct alignas(kUnit * sizeof(T)) Unit {
+    T element[kUnit];
+  };
+
+  const AppendParams& params;
+
+  // `stop`: rows in use afterwards, which may be fewer than all tokens would need.
+  __device__ void append_tokens(int batch_idx, int used, const Span& tokens, int stop) const {
+    const int heads = 2 * params.heads_kv;  // keys, then values
+    const int64_t batch = params.q_stop == nullptr ? batch_idx : 0;
+    const int64_t num_rows = static_cast<int64_t>(stop - used) * heads;
+    for_each_row(num_rows, heads, [&](int token, int head) {
+      const int position = used + token;
+      const int table_idx = position / params.page_size;
+      const int64_t row_in_page = position - table_idx * params.page_size;
+      const int64_t page = params.block_table == nullptr
+                               ? batch_idx
+                               : load_index(params.block_table + batch_idx * params.table_stride,
+                                            table_idx, params.table_word);
+      if (page < 0 || page >= params.num_pages) return;
+      const int64_t row = tokens.start + token;
+      if (head < params.heads_kv) {
+        const T* g_in = static_cast<const T*>(params.k) + batch * params.k_stride_batch +
+                        row * params.k_stride_row + head * params.k_stride_head;
+        T* g_out = static_cast<T*>(params.k_cache) + page * params.k_cache_stride_page +
+                   row_in_page * params.k_cache_stride_row + head * params.k_cache_stride_head;
+        if constexpr (kRotates) {
+          turn_row(g_out, g_in, position);
+        } else {
+          copy_row(g_out, g_in, params.head_dim);
+        }
+      } else {
+        head -= params.heads_kv;
+        const T* g_in = static_cast<const T*>(params.v) + batch * params.v_stride_batch +
+                        row * params.v_stride_row + head * params.v_stride_head;
+        T* g_out = static_cast<T*>(params.v_cache) + page * params.v_cache_stride_page +
+                   row_in_page * params.v_cache_stride_row + head * params.v_cache_stride_head;
+        copy_row(g_out, g_in, params.head_dim_v);
+      }
+    });
+  }
+
+  __device__ void turn_queries(int batch_idx, int used, const Span& queries) const {
+    const int64_t batch = params.q_stop == nullptr ? batch_idx : 0;
+    const int64_t num_rows = static_cast<int64_t>(queries.length) * params.heads_q;
+    for_each_row(num_rows, params.heads_q, [&](int query, int head) {
+      const int64_t row = queries.start + query;
+      turn_row(static_cast<T*>(params.q_out) + batch * params.q_out_stride_batch +
+                   row * params.q_out_stride_row + head * params.q_out_stride_head,
+               static_cast<const T*>(params.q) + batch * params.q_stride_batch +
+                   row * params.q_stride_row + head * params.q_stride_head,
+               params.q_follows ? used + query : used);
+    });
+  }
+
+ private:
+  // This team's share of rows; f(token, head).
+  template <class F>
+  __device__ void for_each_row(int64_t num_rows, int heads, F f) const {
+    const int64_t part = blockIdx.x % params.ctas_per_sequence;
+    const int64_t step = static_cast<int64_t>(params.ctas_per_sequence) * kTeams;
+    for (int64_t row = part * kTeams + threadIdx.x / kTeam; row < num_rows; row += step) {
+      const int64_t token = row / heads;
+      f(static_cast<int>(token), static_cast<int>(row - token * heads));
+    }
+  }
+
+  // f(first column) for this lane's units of a row.
+  template <class F>
+  __device__ static void for_each_unit(int dim, F f) {
+    for (int column = threadIdx.x % kTeam * kUnit; column < dim; column += kTeam * kUnit) f(column);
+  }
+
+  __device__ static Unit load(const T* g_unit) { return *reinterpret_cast<const Unit*>(g_unit); }
+  __device__ static void store(T* g_unit, const Unit& unit) {
+    *reinterpret_cast<Unit*>(g_unit) = unit;
+  }
+
+  __device__ static void copy_row(T* g_out, const T* g_in, int dim) {
+    for_each_unit(dim, [&](int column) { store(g_out + column, load(g_in + column)); });
+  }
+
+  __device__ void turn_row(T* g_out, const T* g_in, int position) const {
+    const int64_t table_row = min_of(position, params.table_rows - 1);
+    const auto* g_cos =
+        static_cast<const typename Table::type*>(params.cos) + table_row * params.cos_stride;
+    const auto* g_sin =
+        static_cast<const typename Table::type*>(params.sin) + table_row * params.sin_stride;
+    const int half = params.rotary_dim / 2;
+    for_each_unit(params.head_dim, [&](int first) {
+      const Unit in = load(g_in + first);
+      Unit out = in;
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) {
+        const int column = first + i;
+        if (column >= params.rotary_dim) continue;
+        constexpr bool kInterleaved = Spec::kRotary == RotaryStyle::kInterleaved;
+        const bool is_first = kInterleaved ? column % 2 == 0 : column < half;
+        const int pair = kInterleaved ? column / 2 : is_first ? column : column - half;
+        const int step = kInterleaved ? 1 : half;
+        const float own = Element::load(in.element[i]);
+        const float other = Element::load(kInterleaved && kUnit > 1
+                                              ? in.element[(i ^ 1) % kUnit]
+                                              : g_in[is_first ? column + step : column - step]);
+        const float turn = Table::load(g_sin[pair]);
+        out.element[i] =
+            Element::round(own * Table::load(g_cos[pair]) + (is_first ? -other : other) * turn);
+      }
+      store(g_out + first, out);
+    });
+  }
+};
+
+template <class Spec>
+__device__ __forceinline__ void append(const AppendParams& params) {
+  static_assert(sizeof(AppendParams) == Spec::kParamsBytes,
+                "host and device disagree on AppendParams");
+  static_assert(Spec::kSmemBytes == 0, "the append kernel uses no shared memory");
+  const int batch_idx = blockIdx.x / params.ctas_per_sequence;
+
+  // ---- Tokens of this sequence, and how many of them there is room for
+  const int given = params.used == nullptr ? params.used_by_all
+                                           : load_index(params.used, batch_idx, params.used_word);
+  const int room = static_cast<int>(
+      min_of<int64_t>(static_cast<int64_t>(params.table_width) * params.page_size, 0x7fffffff));
+  const int used = min_of(max_of(given, 0), room);
+  Span tokens = {0, params.num_new}, queries = {0, params.len_q};
+  if (params.q_stop != nullptr) {
+    tokens = load_span(params.q_start, params.q_stop, batch_idx, params.q_word,
+                       params.q_stop_is_length, params.num_new, params.q_rows);
+    queries = tokens;
+  }
+  const int stop = used + min_of(tokens.length, room - used);
+
+  const Append<Spec> work{params};
+  work.append_tokens(batch_idx, used, tokens, stop);
+  if constexpr (Append<Spec>::kRotates) work.turn_queries(batch_idx, used, queries);
+  if (blockIdx.x % params.ctas_per_sequence == 0 && threadIdx.x == 0) {
+    int32_t* g_stop = params.kv_stop + static_cast<int64_t>(batch_idx) * params.stop_word;
+    g_stop[0] = stop;
+    if (params.stop_word == 2) g_stop[1] = 0;
+  }
+}
+
+}  // namespace jitattn
