@@ -35,6 +35,10 @@ def bench_sequences(report: Report, rounds: int) -> None:
         _compare(report, name, _decode_calls(batch, length), rounds)
     _compare(report, "decode, 1 x 128k and 63 x 1k", _uneven_calls(), rounds)
     _compare(report, "causal prompts of 512 to 8k, 32k tokens", _prompt_calls(), rounds)
+    for batch, length in ((1, 8192), (64, 8192)):
+        name = f"one step of B{batch} on {length} keys in pages of 16, H{_HEADS_Q}/{_HEADS_KV}"
+        _compare(report, name, _step_calls(batch, length), rounds)
+    _compare(report, "8192 causal queries over 8192 keys", _paged_prompt_calls(8192), rounds)
 
 
 def _decode_calls(batch: int, length: int) -> dict[str, Callable[[int], Any]]:
@@ -103,6 +107,43 @@ def _prompt_calls() -> dict[str, Callable[[int], Any]]:
             q, k, v, mask=jitattn.Causal(), q_seqs=seqs, kv_seqs=seqs
         ),
         "sdpa, one after another": flash,
+    }
+
+
+def _step_calls(batch: int, length: int) -> dict[str, Callable[[int], Any]]:
+    """Attention alone, and with the append, and with rotary embedding, in the same pages."""
+    q, k, v = (_random(batch, 1, heads, _DIM) for heads in (_HEADS_Q, _HEADS_KV, _HEADS_KV))
+    width = length // 16
+    pages = [_random(batch * width, 16, _HEADS_KV, _DIM) for _ in range(2)]
+    table = torch.randperm(batch * width, device="cuda").reshape(batch, width).int()
+    lengths = torch.full((batch,), length, dtype=torch.int32, device="cuda")
+    angle = torch.rand(length, _DIM // 2, device="cuda")
+    rotary = jitattn.Rotary(angle.cos(), angle.sin(), interleaved=False)
+    seqs = jitattn.Paged(table, lengths)
+    new = {"k": k, "v": v, "length": lengths - 1, "block_table": table}
+    return {
+        "attention": lambda _: jitattn.attention(q, *pages, mask=jitattn.Causal(), kv_seqs=seqs),
+        "append": lambda _: jitattn.attention_with_kvcache(q, *pages, **new),
+        "append, rotary": lambda _: jitattn.attention_with_kvcache(q, *pages, **new, rotary=rotary),
+    }
+
+
+def _paged_prompt_calls(length: int) -> dict[str, Callable[[int], Any]]:
+    """A long prompt: dense, with a length, and over shuffled pages of 16."""
+    q = _random(1, length, _HEADS_Q, _DIM)
+    k, v = (_random(1, length, _HEADS_KV, _DIM) for _ in range(2))
+    lengths = torch.full((1,), length, dtype=torch.int32, device="cuda")
+    table = torch.randperm(length // 16, device="cuda")[None].int()
+    pages = [x.reshape(-1, 16, _HEADS_KV, _DIM) for x in (k, v)]
+    causal = jitattn.Causal()
+    return {
+        "dense": lambda _: jitattn.attention(q, k, v, mask=causal),
+        "padded": lambda _: jitattn.attention(
+            q, k, v, mask=causal, kv_seqs=jitattn.Padded(lengths)
+        ),
+        "pages of 16, shuffled": lambda _: jitattn.attention(
+            q, *pages, mask=causal, kv_seqs=jitattn.Paged(table, lengths)
+        ),
     }
 
 

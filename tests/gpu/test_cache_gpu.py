@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from jitattn.jit import compilers
+
+from .fresh_process import in_fresh_process
 
 pytestmark = pytest.mark.slow  # each starts processes that import torch and CuPy
 
@@ -31,16 +29,7 @@ print(json.dumps([stats.compiled, stats.disk_hits, error, made_by]))
 
 def call_in_fresh_process(cache: Path, **environment: str) -> tuple[int, int, float, str]:
     """One small call; (compiled, disk hits, relative error, toolchain)."""
-    done = subprocess.run(
-        [sys.executable, "-c", _CALL],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "JITATTN_CACHE_DIR": str(cache), **environment},
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr
-    compiled, disk_hits, error, made_by = json.loads(done.stdout.splitlines()[-1])
+    compiled, disk_hits, error, made_by = in_fresh_process(_CALL, cache, **environment)
     return compiled, disk_hits, error, made_by
 
 

@@ -19,23 +19,10 @@ from jitattn.jit.cache import DiskCache
 from jitattn.jit.entry import Entry, sha256
 from tests.support.inputs import random_qkv
 
-ROOT = Path(__file__).parents[2]
+from .fresh_process import ROOT, in_fresh_process
+
 BF16 = torch.bfloat16
 slow = pytest.mark.slow
-
-
-def in_fresh_process(code: str, cache: Path, **environment: str) -> list[object]:
-    """Run code in a new process; the JSON of its last line."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "JITATTN_CACHE_DIR": str(cache), **environment},
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_warmup_then_capture() -> None:
@@ -43,7 +30,7 @@ def test_warmup_then_capture() -> None:
     truth = jitattn.attention(q, k, v, mask=jitattn.Causal())
     dispatch.forget_kernels()
     done = jitattn.warmup(q, k, v, mask=jitattn.Causal())
-    assert done.kernels == len(dispatch.specs_of_problem(_problem(q, k, v), _arch()))
+    assert done.kernels == len(_specs(40))
     long = random_qkv(1, 200, 300, 4, 2, 40, dtype=BF16, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -58,11 +45,6 @@ def test_warmup_then_capture() -> None:
 def _arch() -> str:
     major, minor = torch.cuda.get_device_capability()
     return f"sm_{major}{minor}"
-
-
-def _problem(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> object:
-    (spec,) = [s for s in _specs(q.shape[3]) if s.family == "fwd"][:1]
-    return spec.problem
 
 
 def _specs(head_dim: int) -> list:
