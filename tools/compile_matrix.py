@@ -82,7 +82,9 @@ class Figures:
 def kernel_name(fields: dict[str, str | int]) -> str:
     """'sm_90 fwd bf16 d128 causal 128x64' and the like, from a spec's flat fields."""
     if fields["family"] != "fwd":
-        return f"{fields['arch']} {fields['family']} {fields['out_dtype']} d{fields['head_dim_v']}"
+        first = ("arch", "family")
+        rest = [str(value) for name, value in fields.items() if name not in first]
+        return " ".join([*(str(fields[name]) for name in first), *rest])
     dim, dim_v = fields["head_dim"], fields["head_dim_v"]
     parts = [
         fields["arch"],
@@ -90,6 +92,7 @@ def kernel_name(fields: dict[str, str | int]) -> str:
         fields["dtype"] if fields["dtype"] == fields["out_dtype"] else f"{fields['dtype']}>fp32",
         f"d{dim}" if dim == dim_v else f"d{dim}/{dim_v}",
         fields["mask"],
+        *{str(fields[side]) for side in ("q_layout", "kv_layout")} - {"batched"},
         f"{fields['block_q']}x{fields['block_kv']}",
         f"{fields['warps_q']}x{fields['warps_kv']}w",
         f"{fields['stages']}st",
