@@ -175,7 +175,7 @@ def run_bench(root: Path) -> list[dict[str, str]]:
 def run_sanitizer(root: Path, keyword: str) -> dict[str, Any]:
     """Run memcheck over the EDGE grid, and return its findings."""
     pytest = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-x", "-k", keyword]
-    command = ["compute-sanitizer", "--tool", "memcheck", "--target-processes", "all"]
+    command = ["compute-sanitizer", "--tool", "memcheck"]
     command += ["--error-exitcode", str(SANITIZER_FOUND), *pytest]
     environment = os.environ | SANITIZER_ENVIRONMENT
     try:
