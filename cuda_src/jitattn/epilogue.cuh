@@ -3,6 +3,7 @@
 // finishes the last split of a tile adds the splits up, always in their order.
 #pragma once
 
+#include "jitattn/element.cuh"
 #include "jitattn/enums.cuh"
 #include "jitattn/params.cuh"
 #include "jitattn/ptx/math.cuh"
@@ -160,69 +161,102 @@ struct FwdEpilogue {
     ptx::barrier_sync<Traits::kNumThreads>();
     if (ptx::ld_shared_b32(s_flag) == 0) return;
     __threadfence();  // the other CTAs' results, after their reports
-    constexpr int kWarps = Traits::kNumWarps;
-    const int warp_idx = threadIdx.x / 32;
-    for (int row = warp_idx; row < Spec::kBlockQ; row += kWarps) {
-      const Place place = place_of_row(row);
-      if (place.exists) merge_row(place, row);
-    }
+    merge_splits();
   }
 
-  // One warp, one row: out = sum_s w_s out_s / sum_s w_s with w_s = exp(LSE_s - max LSE).
-  __device__ void merge_row(const Place& place, int row) const {
-    constexpr int kColumns = ceil_div(Spec::kHeadDimV, 32);
-    constexpr float kLog2e = 1.4426950408889634f;
-    const int64_t step = partial_row(1) - partial_row(0);  // rows from a split to the next
-    const float* g_lse = params.partial_lse + partial_row(0) + row;
-    const float* g_out = params.partial_out + (partial_row(0) + row) * Spec::kHeadDimV;
+  // All threads: out = sum_s w_s out_s / sum_s w_s with w_s = exp(LSE_s - max LSE), the splits in
+  // their order. A thread per row finds the weights, kMergeChunk splits at a time, and leaves them
+  // in shared memory; then a thread per kMergeColumns columns of a row adds the values up, for
+  // kMergeItems of them at a time, whose loads are then in flight together.
+  static constexpr int kMergeChunk = 16, kMergeItems = 4;
+  static constexpr int kMergeColumns = Spec::kHeadDimV % 4 == 0 ? 4 : 1;
+  static_assert(Spec::kBlockQ * kMergeChunk * 4 <= Traits::kBytesReused, "weights fit");
 
-    auto load_lse = [&](int split) {
-      return split < tile.num_splits ? __ldcg(g_lse + split * step) : -infinity();
-    };
-    const float first_lse = load_lse(lane_idx);
-    float highest = first_lse;
-    for (int split = lane_idx + 32; split < tile.num_splits; split += 32) {
-      highest = fmaxf(highest, load_lse(split));
-    }
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) {
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, mask));
-    }
-    float total = 0.f;
-    float sum[kColumns] = {};
-    for (int base = 0; base < tile.num_splits; base += 32) {
-      // A lane's weight is that of one split; a split that saw nothing has weight 0.
-      const float lse = base == 0 ? first_lse : load_lse(base + lane_idx);
-      const float weight = lse == -infinity() ? 0.f : ptx::exp2_approx((lse - highest) * kLog2e);
-      const int count = min_of(32, tile.num_splits - base);
+  __device__ void merge_splits() const {
+    constexpr int kChunks = Spec::kHeadDimV / kMergeColumns;  // of a row
+    const int64_t step = partial_row(1) - partial_row(0);     // rows from a split to the next
+    const int num_rows = min_of(Spec::kBlockQ, rows.num_rows - tile.q_tile_idx * Spec::kBlockQ);
+    const float* g_lse = params.partial_lse + partial_row(0) + threadIdx.x;
+    const bool has_row = threadIdx.x < num_rows;
+    static_assert(Traits::kNumThreads >= Spec::kBlockQ, "a thread for every row");
+
+    float highest = -infinity(), total = 0.f;
+    if (has_row) {
 #pragma unroll 8
-      for (int i = 0; i < count; ++i) {
-        const float w = __shfl_sync(0xffffffffu, weight, i);
-        total += w;
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-          const int column = j * 32 + lane_idx;
-          if (kColumns * 32 != Spec::kHeadDimV && column >= Spec::kHeadDimV) continue;
-          sum[j] += w * __ldcg(g_out + (base + i) * step * Spec::kHeadDimV + column);
-        }
+      for (int split = 0; split < tile.num_splits; ++split) {
+        highest = fmaxf(highest, __ldcg(g_lse + split * step));
+      }
+#pragma unroll 8
+      for (int split = 0; split < tile.num_splits; ++split) {
+        total += weight(__ldcg(g_lse + split * step), highest);
+      }
+      if (params.lse != nullptr) {
+        params.lse[lse_index(place_of_row(threadIdx.x))] =
+            total == 0.f ? -infinity() : highest + ptx::log2_approx(total) * kLn2;
       }
     }
     const float inverse = total == 0.f ? 0.f : 1.f / total;
-    Element* out = out_row(place);
+
+#pragma unroll 1
+    for (int first = 0; first < num_rows * kChunks; first += Traits::kNumThreads * kMergeItems) {
+      float sum[kMergeItems][kMergeColumns] = {};
+#pragma unroll 1
+      for (int base = 0; base < tile.num_splits; base += kMergeChunk) {
+        const int count = min_of(kMergeChunk, tile.num_splits - base);
+        if (first == 0 || tile.num_splits > kMergeChunk) {
+          ptx::barrier_sync<Traits::kNumThreads>();  // the weights before these are used
+          for (int i = 0; has_row && i < count; ++i) {
+            const float w = weight(__ldcg(g_lse + (base + i) * step), highest) * inverse;
+            ptx::st_shared_b32(weight_addr(threadIdx.x, i), __float_as_int(w));
+          }
+          ptx::barrier_sync<Traits::kNumThreads>();  // the weights are written
+        }
+#pragma unroll 2
+        for (int i = 0; i < count; ++i) {
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      const int column = j * 32 + lane_idx;
-      if (column >= Spec::kHeadDimV) continue;
-      if constexpr (sizeof(Element) == 4) {
-        out[column] = sum[j] * inverse;
-      } else {
-        out[column] = static_cast<Element>(MmaF32Acc<Spec::kOutDtype>::pack(sum[j] * inverse, 0.f));
+          for (int j = 0; j < kMergeItems; ++j) {
+            const int item = first + j * Traits::kNumThreads + threadIdx.x;
+            const int row = item / kChunks, chunk = item % kChunks;
+            if (row >= num_rows) continue;
+            const float w = __int_as_float(ptx::ld_shared_b32(weight_addr(row, i)));
+            const float* g_values = params.partial_out +
+                                    (partial_row(base + i) + row) * Spec::kHeadDimV +
+                                    chunk * kMergeColumns;
+            if constexpr (kMergeColumns == 4) {
+              const float4 v = __ldcg(reinterpret_cast<const float4*>(g_values));
+              sum[j][0] += w * v.x;
+              sum[j][1] += w * v.y;
+              sum[j][2] += w * v.z;
+              sum[j][3] += w * v.w;
+            } else {
+              sum[j][0] += w * __ldcg(g_values);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kMergeItems; ++j) {
+        const int item = first + j * Traits::kNumThreads + threadIdx.x;
+        const int row = item / kChunks, chunk = item % kChunks;
+        if (row < num_rows)
+          store_merged(out_row(place_of_row(row)) + chunk * kMergeColumns, sum[j]);
       }
     }
-    if (params.lse != nullptr && lane_idx == 0) {
-      params.lse[lse_index(place)] =
-          total == 0.f ? -infinity() : highest + ptx::log2_approx(total) * kLn2;
-    }
+  }
+
+  // exp(lse - highest); a split that saw nothing has weight 0.
+  __device__ static float weight(float lse, float highest) {
+    constexpr float kLog2e = 1.4426950408889634f;
+    return lse == -infinity() ? 0.f : ptx::exp2_approx((lse - highest) * kLog2e);
+  }
+
+  __device__ uint32_t weight_addr(int row, int split_in_chunk) const {
+    return s_addr + (row * kMergeChunk + split_in_chunk) * 4;
+  }
+
+  __device__ static void store_merged(Element* g_out, const float (&values)[kMergeColumns]) {
+#pragma unroll
+    for (int i = 0; i < kMergeColumns; ++i) g_out[i] = Scalar<Spec::kOutDtype>::round(values[i]);
   }
 
   __device__ void write_result(const Output& r_o, const Softmax& softmax) const {
