@@ -165,72 +165,46 @@ struct FwdEpilogue {
   }
 
   // All threads: out = sum_s w_s out_s / sum_s w_s with w_s = exp(LSE_s - max LSE), the splits in
-  // their order. A thread per row finds the weights, kMergeChunk splits at a time, and leaves them
-  // in shared memory; then a thread per kMergeColumns columns of a row adds the values up, for
-  // kMergeItems of them at a time, whose loads are then in flight together.
-  static constexpr int kMergeChunk = 16, kMergeItems = 4;
+  // their order. A warp per row finds maximum and sum of the weights; then a thread per
+  // kMergeColumns columns of a row adds the values up, many loads in flight.
+  static constexpr bool kIsShort = Spec::kBlockQ <= 64;  // else, more would spill in the main loop
+  static constexpr int kMergeItems = kIsShort ? 2 : 1, kMergeSplits = kIsShort ? 8 : 4;
   static constexpr int kMergeColumns = Spec::kHeadDimV % 4 == 0 ? 4 : 1;
-  static_assert(Spec::kBlockQ * kMergeChunk * 4 <= Traits::kBytesReused, "weights fit");
+  static_assert(Spec::kBlockQ * 8 <= Traits::kBytesReused, "maxima and sums fit");
 
   __device__ void merge_splits() const {
     constexpr int kChunks = Spec::kHeadDimV / kMergeColumns;  // of a row
     const int64_t step = partial_row(1) - partial_row(0);     // rows from a split to the next
     const int num_rows = min_of(Spec::kBlockQ, rows.num_rows - tile.q_tile_idx * Spec::kBlockQ);
-    const float* g_lse = params.partial_lse + partial_row(0) + threadIdx.x;
-    const bool has_row = threadIdx.x < num_rows;
-    static_assert(Traits::kNumThreads >= Spec::kBlockQ, "a thread for every row");
-
-    float highest = -infinity(), total = 0.f;
-    if (has_row) {
-#pragma unroll 8
-      for (int split = 0; split < tile.num_splits; ++split) {
-        highest = fmaxf(highest, __ldcg(g_lse + split * step));
-      }
-#pragma unroll 8
-      for (int split = 0; split < tile.num_splits; ++split) {
-        total += weight(__ldcg(g_lse + split * step), highest);
-      }
-      if (params.lse != nullptr) {
-        params.lse[lse_index(place_of_row(threadIdx.x))] =
-            total == 0.f ? -infinity() : highest + ptx::log2_approx(total) * kLn2;
-      }
+    const float* g_lses = params.partial_lse + partial_row(0);
+#pragma unroll 2
+    for (int row = threadIdx.x / 32; row < num_rows; row += Traits::kNumWarps) {
+      find_weights(row, g_lses + row, step);
     }
-    const float inverse = total == 0.f ? 0.f : 1.f / total;
+    ptx::barrier_sync<Traits::kNumThreads>();  // maxima and sums are written
 
 #pragma unroll 1
     for (int first = 0; first < num_rows * kChunks; first += Traits::kNumThreads * kMergeItems) {
       float sum[kMergeItems][kMergeColumns] = {};
-#pragma unroll 1
-      for (int base = 0; base < tile.num_splits; base += kMergeChunk) {
-        const int count = min_of(kMergeChunk, tile.num_splits - base);
-        if (first == 0 || tile.num_splits > kMergeChunk) {
-          ptx::barrier_sync<Traits::kNumThreads>();  // the weights before these are used
-          for (int i = 0; has_row && i < count; ++i) {
-            const float w = weight(__ldcg(g_lse + (base + i) * step), highest) * inverse;
-            ptx::st_shared_b32(weight_addr(threadIdx.x, i), __float_as_int(w));
-          }
-          ptx::barrier_sync<Traits::kNumThreads>();  // the weights are written
-        }
-#pragma unroll 2
-        for (int i = 0; i < count; ++i) {
+#pragma unroll kMergeSplits
+      for (int split = 0; split < tile.num_splits; ++split) {
 #pragma unroll
-          for (int j = 0; j < kMergeItems; ++j) {
-            const int item = first + j * Traits::kNumThreads + threadIdx.x;
-            const int row = item / kChunks, chunk = item % kChunks;
-            if (row >= num_rows) continue;
-            const float w = __int_as_float(ptx::ld_shared_b32(weight_addr(row, i)));
-            const float* g_values = params.partial_out +
-                                    (partial_row(base + i) + row) * Spec::kHeadDimV +
-                                    chunk * kMergeColumns;
-            if constexpr (kMergeColumns == 4) {
-              const float4 v = __ldcg(reinterpret_cast<const float4*>(g_values));
-              sum[j][0] += w * v.x;
-              sum[j][1] += w * v.y;
-              sum[j][2] += w * v.z;
-              sum[j][3] += w * v.w;
-            } else {
-              sum[j][0] += w * __ldcg(g_values);
-            }
+        for (int j = 0; j < kMergeItems; ++j) {
+          const int item = first + j * Traits::kNumThreads + threadIdx.x;
+          const int row = item / kChunks, chunk = item % kChunks;
+          if (row >= num_rows) continue;
+          const float w = weight(__ldcg(g_lses + split * step + row), highest_of(row));
+          const float* g_values = params.partial_out +
+                                  (partial_row(split) + row) * Spec::kHeadDimV +
+                                  chunk * kMergeColumns;
+          if constexpr (kMergeColumns == 4) {
+            const float4 v = __ldcg(reinterpret_cast<const float4*>(g_values));
+            sum[j][0] += w * v.x;
+            sum[j][1] += w * v.y;
+            sum[j][2] += w * v.z;
+            sum[j][3] += w * v.w;
+          } else {
+            sum[j][0] += w * __ldcg(g_values);
           }
         }
       }
@@ -238,20 +212,49 @@ struct FwdEpilogue {
       for (int j = 0; j < kMergeItems; ++j) {
         const int item = first + j * Traits::kNumThreads + threadIdx.x;
         const int row = item / kChunks, chunk = item % kChunks;
-        if (row < num_rows)
-          store_merged(out_row(place_of_row(row)) + chunk * kMergeColumns, sum[j]);
+        if (row >= num_rows) continue;
+        const float inverse = __int_as_float(ptx::ld_shared_b32(s_addr + row * 8 + 4));
+#pragma unroll
+        for (int i = 0; i < kMergeColumns; ++i) sum[j][i] *= inverse;
+        store_merged(out_row(place_of_row(row)) + chunk * kMergeColumns, sum[j]);
       }
     }
+  }
+
+  // One warp, one row: leaves the largest LSE and 1 / sum of the weights in shared memory, and
+  // writes the LSE.
+  __device__ void find_weights(int row, const float* g_lse, int64_t step) const {
+    float highest = -infinity();
+    for (int split = lane_idx; split < tile.num_splits; split += 32) {
+      highest = fmaxf(highest, __ldcg(g_lse + split * step));
+    }
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) {
+      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, mask));
+    }
+    float total = 0.f;
+    for (int split = lane_idx; split < tile.num_splits; split += 32) {
+      total += weight(__ldcg(g_lse + split * step), highest);
+    }
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) total += __shfl_xor_sync(0xffffffffu, total, mask);
+    if (lane_idx != 0) return;
+    ptx::st_shared_b32(s_addr + row * 8, __float_as_int(highest));
+    ptx::st_shared_b32(s_addr + row * 8 + 4, __float_as_int(total == 0.f ? 0.f : 1.f / total));
+    if (params.lse != nullptr) {
+      params.lse[lse_index(place_of_row(row))] =
+          total == 0.f ? -infinity() : highest + ptx::log2_approx(total) * kLn2;
+    }
+  }
+
+  __device__ float highest_of(int row) const {
+    return __int_as_float(ptx::ld_shared_b32(s_addr + row * 8));
   }
 
   // exp(lse - highest); a split that saw nothing has weight 0.
   __device__ static float weight(float lse, float highest) {
     constexpr float kLog2e = 1.4426950408889634f;
     return lse == -infinity() ? 0.f : ptx::exp2_approx((lse - highest) * kLog2e);
-  }
-
-  __device__ uint32_t weight_addr(int row, int split_in_chunk) const {
-    return s_addr + (row * kMergeChunk + split_in_chunk) * 4;
   }
 
   __device__ static void store_merged(Element* g_out, const float (&values)[kMergeColumns]) {
