@@ -21,7 +21,7 @@ from jitattn.errors import (
     LaunchError,
     UnsupportedError,
 )
-from jitattn.masks import Causal, Full, Mask
+from jitattn.masks import Causal, Dense, Full, KeyPadding, Mask, Window
 
 if TYPE_CHECKING:
     from jitattn import reference
@@ -40,10 +40,12 @@ __all__ = [
     "CacheMissError",
     "Causal",
     "CompileError",
+    "Dense",
     "Full",
     "InternalError",
     "InvalidInputError",
     "JitAttnError",
+    "KeyPadding",
     "LaunchError",
     "Mask",
     "Padded",
@@ -51,6 +53,7 @@ __all__ = [
     "Ragged",
     "Rotary",
     "UnsupportedError",
+    "Window",
     "__version__",
     "attention",
     "attention_with_kvcache",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from jitattn import interop
 from jitattn.dispatch import run
 from jitattn.masks import Full
 from jitattn.problem import Call
+from jitattn.scores import NO_CHANGES, Scores
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +37,11 @@ def attention(
     return_lse: bool = False,
     q_seqs: QSequences = None,
     kv_seqs: KvSequences = None,
+    bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Any:  # noqa: ANN401 - Tensor or (Tensor, Tensor), or arrays of the library that q came from
     """Compute exact scaled dot-product attention, softmax(scale q k^T) v.
 
@@ -52,8 +59,9 @@ def attention(
         Same dtype and device. Hq % Hkv == 0; query head h reads kv head h // (Hq // Hkv).
     v : Tensor, [B, Lkv, Hkv, Dv]
         Dv from 1 to 256, equal to D or not.
-    mask : Full or Causal, default Full()
-        Who sees whom. Causal is aligned to the bottom right unless it says otherwise.
+    mask : Full, Causal, Window, KeyPadding, Dense, or several with &; default Full()
+        Who sees whom. Causal is aligned to the bottom right unless it says otherwise. Blocks of
+        keys that a Causal or a Window hides from a tile of queries are not visited.
     scale : float, default 1 / sqrt(D)
         Any finite number; negative and 0 too.
     layout : "bshd" or "bhsd"
@@ -78,6 +86,19 @@ def attention(
         Where those of k and v lie, independently of q. With `Ragged`, k is [total, Hkv, D]; with
         `Paged`, [num_pages, page_size, Hkv, D]. `layout` is for batched tensors only. Positions
         count from the first real token, and the diagonal of `Causal` is that of each sequence.
+    bias : Tensor, [B or 1, Hq or 1, Lq or 1, Lkv], dtype of q or fp32, optional
+        Added to the scores. With sequences of their own, rows and columns count from the first ones
+        of each, and may be more than there are. -inf hides.
+    relative_bias : Tensor, [Hq or 1, 2 R + 1], fp32, optional
+        Added to the scores by distance: entry d + R, where d is key - query (of positions aligned
+        to the bottom right), held between -R and R.
+    alibi_slopes : Tensor, [Hq] or [B, Hq], fp32, optional
+        -slope * |key - query| is added to the scores, of positions aligned to the bottom right.
+        Press et al., arXiv:2108.12409.
+    softcap : float, optional
+        Scores become softcap * tanh(score / softcap) before anything is added to them.
+    sinks : Tensor, [Hq], fp32, optional
+        A logit of each head that takes part in the softmax, but has no value. LSE leaves it out.
 
     Returns
     -------
@@ -118,7 +139,13 @@ def attention(
     >>> jitattn.attention(q, k, v, mask=jitattn.Causal()).shape
     torch.Size([1, 8, 32, 128])
     """
-    call = Call(mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, q_seqs, kv_seqs)
+    scores = NO_CHANGES
+    tensors_are_none = bias is relative_bias is alibi_slopes is sinks is None
+    if not tensors_are_none or softcap is not None:
+        scores = Scores(bias, relative_bias, alibi_slopes, softcap, sinks)
+    call = Call(
+        mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, q_seqs, kv_seqs, scores
+    )
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
         return run(q, k, v, call)
     tensors = interop.from_all({"q": q, "k": k, "v": v}, out=out)
@@ -127,3 +154,23 @@ def attention(
         return interop.to_kind_of(result, q) if out is None else out
     values, lse = result
     return interop.to_kind_of(values, q) if out is None else out, interop.to_kind_of(lse, q)
+
+
+def bind(
+    q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]
+) -> tuple[dict[str, Tensor], Call]:
+    """Return the tensors of a call of `attention` and its other arguments, defaults filled in.
+
+    Raises
+    ------
+    TypeError
+        `attention` has no such argument.
+    """
+    bound = inspect.signature(attention).bind(q, k, v, **arguments)
+    bound.apply_defaults()
+    given = bound.arguments
+    tensors = interop.from_all({name: given[name] for name in ("q", "k", "v")}, out=given["out"])
+    scores = Scores(*(given[name] for name in Scores._fields))
+    others = {name: given[name] for name in Call._fields if name != "scores"}
+    others["out"] = tensors.get("out")
+    return tensors, Call(**others, scores=NO_CHANGES if scores == NO_CHANGES else scores)

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from jitattn.cpu_rules import Rules
 from jitattn.errors import InternalError, InvalidInputError
-from jitattn.masks import Causal
+from jitattn.scores import NO_CHANGES, of_sequence
 from jitattn.sequences import Padded, Paged, Ragged
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from jitattn.masks import Mask
     from jitattn.problem import Call, Runtime
+    from jitattn.scores import Scores
     from jitattn.sequences import KvSequences
 
 #: Queries and keys of a chunk: the scores of a chunk take 4 · B · Hq · 128 · 512 bytes.
@@ -41,6 +43,7 @@ def attention_cpu(
     *,
     mask: Mask,
     scale: float,
+    scores: Scores = NO_CHANGES,
     out: Tensor | None = None,
     out_dtype: torch.dtype,
     return_lse: bool,
@@ -56,6 +59,7 @@ def attention_cpu(
     v : Tensor, [B, Lkv, Hkv, Dv]
     mask : Mask
     scale : float
+    scores : Scores
     out : Tensor, [B, Lq, Hq, Dv], optional
         Where the result is written; nothing may require grad then.
     out_dtype : torch.dtype
@@ -73,12 +77,10 @@ def attention_cpu(
     compute_dtype = torch.promote_types(q.dtype, torch.float32)
     # [B, H, L, D] from here on; the upcast is O(L).
     q, k, v = (x.transpose(1, 2).to(compute_dtype) for x in (q, k, v))
-    len_q, len_kv = q.shape[2], k.shape[2]
-    diagonal = None
-    if isinstance(mask, Causal):
-        diagonal = len_kv - len_q if mask.align == "bottom_right" else 0
+    len_q = q.shape[2]
+    rules = Rules.of(mask, scores, len_q, k.shape[2])
 
-    run = partial(_chunk, scale=scale, diagonal=diagonal, chunk_kv=chunk_kv)
+    run = partial(_chunk, scale=scale, rules=rules, chunk_kv=chunk_kv)
     if len_q > chunk_q and torch.is_grad_enabled() and _any_requires_grad(q, k, v):
         run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
     # torch.split, here and below: its backward is one concatenation, that of a slice is full-sized.
@@ -121,6 +123,7 @@ def _dense(
         k,
         v,
         mask=call.mask,
+        scores=call.scores,
         scale=runtime.scale,
         out=out,
         out_dtype=call.out_dtype or q.dtype,
@@ -178,7 +181,7 @@ def _sequence_by_sequence(
                 (x if is_ragged else x[kv_rows[idx]])[kv_start : kv_start + len_kv][None]
                 for x in (k, v)
             )
-        part, part_lse = _dense(one_q, one_k, one_v, runtime, call, None)
+        part, part_lse = _dense(one_q, one_k, one_v, runtime, of_sequence(call, idx), None)
         target = out if is_flat else out[idx]
         target[q_start : q_start + len_q] = part[0]
         lse_target = lse if is_flat else lse[idx]
@@ -229,7 +232,7 @@ def _chunk(
     first_q: int,
     *,
     scale: float,
-    diagonal: int | None,
+    rules: Rules,
     chunk_kv: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the result [B, Hq, Cq, Dv] and the LSE [B, Hq, Cq] of one chunk of queries.
@@ -246,35 +249,39 @@ def _chunk(
     no_scores = r_q @ k[:, :, :0].transpose(2, 3)
     r_sum = no_scores.sum(dim=3, keepdim=True)
     r_out = no_scores @ v[:, :, :0]
-    end = len_kv if diagonal is None else max(0, min(len_kv, first_q + rows + diagonal))
-    k_chunks = torch.split(k[:, :, :end], chunk_kv, dim=2) if end else ()
-    v_chunks = torch.split(v[:, :, :end], chunk_kv, dim=2) if end else ()
-    for chunk_idx, (k_chunk, v_chunk) in enumerate(zip(k_chunks, v_chunks, strict=True)):
-        first_k, last_k = chunk_idx * chunk_kv, min((chunk_idx + 1) * chunk_kv, end)
-        scores = r_q @ k_chunk.transpose(2, 3)
-        if diagonal is not None and last_k - 1 > first_q + diagonal:
-            hidden = _hidden(first_q + diagonal, rows, first_k, last_k, q.device)
-            scores = scores.masked_fill(hidden.repeat(group, 1), float("-inf"))
-        # The result does not depend on the maximum, so neither does any derivative.
-        new_max = torch.maximum(r_max, scores.detach().amax(dim=3, keepdim=True))
-        shift = new_max.masked_fill(new_max == float("-inf"), 0.0)  # rows that saw nothing yet
-        weights = torch.exp(scores - shift)
-        rescale = torch.exp(r_max - shift)
-        r_sum = r_sum * rescale + weights.sum(dim=3, keepdim=True)
-        r_out = r_out * rescale + weights @ v_chunk
-        r_max = new_max
+    for start, stop in rules.key_ranges(first_q, rows, len_kv):
+        if start >= stop:
+            continue
+        k_chunks = torch.split(k[:, :, start:stop], chunk_kv, dim=2)
+        v_chunks = torch.split(v[:, :, start:stop], chunk_kv, dim=2)
+        for chunk_idx, (k_chunk, v_chunk) in enumerate(zip(k_chunks, v_chunks, strict=True)):
+            first_k = start + chunk_idx * chunk_kv
+            scores = r_q @ k_chunk.transpose(2, 3)
+            by_head = (batch, heads_q, rows, k_chunk.shape[2])
+            if rules.changes_scores:
+                scores = rules.change(scores.view(by_head), first_q, first_k).view(scores.shape)
+            hidden = rules.hidden(first_q, rows, first_k, first_k + by_head[3], q.device)
+            if hidden is not None:
+                shape = scores.shape
+                scores = scores.view(by_head).masked_fill(hidden, float("-inf")).view(shape)
+            # The result does not depend on the maximum, so neither does any derivative.
+            new_max = torch.maximum(r_max, scores.detach().amax(dim=3, keepdim=True))
+            shift = new_max.masked_fill(new_max == float("-inf"), 0.0)  # rows that saw nothing yet
+            weights = torch.exp(scores - shift)
+            rescale = torch.exp(r_max - shift)
+            r_sum = r_sum * rescale + weights.sum(dim=3, keepdim=True)
+            r_out = r_out * rescale + weights @ v_chunk
+            r_max = new_max
 
     blind = r_max == float("-inf")  # rows that see nothing: 0, -inf, no gradient
     r_sum = r_sum.masked_fill(blind, 1.0)
-    lse = (r_max.masked_fill(blind, 0.0) + r_sum.log()).masked_fill(blind, float("-inf"))
+    highest = r_max.masked_fill(blind, 0.0)
+    lse = (highest + r_sum.log()).masked_fill(blind, float("-inf"))
+    if rules.scores.sinks is not None:
+        sinks = rules.scores.sinks.to(r_sum.dtype).view(1, heads_kv, group, 1, 1)
+        own = sinks.expand(batch, heads_kv, group, rows, 1).reshape(r_sum.shape)
+        r_sum = r_sum + torch.exp(own - highest).masked_fill(blind, 0.0)
     return (
         (r_out / r_sum).reshape(batch, heads_q, rows, head_dim_v),
         lse.reshape(batch, heads_q, rows),
     )
-
-
-def _hidden(diagonal: int, rows: int, first_k: int, last_k: int, device: torch.device) -> Tensor:
-    """Return which keys of a chunk the queries may not see, [Cq, Ck]; True = hidden."""
-    query_idx = torch.arange(rows, device=device)[:, None]
-    key_idx = torch.arange(first_k, last_k, device=device)[None, :]
-    return key_idx > query_idx + diagonal

@@ -17,9 +17,10 @@ from jitattn.cpu import run_cpu
 from jitattn.errors import LaunchError, UnsupportedError
 from jitattn.jit import launch
 from jitattn.jit.device import device
-from jitattn.jit.params import divisor
+from jitattn.jit.params import FWD_SCORE_FIELDS, FWD_SEQ_FIELDS, divisor
 from jitattn.jit.spec import RowClass, SeqLayout
 from jitattn.layouts import parse
+from jitattn.scores import NO_LEFT, tensors_of
 from jitattn.tiles import choose_splits, fwd_spec, heads_per_tile
 from jitattn.workspace import arrivals
 
@@ -34,6 +35,10 @@ _LOG2_E: Final = math.log2(math.e)
 _TINY_SCALE: Final = 1e-30
 #: A call with more query tiles than this many times the CTAs that the GPU holds needs no splits.
 _BALANCED_TILES: Final = 4
+
+#: Place of the left bound among the score parameters.
+_LEFT: Final = [name for name, _ in FWD_SCORE_FIELDS].index("left")
+_NO_SEQUENCES: Final = (0,) * len(FWD_SEQ_FIELDS)
 
 _fwd_kernels: dict[tuple[Problem, RowClass, int], _FwdKernel] = {}
 
@@ -102,7 +107,7 @@ def plan(problem: Problem, runtime: Runtime, device_index: int, num_splits: int 
     if runtime.indices is None:
         if num_splits is None:
             num_splits = choose_splits(
-                num_tiles * head_tiles, -(-runtime.len_kv // kernel.block_kv), num_slots
+                num_tiles * head_tiles, _blocks_seen(runtime, kernel), num_slots
             )
         num_items *= num_splits
     elif num_splits is not None:
@@ -129,6 +134,18 @@ def plan(problem: Problem, runtime: Runtime, device_index: int, num_splits: int 
     )
 
 
+def _blocks_seen(runtime: Runtime, kernel: _FwdKernel) -> int:
+    """Key blocks that a query tile visits, where all sequences are alike."""
+    num_blocks = -(-runtime.len_kv // kernel.block_kv)
+    if not runtime.score_params:
+        return num_blocks
+    left, keep_first = runtime.score_params[_LEFT : _LEFT + 2]
+    if left <= NO_LEFT:
+        return num_blocks
+    reach = min(runtime.diagonal, runtime.len_kv) - left + min(runtime.len_q, kernel.block_q)
+    return min(num_blocks, int(reach // kernel.block_kv + 2 - (-keep_first // kernel.block_kv)))
+
+
 def _load(problem: Problem, rows: RowClass, device_index: int) -> _FwdKernel:
     here = device(device_index)
     if not torch.cuda.is_current_stream_capturing():
@@ -142,7 +159,10 @@ def _load(problem: Problem, rows: RowClass, device_index: int) -> _FwdKernel:
 def _run_cuda(
     q: Tensor, k: Tensor, v: Tensor, problem: Problem, runtime: Runtime, call: Call
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
+    wants_grad = q.requires_grad or k.requires_grad or v.requires_grad
+    if problem.has_scores:
+        wants_grad |= any(tensor.requires_grad for tensor in tensors_of(call).values())
+    if wants_grad and torch.is_grad_enabled():
         raise UnsupportedError(
             "an input on the GPU requires grad: the backward kernels do not exist yet; call under "
             "torch.no_grad(), detach the inputs, or use CPU tensors, which are differentiable"
@@ -261,8 +281,16 @@ def _launch(
         runtime.scale < 0,
         *divisor(packed),
         (abs(runtime.scale) or _TINY_SCALE) * _LOG2_E,
-        *(() if indices is None else (*indices.addresses, indices.bottom_right, *indices.counts)),
+        *_tail(runtime),
     )
+
+
+def _tail(runtime: Runtime) -> tuple[float, ...]:
+    """Return what follows the fields that every kernel has."""
+    indices, scores = runtime.indices, runtime.score_params
+    if indices is None:
+        return (*_NO_SEQUENCES, *scores) if scores else ()
+    return (*indices.addresses, indices.bottom_right, *indices.counts, *scores)
 
 
 def specs_of_problem(problem: Problem, arch: str) -> list[KernelSpec]:

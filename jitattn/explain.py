@@ -7,23 +7,18 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from jitattn import interop
+from jitattn.attention import bind
 from jitattn.dispatch import plan
 from jitattn.gears import default_gear
 from jitattn.jit.device import device
 from jitattn.jit.spec import Access, RowClass
 from jitattn.layouts import parse
-from jitattn.masks import Full
-from jitattn.problem import Call
 
 if TYPE_CHECKING:
-    from jitattn.jit.spec import Problem
-    from jitattn.masks import Mask
-    from jitattn.sequences import KvSequences, QSequences
+    from torch import Tensor
 
-_FULL = Full()
+    from jitattn.jit.spec import Problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,17 +69,7 @@ def explain(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
-    mask: Mask = _FULL,
-    scale: float | None = None,
-    layout: str = "bshd",
-    gear: int | None = None,
-    out: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    num_splits: int | None = None,
-    return_lse: bool = False,
-    q_seqs: QSequences = None,
-    kv_seqs: KvSequences = None,
+    **arguments: Any,  # noqa: ANN401 - those of attention
 ) -> Explanation:
     """Say which kernel `attention` would use for these arguments, and why.
 
@@ -96,12 +81,10 @@ def explain(
     Explanation
         A frozen record with ``to_dict()`` and a readable ``str``.
     """
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        tensors = interop.from_all({"q": q, "k": k, "v": v}, out=out)
-        q, k, v, out = tensors["q"], tensors["k"], tensors["v"], tensors.get("out")
-    call = Call(mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, q_seqs, kv_seqs)
+    tensors, call = bind(q, k, v, arguments)
+    q, k, v, num_splits = tensors["q"], tensors["k"], tensors["v"], call.num_splits
     problem, runtime = parse(q, k, v, call)
-    gear = default_gear(problem.dtype) if gear is None else gear
+    gear = default_gear(problem.dtype) if call.gear is None else call.gear
     asked: dict[str, str | int] = {
         "batch": runtime.batch,
         "len_q": runtime.len_q,

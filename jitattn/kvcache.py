@@ -16,6 +16,7 @@ from jitattn.layouts import parse
 from jitattn.masks import Causal, Full
 from jitattn.problem import Call
 from jitattn.rotary import Rotary
+from jitattn.scores import Scores
 from jitattn.sequences import Padded, Paged, Ragged, check_index
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ def attention_with_kvcache(
     num_splits: int | None = None,
     return_lse: bool = False,
     q_seqs: Ragged | None = None,
+    bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Any:  # noqa: ANN401 - Tensor or (Tensor, Tensor)
     """Append new keys and values to a cache in place, and attend to all of it.
 
@@ -84,6 +90,8 @@ def attention_with_kvcache(
         As in `attention`, over the keys from left_pad on.
     scale, layout, gear, out, out_dtype, num_splits, return_lse
         As in `attention`.
+    bias, relative_bias, alibi_slopes, softcap, sinks
+        As in `attention`; columns of a bias count from left_pad on.
     q_seqs : Ragged, optional
         The tokens of each sequence, of q and of k and v alike: prompts and single steps together.
 
@@ -128,7 +136,10 @@ def attention_with_kvcache(
         if block_table is None
         else Paged.from_stop(block_table, stop, max_length, left_pad)
     )
-    call = Call(mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, q_seqs, kv_seqs)
+    scores = Scores(bias, relative_bias, alibi_slopes, softcap, sinks)
+    call = Call(
+        mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, q_seqs, kv_seqs, scores
+    )
     turned = q if rotary is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     problem, runtime = parse(turned, k_cache, v_cache, call)
     if k is not None and v is not None:

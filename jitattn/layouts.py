@@ -8,10 +8,11 @@ import torch
 
 from jitattn import problem
 from jitattn.errors import InvalidInputError
-from jitattn.jit.params import divisor
+from jitattn.jit.params import FWD_SCORE_FIELDS, divisor
 from jitattn.jit.spec import SeqLayout
-from jitattn.masks import Causal
+from jitattn.masks import Causal, Full
 from jitattn.problem import Indices, Runtime
+from jitattn.scores import NO_CHANGES, NO_LEFT, Sizes, check
 from jitattn.sequences import Padded, Paged, Ragged
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from jitattn.sequences import KvSequences, QSequences
 
 _MAX_COUNT: Final = 2**31 - 1
+#: Place of the left bound among the score parameters.
+_LEFT: Final = [name for name, _ in FWD_SCORE_FIELDS].index("left")
 
 
 class _Side(NamedTuple):
@@ -50,7 +53,8 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
     UnsupportedError
         The request is legal, but nothing computes it yet.
     """
-    if call.q_seqs is None and call.kv_seqs is None:
+    is_uniform = call.q_seqs is None and call.kv_seqs is None
+    if is_uniform and type(call.mask) in (Full, Causal) and call.scores is NO_CHANGES:
         return problem.parse(q, k, v, call)
     problem.check_alike(q, k, v)
     problem.axes(call.layout)
@@ -64,6 +68,9 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
     problem.check_options(q, call.gear, call.out_dtype, call.num_splits, call.return_lse)
 
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
+    scale = head_dim**-0.5 if call.scale is None else problem.checked_scale(call.scale)
+    sizes = Sizes(batch, ours.heads, ours.longest, theirs.longest, is_uniform)
+    scores = check(call, q, scale, sizes)
     q_strides = _strides("q", q, ours)
     k_strides, v_strides = _strides("k", k, theirs), _strides("v", v, theirs)
     address = 0
@@ -82,8 +89,14 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
             units |= stride * call.out.element_size()
     aligned = (address | units) & 15 == 0
     layouts = (_layout_of(call.q_seqs), _layout_of(call.kv_seqs, theirs.page_size))
-    facts = (q.dtype, result_dtype, head_dim, head_dim_v, type(call.mask), call.gear, aligned)
-    return problem.problem_of((*facts, *layouts)), Runtime(
+    facts = (q.dtype, result_dtype, head_dim, head_dim_v, call.gear, aligned, scores.fields.mask)
+    found = problem.problem_of((*facts, *layouts, *scores.fields[1:]))
+    diagonal, params = scores.diagonal, scores.params
+    if is_uniform:
+        corner = theirs.longest - ours.longest if scores.bottom_right else 0
+        diagonal += corner
+        params = _of_uniform(params, corner, ours.longest)
+    return found, Runtime(
         batch,
         ours.longest,
         theirs.longest,
@@ -92,10 +105,18 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
         q_strides,
         k_strides,
         v_strides,
-        head_dim**-0.5 if call.scale is None else problem.checked_scale(call.scale),
-        0,
-        _indices(call, ours, theirs),
+        scale,
+        diagonal,
+        None if is_uniform else _indices(call, ours, theirs, scores.bottom_right),
+        params if found.has_scores else (),
     )
+
+
+def _of_uniform(params: tuple[float, ...], corner: int, len_q: int) -> tuple[float, ...]:
+    """Move the left bound of a window to where all sequences have it."""
+    left, _, lifts = params[_LEFT : _LEFT + 3]
+    moved = NO_LEFT if left <= NO_LEFT or (lifts and len_q == 1) else left + corner
+    return (*params[:_LEFT], moved, *params[_LEFT + 1 :])
 
 
 def _check_kinds(q_seqs: QSequences, kv_seqs: KvSequences, device: torch.device) -> None:
@@ -226,7 +247,7 @@ def _layout_of(seqs: QSequences | KvSequences, page_size: int = 0) -> SeqLayout:
     return SeqLayout.BATCHED if seqs is None else SeqLayout.RAGGED
 
 
-def _indices(call: Call, ours: _Side, theirs: _Side) -> Indices:
+def _indices(call: Call, ours: _Side, theirs: _Side, bottom_right: bool) -> Indices:
     q_seqs, kv_seqs = call.q_seqs, call.kv_seqs
     table = table_stride = num_pages = 0
     table_word = page_size = 1
@@ -256,10 +277,9 @@ def _indices(call: Call, ours: _Side, theirs: _Side) -> Indices:
         q_start = 0 if q_seqs.start is None else q_seqs.start.data_ptr()
         q_stop, q_word = q_seqs.stop.data_ptr(), q_seqs.stop.element_size() // 4
         q_is_length = q_seqs.stop_is_length
-    mask = call.mask
     return Indices(
         (q_start, q_stop, kv_start, kv_stop, table, table_stride),
-        isinstance(mask, Causal) and mask.align == "bottom_right",
+        bottom_right,
         (
             q_word,
             kv_word,

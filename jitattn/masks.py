@@ -1,25 +1,42 @@
-"""Mask values: who may see whom. Frozen, comparable, free of tensors' contents and of torch.
+"""Mask values: who may see whom. Frozen; this module imports no torch.
 
-True means attend. Further kinds join this module as values of their own.
+True means attend. `a & b` is what both let through: at most one of the rules that positions decide
+(`Full`, `Causal`, `Window`), at most one `KeyPadding` and at most one `Dense`. (A `Causal` and a
+`Window` are one window.)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from jitattn.errors import InvalidInputError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Align: TypeAlias = Literal["bottom_right", "top_left"]
+_MAX_REACH = 2**30
+
+
+class _Mask:
+    """What all masks have in common: `&`."""
+
+    __slots__ = ()
+
+    def __and__(self, other: object) -> Mask:
+        if not isinstance(other, _Mask):
+            return NotImplemented
+        return both(self, other)
 
 
 @dataclass(frozen=True, slots=True)
-class Full:
+class Full(_Mask):
     """Every query sees every key."""
 
 
 @dataclass(frozen=True, slots=True)
-class Causal:
+class Causal(_Mask):
     """A query sees its own position and everything before it.
 
     Parameters
@@ -40,4 +57,131 @@ class Causal:
             )
 
 
-Mask: TypeAlias = Full | Causal
+@dataclass(frozen=True, slots=True)
+class Window(_Mask):
+    """A query sees the keys around its own position, and the first ones of the sequence if asked.
+
+    With p = query + Lkv - Lq, the query's position among the keys, it sees the keys from p - left
+    to p + right, and of the first `keep_first` keys those up to p + right. Lengths and positions
+    are those of each sequence.
+
+    Parameters
+    ----------
+    left, right : int or None
+        How many keys before and after its own position a query sees; None for all of them.
+    keep_first : int
+        Keys at the beginning that the left bound does not hide (attention sinks).
+    full_on_decode : bool
+        Lift the left bound for sequences with one query.
+    """
+
+    left: int | None = None
+    right: int | None = None
+    keep_first: int = 0
+    full_on_decode: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what is no reach."""
+        for name in ("left", "right", "keep_first"):
+            value = getattr(self, name)
+            is_open = value is None and name != "keep_first"
+            if not is_open and (type(value) is not int or not 0 <= value < 2**31):
+                allowed = "an int of at least 0" + ("" if name == "keep_first" else ", or None")
+                raise InvalidInputError(f"Window({name}={value!r}): it must be {allowed}")
+        if type(self.full_on_decode) is not bool:
+            raise InvalidInputError(
+                f"Window(full_on_decode={self.full_on_decode!r}): it must be True or False"
+            )
+
+    @property
+    def reach(self) -> tuple[int, int, int]:
+        """Return (left, right, keep_first), as large as lengths can be where there is no bound."""
+        left = _MAX_REACH if self.left is None else min(self.left, _MAX_REACH)
+        right = _MAX_REACH if self.right is None else min(self.right, _MAX_REACH)
+        return left, right, min(self.keep_first, _MAX_REACH)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeyPadding(_Mask):
+    """Keys that no query of their sequence sees.
+
+    Parameters
+    ----------
+    keep : Tensor, [B, Lkv], bool
+        True = attend. With sequences of their own (`kv_seqs`), columns count from a sequence's
+        first key.
+    """
+
+    keep: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dense(_Mask):
+    """Any mask, as a matrix; it costs its memory and the time to read it.
+
+    Parameters
+    ----------
+    keep : Tensor, [B or 1, Hq or 1, Lq or 1, Lkv], bool
+        True = attend. With sequences, rows and columns count from the first ones of each.
+    """
+
+    keep: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Both(_Mask):
+    """What a rule of positions and tensors let through together; made by `&`."""
+
+    rule: Rule = field(default_factory=Full)
+    key_padding: KeyPadding | None = None
+    dense: Dense | None = None
+
+
+Rule: TypeAlias = Full | Causal | Window
+Mask: TypeAlias = Full | Causal | Window | KeyPadding | Dense | Both
+
+
+def parts_of(mask: _Mask) -> Both:
+    """Take a mask apart."""
+    if isinstance(mask, Both):
+        return mask
+    if isinstance(mask, KeyPadding):
+        return Both(key_padding=mask)
+    if isinstance(mask, Dense):
+        return Both(dense=mask)
+    if isinstance(mask, Full | Causal | Window):
+        return Both(mask)
+    raise InvalidInputError(f"mask={mask!r}: it is none of jitattn's masks")
+
+
+def both(one: _Mask, other: _Mask) -> Mask:
+    """Return the intersection of two masks.
+
+    Raises
+    ------
+    InvalidInputError
+        They hold two rules, or two tensors of a kind, that cannot be one.
+    """
+    first, second = parts_of(one), parts_of(other)
+    for name in ("key_padding", "dense"):
+        if getattr(first, name) is not None and getattr(second, name) is not None:
+            raise InvalidInputError(
+                f"{one} & {other}: at most one {name} takes part; intersect their tensors with &"
+            )
+    rule = _one_rule(first.rule, second.rule)
+    result = Both(rule, first.key_padding or second.key_padding, first.dense or second.dense)
+    return rule if result.key_padding is None and result.dense is None else result
+
+
+def _one_rule(one: Rule, other: Rule) -> Rule:
+    if isinstance(one, Full) or one == other:
+        return other
+    if isinstance(other, Full):
+        return one
+    for window, causal in ((one, other), (other, one)):
+        if isinstance(window, Window) and causal == Causal():
+            return replace(window, right=0)
+    raise InvalidInputError(
+        f"{one} & {other}: at most one rule of positions takes part in a mask; use a Dense mask, "
+        "or say it as one Window"
+    )

@@ -17,12 +17,14 @@ import torch
 from jitattn.errors import InternalError, InvalidInputError, UnsupportedError
 from jitattn.gears import resolve_numerics
 from jitattn.jit.spec import Access, Dtype, MaskKind, Problem, SeqLayout
-from jitattn.masks import Causal, Full
+from jitattn.masks import Both, Causal, Dense, Full, KeyPadding, Window
+from jitattn.scores import NO_CHANGES, Fields
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from jitattn.masks import Mask
+    from jitattn.scores import Scores
     from jitattn.sequences import KvSequences, QSequences
 
 #: batch, len_q, len_kv, heads_q, heads_kv, head_dim, head_dim_v.
@@ -58,6 +60,7 @@ class Call(NamedTuple):
     return_lse: bool
     q_seqs: QSequences
     kv_seqs: KvSequences
+    scores: Scores = NO_CHANGES
 
 
 class Indices(NamedTuple):
@@ -91,14 +94,16 @@ class Runtime(NamedTuple):
     k_strides: Strides
     v_strides: Strides
     scale: float  #: finite, any sign
-    diagonal: int  #: causal: query i sees the keys <= i + diagonal; 0 for Full
+    diagonal: int  #: causal, window: query i sees the keys <= i + diagonal; 0 for Full
     indices: Indices | None = None  #: None: every sequence fills its row of the batch
+    score_params: tuple[float, ...] = ()  #: fields of `FwdScoreParams`; empty: nothing but a scale
 
 
 def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime]:
     """Check every argument of `attention` and sort its facts by what they change.
 
-    Here, every sequence fills its row of the batch; `layouts.parse` handles all others too.
+    Here, every sequence fills its row of the batch, and the mask is `Full` or `Causal`;
+    `layouts.parse` handles all others too.
 
     Parameters
     ----------
@@ -120,7 +125,7 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
     UnsupportedError
         The request is legal, but nothing computes it yet: a gear, a dtype, a device.
     """
-    mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, _, _ = call
+    mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, _, _, _ = call
     row, head = axes(layout)
     batch, len_q, len_kv, heads_q, heads_kv, head_dim, head_dim_v = _sizes(q, k, v, row, head)
     diagonal = _diagonal(mask, len_q, len_kv)
@@ -167,7 +172,8 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
             units |= unit * out.element_size()
 
     aligned = (address | units) & 15 == 0
-    key = (q.dtype, result_dtype, head_dim, head_dim_v, type(mask), gear, aligned)
+    kind = MaskKind.CAUSAL if type(mask) is Causal else MaskKind.FULL
+    key = (q.dtype, result_dtype, head_dim, head_dim_v, gear, aligned, kind)
     problem = _problems.get(key)
     return problem_of(key) if problem is None else problem, Runtime(
         batch,
@@ -308,13 +314,14 @@ def _diagonal(mask: Mask, len_q: int, len_kv: int) -> int:
 
 def check_mask(mask: Mask) -> None:
     """Refuse what is no mask."""
-    _diagonal(mask, 0, 0)
+    if not isinstance(mask, Full | Causal | Window | KeyPadding | Dense | Both):
+        raise _no_mask(mask)
 
 
 def _no_mask(mask: object) -> InvalidInputError:
     kind = type(mask)
     if isinstance(mask, torch.Tensor):
-        hint = "tensors are not taken as masks"
+        hint = "wrap a tensor in KeyPadding(...) or Dense(...)"
     elif isinstance(mask, bool):
         hint = "for is_causal=True pass Causal(), else leave mask out"
     elif isinstance(mask, type):
@@ -322,9 +329,10 @@ def _no_mask(mask: object) -> InvalidInputError:
     elif mask is None:
         hint = "leave mask out to let every query see every key"
     else:
-        hint = "both are in jitattn"
+        hint = "see jitattn.masks"
     return InvalidInputError(
-        f"mask is a {kind.__name__}: it must be Full() or Causal(align=...); {hint}"
+        f"mask is a {kind.__name__}: it must be one of jitattn's masks, as Full() or Causal(); "
+        f"{hint}"
     )
 
 
@@ -453,11 +461,12 @@ def _new_problem(
     out_dtype: torch.dtype,
     head_dim: int,
     head_dim_v: int,
-    mask_type: type,
     gear: int | None,
     aligned: bool,
+    mask: MaskKind,
     q_layout: SeqLayout = SeqLayout.BATCHED,
     kv_layout: SeqLayout = SeqLayout.BATCHED,
+    *others: Any,  # noqa: ANN401 - `scores.Fields` without the mask
 ) -> Problem:
     """Check what is worth checking once per kind of call, and build its `Problem`."""
     if dtype not in DTYPES:
@@ -481,11 +490,12 @@ def _new_problem(
         out_dtype=DTYPES[out_dtype],
         head_dim=head_dim,
         head_dim_v=head_dim_v,
-        mask=MaskKind.CAUSAL if mask_type is Causal else MaskKind.FULL,
+        mask=mask,
         numerics=resolve_numerics(gear, DTYPES[dtype]),
         q_layout=q_layout,
         kv_layout=kv_layout,
         access=Access.VEC16 if aligned else Access.ELEMENT,
+        **dict(zip(Fields._fields[1:], others, strict=False)),
     )
 
 

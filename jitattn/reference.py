@@ -7,12 +7,12 @@ matrix, kv heads are repeated. Memory is O(Lq · Lkv).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from jitattn.errors import InvalidInputError
-from jitattn.masks import Causal, Full
+from jitattn.masks import Both, Causal, Dense, Full, KeyPadding, Window, parts_of
 from jitattn.sequences import Padded, Paged, Ragged
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def visible(
     mask: Mask, len_q: int, len_kv: int, *, device: torch.device | str | None = None
 ) -> Tensor:
-    """Return the mask as a boolean matrix [Lq, Lkv]; True = attend."""
+    """Return what a rule of positions lets through, [Lq, Lkv]; True = attend."""
     query_idx = torch.arange(len_q, device=device)[:, None]
     key_idx = torch.arange(len_kv, device=device)[None, :]
     if isinstance(mask, Full):
@@ -35,37 +35,73 @@ def visible(
         if mask.align == "bottom_right":
             return key_idx <= query_idx + len_kv - len_q
         return key_idx <= query_idx
-    raise InvalidInputError(f"mask={mask!r}: the reference knows Full() and Causal(...) only")
+    if isinstance(mask, Window):
+        position = query_idx + len_kv - len_q
+        attend = torch.ones(len_q, len_kv, dtype=torch.bool, device=device)
+        if mask.left is not None and not (mask.full_on_decode and len_q == 1):
+            attend = (key_idx >= position - mask.left) | (key_idx < mask.keep_first)
+        if mask.right is not None:
+            attend = attend & (key_idx <= position + mask.right)
+        return attend
+    raise InvalidInputError(f"mask={mask!r}: the reference knows no such rule")
 
 
-@overload
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+def attended(
+    mask: Mask,
+    batch: int,
+    len_q: int,
+    len_kv: int,
     *,
-    mask: Mask = ...,
-    scale: float | None = ...,
-    layout: str = ...,
-    dtype: torch.dtype = ...,
-    return_lse: Literal[False] = ...,
-    q_seqs: QSequences = ...,
-    kv_seqs: KvSequences = ...,
-) -> Tensor: ...
-@overload
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Mask = ...,
-    scale: float | None = ...,
-    layout: str = ...,
-    dtype: torch.dtype = ...,
-    return_lse: Literal[True],
-    q_seqs: QSequences = ...,
-    kv_seqs: KvSequences = ...,
-) -> tuple[Tensor, Tensor]: ...
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Return the whole mask, broadcastable to [B, Hq, Lq, Lkv]; True = attend."""
+    parts = parts_of(mask)
+    attend = visible(parts.rule, len_q, len_kv, device=device).expand(batch, 1, len_q, len_kv)
+    if parts.key_padding is not None:
+        attend = attend & parts.key_padding.keep[:, None, None, :len_kv].to(device)
+    if parts.dense is not None:
+        keep = parts.dense.keep.to(device)[..., :len_kv]
+        attend = attend & (keep if keep.shape[2] == 1 else keep[:, :, :len_q])
+    return attend
+
+
+class Scores(NamedTuple):
+    """What is added to scores and done with them, as `jitattn.attention` takes it."""
+
+    bias: Tensor | None = None
+    relative_bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def apply(self, scores: Tensor) -> Tensor:
+        """Change scores [B, Hq, Lq, Lkv], which are scaled already."""
+        _, heads, len_q, len_kv = scores.shape
+        device, dtype = scores.device, scores.dtype
+        query_idx = torch.arange(len_q, device=device)[:, None] + len_kv - len_q
+        distance = torch.arange(len_kv, device=device)[None, :] - query_idx  # [Lq, Lkv]
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        if self.alibi_slopes is not None:
+            slopes = self.alibi_slopes.to(dtype).expand(scores.shape[0], heads)
+            scores = scores - slopes[..., None, None] * distance.abs()
+        if self.relative_bias is not None:
+            reach = self.relative_bias.shape[1] // 2
+            column = distance.clamp(-reach, reach) + reach
+            scores = scores + self.relative_bias.to(dtype)[:, column]
+        if self.bias is not None:
+            bias = self.bias.to(dtype)[..., :len_kv]
+            scores = scores + (bias if bias.shape[2] == 1 else bias[:, :, :len_q])
+        return scores
+
+    def of_sequence(self, b: int) -> Scores:
+        """Return those of one sequence of the batch."""
+        bias, slopes = self.bias, self.alibi_slopes
+        if bias is not None and bias.shape[0] > 1:
+            bias = bias[b : b + 1]
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[b : b + 1]
+        return self._replace(bias=bias, alibi_slopes=slopes)
 
 
 def reference(
@@ -80,7 +116,12 @@ def reference(
     return_lse: bool = False,
     q_seqs: QSequences = None,
     kv_seqs: KvSequences = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Any:  # noqa: ANN401 - Tensor, or (Tensor, Tensor) with return_lse
     """Compute exact scaled dot-product attention the obvious way.
 
     Parameters
@@ -99,13 +140,16 @@ def reference(
     q_seqs, kv_seqs : optional
         Where the sequences lie, as in `jitattn.attention`. Rows that belong to none are 0, with an
         LSE of -inf.
+    bias, relative_bias, alibi_slopes, softcap, sinks : optional
+        As in `jitattn.attention`.
 
     Returns
     -------
     out : Tensor, [B, Lq, Hq, Dv] in the layout of q
         Rows that may attend to nothing are 0, and their gradients are 0.
     lse : Tensor, [B, Hq, Lq]
-        Natural logarithm of the sum of exponentials; -inf for such rows. Only if `return_lse`.
+        Natural logarithm of the sum of exponentials, without sinks; -inf for such rows. Only if
+        `return_lse`.
 
     Notes
     -----
@@ -120,8 +164,9 @@ def reference(
     """
     if layout not in ("bshd", "bhsd"):
         raise InvalidInputError(f"layout={layout!r}: the layout is 'bshd' or 'bhsd'")
+    changes = Scores(bias, relative_bias, alibi_slopes, softcap, sinks)
     if q_seqs is not None or kv_seqs is not None:
-        out, lse = _one_by_one(q, k, v, mask, scale, layout, dtype, q_seqs, kv_seqs)
+        out, lse = _one_by_one(q, k, v, mask, scale, layout, dtype, q_seqs, kv_seqs, changes)
         return (out, lse) if return_lse else out
     # Everything below is [B, H, L, D].
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -134,21 +179,22 @@ def reference(
     if scale is None:
         scale = q.shape[3] ** -0.5
 
-    attend = visible(mask, q.shape[2], k.shape[2], device=q.device)
-    sees_any = attend.any(dim=1)  # [Lq]
-    scores = scale * (q @ k.transpose(2, 3))  # [B, Hq, Lq, Lkv]
+    attend = attended(mask, q.shape[0], q.shape[2], k.shape[2], device=q.device)
+    scores = changes.apply(scale * (q @ k.transpose(2, 3)))  # [B, Hq, Lq, Lkv]
     scores = scores.masked_fill(~attend, float("-inf"))
+    sees_any = (scores != float("-inf")).any(dim=3)  # [B, Hq, Lq]; a bias may hide as well
     # A row of nothing but -inf has no softmax, and its gradient is NaN: give it harmless scores
     # here, and take its weights and its LSE away again below.
-    scores = scores.masked_fill(~sees_any[:, None], 0.0)
-    weights = torch.softmax(scores, dim=3).masked_fill(~sees_any[:, None], 0.0)
+    scores = scores.masked_fill(~sees_any[..., None], 0.0)
+    lse = torch.logsumexp(scores, dim=3)
+    total = lse
+    if sinks is not None:
+        total = torch.logaddexp(lse, sinks.to(dtype)[None, :, None])
+    weights = torch.exp(scores - total[..., None]).masked_fill(~sees_any[..., None], 0.0)
     out = weights @ v  # [B, Hq, Lq, Dv]
     if layout == "bshd":
         out = out.transpose(1, 2)
-    if not return_lse:
-        return out
-    lse = torch.logsumexp(scores, dim=3).masked_fill(~sees_any, float("-inf"))
-    return out, lse
+    return (out, lse.masked_fill(~sees_any, float("-inf"))) if return_lse else out
 
 
 def _one_by_one(
@@ -161,6 +207,7 @@ def _one_by_one(
     dtype: torch.dtype,
     q_seqs: QSequences,
     kv_seqs: KvSequences,
+    changes: Scores,
 ) -> tuple[Tensor, Tensor]:
     """Cut every sequence out, compute it alone, and put it where it belongs."""
     is_flat = isinstance(q_seqs, Ragged)
@@ -185,10 +232,11 @@ def _one_by_one(
             own_q[None],
             own_k[None],
             own_v[None],
-            mask=mask,
+            mask=of_sequence(mask, b),
             scale=scale,
             dtype=dtype,
             return_lse=True,
+            **changes.of_sequence(b)._asdict(),
         )
         if is_flat:
             out[where], lse[:, where] = own_out[0], own_lse[0]
@@ -197,6 +245,17 @@ def _one_by_one(
     if layout == "bhsd" and not is_flat:
         out = out.transpose(1, 2)
     return out, lse
+
+
+def of_sequence(mask: Mask, b: int) -> Mask:
+    """Return the mask of one sequence of the batch."""
+    parts = parts_of(mask)
+    padding, dense = parts.key_padding, parts.dense
+    if padding is not None:
+        padding = KeyPadding(padding.keep[b : b + 1])
+    if dense is not None and dense.keep.shape[0] > 1:
+        dense = Dense(dense.keep[b : b + 1])
+    return Both(parts.rule, padding, dense)
 
 
 def _rows_of(seqs: KvSequences, b: int, rows: int) -> slice:

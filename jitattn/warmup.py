@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jitattn import interop, workspace
-from jitattn.attention import attention
+from jitattn import workspace
+from jitattn.attention import bind
 from jitattn.dispatch import specs_of_problem
 from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.jit import build, launch
@@ -19,7 +18,6 @@ from jitattn.jit.choices import read_file, specs_of
 from jitattn.jit.device import device as device_of
 from jitattn.jit.pool import build_all
 from jitattn.layouts import parse
-from jitattn.problem import Call
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -123,11 +121,9 @@ def _warm_call(
     device: torch.device | int | str | None,
     jobs: int | None,
 ) -> WarmedUp:
-    bound = inspect.signature(attention).bind(q, k, v, **arguments)
-    bound.apply_defaults()
-    given = bound.arguments
-    tensors = interop.from_all({name: given[name] for name in ("q", "k", "v")}, out=given["out"])
-    call = Call(**{**{name: given[name] for name in Call._fields}, "out": tensors.get("out")})
+    if k is None or v is None:
+        raise InvalidInputError("warmup got q without k and v: it takes all three of a call")
+    tensors, call = bind(q, k, v, arguments)
     problem, _ = parse(tensors["q"], tensors["k"], tensors["v"], call)
     if device is None and not tensors["q"].is_cuda:
         return WarmedUp(kernels=0, compiled=0)

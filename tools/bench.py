@@ -26,6 +26,7 @@ REPOSITORY: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 import torch
+from _scores import bench_scores
 from _sequences import bench_sequences
 from _service import bench_compile, bench_service
 from _table import print_table, say
@@ -257,7 +258,7 @@ def common_facts() -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sections that were asked for."""
-    sections = ("forward", "decode", "host", "sequences", "compile", "service")
+    sections = ("forward", "decode", "host", "sequences", "scores", "compile", "service")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -285,6 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench_host(report, rounds)
         if "sequences" in asked:
             bench_sequences(report, rounds)
+        if "scores" in asked:
+            bench_scores(report, min(rounds, 5))
         if "compile" in asked:
             bench_compile(report)
         if "service" in asked:

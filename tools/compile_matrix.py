@@ -27,6 +27,7 @@ from jitattn.jit import compilers
 from jitattn.jit.choices import preset, specs_of
 from jitattn.jit.spec import (
     Access,
+    BiasKind,
     Dtype,
     KernelSpec,
     MaskKind,
@@ -34,6 +35,7 @@ from jitattn.jit.spec import (
     Problem,
     RowClass,
     SeqLayout,
+    Switch,
 )
 from jitattn.tiles import fwd_spec
 
@@ -57,6 +59,25 @@ LAYOUTS: Final = (
     (SeqLayout.BATCHED, SeqLayout.PAGED),
     (SeqLayout.RAGGED, SeqLayout.PAGED),
     (SeqLayout.BATCHED, SeqLayout.PAGED16),
+)
+
+
+#: Fields of optional inputs.
+OPTIONAL: Final = (
+    "bias", "relative_bias", "alibi", "softcap", "sinks", "key_padding", "dense",
+)  # fmt: skip
+#: Masks, biases and the like: each alone, and two that meet in models.
+FEATURES: Final[tuple[dict[str, Any], ...]] = (
+    {"mask": MaskKind.WINDOW},
+    {"mask": MaskKind.WINDOW, "sinks": Switch.ON},
+    {"mask": MaskKind.WINDOW, "softcap": Switch.ON},
+    {"mask": MaskKind.WINDOW, "kv_layout": SeqLayout.PAGED16},
+    {"bias": BiasKind.SAME},
+    {"bias": BiasKind.FP32},
+    {"relative_bias": Switch.ON},
+    {"alibi": Switch.ON},
+    {"mask": MaskKind.FULL, "key_padding": Switch.ON},
+    {"mask": MaskKind.FULL, "dense": Switch.ON},
 )
 
 
@@ -92,6 +113,7 @@ def kernel_name(fields: dict[str, str | int]) -> str:
         fields["dtype"] if fields["dtype"] == fields["out_dtype"] else f"{fields['dtype']}>fp32",
         f"d{dim}" if dim == dim_v else f"d{dim}/{dim_v}",
         fields["mask"],
+        *(f"{name}={fields[name]}" for name in OPTIONAL if fields[name] not in ("off", "none")),
         *{str(fields[side]) for side in ("q_layout", "kv_layout")} - {"batched"},
         f"{fields['block_q']}x{fields['block_kv']}",
         f"{fields['warps_q']}x{fields['warps_kv']}w",
@@ -128,7 +150,7 @@ def matrix(arch: str, *, full: bool = False) -> list[KernelSpec]:
 def _full(arch: str) -> Iterator[KernelSpec]:
     for dtype in Dtype:
         for rows in RowClass:
-            for mask in MaskKind:
+            for mask in (MaskKind.FULL, MaskKind.CAUSAL):
                 for dim in ALL_DIMS:
                     yield fwd_spec(problem(dtype, dim, mask), arch, rows)
     yield from _rows(arch)
@@ -151,6 +173,9 @@ def _rows(arch: str) -> Iterator[KernelSpec]:
             for rows in RowClass:
                 layouts = {"q_layout": q_layout, "kv_layout": kv_layout}
                 yield fwd_spec(problem(Dtype.BF16, dim, **layouts), arch, rows)
+    for features in FEATURES:
+        for dim, rows in ((64, RowClass.MANY), (128, RowClass.MANY), (128, RowClass.ROWS16)):
+            yield fwd_spec(problem(Dtype.BF16, dim, **features), arch, rows)
     yield from _short(arch)
 
 

@@ -14,6 +14,12 @@ struct Scalar {
     if constexpr (kDtype == Dtype::kBf16) return __int_as_float(static_cast<uint32_t>(bits) << 16);
     return ptx::f16_to_f32(bits);
   }
+  // Two neighbours, of which the first is at an even place.
+  __device__ static void load_pair(float (&pair)[2], const uint16_t* g_pair) {
+    const uint32_t bits = __ldg(reinterpret_cast<const uint32_t*>(g_pair));
+    pair[0] = load(static_cast<uint16_t>(bits));
+    pair[1] = load(static_cast<uint16_t>(bits >> 16));
+  }
   __device__ static uint16_t round(float value) {
     if constexpr (kDtype == Dtype::kBf16) {
       return static_cast<uint16_t>(ptx::pack_bf16x2(value, 0.f));
@@ -25,6 +31,11 @@ template <>
 struct Scalar<Dtype::kFp32> {
   using type = float;
   __device__ static float load(float value) { return value; }
+  __device__ static void load_pair(float (&pair)[2], const float* g_pair) {
+    const float2 both = __ldg(reinterpret_cast<const float2*>(g_pair));
+    pair[0] = both.x;
+    pair[1] = both.y;
+  }
   __device__ static float round(float value) { return value; }
 };
 

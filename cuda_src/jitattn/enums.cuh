@@ -6,7 +6,13 @@ namespace jitattn {
 enum class Dtype { kFp16, kBf16, kFp32 };
 
 // Which rule decides what a query sees; its numbers are runtime parameters.
-enum class MaskKind { kFull, kCausal };
+enum class MaskKind { kFull, kCausal, kWindow };
+
+// Whether an optional input is there.
+enum class Switch { kOff, kOn };
+
+// Element type of the bias, if there is one: that of q, or fp32.
+enum class BiasKind { kNone, kSame, kFp32 };
 
 // Where the sequences of q, or of k and v, lie.
 enum class SeqLayout {

@@ -10,6 +10,7 @@
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/rows.cuh"
 #include "jitattn/schedule.cuh"
+#include "jitattn/score.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/softmax.cuh"
 #include "jitattn/tile/fragment.cuh"
@@ -29,14 +30,14 @@ struct FwdEpilogue {
   static constexpr int kWarpFloats = Traits::kWarpRows * Traits::kDimV;
   static constexpr bool kIsStaged = sizeof(Element) == 2 && Spec::kAccess == Access::kVec16;
 
-  const FwdParams& params;
+  const FwdParamsOf<Spec>& params;
   const WorkTile tile;
   const Sequence sequence;
   const RowMap rows;
   const uint32_t s_addr;
   const int lane_idx, warp_q, warp_kv;
 
-  __device__ FwdEpilogue(const FwdParams& params, const CtaPlan& plan, uint32_t thread_idx,
+  __device__ FwdEpilogue(const FwdParamsOf<Spec>& params, const CtaPlan& plan, uint32_t thread_idx,
                          uint32_t s_addr)
       : params(params),
         tile(plan.tile),
@@ -63,8 +64,13 @@ struct FwdEpilogue {
   };
 
   __device__ void write(Output& r_o, const Softmax& softmax) const {
-    for_each_row([&](int m, int half, int) {
-      const float inverse = softmax.inverse_sum(m, half);
+    for_each_row([&](int m, int half, int row_in_warp) {
+      float sink = 0.f;  // not of partial results: a sink is added once
+      if (Spec::kSinks == Switch::kOn && tile.num_splits == 1) {
+        const Place place = place_of(row_in_warp);
+        if (place.exists) sink = sink_weight<Spec>(params, place.head, softmax.neg_max[m][half]);
+      }
+      const float inverse = softmax.inverse_sum(m, half, sink);
 #pragma unroll
       for (int n = 0; n < Traits::kColumnTiles; ++n) {
         r_o[m][n][2 * half] *= inverse;
@@ -185,18 +191,24 @@ struct FwdEpilogue {
 
 #pragma unroll 1
     for (int first = 0; first < num_rows * kChunks; first += Traits::kNumThreads * kMergeItems) {
-      float sum[kMergeItems][kMergeColumns] = {};
+      // Items beyond the last one read it again: a branch would keep loads from flying together.
+      int row[kMergeItems], chunk[kMergeItems];
+      float highest[kMergeItems], sum[kMergeItems][kMergeColumns] = {};
+#pragma unroll
+      for (int j = 0; j < kMergeItems; ++j) {
+        const int item = min_of(first + j * Traits::kNumThreads + static_cast<int>(threadIdx.x),
+                                num_rows * kChunks - 1);
+        row[j] = item / kChunks;
+        chunk[j] = item % kChunks;
+        highest[j] = __int_as_float(ptx::ld_shared_b32(s_addr + row[j] * 8));
+      }
 #pragma unroll kMergeSplits
       for (int split = 0; split < tile.num_splits; ++split) {
+        const float* g_rows = params.partial_out + partial_row(split) * Spec::kHeadDimV;
 #pragma unroll
         for (int j = 0; j < kMergeItems; ++j) {
-          const int item = first + j * Traits::kNumThreads + threadIdx.x;
-          const int row = item / kChunks, chunk = item % kChunks;
-          if (row >= num_rows) continue;
-          const float w = weight(__ldcg(g_lses + split * step + row), highest_of(row));
-          const float* g_values = params.partial_out +
-                                  (partial_row(split) + row) * Spec::kHeadDimV +
-                                  chunk * kMergeColumns;
+          const float w = weight(__ldcg(g_lses + split * step + row[j]), highest[j]);
+          const float* g_values = g_rows + row[j] * Spec::kHeadDimV + chunk[j] * kMergeColumns;
           if constexpr (kMergeColumns == 4) {
             const float4 v = __ldcg(reinterpret_cast<const float4*>(g_values));
             sum[j][0] += w * v.x;
@@ -210,13 +222,11 @@ struct FwdEpilogue {
       }
 #pragma unroll
       for (int j = 0; j < kMergeItems; ++j) {
-        const int item = first + j * Traits::kNumThreads + threadIdx.x;
-        const int row = item / kChunks, chunk = item % kChunks;
-        if (row >= num_rows) continue;
-        const float inverse = __int_as_float(ptx::ld_shared_b32(s_addr + row * 8 + 4));
+        if (first + j * Traits::kNumThreads + threadIdx.x >= num_rows * kChunks) continue;
+        const float inverse = __int_as_float(ptx::ld_shared_b32(s_addr + row[j] * 8 + 4));
 #pragma unroll
         for (int i = 0; i < kMergeColumns; ++i) sum[j][i] *= inverse;
-        store_merged(out_row(place_of_row(row)) + chunk * kMergeColumns, sum[j]);
+        store_merged(out_row(place_of_row(row[j])) + chunk[j] * kMergeColumns, sum[j]);
       }
     }
   }
@@ -240,15 +250,14 @@ struct FwdEpilogue {
     for (int mask = 16; mask > 0; mask /= 2) total += __shfl_xor_sync(0xffffffffu, total, mask);
     if (lane_idx != 0) return;
     ptx::st_shared_b32(s_addr + row * 8, __float_as_int(highest));
-    ptx::st_shared_b32(s_addr + row * 8 + 4, __float_as_int(total == 0.f ? 0.f : 1.f / total));
+    constexpr float kLog2e = 1.4426950408889634f;
+    const float sink = sink_weight<Spec>(params, place_of_row(row).head, -highest * kLog2e);
+    const float inverse = total == 0.f ? 0.f : 1.f / (total + sink);
+    ptx::st_shared_b32(s_addr + row * 8 + 4, __float_as_int(inverse));
     if (params.lse != nullptr) {
       params.lse[lse_index(place_of_row(row))] =
           total == 0.f ? -infinity() : highest + ptx::log2_approx(total) * kLn2;
     }
-  }
-
-  __device__ float highest_of(int row) const {
-    return __int_as_float(ptx::ld_shared_b32(s_addr + row * 8));
   }
 
   // exp(lse - highest); a split that saw nothing has weight 0.

@@ -27,8 +27,8 @@
 // of
 //             one tile are merged, in their order, by the CTA that finishes last (epilogue.cuh).
 //
-// Not         Masks other than full and causal.
-// supported
+// Masks       Positions decide which blocks a CTA visits (KvBlockRange): causal, or a window with
+//             the first keys. Scores are changed in score.cuh, hidden in mask.cuh.
 #pragma once
 
 #include "jitattn/debug.cuh"
@@ -42,6 +42,7 @@
 #include "jitattn/ptx/special.cuh"
 #include "jitattn/rows.cuh"
 #include "jitattn/schedule.cuh"
+#include "jitattn/score.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/softmax.cuh"
 #include "jitattn/tile/fragment.cuh"
@@ -118,11 +119,13 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   // Copies of the next key block, from right to left, into buffer `stage`. The pointers walk: they
   // are this thread's share of the block to be copied next. Only the last block of a sequence has a
   // tail. The rows of paged keys are looked up instead.
-  int block = range.end - 1;  // of the current step
+  int ordinal = range.end - 1;  // of the current step
+  auto block_at = [&](int ordinal) { return range.template block_at<Spec>(ordinal); };
+  constexpr bool kHasGap = Spec::kMask == MaskKind::kWindow;
   const int64_t k_block_bytes = params.k_stride_row * (kBlockKv * kElementBytes);
   const int64_t v_block_bytes = params.v_stride_row * (kBlockKv * kElementBytes);
-  const char* g_k_next = copy_k.share(g_k + block * k_block_bytes);
-  const char* g_v_next = copy_v.share(g_v + block * v_block_bytes);
+  const char* g_k_next = copy_k.share(g_k + block_at(ordinal) * k_block_bytes);
+  const char* g_v_next = copy_v.share(g_v + block_at(ordinal) * v_block_bytes);
   auto len_kv = [&] { return kIsUniform<Spec> ? params.len_kv : sequence.len_kv; };
   const PagedRows<Spec> pages(params, sequence, tile.batch_idx, s_q_addr + Traits::kOffsetPages);
   if constexpr (Traits::kIsPaged) {
@@ -133,27 +136,29 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     const uint32_t s_addr = s_k_addr + stage * Traits::kBytesK;
     if constexpr (Traits::kIsPaged) {
       copy_k.template load_rows<decltype(is_first)::value, true>(
-          s_addr, g_k, len_kv() - block * kBlockKv,
-          [&](int skip) { return pages.offset_k(block - ahead, copy_k.row, skip); });
+          s_addr, g_k, len_kv() - block_at(ordinal) * kBlockKv,
+          [&](int skip) { return pages.offset_k(ordinal - ahead, copy_k.row, skip); });
     } else if constexpr (decltype(is_first)::value) {
-      copy_k.load_tail(s_addr, g_k_next, len_kv() - block * kBlockKv);
+      copy_k.load_tail(s_addr, g_k_next, len_kv() - block_at(ordinal) * kBlockKv);
     } else {
       copy_k.load_full(s_addr, g_k_next);
     }
     g_k_next -= k_block_bytes;
+    if (kHasGap && ordinal - ahead == range.num_kept) g_k_next -= range.gap * k_block_bytes;
   };
   auto load_v = [&](int stage, int ahead, auto is_first) {
     const uint32_t s_addr = s_v_addr + stage * Traits::kBytesV;
     if constexpr (Traits::kIsPaged) {
       copy_v.template load_rows<decltype(is_first)::value, true>(
-          s_addr, g_v, len_kv() - block * kBlockKv,
-          [&](int skip) { return pages.offset_v(block - ahead, copy_v.row, skip); });
+          s_addr, g_v, len_kv() - block_at(ordinal) * kBlockKv,
+          [&](int skip) { return pages.offset_v(ordinal - ahead, copy_v.row, skip); });
     } else if constexpr (decltype(is_first)::value) {
-      copy_v.load_tail(s_addr, g_v_next, len_kv() - block * kBlockKv);
+      copy_v.load_tail(s_addr, g_v_next, len_kv() - block_at(ordinal) * kBlockKv);
     } else {
       copy_v.load_full(s_addr, g_v_next);
     }
     g_v_next -= v_block_bytes;
+    if (kHasGap && ordinal - ahead == range.num_kept) g_v_next -= range.gap * v_block_bytes;
   };
   auto load_q = [&] {
     const int first_row = tile.q_tile_idx * Spec::kBlockQ;
@@ -183,7 +188,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
 
   // ---- Prologue: Q and the first kPrefetch blocks. Only the first one, the right-most, has a
   // tail.
-  if (block >= range.begin) {
+  if (ordinal >= range.begin) {
     load_q();
     copy_q.zero_padding(s_q_addr);
 #pragma unroll
@@ -193,8 +198,8 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     }
     if constexpr (Traits::kIsPaged) {
       using Lookup = typename PagedRows<Spec>::Lookup;
-      const int batch = pages.batch_of(block);
-      const Lookup found = pages.look_up(batch), next = pages.look_up(batch - 1);
+      const int batch = pages.batch_of(ordinal);
+      const Lookup found = pages.look_up(batch, range), next = pages.look_up(batch - 1, range);
       pages.store(found, batch);
       pages.store(next, batch - 1);
       ptx::barrier_sync<Traits::kNumThreads>();  // the rows of the first blocks are known to all
@@ -204,7 +209,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     ptx::cp_async_commit();
 #pragma unroll
     for (int ahead = 1; ahead < kPrefetch; ++ahead) {
-      if (block - ahead >= range.begin) {
+      if (ordinal - ahead >= range.begin) {
         load_k(ahead, ahead, FalseType{});
         load_v(ahead, ahead, FalseType{});
       }
@@ -217,23 +222,44 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     }
   }
 
-  // Keys that this warp's first and last rows see. Derived anew where needed, to save registers.
+  // What this warp's first and last rows see. Derived anew where needed, to save registers.
   const int warp_row = tile.q_tile_idx * Spec::kBlockQ + warp_first_row;
-  auto first_sees = [&] { return visible_keys<Spec>(params, sequence, rows.position(warp_row)); };
-  auto last_sees = [&] {
-    return visible_keys<Spec>(params, sequence, rows.position(warp_row + Traits::kWarpRows - 1));
+  auto first_position = [&] { return rows.position(warp_row); };
+  auto last_position = [&] { return rows.position(warp_row + Traits::kWarpRows - 1); };
+  auto first_sees = [&] { return visible_keys<Spec>(params, sequence, first_position()); };
+  auto last_sees = [&] { return visible_keys<Spec>(params, sequence, last_position()); };
+  // Whether any row sees any key of a block.
+  auto is_seen = [&](int block) {
+    const int begin = block * kBlockKv, end = begin + kBlockKv;
+    if (begin >= last_sees()) return false;
+    if constexpr (kHasGap) {
+      return begin < params.keep_first || end > first_key<Spec>(params, sequence, first_position());
+    }
+    return true;
+  };
+
+  auto change_scores = [&](Scores& r_s, int block) {
+    if constexpr (kAddsToScores<Spec>) {
+      add_to_scores<Spec>(r_s, params, sequence, rows, tile.batch_idx, tile.head_idx, warp_row,
+                          block * kBlockKv + warp_first_key, lane_idx);
+    }
   };
 
   int stage = 0;
   auto step = [&](auto is_masked) {
     constexpr bool kIsMasked = decltype(is_masked)::value;
+    Scores r_s = {};
+    if constexpr (Spec::kSoftcap == Switch::kOff) {
+      // Here, so that a bias is on its way while the copies are waited for.
+      if (!kIsMasked || is_seen(block_at(ordinal))) change_scores(r_s, block_at(ordinal));
+    }
     // Protects: this step's tiles, written by all threads' copies, before anyone reads them; and
     // the buffer that the previous step read, before the next copy overwrites it.
     ptx::cp_async_wait<kStages == 1 ? 0 : kPrefetch - 1>();
     ptx::barrier_sync<Traits::kNumThreads>();
     if constexpr (kStages > 1) {
       const int next_stage = stage == 0 ? kStages - 1 : stage - 1;  // kPrefetch ahead in the ring
-      if (block - kPrefetch >= range.begin) {
+      if (ordinal - kPrefetch >= range.begin) {
         load_k(next_stage, kPrefetch, FalseType{});
         load_v(next_stage, kPrefetch, FalseType{});
       }
@@ -245,38 +271,69 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     ptx::cp_async_commit();
     typename PagedRows<Spec>::Lookup found;  // of the next batch of blocks
     if constexpr (Traits::kIsPaged) {
-      if (pages.is_first_of_batch(block)) found = pages.look_up(pages.batch_of(block) - 1);
+      if (pages.is_first_of_batch(ordinal)) {
+        found = pages.look_up(pages.batch_of(ordinal) - 1, range);
+      }
     }
 
-    const bool sees_any = !kIsMasked || block * kBlockKv < last_sees();
-    Scores r_s = {};
-    if (sees_any) mma_s(r_s, stage);
+    const int block = block_at(ordinal);
+    const bool sees_any = !kIsMasked || is_seen(block);
+    if (sees_any) {
+      mma_s(r_s, stage);
+      if constexpr (Spec::kSoftcap == Switch::kOn) {
+        cap_scores<Spec>(r_s, params);
+        change_scores(r_s, block);
+      }
+    }
     if constexpr (kStages == 1) {
       // Protects: V of this step before anyone reads it; K of this step from the next copy.
       ptx::cp_async_wait<0>();
       ptx::barrier_sync<Traits::kNumThreads>();
-      if (block > range.begin) load_k(0, 1, FalseType{});
+      if (ordinal > range.begin) load_k(0, 1, FalseType{});
       ptx::cp_async_commit();
     }
     if (sees_any) {
       if constexpr (kIsMasked) {
-        mask_scores<Spec>(r_s, params, sequence, rows, warp_row, block * kBlockKv + warp_first_key,
-                          lane_idx);
+        mask_scores<Spec>(r_s, params, sequence, rows, tile.batch_idx, tile.head_idx, warp_row,
+                          block * kBlockKv + warp_first_key, lane_idx);
       }
       softmax.update_max(r_s, r_o, scale_log2);
       exp_and_mma_o(r_s, stage);
     }
     if constexpr (Traits::kIsPaged) {
-      if (pages.is_first_of_batch(block)) pages.store(found, pages.batch_of(block) - 1);
+      if (pages.is_first_of_batch(ordinal)) pages.store(found, pages.batch_of(ordinal) - 1);
     }
     stage = stage + 1 == kStages ? 0 : stage + 1;
   };
 
-  // ---- Main loops, from right to left: blocks on a boundary of this warp's rows, then free ones.
+  // ---- Main loops, from right to left
+  if constexpr (kHasBoolMask<Spec>) {
 #pragma unroll 1
-  for (; block >= range.begin && (block + 1) * kBlockKv > first_sees(); --block) step(TrueType{});
+    for (; ordinal >= range.begin; --ordinal) step(TrueType{});
+  } else if constexpr (kHasGap) {
+    // Ordinals of the blocks that every row sees whole: of the window, and of the first keys.
+    const int seen = max_of(0, first_sees());
+    const int free_end = seen / kBlockKv - range.gap;
+    const int first = first_key<Spec>(params, sequence, last_position());
+    const int free_begin = max_of(ceil_div(first, kBlockKv) - range.gap, range.num_kept);
+    const int free_kept = min_of(min_of(params.keep_first, seen) / kBlockKv, range.num_kept);
 #pragma unroll 1
-  for (; block >= range.begin; --block) step(FalseType{});
+    for (; ordinal >= range.begin; --ordinal) {
+      if ((ordinal >= free_begin && ordinal < free_end) || ordinal < free_kept) {
+        step(FalseType{});
+      } else {
+        step(TrueType{});
+      }
+    }
+  } else {
+    // Blocks on a boundary of this warp's rows, then free ones.
+#pragma unroll 1
+    for (; ordinal >= range.begin && (ordinal + 1) * kBlockKv > first_sees(); --ordinal) {
+      step(TrueType{});
+    }
+#pragma unroll 1
+    for (; ordinal >= range.begin; --ordinal) step(FalseType{});
+  }
 
   // ---- Epilogue
   // Found out anew, or read back: registers are dear in the loop.

@@ -9,6 +9,7 @@
 #include "jitattn/params.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/rows.cuh"
+#include "jitattn/schedule.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/traits.cuh"
 #include "jitattn/types.cuh"
@@ -48,17 +49,21 @@ struct PagedRows {
         kv_start(sequence.kv_start),
         len_kv(sequence.len_kv) {}
 
-  __device__ static int batch_of(uint32_t block) { return block / kBatch; }
+  __device__ static int batch_of(uint32_t ordinal) { return ordinal / kBatch; }
 
   // Whether the next batch is to be looked up in the step of this block.
-  __device__ static bool is_first_of_batch(uint32_t block) { return block % kBatch == kBatch - 1; }
+  __device__ static bool is_first_of_batch(uint32_t ordinal) {
+    return ordinal % kBatch == kBatch - 1;
+  }
 
-  // Batches are counted as blocks are, and visited from right to left.
-  __device__ Lookup look_up(int batch) const {
+  // Batches are of ordinals, and visited from right to left.
+  __device__ Lookup look_up(int batch, const KvBlockRange& range) const {
     Lookup found;
 #pragma unroll
     for (int i = 0; i < kGroupsPerThread; ++i) {
-      const int key = batch * (kBatch * Spec::kBlockKv) + group_of(i) * kGroup;
+      const int ordinal = batch * kBatch + group_of(i) / kGroups;
+      const int key =
+          range.template block_at<Spec>(ordinal) * Spec::kBlockKv + group_of(i) % kGroups * kGroup;
       found.page[i] = 0;
       found.row[i] = 0;
       if (is_mine(i) && batch >= 0 && key < len_kv) {
@@ -85,19 +90,20 @@ struct PagedRows {
   }
 
   // For copies of K, whose first row of a thread is `first_row`: where this thread's pointer into
-  // the first page stands, and the bytes from there to its row `skip` rows on, of a block.
+  // the first page stands, and the bytes from there to its row `skip` rows on, of the block of an
+  // ordinal.
   __device__ const char* lane_k(const char* g_lane, int first_row) const {
     return g_lane + first_row % kGroup * params.k_stride_row * kElementBytes;
   }
-  __device__ int64_t offset_k(int block, int first_row, int skip) const {
-    return ptx::ld_shared_b64(row_addr(block, first_row, skip));
+  __device__ int64_t offset_k(int ordinal, int first_row, int skip) const {
+    return ptx::ld_shared_b64(row_addr(ordinal, first_row, skip));
   }
   // The same of V.
   __device__ const char* lane_v(const char* g_lane, int first_row) const {
     return g_lane + first_row % kGroup * params.v_stride_row * kElementBytes;
   }
-  __device__ int64_t offset_v(int block, int first_row, int skip) const {
-    return ptx::ld_shared_b64(row_addr(block, first_row, skip) + 8);
+  __device__ int64_t offset_v(int ordinal, int first_row, int skip) const {
+    return ptx::ld_shared_b64(row_addr(ordinal, first_row, skip) + 8);
   }
 
  private:
@@ -114,8 +120,8 @@ struct PagedRows {
   __device__ uint32_t slot_addr(uint32_t slot, uint32_t group) const {
     return s_addr + (slot * kGroups + group) * 16;
   }
-  __device__ uint32_t row_addr(uint32_t block, uint32_t first_row, int skip) const {
-    return slot_addr(block % (2 * kBatch), first_row / kGroup) + skip / kGroup * 16;
+  __device__ uint32_t row_addr(uint32_t ordinal, uint32_t first_row, int skip) const {
+    return slot_addr(ordinal % (2 * kBatch), first_row / kGroup) + skip / kGroup * 16;
   }
 };
 

@@ -71,6 +71,35 @@ struct FwdSeqParams : FwdParams {
   uint32_t page_div_shift;
 };
 
+// And what is done with scores beside scaling them. Strides in elements; 0 where a dimension is 1.
+struct FwdScoreParams : FwdSeqParams {
+  const void* bias;            // [B, Hq, Lq, Lkv]
+  const float* relative_bias;  // [Hq, 2 * relative_reach + 1], by key - query
+  const float* alibi_slopes;   // [B, Hq]
+  const float* sinks;          // [Hq]
+  const uint8_t* key_padding;  // [B, Lkv], nonzero = attend
+  const uint8_t* dense;        // [B, Hq, Lq, Lkv], nonzero = attend
+  int64_t bias_stride_batch;
+  int64_t bias_stride_head;
+  int64_t bias_stride_row;
+  int64_t dense_stride_batch;
+  int64_t dense_stride_head;
+  int64_t dense_stride_row;
+  int64_t key_padding_stride;
+  int64_t alibi_stride_batch;
+  int64_t relative_stride_head;
+  int32_t left;            // window: query i sees keys >= i + left, Lkv - Lq added as to diagonal,
+  int32_t keep_first;      // and the first ones
+  int32_t full_on_decode;  // 1: no bound on the left for sequences with one query
+  int32_t relative_reach;
+  int32_t bias_is_paired;  // 1: two neighbours may be read in one access
+  int32_t bias_is_shared;  // 1: all rows of a tile have the same
+  float inverse_scale;     // 1 / |scale|
+  float softcap_in;        // 2 log2(e) |scale| / softcap
+  float softcap_out;       // softcap / |scale|
+  int32_t reserved;        // keeps the size a multiple of 8
+};
+
 struct MergeParams {
   const void* parts;       // [num_parts, B, Lq, Hq, Dv]
   const float* part_lses;  // [num_parts, B, Hq, Lq]

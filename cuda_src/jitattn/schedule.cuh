@@ -60,11 +60,22 @@ struct Extent {
 };
 
 template <class Spec>
-__device__ __forceinline__ Extent extent_of(const FwdSeqParams& params, int batch_idx) {
+__device__ __forceinline__ Extent extent_of(const FwdParamsOf<Spec>& params, int batch_idx) {
   if (batch_idx >= params.batch) return {0, 0};
-  const int rows = q_span<Spec>(params, batch_idx).length * params.heads_per_tile;
-  return {ceil_div(rows, Spec::kBlockQ),
-          ceil_div(kv_span<Spec>(params, batch_idx).length, Spec::kBlockKv)};
+  const int len_q = q_span<Spec>(params, batch_idx).length;
+  const int num_q_tiles = ceil_div(len_q * params.heads_per_tile, Spec::kBlockQ);
+  const int num_kv_blocks = ceil_div(kv_span<Spec>(params, batch_idx).length, Spec::kBlockKv);
+  if constexpr (Spec::kMask == MaskKind::kWindow) {
+    if (params.left > kNoLeft && !lifts_left<Spec>(params, len_q)) {
+      // At most: the reach of a tile's queries, wherever it begins within a block, and the first.
+      const int positions = min_of(len_q, Spec::kBlockQ);
+      const int64_t reach = static_cast<int64_t>(params.diagonal) - params.left + positions;
+      const int64_t blocks =
+          reach / Spec::kBlockKv + 2 + ceil_div(params.keep_first, Spec::kBlockKv);
+      return {num_q_tiles, static_cast<int>(min_of<int64_t>(num_kv_blocks, blocks))};
+    }
+  }
+  return {num_q_tiles, num_kv_blocks};
 }
 
 __device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(0xffffffffu, value); }
@@ -73,7 +84,8 @@ __device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(0x
 // lengths, and in their order within a class. Balanced (num_splits = 0), no item has more key
 // blocks than the mean load of a CTA slot.
 template <class Spec>
-__device__ __forceinline__ WorkTile counted_tile(const FwdSeqParams& params, uint32_t cta_idx) {
+__device__ __forceinline__ WorkTile counted_tile(const FwdParamsOf<Spec>& params,
+                                                 uint32_t cta_idx) {
   constexpr int kClasses = 4, kFewestBlocks = 4;
   const int lane_idx = threadIdx.x % 32;
   const int head_tiles = params.heads_q / params.heads_per_tile;
@@ -169,14 +181,22 @@ __device__ __forceinline__ WorkTile work_tile(const FwdParamsOf<Spec>& params, u
   }
 }
 
-// Keys that the query at `position` may see: [0, limit). Where all sequences are alike, straight
-// from the parameters: copies in registers made the main loop spill.
+// Keys that the query at `position` may see: [0, limit), or with a window, of those [first, limit)
+// and the first ones. Where all sequences are alike, straight from the parameters: copies in
+// registers made the main loop spill.
 template <class Spec>
-__device__ __forceinline__ int visible_keys(const FwdParams& params, const Sequence& sequence,
-                                            int position) {
+__device__ __forceinline__ int visible_keys(const FwdParamsOf<Spec>& params,
+                                            const Sequence& sequence, int position) {
   const int len_kv = kIsUniform<Spec> ? params.len_kv : sequence.len_kv;
   if constexpr (Spec::kMask == MaskKind::kFull) return len_kv;
   return min_of(len_kv, position + 1 + (kIsUniform<Spec> ? params.diagonal : sequence.diagonal));
+}
+
+template <class Spec>
+__device__ __forceinline__ int first_key(const FwdParamsOf<Spec>& params, const Sequence& sequence,
+                                         int position) {
+  if constexpr (Spec::kMask != MaskKind::kWindow) return 0;
+  return max_of(0, position + (kIsUniform<Spec> ? left_of<Spec>(params, 0) : sequence.left));
 }
 
 // What a CTA whose sequences differ has found out, for its epilogue.
@@ -185,22 +205,39 @@ struct CtaPlan {
   Sequence sequence;
 };
 
+// The key blocks of a CTA, by ordinals: those that any row of the tile may see, without gaps.
 struct KvBlockRange {
   int begin;
   int end;
+  int num_kept;  // window: ordinals below are blocks of the first keys
+  int gap;       // window: blocks between those and the others
+
+  template <class Spec>
+  __device__ int block_at(int ordinal) const {
+    if constexpr (Spec::kMask != MaskKind::kWindow) return ordinal;
+    return ordinal < num_kept ? ordinal : ordinal + gap;
+  }
 };
 
-// Key blocks that any row of the tile may see, cut evenly into the tile's splits.
+// Cut evenly into the tile's splits.
 template <class Spec>
-__device__ __forceinline__ KvBlockRange kv_block_range(const FwdParams& params,
+__device__ __forceinline__ KvBlockRange kv_block_range(const FwdParamsOf<Spec>& params,
                                                        const Sequence& sequence, const RowMap& rows,
                                                        const WorkTile& tile) {
-  const int last_row = min_of((tile.q_tile_idx + 1) * Spec::kBlockQ, rows.num_rows) - 1;
+  const int first_row = tile.q_tile_idx * Spec::kBlockQ;
+  const int last_row = min_of(first_row + Spec::kBlockQ, rows.num_rows) - 1;
   const int visible = max_of(0, visible_keys<Spec>(params, sequence, rows.position(last_row)));
-  const int num_blocks = ceil_div(visible, Spec::kBlockKv);
+  int num_blocks = ceil_div(visible, Spec::kBlockKv);
+  int num_kept = 0, gap = 0;
+  if constexpr (Spec::kMask == MaskKind::kWindow) {
+    const int first = first_key<Spec>(params, sequence, rows.position(first_row)) / Spec::kBlockKv;
+    num_kept = min_of(num_blocks, min_of(first, ceil_div(params.keep_first, Spec::kBlockKv)));
+    gap = min_of(first, num_blocks) - num_kept;
+    num_blocks -= gap;
+  }
   const int per_split = ceil_div(num_blocks, tile.num_splits);
   const int begin = min_of(tile.split_idx * per_split, num_blocks);
-  return {begin, min_of(begin + per_split, num_blocks)};
+  return {begin, min_of(begin + per_split, num_blocks), num_kept, gap};
 }
 
 }  // namespace jitattn

@@ -16,8 +16,17 @@ template <class Spec>
 constexpr bool kIsPaged =
     Spec::kKvLayout == SeqLayout::kPaged || Spec::kKvLayout == SeqLayout::kPaged16;
 
+// Whether the mask or anything else asks for more than q k^T, scaled.
 template <class Spec>
-using FwdParamsOf = typename Conditional<kIsUniform<Spec>, FwdParams, FwdSeqParams>::type;
+constexpr bool kHasScores = Spec::kMask == MaskKind::kWindow || Spec::kBias != BiasKind::kNone ||
+                            Spec::kRelativeBias == Switch::kOn || Spec::kAlibi == Switch::kOn ||
+                            Spec::kSoftcap == Switch::kOn || Spec::kSinks == Switch::kOn ||
+                            Spec::kKeyPadding == Switch::kOn || Spec::kDense == Switch::kOn;
+
+template <class Spec>
+using FwdParamsOf = typename Conditional<
+    kHasScores<Spec>, FwdScoreParams,
+    typename Conditional<kIsUniform<Spec>, FwdParams, FwdSeqParams>::type>::type;
 
 // The low word of index `idx`: indices are of 4 or 8 bytes, their values below 2^31.
 __device__ __forceinline__ int load_index(const int32_t* g_index, int idx, int words) {
@@ -41,7 +50,7 @@ __device__ __forceinline__ Span load_span(const int32_t* g_start, const int32_t*
 
 // Queries of sequence batch_idx.
 template <class Spec>
-__device__ __forceinline__ Span q_span(const FwdSeqParams& params, int batch_idx) {
+__device__ __forceinline__ Span q_span(const FwdParamsOf<Spec>& params, int batch_idx) {
   if constexpr (Spec::kQLayout == SeqLayout::kBatched) return {0, params.len_q};
   return load_span(params.q_start, params.q_stop, batch_idx, params.q_word, params.q_stop_is_length,
                    params.len_q, params.q_rows);
@@ -61,7 +70,7 @@ __device__ __forceinline__ uint32_t kv_row(const FwdParamsOf<Spec>& params, int 
 
 // Keys of sequence batch_idx.
 template <class Spec>
-__device__ __forceinline__ Span kv_span(const FwdSeqParams& params, int batch_idx) {
+__device__ __forceinline__ Span kv_span(const FwdParamsOf<Spec>& params, int batch_idx) {
   if constexpr (Spec::kKvLayout == SeqLayout::kBatched) return {0, params.len_kv};
   if constexpr (Spec::kKvLayout == SeqLayout::kRagged) {
     // A row that does not exist has no keys.
@@ -72,21 +81,37 @@ __device__ __forceinline__ Span kv_span(const FwdSeqParams& params, int batch_id
                    params.kv_stop_is_length, params.len_kv, params.kv_rows);
 }
 
+constexpr int kNoLeft = -0x40000000;  // as the host has it (masks.py)
+
+template <class Spec>
+__device__ __forceinline__ int left_of(const FwdParamsOf<Spec>& params, int corner) {
+  if constexpr (Spec::kMask == MaskKind::kWindow) return params.left + corner;
+  return 0;
+}
+
+template <class Spec>
+__device__ __forceinline__ bool lifts_left(const FwdParamsOf<Spec>& params, int len_q) {
+  if constexpr (Spec::kMask == MaskKind::kWindow) return params.full_on_decode && len_q == 1;
+  return false;
+}
+
 struct Sequence {
   int q_start;
   int len_q;
   int kv_start;
   int len_kv;
-  int diagonal;  // causal: query i sees keys <= i + diagonal
+  int diagonal;  // causal, window: query i sees keys <= i + diagonal
+  int left;      // window: and keys >= i + left, or < keep_first
 
   template <class Spec>
   __device__ static Sequence of(const FwdParamsOf<Spec>& params, int batch_idx) {
     if constexpr (kIsUniform<Spec>) {
-      return {0, params.len_q, 0, params.len_kv, params.diagonal};
+      return {0, params.len_q, 0, params.len_kv, params.diagonal, left_of<Spec>(params, 0)};
     } else {
       const Span q = q_span<Spec>(params, batch_idx), kv = kv_span<Spec>(params, batch_idx);
       const int corner = params.bottom_right ? kv.length - q.length : 0;
-      return {q.start, q.length, kv.start, kv.length, corner + params.diagonal};
+      const int left = lifts_left<Spec>(params, q.length) ? kNoLeft : left_of<Spec>(params, corner);
+      return {q.start, q.length, kv.start, kv.length, corner + params.diagonal, left};
     }
   }
 };

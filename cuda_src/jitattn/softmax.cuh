@@ -105,10 +105,10 @@ struct OnlineSoftmax {
     return sum == 0.f ? -infinity() : (ptx::log2_approx(sum) - neg_max[m][half]) * kLn2;
   }
 
-  // 1 / row_sum after reduce(); 0 for a row that saw nothing, so that its output is 0.
-  __device__ float inverse_sum(int m, int half) const {
+  // 1 / (row_sum + sink) after reduce(); 0 for a row that saw nothing, so that its output is 0.
+  __device__ float inverse_sum(int m, int half, float sink) const {
     const float sum = row_sum[m][half];
-    return sum == 0.f ? 0.f : 1.f / sum;
+    return sum == 0.f ? 0.f : 1.f / (sum + sink);
   }
 };
 

@@ -75,6 +75,35 @@ FWD_SEQ_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("page_div_shift", _UINT32),
 )
 
+#: And what is done with scores beside scaling them.
+FWD_SCORE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
+    ("bias", _POINTER),
+    ("relative_bias", _POINTER),
+    ("alibi_slopes", _POINTER),
+    ("sinks", _POINTER),
+    ("key_padding", _POINTER),
+    ("dense", _POINTER),
+    ("bias_stride_batch", _INT64),
+    ("bias_stride_head", _INT64),
+    ("bias_stride_row", _INT64),
+    ("dense_stride_batch", _INT64),
+    ("dense_stride_head", _INT64),
+    ("dense_stride_row", _INT64),
+    ("key_padding_stride", _INT64),
+    ("alibi_stride_batch", _INT64),
+    ("relative_stride_head", _INT64),
+    ("left", _INT32),
+    ("keep_first", _INT32),
+    ("full_on_decode", _INT32),
+    ("relative_reach", _INT32),
+    ("bias_is_paired", _INT32),
+    ("bias_is_shared", _INT32),
+    ("inverse_scale", _FLOAT),
+    ("softcap_in", _FLOAT),
+    ("softcap_out", _FLOAT),
+    ("reserved", _INT32),
+)
+
 MERGE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("parts", _POINTER),
     ("part_lses", _POINTER),
@@ -156,6 +185,7 @@ APPEND_FIELDS: Final[tuple[tuple[str, str], ...]] = (
 FIELDS: Final = {
     "fwd": FWD_FIELDS,
     "fwd_seq": FWD_FIELDS + FWD_SEQ_FIELDS,
+    "fwd_score": FWD_FIELDS + FWD_SEQ_FIELDS + FWD_SCORE_FIELDS,
     "merge": MERGE_FIELDS,
     "append": APPEND_FIELDS,
 }

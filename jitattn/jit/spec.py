@@ -36,6 +36,22 @@ class MaskKind(StrEnum):
 
     FULL = "full"
     CAUSAL = "causal"
+    WINDOW = "window"  #: a bound on either side, and the first keys
+
+
+class Switch(StrEnum):
+    """Whether an optional input is there."""
+
+    OFF = "off"
+    ON = "on"
+
+
+class BiasKind(StrEnum):
+    """Element type of the bias, if there is one."""
+
+    NONE = "none"
+    SAME = "same"  #: that of q
+    FP32 = "fp32"
 
 
 class SeqLayout(StrEnum):
@@ -103,6 +119,23 @@ class Problem:
     q_layout: SeqLayout = SeqLayout.BATCHED
     kv_layout: SeqLayout = SeqLayout.BATCHED
     access: Access = Access.VEC16
+    bias: BiasKind = BiasKind.NONE
+    relative_bias: Switch = Switch.OFF
+    alibi: Switch = Switch.OFF
+    softcap: Switch = Switch.OFF
+    sinks: Switch = Switch.OFF
+    key_padding: Switch = Switch.OFF
+    dense: Switch = Switch.OFF
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether mask or anything else asks for more than q k^T, scaled."""
+        optional = (self.relative_bias, self.alibi, self.softcap, self.sinks)
+        return (
+            self.mask is MaskKind.WINDOW
+            or self.bias is not BiasKind.NONE
+            or Switch.ON in (*optional, self.key_padding, self.dense)
+        )
 
     @property
     def is_uniform(self) -> bool:
@@ -149,6 +182,8 @@ class FwdSpec:
     @property
     def params(self) -> str:
         """Name of the parameter struct (`jit/params.py`)."""
+        if self.problem.has_scores:
+            return "fwd_score"
         return "fwd" if self.problem.is_uniform else "fwd_seq"
 
     @property

@@ -32,6 +32,7 @@ def header_fields(struct: str) -> list[tuple[str, str]]:
 STRUCTS = {
     "fwd": "FwdParams",
     "fwd_seq": "FwdSeqParams",
+    "fwd_score": "FwdScoreParams",
     "merge": "MergeParams",
     "append": "AppendParams",
 }

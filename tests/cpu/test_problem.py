@@ -12,6 +12,7 @@ from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.jit.spec import Access, Dtype, MaskKind, Problem
 from jitattn.masks import Causal, Full
 from jitattn.problem import Call, Runtime, parse
+from jitattn.scores import NO_CHANGES
 
 from ..support.inputs import random_qkv
 
@@ -29,7 +30,7 @@ def parse_default(q: Any, k: Any, v: Any, **changes: Any) -> tuple[Problem, Runt
         "num_splits": None,
         "return_lse": False,
     }
-    given = {**dict.fromkeys(Call._fields), **arguments, **changes}
+    given = {**dict.fromkeys(Call._fields), "scores": NO_CHANGES, **arguments, **changes}
     return parse(q, k, v, Call(**given))
 
 
@@ -119,7 +120,7 @@ def bad(text: str, error: type[Exception] = InvalidInputError, **changes: Any) -
         bad("num_splits=257", num_splits=257),
         bad("num_splits=2.0", num_splits=2.0),
         bad("return_lse=1", return_lse=1),
-        bad("tensors are not taken as masks", mask=torch.ones(8, 8, dtype=torch.bool)),
+        bad("wrap a tensor in KeyPadding", mask=torch.ones(8, 8, dtype=torch.bool)),
         bad("pass Causal()", mask=True),
         bad("leave mask out", mask=None),
         bad("write Full() or Causal()", mask=Causal),

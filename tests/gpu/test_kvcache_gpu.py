@@ -21,6 +21,7 @@ from tests.support.compare import rel_l2
 from tests.support.kvcache import KINDS, CacheCase, cache_cases, check_kvcache
 
 BF16 = torch.bfloat16
+MASKS = (MaskKind.FULL, MaskKind.CAUSAL)
 LAYOUTS = tuple(
     itertools.product((SeqLayout.BATCHED, SeqLayout.RAGGED), (SeqLayout.RAGGED, SeqLayout.PAGED))
 )
@@ -33,7 +34,7 @@ def _compiled(arch: str) -> None:
         [{"family": "append", "dtype": ["bf16", "fp16"], "table_dtype": ["bf16", "fp16", "fp32"]}],
         [arch],
     )
-    for (dtype, dim), mask, (q, kv), rows in itertools.product(KINDS, MaskKind, LAYOUTS, RowClass):
+    for (dtype, dim), mask, (q, kv), rows in itertools.product(KINDS, MASKS, LAYOUTS, RowClass):
         problem = Problem(
             dtype=DTYPES[dtype],
             out_dtype=DTYPES[dtype],

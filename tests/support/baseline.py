@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 
 from jitattn.masks import Full, Mask
-from jitattn.reference import visible
+from jitattn.reference import Scores, attended
 
 FULL = Full()
+NO_CHANGES = Scores()
 
 
 def baseline(
@@ -24,6 +25,7 @@ def baseline(
     scale: float | None = None,
     layout: str = "bshd",
     out_dtype: torch.dtype | None = None,
+    changes: Scores = NO_CHANGES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) in the dtype's own numerics; shapes as `reference`. fp32 must not use TF32."""
     in_dtype = q.dtype
@@ -35,9 +37,12 @@ def baseline(
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    attend = visible(mask, q.shape[2], k.shape[2], device=q.device).flip(1)
+    attend = attended(mask, q.shape[0], q.shape[2], k.shape[2], device=q.device).flip(3)
 
-    scores = (torch.matmul(q, k.transpose(2, 3)) * scale).masked_fill(~attend, float("-inf"))
+    scores = torch.matmul(q, k.transpose(2, 3)) * scale
+    if changes != NO_CHANGES:
+        scores = changes.apply(scores.flip(3)).flip(3)
+    scores = scores.masked_fill(~attend, float("-inf"))
     if scores.shape[3] == 0:
         out = q.new_zeros(*q.shape[:3], v.shape[3])
         lse = q.new_full(q.shape[:3], float("-inf"))
@@ -47,7 +52,10 @@ def baseline(
         weights = torch.exp(scores - highest)
         row_sum = weights.sum(3, keepdim=True)
         sums = torch.matmul(weights.to(in_dtype).float(), v)
-        out = sums / row_sum.masked_fill(row_sum == 0, 1.0)
+        total = row_sum.masked_fill(row_sum == 0, 1.0)
+        if changes.sinks is not None:
+            total = total + torch.exp(changes.sinks.view(1, -1, 1, 1) - highest)
+        out = sums / total
         lse = (row_sum.log() + highest).squeeze(3)
     if layout == "bshd":
         out = out.transpose(1, 2)

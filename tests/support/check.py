@@ -9,6 +9,7 @@ import torch
 from jitattn.cpu import run_cpu
 from jitattn.problem import Call, parse
 from jitattn.reference import reference
+from jitattn.scores import NO_CHANGES
 
 from .baseline import baseline
 from .compare import assert_attn_close, assert_lse_close
@@ -49,7 +50,7 @@ def cpu_path(
     **arguments: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Validation and CPU path without the front door; returns (out, lse)."""
-    given = dict.fromkeys(Call._fields)
+    given = {**dict.fromkeys(Call._fields), "scores": NO_CHANGES}
     call = Call(**{**given, **arguments, "layout": layout, "out": out, "return_lse": True})
     _, runtime = parse(q, k, v, call)
     return run_cpu(q, k, v, runtime, call)

@@ -8,6 +8,7 @@ that does not exist.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 import jitattn
 from jitattn.masks import Causal, Full
-from jitattn.reference import reference
+from jitattn.reference import Scores, of_sequence, reference
 from jitattn.sequences import Padded, Paged, Ragged
 
 from .baseline import baseline
@@ -208,9 +209,18 @@ def place_in_pages(
     return [k, v], Paged(table.to(device), lengths, start=start)
 
 
-def check_layout(case: LayoutCase, device: str) -> None:
-    """Compare `jitattn.attention` with the reference, and look at every row that is not its own."""
+def check_layout(
+    case: LayoutCase,
+    device: str,
+    more: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None,
+) -> None:
+    """Compare `jitattn.attention` with the reference, and look at every row that is not its own.
+
+    `more(device, arguments)` gives further arguments, the mask among them.
+    """
     arguments, dense = build(case, device)
+    if more is not None:
+        arguments |= more(device, arguments)
     q = arguments["q"]
     out = None
     if case.gives_out:
@@ -219,6 +229,9 @@ def check_layout(case: LayoutCase, device: str) -> None:
     assert out is None or result is out
     # The truth is computed on the CPU: thousands of small operations are slow on a GPU.
     arguments, dense = build(case, "cpu")
+    if more is not None:
+        arguments |= more("cpu", arguments)
+    changes = Scores(*(arguments.get(name) for name in Scores._fields))
     result, lse = result.cpu(), lse.cpu()
     same = {name: value for name, value in arguments.items() if name != "num_splits"}
     truth, lse_truth = reference(**same, return_lse=True)
@@ -230,7 +243,8 @@ def check_layout(case: LayoutCase, device: str) -> None:
             own_q[None],
             own_k[None],
             own_v[None],
-            mask=case.mask,
+            mask=of_sequence(arguments["mask"], idx),
+            changes=changes.of_sequence(idx),
             scale=None,
             layout="bshd",
             out_dtype=None,

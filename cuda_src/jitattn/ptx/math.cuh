@@ -19,6 +19,13 @@ __device__ __forceinline__ float log2_approx(float x) {
   return y;
 }
 
+// rcp.approx.ftz.f32: 1 / x, relative error 2^-23; 0 for infinity
+__device__ __forceinline__ float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // cvt.f32.f16
 __device__ __forceinline__ float f16_to_f32(uint16_t bits) {
   float value;

@@ -1,0 +1,118 @@
+"""What the CPU path does to the scores of a chunk: which are hidden, what is added to them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from jitattn.masks import Causal, Window, parts_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from jitattn.masks import Mask
+    from jitattn.scores import Scores
+
+
+class Rules(NamedTuple):
+    """Mask and score changes of a call over sequences of equal lengths.
+
+    A query sees the keys below `query + right`, of those the ones from `query + left` on, and the
+    first `keep_first`. (None: no bound.)
+    """
+
+    right: int | None
+    left: int | None
+    keep_first: int
+    offset: int  #: position of query 0 among the keys
+    key_padding: Tensor | None  #: [B, Lkv]
+    dense: Tensor | None  #: [B or 1, Hq or 1, Lq or 1, Lkv]
+    scores: Scores
+
+    @classmethod
+    def of(cls, mask: Mask, scores: Scores, len_q: int, len_kv: int) -> Rules:
+        """Return the rules of a mask over these lengths."""
+        parts, offset = parts_of(mask), len_kv - len_q
+        right = left = None
+        keep_first = 0
+        rule = parts.rule
+        if isinstance(rule, Causal):
+            right = 1 + (offset if rule.align == "bottom_right" else 0)
+        elif isinstance(rule, Window):
+            right = None if rule.right is None else offset + rule.right + 1
+            if rule.left is not None and not (rule.full_on_decode and len_q == 1):
+                left, keep_first = offset - rule.left, rule.keep_first
+        return cls(
+            right,
+            left,
+            keep_first,
+            offset,
+            None if parts.key_padding is None else parts.key_padding.keep,
+            None if parts.dense is None else parts.dense.keep,
+            scores,
+        )
+
+    def key_ranges(self, first_q: int, rows: int, len_kv: int) -> list[tuple[int, int]]:
+        """Return which keys any of the queries first_q … first_q + rows - 1 may see."""
+        stop = len_kv
+        if self.right is not None:
+            stop = max(0, min(len_kv, first_q + rows - 1 + self.right))
+        if self.left is None:
+            return [(0, stop)]
+        start = max(0, min(first_q + self.left, stop))
+        kept = min(self.keep_first, start)
+        return [(0, kept), (start, stop)]
+
+    def hidden(
+        self, first_q: int, rows: int, first_k: int, last_k: int, device: torch.device
+    ) -> Tensor | None:
+        """Return which scores of a chunk are hidden, broadcastable to [B, Hq, rows, keys]."""
+        query_idx = torch.arange(first_q, first_q + rows, device=device)[:, None]
+        key_idx = torch.arange(first_k, last_k, device=device)[None, :]
+        found: list[Tensor] = []
+        if self.right is not None and last_k > first_q + self.right:
+            found.append(key_idx >= query_idx + self.right)
+        if self.left is not None and first_k < first_q + rows - 1 + self.left:
+            found.append((key_idx < query_idx + self.left) & (key_idx >= self.keep_first))
+        if self.key_padding is not None:
+            found.append(~self.key_padding[:, None, None, first_k:last_k])
+        if self.dense is not None:
+            found.append(~_rows(self.dense, first_q, rows)[..., first_k:last_k])
+        hidden = None
+        for part in found:
+            hidden = part if hidden is None else hidden | part
+        return hidden
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether `change` does anything."""
+        return any(value is not None for value in self.scores[:4])
+
+    def change(self, scores: Tensor, first_q: int, first_k: int) -> Tensor:
+        """Change the scaled scores [B, Hq, rows, keys] of a chunk."""
+        rows, keys = scores.shape[2:]
+        softcap, bias = self.scores.softcap, self.scores.bias
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if self.scores.alibi_slopes is not None or self.scores.relative_bias is not None:
+            query_idx = torch.arange(first_q, first_q + rows, device=scores.device)[:, None]
+            key_idx = torch.arange(first_k, first_k + keys, device=scores.device)[None, :]
+            distance = key_idx - query_idx - self.offset
+            if self.scores.alibi_slopes is not None:
+                slopes = self.scores.alibi_slopes.to(scores.dtype)
+                slopes = slopes[None] if slopes.dim() == 1 else slopes
+                scores = scores - slopes[:, :, None, None] * distance.abs()
+            if self.scores.relative_bias is not None:
+                table = self.scores.relative_bias.to(scores.dtype)
+                reach = table.shape[1] // 2
+                scores = scores + table[:, distance.clamp(-reach, reach) + reach]
+        if bias is not None:
+            part = _rows(bias, first_q, rows)[..., first_k : first_k + keys]
+            scores = scores + part.to(scores.dtype)
+        return scores
+
+
+def _rows(matrix: Tensor, first_q: int, rows: int) -> Tensor:
+    """Rows of a [B, H, Lq or 1, Lkv] tensor."""
+    return matrix if matrix.shape[2] == 1 else matrix[:, :, first_q : first_q + rows]

@@ -1,0 +1,289 @@
+"""What is done with scores beside scaling them: masks that are tensors, windows, biases, softcap.
+
+Validation of these arguments → the fields of `Problem` that they change, and the numbers and
+addresses that a kernel reads (`FwdScoreParams`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jitattn.errors import InvalidInputError
+from jitattn.jit.spec import BiasKind, MaskKind, Switch
+from jitattn.masks import Both, Causal, Dense, Full, KeyPadding, Window, parts_of
+
+if TYPE_CHECKING:
+    from jitattn.problem import Call
+
+#: The left bound of a window that has none.
+NO_LEFT: Final = -(2**30)
+#: Windows count positions in both directions.
+_MAX_WINDOW_LENGTH: Final = 2**30
+
+
+class Scores(NamedTuple):
+    """The keyword arguments of `attention` that change scores, as they were given."""
+
+    bias: Tensor | None = None
+    relative_bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+NO_CHANGES: Final = Scores()
+
+
+class Sizes(NamedTuple):
+    """What the tensors here are checked against."""
+
+    batch: int
+    heads: int
+    len_q: int  #: the largest
+    len_kv: int
+    is_exact: bool  #: every sequence has these lengths
+
+
+class Fields(NamedTuple):
+    """The fields of `Problem` that depend on these arguments."""
+
+    mask: MaskKind
+    bias: BiasKind
+    relative_bias: Switch
+    alibi: Switch
+    softcap: Switch
+    sinks: Switch
+    key_padding: Switch
+    dense: Switch
+
+
+class Checked(NamedTuple):
+    """What a kernel needs to know."""
+
+    fields: Fields
+    bottom_right: bool
+    diagonal: int  #: beside the Lkv - Lq of a sequence, if bottom_right
+    params: tuple[float, ...]  #: as `FwdScoreParams` has them; `left` without Lkv - Lq
+
+
+def tensors_of(call: Call) -> dict[str, Tensor]:
+    """Return the tensors among these arguments, by name."""
+    parts = parts_of(call.mask)
+    found = {
+        "bias": call.scores.bias,
+        "relative_bias": call.scores.relative_bias,
+        "alibi_slopes": call.scores.alibi_slopes,
+        "sinks": call.scores.sinks,
+        "KeyPadding(...)": None if parts.key_padding is None else parts.key_padding.keep,
+        "Dense(...)": None if parts.dense is None else parts.dense.keep,
+    }
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def of_sequence(call: Call, idx: int) -> Call:
+    """Return the arguments of one sequence of the batch."""
+    if type(call.mask) in (Full, Causal, Window) and call.scores == NO_CHANGES:
+        return call
+    parts = parts_of(call.mask)
+    padding, dense = parts.key_padding, parts.dense
+    if padding is not None:
+        padding = KeyPadding(padding.keep[idx : idx + 1])
+    if dense is not None and dense.keep.shape[0] > 1:
+        dense = Dense(dense.keep[idx : idx + 1])
+    scores = call.scores
+    if scores.bias is not None and scores.bias.shape[0] > 1:
+        scores = scores._replace(bias=scores.bias[idx : idx + 1])
+    if scores.alibi_slopes is not None and scores.alibi_slopes.dim() == 2:
+        scores = scores._replace(alibi_slopes=scores.alibi_slopes[idx : idx + 1])
+    return call._replace(mask=Both(parts.rule, padding, dense), scores=scores)
+
+
+def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
+    """Check mask and score arguments, and return what kernels need.
+
+    Raises
+    ------
+    InvalidInputError
+        An argument breaks a rule. The message gives argument and value, the rule, the way out.
+    """
+    parts = parts_of(call.mask)
+    for name, value in tensors_of(call).items():
+        if not isinstance(value, Tensor):
+            raise InvalidInputError(
+                f"{name} is a {type(value).__name__}: it must be a torch tensor"
+            )
+        if value.device != q.device:
+            raise InvalidInputError(
+                f"{name} is on {value.device}, q is on {q.device}: they must be on one device; "
+                "move it with .to()"
+            )
+    bias, relative, slopes, softcap, sinks = call.scores
+    matrices = {}
+    for name, matrix, dtypes in (
+        ("bias", bias, (q.dtype, torch.float32)),
+        ("Dense(...)", None if parts.dense is None else parts.dense.keep, (torch.bool,)),
+    ):
+        matrices[name] = (0, (0, 0, 0))
+        if matrix is not None:
+            matrices[name] = _matrix(name, matrix, dtypes, sizes)
+    padding, padding_stride = 0, 0
+    if parts.key_padding is not None:
+        padding, padding_stride = _padding(parts.key_padding.keep, sizes)
+    _check_vectors(relative, slopes, sinks, sizes)
+    if softcap is not None:
+        softcap = _softcap(softcap)
+    kind, bottom_right, diagonal, left, keep_first, lifts = _rule(parts.rule, sizes)
+    magnitude = abs(scale) or 1e-30  # as dispatch has it for a scale of 0
+    is_paired = False
+    if bias is not None:
+        address, steps = matrices["bias"]
+        pair = 2 * bias.element_size()
+        is_paired = (address | (steps[0] | steps[1] | steps[2]) * bias.element_size()) % pair == 0
+    fields = Fields(
+        kind,
+        BiasKind.NONE
+        if bias is None
+        else BiasKind.SAME
+        if bias.dtype == q.dtype
+        else BiasKind.FP32,
+        _switch(relative),
+        _switch(slopes),
+        _switch(softcap),
+        _switch(sinks),
+        _switch(parts.key_padding),
+        _switch(parts.dense),
+    )
+    params = (
+        matrices["bias"][0],
+        _address(relative),
+        _address(slopes),
+        _address(sinks),
+        padding,
+        matrices["Dense(...)"][0],
+        *matrices["bias"][1],
+        *matrices["Dense(...)"][1],
+        padding_stride,
+        slopes.stride(0) if slopes is not None and slopes.dim() == 2 and len(slopes) > 1 else 0,
+        relative.stride(0) if relative is not None and len(relative) > 1 else 0,
+        left,
+        keep_first,
+        lifts,
+        0 if relative is None else relative.shape[1] // 2,
+        is_paired,
+        bias is not None and matrices["bias"][1][1:] == (0, 0),
+        1.0 / magnitude,
+        0.0 if softcap is None else 2 * math.log2(math.e) * magnitude / softcap,
+        0.0 if softcap is None else softcap / magnitude,
+        0,
+    )
+    return Checked(fields, bottom_right, diagonal, params)
+
+
+def _switch(value: object) -> Switch:
+    return Switch.OFF if value is None else Switch.ON
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _rule(rule: Full | Causal | Window, sizes: Sizes) -> tuple[MaskKind, bool, int, int, int, bool]:
+    """Kind, whether aligned to the bottom right, diagonal, left, keep_first, full_on_decode."""
+    if isinstance(rule, Full):
+        return MaskKind.FULL, False, 0, 0, 0, False
+    if isinstance(rule, Causal):
+        return MaskKind.CAUSAL, rule.align == "bottom_right", 0, 0, 0, False
+    if max(sizes.len_q, sizes.len_kv) > _MAX_WINDOW_LENGTH:
+        raise InvalidInputError(
+            f"Window(...): lengths of {sizes.len_q} and {sizes.len_kv}: a window takes at most "
+            f"{_MAX_WINDOW_LENGTH}"
+        )
+    left, right, keep_first = rule.reach
+    return MaskKind.WINDOW, True, right, -left, keep_first, rule.full_on_decode
+
+
+def _matrix(
+    name: str, matrix: Tensor, dtypes: tuple[torch.dtype, ...], sizes: Sizes
+) -> tuple[int, tuple[int, int, int]]:
+    """Check a [B or 1, Hq or 1, Lq or 1, Lkv] tensor; its address and strides."""
+    if matrix.dtype not in dtypes:
+        raise InvalidInputError(
+            f"{name} is {matrix.dtype}: it must be {' or '.join(map(str, dtypes))}; cast it"
+        )
+    shape = list(matrix.shape)
+    wanted = [sizes.batch, sizes.heads, sizes.len_q, sizes.len_kv]
+    fits = len(shape) == 4
+    for axis, (got, size) in enumerate(zip(shape, wanted, strict=False)):
+        large_enough = got >= size and axis >= 2 and not sizes.is_exact
+        fits &= got == size or large_enough or (got == 1 and axis < 3)
+    if not fits:
+        raise InvalidInputError(
+            f"{name} has shape {shape}: it must be [{wanted[0]} or 1, {wanted[1]} or 1, "
+            f"{wanted[2]} or 1, {wanted[3]}]" + ("" if sizes.is_exact else ", or longer rows")
+        )
+    if matrix.stride(3) != 1 and shape[3] > 1:
+        raise InvalidInputError(
+            f"{name} has strides {tuple(matrix.stride())}: the last one must be 1; call "
+            ".contiguous() first"
+        )
+    steps = [matrix.stride(axis) if shape[axis] > 1 else 0 for axis in range(3)]
+    return matrix.data_ptr(), (steps[0], steps[1], steps[2])
+
+
+def _padding(keep: Tensor, sizes: Sizes) -> tuple[int, int]:
+    shape = list(keep.shape)
+    if keep.dtype is not torch.bool:
+        raise InvalidInputError(f"KeyPadding(...) is {keep.dtype}: it must be torch.bool")
+    is_long = not sizes.is_exact and len(shape) == 2 and shape[1] >= sizes.len_kv
+    if shape != [sizes.batch, sizes.len_kv] and not (is_long and shape[0] == sizes.batch):
+        raise InvalidInputError(
+            f"KeyPadding(...) has shape {shape}: it must be [{sizes.batch}, {sizes.len_kv}]"
+            + ("" if sizes.is_exact else ", or longer rows")
+        )
+    if shape[1] > 1 and keep.stride(1) != 1:
+        raise InvalidInputError(
+            f"KeyPadding(...) has strides {tuple(keep.stride())}: the last one must be 1; call "
+            ".contiguous() first"
+        )
+    return keep.data_ptr(), keep.stride(0) if shape[0] > 1 else 0
+
+
+def _check_vectors(
+    relative: Tensor | None, slopes: Tensor | None, sinks: Tensor | None, sizes: Sizes
+) -> None:
+    for name, tensor, shapes in (
+        ("alibi_slopes", slopes, ([sizes.heads], [sizes.batch, sizes.heads])),
+        ("sinks", sinks, ([sizes.heads],)),
+    ):
+        if tensor is None:
+            continue
+        if list(tensor.shape) not in shapes or tensor.dtype is not torch.float32:
+            raise InvalidInputError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}: it must be torch.float32 "
+                f"{' or '.join(map(str, shapes))}"
+            )
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise InvalidInputError(f"{name} is not contiguous; call .contiguous() first")
+    if relative is not None:
+        shape = list(relative.shape)
+        fits = len(shape) == 2 and shape[0] in (1, sizes.heads) and shape[1] % 2 == 1
+        if not fits or relative.dtype is not torch.float32:
+            raise InvalidInputError(
+                f"relative_bias is {relative.dtype} {shape}: it must be torch.float32 "
+                f"[{sizes.heads} or 1, 2 * reach + 1]"
+            )
+        if shape[1] > 1 and relative.stride(1) != 1:
+            raise InvalidInputError("relative_bias is not contiguous; call .contiguous() first")
+
+
+def _softcap(softcap: Any) -> float:  # noqa: ANN401 - checked here
+    is_number = isinstance(softcap, int | float) and not isinstance(softcap, bool)
+    if not is_number or not 1e-6 <= softcap <= 1e30:
+        raise InvalidInputError(
+            f"softcap={softcap!r}: it must be a number from 1e-6 to 1e30; leave it out for none"
+        )
+    return float(softcap)

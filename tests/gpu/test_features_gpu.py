@@ -1,0 +1,123 @@
+"""Masks, biases and the like on the GPU: random combinations; nothing recompiled."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+import jitattn
+from jitattn.gears import resolve_numerics
+from jitattn.jit import build
+from jitattn.jit.pool import build_all
+from jitattn.jit.spec import Access, BiasKind, MaskKind, Problem, RowClass, SeqLayout, Switch
+from jitattn.problem import DTYPES
+from jitattn.tiles import fwd_spec
+from tests.support.compare import rel_l2
+from tests.support.features import (
+    FEATURES,
+    KINDS,
+    LAYOUTS,
+    FeatureCase,
+    check_features,
+    feature_cases,
+)
+
+BF16 = torch.bfloat16
+
+
+def problem_of(features: str, dtype: torch.dtype, dim: int, q: str, kv: str) -> Problem:
+    words = features.split()
+
+    def on(word: str) -> Switch:
+        return Switch.ON if word in words else Switch.OFF
+
+    return Problem(
+        dtype=DTYPES[dtype],
+        out_dtype=DTYPES[dtype],
+        head_dim=dim,
+        head_dim_v=dim,
+        mask=MaskKind(words[0]),
+        numerics=resolve_numerics(None, DTYPES[dtype]),
+        q_layout=SeqLayout(q),
+        kv_layout=SeqLayout.PAGED16 if kv == "paged" else SeqLayout(kv),
+        access=Access.VEC16 if dim * 2 % 16 == 0 else Access.ELEMENT,
+        bias=BiasKind.SAME
+        if "bias" in words
+        else BiasKind.FP32
+        if "bias32" in words
+        else BiasKind.NONE,
+        relative_bias=on("relative"),
+        alibi=on("alibi"),
+        softcap=on("softcap"),
+        sinks=on("sinks"),
+        key_padding=on("padding"),
+        dense=on("dense"),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(arch: str) -> None:
+    """Compile in parallel all kernels that the random cases can need."""
+    specs = [
+        fwd_spec(problem_of(features, dtype, dim, q, kv), arch, rows)
+        for features, (dtype, dim), (q, kv), rows in itertools.product(
+            FEATURES, KINDS, LAYOUTS, RowClass
+        )
+    ]
+    assert len(specs) <= 250
+    failed = [outcome.error for outcome in build_all(specs) if outcome.error]
+    assert failed == []
+
+
+@settings(
+    max_examples=150,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(feature_cases())
+def test_random_features(case: FeatureCase) -> None:
+    compiled = build.stats().compiled
+    check_features(case, "cuda")
+    assert build.stats().compiled == compiled
+
+
+@pytest.mark.usefixtures("full_grid")
+@settings(
+    max_examples=2000,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(feature_cases())
+def test_many_random_features(case: FeatureCase) -> None:
+    check_features(case, "cuda")
+
+
+@pytest.mark.parametrize("length", [1, 1000, 3000])
+@pytest.mark.parametrize("keep_first", [0, 4])
+def test_windows_of_long_sequences(length: int, keep_first: int) -> None:
+    """Blocks left out between the first keys and the window, with and without splits."""
+    q = torch.randn(2, length, 8, 64, device="cuda", dtype=BF16)
+    k, v = torch.randn(2, 2, 3000, 2, 64, device="cuda", dtype=BF16)
+    window = jitattn.Window(700, 0, keep_first)
+    truth = jitattn.reference.reference(q.cpu(), k.cpu(), v.cpu(), mask=window)
+    for num_splits in (None, 1, 5):
+        out = jitattn.attention(q, k, v, mask=window, num_splits=num_splits)
+        assert rel_l2(out.cpu(), truth) < 5e-3
+
+
+def test_nothing_compiles_when_reaches_and_values_change() -> None:
+    q, k, v = torch.randn(3, 1, 300, 4, 64, device="cuda", dtype=BF16)
+    jitattn.warmup(q, k, v, mask=jitattn.Window(5, 5), softcap=3.0)
+    compiled = build.stats().compiled
+    for step in range(60):
+        window = jitattn.Window(step * 3, step % 4 or None, step % 7, step % 2 == 0)
+        rows = slice(0, 1 + step * 5)
+        jitattn.attention(q[:, rows], k, v, mask=window, softcap=1.0 + step)
+    assert build.stats().compiled == compiled

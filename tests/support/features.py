@@ -1,0 +1,153 @@
+"""Random masks, biases and the like over random layouts: combinations, each a kernel of its own."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from jitattn.masks import Causal, Dense, Full, KeyPadding, Mask, Window
+
+from .layouts import LayoutCase, check_layout, layout_cases
+
+#: (dtype, head_dim): few, so that few kernels serve thousands of cases.
+KINDS = ((torch.bfloat16, 64), (torch.float16, 20))
+#: What takes part, by name: one kernel each for every kind, layout and row class.
+FEATURES = (
+    "window",
+    "window sinks",
+    "window softcap",
+    "full bias",
+    "causal bias32",
+    "causal alibi",
+    "window alibi padding",
+    "full relative",
+    "full padding",
+    "causal dense",
+    "causal softcap sinks bias",
+    "window dense padding bias32",
+    "causal sinks",
+)
+#: (q, kv)
+LAYOUTS = (("batched", "batched"), ("ragged", "ragged"), ("batched", "paged"))
+
+
+@dataclass(frozen=True)
+class FeatureCase:
+    """One call."""
+
+    layout: LayoutCase
+    features: str
+    rule: Mask
+    broadcasts: tuple[bool, bool, bool]  #: bias and dense masks over batch, heads, rows
+    hides_all: bool  #: tensors hide whole rows and sequences
+    has_batch_slopes: bool
+    reach: int
+    seed: int
+
+
+@st.composite
+def feature_cases(draw: st.DrawFn, most_rows: int = 300) -> FeatureCase:
+    """Draw a case."""
+    q_kind, kv_kind = draw(st.sampled_from(LAYOUTS))
+    layout = draw(layout_cases(most_rows=most_rows))
+    dtype, head_dim = draw(st.sampled_from(KINDS))
+    lens_q, lens_kv = layout.len_q, layout.len_kv
+    if q_kind == "batched":
+        lens_q = (max(lens_q),) * len(lens_q)
+    if kv_kind == "batched":
+        lens_kv = (max(lens_kv),) * len(lens_kv)
+    layout = replace(
+        layout,
+        dtype=dtype,
+        head_dim=head_dim,
+        q_kind=q_kind,
+        kv_kind=kv_kind,
+        len_q=lens_q,
+        len_kv=lens_kv,
+        page_size=16,
+        pads_pages=False,
+    )
+    features = draw(st.sampled_from(FEATURES))
+    reach = st.sampled_from((None, 0, 1, 5, 16, 63, 64, 65, 130))
+    rule: Mask = {"full": Full(), "causal": Causal()}.get(features.split()[0], Full())
+    if features.startswith("window"):
+        rule = Window(
+            draw(reach),
+            draw(st.sampled_from((None, 0, 0, 0, 3, 70))),
+            draw(st.sampled_from((0, 0, 1, 4, 17, 64, 200))),
+            draw(st.booleans()),
+        )
+    elif features.startswith("causal"):
+        rule = draw(st.sampled_from((Causal(), Causal("top_left"))))
+    return FeatureCase(
+        layout=layout,
+        features=features,
+        rule=rule,
+        broadcasts=(draw(st.booleans()), draw(st.booleans()), draw(st.booleans())),
+        hides_all=draw(st.booleans()),
+        has_batch_slopes=draw(st.booleans()),
+        reach=draw(st.sampled_from((0, 3, 100))),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def further(case: FeatureCase, device: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The further arguments of the call; what lies beyond the lengths is NaN, or attends."""
+    generator = torch.Generator().manual_seed(case.seed)
+    layout, words = case.layout, case.features.split()
+    batch, heads = len(layout.len_q), layout.heads_kv * layout.group
+    longest = [max(layout.len_q), max(layout.len_kv)]
+    if layout.q_kind == "ragged":
+        longest[0] = max(longest[0], given["q_seqs"].max_length())
+    if layout.kv_kind == "ragged":
+        longest[1] = max(longest[1], given["kv_seqs"].max_length())
+    elif layout.kv_kind == "paged":
+        longest[1] = given["kv_seqs"].max_length(layout.page_size)
+    is_exact = layout.q_kind == layout.kv_kind == "batched"
+    room = random.Random(case.seed).choice((0, 1, 16)) if not is_exact else 0
+
+    def matrix() -> torch.Tensor:
+        sizes = zip(case.broadcasts, (batch, heads, longest[0]), strict=True)
+        shape = [1 if one else size for one, size in sizes]
+        return torch.randn(*shape, longest[1] + room, generator=generator)
+
+    made: dict[str, Any] = {"mask": case.rule}
+    if "bias" in words or "bias32" in words:
+        bias = matrix()
+        bias[torch.rand(bias.shape, generator=generator) < 0.1] = float("-inf")
+        if room:
+            bias[..., longest[1] :] = float("nan")
+        bias = bias.to(layout.dtype) if "bias" in words else bias
+        made["bias"] = bias.to(device)
+    if "relative" in words:
+        table = torch.randn(
+            1 if case.broadcasts[1] else heads, 2 * case.reach + 1, generator=generator
+        )
+        made["relative_bias"] = table.to(device)
+    if "alibi" in words:
+        shape = (batch, heads) if case.has_batch_slopes else (heads,)
+        made["alibi_slopes"] = torch.rand(shape, generator=generator).to(device)
+    if "softcap" in words:
+        made["softcap"] = 2.0
+    if "sinks" in words:
+        made["sinks"] = (3 * torch.randn(heads, generator=generator)).to(device)
+    if "padding" in words:
+        keep = torch.rand(batch, longest[1] + room, generator=generator) < 0.8
+        if case.hides_all:
+            keep[0] = False
+        made["mask"] = made["mask"] & KeyPadding(keep.to(device))
+    if "dense" in words:
+        keep = matrix() < 1.0
+        if case.hides_all and longest[0]:
+            keep[:, :, 0] = False
+        made["mask"] = made["mask"] & Dense(keep.to(device))
+    return made
+
+
+def check_features(case: FeatureCase, device: str) -> None:
+    """Compare the call with the reference."""
+    check_layout(case.layout, device, lambda where, given: further(case, where, given))
