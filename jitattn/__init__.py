@@ -21,7 +21,7 @@ from jitattn.errors import (
     LaunchError,
     UnsupportedError,
 )
-from jitattn.masks import Causal, Dense, Full, KeyPadding, Mask, Window
+from jitattn.masks import Causal, Dense, Full, KeyPadding, LocalStride, Mask, Window
 
 if TYPE_CHECKING:
     from jitattn import reference
@@ -47,6 +47,7 @@ __all__ = [
     "JitAttnError",
     "KeyPadding",
     "LaunchError",
+    "LocalStride",
     "Mask",
     "Padded",
     "Paged",

@@ -78,7 +78,7 @@ def attention_cpu(
     # [B, H, L, D] from here on; the upcast is O(L).
     q, k, v = (x.transpose(1, 2).to(compute_dtype) for x in (q, k, v))
     len_q = q.shape[2]
-    rules = Rules.of(mask, scores, len_q, k.shape[2])
+    rules = Rules.of(mask, scores, len_q, k.shape[2], (q.shape[1], k.shape[1]))
 
     run = partial(_chunk, scale=scale, rules=rules, chunk_kv=chunk_kv)
     if len_q > chunk_q and torch.is_grad_enabled() and _any_requires_grad(q, k, v):

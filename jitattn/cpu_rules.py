@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from jitattn.masks import Causal, Window, parts_of
+from jitattn.masks import Causal, LocalStride, Window, parts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,10 +28,14 @@ class Rules(NamedTuple):
     offset: int  #: position of query 0 among the keys
     key_padding: Tensor | None  #: [B, Lkv]
     dense: Tensor | None  #: [B or 1, Hq or 1, Lq or 1, Lkv]
+    pattern: LocalStride | None
+    heads: tuple[int, int]  #: of q, and of k and v
     scores: Scores
 
     @classmethod
-    def of(cls, mask: Mask, scores: Scores, len_q: int, len_kv: int) -> Rules:
+    def of(
+        cls, mask: Mask, scores: Scores, len_q: int, len_kv: int, heads: tuple[int, int]
+    ) -> Rules:
         """Return the rules of a mask over these lengths."""
         parts, offset = parts_of(mask), len_kv - len_q
         right = left = None
@@ -39,6 +43,8 @@ class Rules(NamedTuple):
         rule = parts.rule
         if isinstance(rule, Causal):
             right = 1 + (offset if rule.align == "bottom_right" else 0)
+        elif isinstance(rule, LocalStride):
+            right = offset + 1 if rule.causal else None
         elif isinstance(rule, Window):
             right = None if rule.right is None else offset + rule.right + 1
             if rule.left is not None and not (rule.full_on_decode and len_q == 1):
@@ -50,6 +56,8 @@ class Rules(NamedTuple):
             offset,
             None if parts.key_padding is None else parts.key_padding.keep,
             None if parts.dense is None else parts.dense.keep,
+            rule if isinstance(rule, LocalStride) else None,
+            heads,
             scores,
         )
 
@@ -75,6 +83,8 @@ class Rules(NamedTuple):
             found.append(key_idx >= query_idx + self.right)
         if self.left is not None and first_k < first_q + rows - 1 + self.left:
             found.append((key_idx < query_idx + self.left) & (key_idx >= self.keep_first))
+        if self.pattern is not None:
+            found.append(~_blocks(self.pattern, self.heads, query_idx + self.offset, key_idx))
         if self.key_padding is not None:
             found.append(~self.key_padding[:, None, None, first_k:last_k])
         if self.dense is not None:
@@ -111,6 +121,22 @@ class Rules(NamedTuple):
             part = _rows(bias, first_q, rows)[..., first_k : first_k + keys]
             scores = scores + part.to(scores.dtype)
         return scores
+
+
+def _blocks(rule: LocalStride, heads: tuple[int, int], position: Tensor, key_idx: Tensor) -> Tensor:
+    """Return which blocks a local + stride pattern lets through, [Hq or 1, rows, keys]."""
+    size, stride = rule.block_size, rule.vert_stride
+    apart = torch.div(position, size, rounding_mode="floor") - key_idx // size
+    if not rule.causal:
+        left, right = rule.local
+        outside = (apart - left + 1).clamp(min=0) + (1 - apart - right).clamp(min=0)
+        return (outside % stride == 0)[None]
+    heads_q, heads_kv = heads
+    kv_head = torch.arange(heads_q, device=key_idx.device)[:, None, None]
+    kv_head = kv_head // max(1, heads_q // max(1, heads_kv))
+    shift = kv_head * rule.step(max(1, heads_q)) + rule.head_offset
+    on_stride = (key_idx // size + shift) % stride == 0
+    return (apart < rule.local[0]) | on_stride | (kv_head >= heads_kv - rule.num_dense_heads)
 
 
 def _rows(matrix: Tensor, first_q: int, rows: int) -> Tensor:

@@ -18,7 +18,7 @@ from jitattn.errors import LaunchError, UnsupportedError
 from jitattn.jit import launch
 from jitattn.jit.device import device
 from jitattn.jit.params import FWD_SCORE_FIELDS, FWD_SEQ_FIELDS, divisor
-from jitattn.jit.spec import RowClass, SeqLayout
+from jitattn.jit.spec import MaskKind, RowClass, SeqLayout
 from jitattn.layouts import parse
 from jitattn.scores import NO_LEFT, tensors_of
 from jitattn.tiles import choose_splits, fwd_spec, heads_per_tile
@@ -36,8 +36,9 @@ _TINY_SCALE: Final = 1e-30
 #: A call with more query tiles than this many times the CTAs that the GPU holds needs no splits.
 _BALANCED_TILES: Final = 4
 
-#: Place of the left bound among the score parameters.
+#: Places of the left bound, and of the fields of patterns, among the score parameters.
 _LEFT: Final = [name for name, _ in FWD_SCORE_FIELDS].index("left")
+_LOCAL: Final = [name for name, _ in FWD_SCORE_FIELDS].index("local_blocks")
 _NO_SEQUENCES: Final = (0,) * len(FWD_SEQ_FIELDS)
 
 _fwd_kernels: dict[tuple[Problem, RowClass, int], _FwdKernel] = {}
@@ -107,7 +108,7 @@ def plan(problem: Problem, runtime: Runtime, device_index: int, num_splits: int 
     if runtime.indices is None:
         if num_splits is None:
             num_splits = choose_splits(
-                num_tiles * head_tiles, _blocks_seen(runtime, kernel), num_slots
+                num_tiles * head_tiles, _blocks_seen(problem, runtime, kernel), num_slots
             )
         num_items *= num_splits
     elif num_splits is not None:
@@ -134,11 +135,16 @@ def plan(problem: Problem, runtime: Runtime, device_index: int, num_splits: int 
     )
 
 
-def _blocks_seen(runtime: Runtime, kernel: _FwdKernel) -> int:
+def _blocks_seen(problem: Problem, runtime: Runtime, kernel: _FwdKernel) -> int:
     """Key blocks that a query tile visits, where all sequences are alike."""
     num_blocks = -(-runtime.len_kv // kernel.block_kv)
     if not runtime.score_params:
         return num_blocks
+    if problem.mask is MaskKind.LOCAL_STRIDE:
+        local, stride = runtime.score_params[_LOCAL : _LOCAL + 2]
+        size = 1 << int(runtime.score_params[_LOCAL + 5])
+        per_block = size // kernel.block_kv
+        return min(num_blocks, int((local + 3) * per_block + num_blocks // stride))
     left, keep_first = runtime.score_params[_LEFT : _LEFT + 2]
     if left <= NO_LEFT:
         return num_blocks

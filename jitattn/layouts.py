@@ -69,7 +69,7 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
 
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     scale = head_dim**-0.5 if call.scale is None else problem.checked_scale(call.scale)
-    sizes = Sizes(batch, ours.heads, ours.longest, theirs.longest, is_uniform)
+    sizes = Sizes(batch, ours.heads, theirs.heads, ours.longest, theirs.longest, is_uniform)
     scores = check(call, q, scale, sizes)
     q_strides = _strides("q", q, ours)
     k_strides, v_strides = _strides("k", k, theirs), _strides("v", v, theirs)

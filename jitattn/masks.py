@@ -1,8 +1,8 @@
 """Mask values: who may see whom. Frozen; this module imports no torch.
 
 True means attend. `a & b` is what both let through: at most one of the rules that positions decide
-(`Full`, `Causal`, `Window`), at most one `KeyPadding` and at most one `Dense`. (A `Causal` and a
-`Window` are one window.)
+(`Full`, `Causal`, `Window`, `LocalStride`), at most one `KeyPadding` and at most one `Dense`. (A
+`Causal` and a `Window` are one window.)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Align: TypeAlias = Literal["bottom_right", "top_left"]
 _MAX_REACH = 2**30
+_BLOCK_SIZES = (8, 16, 32, 64, 128)
 
 
 class _Mask:
@@ -101,6 +102,81 @@ class Window(_Mask):
         return left, right, min(self.keep_first, _MAX_REACH)
 
 
+@dataclass(frozen=True, slots=True)
+class LocalStride(_Mask):
+    """Block-sparse: the blocks nearby, and every so many-th of those before (phi-3-small, dkernel).
+
+    Queries and keys are cut into blocks, queries by their positions among the keys. With i and j a
+    query's and a key's block, and h the kv head: causal, a query sees a key up to its own position
+    if i - j < local_blocks, or (j + h * head_step + head_offset) % vert_stride == 0, or its head is
+    one of the last `num_dense_heads`. Not causal, it sees a key if d % vert_stride == 0, where d
+    counts the blocks between j and the local ones on its side; heads are alike then.
+
+    Parameters
+    ----------
+    block_size : 8, 16, 32, 64 or 128
+        Queries and keys of a block. On a GPU: 64 or 128.
+    local_blocks : int, or (int, int) if not causal
+        Blocks around a query's own that it sees, its own among them; to the left and to the right.
+    vert_stride : int
+        1 is dense.
+    head_step : int, default max(1, vert_stride // Hq)
+        By which the stride of each kv head is moved against that of the one before.
+    head_offset : int
+    num_dense_heads : int
+        kv heads, the last ones, that see everything before them.
+    homo_head : bool
+        All heads alike: a head_step of 0.
+    causal : bool
+        False on the CPU path only.
+    """
+
+    block_size: int
+    local_blocks: int | tuple[int, int]
+    vert_stride: int
+    head_step: int | None = None
+    head_offset: int = 0
+    num_dense_heads: int = 0
+    homo_head: bool = False
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what is no pattern."""
+        if self.block_size not in _BLOCK_SIZES or type(self.block_size) is not int:
+            raise InvalidInputError(
+                f"LocalStride(block_size={self.block_size!r}): it must be one of {_BLOCK_SIZES}"
+            )
+        local = self.local_blocks
+        if isinstance(local, tuple) and (self.causal or len(local) != 2):
+            raise InvalidInputError(
+                f"LocalStride(local_blocks={local!r}): two numbers are for causal=False"
+            )
+        for name, value, least in (
+            ("local_blocks", self.local[0], 1),
+            ("local_blocks", self.local[1], 1),
+            ("vert_stride", self.vert_stride, 1),
+            ("head_step", 0 if self.head_step is None else self.head_step, 0),
+            ("head_offset", self.head_offset, 0),
+            ("num_dense_heads", self.num_dense_heads, 0),
+        ):
+            if type(value) is not int or not least <= value < 2**16:
+                raise InvalidInputError(
+                    f"LocalStride({name}={value!r}): it must be an int from {least} to {2**16 - 1}"
+                )
+
+    @property
+    def local(self) -> tuple[int, int]:
+        """Local blocks to the left and to the right."""
+        local = self.local_blocks
+        return local if isinstance(local, tuple) else (local, local)
+
+    def step(self, heads_q: int) -> int:
+        """Return by how much a kv head's stride is moved against that of the one before."""
+        if self.homo_head:
+            return 0
+        return max(1, self.vert_stride // heads_q) if self.head_step is None else self.head_step
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyPadding(_Mask):
     """Keys that no query of their sequence sees.
@@ -137,8 +213,8 @@ class Both(_Mask):
     dense: Dense | None = None
 
 
-Rule: TypeAlias = Full | Causal | Window
-Mask: TypeAlias = Full | Causal | Window | KeyPadding | Dense | Both
+Rule: TypeAlias = Full | Causal | Window | LocalStride
+Mask: TypeAlias = Full | Causal | Window | LocalStride | KeyPadding | Dense | Both
 
 
 def parts_of(mask: _Mask) -> Both:
@@ -149,7 +225,7 @@ def parts_of(mask: _Mask) -> Both:
         return Both(key_padding=mask)
     if isinstance(mask, Dense):
         return Both(dense=mask)
-    if isinstance(mask, Full | Causal | Window):
+    if isinstance(mask, Full | Causal | Window | LocalStride):
         return Both(mask)
     raise InvalidInputError(f"mask={mask!r}: it is none of jitattn's masks")
 

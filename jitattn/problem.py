@@ -17,7 +17,7 @@ import torch
 from jitattn.errors import InternalError, InvalidInputError, UnsupportedError
 from jitattn.gears import resolve_numerics
 from jitattn.jit.spec import Access, Dtype, MaskKind, Problem, SeqLayout
-from jitattn.masks import Both, Causal, Dense, Full, KeyPadding, Window
+from jitattn.masks import Both, Causal, Dense, Full, KeyPadding, LocalStride, Window
 from jitattn.scores import NO_CHANGES, Fields
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ def _diagonal(mask: Mask, len_q: int, len_kv: int) -> int:
 
 def check_mask(mask: Mask) -> None:
     """Refuse what is no mask."""
-    if not isinstance(mask, Full | Causal | Window | KeyPadding | Dense | Both):
+    if not isinstance(mask, Full | Causal | Window | LocalStride | KeyPadding | Dense | Both):
         raise _no_mask(mask)
 
 

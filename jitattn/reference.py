@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from jitattn.errors import InvalidInputError
-from jitattn.masks import Both, Causal, Dense, Full, KeyPadding, Window, parts_of
+from jitattn.masks import Both, Causal, Dense, Full, KeyPadding, LocalStride, Window, parts_of
 from jitattn.sequences import Padded, Paged, Ragged
 
 if TYPE_CHECKING:
@@ -46,9 +46,40 @@ def visible(
     raise InvalidInputError(f"mask={mask!r}: the reference knows no such rule")
 
 
+def pattern(
+    mask: LocalStride,
+    heads_q: int,
+    heads_kv: int,
+    len_q: int,
+    len_kv: int,
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Return what a local + stride pattern lets through, [Hq, Lq, Lkv]; True = attend."""
+    position = torch.arange(len_q, device=device)[:, None] + len_kv - len_q
+    key_idx = torch.arange(len_kv, device=device)[None, :]
+    i, j = position.div(mask.block_size, rounding_mode="floor"), key_idx // mask.block_size
+    heads = []
+    for head in range(heads_q):
+        kv_head = head // (heads_q // heads_kv)
+        if mask.causal:
+            shift = kv_head * mask.step(heads_q) + mask.head_offset
+            on_stride = (j + shift) % mask.vert_stride == 0
+            is_dense = kv_head >= heads_kv - mask.num_dense_heads
+            seen = (i - j < mask.local[0]) | on_stride | torch.tensor(is_dense)
+            heads.append(seen & (key_idx <= position))
+        else:
+            left, right = mask.local
+            distance = (i - j - left + 1).clamp(min=0) + (j - i - right + 1).clamp(min=0)
+            heads.append(distance % mask.vert_stride == 0)
+    return torch.stack(heads) if heads else torch.ones(0, len_q, len_kv, dtype=torch.bool)
+
+
 def attended(
     mask: Mask,
     batch: int,
+    heads_q: int,
+    heads_kv: int,
     len_q: int,
     len_kv: int,
     *,
@@ -56,7 +87,12 @@ def attended(
 ) -> Tensor:
     """Return the whole mask, broadcastable to [B, Hq, Lq, Lkv]; True = attend."""
     parts = parts_of(mask)
-    attend = visible(parts.rule, len_q, len_kv, device=device).expand(batch, 1, len_q, len_kv)
+    if isinstance(parts.rule, LocalStride):
+        attend = pattern(parts.rule, heads_q, heads_kv, len_q, len_kv, device=device)
+        attend = attend.expand(batch, heads_q, len_q, len_kv)
+    else:
+        attend = visible(parts.rule, len_q, len_kv, device=device)
+        attend = attend.expand(batch, 1, len_q, len_kv)
     if parts.key_padding is not None:
         attend = attend & parts.key_padding.keep[:, None, None, :len_kv].to(device)
     if parts.dense is not None:
@@ -179,7 +215,7 @@ def reference(
     if scale is None:
         scale = q.shape[3] ** -0.5
 
-    attend = attended(mask, q.shape[0], q.shape[2], k.shape[2], device=q.device)
+    attend = attended(mask, q.shape[0], heads_q, heads_kv, q.shape[2], k.shape[2], device=q.device)
     scores = changes.apply(scale * (q @ k.transpose(2, 3)))  # [B, Hq, Lq, Lkv]
     scores = scores.masked_fill(~attend, float("-inf"))
     sees_any = (scores != float("-inf")).any(dim=3)  # [B, Hq, Lq]; a bias may hide as well

@@ -12,17 +12,22 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from jitattn.errors import InvalidInputError
+from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.jit.spec import BiasKind, MaskKind, Switch
-from jitattn.masks import Both, Causal, Dense, Full, KeyPadding, Window, parts_of
+from jitattn.masks import Both, Causal, Dense, Full, KeyPadding, LocalStride, Window, parts_of
 
 if TYPE_CHECKING:
+    from jitattn.masks import Rule
     from jitattn.problem import Call
 
 #: The left bound of a window that has none.
 NO_LEFT: Final = -(2**30)
 #: Windows count positions in both directions.
 _MAX_WINDOW_LENGTH: Final = 2**30
+
+
+#: Block sizes of patterns that kernels know: whole kernel blocks.
+_KERNEL_BLOCKS: Final = (64, 128)
 
 
 class Scores(NamedTuple):
@@ -43,6 +48,7 @@ class Sizes(NamedTuple):
 
     batch: int
     heads: int
+    heads_kv: int
     len_q: int  #: the largest
     len_kv: int
     is_exact: bool  #: every sequence has these lengths
@@ -86,7 +92,7 @@ def tensors_of(call: Call) -> dict[str, Tensor]:
 
 def of_sequence(call: Call, idx: int) -> Call:
     """Return the arguments of one sequence of the batch."""
-    if type(call.mask) in (Full, Causal, Window) and call.scores == NO_CHANGES:
+    if type(call.mask) in (Full, Causal, Window, LocalStride) and call.scores == NO_CHANGES:
         return call
     parts = parts_of(call.mask)
     padding, dense = parts.key_padding, parts.dense
@@ -178,6 +184,7 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         1.0 / magnitude,
         0.0 if softcap is None else 2 * math.log2(math.e) * magnitude / softcap,
         0.0 if softcap is None else softcap / magnitude,
+        *_pattern(parts.rule, sizes, q),
         0,
     )
     return Checked(fields, bottom_right, diagonal, params)
@@ -191,12 +198,38 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _rule(rule: Full | Causal | Window, sizes: Sizes) -> tuple[MaskKind, bool, int, int, int, bool]:
+def _pattern(rule: Rule, sizes: Sizes, q: Tensor) -> tuple[int, ...]:
+    """local_blocks, stride, head_step, head_shift, first_dense, block_log2."""
+    if not isinstance(rule, LocalStride):
+        return (0, 1, 0, 0, 0, 0)
+    if rule.num_dense_heads > sizes.heads_kv:
+        raise InvalidInputError(
+            f"LocalStride(num_dense_heads={rule.num_dense_heads}): there are only "
+            f"{sizes.heads_kv} kv heads"
+        )
+    if q.is_cuda and (rule.block_size not in _KERNEL_BLOCKS or not rule.causal):
+        raise UnsupportedError(
+            f"{rule}: on a GPU a local + stride pattern is causal, in blocks of "
+            f"{' or '.join(map(str, _KERNEL_BLOCKS))}; use a Dense mask, or CPU tensors"
+        )
+    return (
+        rule.local[0],
+        rule.vert_stride,
+        rule.step(max(1, sizes.heads)),
+        rule.head_offset,
+        sizes.heads_kv - rule.num_dense_heads,
+        rule.block_size.bit_length() - 1,
+    )
+
+
+def _rule(rule: Rule, sizes: Sizes) -> tuple[MaskKind, bool, int, int, int, bool]:
     """Kind, whether aligned to the bottom right, diagonal, left, keep_first, full_on_decode."""
     if isinstance(rule, Full):
         return MaskKind.FULL, False, 0, 0, 0, False
     if isinstance(rule, Causal):
         return MaskKind.CAUSAL, rule.align == "bottom_right", 0, 0, 0, False
+    if isinstance(rule, LocalStride):
+        return MaskKind.LOCAL_STRIDE, True, 0, 0, 0, False
     if max(sizes.len_q, sizes.len_kv) > _MAX_WINDOW_LENGTH:
         raise InvalidInputError(
             f"Window(...): lengths of {sizes.len_q} and {sizes.len_kv}: a window takes at most "

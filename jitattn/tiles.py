@@ -13,6 +13,7 @@ from jitattn.jit.spec import (
     Access,
     Dtype,
     FwdSpec,
+    MaskKind,
     Problem,
     RowClass,
     Tile,
@@ -151,6 +152,8 @@ def _rows16(problem: Problem, limit: int) -> list[tuple[int, Tile]]:
     # Paged keys: a third stage hides the look-ups (491 us against 503 at 64 x 8k, pages of 16).
     stages = 3 if problem.kv_layout.page_group else 2
     wide = [(limit, _tile(16, 128, 1, 4, stages))] if limit > _SMALLEST_LARGE_SMEM else []
+    if problem.mask is MaskKind.LOCAL_STRIDE:
+        wide = []  # a kernel block lies in a block of the pattern, of 64 keys or more
     return [
         *wide,
         *((_half(limit), _tile(16, 64, 1, 4, stages)) for stages in (3, 2)),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _LENGTH: Final = 16384
 _HEADS: Final = 16
 _KEPT: Final = 4
+_BLOCK: Final = 64
 
 
 def bench_scores(report: Report, rounds: int) -> None:
@@ -77,4 +78,15 @@ def _cases() -> dict[str, tuple[float, dict[str, Any]]]:
         seen = (left + 1) * _LENGTH - left * (left + 1) / 2 + _KEPT * (_LENGTH - left - 1 - _KEPT)
         window = jitattn.Window(left, 0, keep_first=_KEPT)
         cases[f"window {left}, first {_KEPT}"] = (seen, {"mask": window})
+    for local, stride in ((16, 8), (32, 8)):
+        rule = jitattn.LocalStride(_BLOCK, local, stride)
+        blocks = _LENGTH // _BLOCK
+        row, column = torch.arange(blocks)[:, None], torch.arange(blocks)[None, :]
+        near = row - column < local
+        seen = 0.0
+        for head in range(_HEADS):
+            on_stride = (column + head * rule.step(_HEADS)) % stride == 0
+            seen += float(((near | on_stride) & (column < row)).sum()) * _BLOCK**2
+        seen = seen / _HEADS + blocks * _BLOCK * (_BLOCK + 1) / 2
+        cases[f"local {local}, stride {stride}, blocks of {_BLOCK}"] = (seen, {"mask": rule})
     return cases

@@ -121,7 +121,6 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   // tail. The rows of paged keys are looked up instead.
   int ordinal = range.end - 1;  // of the current step
   auto block_at = [&](int ordinal) { return range.template block_at<Spec>(ordinal); };
-  constexpr bool kHasGap = Spec::kMask == MaskKind::kWindow;
   const int64_t k_block_bytes = params.k_stride_row * (kBlockKv * kElementBytes);
   const int64_t v_block_bytes = params.v_stride_row * (kBlockKv * kElementBytes);
   const char* g_k_next = copy_k.share(g_k + block_at(ordinal) * k_block_bytes);
@@ -143,8 +142,8 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     } else {
       copy_k.load_full(s_addr, g_k_next);
     }
-    g_k_next -= k_block_bytes;
-    if (kHasGap && ordinal - ahead == range.num_kept) g_k_next -= range.gap * k_block_bytes;
+    const int next = ordinal - ahead - 1;
+    g_k_next -= (kHasGap<Spec> ? block_at(next + 1) - block_at(next) : 1) * k_block_bytes;
   };
   auto load_v = [&](int stage, int ahead, auto is_first) {
     const uint32_t s_addr = s_v_addr + stage * Traits::kBytesV;
@@ -157,8 +156,8 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     } else {
       copy_v.load_full(s_addr, g_v_next);
     }
-    g_v_next -= v_block_bytes;
-    if (kHasGap && ordinal - ahead == range.num_kept) g_v_next -= range.gap * v_block_bytes;
+    const int next = ordinal - ahead - 1;
+    g_v_next -= (kHasGap<Spec> ? block_at(next + 1) - block_at(next) : 1) * v_block_bytes;
   };
   auto load_q = [&] {
     const int first_row = tile.q_tile_idx * Spec::kBlockQ;
@@ -232,8 +231,9 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   auto is_seen = [&](int block) {
     const int begin = block * kBlockKv, end = begin + kBlockKv;
     if (begin >= last_sees()) return false;
-    if constexpr (kHasGap) {
-      return begin < params.keep_first || end > first_key<Spec>(params, sequence, first_position());
+    if constexpr (kHasGap<Spec>) {
+      return is_kept<Spec>(params, tile.head_idx, begin) ||
+             end > first_key<Spec>(params, sequence, tile.head_idx, first_position());
     }
     return true;
   };
@@ -310,13 +310,16 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   if constexpr (kHasBoolMask<Spec>) {
 #pragma unroll 1
     for (; ordinal >= range.begin; --ordinal) step(TrueType{});
-  } else if constexpr (kHasGap) {
+  } else if constexpr (kHasGap<Spec>) {
     // Ordinals of the blocks that every row sees whole: of the window, and of the first keys.
     const int seen = max_of(0, first_sees());
     const int free_end = seen / kBlockKv - range.gap;
-    const int first = first_key<Spec>(params, sequence, last_position());
+    const int first = first_key<Spec>(params, sequence, tile.head_idx, last_position());
     const int free_begin = max_of(ceil_div(first, kBlockKv) - range.gap, range.num_kept);
-    const int free_kept = min_of(min_of(params.keep_first, seen) / kBlockKv, range.num_kept);
+    int free_kept = range.num_kept;  // local + stride: kept blocks lie before every row's own
+    if constexpr (Spec::kMask == MaskKind::kWindow) {
+      free_kept = min_of(min_of(params.keep_first, seen) / kBlockKv, free_kept);
+    }
 #pragma unroll 1
     for (; ordinal >= range.begin; --ordinal) {
       if ((ordinal >= free_begin && ordinal < free_end) || ordinal < free_kept) {

@@ -53,7 +53,7 @@ __device__ __forceinline__ void mask_scores(float (&r_s)[kRowTiles][kKeyTiles][4
         }
       }
       if constexpr (Spec::kMask == MaskKind::kWindow) {
-        const int first = first_key<Spec>(params, sequence, position) - column;
+        const int first = first_key<Spec>(params, sequence, first_head, position) - column;
         const int kept = params.keep_first - column;
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n) {
@@ -61,6 +61,19 @@ __device__ __forceinline__ void mask_scores(float (&r_s)[kRowTiles][kKeyTiles][4
           for (int i = 0; i < 2; ++i) {
             float& score = r_s[m][n][2 * half + i];
             score = n * 8 + i >= first || n * 8 + i < kept ? score : -infinity();
+          }
+        }
+      }
+      if constexpr (Spec::kMask == MaskKind::kLocalStride) {
+        // A kernel block lies in one pattern block.
+        const bool sees = is_kept<Spec>(params, first_head, first_key_idx) ||
+                          first_key_idx >= first_key<Spec>(params, sequence, first_head, position);
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float& score = r_s[m][n][2 * half + i];
+            score = sees ? score : -infinity();
           }
         }
       }

@@ -61,9 +61,12 @@ struct PagedRows {
     Lookup found;
 #pragma unroll
     for (int i = 0; i < kGroupsPerThread; ++i) {
-      const int ordinal = batch * kBatch + group_of(i) / kGroups;
-      const int key =
-          range.template block_at<Spec>(ordinal) * Spec::kBlockKv + group_of(i) % kGroups * kGroup;
+      int key = batch * (kBatch * Spec::kBlockKv) + group_of(i) * kGroup;
+      if constexpr (kHasGap<Spec>) {
+        const int ordinal = batch * kBatch + group_of(i) / kGroups;
+        key = range.template block_at<Spec>(ordinal) * Spec::kBlockKv +
+              group_of(i) % kGroups * kGroup;
+      }
       found.page[i] = 0;
       found.row[i] = 0;
       if (is_mine(i) && batch >= 0 && key < len_kv) {

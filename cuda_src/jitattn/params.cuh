@@ -97,7 +97,13 @@ struct FwdScoreParams : FwdSeqParams {
   float inverse_scale;     // 1 / |scale|
   float softcap_in;        // 2 log2(e) |scale| / softcap
   float softcap_out;       // softcap / |scale|
-  int32_t reserved;        // keeps the size a multiple of 8
+  int32_t local_blocks;    // local + stride: blocks up to a query's own that it sees
+  int32_t stride;          // and of those before, one in so many
+  int32_t head_step;       // kv head h is offset by h * head_step + head_shift
+  int32_t head_shift;
+  int32_t first_dense;  // kv heads from this one on see every block
+  int32_t block_log2;   // keys of a block
+  int32_t reserved;     // keeps the size a multiple of 8
 };
 
 struct MergeParams {

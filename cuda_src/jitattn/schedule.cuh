@@ -75,6 +75,13 @@ __device__ __forceinline__ Extent extent_of(const FwdParamsOf<Spec>& params, int
       return {num_q_tiles, static_cast<int>(min_of<int64_t>(num_kv_blocks, blocks))};
     }
   }
+  if constexpr (Spec::kMask == MaskKind::kLocalStride) {
+    // At most, but for dense heads: the local blocks and one more, and every stride-th before them.
+    const int per_block = 1 << (params.block_log2 - log2_of(Spec::kBlockKv));
+    const int64_t local = static_cast<int64_t>(params.local_blocks + 2) * per_block;
+    const int64_t blocks = local + num_kv_blocks / params.stride + per_block;
+    return {num_q_tiles, static_cast<int>(min_of<int64_t>(num_kv_blocks, blocks))};
+  }
   return {num_q_tiles, num_kv_blocks};
 }
 
@@ -192,11 +199,53 @@ __device__ __forceinline__ int visible_keys(const FwdParamsOf<Spec>& params,
   return min_of(len_kv, position + 1 + (kIsUniform<Spec> ? params.diagonal : sequence.diagonal));
 }
 
+// A local + stride pattern, of one kv head.
+template <class Spec>
+struct LocalStride {
+  const FwdScoreParams& params;
+  const int shift;  // column j is on the stride if (j + shift) % stride == 0
+  const bool is_dense;
+
+  __device__ LocalStride(const FwdScoreParams& params, int head_idx)
+      : params(params),
+        shift(head_idx / params.heads_per_kv * params.head_step + params.head_shift),
+        is_dense(head_idx / params.heads_per_kv >= params.first_dense) {}
+
+  // First key of the local blocks of a query at key position `own`.
+  __device__ int first_local(int own) const {
+    if (is_dense) return 0;
+    return max_of(0, (own >> params.block_log2) - params.local_blocks + 1) << params.block_log2;
+  }
+  __device__ int first_column() const {
+    const int past = shift % params.stride;
+    return past == 0 ? 0 : params.stride - past;
+  }
+  __device__ bool is_on_stride(int key) const {
+    return ((key >> params.block_log2) + shift) % params.stride == 0;
+  }
+};
+
+// First key that the query at `position` sees, those aside that it sees before a gap.
 template <class Spec>
 __device__ __forceinline__ int first_key(const FwdParamsOf<Spec>& params, const Sequence& sequence,
-                                         int position) {
-  if constexpr (Spec::kMask != MaskKind::kWindow) return 0;
-  return max_of(0, position + (kIsUniform<Spec> ? left_of<Spec>(params, 0) : sequence.left));
+                                         int head_idx, int position) {
+  if constexpr (Spec::kMask == MaskKind::kWindow) {
+    return max_of(0, position + (kIsUniform<Spec> ? left_of<Spec>(params, 0) : sequence.left));
+  } else if constexpr (Spec::kMask == MaskKind::kLocalStride) {
+    const int own = position + (kIsUniform<Spec> ? params.diagonal : sequence.diagonal);
+    return LocalStride<Spec>(params, head_idx).first_local(max_of(0, own));
+  }
+  return 0;
+}
+
+// Whether a key before first_key is seen all the same.
+template <class Spec>
+__device__ __forceinline__ bool is_kept(const FwdParamsOf<Spec>& params, int head_idx, int key) {
+  if constexpr (Spec::kMask == MaskKind::kWindow) return key < params.keep_first;
+  if constexpr (Spec::kMask == MaskKind::kLocalStride) {
+    return LocalStride<Spec>(params, head_idx).is_on_stride(key);
+  }
+  return false;
 }
 
 // What a CTA whose sequences differ has found out, for its epilogue.
@@ -205,17 +254,27 @@ struct CtaPlan {
   Sequence sequence;
 };
 
-// The key blocks of a CTA, by ordinals: those that any row of the tile may see, without gaps.
+// The key blocks of a CTA, by ordinals: those that any row of the tile may see, without gaps. First
+// the kept ones (of the first keys, or on the stride), then all from some block on.
 struct KvBlockRange {
   int begin;
   int end;
-  int num_kept;  // window: ordinals below are blocks of the first keys
-  int gap;       // window: blocks between those and the others
+  int num_kept;
+  int gap;         // block - ordinal of the others
+  int kept_first;  // local + stride: first kept block,
+  int kept_log2;   // kernel blocks of a pattern block, as a power of two,
+  int kept_step;   // and kernel blocks from a kept pattern block to the next
 
   template <class Spec>
   __device__ int block_at(int ordinal) const {
-    if constexpr (Spec::kMask != MaskKind::kWindow) return ordinal;
-    return ordinal < num_kept ? ordinal : ordinal + gap;
+    if constexpr (kHasGap<Spec>) {
+      if (ordinal >= num_kept) return ordinal + gap;
+      if constexpr (Spec::kMask == MaskKind::kLocalStride) {
+        const int within = ordinal & ((1 << kept_log2) - 1);
+        return kept_first + (ordinal >> kept_log2) * kept_step + within;
+      }
+    }
+    return ordinal;
   }
 };
 
@@ -228,16 +287,29 @@ __device__ __forceinline__ KvBlockRange kv_block_range(const FwdParamsOf<Spec>& 
   const int last_row = min_of(first_row + Spec::kBlockQ, rows.num_rows) - 1;
   const int visible = max_of(0, visible_keys<Spec>(params, sequence, rows.position(last_row)));
   int num_blocks = ceil_div(visible, Spec::kBlockKv);
-  int num_kept = 0, gap = 0;
-  if constexpr (Spec::kMask == MaskKind::kWindow) {
-    const int first = first_key<Spec>(params, sequence, rows.position(first_row)) / Spec::kBlockKv;
-    num_kept = min_of(num_blocks, min_of(first, ceil_div(params.keep_first, Spec::kBlockKv)));
-    gap = min_of(first, num_blocks) - num_kept;
-    num_blocks -= gap;
+  KvBlockRange range = {};
+  if constexpr (kHasGap<Spec>) {
+    const int key = first_key<Spec>(params, sequence, tile.head_idx, rows.position(first_row));
+    const int first = min_of(key / Spec::kBlockKv, num_blocks);
+    if constexpr (Spec::kMask == MaskKind::kWindow) {
+      range.num_kept = min_of(first, ceil_div(params.keep_first, Spec::kBlockKv));
+    } else {
+      static_assert((Spec::kBlockKv & (Spec::kBlockKv - 1)) == 0, "pattern blocks hold whole ones");
+      const int column = LocalStride<Spec>(params, tile.head_idx).first_column();
+      range.kept_log2 = params.block_log2 - log2_of(Spec::kBlockKv);
+      range.kept_first = column << range.kept_log2;
+      range.kept_step = params.stride << range.kept_log2;
+      const int columns = key >> params.block_log2;  // before the local ones
+      const int kept = columns > column ? ceil_div(columns - column, params.stride) : 0;
+      range.num_kept = min_of(first, kept << range.kept_log2);
+    }
+    range.gap = first - range.num_kept;
+    num_blocks -= range.gap;
   }
   const int per_split = ceil_div(num_blocks, tile.num_splits);
-  const int begin = min_of(tile.split_idx * per_split, num_blocks);
-  return {begin, min_of(begin + per_split, num_blocks), num_kept, gap};
+  range.begin = min_of(tile.split_idx * per_split, num_blocks);
+  range.end = min_of(range.begin + per_split, num_blocks);
+  return range;
 }
 
 }  // namespace jitattn

@@ -16,12 +16,16 @@ template <class Spec>
 constexpr bool kIsPaged =
     Spec::kKvLayout == SeqLayout::kPaged || Spec::kKvLayout == SeqLayout::kPaged16;
 
+// Whether keys before a bound of their own are hidden, but for some.
+template <class Spec>
+constexpr bool kHasGap = Spec::kMask == MaskKind::kWindow || Spec::kMask == MaskKind::kLocalStride;
+
 // Whether the mask or anything else asks for more than q k^T, scaled.
 template <class Spec>
-constexpr bool kHasScores = Spec::kMask == MaskKind::kWindow || Spec::kBias != BiasKind::kNone ||
-                            Spec::kRelativeBias == Switch::kOn || Spec::kAlibi == Switch::kOn ||
-                            Spec::kSoftcap == Switch::kOn || Spec::kSinks == Switch::kOn ||
-                            Spec::kKeyPadding == Switch::kOn || Spec::kDense == Switch::kOn;
+constexpr bool kHasScores =
+    kHasGap<Spec> || Spec::kBias != BiasKind::kNone || Spec::kRelativeBias == Switch::kOn ||
+    Spec::kAlibi == Switch::kOn || Spec::kSoftcap == Switch::kOn || Spec::kSinks == Switch::kOn ||
+    Spec::kKeyPadding == Switch::kOn || Spec::kDense == Switch::kOn;
 
 template <class Spec>
 using FwdParamsOf = typename Conditional<

@@ -40,6 +40,11 @@ __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
+// Of a power of two.
+__host__ __device__ constexpr int log2_of(int number) {
+  return number <= 1 ? 0 : 1 + log2_of(number / 2);
+}
+
 template <class T>
 __host__ __device__ constexpr T min_of(T a, T b) {
   return a < b ? a : b;

@@ -101,6 +101,12 @@ FWD_SCORE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("inverse_scale", _FLOAT),
     ("softcap_in", _FLOAT),
     ("softcap_out", _FLOAT),
+    ("local_blocks", _INT32),
+    ("stride", _INT32),
+    ("head_step", _INT32),
+    ("head_shift", _INT32),
+    ("first_dense", _INT32),
+    ("block_log2", _INT32),
     ("reserved", _INT32),
 )
 

@@ -37,6 +37,7 @@ class MaskKind(StrEnum):
     FULL = "full"
     CAUSAL = "causal"
     WINDOW = "window"  #: a bound on either side, and the first keys
+    LOCAL_STRIDE = "local_stride"  #: causal; blocks nearby, and every so many-th before them
 
 
 class Switch(StrEnum):
@@ -132,7 +133,7 @@ class Problem:
         """Whether mask or anything else asks for more than q k^T, scaled."""
         optional = (self.relative_bias, self.alibi, self.softcap, self.sinks)
         return (
-            self.mask is MaskKind.WINDOW
+            self.mask in (MaskKind.WINDOW, MaskKind.LOCAL_STRIDE)
             or self.bias is not BiasKind.NONE
             or Switch.ON in (*optional, self.key_padding, self.dense)
         )

@@ -112,6 +112,33 @@ def test_windows_of_long_sequences(length: int, keep_first: int) -> None:
         assert rel_l2(out.cpu(), truth) < 5e-3
 
 
+@pytest.mark.parametrize("length", [1, 700, 2000])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        jitattn.LocalStride(64, 4, 8),
+        jitattn.LocalStride(64, 2, 3, head_step=2, head_offset=1, num_dense_heads=1),
+        jitattn.LocalStride(128, 1, 5, homo_head=True),
+    ],
+    ids=str,
+)
+def test_patterns_of_long_sequences(pattern: jitattn.LocalStride, length: int) -> None:
+    """Blocks nearby and blocks on the stride, with and without splits."""
+    q = torch.randn(1, length, 8, 64, device="cuda", dtype=BF16)
+    k, v = torch.randn(2, 1, 2000, 4, 64, device="cuda", dtype=BF16)
+    truth = jitattn.reference.reference(q.cpu(), k.cpu(), v.cpu(), mask=pattern)
+    for num_splits in (None, 1, 5):
+        out = jitattn.attention(q, k, v, mask=pattern, num_splits=num_splits)
+        assert rel_l2(out.cpu(), truth) < 5e-3
+
+
+def test_patterns_without_a_kernel_are_refused() -> None:
+    q, k, v = torch.randn(3, 1, 70, 4, 64, device="cuda", dtype=BF16)
+    for pattern in (jitattn.LocalStride(16, 4, 8), jitattn.LocalStride(64, 4, 8, causal=False)):
+        with pytest.raises(jitattn.UnsupportedError, match="in blocks of 64 or 128"):
+            jitattn.attention(q, k, v, mask=pattern)
+
+
 def test_nothing_compiles_when_reaches_and_values_change() -> None:
     q, k, v = torch.randn(3, 1, 300, 4, 64, device="cuda", dtype=BF16)
     jitattn.warmup(q, k, v, mask=jitattn.Window(5, 5), softcap=3.0)

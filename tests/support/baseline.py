@@ -33,11 +33,14 @@ def baseline(
     v = v.flip(1 if layout == "bshd" else 2)
     if layout == "bshd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    heads_q, heads_kv = q.shape[1], k.shape[1]
     if k.shape[1]:
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    attend = attended(mask, q.shape[0], q.shape[2], k.shape[2], device=q.device).flip(3)
+    attend = attended(
+        mask, q.shape[0], heads_q, heads_kv, q.shape[2], k.shape[2], device=q.device
+    ).flip(3)
 
     scores = torch.matmul(q, k.transpose(2, 3)) * scale
     if changes != NO_CHANGES:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from jitattn.masks import Causal, Dense, Full, KeyPadding, Mask, Window
+from jitattn.masks import Causal, Dense, Full, KeyPadding, LocalStride, Mask, Window
 
 from .layouts import LayoutCase, check_layout, layout_cases
 
@@ -19,7 +19,6 @@ KINDS = ((torch.bfloat16, 64), (torch.float16, 20))
 FEATURES = (
     "window",
     "window sinks",
-    "window softcap",
     "full bias",
     "causal bias32",
     "causal alibi",
@@ -29,7 +28,8 @@ FEATURES = (
     "causal dense",
     "causal softcap sinks bias",
     "window dense padding bias32",
-    "causal sinks",
+    "local_stride",
+    "local_stride sinks padding",
 )
 #: (q, kv)
 LAYOUTS = (("batched", "batched"), ("ragged", "ragged"), ("batched", "paged"))
@@ -79,6 +79,16 @@ def feature_cases(draw: st.DrawFn, most_rows: int = 300) -> FeatureCase:
             draw(reach),
             draw(st.sampled_from((None, 0, 0, 0, 3, 70))),
             draw(st.sampled_from((0, 0, 1, 4, 17, 64, 200))),
+            draw(st.booleans()),
+        )
+    elif features.startswith("local_stride"):
+        rule = LocalStride(
+            draw(st.sampled_from((64, 64, 128))),
+            draw(st.integers(1, 3)),
+            draw(st.integers(1, 4)),
+            draw(st.sampled_from((None, 0, 1, 2))),
+            draw(st.integers(0, 3)),
+            draw(st.integers(0, layout.heads_kv)),
             draw(st.booleans()),
         )
     elif features.startswith("causal"):
