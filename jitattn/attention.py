@@ -59,9 +59,10 @@ def attention(
         Same dtype and device. Hq % Hkv == 0; query head h reads kv head h // (Hq // Hkv).
     v : Tensor, [B, Lkv, Hkv, Dv]
         Dv from 1 to 256, equal to D or not.
-    mask : Full, Causal, Window, KeyPadding, Dense, or several with &; default Full()
+    mask : Full, Causal, Window, LocalStride, KeyPadding, Dense, or several with &; default Full()
         Who sees whom. Causal is aligned to the bottom right unless it says otherwise. Blocks of
-        keys that a Causal or a Window hides from a tile of queries are not visited.
+        keys that positions hide from a tile of queries (all but KeyPadding and Dense) are not
+        visited.
     scale : float, default 1 / sqrt(D)
         Any finite number; negative and 0 too.
     layout : "bshd" or "bhsd"

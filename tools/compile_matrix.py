@@ -69,6 +69,7 @@ OPTIONAL: Final = (
 #: Masks, biases and the like: each alone, and two that meet in models.
 FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"mask": MaskKind.WINDOW},
+    {"mask": MaskKind.LOCAL_STRIDE},
     {"mask": MaskKind.WINDOW, "sinks": Switch.ON},
     {"mask": MaskKind.WINDOW, "softcap": Switch.ON},
     {"mask": MaskKind.WINDOW, "kv_layout": SeqLayout.PAGED16},

@@ -33,7 +33,9 @@ from jitattn.jit.spec import KernelSpec
 @click.option("--arch", type=Archs(), default=None, help="80,86,89,90 …")
 @click.option("--dtype", type=Words(choices.problem_fields()["dtype"]), help="fp16,bf16,fp32")
 @click.option("--head-dim", type=Words(), help="64,128, or 192:128 for D:Dv")
-@click.option("--mask", type=Words(choices.problem_fields()["mask"]), help="full,causal")
+@click.option(
+    "--mask", type=Words(choices.problem_fields()["mask"]), help="full,causal,window,local_stride"
+)
 @click.option("--gear", type=int, help="precision against speed, as in jitattn.attention")
 @click.option("--set", "others", multiple=True, metavar="FIELD=VALUE", help="any other field")
 @click.option("--preset", type=Words(), help="model families, or all; see --presets")

@@ -97,7 +97,7 @@ def test_presets_are_listed() -> None:
         (["--arch", "x"], 2, "x"),
         (["--arch", "80", "--dtype", "int8"], 2, "int8"),
         (["--arch", "80", "--head-dim", "257"], 2, "257"),
-        (["--arch", "80", "--mask", "window"], 2, "window"),
+        (["--arch", "80", "--mask", "diagonal"], 2, "diagonal"),
         (["--arch", "80", "--preset", "lama"], 2, "llama"),
         (["--arch", "80", "--gear", "4"], 1, "gear=4"),
         (["--arch", "80", "--set", "colour=red"], 2, "colour"),
