@@ -137,14 +137,15 @@ def problem(dtype: Dtype, head_dim: int, mask: MaskKind = MaskKind.CAUSAL, **oth
     )
 
 
-def matrix(arch: str, *, full: bool = False) -> list[KernelSpec]:
+def matrix(arch: str, *, full: bool = False, short: bool = False) -> list[KernelSpec]:
     """Return the specs of an architecture, each once.
 
     The tuned architectures get every row of the tile table at its largest head dim, the head dims
     of real models, every kernel of the presets, and one for each further class of the spec; `full`
-    takes every multiple of 16 in every dtype and row class.
+    takes every multiple of 16 in every dtype and row class, `short` the last of all these only.
     """
-    specs = _full(arch) if full else _rows(arch) if arch in TUNED else _short(arch)
+    is_short = short or arch not in TUNED
+    specs = _full(arch) if full else _short(arch) if is_short else _rows(arch)
     return list({spec.to_key(): spec for spec in specs}.values())
 
 
@@ -282,9 +283,11 @@ def parse_arches(text: str) -> tuple[str, ...]:
     return tuple(f"sm_{part.strip().removeprefix('sm_')}" for part in text.split(","))
 
 
-def collect(arches: Sequence[str], *, full: bool, jobs: int | None, quiet: bool) -> list[Figures]:
+def collect(
+    arches: Sequence[str], *, full: bool, short: bool, jobs: int | None, quiet: bool
+) -> list[Figures]:
     """Build the matrices of some architectures, in the user's cache or a fresh temporary one."""
-    specs = [spec for arch in arches for spec in matrix(arch, full=full)]
+    specs = [spec for arch in arches for spec in matrix(arch, full=full, short=short)]
     count = 0
 
     def progress(figures: Figures) -> None:
@@ -312,6 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", default=",".join(TUNED + UNTUNED), help="80,90 or sm_80,sm_90")
     parser.add_argument("--full", action="store_true", help="every multiple of 16, dtype and mask")
+    parser.add_argument("--short", action="store_true", help="one for each class of the spec")
     parser.add_argument("-j", "--jobs", type=int, default=None)
     parser.add_argument("--json", action="store_true", help="figures on stdout, nothing else")
     arguments = parser.parse_args(argv)
@@ -320,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = collect(
         parse_arches(arguments.arch),
         full=arguments.full,
+        short=arguments.short,
         jobs=arguments.jobs,
         quiet=arguments.json,
     )

@@ -34,7 +34,9 @@ COVERED: Final = ("cuda_src", "jitattn", "tests/gpu", "tests/support")
 LEFT_OUT: Final = ("cuda_src/notes",)
 #: pytest -k expression for memcheck: the EDGE grid, and the tests whose indices lead anywhere.
 #: (memcheck runs without torch's allocator, and without that nothing is allocated in a capture.)
-_MEMCHECKED: Final = "EDGE or merge or ((sequences or kvcache or features) and not (many or graph or capture))"
+_MEMCHECKED: Final = (
+    "EDGE or merge or ((sequences or kvcache or features) and not (many or graph or capture))"
+)
 PARTS: Final = ("tests", "bench", "sanitize")
 
 #: Every allocation is the driver's own, so that memcheck sees the end of each tensor.

@@ -63,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures = [cm.Figures(**entry) for entry in json.loads(arguments.source.read_text())]
     else:
         arches = cm.parse_arches(arguments.arch)
-        figures = cm.collect(arches, full=arguments.full, jobs=arguments.jobs, quiet=True)
+        figures = cm.collect(
+            arches, full=arguments.full, short=False, jobs=arguments.jobs, quiet=True
+        )
     if arguments.json:
         say(json.dumps([asdict(row) for row in figures], indent=1))
     else:
