@@ -89,7 +89,8 @@ def attention(
         count from the first real token, and the diagonal of `Causal` is that of each sequence.
     bias : Tensor, [B or 1, Hq or 1, Lq or 1, Lkv], dtype of q or fp32, optional
         Added to the scores. With sequences of their own, rows and columns count from the first ones
-        of each, and may be more than there are. -inf hides.
+        of each, and may be more than there are. -inf hides; on a GPU, so does a number that leaves
+        fp32 when divided by the scale, as the smallest of fp32 does.
     relative_bias : Tensor, [Hq or 1, 2 R + 1], fp32, optional
         Added to the scores by distance: entry d + R, where d is key - query (of positions aligned
         to the bottom right), held between -R and R.

@@ -138,13 +138,13 @@ def plan(problem: Problem, runtime: Runtime, device_index: int, num_splits: int 
 def _blocks_seen(problem: Problem, runtime: Runtime, kernel: _FwdKernel) -> int:
     """Key blocks that a query tile visits, where all sequences are alike."""
     num_blocks = -(-runtime.len_kv // kernel.block_kv)
-    if not runtime.score_params:
-        return num_blocks
     if problem.mask is MaskKind.LOCAL_STRIDE:
         local, stride = runtime.score_params[_LOCAL : _LOCAL + 2]
         size = 1 << int(runtime.score_params[_LOCAL + 5])
         per_block = size // kernel.block_kv
         return min(num_blocks, int((local + 3) * per_block + num_blocks // stride))
+    if problem.mask is not MaskKind.WINDOW:
+        return num_blocks
     left, keep_first = runtime.score_params[_LEFT : _LEFT + 2]
     if left <= NO_LEFT:
         return num_blocks

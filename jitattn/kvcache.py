@@ -18,6 +18,7 @@ from jitattn.problem import Call
 from jitattn.rotary import Rotary
 from jitattn.scores import Scores
 from jitattn.sequences import Padded, Paged, Ragged, check_index
+from jitattn.tensors import address_of, strides_of
 
 if TYPE_CHECKING:
     from jitattn.masks import Mask
@@ -258,10 +259,10 @@ def _check_new(q: Tensor, new: Append, num_new: int) -> None:
                 f"{name} is {tensor.dtype} on {tensor.device}, q is {q.dtype} on {q.device}: they "
                 "must be alike; cast or move it with .to()"
             )
-        checks.strides_of(name, tensor)
-        checks.address_of(name, tensor)
-    checks.strides_of("q", q)
-    checks.address_of("q", q)
+        strides_of(name, tensor)
+        address_of(name, tensor)
+    strides_of("q", q)
+    address_of("q", q)
     room = _room(new.kv_seqs, new.k_cache, new.layout)
     if isinstance(new.length, int):
         _check_room(new.length + num_new, room)

@@ -14,6 +14,7 @@ from jitattn.masks import Causal, Full
 from jitattn.problem import Indices, Runtime
 from jitattn.scores import NO_CHANGES, NO_LEFT, Sizes, check
 from jitattn.sequences import Padded, Paged, Ragged
+from jitattn.tensors import address_of, strides_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +76,7 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
     k_strides, v_strides = _strides("k", k, theirs), _strides("v", v, theirs)
     address = 0
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        address |= problem.address_of(name, tensor)
+        address |= address_of(name, tensor)
     units = head_dim | head_dim_v
     for stride in (*q_strides, *k_strides, *v_strides):
         units |= stride
@@ -84,7 +85,7 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
     if call.out is not None:
         shape = (*q.shape[:-1], head_dim_v)
         problem.check_out(call.out, (q, k, v), shape, result_dtype)
-        address |= problem.address_of("out", call.out)
+        address |= address_of("out", call.out)
         for stride in (head_dim_v, *_strides("out", call.out, ours)):
             units |= stride * call.out.element_size()
     aligned = (address | units) & 15 == 0
@@ -233,7 +234,7 @@ def _check_fit(q: Tensor, k: Tensor, v: Tensor, ours: _Side, k_side: _Side, v_si
 
 def _strides(name: str, tensor: Tensor, side: _Side) -> problem.Strides:
     """Strides in elements as (batch or page, row, head); 0 where no index passes."""
-    stride, shape = problem.strides_of(name, tensor), tensor.shape
+    stride, shape = strides_of(name, tensor), tensor.shape
 
     def step(dimension: int | None) -> int:
         return 0 if dimension is None or shape[dimension] <= 1 else stride[dimension]

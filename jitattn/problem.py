@@ -19,6 +19,7 @@ from jitattn.gears import resolve_numerics
 from jitattn.jit.spec import Access, Dtype, MaskKind, Problem, SeqLayout
 from jitattn.masks import Both, Causal, Dense, Full, KeyPadding, LocalStride, Window
 from jitattn.scores import NO_CHANGES, Fields
+from jitattn.tensors import address_of, strides_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -272,37 +273,6 @@ def check_counts(
         )
 
 
-def strides_of(name: str, tensor: Tensor) -> tuple[int, ...]:
-    """Return the strides of a tensor whose last one is 1, or passed by no index."""
-    try:
-        stride = tensor.stride()
-    except RuntimeError as error:  # sparse, nested …
-        raise _no_plain_memory(name, tensor) from error
-    if tensor.layout is not torch.strided:
-        raise _no_plain_memory(name, tensor)
-    if stride[-1] != 1 and tensor.shape[-1] > 1:
-        raise InvalidInputError(
-            f"{name} has strides {tuple(stride)}: the last one must be 1; "
-            f"call {name}.contiguous() first"
-        )
-    return stride
-
-
-def address_of(name: str, tensor: Tensor) -> int:
-    """Return the address of a tensor; 0 for one on the CPU that has none (inside torch.func)."""
-    if tensor.is_neg():
-        raise InvalidInputError(
-            f"{name} is a lazy negation (a view of a conjugate): its memory holds other values; "
-            f"call {name}.resolve_neg() first"
-        )
-    try:
-        return tensor.data_ptr()
-    except RuntimeError as error:
-        if tensor.is_cpu:
-            return 0
-        raise _no_plain_memory(name, tensor) from error
-
-
 def _diagonal(mask: Mask, len_q: int, len_kv: int) -> int:
     """Check the mask, and say where the causal diagonal starts."""
     if type(mask) is Full:
@@ -516,13 +486,6 @@ def _refuse_shapes(q: Tensor, k: Tensor, v: Tensor, row: int, head: int) -> NoRe
                 "check the layout argument"
             )
     raise InternalError(f"shapes were refused without a reason: {shapes(q, k, v)}")
-
-
-def _no_plain_memory(name: str, tensor: Tensor) -> InvalidInputError:
-    return InvalidInputError(
-        f"{name} is a {type(tensor).__name__} of layout {tensor.layout}: it must be a strided "
-        "tensor with memory of its own; call .to_dense() or take it out of the transform"
-    )
 
 
 def shapes(q: Tensor, k: Tensor, v: Tensor) -> str:

@@ -223,11 +223,11 @@ def reference(
     # here, and take its weights and its LSE away again below.
     scores = scores.masked_fill(~sees_any[..., None], 0.0)
     lse = torch.logsumexp(scores, dim=3)
-    total = lse
-    if sinks is not None:
-        total = torch.logaddexp(lse, sinks.to(dtype)[None, :, None])
-    weights = torch.exp(scores - total[..., None]).masked_fill(~sees_any[..., None], 0.0)
-    out = weights @ v  # [B, Hq, Lq, Dv]
+    if sinks is not None:  # one more column, which has no value
+        sink = sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sink), dim=3)
+    weights = torch.softmax(scores, dim=3)[..., : k.shape[2]]
+    out = weights.masked_fill(~sees_any[..., None], 0.0) @ v  # [B, Hq, Lq, Dv]
     if layout == "bshd":
         out = out.transpose(1, 2)
     return (out, lse.masked_fill(~sees_any, float("-inf"))) if return_lse else out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from jitattn.errors import InvalidInputError
-from jitattn.problem import strides_of
+from jitattn.tensors import strides_of
 
 
 class Rotary:

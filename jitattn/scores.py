@@ -15,6 +15,7 @@ from torch import Tensor
 from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.jit.spec import BiasKind, MaskKind, Switch
 from jitattn.masks import Both, Causal, Dense, Full, KeyPadding, LocalStride, Window, parts_of
+from jitattn.tensors import address_of
 
 if TYPE_CHECKING:
     from jitattn.masks import Rule
@@ -165,9 +166,9 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
     )
     params = (
         matrices["bias"][0],
-        _address(relative),
-        _address(slopes),
-        _address(sinks),
+        _address("relative_bias", relative),
+        _address("alibi_slopes", slopes),
+        _address("sinks", sinks),
         padding,
         matrices["Dense(...)"][0],
         *matrices["bias"][1],
@@ -194,8 +195,8 @@ def _switch(value: object) -> Switch:
     return Switch.OFF if value is None else Switch.ON
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _address(name: str, tensor: Tensor | None) -> int:
+    return 0 if tensor is None else address_of(name, tensor)
 
 
 def _pattern(rule: Rule, sizes: Sizes, q: Tensor) -> tuple[int, ...]:
@@ -264,7 +265,7 @@ def _matrix(
             ".contiguous() first"
         )
     steps = [matrix.stride(axis) if shape[axis] > 1 else 0 for axis in range(3)]
-    return matrix.data_ptr(), (steps[0], steps[1], steps[2])
+    return address_of(name, matrix), (steps[0], steps[1], steps[2])
 
 
 def _padding(keep: Tensor, sizes: Sizes) -> tuple[int, int]:
@@ -282,7 +283,7 @@ def _padding(keep: Tensor, sizes: Sizes) -> tuple[int, int]:
             f"KeyPadding(...) has strides {tuple(keep.stride())}: the last one must be 1; call "
             ".contiguous() first"
         )
-    return keep.data_ptr(), keep.stride(0) if shape[0] > 1 else 0
+    return address_of("KeyPadding(...)", keep), keep.stride(0) if shape[0] > 1 else 0
 
 
 def _check_vectors(

@@ -149,9 +149,8 @@ struct FwdEpilogue {
 
   __device__ int head_tile_idx() const { return tile.head_idx / params.heads_per_tile; }
 
-  // All threads. Every CTA reports
-  // that its split is written; the one that finds all the others reported merges them, and sets the
-  // counter back for the next launch.
+  // All threads. Every CTA reports that its split is written; the one that finds all the others
+  // reported merges them, and sets the counter back for the next launch.
   __device__ void merge_splits_if_last() const {
     const int head_tiles = params.heads_q / params.heads_per_tile;
     int32_t* g_arrivals =

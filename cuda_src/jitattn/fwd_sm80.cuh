@@ -23,12 +23,11 @@
 //             kStages == 1: K and V have a buffer each. V_i lands under S_i, K_i+1 under softmax
 //             and O_i, for two barriers a step and half the shared memory.
 //
-// Sequences   Batched, ragged, or keys in pages (sequence.cuh, paged_rows.cuh). Splits of the keys
-// of
-//             one tile are merged, in their order, by the CTA that finishes last (epilogue.cuh).
+// Sequences   Batched, ragged, or keys in pages (sequence.cuh, paged_rows.cuh). Splits of a tile's
+//             keys are merged, in their order, by the CTA that finishes last (epilogue.cuh).
 //
-// Masks       Positions decide which blocks a CTA visits (KvBlockRange): causal, or a window with
-//             the first keys. Scores are changed in score.cuh, hidden in mask.cuh.
+// Masks       Positions decide which blocks a CTA visits (KvBlockRange): causal, a window with the
+//             first keys, local + stride. Scores are changed in score.cuh, hidden in mask.cuh.
 #pragma once
 
 #include "jitattn/debug.cuh"

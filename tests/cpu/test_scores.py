@@ -139,3 +139,53 @@ def test_gradients_of_what_changes_scores() -> None:
     assert torch.autograd.gradcheck(run, (q, k, v, bias), fast_mode=True)
     grads = torch.autograd.grad(run(q, k, v, bias).sum(), list(made.values()))
     assert all(torch.isfinite(grad).all() and grad.any() for grad in grads)
+
+
+def test_scores_too_large_for_a_logarithm_of_their_sum() -> None:
+    """A row of nothing but the smallest number sees all keys alike; rounding must not undo that."""
+    q, k, v = random_qkv(1, 3, 4, 2, 2, 8)
+    bias = torch.zeros(1, 1, 3, 4)
+    bias[0, 0, 1] = torch.finfo(torch.float32).min
+    truth = jitattn.reference.reference(q, k, v, bias=bias)
+    assert torch.allclose(truth[:, 1], v.double().mean(1))
+    assert torch.allclose(jitattn.attention(q, k, v, bias=bias).double(), truth, atol=1e-6)
+
+
+def test_transforms_of_torch_func_reach_a_bias() -> None:
+    """Tensors inside a transform have no address; the CPU path needs none."""
+    q, k, v = random_qkv(1, 3, 4, 2, 2, 8)
+    bias = torch.randn(1, 1, 3, 4)
+
+    def loss(bias: torch.Tensor) -> torch.Tensor:
+        return jitattn.attention(q, k, v, bias=bias).square().sum()
+
+    leaf = bias.clone().requires_grad_()
+    loss(leaf).backward()
+    assert torch.allclose(torch.func.grad(loss)(bias), leaf.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "blocks"),
+    [
+        ({}, 100),
+        ({"mask": Causal()}, 100),
+        ({"sinks": torch.zeros(4)}, 100),  # nothing hides keys: all of them are shared out
+        ({"mask": Causal(), "softcap": 3.0}, 100),
+        ({"bias": torch.zeros(1, 1, 1, 6400)}, 100),
+        ({"mask": Window(None, 0, 4)}, 100),
+        ({"mask": Window(640, 0, 4, full_on_decode=True)}, 100),
+        ({"mask": Window(640, 0)}, 12),
+        ({"mask": Window(640, 0, 65)}, 14),
+        ({"mask": jitattn.LocalStride(64, 4, 10)}, 17),
+    ],
+)
+def test_blocks_that_splits_are_chosen_by(arguments: dict[str, Any], blocks: int) -> None:
+    """A bound on the blocks of 64 keys that one query visits, of 100."""
+    from jitattn import dispatch
+    from jitattn.attention import bind
+    from jitattn.layouts import parse
+
+    tensors, call = bind(*random_qkv(1, 1, 6400, 4, 2, 16), arguments)
+    problem, runtime = parse(tensors["q"], tensors["k"], tensors["v"], call)
+    kernel = dispatch._FwdKernel(None, block_q=16, block_kv=64, num_slots=132)
+    assert dispatch._blocks_seen(problem, runtime, kernel) == blocks
