@@ -22,6 +22,7 @@ from jitattn.cpu_rules import Rules
 from jitattn.errors import InternalError, InvalidInputError
 from jitattn.scores import NO_CHANGES, of_sequence
 from jitattn.sequences import Padded, Paged, Ragged
+from jitattn.vml import settle_vml
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,6 +75,7 @@ def attention_cpu(
     lse : Tensor, [B, Hq, Lq]
         fp32 (fp64 for fp64 inputs); -inf for such rows. Only if `return_lse`.
     """
+    settle_vml()
     compute_dtype = torch.promote_types(q.dtype, torch.float32)
     # [B, H, L, D] from here on; the upcast is O(L).
     q, k, v = (x.transpose(1, 2).to(compute_dtype) for x in (q, k, v))

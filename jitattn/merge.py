@@ -12,6 +12,7 @@ from jitattn.jit import launch
 from jitattn.jit.device import device
 from jitattn.jit.spec import MergeSpec
 from jitattn.problem import DTYPES, MAX_HEAD_DIM, axes
+from jitattn.vml import settle_vml
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -135,6 +136,7 @@ def _merge(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor,
 
 
 def _merge_cpu(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    settle_vml()
     highest = lses.detach().amax(dim=0)
     highest = highest.masked_fill(highest == float("-inf"), 0.0)
     total = torch.zeros_like(highest)

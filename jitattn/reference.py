@@ -14,6 +14,7 @@ import torch
 from jitattn.errors import InvalidInputError
 from jitattn.masks import Both, Causal, Dense, Full, KeyPadding, LocalStride, Window, parts_of
 from jitattn.sequences import Padded, Paged, Ragged
+from jitattn.vml import settle_vml
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -200,6 +201,7 @@ def reference(
     """
     if layout not in ("bshd", "bhsd"):
         raise InvalidInputError(f"layout={layout!r}: the layout is 'bshd' or 'bhsd'")
+    settle_vml()
     changes = Scores(bias, relative_bias, alibi_slopes, softcap, sinks)
     if q_seqs is not None or kv_seqs is not None:
         out, lse = _one_by_one(q, k, v, mask, scale, layout, dtype, q_seqs, kv_seqs, changes)

@@ -7,9 +7,11 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import jitattn
 from jitattn import attention as attention_function
+from jitattn.vml import settle_vml
 
 from ..support.check import check_case
 from ..support.grids import EDGE, Case
@@ -22,6 +24,22 @@ SAMPLE = [case for case in EDGE[::7] if case.variant != "wide_row"]
 @pytest.mark.parametrize("case", SAMPLE, ids=[case.name for case in SAMPLE])
 def test_sample_of_the_edge_grid(case: Case) -> None:
     check_case(case, jitattn.attention)
+
+
+def test_first_vector_functions_run_on_one_element() -> None:
+    first: dict[str, int] = {}
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            if name in ("exp", "log", "tanh"):
+                first.setdefault(name, args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    settle_vml.cache_clear()
+    with Record():
+        jitattn.attention(*random_qkv(1, 64, 64, 2, 1, 16), softcap=2.0)
+    assert first == {"exp": 1, "log": 1, "tanh": 1}
 
 
 def test_docstring_example() -> None:
