@@ -21,7 +21,17 @@ from jitattn.errors import (
     LaunchError,
     UnsupportedError,
 )
-from jitattn.masks import Causal, Dense, Full, KeyPadding, LocalStride, Mask, Window
+from jitattn.masks import (
+    BlockSparse,
+    Causal,
+    Dense,
+    Full,
+    KeyPadding,
+    LocalStride,
+    Mask,
+    PerHead,
+    Window,
+)
 
 if TYPE_CHECKING:
     from jitattn import reference
@@ -36,6 +46,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "BlockSparse",
     "CacheError",
     "CacheMissError",
     "Causal",
@@ -51,6 +62,7 @@ __all__ = [
     "Mask",
     "Padded",
     "Paged",
+    "PerHead",
     "Ragged",
     "Rotary",
     "UnsupportedError",

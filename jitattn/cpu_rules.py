@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from jitattn.masks import Causal, LocalStride, Window, parts_of
+from jitattn.masks import BlockSparse, Causal, LocalStride, PerHead, Window, parts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,9 +28,10 @@ class Rules(NamedTuple):
     offset: int  #: position of query 0 among the keys
     key_padding: Tensor | None  #: [B, Lkv]
     dense: Tensor | None  #: [B or 1, Hq or 1, Lq or 1, Lkv]
-    pattern: LocalStride | None
+    pattern: LocalStride | BlockSparse | None
     heads: tuple[int, int]  #: of q, and of k and v
     scores: Scores
+    per_head: tuple[Rules, ...] = ()  #: of each query head, in place of the rule of all
 
     @classmethod
     def of(
@@ -45,6 +46,10 @@ class Rules(NamedTuple):
             right = 1 + (offset if rule.align == "bottom_right" else 0)
         elif isinstance(rule, LocalStride):
             right = offset + 1 if rule.causal else None
+        elif isinstance(rule, BlockSparse):
+            if rule.first_row is not None:
+                offset = rule.first_row
+            right = offset + 1 if rule.causal else None
         elif isinstance(rule, Window):
             right = None if rule.right is None else offset + rule.right + 1
             if rule.left is not None and not (rule.full_on_decode and len_q == 1):
@@ -56,13 +61,26 @@ class Rules(NamedTuple):
             offset,
             None if parts.key_padding is None else parts.key_padding.keep,
             None if parts.dense is None else parts.dense.keep,
-            rule if isinstance(rule, LocalStride) else None,
+            rule if isinstance(rule, LocalStride | BlockSparse) else None,
             heads,
             scores,
+            cls._of_heads(rule, scores, len_q, len_kv, heads) if isinstance(rule, PerHead) else (),
         )
+
+    @classmethod
+    def _of_heads(
+        cls, rule: PerHead, scores: Scores, len_q: int, len_kv: int, heads: tuple[int, int]
+    ) -> tuple[Rules, ...]:
+        made = {part: cls.of(part, scores, len_q, len_kv, heads) for part in rule.rules}
+        repeats = heads[0] // max(1, len(rule.rules))
+        return tuple(made[part] for part in rule.rules for _ in range(repeats))
 
     def key_ranges(self, first_q: int, rows: int, len_kv: int) -> list[tuple[int, int]]:
         """Return which keys any of the queries first_q … first_q + rows - 1 may see."""
+        if self.per_head:
+            ranges = [r for one in self.per_head for r in one.key_ranges(first_q, rows, len_kv)]
+            ranges = [(start, stop) for start, stop in ranges if start < stop]
+            return [(min(ranges)[0], max(stop for _, stop in ranges))] if ranges else []
         stop = len_kv
         if self.right is not None:
             stop = max(0, min(len_kv, first_q + rows - 1 + self.right))
@@ -79,6 +97,8 @@ class Rules(NamedTuple):
         query_idx = torch.arange(first_q, first_q + rows, device=device)[:, None]
         key_idx = torch.arange(first_k, last_k, device=device)[None, :]
         found: list[Tensor] = []
+        if self.per_head:
+            found.append(self._hidden_by_head(first_q, rows, first_k, last_k, device))
         if self.right is not None and last_k > first_q + self.right:
             found.append(key_idx >= query_idx + self.right)
         if self.left is not None and first_k < first_q + rows - 1 + self.left:
@@ -93,6 +113,20 @@ class Rules(NamedTuple):
         for part in found:
             hidden = part if hidden is None else hidden | part
         return hidden
+
+    def _hidden_by_head(
+        self, first_q: int, rows: int, first_k: int, last_k: int, device: torch.device
+    ) -> Tensor:
+        nothing = torch.zeros(1, rows, last_k - first_k, dtype=torch.bool, device=device)
+        made: dict[int, Tensor] = {}
+        parts = []
+        for head, one in enumerate(self.per_head):
+            if id(one) not in made:
+                hidden = one.hidden(first_q, rows, first_k, last_k, device)
+                made[id(one)] = nothing if hidden is None else _three(hidden)
+            part = made[id(one)]
+            parts.append(part[head] if len(part) > 1 else part[0])
+        return torch.stack(parts) if parts else nothing
 
     @property
     def changes_scores(self) -> bool:
@@ -123,20 +157,42 @@ class Rules(NamedTuple):
         return scores
 
 
-def _blocks(rule: LocalStride, heads: tuple[int, int], position: Tensor, key_idx: Tensor) -> Tensor:
-    """Return which blocks a local + stride pattern lets through, [Hq or 1, rows, keys]."""
+def _blocks(
+    rule: LocalStride | BlockSparse, heads: tuple[int, int], position: Tensor, key_idx: Tensor
+) -> Tensor:
+    """Return which keys a pattern lets through, [Hq or 1, rows, keys]."""
+    if isinstance(rule, BlockSparse):
+        return _listed(rule, heads, position, key_idx)
     size, stride = rule.block_size, rule.vert_stride
     apart = torch.div(position, size, rounding_mode="floor") - key_idx // size
     if not rule.causal:
         left, right = rule.local
         outside = (apart - left + 1).clamp(min=0) + (1 - apart - right).clamp(min=0)
-        return (outside % stride == 0)[None]
+        return ((outside % stride == 0) & (position >= 0))[None]
     heads_q, heads_kv = heads
     kv_head = torch.arange(heads_q, device=key_idx.device)[:, None, None]
     kv_head = kv_head // max(1, heads_q // max(1, heads_kv))
     shift = kv_head * rule.step(max(1, heads_q)) + rule.head_offset
     on_stride = (key_idx // size + shift) % stride == 0
     return (apart < rule.local[0]) | on_stride | (kv_head >= heads_kv - rule.num_dense_heads)
+
+
+def _three(hidden: Tensor) -> Tensor:
+    """Return [rows, keys] or [heads, rows, keys] as the latter."""
+    return hidden if hidden.dim() == 3 else hidden[None]
+
+
+def _listed(rule: BlockSparse, heads: tuple[int, int], position: Tensor, key_idx: Tensor) -> Tensor:
+    """Return which blocks a pattern lets through, [Hq or 1, rows, keys]."""
+    blocks = rule.blocks
+    rows, columns = blocks.shape[1:]
+    row = torch.div(position, rule.block_size, rounding_mode="floor")
+    column = key_idx // rule.block_size
+    inside = (row >= 0) & (row < rows) & (column < columns)
+    if not rows * columns:
+        return inside[None]
+    seen = blocks[:, row.clamp(0, rows - 1), column.clamp(max=columns - 1)] & inside
+    return seen if len(blocks) == 1 else seen.repeat_interleave(heads[0] // len(blocks), dim=0)
 
 
 def _rows(matrix: Tensor, first_q: int, rows: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from jitattn import workspace
+from jitattn import lists, workspace
 from jitattn.cpu import run_cpu
 from jitattn.errors import LaunchError, UnsupportedError
 from jitattn.jit import launch
@@ -91,8 +91,7 @@ def plan(problem: Problem, runtime: Runtime, device_index: int, num_splits: int 
     UnsupportedError
         The call needs more CTAs than a grid has.
     """
-    group = runtime.heads_q // runtime.heads_kv
-    packed = heads_per_tile(runtime.len_q, group)
+    packed = _packed(runtime)
     num_rows = runtime.len_q * packed
     rows = RowClass.MANY
     if num_rows <= RowClass.ROWS64:
@@ -100,6 +99,9 @@ def plan(problem: Problem, runtime: Runtime, device_index: int, num_splits: int 
     kernel = _fwd_kernels.get((problem, rows, device_index))
     if kernel is None:
         kernel = _fwd_kernels[problem, rows, device_index] = _load(problem, rows, device_index)
+    if runtime.listed is not None:
+        # Tiles begin where lists do: at most so many rows of the first one do not exist.
+        num_rows += (tile_positions(kernel.block_q, packed) - 1) * packed
     num_q_tiles = -(-num_rows // kernel.block_q)
     head_tiles = runtime.heads_q // packed
     num_tiles = num_q_tiles * runtime.batch
@@ -133,6 +135,22 @@ def plan(problem: Problem, runtime: Runtime, device_index: int, num_splits: int 
         num_ctas,
         kernel.block_q,
     )
+
+
+def _packed(runtime: Runtime) -> int:
+    """Return how many query heads share a tile."""
+    group = runtime.heads_q // runtime.heads_kv
+    packed = heads_per_tile(runtime.len_q, group)
+    if runtime.listed is None or packed == 1:
+        return packed
+    # A tile is of one list, and of a power of two of positions.
+    agree = lists.heads_agree(runtime.listed, runtime.heads_q, runtime.heads_kv)
+    return packed if agree and packed & (packed - 1) == 0 else 1
+
+
+def tile_positions(block_q: int, packed: int) -> int:
+    """Return how many query positions a tile has whose heads are packed."""
+    return max(1, block_q // packed)
 
 
 def _blocks_seen(problem: Problem, runtime: Runtime, kernel: _FwdKernel) -> int:
@@ -288,6 +306,7 @@ def _launch(
         *divisor(packed),
         (abs(runtime.scale) or _TINY_SCALE) * _LOG2_E,
         *_tail(runtime),
+        *_lists(runtime, q, block_q, packed),
     )
 
 
@@ -297,6 +316,18 @@ def _tail(runtime: Runtime) -> tuple[float, ...]:
     if indices is None:
         return (*_NO_SEQUENCES, *scores) if scores else ()
     return (*indices.addresses, indices.bottom_right, *indices.counts, *scores)
+
+
+def _lists(runtime: Runtime, q: Tensor, block_q: int, packed: int) -> tuple[int, ...]:
+    """Return the fields of `FwdListParams`."""
+    rule = runtime.listed
+    if rule is None:
+        return ()
+    positions = tile_positions(block_q, packed)
+    first_row = runtime.diagonal
+    longest = max(runtime.len_kv, first_row + runtime.len_q)
+    heads = (runtime.heads_q, runtime.heads_kv)
+    return (*lists.lists_of(rule, heads, longest, positions, q.device).params, positions - 1, 0)
 
 
 def specs_of_problem(problem: Problem, arch: str) -> list[KernelSpec]:

@@ -9,8 +9,8 @@ import torch
 from jitattn import problem
 from jitattn.errors import InvalidInputError
 from jitattn.jit.params import FWD_SCORE_FIELDS, divisor
-from jitattn.jit.spec import SeqLayout
-from jitattn.masks import Causal, Full
+from jitattn.jit.spec import MaskKind, SeqLayout
+from jitattn.masks import Causal, Full, parts_of
 from jitattn.problem import Indices, Runtime
 from jitattn.scores import NO_CHANGES, NO_LEFT, Sizes, check
 from jitattn.sequences import Padded, Paged, Ragged
@@ -93,7 +93,8 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
     facts = (q.dtype, result_dtype, head_dim, head_dim_v, call.gear, aligned, scores.fields.mask)
     found = problem.problem_of((*facts, *layouts, *scores.fields[1:]))
     diagonal, params = scores.diagonal, scores.params
-    if is_uniform:
+    is_listed = found.mask is MaskKind.BLOCK_LISTS
+    if found.is_uniform:
         corner = theirs.longest - ours.longest if scores.bottom_right else 0
         diagonal += corner
         params = _of_uniform(params, corner, ours.longest)
@@ -108,8 +109,9 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
         v_strides,
         scale,
         diagonal,
-        None if is_uniform else _indices(call, ours, theirs, scores.bottom_right),
+        None if found.is_uniform else _indices(call, ours, theirs, scores.bottom_right),
         params if found.has_scores else (),
+        parts_of(call.mask).rule if is_listed else None,
     )
 
 

@@ -1,8 +1,8 @@
 """Mask values: who may see whom. Frozen; this module imports no torch.
 
 True means attend. `a & b` is what both let through: at most one of the rules that positions decide
-(`Full`, `Causal`, `Window`, `LocalStride`), at most one `KeyPadding` and at most one `Dense`. (A
-`Causal` and a `Window` are one window.)
+(`Full`, `Causal`, `Window`, `LocalStride`, `BlockSparse`, `PerHead`), at most one `KeyPadding` and
+at most one `Dense`. (A `Causal` and a `Window` are one window, and a `BlockSparse` may be causal.)
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 from jitattn.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 Align: TypeAlias = Literal["bottom_right", "top_left"]
@@ -115,7 +117,8 @@ class LocalStride(_Mask):
     Parameters
     ----------
     block_size : 8, 16, 32, 64 or 128
-        Queries and keys of a block. On a GPU: 64 or 128.
+        Queries and keys of a block. On a GPU, causal patterns in blocks of 64 and 128 are computed
+        where they are needed; others become lists of blocks, made by the first call.
     local_blocks : int, or (int, int) if not causal
         Blocks around a query's own that it sees, its own among them; to the left and to the right.
     vert_stride : int
@@ -128,7 +131,7 @@ class LocalStride(_Mask):
     homo_head : bool
         All heads alike: a head_step of 0.
     causal : bool
-        False on the CPU path only.
+        Not causal, a query before the first key (where Lq > Lkv) sees nothing either.
     """
 
     block_size: int
@@ -178,6 +181,85 @@ class LocalStride(_Mask):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class BlockSparse(_Mask):
+    """Any pattern of blocks.
+
+    The query at position p = query + Lkv - Lq among the keys sees key j if
+    ``pattern[head, p // block_size, j // block_size]``. What lies outside the pattern is not seen.
+
+    Parameters
+    ----------
+    pattern : Tensor, [rows, columns] or [heads, rows, columns], bool
+        True = attend; one for all heads, one for each kv head or for each query head. It may be
+        rectangular. Lists for the GPU are made from it by the first call, and again when it has
+        been written to.
+    block_size : 8, 16, 32, 64 or 128
+        Queries and keys of a block.
+    causal : bool
+        Let no query see beyond its own position, within blocks too. As ``& Causal()``.
+    first_row : int, optional
+        Position of query 0 in each sequence, in place of Lkv - Lq: for a part of the queries, as in
+        sequence partition.
+    """
+
+    pattern: Tensor
+    block_size: int
+    causal: bool = False
+    first_row: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no pattern."""
+        if self.block_size not in _BLOCK_SIZES or type(self.block_size) is not int:
+            raise InvalidInputError(
+                f"BlockSparse(block_size={self.block_size!r}): it must be one of {_BLOCK_SIZES}"
+            )
+        shape, dtype = getattr(self.pattern, "shape", None), getattr(self.pattern, "dtype", None)
+        if shape is None or len(shape) not in (2, 3) or str(dtype) != "torch.bool":
+            raise InvalidInputError(
+                f"BlockSparse(pattern) is {dtype} {shape and list(shape)}: it must be a torch.bool "
+                "tensor [rows, columns] or [heads, rows, columns]"
+            )
+        first = self.first_row
+        if first is not None and (type(first) is not int or not 0 <= first < _MAX_REACH):
+            raise InvalidInputError(
+                f"BlockSparse(first_row={first!r}): it must be an int from 0, or None for Lkv - Lq"
+            )
+
+    @property
+    def blocks(self) -> Tensor:
+        """The pattern as [heads, rows, columns]."""
+        return self.pattern if self.pattern.dim() == 3 else self.pattern[None]
+
+
+@dataclass(frozen=True, slots=True)
+class PerHead(_Mask):
+    """A rule for each head, side by side in one launch.
+
+    Parameters
+    ----------
+    rules : sequence of Full, Causal, Window, LocalStride or BlockSparse
+        For each query head, or for each kv head.
+    """
+
+    rules: tuple[HeadRule, ...]
+
+    def __init__(self, rules: Sequence[HeadRule]) -> None:
+        """Refuse what is no rule of one head."""
+        object.__setattr__(self, "rules", tuple(rules))
+        for rule in self.rules:
+            if not isinstance(rule, Full | Causal | Window | LocalStride | BlockSparse):
+                raise InvalidInputError(
+                    f"PerHead([... {rule!r} ...]): each must be a Full, Causal, Window, "
+                    "LocalStride or BlockSparse; intersect tensors with the whole of it"
+                )
+            if rule == Causal("top_left") or getattr(rule, "first_row", None) is not None:
+                raise InvalidInputError(
+                    f"PerHead([... {rule!r} ...]): positions count from the end, as in Causal() "
+                    "and with first_row=None"
+                )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class KeyPadding(_Mask):
     """Keys that no query of their sequence sees.
 
@@ -213,8 +295,14 @@ class Both(_Mask):
     dense: Dense | None = None
 
 
-Rule: TypeAlias = Full | Causal | Window | LocalStride
-Mask: TypeAlias = Full | Causal | Window | LocalStride | KeyPadding | Dense | Both
+HeadRule: TypeAlias = Full | Causal | Window | LocalStride | BlockSparse
+Rule: TypeAlias = HeadRule | PerHead
+Mask: TypeAlias = Rule | KeyPadding | Dense | Both
+
+
+def is_mask(value: object) -> bool:
+    """Return whether this is one of the masks."""
+    return isinstance(value, _Mask)
 
 
 def parts_of(mask: _Mask) -> Both:
@@ -225,7 +313,7 @@ def parts_of(mask: _Mask) -> Both:
         return Both(key_padding=mask)
     if isinstance(mask, Dense):
         return Both(dense=mask)
-    if isinstance(mask, Full | Causal | Window | LocalStride):
+    if isinstance(mask, Full | Causal | Window | LocalStride | BlockSparse | PerHead):
         return Both(mask)
     raise InvalidInputError(f"mask={mask!r}: it is none of jitattn's masks")
 
@@ -257,6 +345,8 @@ def _one_rule(one: Rule, other: Rule) -> Rule:
     for window, causal in ((one, other), (other, one)):
         if isinstance(window, Window) and causal == Causal():
             return replace(window, right=0)
+        if isinstance(window, BlockSparse) and causal == Causal() and window.first_row is None:
+            return replace(window, causal=True)
     raise InvalidInputError(
         f"{one} & {other}: at most one rule of positions takes part in a mask; use a Dense mask, "
         "or say it as one Window"

@@ -17,14 +17,14 @@ import torch
 from jitattn.errors import InternalError, InvalidInputError, UnsupportedError
 from jitattn.gears import resolve_numerics
 from jitattn.jit.spec import Access, Dtype, MaskKind, Problem, SeqLayout
-from jitattn.masks import Both, Causal, Dense, Full, KeyPadding, LocalStride, Window
+from jitattn.masks import Causal, Full, is_mask
 from jitattn.scores import NO_CHANGES, Fields
 from jitattn.tensors import address_of, strides_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jitattn.masks import Mask
+    from jitattn.masks import Mask, Rule
     from jitattn.scores import Scores
     from jitattn.sequences import KvSequences, QSequences
 
@@ -98,6 +98,7 @@ class Runtime(NamedTuple):
     diagonal: int  #: causal, window: query i sees the keys <= i + diagonal; 0 for Full
     indices: Indices | None = None  #: None: every sequence fills its row of the batch
     score_params: tuple[float, ...] = ()  #: fields of `FwdScoreParams`; empty: nothing but a scale
+    listed: Rule | None = None  #: what lists of blocks are made of
 
 
 def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime]:
@@ -284,7 +285,7 @@ def _diagonal(mask: Mask, len_q: int, len_kv: int) -> int:
 
 def check_mask(mask: Mask) -> None:
     """Refuse what is no mask."""
-    if not isinstance(mask, Full | Causal | Window | LocalStride | KeyPadding | Dense | Both):
+    if not is_mask(mask):
         raise _no_mask(mask)
 
 

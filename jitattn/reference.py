@@ -12,14 +12,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from jitattn.errors import InvalidInputError
-from jitattn.masks import Both, Causal, Dense, Full, KeyPadding, LocalStride, Window, parts_of
+from jitattn.masks import (
+    BlockSparse,
+    Both,
+    Causal,
+    Dense,
+    Full,
+    KeyPadding,
+    LocalStride,
+    PerHead,
+    Window,
+    parts_of,
+)
 from jitattn.sequences import Padded, Paged, Ragged
 from jitattn.vml import settle_vml
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jitattn.masks import Mask
+    from jitattn.masks import Mask, Rule
     from jitattn.rotary import Rotary
     from jitattn.sequences import KvSequences, QSequences
 
@@ -72,8 +83,55 @@ def pattern(
         else:
             left, right = mask.local
             distance = (i - j - left + 1).clamp(min=0) + (j - i - right + 1).clamp(min=0)
-            heads.append(distance % mask.vert_stride == 0)
+            heads.append((distance % mask.vert_stride == 0) & (position >= 0))
     return torch.stack(heads) if heads else torch.ones(0, len_q, len_kv, dtype=torch.bool)
+
+
+def block_pattern(
+    mask: BlockSparse,
+    heads_q: int,
+    len_q: int,
+    len_kv: int,
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Return what a pattern of blocks lets through, [Hq, Lq, Lkv]; True = attend."""
+    first = len_kv - len_q if mask.first_row is None else mask.first_row
+    blocks = mask.pattern.to(device)
+    blocks = blocks.expand(1, *blocks.shape) if blocks.dim() == 2 else blocks
+    elements = blocks.repeat_interleave(mask.block_size, 1).repeat_interleave(mask.block_size, 2)
+    attend = torch.zeros(len(blocks), len_q, len_kv, dtype=torch.bool, device=device)
+    for query in range(len_q):
+        position = first + query
+        if 0 <= position < elements.shape[1]:
+            row = elements[:, position, :len_kv]
+            if mask.causal:
+                row = row[:, : position + 1]
+            attend[:, query, : row.shape[1]] = row
+    return attend.repeat_interleave(heads_q // len(blocks), 0)
+
+
+def _rule(
+    rule: Rule,
+    heads_q: int,
+    heads_kv: int,
+    len_q: int,
+    len_kv: int,
+    device: torch.device | str | None,
+) -> Tensor:
+    """Return what a rule of positions lets through, [Hq or 1, Lq, Lkv]."""
+    if isinstance(rule, LocalStride):
+        return pattern(rule, heads_q, heads_kv, len_q, len_kv, device=device)
+    if isinstance(rule, BlockSparse):
+        return block_pattern(rule, heads_q, len_q, len_kv, device=device)
+    if isinstance(rule, PerHead):
+        rows = []
+        for head in range(heads_q):
+            part = rule.rules[head * len(rule.rules) // heads_q]
+            seen = _rule(part, heads_q, heads_kv, len_q, len_kv, device)
+            rows.append(seen[head if len(seen) > 1 else 0])
+        return torch.stack(rows) if rows else torch.ones(0, len_q, len_kv, dtype=torch.bool)
+    return visible(rule, len_q, len_kv, device=device)[None]
 
 
 def attended(
@@ -88,12 +146,8 @@ def attended(
 ) -> Tensor:
     """Return the whole mask, broadcastable to [B, Hq, Lq, Lkv]; True = attend."""
     parts = parts_of(mask)
-    if isinstance(parts.rule, LocalStride):
-        attend = pattern(parts.rule, heads_q, heads_kv, len_q, len_kv, device=device)
-        attend = attend.expand(batch, heads_q, len_q, len_kv)
-    else:
-        attend = visible(parts.rule, len_q, len_kv, device=device)
-        attend = attend.expand(batch, 1, len_q, len_kv)
+    attend = _rule(parts.rule, heads_q, heads_kv, len_q, len_kv, device)
+    attend = attend.expand(batch, *attend.shape)
     if parts.key_padding is not None:
         attend = attend & parts.key_padding.keep[:, None, None, :len_kv].to(device)
     if parts.dense is not None:

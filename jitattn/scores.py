@@ -12,9 +12,19 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from jitattn.errors import InvalidInputError, UnsupportedError
+from jitattn.errors import InvalidInputError
 from jitattn.jit.spec import BiasKind, MaskKind, Switch
-from jitattn.masks import Both, Causal, Dense, Full, KeyPadding, LocalStride, Window, parts_of
+from jitattn.masks import (
+    BlockSparse,
+    Both,
+    Causal,
+    Dense,
+    Full,
+    KeyPadding,
+    LocalStride,
+    PerHead,
+    parts_of,
+)
 from jitattn.tensors import address_of
 
 if TYPE_CHECKING:
@@ -25,9 +35,9 @@ if TYPE_CHECKING:
 NO_LEFT: Final = -(2**30)
 #: Windows count positions in both directions.
 _MAX_WINDOW_LENGTH: Final = 2**30
-
-
-#: Block sizes of patterns that kernels know: whole kernel blocks.
+#: Lists count groups of keys, and their windows positions in both directions.
+_MAX_LISTED_LENGTH: Final = 2**28
+#: Block sizes of local + stride patterns that need no lists: whole kernel blocks.
 _KERNEL_BLOCKS: Final = (64, 128)
 
 
@@ -88,12 +98,16 @@ def tensors_of(call: Call) -> dict[str, Tensor]:
         "KeyPadding(...)": None if parts.key_padding is None else parts.key_padding.keep,
         "Dense(...)": None if parts.dense is None else parts.dense.keep,
     }
+    rules = parts.rule.rules if isinstance(parts.rule, PerHead) else (parts.rule,)
+    for rule in rules:
+        if isinstance(rule, BlockSparse):
+            found["BlockSparse(...)"] = rule.pattern
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def of_sequence(call: Call, idx: int) -> Call:
     """Return the arguments of one sequence of the batch."""
-    if type(call.mask) in (Full, Causal, Window, LocalStride) and call.scores == NO_CHANGES:
+    if not isinstance(call.mask, KeyPadding | Dense | Both) and call.scores == NO_CHANGES:
         return call
     parts = parts_of(call.mask)
     padding, dense = parts.key_padding, parts.dense
@@ -185,7 +199,7 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         1.0 / magnitude,
         0.0 if softcap is None else 2 * math.log2(math.e) * magnitude / softcap,
         0.0 if softcap is None else softcap / magnitude,
-        *_pattern(parts.rule, sizes, q),
+        *_pattern(parts.rule, sizes),
         0,
     )
     return Checked(fields, bottom_right, diagonal, params)
@@ -199,19 +213,27 @@ def _address(name: str, tensor: Tensor | None) -> int:
     return 0 if tensor is None else address_of(name, tensor)
 
 
-def _pattern(rule: Rule, sizes: Sizes, q: Tensor) -> tuple[int, ...]:
+def _pattern(rule: Rule, sizes: Sizes) -> tuple[int, ...]:
     """local_blocks, stride, head_step, head_shift, first_dense, block_log2."""
+    if isinstance(rule, PerHead):
+        if len(rule.rules) not in (sizes.heads, sizes.heads_kv):
+            raise InvalidInputError(
+                f"PerHead([...]) has {len(rule.rules)} rules: there must be one for each of the "
+                f"{sizes.heads} query heads, or of the {sizes.heads_kv} kv heads"
+            )
+        for part in rule.rules:
+            _pattern(part, sizes)
+    if isinstance(rule, BlockSparse) and len(rule.blocks) not in (1, sizes.heads, sizes.heads_kv):
+        raise InvalidInputError(
+            f"BlockSparse(pattern) is for {len(rule.blocks)} heads: it must be for 1, for the "
+            f"{sizes.heads} query heads, or for the {sizes.heads_kv} kv heads"
+        )
     if not isinstance(rule, LocalStride):
         return (0, 1, 0, 0, 0, 0)
     if rule.num_dense_heads > sizes.heads_kv:
         raise InvalidInputError(
             f"LocalStride(num_dense_heads={rule.num_dense_heads}): there are only "
             f"{sizes.heads_kv} kv heads"
-        )
-    if q.is_cuda and (rule.block_size not in _KERNEL_BLOCKS or not rule.causal):
-        raise UnsupportedError(
-            f"{rule}: on a GPU a local + stride pattern is causal, in blocks of "
-            f"{' or '.join(map(str, _KERNEL_BLOCKS))}; use a Dense mask, or CPU tensors"
         )
     return (
         rule.local[0],
@@ -229,8 +251,17 @@ def _rule(rule: Rule, sizes: Sizes) -> tuple[MaskKind, bool, int, int, int, bool
         return MaskKind.FULL, False, 0, 0, 0, False
     if isinstance(rule, Causal):
         return MaskKind.CAUSAL, rule.align == "bottom_right", 0, 0, 0, False
-    if isinstance(rule, LocalStride):
+    if isinstance(rule, LocalStride) and rule.causal and rule.block_size in _KERNEL_BLOCKS:
         return MaskKind.LOCAL_STRIDE, True, 0, 0, 0, False
+    if isinstance(rule, LocalStride | BlockSparse | PerHead):
+        first_row = rule.first_row if isinstance(rule, BlockSparse) else None
+        longest = max(sizes.len_kv, sizes.len_q + (first_row or 0))
+        if longest > _MAX_LISTED_LENGTH:
+            raise InvalidInputError(
+                f"{type(rule).__name__}(...): positions up to {longest}: lists of blocks take at "
+                f"most {_MAX_LISTED_LENGTH}"
+            )
+        return MaskKind.BLOCK_LISTS, first_row is None, first_row or 0, 0, 0, False
     if max(sizes.len_q, sizes.len_kv) > _MAX_WINDOW_LENGTH:
         raise InvalidInputError(
             f"Window(...): lengths of {sizes.len_q} and {sizes.len_kv}: a window takes at most "

@@ -150,9 +150,9 @@ def _rows16(problem: Problem, limit: int) -> list[tuple[int, Tile]]:
         ]
         return [*deep, (limit, _tile(16, 32, 1, 2, 1))]
     # Paged keys: a third stage hides the look-ups (491 us against 503 at 64 x 8k, pages of 16).
-    stages = 3 if problem.kv_layout.page_group else 2
+    stages = 3 if problem.gather_group else 2
     wide = [(limit, _tile(16, 128, 1, 4, stages))] if limit > _SMALLEST_LARGE_SMEM else []
-    if problem.mask is MaskKind.LOCAL_STRIDE:
+    if problem.mask in (MaskKind.LOCAL_STRIDE, MaskKind.BLOCK_LISTS):
         wide = []  # a kernel block lies in a block of the pattern, of 64 keys or more
     return [
         *wide,

@@ -6,7 +6,7 @@ namespace jitattn {
 enum class Dtype { kFp16, kBf16, kFp32 };
 
 // Which rule decides what a query sees; its numbers are runtime parameters.
-enum class MaskKind { kFull, kCausal, kWindow, kLocalStride };
+enum class MaskKind { kFull, kCausal, kWindow, kLocalStride, kBlockLists };
 
 // Whether an optional input is there.
 enum class Switch { kOff, kOn };

@@ -222,6 +222,7 @@ struct FwdEpilogue {
 #pragma unroll
       for (int j = 0; j < kMergeItems; ++j) {
         if (first + j * Traits::kNumThreads + threadIdx.x >= num_rows * kChunks) continue;
+        if (kHasLists<Spec> && !place_of_row(row[j]).exists) continue;
         const float inverse = __int_as_float(ptx::ld_shared_b32(s_addr + row[j] * 8 + 4));
 #pragma unroll
         for (int i = 0; i < kMergeColumns; ++i) sum[j][i] *= inverse;
@@ -253,7 +254,7 @@ struct FwdEpilogue {
     const float sink = sink_weight<Spec>(params, place_of_row(row).head, -highest * kLog2e);
     const float inverse = total == 0.f ? 0.f : 1.f / (total + sink);
     ptx::st_shared_b32(s_addr + row * 8 + 4, __float_as_int(inverse));
-    if (params.lse != nullptr) {
+    if (params.lse != nullptr && (!kHasLists<Spec> || place_of_row(row).exists)) {
       params.lse[lse_index(place_of_row(row))] =
           total == 0.f ? -infinity() : highest + ptx::log2_approx(total) * kLn2;
     }
@@ -352,7 +353,7 @@ struct FwdEpilogue {
     const int row = tile.q_tile_idx * Spec::kBlockQ + row_in_tile;
     const int position = rows.position(row);
     return {sequence.q_start + position, tile.head_idx + rows.head(row, position),
-            row < rows.num_rows};
+            row < rows.num_rows && (!kHasLists<Spec> || position >= sequence.first_position)};
   }
 
   __device__ int64_t lse_index(const Place& place) const {

@@ -23,18 +23,21 @@
 //             kStages == 1: K and V have a buffer each. V_i lands under S_i, K_i+1 under softmax
 //             and O_i, for two barriers a step and half the shared memory.
 //
-// Sequences   Batched, ragged, or keys in pages (sequence.cuh, paged_rows.cuh). Splits of a tile's
+// Sequences   Batched, ragged, or keys in pages (sequence.cuh, gathered_rows.cuh). Splits of a
+// tile's
 //             keys are merged, in their order, by the CTA that finishes last (epilogue.cuh).
 //
 // Masks       Positions decide which blocks a CTA visits (KvBlockRange): causal, a window with the
-//             first keys, local + stride. Scores are changed in score.cuh, hidden in mask.cuh.
+//             first keys, local + stride; or lists in memory do (key_lists.cuh). Scores are changed
+//             in score.cuh, hidden in mask.cuh.
 #pragma once
 
 #include "jitattn/debug.cuh"
 #include "jitattn/enums.cuh"
 #include "jitattn/epilogue.cuh"
+#include "jitattn/gathered_rows.cuh"
+#include "jitattn/key_lists.cuh"
 #include "jitattn/mask.cuh"
-#include "jitattn/paged_rows.cuh"
 #include "jitattn/params.cuh"
 #include "jitattn/ptx/cp_async.cuh"
 #include "jitattn/ptx/shared.cuh"
@@ -125,36 +128,42 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   const char* g_k_next = copy_k.share(g_k + block_at(ordinal) * k_block_bytes);
   const char* g_v_next = copy_v.share(g_v + block_at(ordinal) * v_block_bytes);
   auto len_kv = [&] { return kIsUniform<Spec> ? params.len_kv : sequence.len_kv; };
-  const PagedRows<Spec> pages(params, sequence, tile.batch_idx, s_q_addr + Traits::kOffsetPages);
-  if constexpr (Traits::kIsPaged) {
-    g_k = pages.lane_k(copy_k.lane(g_k), copy_k.row);
-    g_v = pages.lane_v(copy_v.lane(g_v), copy_v.row);
+  // Keys from the first one of a block to the end.
+  auto keys_left = [&](int ordinal) {
+    return (kHasLists<Spec> ? range.num_keys : len_kv()) - block_at(ordinal) * kBlockKv;
+  };
+  const GatheredRows<Spec> gathered(params, sequence, tile.batch_idx, s_q_addr);
+  if constexpr (Traits::kIsGathered) {
+    g_k = gathered.lane_k(copy_k.lane(g_k), copy_k.row);
+    g_v = gathered.lane_v(copy_v.lane(g_v), copy_v.row);
   }
   auto load_k = [&](int stage, int ahead, auto is_first) {
     const uint32_t s_addr = s_k_addr + stage * Traits::kBytesK;
-    if constexpr (Traits::kIsPaged) {
+    if constexpr (Traits::kIsGathered) {
       copy_k.template load_rows<decltype(is_first)::value, true>(
-          s_addr, g_k, len_kv() - block_at(ordinal) * kBlockKv,
-          [&](int skip) { return pages.offset_k(ordinal - ahead, copy_k.row, skip); });
+          s_addr, g_k, keys_left(ordinal),
+          [&](int skip) { return gathered.offset_k(ordinal - ahead, copy_k.row, skip); });
     } else if constexpr (decltype(is_first)::value) {
-      copy_k.load_tail(s_addr, g_k_next, len_kv() - block_at(ordinal) * kBlockKv);
+      copy_k.load_tail(s_addr, g_k_next, keys_left(ordinal));
     } else {
       copy_k.load_full(s_addr, g_k_next);
     }
+    if constexpr (Traits::kIsGathered) return;
     const int next = ordinal - ahead - 1;
     g_k_next -= (kHasGap<Spec> ? block_at(next + 1) - block_at(next) : 1) * k_block_bytes;
   };
   auto load_v = [&](int stage, int ahead, auto is_first) {
     const uint32_t s_addr = s_v_addr + stage * Traits::kBytesV;
-    if constexpr (Traits::kIsPaged) {
+    if constexpr (Traits::kIsGathered) {
       copy_v.template load_rows<decltype(is_first)::value, true>(
-          s_addr, g_v, len_kv() - block_at(ordinal) * kBlockKv,
-          [&](int skip) { return pages.offset_v(ordinal - ahead, copy_v.row, skip); });
+          s_addr, g_v, keys_left(ordinal),
+          [&](int skip) { return gathered.offset_v(ordinal - ahead, copy_v.row, skip); });
     } else if constexpr (decltype(is_first)::value) {
-      copy_v.load_tail(s_addr, g_v_next, len_kv() - block_at(ordinal) * kBlockKv);
+      copy_v.load_tail(s_addr, g_v_next, keys_left(ordinal));
     } else {
       copy_v.load_full(s_addr, g_v_next);
     }
+    if constexpr (Traits::kIsGathered) return;
     const int next = ordinal - ahead - 1;
     g_v_next -= (kHasGap<Spec> ? block_at(next + 1) - block_at(next) : 1) * v_block_bytes;
   };
@@ -163,8 +172,8 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     copy_q.template load_rows<true, false>(
         s_q_addr, copy_q.lane(g_q), rows.num_rows - first_row, [&](int skip) {
           const int row = first_row + copy_q.row + skip, position = rows.position(row);
-          return (position * params.q_stride_row +
-                  rows.head(row, position) * params.q_stride_head) *
+          const int own = kHasLists<Spec> ? max_of(position, sequence.first_position) : position;
+          return (own * params.q_stride_row + rows.head(row, position) * params.q_stride_head) *
                  kElementBytes;
         });
   };
@@ -194,12 +203,13 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
       copy_k.zero_padding(s_k_addr + stage * Traits::kBytesK);
       copy_v.zero_padding(s_v_addr + stage * Traits::kBytesV);
     }
-    if constexpr (Traits::kIsPaged) {
-      using Lookup = typename PagedRows<Spec>::Lookup;
-      const int batch = pages.batch_of(ordinal);
-      const Lookup found = pages.look_up(batch, range), next = pages.look_up(batch - 1, range);
-      pages.store(found, batch);
-      pages.store(next, batch - 1);
+    if constexpr (Traits::kIsGathered) {
+      using Lookup = typename GatheredRows<Spec>::Lookup;
+      const int batch = gathered.batch_of(ordinal);
+      const Lookup found = gathered.look_up(batch, range),
+                   next = gathered.look_up(batch - 1, range);
+      gathered.store(found, batch);
+      gathered.store(next, batch - 1);
       ptx::barrier_sync<Traits::kNumThreads>();  // the rows of the first blocks are known to all
     }
     load_k(0, 0, TrueType{});
@@ -229,7 +239,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   // Whether any row sees any key of a block.
   auto is_seen = [&](int block) {
     const int begin = block * kBlockKv, end = begin + kBlockKv;
-    if (begin >= last_sees()) return false;
+    if (!kHasLists<Spec> && begin >= last_sees()) return false;
     if constexpr (kHasGap<Spec>) {
       return is_kept<Spec>(params, tile.head_idx, begin) ||
              end > first_key<Spec>(params, sequence, tile.head_idx, first_position());
@@ -237,10 +247,30 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     return true;
   };
 
+  auto columns_of = [&](int block) -> KeyColumns<Spec> {
+    const int column = accumulator_column(lane_idx);
+    if constexpr (kHasLists<Spec>) {
+      return {column, gathered.listed_addr(block) + warp_first_key / 16 * 8};
+    }
+    return {block * kBlockKv + warp_first_key + column, 0};
+  };
   auto change_scores = [&](Scores& r_s, int block) {
     if constexpr (kAddsToScores<Spec>) {
       add_to_scores<Spec>(r_s, params, sequence, rows, tile.batch_idx, tile.head_idx, warp_row,
-                          block * kBlockKv + warp_first_key, lane_idx);
+                          columns_of(block), lane_idx);
+    }
+  };
+  auto hide_scores = [&](Scores& r_s, int block) {
+    if constexpr (kHasLists<Spec>) {
+      const uint32_t s_listed = columns_of(block).s_listed;
+      if (!sees_all_listed<Spec, Traits::kKeyTiles>(params, sequence, range.head, s_listed,
+                                                    first_position(), last_position())) {
+        mask_listed<Spec>(r_s, params, sequence, rows, range.head, s_listed, warp_row, lane_idx);
+      }
+    }
+    if constexpr (!kHasLists<Spec> || kHasBoolMask<Spec>) {
+      mask_scores<Spec>(r_s, params, sequence, rows, tile.batch_idx, tile.head_idx, warp_row,
+                        block * kBlockKv + warp_first_key, columns_of(block), lane_idx);
     }
   };
 
@@ -268,10 +298,10 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
       load_v(0, 0, FalseType{});
     }
     ptx::cp_async_commit();
-    typename PagedRows<Spec>::Lookup found;  // of the next batch of blocks
-    if constexpr (Traits::kIsPaged) {
-      if (pages.is_first_of_batch(ordinal)) {
-        found = pages.look_up(pages.batch_of(ordinal) - 1, range);
+    typename GatheredRows<Spec>::Lookup found;  // of the next batch of blocks
+    if constexpr (Traits::kIsGathered) {
+      if (gathered.is_first_of_batch(ordinal)) {
+        found = gathered.look_up(gathered.batch_of(ordinal) - 1, range);
       }
     }
 
@@ -292,21 +322,19 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
       ptx::cp_async_commit();
     }
     if (sees_any) {
-      if constexpr (kIsMasked) {
-        mask_scores<Spec>(r_s, params, sequence, rows, tile.batch_idx, tile.head_idx, warp_row,
-                          block * kBlockKv + warp_first_key, lane_idx);
-      }
+      if constexpr (kIsMasked) hide_scores(r_s, block);
       softmax.update_max(r_s, r_o, scale_log2);
       exp_and_mma_o(r_s, stage);
     }
-    if constexpr (Traits::kIsPaged) {
-      if (pages.is_first_of_batch(ordinal)) pages.store(found, pages.batch_of(ordinal) - 1);
+    if constexpr (Traits::kIsGathered) {
+      if (gathered.is_first_of_batch(ordinal))
+        gathered.store(found, gathered.batch_of(ordinal) - 1);
     }
     stage = stage + 1 == kStages ? 0 : stage + 1;
   };
 
   // ---- Main loops, from right to left
-  if constexpr (kHasBoolMask<Spec>) {
+  if constexpr (kHasBoolMask<Spec> || kHasLists<Spec>) {
 #pragma unroll 1
     for (; ordinal >= range.begin; --ordinal) step(TrueType{});
   } else if constexpr (kHasGap<Spec>) {

@@ -106,6 +106,19 @@ struct FwdScoreParams : FwdSeqParams {
   int32_t reserved;     // keeps the size a multiple of 8
 };
 
+// And lists of key blocks. A group is 16 keys; the queries of a list are 8 cells or 16, of 8 each.
+struct FwdListParams : FwdScoreParams {
+  const int2* list_groups;  // (group, whether cell i sees its keys 0 to 7: bit i; 8 to 15: 16 + i)
+  const int2* list_spans;   // [num_lists, list_tiles]: first group of a list, and their number
+  // [2, Hq]: 2 list + 1 if positions below 0 see nothing, right, left, keep_first; and for one
+  // query alone
+  const int4* list_heads;
+  int32_t list_tiles;  // spans of a list: one for every 2^list_log2 positions
+  int32_t list_log2;
+  int32_t tile_mask;  // positions of a query tile, a power of two, less 1
+  int32_t reserved;   // keeps the size a multiple of 8
+};
+
 struct MergeParams {
   const void* parts;       // [num_parts, B, Lq, Hq, Dv]
   const float* part_lses;  // [num_parts, B, Hq, Lq]

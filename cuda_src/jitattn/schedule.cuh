@@ -63,8 +63,13 @@ template <class Spec>
 __device__ __forceinline__ Extent extent_of(const FwdParamsOf<Spec>& params, int batch_idx) {
   if (batch_idx >= params.batch) return {0, 0};
   const int len_q = q_span<Spec>(params, batch_idx).length;
-  const int num_q_tiles = ceil_div(len_q * params.heads_per_tile, Spec::kBlockQ);
-  const int num_kv_blocks = ceil_div(kv_span<Spec>(params, batch_idx).length, Spec::kBlockKv);
+  int num_rows = len_q * params.heads_per_tile;
+  const Span kv = kv_span<Spec>(params, batch_idx);
+  if (kHasLists<Spec> && len_q > 0) {
+    num_rows += list_shift<Spec>(params, {0, len_q}, kv) * params.heads_per_tile;
+  }
+  const int num_q_tiles = ceil_div(num_rows, Spec::kBlockQ);
+  const int num_kv_blocks = ceil_div(kv.length, Spec::kBlockKv);
   if constexpr (Spec::kMask == MaskKind::kWindow) {
     if (params.left > kNoLeft && !lifts_left<Spec>(params, len_q)) {
       // At most: the reach of a tile's queries, wherever it begins within a block, and the first.
@@ -195,7 +200,7 @@ template <class Spec>
 __device__ __forceinline__ int visible_keys(const FwdParamsOf<Spec>& params,
                                             const Sequence& sequence, int position) {
   const int len_kv = kIsUniform<Spec> ? params.len_kv : sequence.len_kv;
-  if constexpr (Spec::kMask == MaskKind::kFull) return len_kv;
+  if constexpr (Spec::kMask == MaskKind::kFull || kHasLists<Spec>) return len_kv;
   return min_of(len_kv, position + 1 + (kIsUniform<Spec> ? params.diagonal : sequence.diagonal));
 }
 
@@ -254,16 +259,43 @@ struct CtaPlan {
   Sequence sequence;
 };
 
+// What a list says of a group of 16 keys.
+struct ListedGroup {
+  int first_key;  // kNoKey: there is no such group
+  uint32_t bits;
+};
+
+constexpr int kNoKey = 0x3ffffff0;
+
+// The window of a head: the query at key position p sees the listed keys up to
+// p + right, of those the ones from p + left on, or before keep_first.
+struct ListHead {
+  int right;
+  int left;
+  int keep_first;
+};
+
 // The key blocks of a CTA, by ordinals: those that any row of the tile may see, without gaps. First
-// the kept ones (of the first keys, or on the stride), then all from some block on.
+// the kept ones (of the first keys, or on the stride), then all from some block on; or those of a
+// list.
 struct KvBlockRange {
   int begin;
   int end;
   int num_kept;
-  int gap;         // block - ordinal of the others
-  int kept_first;  // local + stride: first kept block,
-  int kept_log2;   // kernel blocks of a pattern block, as a power of two,
-  int kept_step;   // and kernel blocks from a kept pattern block to the next
+  int gap;               // block - ordinal of the others
+  int kept_first;        // local + stride: first kept block,
+  int kept_log2;         // kernel blocks of a pattern block, as a power of two,
+  int kept_step;         // and kernel blocks from a kept pattern block to the next
+  const int2* g_groups;  // lists: the groups of this tile,
+  int num_groups;        // how many of them any row may see,
+  int num_keys;          // and their keys that exist
+  ListHead head;
+
+  __device__ ListedGroup listed_group(int idx, bool is_wanted) const {
+    if (!is_wanted || idx >= num_groups) return {kNoKey, 0};
+    const int2 group = __ldg(g_groups + idx);
+    return {group.x * 16, static_cast<uint32_t>(group.y)};
+  }
 
   template <class Spec>
   __device__ int block_at(int ordinal) const {
@@ -278,6 +310,40 @@ struct KvBlockRange {
   }
 };
 
+// Of the groups listed for this tile, sorted by their keys, those that begin before `limit`.
+template <class Spec>
+__device__ __forceinline__ void find_list(KvBlockRange& range, const FwdListParams& params,
+                                          const Sequence& sequence, const RowMap& rows,
+                                          const WorkTile& tile, int first_row, int last_row) {
+  // A query alone may have another rule.
+  const bool is_alone = sequence.len_q - sequence.first_position == 1;
+  const int4 head = __ldg(params.list_heads + (is_alone ? params.heads_q : 0) + tile.head_idx);
+  range.head = {head.y, head.z, head.w};
+  const int first = rows.position(first_row) + sequence.diagonal;  // a tile does not straddle 0
+  const int list_tile = max_of(first, 0) >> params.list_log2;
+  if ((first < 0 && (head.x & 1) != 0) || list_tile >= params.list_tiles) return;
+  const int2 span =
+      __ldg(params.list_spans + static_cast<int64_t>(head.x >> 1) * params.list_tiles + list_tile);
+  range.g_groups = params.list_groups + span.x;
+  const int last = rows.position(last_row) + sequence.diagonal;
+  const int limit = min_of(sequence.len_kv, last + 1 + head.y);
+  int below = 0, above = span.y;  // groups before `below` begin before the limit
+  // Most often all do, or all but a few.
+  if (above > 0 && __ldg(range.g_groups + above - 1).x * 16 < limit) below = above;
+  while (below < above) {
+    const int middle = (below + above) / 2;
+    if (__ldg(range.g_groups + middle).x * 16 < limit) {
+      below = middle + 1;
+    } else {
+      above = middle;
+    }
+  }
+  range.num_groups = below;
+  if (below == 0) return;
+  const int last_key = __ldg(range.g_groups + below - 1).x * 16;
+  range.num_keys = (below - 1) * 16 + min_of(16, sequence.len_kv - last_key);
+}
+
 // Cut evenly into the tile's splits.
 template <class Spec>
 __device__ __forceinline__ KvBlockRange kv_block_range(const FwdParamsOf<Spec>& params,
@@ -288,6 +354,10 @@ __device__ __forceinline__ KvBlockRange kv_block_range(const FwdParamsOf<Spec>& 
   const int visible = max_of(0, visible_keys<Spec>(params, sequence, rows.position(last_row)));
   int num_blocks = ceil_div(visible, Spec::kBlockKv);
   KvBlockRange range = {};
+  if constexpr (kHasLists<Spec>) {
+    find_list<Spec>(range, params, sequence, rows, tile, first_row, last_row);
+    num_blocks = ceil_div(range.num_groups, Spec::kBlockKv / 16);
+  }
   if constexpr (kHasGap<Spec>) {
     const int key = first_key<Spec>(params, sequence, tile.head_idx, rows.position(first_row));
     const int first = min_of(key / Spec::kBlockKv, num_blocks);

@@ -4,6 +4,7 @@
 
 #include "jitattn/element.cuh"
 #include "jitattn/enums.cuh"
+#include "jitattn/key_lists.cuh"
 #include "jitattn/ptx/math.cuh"
 #include "jitattn/rows.cuh"
 #include "jitattn/schedule.cuh"
@@ -43,10 +44,9 @@ __device__ __forceinline__ void add_to_scores(float (&r_s)[kRowTiles][kKeyTiles]
                                               const FwdScoreParams& params,
                                               const Sequence& sequence, const RowMap& rows,
                                               int batch_idx, int first_head, int first_row,
-                                              int first_key, int lane_idx) {
+                                              const KeyColumns<Spec>& columns, int lane_idx) {
   using Bias = Scalar<Spec::kBias == BiasKind::kFp32 ? Dtype::kFp32 : Spec::kDtype>;
   using T = typename Bias::type;
-  const int first_column = first_key + accumulator_column(lane_idx);
   auto load_bias = [&](float (&pair)[2], const T* g_row, int key) {
     if (params.bias_is_paired && key + 1 < sequence.len_kv) {
       Bias::load_pair(pair, g_row + key);
@@ -62,7 +62,7 @@ __device__ __forceinline__ void add_to_scores(float (&r_s)[kRowTiles][kKeyTiles]
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) {
         float pair[2] = {0.f, 0.f};
-        load_bias(pair, g_row, first_column + n * 8);
+        load_bias(pair, g_row, columns(n));
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -86,7 +86,8 @@ __device__ __forceinline__ void add_to_scores(float (&r_s)[kRowTiles][kKeyTiles]
       const T* g_bias = nullptr;
       if constexpr (Spec::kBias != BiasKind::kNone) {
         g_bias = static_cast<const T*>(params.bias) + batch_idx * params.bias_stride_batch +
-                 head * params.bias_stride_head + position * params.bias_stride_row;
+                 head * params.bias_stride_head +
+                 matrix_row<Spec>(sequence, position) * params.bias_stride_row;
       }
       float slope = 0.f;
       if constexpr (Spec::kAlibi == Switch::kOn) {
@@ -99,7 +100,7 @@ __device__ __forceinline__ void add_to_scores(float (&r_s)[kRowTiles][kKeyTiles]
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) {
         float pair[2] = {0.f, 0.f};
-        const int key = first_column + n * 8;
+        const int key = columns(n);
         if constexpr (Spec::kBias != BiasKind::kNone) {
           if (!params.bias_is_shared) load_bias(pair, g_bias, key);
         }

@@ -7,10 +7,14 @@
 
 namespace jitattn {
 
-// Whether all sequences of the batch are alike.
+// Whether the keys that a query tile visits are listed in memory.
 template <class Spec>
-constexpr bool kIsUniform =
-    Spec::kQLayout == SeqLayout::kBatched && Spec::kKvLayout == SeqLayout::kBatched;
+constexpr bool kHasLists = Spec::kMask == MaskKind::kBlockLists;
+
+// Whether all sequences of the batch are alike, and known to be.
+template <class Spec>
+constexpr bool kIsUniform = Spec::kQLayout == SeqLayout::kBatched &&
+                            Spec::kKvLayout == SeqLayout::kBatched && !kHasLists<Spec>;
 
 template <class Spec>
 constexpr bool kIsPaged =
@@ -22,15 +26,17 @@ constexpr bool kHasGap = Spec::kMask == MaskKind::kWindow || Spec::kMask == Mask
 
 // Whether the mask or anything else asks for more than q k^T, scaled.
 template <class Spec>
-constexpr bool kHasScores =
-    kHasGap<Spec> || Spec::kBias != BiasKind::kNone || Spec::kRelativeBias == Switch::kOn ||
-    Spec::kAlibi == Switch::kOn || Spec::kSoftcap == Switch::kOn || Spec::kSinks == Switch::kOn ||
-    Spec::kKeyPadding == Switch::kOn || Spec::kDense == Switch::kOn;
+constexpr bool kHasScores = kHasGap<Spec> || kHasLists<Spec> || Spec::kBias != BiasKind::kNone ||
+                            Spec::kRelativeBias == Switch::kOn || Spec::kAlibi == Switch::kOn ||
+                            Spec::kSoftcap == Switch::kOn || Spec::kSinks == Switch::kOn ||
+                            Spec::kKeyPadding == Switch::kOn || Spec::kDense == Switch::kOn;
 
 template <class Spec>
 using FwdParamsOf = typename Conditional<
-    kHasScores<Spec>, FwdScoreParams,
-    typename Conditional<kIsUniform<Spec>, FwdParams, FwdSeqParams>::type>::type;
+    kHasLists<Spec>, FwdListParams,
+    typename Conditional<
+        kHasScores<Spec>, FwdScoreParams,
+        typename Conditional<kIsUniform<Spec>, FwdParams, FwdSeqParams>::type>::type>::type;
 
 // The low word of index `idx`: indices are of 4 or 8 bytes, their values below 2^31.
 __device__ __forceinline__ int load_index(const int32_t* g_index, int idx, int words) {
@@ -99,6 +105,17 @@ __device__ __forceinline__ bool lifts_left(const FwdParamsOf<Spec>& params, int 
   return false;
 }
 
+// Lists: positions before query 0 in its tile.
+template <class Spec>
+__device__ __forceinline__ int list_shift(const FwdParamsOf<Spec>& params, const Span& q,
+                                          const Span& kv) {
+  if constexpr (kHasLists<Spec>) {
+    const int corner = params.bottom_right ? kv.length - q.length : 0;
+    return (corner + params.diagonal) & params.tile_mask;
+  }
+  return 0;
+}
+
 struct Sequence {
   int q_start;
   int len_q;
@@ -106,16 +123,23 @@ struct Sequence {
   int len_kv;
   int diagonal;  // causal, window: query i sees keys <= i + diagonal
   int left;      // window: and keys >= i + left, or < keep_first
+  // Lists: query tiles begin where lists do, so that the first ones of a tile may not exist.
+  int first_position;
 
   template <class Spec>
   __device__ static Sequence of(const FwdParamsOf<Spec>& params, int batch_idx) {
     if constexpr (kIsUniform<Spec>) {
-      return {0, params.len_q, 0, params.len_kv, params.diagonal, left_of<Spec>(params, 0)};
+      return {0, params.len_q, 0, params.len_kv, params.diagonal, left_of<Spec>(params, 0), 0};
     } else {
       const Span q = q_span<Spec>(params, batch_idx), kv = kv_span<Spec>(params, batch_idx);
       const int corner = params.bottom_right ? kv.length - q.length : 0;
+      if constexpr (kHasLists<Spec>) {
+        const int shift = list_shift<Spec>(params, q, kv);
+        const int diagonal = corner + params.diagonal - shift;
+        return {q.start - shift, q.length + shift, kv.start, kv.length, diagonal, 0, shift};
+      }
       const int left = lifts_left<Spec>(params, q.length) ? kNoLeft : left_of<Spec>(params, corner);
-      return {q.start, q.length, kv.start, kv.length, corner + params.diagonal, left};
+      return {q.start, q.length, kv.start, kv.length, corner + params.diagonal, left, 0};
     }
   }
 };

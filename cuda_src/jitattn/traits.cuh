@@ -64,16 +64,20 @@ struct FwdTraits {
   static constexpr int kBytesReused = max_of(kBytesLoop, max_of(kBytesOut, kBytesMerge));
 
   // Behind all that: the plan of a CTA whose sequences differ (schedule.cuh), a flag, and the rows
-  // of the next blocks of paged keys (paged_rows.cuh).
+  // of the next blocks of keys that are gathered (gathered_rows.cuh).
   static constexpr bool kIsPaged = jitattn::kIsPaged<Spec>;
-  static constexpr int kPageGroup = Spec::kKvLayout == SeqLayout::kPaged16 ? 16 : 1;
-  static constexpr int kPageBatch = kPageGroup == 16 ? 8 : 4;
+  static constexpr bool kIsGathered = kIsPaged || kHasLists<Spec>;
+  static constexpr int kGroup = Spec::kKvLayout == SeqLayout::kPaged ? 1 : 16;
+  static constexpr int kGatherBatch = kGroup == 16 ? 8 : 4;
   static constexpr int kOffsetPlan = kBytesReused;
   static constexpr int kBytesPlan = 64;
-  static constexpr int kOffsetPages = kOffsetPlan + kBytesPlan;
-  static constexpr int kBytesPages =
-      kIsPaged ? 2 * kPageBatch * (Spec::kBlockKv / kPageGroup) * 16 : 0;
-  static constexpr int kSmemBytes = kOffsetPages + kBytesPages;
+  static constexpr int kOffsetRows = kOffsetPlan + kBytesPlan;
+  static constexpr int kBytesRows =
+      kIsGathered ? 2 * kGatherBatch * (Spec::kBlockKv / kGroup) * 16 : 0;
+  static constexpr int kOffsetListed = kOffsetRows + kBytesRows;
+  static constexpr int kBytesListed =
+      kHasLists<Spec> ? 2 * kGatherBatch * (Spec::kBlockKv / 16) * 8 : 0;
+  static constexpr int kSmemBytes = kOffsetListed + kBytesListed;
   static_assert(kSmemBytes == Spec::kSmemBytes, "host and device disagree on shared memory");
 
   static_assert(swizzle_check::is_conflict_free<kChunksQk>() &&

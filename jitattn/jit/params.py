@@ -110,6 +110,17 @@ FWD_SCORE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("reserved", _INT32),
 )
 
+#: And lists of key blocks.
+FWD_LIST_FIELDS: Final[tuple[tuple[str, str], ...]] = (
+    ("list_groups", _POINTER),
+    ("list_spans", _POINTER),
+    ("list_heads", _POINTER),
+    ("list_tiles", _INT32),
+    ("list_log2", _INT32),
+    ("tile_mask", _INT32),
+    ("reserved", _INT32),
+)
+
 MERGE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("parts", _POINTER),
     ("part_lses", _POINTER),
@@ -192,6 +203,7 @@ FIELDS: Final = {
     "fwd": FWD_FIELDS,
     "fwd_seq": FWD_FIELDS + FWD_SEQ_FIELDS,
     "fwd_score": FWD_FIELDS + FWD_SEQ_FIELDS + FWD_SCORE_FIELDS,
+    "fwd_list": FWD_FIELDS + FWD_SEQ_FIELDS + FWD_SCORE_FIELDS + FWD_LIST_FIELDS,
     "merge": MERGE_FIELDS,
     "append": APPEND_FIELDS,
 }

@@ -38,6 +38,7 @@ class MaskKind(StrEnum):
     CAUSAL = "causal"
     WINDOW = "window"  #: a bound on either side, and the first keys
     LOCAL_STRIDE = "local_stride"  #: causal; blocks nearby, and every so many-th before them
+    BLOCK_LISTS = "block_lists"  #: lists of blocks in memory, and a window, of each head
 
 
 class Switch(StrEnum):
@@ -133,15 +134,21 @@ class Problem:
         """Whether mask or anything else asks for more than q k^T, scaled."""
         optional = (self.relative_bias, self.alibi, self.softcap, self.sinks)
         return (
-            self.mask in (MaskKind.WINDOW, MaskKind.LOCAL_STRIDE)
+            self.mask not in (MaskKind.FULL, MaskKind.CAUSAL)
             or self.bias is not BiasKind.NONE
             or Switch.ON in (*optional, self.key_padding, self.dense)
         )
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all sequences of the batch are alike."""
-        return self.q_layout is SeqLayout.BATCHED is self.kv_layout
+        """Whether all sequences of the batch are alike, and the kernel knows it."""
+        batched = self.q_layout is SeqLayout.BATCHED is self.kv_layout
+        return batched and self.mask is not MaskKind.BLOCK_LISTS
+
+    @property
+    def gather_group(self) -> int:
+        """Keys that are looked up together; 0 where they lie one after another."""
+        return self.kv_layout.page_group or (16 if self.mask is MaskKind.BLOCK_LISTS else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +190,8 @@ class FwdSpec:
     @property
     def params(self) -> str:
         """Name of the parameter struct (`jit/params.py`)."""
+        if self.problem.mask is MaskKind.BLOCK_LISTS:
+            return "fwd_list"
         if self.problem.has_scores:
             return "fwd_score"
         return "fwd" if self.problem.is_uniform else "fwd_seq"
@@ -199,12 +208,14 @@ class FwdSpec:
         # warps that split the keys: r_o, m and l of every warp_kv but the first, in fp32.
         s_out = tile.block_q * dim_v * (2 if problem.out_dtype is not Dtype.FP32 else 0)
         s_merge = (tile.warps_kv - 1) * tile.block_q * (dim_v + 2) * 4
-        # Behind that: the plan of a CTA, and the offsets of the rows of paged keys.
-        s_pages = 0
-        if group := problem.kv_layout.page_group:
+        # Behind that: the plan of a CTA, and the rows of keys that are gathered.
+        s_rows = 0
+        if group := problem.gather_group:
             batch = 8 if group == 16 else 4  # blocks that are looked up together
-            s_pages = 2 * batch * (tile.block_kv // group) * 16
-        return max(s_q + s_kv, s_out, s_merge) + 64 + s_pages
+            s_rows = 2 * batch * (tile.block_kv // group) * 16
+            if problem.mask is MaskKind.BLOCK_LISTS:
+                s_rows += 2 * batch * (tile.block_kv // 16) * 8
+        return max(s_q + s_kv, s_out, s_merge) + 64 + s_rows
 
     def to_dict(self) -> dict[str, str | int]:
         """Flat fields, in declaration order: family, arch, the problem's, the tile's."""

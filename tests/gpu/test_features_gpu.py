@@ -24,6 +24,7 @@ from tests.support.features import (
     check_features,
     feature_cases,
 )
+from tests.support.patterns import on_device
 
 BF16 = torch.bfloat16
 
@@ -132,11 +133,47 @@ def test_patterns_of_long_sequences(pattern: jitattn.LocalStride, length: int) -
         assert rel_l2(out.cpu(), truth) < 5e-3
 
 
-def test_patterns_without_a_kernel_are_refused() -> None:
-    q, k, v = torch.randn(3, 1, 70, 4, 64, device="cuda", dtype=BF16)
-    for pattern in (jitattn.LocalStride(16, 4, 8), jitattn.LocalStride(64, 4, 8, causal=False)):
-        with pytest.raises(jitattn.UnsupportedError, match="in blocks of 64 or 128"):
-            jitattn.attention(q, k, v, mask=pattern)
+@pytest.mark.parametrize("length", [1, 64, 700, 2000])
+@pytest.mark.parametrize("name", ["stride16", "stride32", "both_sides", "random", "heads"])
+def test_listed_patterns_of_long_sequences(name: str, length: int) -> None:
+    """Lists over many blocks, with tiles that begin before the first query."""
+    q = torch.randn(1, length, 8, 64, device="cuda", dtype=BF16)
+    k, v = torch.randn(2, 1, 2000, 4, 64, device="cuda", dtype=BF16)
+    generator = torch.Generator().manual_seed(1)
+    blocks = torch.rand(8, 63, 63, generator=generator) < 0.2
+    rule = {
+        "stride16": jitattn.LocalStride(16, 8, 8),
+        "stride32": jitattn.LocalStride(32, 4, 5, head_step=2, head_offset=1, num_dense_heads=1),
+        "both_sides": jitattn.LocalStride(64, (2, 3), 4, causal=False),
+        "random": jitattn.BlockSparse(blocks, 32, causal=True),
+        "heads": jitattn.PerHead(
+            [
+                jitattn.Causal(),
+                jitattn.Window(100, 0, 4),
+                jitattn.LocalStride(16, 4, 8),
+                jitattn.BlockSparse(blocks[0], 32),
+            ]
+        ),
+    }[name]
+    truth = jitattn.reference.reference(q.cpu(), k.cpu(), v.cpu(), mask=rule)
+    for num_splits in (None, 1, 5):
+        out = jitattn.attention(q, k, v, mask=on_device(rule, "cuda"), num_splits=num_splits)
+        assert rel_l2(out.cpu(), truth) < 5e-3
+
+
+def test_lists_in_a_graph_need_a_call_before() -> None:
+    q, k, v = torch.randn(3, 1, 300, 4, 64, device="cuda", dtype=BF16)
+    rule = jitattn.BlockSparse(torch.rand(10, 10, device="cuda") < 0.5, 32)
+    jitattn.warmup(q, k, v, mask=rule)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(jitattn.LaunchError, match="make one call"), torch.cuda.graph(graph):
+        jitattn.attention(q, k, v, mask=rule)
+    eager = jitattn.attention(q, k, v, mask=rule)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = jitattn.attention(q, k, v, mask=rule)
+    graph.replay()
+    assert torch.equal(out, eager)
 
 
 def test_nothing_compiles_when_reaches_and_values_change() -> None:

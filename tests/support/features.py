@@ -12,24 +12,24 @@ from hypothesis import strategies as st
 from jitattn.masks import Causal, Dense, Full, KeyPadding, LocalStride, Mask, Window
 
 from .layouts import LayoutCase, check_layout, layout_cases
+from .patterns import listed_rules, on_device
 
 #: (dtype, head_dim): few, so that few kernels serve thousands of cases.
 KINDS = ((torch.bfloat16, 64), (torch.float16, 20))
 #: What takes part, by name: one kernel each for every kind, layout and row class.
 FEATURES = (
     "window",
-    "window sinks",
-    "full bias",
+    "window sinks bias",
     "causal bias32",
-    "causal alibi",
     "window alibi padding",
-    "full relative",
-    "full padding",
+    "full relative padding",
     "causal dense",
     "causal softcap sinks bias",
     "window dense padding bias32",
-    "local_stride",
-    "local_stride sinks padding",
+    "local_stride sinks",
+    "block_lists",
+    "block_lists alibi padding",
+    "block_lists bias sinks",
 )
 #: (q, kv)
 LAYOUTS = (("batched", "batched"), ("ragged", "ragged"), ("batched", "paged"))
@@ -91,6 +91,9 @@ def feature_cases(draw: st.DrawFn, most_rows: int = 300) -> FeatureCase:
             draw(st.integers(0, layout.heads_kv)),
             draw(st.booleans()),
         )
+    elif features.startswith("block_lists"):
+        heads = (layout.heads_kv * layout.group, layout.heads_kv)
+        rule = draw(listed_rules(heads, (max(lens_q), max(lens_kv))))
     elif features.startswith("causal"):
         rule = draw(st.sampled_from((Causal(), Causal("top_left"))))
     return FeatureCase(
@@ -125,7 +128,7 @@ def further(case: FeatureCase, device: str, given: dict[str, Any]) -> dict[str, 
         shape = [1 if one else size for one, size in sizes]
         return torch.randn(*shape, longest[1] + room, generator=generator)
 
-    made: dict[str, Any] = {"mask": case.rule}
+    made: dict[str, Any] = {"mask": on_device(case.rule, device)}
     if "bias" in words or "bias32" in words:
         bias = matrix()
         bias[torch.rand(bias.shape, generator=generator) < 0.1] = float("-inf")

@@ -39,6 +39,11 @@ __device__ __forceinline__ int64_t ld_shared_b64(uint32_t addr) {
   return value;
 }
 
+// st.shared.b64
+__device__ __forceinline__ void st_shared_b64(uint32_t addr, int64_t value) {
+  asm volatile("st.shared.b64 [%0], %1;" ::"r"(addr), "l"(value) : "memory");
+}
+
 // st.shared.v2.b64
 __device__ __forceinline__ void st_shared_v2_b64(uint32_t addr, int64_t first, int64_t second) {
   asm volatile("st.shared.v2.b64 [%0], {%1, %2};" ::"r"(addr), "l"(first), "l"(second) : "memory");

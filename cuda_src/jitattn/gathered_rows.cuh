@@ -1,9 +1,11 @@
-// Where the rows of paged keys and values lie: byte offsets, resolved well ahead of their copies.
+// Where the rows of gathered keys and values lie, keys in pages or in lists of groups: byte
+// offsets, resolved well ahead of their copies.
 //
-// Keys are looked up in groups that lie in one page: of 16 where pages hold a multiple of that,
-// else one by one. Blocks come in batches of kBatch. In the first step of a batch, all threads look
-// up the pages of the next one, and leave the offsets of each group's first K row and V row in
-// shared memory at the end of the step, where all copies find them. There is room for two batches.
+// Keys are looked up in groups that lie together: of 16 in lists, and where pages hold a multiple
+// of that, else one by one. Blocks come in batches of kBatch. In the first step of a batch, all
+// threads look up the next one, and leave the offsets of each group's first K row and V row in
+// shared memory at the end of the step, where all copies find them, with what a list says of the
+// group. There is room for two batches.
 #pragma once
 
 #include "jitattn/params.cuh"
@@ -17,11 +19,11 @@
 namespace jitattn {
 
 template <class Spec>
-struct PagedRows {
+struct GatheredRows {
   using Traits = FwdTraits<Spec>;
-  static constexpr int kGroup = Traits::kPageGroup;
+  static constexpr int kGroup = Traits::kGroup;
   static constexpr int kGroups = Spec::kBlockKv / kGroup;  // of a block
-  static constexpr int kBatch = Traits::kPageBatch;
+  static constexpr int kBatch = Traits::kGatherBatch;
   static constexpr int kBatchGroups = kBatch * kGroups;
   static constexpr int kGroupsPerThread = ceil_div(kBatchGroups, Traits::kNumThreads);
   static_assert(kBatch > Spec::kStages, "a batch is looked up before its first copy");
@@ -30,10 +32,11 @@ struct PagedRows {
   static_assert(Traits::CopyK::kRowsPerPass % kGroup == 0 &&
                 Traits::CopyV::kRowsPerPass % kGroup == 0);
 
-  // Page and row within it of the first key of this thread's groups of one batch.
+  // Page and row within it of the first key of this thread's groups of one batch, and its entry.
   struct Lookup {
     int page[kGroupsPerThread];
     int row[kGroupsPerThread];
+    ListedGroup listed[kHasLists<Spec> ? kGroupsPerThread : 1];
   };
 
   const FwdParamsOf<Spec>& params;
@@ -41,11 +44,11 @@ struct PagedRows {
   const uint32_t s_addr;   // [2 * kBatch, kGroups] pairs of int64
   const int kv_start, len_kv;
 
-  __device__ PagedRows(const FwdParamsOf<Spec>& params, const Sequence& sequence, int batch_idx,
-                       uint32_t s_addr)
+  __device__ GatheredRows(const FwdParamsOf<Spec>& params, const Sequence& sequence, int batch_idx,
+                          uint32_t s_storage_addr)
       : params(params),
         g_table(table_of(params, batch_idx)),
-        s_addr(s_addr),
+        s_addr(s_storage_addr + Traits::kOffsetRows),
         kv_start(sequence.kv_start),
         len_kv(sequence.len_kv) {}
 
@@ -67,9 +70,17 @@ struct PagedRows {
         key = range.template block_at<Spec>(ordinal) * Spec::kBlockKv +
               group_of(i) % kGroups * kGroup;
       }
+      if constexpr (kHasLists<Spec>) {
+        const int slot = batch * kBatchGroups + group_of(i);
+        found.listed[i] = range.listed_group(slot * kGroup / 16, is_mine(i) && batch >= 0);
+        key = found.listed[i].first_key + slot * kGroup % 16;
+      }
       found.page[i] = 0;
       found.row[i] = 0;
-      if (is_mine(i) && batch >= 0 && key < len_kv) {
+      if (!is_mine(i) || batch < 0 || key >= len_kv) continue;
+      if constexpr (!Traits::kIsPaged) {
+        found.row[i] = key;
+      } else {
         const int idx = divide(kv_start + key, params.page_div_mul, params.page_div_shift);
         found.row[i] = kv_start + key - idx * params.page_size;
         found.page[i] = load_index(g_table, idx, params.table_word);
@@ -83,13 +94,28 @@ struct PagedRows {
     for (int i = 0; i < kGroupsPerThread; ++i) {
       if (!is_mine(i)) continue;
       // Whatever the table says, no page is read but those that exist.
-      const bool exists = static_cast<uint32_t>(found.page[i]) < params.num_pages;
+      const bool exists =
+          Traits::kIsPaged && static_cast<uint32_t>(found.page[i]) < params.num_pages;
       const int64_t page = exists ? found.page[i] : 0, row = found.row[i];
       ptx::st_shared_v2_b64(
           slot_addr((batch & 1) * kBatch, group_of(i)),
           (page * params.k_stride_batch + row * params.k_stride_row) * kElementBytes,
           (page * params.v_stride_batch + row * params.v_stride_row) * kElementBytes);
+      if constexpr (kHasLists<Spec>) {
+        const uint32_t key = group_of(i) * kGroup;
+        if (key % 16 != 0) continue;
+        const int64_t bits = found.listed[i].bits;
+        ptx::st_shared_b64(
+            listed_addr((batch & 1) * kBatch) + key / 16 * 8,
+            static_cast<int64_t>(bits << 32) | static_cast<uint32_t>(found.listed[i].first_key));
+      }
     }
+  }
+
+  // Where the entries of a block's groups are kept.
+  __device__ uint32_t listed_addr(uint32_t ordinal) const {
+    return s_addr + (Traits::kOffsetListed - Traits::kOffsetRows) +
+           ordinal % (2 * kBatch) * (Spec::kBlockKv / 16 * 8);
   }
 
   // For copies of K, whose first row of a thread is `first_row`: where this thread's pointer into
