@@ -78,15 +78,106 @@ def _cases() -> dict[str, tuple[float, dict[str, Any]]]:
         seen = (left + 1) * _LENGTH - left * (left + 1) / 2 + _KEPT * (_LENGTH - left - 1 - _KEPT)
         window = jitattn.Window(left, 0, keep_first=_KEPT)
         cases[f"window {left}, first {_KEPT}"] = (seen, {"mask": window})
-    for local, stride in ((16, 8), (32, 8)):
-        rule = jitattn.LocalStride(_BLOCK, local, stride)
-        blocks = _LENGTH // _BLOCK
-        row, column = torch.arange(blocks)[:, None], torch.arange(blocks)[None, :]
-        near = row - column < local
-        seen = 0.0
-        for head in range(_HEADS):
-            on_stride = (column + head * rule.step(_HEADS)) % stride == 0
-            seen += float(((near | on_stride) & (column < row)).sum()) * _BLOCK**2
-        seen = seen / _HEADS + blocks * _BLOCK * (_BLOCK + 1) / 2
-        cases[f"local {local}, stride {stride}, blocks of {_BLOCK}"] = (seen, {"mask": rule})
+    for block, local, stride in ((64, 16, 8), (64, 32, 8), (32, 32, 8), (16, 64, 8), (16, 16, 8)):
+        rule = jitattn.LocalStride(block, local, stride, homo_head=True)
+        name = f"local {local}, stride {stride}, blocks of {block}"
+        cases[name] = (_seen(_blocks_of(rule), block), {"mask": rule})
+    blocks = _blocks_of(jitattn.LocalStride(_BLOCK, 16, 8, homo_head=True))
+    cases["the first of these, as BlockSparse"] = (
+        _seen(blocks, _BLOCK),
+        {"mask": jitattn.BlockSparse(blocks.cuda(), _BLOCK, causal=True)},
+    )
+    mixed = jitattn.PerHead([jitattn.Causal(), jitattn.Window(1024, 0)] * (_HEADS // 2))
+    near = 1025 * _LENGTH - 1024 * 1025 / 2
+    cases["half causal, half window 1024"] = ((causal + near) / 2, {"mask": mixed})
     return cases
+
+
+def _blocks_of(rule: jitattn.LocalStride) -> torch.Tensor:
+    """The blocks that a causal pattern of like heads lets through."""
+    count = _LENGTH // rule.block_size
+    row, column = torch.arange(count)[:, None], torch.arange(count)[None, :]
+    seen = (row - column < rule.local[0]) | (column % rule.vert_stride == 0)
+    return seen & (column <= row)
+
+
+def _seen(blocks: torch.Tensor, size: int) -> float:
+    """Pairs that a causal pattern of blocks lets through; its diagonal is set."""
+    count = len(blocks)
+    return float(blocks.sum() - count) * size**2 + count * size * (size + 1) / 2
+
+
+def bench_density(report: Report, rounds: int) -> None:
+    """Time of random causal patterns from dense to sparse, beside dense causal, at 16k tokens."""
+    for dim in (64, 128):
+        shape = (1, _LENGTH, _HEADS, dim)
+        qkv = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        calls = {"causal": _call(qkv, {"mask": jitattn.Causal()})}
+        seen = {"causal": 1.0}
+        count = _LENGTH // _BLOCK
+        generator = torch.Generator().manual_seed(0)
+        for density in (1.0, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02):
+            blocks = torch.rand(count, count, generator=generator) < density
+            blocks = (blocks | torch.eye(count, dtype=torch.bool)).tril()
+            name = f"density {density}"
+            seen[name] = _seen(blocks, _BLOCK) / (_LENGTH * (_LENGTH + 1) / 2)
+            rule = jitattn.BlockSparse(blocks.cuda(), _BLOCK, causal=True)
+            calls[name] = _call(qkv, {"mask": rule})
+        times = kernel_times(calls, sets=1, rounds=rounds)
+        table = []
+        for name, part in seen.items():
+            report.add("density", f"16k H16 D{dim} {name}", "jitattn", "kernel_us", times[name])
+            share = times[name].p50 / times["causal"].p50
+            table.append((name, f"{part:.3f}", f"{times[name].p50:.0f}", f"{share:.3f}"))
+        title = f"Random causal patterns in blocks of {_BLOCK}, 1 x 16k, 16 heads, D={dim}, bf16"
+        print_table(title, ("pattern", "pairs of causal", "us", "time of causal"), table)
+
+
+def bench_flex(report: Report, rounds: int) -> None:
+    """Windows and patterns beside FlexAttention, compiled with its defaults, at 16k tokens."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    for dim in (64, 128):
+        shape = (1, _LENGTH, _HEADS, dim)
+        qkv = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        turned = [x.transpose(1, 2).contiguous() for x in qkv]
+        calls: dict[str, Callable[[int], Any]] = {}
+        rules = _flex_rules()
+        for name, (rule, mod) in rules.items():
+            block_mask = create_block_mask(mod, None, None, _LENGTH, _LENGTH, device="cuda")
+            flex = torch.compile(flex_attention, dynamic=False)
+            calls[f"{name}, ours"] = _call(qkv, {"mask": rule})
+            calls[f"{name}, flex"] = lambda _, flex=flex, mask=block_mask: flex(
+                *turned, block_mask=mask
+            )
+        times = kernel_times(calls, sets=1, rounds=rounds)
+        table = []
+        for name in rules:
+            ours, theirs = times[f"{name}, ours"], times[f"{name}, flex"]
+            where = f"16k H16 D{dim} {name}"
+            report.add("flex", where, "jitattn", "kernel_us", ours)
+            report.add("flex", where, "flex", "kernel_us", theirs)
+            ratio = theirs.p50 / ours.p50
+            table.append((name, f"{ours.p50:.0f}", f"{theirs.p50:.0f}", f"{ratio:.2f}"))
+        title = f"FlexAttention, 1 x 16k, 16 heads, D={dim}, bf16"
+        print_table(title, ("mask", "ours, us", "flex, us", "ours is faster by"), table)
+
+
+def _flex_rules() -> dict[str, tuple[Any, Callable[..., Any]]]:
+    def window(left: int) -> Callable[..., Any]:
+        return lambda b, h, q, k: (k <= q) & ((k >= q - left) | (k < _KEPT))
+
+    def pattern(local: int, stride: int) -> Callable[..., Any]:
+        return lambda b, h, q, k: (
+            (k <= q) & ((q // _BLOCK - k // _BLOCK < local) | (k // _BLOCK % stride == 0))
+        )
+
+    rules: dict[str, tuple[Any, Callable[..., Any]]] = {
+        "causal": (jitattn.Causal(), lambda b, h, q, k: k <= q)
+    }
+    for left in (1024, 4096):
+        rules[f"window {left}"] = (jitattn.Window(left, 0, keep_first=_KEPT), window(left))
+    for local in (16, 32):
+        rule = jitattn.LocalStride(_BLOCK, local, 8, homo_head=True)
+        rules[f"local {local}, stride 8"] = (rule, pattern(local, 8))
+    return rules

@@ -26,7 +26,7 @@ REPOSITORY: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 import torch
-from _scores import bench_scores
+from _scores import bench_density, bench_flex, bench_scores
 from _sequences import bench_sequences
 from _service import bench_compile, bench_service
 from _table import print_table, say
@@ -258,7 +258,9 @@ def common_facts() -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sections that were asked for."""
-    sections = ("forward", "decode", "host", "sequences", "scores", "compile", "service")
+    sections = (
+        "forward", "decode", "host", "sequences", "scores", "density", "flex", "compile", "service"
+    )  # fmt: skip
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -288,6 +290,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench_sequences(report, rounds)
         if "scores" in asked:
             bench_scores(report, min(rounds, 5))
+        if "density" in asked:
+            bench_density(report, min(rounds, 5))
+        if "flex" in asked:
+            bench_flex(report, min(rounds, 5))
         if "compile" in asked:
             bench_compile(report)
         if "service" in asked:
