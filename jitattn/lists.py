@@ -227,8 +227,8 @@ def _head(
 def _of_local_stride(rule: LocalStride, kv_head: int, heads: tuple[int, int]) -> _Head:
     stride, (left, right) = rule.vert_stride, rule.local
     shift = (kv_head * rule.step(heads[0]) + rule.head_offset) % stride
-    if kv_head >= heads[1] - rule.num_dense_heads:
-        return _Head("before", 0) if rule.causal else _Head("all")
+    if rule.causal and kv_head >= heads[1] - rule.num_dense_heads:
+        return _Head("before", 0)
 
     def is_on_stride(row: Tensor, column: Tensor) -> Tensor:
         if rule.causal:

@@ -43,8 +43,12 @@ def bench_scores(report: Report, rounds: int) -> None:
         print_table(title, ("what", "us", "TFLOP/s on attended pairs", "of dense"), table)
 
 
-def _call(qkv: list[torch.Tensor], arguments: dict[str, Any]) -> Callable[[int], Any]:
-    return lambda _: jitattn.attention(*qkv, **arguments)
+def _call(
+    qkv: list[torch.Tensor],
+    arguments: dict[str, Any],
+    function: Callable[..., Any] = jitattn.attention,
+) -> Callable[[int], Any]:
+    return lambda _: function(*qkv, **arguments)
 
 
 def _cases() -> dict[str, tuple[float, dict[str, Any]]]:
@@ -142,14 +146,13 @@ def bench_flex(report: Report, rounds: int) -> None:
         qkv = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
         turned = [x.transpose(1, 2).contiguous() for x in qkv]
         calls: dict[str, Callable[[int], Any]] = {}
+        torch._dynamo.reset()  # else, its limit of compiles is met
         rules = _flex_rules()
         for name, (rule, mod) in rules.items():
             block_mask = create_block_mask(mod, None, None, _LENGTH, _LENGTH, device="cuda")
             flex = torch.compile(flex_attention, dynamic=False)
             calls[f"{name}, ours"] = _call(qkv, {"mask": rule})
-            calls[f"{name}, flex"] = lambda _, flex=flex, mask=block_mask: flex(
-                *turned, block_mask=mask
-            )
+            calls[f"{name}, flex"] = _call(turned, {"block_mask": block_mask}, flex)
         times = kernel_times(calls, sets=1, rounds=rounds)
         table = []
         for name in rules:
