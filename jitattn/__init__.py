@@ -36,6 +36,8 @@ from jitattn.masks import (
 if TYPE_CHECKING:
     from jitattn import reference
     from jitattn.attention import attention
+    from jitattn.cosine import L2Norm, l2norm
+    from jitattn.dropout import dropout_mask, dropout_state
     from jitattn.explain import explain
     from jitattn.kvcache import attention_with_kvcache
     from jitattn.merge import merge
@@ -57,6 +59,7 @@ __all__ = [
     "InvalidInputError",
     "JitAttnError",
     "KeyPadding",
+    "L2Norm",
     "LaunchError",
     "LocalStride",
     "Mask",
@@ -70,7 +73,10 @@ __all__ = [
     "__version__",
     "attention",
     "attention_with_kvcache",
+    "dropout_mask",
+    "dropout_state",
     "explain",
+    "l2norm",
     "merge",
     "reference",
     "warmup",
@@ -80,11 +86,15 @@ __all__ = [
 _LAZY_FUNCTIONS: Final = frozenset({"attention", "explain", "merge", "warmup"})
 #: Names that need torch, by the submodule of another name that they live in.
 _LAZY_NAMES: Final = {
+    "L2Norm": "cosine",
     "Padded": "sequences",
     "Paged": "sequences",
     "Ragged": "sequences",
     "Rotary": "rotary",
     "attention_with_kvcache": "kvcache",
+    "dropout_mask": "dropout",
+    "dropout_state": "dropout",
+    "l2norm": "cosine",
 }
 _LAZY_MODULES: Final = frozenset({"reference"})
 

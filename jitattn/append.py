@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from jitattn.dispatch import check_cuda, loaded_kernel
+from jitattn.dispatch import check_cuda
 from jitattn.jit.device import device
 from jitattn.jit.spec import Access, AppendSpec, RotaryStyle
+from jitattn.loaded import loaded_kernel
 from jitattn.problem import DTYPES, axes
 from jitattn.sequences import Paged
 
@@ -37,6 +38,20 @@ class Append(NamedTuple):
     layout: str
     q_seqs: Ragged | None
     kv_seqs: Padded | Paged
+
+
+def append_spec(dtype: torch.dtype, rotary: Rotary | None, access: Access, arch: str) -> AppendSpec:
+    """Return the kernel that appends."""
+    style = RotaryStyle.NONE
+    if rotary is not None:
+        style = RotaryStyle.INTERLEAVED if rotary.interleaved else RotaryStyle.HALF_SPLIT
+    return AppendSpec(
+        dtype=DTYPES[dtype],
+        table_dtype=DTYPES[dtype if rotary is None else rotary.cos.dtype],
+        rotary=style,
+        access=access,
+        arch=arch,
+    )
 
 
 def append_cuda(q: Tensor, turned: Tensor, new: Append) -> None:
@@ -75,16 +90,8 @@ def _launch(q: Tensor, turned: Tensor, new: Append, index: int) -> None:
     for tensor in tensors:
         units |= tensor.data_ptr()
     rotary = new.rotary
-    style = RotaryStyle.NONE
-    if rotary is not None:
-        style = RotaryStyle.INTERLEAVED if rotary.interleaved else RotaryStyle.HALF_SPLIT
-    spec = AppendSpec(
-        dtype=DTYPES[q.dtype],
-        table_dtype=DTYPES[q.dtype if rotary is None else rotary.cos.dtype],
-        rotary=style,
-        access=Access.VEC16 if units % 16 == 0 else Access.ELEMENT,
-        arch=device(index).arch,
-    )
+    access = Access.VEC16 if units % 16 == 0 else Access.ELEMENT
+    spec = append_spec(q.dtype, rotary, access, device(index).arch)
     batch = len(new.stop)
     if new.q_seqs is not None:
         num_new = len_q = min(new.q_seqs.max_length(), q.shape[0])

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from jitattn import interop
 from jitattn.dispatch import run
+from jitattn.dropout import Dropout, check_state, threshold_of
+from jitattn.dropout import dropout_state as draw_state
 from jitattn.masks import Full
 from jitattn.problem import Call
 from jitattn.scores import NO_CHANGES, Scores
@@ -16,6 +18,7 @@ from jitattn.scores import NO_CHANGES, Scores
 if TYPE_CHECKING:
     import torch
 
+    from jitattn.cosine import L2Norm
     from jitattn.masks import Mask
     from jitattn.sequences import KvSequences, QSequences
 
@@ -42,6 +45,9 @@ def attention(
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_state: Tensor | None = None,
+    qk_norm: L2Norm | None = None,
 ) -> Any:  # noqa: ANN401 - Tensor or (Tensor, Tensor), or arrays of the library that q came from
     """Compute exact scaled dot-product attention, softmax(scale q k^T) v.
 
@@ -59,11 +65,12 @@ def attention(
         Same dtype and device. Hq % Hkv == 0; query head h reads kv head h // (Hq // Hkv).
     v : Tensor, [B, Lkv, Hkv, Dv]
         Dv from 1 to 256, equal to D or not.
-    mask : Full, Causal, Window, LocalStride, KeyPadding, Dense, or several with &; default Full()
-        Who sees whom. Causal is aligned to the bottom right unless it says otherwise. Blocks of
+    mask : Mask, default Full()
+        Full, Causal, Window, LocalStride, BlockSparse, PerHead, KeyPadding, Dense, or several with
+        &: who sees whom. Causal is aligned to the bottom right unless it says otherwise. Blocks of
         keys that positions hide from a tile of queries (all but KeyPadding and Dense) are not
         visited.
-    scale : float, default 1 / sqrt(D)
+    scale : float, default 1 / sqrt(D), and 8 with `qk_norm`
         Any finite number; negative and 0 too.
     layout : "bshd" or "bhsd"
         With "bhsd", q is [B, Hq, Lq, D] and k, v and out likewise.
@@ -89,8 +96,7 @@ def attention(
         count from the first real token, and the diagonal of `Causal` is that of each sequence.
     bias : Tensor, [B or 1, Hq or 1, Lq or 1, Lkv], dtype of q or fp32, optional
         Added to the scores. With sequences of their own, rows and columns count from the first ones
-        of each, and may be more than there are. -inf hides; on a GPU, so does a number that leaves
-        fp32 when divided by the scale, as the smallest of fp32 does.
+        of each, and may be more than there are. -inf hides. What is below -3e29 counts as that.
     relative_bias : Tensor, [Hq or 1, 2 R + 1], fp32, optional
         Added to the scores by distance: entry d + R, where d is key - query (of positions aligned
         to the bottom right), held between -R and R.
@@ -101,6 +107,13 @@ def attention(
         Scores become softcap * tanh(score / softcap) before anything is added to them.
     sinks : Tensor, [Hq], fp32, optional
         A logit of each head that takes part in the softmax, but has no value. LSE leaves it out.
+    dropout_p : float, default 0
+        Part of the weights that is dropped, after the softmax; the others are divided by 1 - p. It
+        is held to 2^-16. LSE knows nothing of it.
+    dropout_state : Tensor, int64 [2], default drawn from torch's generator of the device
+        Decides which weights are dropped (`jitattn.dropout_state`, `jitattn.dropout_mask`).
+    qk_norm : L2Norm, optional
+        Cosine attention: q and k are scaled to length 1, or come so.
 
     Returns
     -------
@@ -143,8 +156,10 @@ def attention(
     """
     scores = NO_CHANGES
     tensors_are_none = bias is relative_bias is alibi_slopes is sinks is None
-    if not tensors_are_none or softcap is not None:
-        scores = Scores(bias, relative_bias, alibi_slopes, softcap, sinks)
+    numbers_are_none = softcap is None and qk_norm is None and dropout_p == 0.0
+    if not (tensors_are_none and numbers_are_none):
+        dropout = dropout_of(dropout_p, dropout_state, q)
+        scores = Scores(bias, relative_bias, alibi_slopes, softcap, sinks, dropout, qk_norm)
     call = Call(
         mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, q_seqs, kv_seqs, scores
     )
@@ -156,6 +171,19 @@ def attention(
         return interop.to_kind_of(result, q) if out is None else out
     values, lse = result
     return interop.to_kind_of(values, q) if out is None else out, interop.to_kind_of(lse, q)
+
+
+def dropout_of(p: float, state: Tensor | None, q: Any) -> Dropout | None:  # noqa: ANN401
+    """Check what is said of dropout, and draw a state if none is given."""
+    threshold = threshold_of(p)
+    if threshold == 0:
+        return None
+    if not isinstance(q, Tensor):
+        q = interop.from_all({"q": q})["q"]
+    if state is None:
+        state = draw_state(q.device)
+    check_state(state, q.device)
+    return Dropout(threshold, state)
 
 
 def bind(
@@ -172,7 +200,16 @@ def bind(
     bound.apply_defaults()
     given = bound.arguments
     tensors = interop.from_all({name: given[name] for name in ("q", "k", "v")}, out=given["out"])
-    scores = Scores(*(given[name] for name in Scores._fields))
+    dropout = dropout_of(given["dropout_p"], given["dropout_state"], tensors["q"])
+    scores = Scores(
+        given["bias"],
+        given["relative_bias"],
+        given["alibi_slopes"],
+        given["softcap"],
+        given["sinks"],
+        dropout,
+        given["qk_norm"],
+    )
     others = {name: given[name] for name in Call._fields if name != "scores"}
     others["out"] = tensors.get("out")
     return tensors, Call(**others, scores=NO_CHANGES if scores == NO_CHANGES else scores)

@@ -272,6 +272,9 @@ def _chunk(
             weights = torch.exp(scores - shift)
             rescale = torch.exp(r_max - shift)
             r_sum = r_sum * rescale + weights.sum(dim=3, keepdim=True)
+            if rules.scores.dropout is not None:
+                kept = rules.kept(range(first_q, first_q + rows), first_k, by_head)
+                weights = (weights.view(by_head) * kept).view(weights.shape)
             r_out = r_out * rescale + weights @ v_chunk
             r_max = new_max
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from jitattn.dropout import keeps
+from jitattn.errors import InternalError
 from jitattn.masks import BlockSparse, Causal, LocalStride, PerHead, Window, parts_of
 
 if TYPE_CHECKING:
@@ -132,6 +134,14 @@ class Rules(NamedTuple):
     def changes_scores(self) -> bool:
         """Whether `change` does anything."""
         return any(value is not None for value in self.scores[:4])
+
+    def kept(self, queries: range, first_k: int, shape: tuple[int, ...]) -> Tensor:
+        """Return by what dropout multiplies the weights [B, Hq, rows, keys] of a chunk."""
+        dropout = self.scores.dropout
+        if dropout is None:
+            raise InternalError("no dropout takes part")
+        stays = keeps(dropout, shape[0], shape[1], queries, range(first_k, first_k + shape[3]))
+        return stays * dropout.scale
 
     def change(self, scores: Tensor, first_q: int, first_k: int) -> Tensor:
         """Change the scaled scores [B, Hq, rows, keys] of a chunk."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from jitattn import lists, workspace
+from jitattn import cosine, lists, workspace
 from jitattn.cpu import run_cpu
 from jitattn.errors import LaunchError, UnsupportedError
 from jitattn.jit import launch
@@ -20,7 +20,10 @@ from jitattn.jit.device import device
 from jitattn.jit.params import FWD_SCORE_FIELDS, FWD_SEQ_FIELDS, divisor
 from jitattn.jit.spec import MaskKind, RowClass, SeqLayout
 from jitattn.layouts import parse
-from jitattn.scores import NO_LEFT, tensors_of
+from jitattn.loaded import loaded_kernel
+from jitattn.masks import Causal, Full
+from jitattn.scores import NO_CHANGES, NO_LEFT, tensors_of
+from jitattn.sequences import Ragged
 from jitattn.tiles import choose_splits, fwd_spec, heads_per_tile
 from jitattn.workspace import arrivals
 
@@ -76,6 +79,17 @@ def run_parsed(
     q: Tensor, k: Tensor, v: Tensor, problem: Problem, runtime: Runtime, call: Call
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute a call that `layouts.parse` has checked."""
+    norm = call.scores.qk_norm
+    if norm is not None and norm.normalize:
+        if not q.is_cuda:
+            head_axis = 1 if call.layout == "bhsd" or isinstance(call.q_seqs, Ragged) else 2
+            wide_q, wide_k = cosine.normalized_cpu(q, k, norm, head_axis)
+            dtype = q.dtype if call.out_dtype is None else call.out_dtype
+            return run_cpu(wide_q, wide_k, v, runtime, call._replace(out_dtype=dtype))
+        check_no_grad(q, k, v, call)
+        q, k = cosine.normalized_cuda(q, k, norm, call)
+        call = cosine.call_of_normalized(call, runtime.scale)
+        problem, runtime = parse(q, k, v, call)
     if q.is_cuda:
         return _run_cuda(q, k, v, problem, runtime, call)
     return run_cpu(q, k, v, runtime, call)
@@ -183,14 +197,7 @@ def _load(problem: Problem, rows: RowClass, device_index: int) -> _FwdKernel:
 def _run_cuda(
     q: Tensor, k: Tensor, v: Tensor, problem: Problem, runtime: Runtime, call: Call
 ) -> Tensor | tuple[Tensor, Tensor]:
-    wants_grad = q.requires_grad or k.requires_grad or v.requires_grad
-    if problem.has_scores:
-        wants_grad |= any(tensor.requires_grad for tensor in tensors_of(call).values())
-    if wants_grad and torch.is_grad_enabled():
-        raise UnsupportedError(
-            "an input on the GPU requires grad: the backward kernels do not exist yet; call under "
-            "torch.no_grad(), detach the inputs, or use CPU tensors, which are differentiable"
-        )
+    check_no_grad(q, k, v, call)
     check_cuda()
     # Rows that belong to no sequence are written by no kernel.
     is_sparse = problem.q_layout is not SeqLayout.BATCHED
@@ -211,6 +218,18 @@ def _run_cuda(
             with torch.cuda.device(device_index):
                 _launch(q, k, v, out, lse, problem, runtime, call, device_index)
     return out if lse is None else (out, lse)
+
+
+def check_no_grad(q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
+    """Refuse tensors on the GPU that require grad."""
+    wants_grad = q.requires_grad or k.requires_grad or v.requires_grad
+    if call.scores is not NO_CHANGES or not isinstance(call.mask, Full | Causal):
+        wants_grad |= any(tensor.requires_grad for tensor in tensors_of(call).values())
+    if wants_grad and torch.is_grad_enabled():
+        raise UnsupportedError(
+            "an input on the GPU requires grad: the backward kernels do not exist yet; call under "
+            "torch.no_grad(), detach the inputs, or use CPU tensors, which are differentiable"
+        )
 
 
 def check_cuda() -> None:
@@ -333,23 +352,6 @@ def _lists(runtime: Runtime, q: Tensor, block_q: int, packed: int) -> tuple[int,
 def specs_of_problem(problem: Problem, arch: str) -> list[KernelSpec]:
     """Return every kernel that calls with this problem can need, whatever their lengths."""
     return list(dict.fromkeys(fwd_spec(problem, arch, rows) for rows in RowClass))
-
-
-def loaded_kernel(spec: KernelSpec, device_index: int) -> launch.Kernel:
-    """Return a kernel, compiled and loaded if need be and if that is possible now.
-
-    Raises
-    ------
-    LaunchError
-        The kernel is not loaded, and the current stream is capturing a graph.
-    """
-    if not launch.is_loaded(spec, device_index) and torch.cuda.is_current_stream_capturing():
-        raise LaunchError(
-            f"the {spec.family} kernel of this call is not loaded, and the current stream is "
-            "capturing a CUDA graph: compiling and loading are not possible then; call "
-            "jitattn.warmup with the same arguments before the capture"
-        )
-    return launch.kernel(spec, device_index)
 
 
 def forget_kernels() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from jitattn import cosine
 from jitattn.attention import bind
 from jitattn.dispatch import plan
 from jitattn.gears import default_gear
@@ -84,6 +85,9 @@ def explain(
     tensors, call = bind(q, k, v, arguments)
     q, k, v, num_splits = tensors["q"], tensors["k"], tensors["v"], call.num_splits
     problem, runtime = parse(q, k, v, call)
+    if q.is_cuda and call.scores.qk_norm is not None and call.scores.qk_norm.normalize:
+        call = cosine.call_of_normalized(call, runtime.scale)
+        problem, runtime = parse(*cosine.like_normalized(q, k), v, call)
     gear = default_gear(problem.dtype) if call.gear is None else call.gear
     asked: dict[str, str | int] = {
         "batch": runtime.batch,

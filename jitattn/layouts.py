@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from jitattn import problem
+from jitattn.cosine import DEFAULT_SCALE
 from jitattn.errors import InvalidInputError
 from jitattn.jit.params import FWD_SCORE_FIELDS, divisor
 from jitattn.jit.spec import MaskKind, SeqLayout
@@ -69,7 +70,8 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
     problem.check_options(q, call.gear, call.out_dtype, call.num_splits, call.return_lse)
 
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
-    scale = head_dim**-0.5 if call.scale is None else problem.checked_scale(call.scale)
+    usual = head_dim**-0.5 if call.scores.qk_norm is None else DEFAULT_SCALE
+    scale = usual if call.scale is None else problem.checked_scale(call.scale)
     sizes = Sizes(batch, ours.heads, theirs.heads, ours.longest, theirs.longest, is_uniform)
     scores = check(call, q, scale, sizes)
     q_strides = _strides("q", q, ours)

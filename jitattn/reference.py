@@ -30,6 +30,7 @@ from jitattn.vml import settle_vml
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from jitattn.cosine import L2Norm
     from jitattn.masks import Mask, Rule
     from jitattn.rotary import Rotary
     from jitattn.sequences import KvSequences, QSequences
@@ -164,6 +165,48 @@ class Scores(NamedTuple):
     alibi_slopes: Tensor | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    dropout_p: float = 0.0
+    dropout_state: Tensor | None = None
+    qk_norm: L2Norm | None = None
+    first_batch: int = 0  #: of the sequences that these are of, among all
+
+    def unit(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale q [B, Hq, Lq, D] and k to length 1, if asked for."""
+        if self.qk_norm is None or not self.qk_norm.normalize:
+            return q, k
+        slices = []
+        for x in (q, k):
+            parts = []
+            for part in torch.split(x, x.shape[3] // self.qk_norm.groups, dim=3):
+                length = (part * part).sum(dim=3, keepdim=True).clamp_min(1e-24).sqrt()
+                parts.append(part / length)
+            slices.append(torch.cat(parts, dim=3))
+        if self.qk_norm.head_scale is not None:
+            slices[0] = slices[0] * self.qk_norm.head_scale.to(q.dtype)[:, None, None]
+        return slices[0], slices[1]
+
+    def drop(self, weights: Tensor) -> Tensor:
+        """Drop weights [B, Hq, Lq, Lkv], one number each."""
+        threshold = min(65535, round(self.dropout_p * 65536))
+        if not threshold or self.dropout_state is None:
+            return weights
+        heads = weights.shape[1]
+        seed, offset = (int(x) % 2**64 for x in self.dropout_state)
+        idx = torch.cartesian_prod(*(torch.arange(n) for n in weights.shape))
+        b, h, i, j = idx.reshape(-1, 4).T.to(weights.device)
+        stream = (b + self.first_batch) * heads + h
+        x = [j // 32 * 4 + j % 8 // 2, i, stream, offset % 2**32 + 0 * j]
+        key = [seed % 2**32, seed // 2**32]
+        for _ in range(7):
+            products = (x[0] * 0xD2511F53, x[2] * 0xCD9E8D57)
+            high = [(product >> 32) % 2**32 for product in products]
+            low = [product % 2**32 for product in products]
+            x = [high[1] ^ x[1] ^ key[0], low[1], high[0] ^ x[3] ^ key[1], low[0]]
+            key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+        word = torch.stack(x, dim=1).gather(1, (j % 32 // 8)[:, None])[:, 0]
+        number = torch.where(j % 2 == 0, word % 2**16, word // 2**16)
+        stays = (number >= threshold).reshape(weights.shape)
+        return weights * stays / (1 - threshold / 65536)
 
     def apply(self, scores: Tensor) -> Tensor:
         """Change scores [B, Hq, Lq, Lkv], which are scaled already."""
@@ -192,7 +235,7 @@ class Scores(NamedTuple):
             bias = bias[b : b + 1]
         if slopes is not None and slopes.dim() == 2:
             slopes = slopes[b : b + 1]
-        return self._replace(bias=bias, alibi_slopes=slopes)
+        return self._replace(bias=bias, alibi_slopes=slopes, first_batch=b)
 
 
 def reference(
@@ -212,6 +255,9 @@ def reference(
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_state: Tensor | None = None,
+    qk_norm: L2Norm | None = None,
 ) -> Any:  # noqa: ANN401 - Tensor, or (Tensor, Tensor) with return_lse
     """Compute exact scaled dot-product attention the obvious way.
 
@@ -223,7 +269,7 @@ def reference(
         Hq % Hkv == 0; query head h reads kv head h // (Hq / Hkv).
     v : Tensor, [B, Lkv, Hkv, Dv]
     mask : Mask, default Full()
-    scale : float, default 1/sqrt(D)
+    scale : float, default 1/sqrt(D), and 8 with qk_norm
     layout : "bshd" or "bhsd"
     dtype : torch.dtype, default torch.float64
         What everything is computed in, and the dtype of the results.
@@ -231,7 +277,7 @@ def reference(
     q_seqs, kv_seqs : optional
         Where the sequences lie, as in `jitattn.attention`. Rows that belong to none are 0, with an
         LSE of -inf.
-    bias, relative_bias, alibi_slopes, softcap, sinks : optional
+    bias, relative_bias, alibi_slopes, softcap, sinks, dropout_p, dropout_state, qk_norm : optional
         As in `jitattn.attention`.
 
     Returns
@@ -256,10 +302,26 @@ def reference(
     if layout not in ("bshd", "bhsd"):
         raise InvalidInputError(f"layout={layout!r}: the layout is 'bshd' or 'bhsd'")
     settle_vml()
-    changes = Scores(bias, relative_bias, alibi_slopes, softcap, sinks)
+    changes = Scores(
+        bias, relative_bias, alibi_slopes, softcap, sinks, dropout_p, dropout_state, qk_norm
+    )
     if q_seqs is not None or kv_seqs is not None:
         out, lse = _one_by_one(q, k, v, mask, scale, layout, dtype, q_seqs, kv_seqs, changes)
-        return (out, lse) if return_lse else out
+    else:
+        out, lse = _dense(q, k, v, mask, scale, layout, dtype, changes)
+    return (out, lse) if return_lse else out
+
+
+def _dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scale: float | None,
+    layout: str,
+    dtype: torch.dtype,
+    changes: Scores,
+) -> tuple[Tensor, Tensor]:
     # Everything below is [B, H, L, D].
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if layout == "bshd":
@@ -268,8 +330,9 @@ def reference(
     if heads_kv > 0:
         k = k.repeat_interleave(heads_q // heads_kv, dim=1)
         v = v.repeat_interleave(heads_q // heads_kv, dim=1)
+    q, k = changes.unit(q, k)
     if scale is None:
-        scale = q.shape[3] ** -0.5
+        scale = q.shape[3] ** -0.5 if changes.qk_norm is None else 8.0
 
     attend = attended(mask, q.shape[0], heads_q, heads_kv, q.shape[2], k.shape[2], device=q.device)
     scores = changes.apply(scale * (q @ k.transpose(2, 3)))  # [B, Hq, Lq, Lkv]
@@ -279,14 +342,14 @@ def reference(
     # here, and take its weights and its LSE away again below.
     scores = scores.masked_fill(~sees_any[..., None], 0.0)
     lse = torch.logsumexp(scores, dim=3)
-    if sinks is not None:  # one more column, which has no value
-        sink = sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+    if changes.sinks is not None:  # one more column, which has no value
+        sink = changes.sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, sink), dim=3)
-    weights = torch.softmax(scores, dim=3)[..., : k.shape[2]]
+    weights = changes.drop(torch.softmax(scores, dim=3)[..., : k.shape[2]])
     out = weights.masked_fill(~sees_any[..., None], 0.0) @ v  # [B, Hq, Lq, Dv]
     if layout == "bshd":
         out = out.transpose(1, 2)
-    return (out, lse.masked_fill(~sees_any, float("-inf"))) if return_lse else out
+    return out, lse.masked_fill(~sees_any, float("-inf"))
 
 
 def _one_by_one(
@@ -320,15 +383,15 @@ def _one_by_one(
         where = _rows_of(q_seqs, b, rows)
         own_q = q[where] if is_flat else q[b, where]
         own_k, own_v = (_keys_of(kv_seqs, x, b) for x in (k, v))
-        own_out, own_lse = reference(
+        own_out, own_lse = _dense(
             own_q[None],
             own_k[None],
             own_v[None],
-            mask=of_sequence(mask, b),
-            scale=scale,
-            dtype=dtype,
-            return_lse=True,
-            **changes.of_sequence(b)._asdict(),
+            of_sequence(mask, b),
+            scale,
+            "bshd",
+            dtype,
+            changes.of_sequence(b),
         )
         if is_flat:
             out[where], lse[:, where] = own_out[0], own_lse[0]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from jitattn import cosine
 from jitattn.errors import InvalidInputError
 from jitattn.jit.spec import BiasKind, MaskKind, Switch
 from jitattn.masks import (
@@ -28,6 +29,8 @@ from jitattn.masks import (
 from jitattn.tensors import address_of
 
 if TYPE_CHECKING:
+    from jitattn.cosine import L2Norm
+    from jitattn.dropout import Dropout
     from jitattn.masks import Rule
     from jitattn.problem import Call
 
@@ -49,6 +52,8 @@ class Scores(NamedTuple):
     alibi_slopes: Tensor | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    dropout: Dropout | None = None
+    qk_norm: L2Norm | None = None
 
 
 NO_CHANGES: Final = Scores()
@@ -76,6 +81,8 @@ class Fields(NamedTuple):
     sinks: Switch
     key_padding: Switch
     dense: Switch
+    dropout: Switch
+    fixed_shift: Switch
 
 
 class Checked(NamedTuple):
@@ -98,6 +105,8 @@ def tensors_of(call: Call) -> dict[str, Tensor]:
         "KeyPadding(...)": None if parts.key_padding is None else parts.key_padding.keep,
         "Dense(...)": None if parts.dense is None else parts.dense.keep,
     }
+    if call.scores.qk_norm is not None:
+        found["L2Norm(head_scale)"] = call.scores.qk_norm.head_scale
     rules = parts.rule.rules if isinstance(parts.rule, PerHead) else (parts.rule,)
     for rule in rules:
         if isinstance(rule, BlockSparse):
@@ -120,6 +129,8 @@ def of_sequence(call: Call, idx: int) -> Call:
         scores = scores._replace(bias=scores.bias[idx : idx + 1])
     if scores.alibi_slopes is not None and scores.alibi_slopes.dim() == 2:
         scores = scores._replace(alibi_slopes=scores.alibi_slopes[idx : idx + 1])
+    if scores.dropout is not None:
+        scores = scores._replace(dropout=scores.dropout._replace(first_batch=idx))
     return call._replace(mask=Both(parts.rule, padding, dense), scores=scores)
 
 
@@ -142,7 +153,7 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
                 f"{name} is on {value.device}, q is on {q.device}: they must be on one device; "
                 "move it with .to()"
             )
-    bias, relative, slopes, softcap, sinks = call.scores
+    bias, relative, slopes, softcap, sinks, dropout, norm = call.scores
     matrices = {}
     for name, matrix, dtypes in (
         ("bias", bias, (q.dtype, torch.float32)),
@@ -157,6 +168,11 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
     _check_vectors(relative, slopes, sinks, sizes)
     if softcap is not None:
         softcap = _softcap(softcap)
+    shift = None
+    if norm is not None:
+        cosine.check(norm, q, sizes.heads, call)
+        if bias is relative is slopes is None and softcap is None:
+            shift = cosine.shift_of(norm, scale, q.dtype)
     kind, bottom_right, diagonal, left, keep_first, lifts = _rule(parts.rule, sizes)
     magnitude = abs(scale) or 1e-30  # as dispatch has it for a scale of 0
     is_paired = False
@@ -177,6 +193,8 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         _switch(sinks),
         _switch(parts.key_padding),
         _switch(parts.dense),
+        _switch(dropout),
+        _switch(shift),
     )
     params = (
         matrices["bias"][0],
@@ -185,6 +203,7 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         _address("sinks", sinks),
         padding,
         matrices["Dense(...)"][0],
+        0 if dropout is None else dropout.state.data_ptr(),
         *matrices["bias"][1],
         *matrices["Dense(...)"][1],
         padding_stride,
@@ -200,7 +219,9 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         0.0 if softcap is None else 2 * math.log2(math.e) * magnitude / softcap,
         0.0 if softcap is None else softcap / magnitude,
         *_pattern(parts.rule, sizes),
-        0,
+        shift or 0.0,
+        0 if dropout is None else dropout.threshold,
+        1.0 if dropout is None else dropout.scale,
     )
     return Checked(fields, bottom_right, diagonal, params)
 

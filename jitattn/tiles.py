@@ -16,6 +16,7 @@ from jitattn.jit.spec import (
     MaskKind,
     Problem,
     RowClass,
+    Switch,
     Tile,
     arch_number,
     padded_head_dim,
@@ -135,6 +136,9 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
     elif table is _LARGE_SMEM and not problem.is_uniform:
         table = _LARGE_SMEM_SEQ
     block_q, block_kv, warps_q, stages = next(row for top, row in table.items() if dim <= top)
+    if problem.dropout is Switch.ON and dim > 64 and warps_q == 4:
+        # Drawing the weights that stay takes registers: 64 keys would spill 24 to 292 bytes.
+        block_kv, stages = min(block_kv, 32), 2
     return _tile(block_q, block_kv, warps_q, 1, stages)
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jitattn import workspace
+from jitattn import cosine, workspace
+from jitattn.append import append_spec
 from jitattn.attention import bind
 from jitattn.dispatch import specs_of_problem
 from jitattn.errors import InvalidInputError, UnsupportedError
@@ -17,6 +18,7 @@ from jitattn.jit.choices import preset as preset_choices
 from jitattn.jit.choices import read_file, specs_of
 from jitattn.jit.device import device as device_of
 from jitattn.jit.pool import build_all
+from jitattn.jit.spec import Access
 from jitattn.layouts import parse
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     from jitattn.jit.choices import Choice
     from jitattn.jit.spec import KernelSpec
+    from jitattn.rotary import Rotary
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ def warmup(
     specs: Iterable[Choice] | None = None,
     device: torch.device | int | str | None = None,
     jobs: int | None = None,
+    append: bool = False,
+    rotary: Rotary | None = None,
     **arguments: Any,  # noqa: ANN401 - those of attention
 ) -> WarmedUp:
     """Compile and load ahead what later calls of `attention` need, on one device.
@@ -69,6 +74,10 @@ def warmup(
         Where the kernels are loaded.
     jobs : int, default the number of processors
         Processes that compile.
+    append : bool
+        With a call: load the kernel that appends to a cache as well, for `attention_with_kvcache`.
+    rotary : Rotary, optional
+        With `append`: the one that such calls will pass.
 
     Returns
     -------
@@ -98,7 +107,7 @@ def warmup(
             "other arguments of attention), preset, spec_file or specs"
         )
     if q is not None:
-        return _warm_call(q, k, v, arguments, device, jobs)
+        return _warm_call(q, k, v, arguments, device, jobs, append, rotary)
     if arguments or k is not None or v is not None:
         raise InvalidInputError(
             f"warmup({given[0]}=...) takes no {', '.join(arguments) or 'k and v'}: arguments of "
@@ -120,15 +129,27 @@ def _warm_call(
     arguments: dict[str, Any],
     device: torch.device | int | str | None,
     jobs: int | None,
+    append: bool,
+    rotary: Rotary | None,
 ) -> WarmedUp:
     if k is None or v is None:
         raise InvalidInputError("warmup got q without k and v: it takes all three of a call")
     tensors, call = bind(q, k, v, arguments)
-    problem, _ = parse(tensors["q"], tensors["k"], tensors["v"], call)
-    if device is None and not tensors["q"].is_cuda:
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+    problem, runtime = parse(q, k, v, call)
+    if device is None and not q.is_cuda:
         return WarmedUp(kernels=0, compiled=0)
-    index = _index(tensors["q"].device if device is None else device)
-    return _warm(specs_of_problem(problem, device_of(index).arch), index, jobs)
+    index = _index(q.device if device is None else device)
+    arch = device_of(index).arch
+    specs: list[KernelSpec] = []
+    norm = call.scores.qk_norm
+    if norm is not None and norm.normalize:
+        specs.append(cosine.norm_spec(q, k, norm, call, arch))
+        call = cosine.call_of_normalized(call, runtime.scale)
+        problem, _ = parse(*cosine.like_normalized(q, k), v, call)
+    if append:
+        specs += [append_spec(q.dtype, rotary, access, arch) for access in Access]
+    return _warm([*specs, *specs_of_problem(problem, arch)], index, jobs)
 
 
 def _index(device: torch.device | int | str | None) -> int:

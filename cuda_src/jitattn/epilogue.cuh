@@ -70,7 +70,8 @@ struct FwdEpilogue {
         const Place place = place_of(row_in_warp);
         if (place.exists) sink = sink_weight<Spec>(params, place.head, softmax.neg_max[m][half]);
       }
-      const float inverse = softmax.inverse_sum(m, half, sink);
+      float inverse = softmax.inverse_sum(m, half, sink);
+      if constexpr (Spec::kDropout == Switch::kOn) inverse *= params.dropout_scale;
 #pragma unroll
       for (int n = 0; n < Traits::kColumnTiles; ++n) {
         r_o[m][n][2 * half] *= inverse;

@@ -33,6 +33,7 @@
 #pragma once
 
 #include "jitattn/debug.cuh"
+#include "jitattn/dropout.cuh"
 #include "jitattn/enums.cuh"
 #include "jitattn/epilogue.cuh"
 #include "jitattn/gathered_rows.cuh"
@@ -116,6 +117,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   // ---- Register tiles
   float r_o[Traits::kRowTiles][Traits::kColumnTiles][4] = {};  // [kWarpRows, kDimV]
   OnlineSoftmax<Traits::kRowTiles> softmax;
+  if constexpr (Spec::kFixedShift == Switch::kOn) softmax.fix_max(params.neg_shift);
   const float scale_log2 = params.scale_log2;
 
   // Copies of the next key block, from right to left, into buffer `stage`. The pointers walk: they
@@ -186,11 +188,14 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   };
 
   // r_o += exp2(r_s * scale_log2 - max) V
-  auto exp_and_mma_o = [&](Scores& r_s, int stage) {
+  using Kept = KeptWeights<Spec, Traits::kRowTiles, Traits::kKeyTiles>;
+  auto exp_and_mma_o = [&](Scores& r_s, int stage, const Kept& kept) {
     auto stage_v = lane_v;
     stage_v.advance(stage * Traits::kBytesV);
-    Mma::add_output(r_o, r_s, stage_v,
-                    [&](float (&tile)[4], int m) { softmax.exponentiate(tile, m, scale_log2); });
+    Mma::add_output(r_o, r_s, stage_v, [&](float (&tile)[4], int m, int n) {
+      softmax.exponentiate(tile, m, scale_log2);
+      if constexpr (Spec::kDropout == Switch::kOn) kept.apply(tile, m, n);
+    });
   };
 
   // ---- Prologue: Q and the first kPrefetch blocks. Only the first one, the right-most, has a
@@ -323,8 +328,13 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     }
     if (sees_any) {
       if constexpr (kIsMasked) hide_scores(r_s, block);
-      softmax.update_max(r_s, r_o, scale_log2);
-      exp_and_mma_o(r_s, stage);
+      if constexpr (Spec::kFixedShift == Switch::kOff) softmax.update_max(r_s, r_o, scale_log2);
+      Kept kept;
+      if constexpr (Spec::kDropout == Switch::kOn) {
+        kept.draw(params, sequence, rows, tile.batch_idx, tile.head_idx, warp_row,
+                  columns_of(block), lane_idx);
+      }
+      exp_and_mma_o(r_s, stage, kept);
     }
     if constexpr (Traits::kIsGathered) {
       if (gathered.is_first_of_batch(ordinal))

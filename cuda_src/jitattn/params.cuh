@@ -73,12 +73,13 @@ struct FwdSeqParams : FwdParams {
 
 // And what is done with scores beside scaling them. Strides in elements; 0 where a dimension is 1.
 struct FwdScoreParams : FwdSeqParams {
-  const void* bias;            // [B, Hq, Lq, Lkv]
-  const float* relative_bias;  // [Hq, 2 * relative_reach + 1], by key - query
-  const float* alibi_slopes;   // [B, Hq]
-  const float* sinks;          // [Hq]
-  const uint8_t* key_padding;  // [B, Lkv], nonzero = attend
-  const uint8_t* dense;        // [B, Hq, Lq, Lkv], nonzero = attend
+  const void* bias;              // [B, Hq, Lq, Lkv]
+  const float* relative_bias;    // [Hq, 2 * relative_reach + 1], by key - query
+  const float* alibi_slopes;     // [B, Hq]
+  const float* sinks;            // [Hq]
+  const uint8_t* key_padding;    // [B, Lkv], nonzero = attend
+  const uint8_t* dense;          // [B, Hq, Lq, Lkv], nonzero = attend
+  const int64_t* dropout_state;  // [2]: seed and offset
   int64_t bias_stride_batch;
   int64_t bias_stride_head;
   int64_t bias_stride_row;
@@ -101,9 +102,11 @@ struct FwdScoreParams : FwdSeqParams {
   int32_t stride;          // and of those before, one in so many
   int32_t head_step;       // kv head h is offset by h * head_step + head_shift
   int32_t head_shift;
-  int32_t first_dense;  // kv heads from this one on see every block
-  int32_t block_log2;   // keys of a block
-  int32_t reserved;     // keeps the size a multiple of 8
+  int32_t first_dense;         // kv heads from this one on see every block
+  int32_t block_log2;          // keys of a block
+  float neg_shift;             // fixed shift: what stands for the maximum of every row, negated
+  uint32_t dropout_threshold;  // p * 2^16
+  float dropout_scale;         // 1 / (1 - p)
 };
 
 // And lists of key blocks. A group is 16 keys; the queries of a list are 8 cells or 16, of 8 each.
@@ -137,6 +140,29 @@ struct MergeParams {
   int32_t heads_q;
   int32_t num_parts;
   int32_t reserved;  // keeps the size a multiple of 8
+};
+
+// q is [B, Lq, Hq, D] and so is k; the results are contiguous. A slice is a group of a vector.
+struct NormParams {
+  const void* q;
+  const void* k;
+  void* q_out;
+  void* k_out;
+  const float* head_scale;  // [Hq], for q; null: 1
+  int64_t q_stride_batch;
+  int64_t q_stride_row;
+  int64_t q_stride_head;
+  int64_t k_stride_batch;
+  int64_t k_stride_row;
+  int64_t k_stride_head;
+  int64_t num_slices_q;
+  int64_t num_slices_k;
+  int32_t len_q;
+  int32_t len_k;
+  int32_t heads_q;
+  int32_t heads_k;
+  int32_t scale_stride_row;   // 1 where "rows" are heads, [B, Hq, Lq, D],
+  int32_t scale_stride_head;  // and 0 here then
 };
 
 // A cache is [num_pages, page_size, Hkv, D]; one without a block table has a page for every row of

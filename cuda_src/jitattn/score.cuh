@@ -54,6 +54,12 @@ __device__ __forceinline__ void add_to_scores(float (&r_s)[kRowTiles][kKeyTiles]
       if (key < sequence.len_kv) pair[0] = Bias::load(__ldg(g_row + key));
       if (key + 1 < sequence.len_kv) pair[1] = Bias::load(__ldg(g_row + key + 1));
     }
+    if constexpr (Spec::kBias == BiasKind::kFp32 || Spec::kDtype != Dtype::kFp16) {
+      // As low as a maximum can be, of what is finite: a row of nothing else gets their mean.
+      constexpr float kLowest = -3e29f, kLeast = -3.402823466e38f;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) pair[i] = pair[i] < kLeast ? pair[i] : fmaxf(pair[i], kLowest);
+    }
   };
   if constexpr (Spec::kBias != BiasKind::kNone) {
     if (params.bias_is_shared) {  // one row for all: a column is read once

@@ -29,7 +29,8 @@ template <class Spec>
 constexpr bool kHasScores = kHasGap<Spec> || kHasLists<Spec> || Spec::kBias != BiasKind::kNone ||
                             Spec::kRelativeBias == Switch::kOn || Spec::kAlibi == Switch::kOn ||
                             Spec::kSoftcap == Switch::kOn || Spec::kSinks == Switch::kOn ||
-                            Spec::kKeyPadding == Switch::kOn || Spec::kDense == Switch::kOn;
+                            Spec::kKeyPadding == Switch::kOn || Spec::kDense == Switch::kOn ||
+                            Spec::kDropout == Switch::kOn || Spec::kFixedShift == Switch::kOn;
 
 template <class Spec>
 using FwdParamsOf = typename Conditional<

@@ -31,6 +31,12 @@ struct OnlineSoftmax {
     }
   }
 
+  // Cosine attention: scores are bounded, and the bound stands for every maximum.
+  __device__ void fix_max(float neg_shift) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) neg_max[m][0] = neg_max[m][1] = neg_shift;
+  }
+
   // Raise the maxima if any score of the warp asks for it, and rescale the output with them. The
   // vote is on each lane's own maxima; the quad shares them in the rare branch only. The branch
   // also keeps the compiler from stretching the live ranges of scores across the exponentials.

@@ -54,6 +54,7 @@ _DEFAULTS: Final[dict[str, tuple[str | int, ...]]] = {
     "dtype": ("fp16", "bf16"),
     "head_dim": (64, 128),
     "mask": ("full", "causal"),
+    "groups": (1,),
 }
 
 

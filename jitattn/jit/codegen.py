@@ -10,7 +10,7 @@ from dataclasses import fields
 from enum import StrEnum
 
 from jitattn.jit.params import STRUCTS
-from jitattn.jit.spec import FwdSpec, KernelSpec, arch_number
+from jitattn.jit.spec import FwdSpec, KernelSpec, NormSpec, arch_number
 
 #: Name under which the templates include the generated text.
 HEADER_NAME = "jitattn_spec.h"
@@ -48,6 +48,7 @@ def _members(spec: KernelSpec) -> list[str]:
     return [
         _member("arch", arch_number(spec.arch)),
         *members,
+        *([_member("lanes", spec.lanes)] if isinstance(spec, NormSpec) else []),
         _member("num_threads", spec.num_threads),
         _member("smem_bytes", spec.smem_bytes),
         _member("params_bytes", STRUCTS[spec.params].size),

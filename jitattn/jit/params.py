@@ -83,6 +83,7 @@ FWD_SCORE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("sinks", _POINTER),
     ("key_padding", _POINTER),
     ("dense", _POINTER),
+    ("dropout_state", _POINTER),
     ("bias_stride_batch", _INT64),
     ("bias_stride_head", _INT64),
     ("bias_stride_row", _INT64),
@@ -107,7 +108,9 @@ FWD_SCORE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("head_shift", _INT32),
     ("first_dense", _INT32),
     ("block_log2", _INT32),
-    ("reserved", _INT32),
+    ("neg_shift", _FLOAT),
+    ("dropout_threshold", _UINT32),
+    ("dropout_scale", _FLOAT),
 )
 
 #: And lists of key blocks.
@@ -139,6 +142,28 @@ MERGE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("heads_q", _INT32),
     ("num_parts", _INT32),
     ("reserved", _INT32),
+)
+
+NORM_FIELDS: Final[tuple[tuple[str, str], ...]] = (
+    ("q", _POINTER),
+    ("k", _POINTER),
+    ("q_out", _POINTER),
+    ("k_out", _POINTER),
+    ("head_scale", _POINTER),
+    ("q_stride_batch", _INT64),
+    ("q_stride_row", _INT64),
+    ("q_stride_head", _INT64),
+    ("k_stride_batch", _INT64),
+    ("k_stride_row", _INT64),
+    ("k_stride_head", _INT64),
+    ("num_slices_q", _INT64),
+    ("num_slices_k", _INT64),
+    ("len_q", _INT32),
+    ("len_k", _INT32),
+    ("heads_q", _INT32),
+    ("heads_k", _INT32),
+    ("scale_stride_row", _INT32),
+    ("scale_stride_head", _INT32),
 )
 
 APPEND_FIELDS: Final[tuple[tuple[str, str], ...]] = (
@@ -206,6 +231,7 @@ FIELDS: Final = {
     "fwd_list": FWD_FIELDS + FWD_SEQ_FIELDS + FWD_SCORE_FIELDS + FWD_LIST_FIELDS,
     "merge": MERGE_FIELDS,
     "append": APPEND_FIELDS,
+    "norm": NORM_FIELDS,
 }
 STRUCTS: Final = {
     name: struct.Struct("=" + "".join(code for _, code in fields))

@@ -128,11 +128,20 @@ class Problem:
     sinks: Switch = Switch.OFF
     key_padding: Switch = Switch.OFF
     dense: Switch = Switch.OFF
+    dropout: Switch = Switch.OFF
+    fixed_shift: Switch = Switch.OFF  #: no running maximum: scores are bounded
 
     @property
     def has_scores(self) -> bool:
         """Whether mask or anything else asks for more than q k^T, scaled."""
-        optional = (self.relative_bias, self.alibi, self.softcap, self.sinks)
+        optional = (
+            self.relative_bias,
+            self.alibi,
+            self.softcap,
+            self.sinks,
+            self.dropout,
+            self.fixed_shift,
+        )
         return (
             self.mask not in (MaskKind.FULL, MaskKind.CAUSAL)
             or self.bias is not BiasKind.NONE
@@ -271,13 +280,46 @@ class AppendSpec:
         return _canonical(self)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormSpec:
+    """The kernel that scales q and k to length 1, by groups of columns."""
+
+    family: ClassVar[str] = "norm"
+    params: ClassVar[str] = "norm"
+    num_threads: ClassVar[int] = 256
+    smem_bytes: ClassVar[int] = 0
+    dtype: Dtype
+    head_dim: int
+    groups: int
+    access: Access
+    arch: str
+
+    @property
+    def lanes(self) -> int:
+        """Lanes that share a slice: a power of two, with at least one access each."""
+        size = self.head_dim // self.groups
+        wide = 16 // self.dtype.bytes
+        is_wide = self.access is Access.VEC16 and size % wide == 0
+        accesses = size // wide if is_wide else size
+        return min(32, 1 << (accesses.bit_length() - 1))
+
+    def to_dict(self) -> dict[str, str | int]:
+        """Flat fields, in declaration order: family, arch, then the kernel's own."""
+        return _flat(self)
+
+    def to_key(self) -> str:
+        """Return the canonical JSON text of the spec (sorted keys, no spaces)."""
+        return _canonical(self)
+
+
 #: Kernels whose fields are all that there is to them: no tile is chosen.
-PlainSpec: TypeAlias = MergeSpec | AppendSpec
+PlainSpec: TypeAlias = MergeSpec | AppendSpec | NormSpec
 KernelSpec: TypeAlias = FwdSpec | PlainSpec
 
 PLAIN_FAMILIES: Final[dict[str, type[PlainSpec]]] = {
     MergeSpec.family: MergeSpec,
     AppendSpec.family: AppendSpec,
+    NormSpec.family: NormSpec,
 }
 #: Entry file and symbol of each family: cuda_src/entry/<family>.cu holds jitattn_<family>.
 FAMILIES: Final = (FwdSpec.family, *PLAIN_FAMILIES)

@@ -33,8 +33,10 @@ STRUCTS = {
     "fwd": "FwdParams",
     "fwd_seq": "FwdSeqParams",
     "fwd_score": "FwdScoreParams",
+    "fwd_list": "FwdListParams",
     "merge": "MergeParams",
     "append": "AppendParams",
+    "norm": "NormParams",
 }
 
 

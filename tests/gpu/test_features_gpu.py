@@ -56,6 +56,8 @@ def problem_of(features: str, dtype: torch.dtype, dim: int, q: str, kv: str) -> 
         sinks=on("sinks"),
         key_padding=on("padding"),
         dense=on("dense"),
+        dropout=on("dropout"),
+        fixed_shift=on("cosine"),
     )
 
 
@@ -67,6 +69,7 @@ def _compiled(arch: str) -> None:
         for features, (dtype, dim), (q, kv), rows in itertools.product(
             FEATURES, KINDS, LAYOUTS, RowClass
         )
+        if "cosine" not in features or kv != "paged"
     ]
     assert len(specs) <= 250
     failed = [outcome.error for outcome in build_all(specs) if outcome.error]

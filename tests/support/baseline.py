@@ -37,7 +37,9 @@ def baseline(
     if k.shape[1]:
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    q, k = (x.to(in_dtype).float() for x in changes.unit(q, k))  # rounded, as a kernel does
+    if scale is None:
+        scale = q.shape[3] ** -0.5 if changes.qk_norm is None else 8.0
     attend = attended(
         mask, q.shape[0], heads_q, heads_kv, q.shape[2], k.shape[2], device=q.device
     ).flip(3)
@@ -54,7 +56,8 @@ def baseline(
         highest = highest.masked_fill(highest == float("-inf"), 0.0)
         weights = torch.exp(scores - highest)
         row_sum = weights.sum(3, keepdim=True)
-        sums = torch.matmul(weights.to(in_dtype).float(), v)
+        kept = changes.drop(weights.flip(3)).flip(3)
+        sums = torch.matmul(kept.to(in_dtype).float(), v)
         total = row_sum.masked_fill(row_sum == 0, 1.0)
         if changes.sinks is not None:
             total = total + torch.exp(changes.sinks.view(1, -1, 1, 1) - highest)

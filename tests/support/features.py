@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from jitattn.cosine import L2Norm
 from jitattn.masks import Causal, Dense, Full, KeyPadding, LocalStride, Mask, Window
 
 from .layouts import LayoutCase, check_layout, layout_cases
@@ -22,7 +23,7 @@ FEATURES = (
     "window sinks bias",
     "causal bias32",
     "window alibi padding",
-    "full relative padding",
+    "full relative",
     "causal dense",
     "causal softcap sinks bias",
     "window dense padding bias32",
@@ -30,6 +31,9 @@ FEATURES = (
     "block_lists",
     "block_lists alibi padding",
     "block_lists bias sinks",
+    "causal dropout",
+    "block_lists dropout",
+    "full cosine padding",
 )
 #: (q, kv)
 LAYOUTS = (("batched", "batched"), ("ragged", "ragged"), ("batched", "paged"))
@@ -46,13 +50,18 @@ class FeatureCase:
     hides_all: bool  #: tensors hide whole rows and sequences
     has_batch_slopes: bool
     reach: int
+    groups: int
+    has_head_scale: bool
     seed: int
 
 
 @st.composite
 def feature_cases(draw: st.DrawFn, most_rows: int = 300) -> FeatureCase:
     """Draw a case."""
-    q_kind, kv_kind = draw(st.sampled_from(LAYOUTS))
+    features = draw(st.sampled_from(FEATURES))
+    # Keys in pages are normalised when they are stored.
+    layouts = [pair for pair in LAYOUTS if pair[1] != "paged" or "cosine" not in features]
+    q_kind, kv_kind = draw(st.sampled_from(layouts))
     layout = draw(layout_cases(most_rows=most_rows))
     dtype, head_dim = draw(st.sampled_from(KINDS))
     lens_q, lens_kv = layout.len_q, layout.len_kv
@@ -71,7 +80,6 @@ def feature_cases(draw: st.DrawFn, most_rows: int = 300) -> FeatureCase:
         page_size=16,
         pads_pages=False,
     )
-    features = draw(st.sampled_from(FEATURES))
     reach = st.sampled_from((None, 0, 1, 5, 16, 63, 64, 65, 130))
     rule: Mask = {"full": Full(), "causal": Causal()}.get(features.split()[0], Full())
     if features.startswith("window"):
@@ -104,6 +112,8 @@ def feature_cases(draw: st.DrawFn, most_rows: int = 300) -> FeatureCase:
         hides_all=draw(st.booleans()),
         has_batch_slopes=draw(st.booleans()),
         reach=draw(st.sampled_from((0, 3, 100))),
+        groups=draw(st.sampled_from((1, 1, 2, 4))),
+        has_head_scale=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
     )
 
@@ -148,6 +158,13 @@ def further(case: FeatureCase, device: str, given: dict[str, Any]) -> dict[str, 
         made["softcap"] = 2.0
     if "sinks" in words:
         made["sinks"] = (3 * torch.randn(heads, generator=generator)).to(device)
+    if "dropout" in words:
+        made["dropout_p"] = 0.3
+        made["dropout_state"] = torch.tensor([case.seed << 40, case.seed], device=device)
+    if "cosine" in words:
+        scale = torch.rand(heads, generator=generator).to(device)
+        made["qk_norm"] = L2Norm(case.groups, scale if case.has_head_scale else None, 1.0)
+        made["scale"] = 8.0 if case.groups < 4 else 1.5
     if "padding" in words:
         keep = torch.rand(batch, longest[1] + room, generator=generator) < 0.8
         if case.hides_all:

@@ -62,8 +62,8 @@ struct MmaF32Acc {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         float (&left)[4] = r_s[m][2 * step], (&right)[4] = r_s[m][2 * step + 1];
-        exponentiate(left, m);
-        exponentiate(right, m);
+        exponentiate(left, m, 2 * step);
+        exponentiate(right, m, 2 * step + 1);
         // No shuffle: the accumulators of two n8 tiles are the A fragment of one k16 step.
         p[m][0] = pack(left[0], left[1]);
         p[m][1] = pack(left[2], left[3]);

@@ -102,7 +102,7 @@ struct MmaTf32x3 {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           float (&tile)[4] = r_s[m][first + i];
-          exponentiate(tile, m);
+          exponentiate(tile, m, first + i);
           const float a[4] = {tile[0], tile[2], tile[1], tile[3]};
           p[i][m].set(a);
         }

@@ -1,0 +1,235 @@
+"""Cosine attention: q and k of length 1, so that scores are bounded by their scale.
+
+Henry et al., "Query-Key Normalization for Transformers", arXiv:2010.04245. A bound that is known
+stands for the running maximum of every row, which the kernel then need not keep; where it is not
+known, or too large, the maximum is kept. The result is the softmax in both cases.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import torch
+
+from jitattn.errors import InvalidInputError, UnsupportedError
+from jitattn.jit.device import device
+from jitattn.jit.spec import Access, NormSpec
+from jitattn.loaded import loaded_kernel
+from jitattn.problem import DTYPES, MAX_HEAD_DIM
+from jitattn.sequences import Paged, Ragged
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from jitattn.problem import Call
+
+#: Two inner sizes, and strides.
+_Side: TypeAlias = tuple[int, int, tuple[int, int, int]]
+#: Scale of scores if none is given.
+DEFAULT_SCALE: Final = 8.0
+_EPSILON: Final = 1e-12
+#: Bounds, in powers of two: weights and their sums stay within the range of their dtype.
+_WIDEST_FP16: Final = 14.5
+_WIDEST: Final = 60.0
+_LARGEST_FP16: Final = 14.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class L2Norm:
+    """Cosine attention: scores are scale * head_scale * cos(q, k).
+
+    Parameters
+    ----------
+    groups : int
+        Equal slices of a vector that are normalised each by itself; |score| is then up to
+        scale * groups. It must divide D.
+    head_scale : Tensor, [Hq], fp32, optional
+        A learned factor of each head.
+    bound : float, optional
+        A promise that no |head_scale| is larger. Without it, head_scale means a running maximum.
+    normalize : bool
+        False: q and k come normalised (by `l2norm`, or rotated since); the bound is taken to hold,
+        and head_scale is not applied: multiply q by it.
+    """
+
+    groups: int = 1
+    head_scale: Tensor | None = None
+    bound: float | None = None
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what is no norm."""
+        if type(self.groups) is not int or not 1 <= self.groups <= MAX_HEAD_DIM:
+            raise InvalidInputError(
+                f"L2Norm(groups={self.groups!r}): it must be an int from 1 to {MAX_HEAD_DIM}"
+            )
+        bound = self.bound
+        if bound is not None and not (isinstance(bound, int | float) and 0 < bound < math.inf):
+            raise InvalidInputError(f"L2Norm(bound={bound!r}): it must be a number above 0")
+        if self.head_scale is not None and not self.normalize:
+            raise InvalidInputError(
+                "L2Norm(head_scale=..., normalize=False): nothing would apply the scale; multiply "
+                "q by it"
+            )
+
+
+def check(norm: L2Norm, q: Tensor, heads: int, call: Call) -> None:
+    """Check a norm against the tensors of a call.
+
+    Raises
+    ------
+    InvalidInputError, UnsupportedError
+    """
+    if not isinstance(norm, L2Norm):
+        raise InvalidInputError(
+            f"qk_norm is a {type(norm).__name__}: it must be a jitattn.L2Norm, or None"
+        )
+    if q.shape[-1] % norm.groups:
+        raise InvalidInputError(
+            f"L2Norm(groups={norm.groups}): it must divide head_dim, which is {q.shape[-1]}"
+        )
+    scale = norm.head_scale
+    if scale is not None and (
+        not isinstance(scale, torch.Tensor)
+        or scale.dtype is not torch.float32
+        or list(scale.shape) != [heads]
+        or scale.device != q.device
+    ):
+        raise InvalidInputError(
+            f"L2Norm(head_scale) must be a torch.float32 tensor [{heads}] on {q.device}"
+        )
+    if isinstance(call.kv_seqs, Paged) and norm.normalize:
+        raise UnsupportedError(
+            "qk_norm with pages: keys are normalised once, when they are put into the cache; do "
+            "that with jitattn.l2norm, and pass L2Norm(normalize=False)"
+        )
+
+
+def shift_of(norm: L2Norm, scale: float, dtype: torch.dtype) -> float | None:
+    """Return what stands for the negated maximum of every row, base 2; None: keep the maximum."""
+    if norm.head_scale is not None and norm.bound is None:
+        return None
+    highest = abs(scale) * norm.groups * (1.0 if norm.bound is None else norm.bound)
+    highest *= math.log2(math.e)
+    if dtype is torch.float16:
+        return min(0.0, _LARGEST_FP16 - highest) if highest <= _WIDEST_FP16 else None
+    return 0.0 if highest <= _WIDEST else None
+
+
+def call_of_normalized(call: Call, scale: float) -> Call:
+    """Return the call with q and k already normalised, and its own scale."""
+    norm = call.scores.qk_norm
+    if norm is not None:
+        is_bounded = norm.head_scale is None or norm.bound is not None
+        bound = None if norm.head_scale is None else norm.bound
+        norm = L2Norm(norm.groups, None, bound, normalize=False) if is_bounded else None
+    return call._replace(scale=scale, scores=call.scores._replace(qk_norm=norm))
+
+
+def l2norm(x: Tensor, groups: int = 1) -> Tensor:
+    """Scale vectors, or equal slices of them, to length 1, in fp32.
+
+    Differentiable; a vector of zeros stays one.
+
+    Parameters
+    ----------
+    x : Tensor, [..., D]
+    groups : int
+        Slices, a divisor of D.
+
+    Returns
+    -------
+    Tensor, shape and dtype of x
+    """
+    if groups < 1 or x.shape[-1] % groups:
+        raise InvalidInputError(f"groups={groups}: it must divide head_dim, which is {x.shape[-1]}")
+    return _unit(x, groups).to(x.dtype)
+
+
+def _unit(x: Tensor, groups: int) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(_EPSILON)
+    unit: Tensor = wide / length
+    return unit.reshape(x.shape)
+
+
+def normalized_cpu(q: Tensor, k: Tensor, norm: L2Norm, head_axis: int) -> tuple[Tensor, Tensor]:
+    """Return q and k as the CPU path takes them, in fp32."""
+    turned = _unit(q, norm.groups)
+    if norm.head_scale is not None:
+        shape = [1] * q.dim()
+        shape[head_axis] = -1
+        turned = turned * norm.head_scale.view(shape)
+    return turned, _unit(k, norm.groups)
+
+
+def normalized_cuda(q: Tensor, k: Tensor, norm: L2Norm, call: Call) -> tuple[Tensor, Tensor]:
+    """Return contiguous normalised copies of q and k, in their dtype: one launch."""
+    q_out, k_out = like_normalized(q, k)
+    slices = [tensor.numel() // tensor.shape[-1] * norm.groups for tensor in (q, k)]
+    if not sum(slices):
+        return q_out, k_out
+    sides = _sides(q, k, call)
+    index = q.get_device()
+    with torch.cuda.device(index):
+        spec = norm_spec(q, k, norm, call, device(index).arch)
+        scale = None if norm.head_scale is None else norm.head_scale.contiguous()
+        heads_first = call.layout == "bhsd" and not isinstance(call.q_seqs, Ragged)
+        loaded_kernel(spec, index).launch(
+            -(-sum(slices) * spec.lanes // spec.num_threads),
+            torch._C._cuda_getCurrentRawStream(index),
+            q.data_ptr(),
+            k.data_ptr(),
+            q_out.data_ptr(),
+            k_out.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            *sides[0][2],
+            *sides[1][2],
+            *slices,
+            sides[0][0],
+            sides[1][0],
+            sides[0][1],
+            sides[1][1],
+            heads_first,
+            not heads_first,
+        )
+    return q_out, k_out
+
+
+def like_normalized(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return new tensors for normalised q and k."""
+    q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    return q_out, k_out
+
+
+def norm_spec(q: Tensor, k: Tensor, norm: L2Norm, call: Call, arch: str) -> NormSpec:
+    """Return the kernel that normalises q and k."""
+    units, address = q.shape[-1], q.data_ptr() | k.data_ptr()
+    for _, _, strides in _sides(q, k, call):
+        for stride in strides:
+            units |= stride
+    aligned = (address | units * q.element_size()) & 15 == 0
+    return NormSpec(
+        dtype=DTYPES[q.dtype],
+        head_dim=q.shape[-1],
+        groups=norm.groups,
+        access=Access.VEC16 if aligned else Access.ELEMENT,
+        arch=arch,
+    )
+
+
+def _sides(q: Tensor, k: Tensor, call: Call) -> tuple[_Side, _Side]:
+    return _side(q, isinstance(call.q_seqs, Ragged)), _side(k, isinstance(call.kv_seqs, Ragged))
+
+
+def _side(tensor: Tensor, is_flat: bool) -> _Side:
+    """Two inner sizes, of which the second is the faster, and strides (batch, first, second).
+
+    Copies keep the order of their dimensions: "heads" of a [B, H, L, D] tensor are its rows.
+    """
+    if is_flat:
+        return tensor.shape[0], tensor.shape[1], (0, tensor.stride(0), tensor.stride(1))
+    return tensor.shape[1], tensor.shape[2], (tensor.stride(0), tensor.stride(1), tensor.stride(2))

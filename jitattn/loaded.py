@@ -1,0 +1,30 @@
+"""Kernels for launches: found, compiled and loaded if need be, unless a graph is captured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from jitattn.errors import LaunchError
+from jitattn.jit import launch
+
+if TYPE_CHECKING:
+    from jitattn.jit.spec import KernelSpec
+
+
+def loaded_kernel(spec: KernelSpec, device_index: int) -> launch.Kernel:
+    """Return a kernel, compiled and loaded if need be and if that is possible now.
+
+    Raises
+    ------
+    LaunchError
+        The kernel is not loaded, and the current stream is capturing a graph.
+    """
+    if not launch.is_loaded(spec, device_index) and torch.cuda.is_current_stream_capturing():
+        raise LaunchError(
+            f"the {spec.family} kernel of this call is not loaded, and the current stream is "
+            "capturing a CUDA graph: compiling and loading are not possible then; call "
+            "jitattn.warmup with the same arguments before the capture"
+        )
+    return launch.kernel(spec, device_index)
