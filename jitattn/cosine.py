@@ -131,7 +131,7 @@ def call_of_normalized(call: Call, scale: float) -> Call:
 def l2norm(x: Tensor, groups: int = 1) -> Tensor:
     """Scale vectors, or equal slices of them, to length 1, in fp32.
 
-    Differentiable; a vector of zeros stays one.
+    Differentiable. A vector shorter than 1e-12 has no direction: it becomes 0.
 
     Parameters
     ----------
@@ -151,9 +151,10 @@ def l2norm(x: Tensor, groups: int = 1) -> Tensor:
 def _unit(x: Tensor, groups: int) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(_EPSILON)
-    unit: Tensor = wide / length
-    return unit.reshape(x.shape)
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    is_zero = length < _EPSILON  # no direction: its unit is 0, and so is its gradient
+    unit: Tensor = wide / length.masked_fill(is_zero, 1.0)
+    return unit.masked_fill(is_zero, 0.0).reshape(x.shape)
 
 
 def normalized_cpu(q: Tensor, k: Tensor, norm: L2Norm, head_axis: int) -> tuple[Tensor, Tensor]:

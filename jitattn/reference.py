@@ -178,8 +178,9 @@ class Scores(NamedTuple):
         for x in (q, k):
             parts = []
             for part in torch.split(x, x.shape[3] // self.qk_norm.groups, dim=3):
-                length = (part * part).sum(dim=3, keepdim=True).clamp_min(1e-24).sqrt()
-                parts.append(part / length)
+                square = (part * part).sum(dim=3, keepdim=True)
+                length = torch.where(square < 1e-24, 1.0, square).sqrt()
+                parts.append(torch.where(square < 1e-24, 0.0, part / length))
             slices.append(torch.cat(parts, dim=3))
         if self.qk_norm.head_scale is not None:
             slices[0] = slices[0] * self.qk_norm.head_scale.to(q.dtype)[:, None, None]

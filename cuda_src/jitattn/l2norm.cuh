@@ -1,6 +1,6 @@
 // What        Scales vectors, or equal slices (groups) of them, to length 1: cosine attention.
 //
-// Math        y = scale_h x / max(|x|, 1e-12), |x| in fp32. A vector of zeros stays one.
+// Math        y = scale_h x / |x|, |x| in fp32; 0 for a vector shorter than 1e-12.
 //
 // Work split  kLanes neighbouring lanes a slice; q first, then k, in one launch.
 #pragma once
@@ -69,7 +69,7 @@ __device__ __forceinline__ void l2norm(const NormParams& params) {
     sum += __shfl_xor_sync(0xffffffffu, sum, mask);
   }
   if (!exists) return;
-  float factor = 1.f / fmaxf(sqrtf(sum), 1e-12f);
+  float factor = sum < 1e-24f ? 0.f : 1.f / sqrtf(sum);
   if (!is_k && params.head_scale != nullptr) {
     factor *= __ldg(params.head_scale + row * params.scale_stride_row + head * params.scale_stride_head);
   }
