@@ -11,8 +11,9 @@ from jitattn.dispatch import check_cuda
 from jitattn.jit.device import device
 from jitattn.jit.spec import Access, AppendSpec, RotaryStyle
 from jitattn.loaded import loaded_kernel
-from jitattn.problem import DTYPES, axes
+from jitattn.problem import axes
 from jitattn.sequences import Paged
+from jitattn.tensors import DTYPES
 
 if TYPE_CHECKING:
     from jitattn.rotary import Rotary

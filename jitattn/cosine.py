@@ -17,8 +17,8 @@ from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.jit.device import device
 from jitattn.jit.spec import Access, NormSpec
 from jitattn.loaded import loaded_kernel
-from jitattn.problem import DTYPES, MAX_HEAD_DIM
 from jitattn.sequences import Paged, Ragged
+from jitattn.tensors import DTYPES, MAX_HEAD_DIM
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,8 @@ from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.jit import launch
 from jitattn.jit.device import device
 from jitattn.jit.spec import MergeSpec
-from jitattn.problem import DTYPES, MAX_HEAD_DIM, axes
+from jitattn.problem import axes
+from jitattn.tensors import DTYPES, MAX_HEAD_DIM
 from jitattn.vml import settle_vml
 
 if TYPE_CHECKING:

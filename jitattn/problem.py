@@ -19,7 +19,7 @@ from jitattn.gears import resolve_numerics
 from jitattn.jit.spec import Access, Dtype, MaskKind, Problem, SeqLayout
 from jitattn.masks import Causal, Full, is_mask
 from jitattn.scores import NO_CHANGES, Fields
-from jitattn.tensors import address_of, strides_of
+from jitattn.tensors import DTYPES, MAX_HEAD_DIM, address_of, strides_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,12 +33,6 @@ _Sizes: TypeAlias = tuple[int, int, int, int, int, int, int]
 #: Strides in elements, (batch, row, head); 0 for a dimension of size 0 or 1, which no index passes.
 Strides: TypeAlias = tuple[int, int, int]
 
-DTYPES: Final[dict[torch.dtype, Dtype]] = {
-    torch.float16: Dtype.FP16,
-    torch.bfloat16: Dtype.BF16,
-    torch.float32: Dtype.FP32,
-}
-MAX_HEAD_DIM: Final = 256
 MAX_SPLITS: Final = 256
 #: Rows, keys and heads are counted in 32 bits.
 _MAX_COUNT: Final = 2**31 - 1

@@ -105,7 +105,7 @@ def tensors_of(call: Call) -> dict[str, Tensor]:
         "KeyPadding(...)": None if parts.key_padding is None else parts.key_padding.keep,
         "Dense(...)": None if parts.dense is None else parts.dense.keep,
     }
-    if call.scores.qk_norm is not None:
+    if isinstance(call.scores.qk_norm, cosine.L2Norm):
         found["L2Norm(head_scale)"] = call.scores.qk_norm.head_scale
     rules = parts.rule.rules if isinstance(parts.rule, PerHead) else (parts.rule,)
     for rule in rules:

@@ -1,15 +1,23 @@
-"""Where a tensor lies in memory: its address and strides, or why it has none to speak of."""
+"""Which tensors are taken, and where they lie in memory: address and strides, or why none."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from jitattn.errors import InvalidInputError
+from jitattn.jit.spec import Dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+DTYPES: Final[dict[torch.dtype, Dtype]] = {
+    torch.float16: Dtype.FP16,
+    torch.bfloat16: Dtype.BF16,
+    torch.float32: Dtype.FP32,
+}
+MAX_HEAD_DIM: Final = 256
 
 
 def strides_of(name: str, tensor: Tensor) -> tuple[int, ...]:

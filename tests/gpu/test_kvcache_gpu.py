@@ -15,7 +15,7 @@ from jitattn.jit import build
 from jitattn.jit.choices import specs_of
 from jitattn.jit.pool import build_all
 from jitattn.jit.spec import Access, MaskKind, Problem, RowClass, SeqLayout
-from jitattn.problem import DTYPES
+from jitattn.tensors import DTYPES
 from jitattn.tiles import fwd_spec
 from tests.support.compare import rel_l2
 from tests.support.kvcache import KINDS, CacheCase, cache_cases, check_kvcache

@@ -14,7 +14,7 @@ from jitattn.gears import resolve_numerics
 from jitattn.jit import build
 from jitattn.jit.pool import build_all
 from jitattn.jit.spec import Access, MaskKind, Problem, RowClass, SeqLayout
-from jitattn.problem import DTYPES
+from jitattn.tensors import DTYPES
 from jitattn.tiles import fwd_spec
 from tests.support.compare import rel_l2
 from tests.support.layouts import KINDS, LayoutCase, check_layout, layout_cases
