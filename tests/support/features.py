@@ -21,9 +21,8 @@ KINDS = ((torch.bfloat16, 64), (torch.float16, 20))
 FEATURES = (
     "window",
     "window sinks bias",
-    "causal bias32",
+    "causal bias32 relative",
     "window alibi padding",
-    "full relative",
     "causal dense",
     "causal softcap sinks bias",
     "window dense padding bias32",
@@ -164,7 +163,7 @@ def further(case: FeatureCase, device: str, given: dict[str, Any]) -> dict[str, 
     if "cosine" in words:
         scale = torch.rand(heads, generator=generator).to(device)
         made["qk_norm"] = L2Norm(case.groups, scale if case.has_head_scale else None, 1.0)
-        made["scale"] = 8.0 if case.groups < 4 else 1.5
+        made["scale"] = 8.0 / case.groups  # within the bound of fp16
     if "padding" in words:
         keep = torch.rand(batch, longest[1] + room, generator=generator) < 0.8
         if case.hides_all:
