@@ -78,3 +78,22 @@ def test_a_warm_call_compiles_nothing() -> None:
     eager = jitattn.attention(q, k, v, qk_norm=jitattn.L2Norm())
     assert torch.equal(out, eager)
     assert build.stats().compiled == compiled
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("dim", "groups"), [(64, 1), (20, 5), (250, 1), (256, 32), (7, 7)])
+def test_units_are_right_to_a_rounding(dtype: torch.dtype, dim: int, groups: int) -> None:
+    from jitattn.attention import bind
+    from jitattn.cosine import normalized_cuda
+
+    x = torch.randn(2, 33, 3, dim, device="cuda").to(dtype)
+    scale = torch.rand(3, device="cuda")
+    norm = jitattn.L2Norm(groups, scale)
+    _, call = bind(x, x, x, {"qk_norm": norm})
+    q, k = normalized_cuda(x, x, norm, call)
+    exact = jitattn.l2norm(x.double(), groups)
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(k.double(), exact, rtol=unit, atol=1e-6 * unit)
+    torch.testing.assert_close(
+        q.double(), exact * scale.double()[:, None], rtol=unit, atol=1e-6 * unit
+    )

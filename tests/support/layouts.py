@@ -16,6 +16,8 @@ import torch
 from hypothesis import strategies as st
 
 import jitattn
+from jitattn.attention import bind
+from jitattn.cosine import normalized_cuda
 from jitattn.masks import Causal, Full
 from jitattn.reference import Scores, of_sequence, reference
 from jitattn.sequences import Padded, Paged, Ragged
@@ -227,6 +229,7 @@ def check_layout(
         out = torch.full_like(q, 7.0)
     result, lse = jitattn.attention(**arguments, out=out, return_lse=True)
     assert out is None or result is out
+    rounded = _units(arguments) if device == "cuda" and "qk_norm" in arguments else None
     # The truth is computed on the CPU: thousands of small operations are slow on a GPU.
     arguments, dense = build(case, "cpu")
     if more is not None:
@@ -234,6 +237,8 @@ def check_layout(
     changes = Scores(**{name: arguments[name] for name in Scores._fields if name in arguments})
     result, lse = result.cpu(), lse.cpu()
     same = {name: value for name, value in arguments.items() if name != "num_splits"}
+    if rounded is not None:
+        same |= {"q": rounded[0], "k": rounded[1], "qk_norm": None}
     truth, lse_truth = reference(**same, return_lse=True)
     base, lse_base = torch.zeros_like(truth), torch.full_like(lse_truth, float("-inf"))
     for idx, (own_q, own_k, own_v) in enumerate(dense):
@@ -245,7 +250,7 @@ def check_layout(
             own_v[None],
             mask=of_sequence(arguments["mask"], idx),
             changes=changes.of_sequence(idx),
-            scale=None,
+            scale=arguments.get("scale"),
             layout="bshd",
             out_dtype=None,
         )
@@ -262,6 +267,14 @@ def check_layout(
     base = base.to(result.dtype)
     assert_attn_close("out", result, truth, base, dtype=case.dtype, context=context)
     assert_lse_close("lse", lse, lse_truth, lse_base.float(), context=context)
+
+
+def _units(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k as the kernel normalised them; tests of their own compare them with the truth."""
+    given = {name: value for name, value in arguments.items() if name not in ("q", "k", "v")}
+    tensors, call = bind(arguments["q"], arguments["k"], arguments["v"], given)
+    q, k = normalized_cuda(tensors["q"], tensors["k"], arguments["qk_norm"], call)
+    return q.cpu(), k.cpu()
 
 
 def _span(seqs: Any, idx: int, length: int) -> slice:
