@@ -92,8 +92,10 @@ def test_units_are_right_to_a_rounding(dtype: torch.dtype, dim: int, groups: int
     _, call = bind(x, x, x, {"qk_norm": norm})
     q, k = normalized_cuda(x, x, norm, call)
     exact = jitattn.l2norm(x.double(), groups)
-    unit = torch.finfo(dtype).eps
-    torch.testing.assert_close(k.double(), exact, rtol=unit, atol=1e-6 * unit)
-    torch.testing.assert_close(
-        q.double(), exact * scale.double()[:, None], rtol=unit, atol=1e-6 * unit
-    )
+    # A 16-bit result is rounded once; in fp32, sum, root and quotient are rounded as well.
+    given = {
+        "rtol": torch.finfo(dtype).eps * (3 if dtype is torch.float32 else 0.51),
+        "atol": torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps,
+    }
+    torch.testing.assert_close(k.double(), exact, **given)
+    torch.testing.assert_close(q.double(), exact * scale.double()[:, None], **given)

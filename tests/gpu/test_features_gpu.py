@@ -12,7 +12,16 @@ import jitattn
 from jitattn.gears import resolve_numerics
 from jitattn.jit import build
 from jitattn.jit.pool import build_all
-from jitattn.jit.spec import Access, BiasKind, MaskKind, Problem, RowClass, SeqLayout, Switch
+from jitattn.jit.spec import (
+    Access,
+    BiasKind,
+    MaskKind,
+    NormSpec,
+    Problem,
+    RowClass,
+    SeqLayout,
+    Switch,
+)
 from jitattn.tensors import DTYPES
 from jitattn.tiles import fwd_spec
 from tests.support.compare import rel_l2
@@ -72,7 +81,11 @@ def _compiled(arch: str) -> None:
         if "cosine" not in features or kv != "paged"
     ]
     assert len(specs) <= 250
-    failed = [outcome.error for outcome in build_all(specs) if outcome.error]
+    norms = [
+        NormSpec(dtype=DTYPES[dtype], head_dim=dim, groups=groups, access=access, arch=arch)
+        for (dtype, dim), groups, access in itertools.product(KINDS, (1, 2, 4), Access)
+    ]
+    failed = [outcome.error for outcome in build_all([*specs, *norms]) if outcome.error]
     assert failed == []
 
 
