@@ -34,7 +34,7 @@ from jitattn.masks import (
 )
 
 if TYPE_CHECKING:
-    from jitattn import reference
+    from jitattn import patterns, reference
     from jitattn.attention import attention
     from jitattn.cosine import L2Norm, l2norm
     from jitattn.dropout import dropout_mask, dropout_state
@@ -78,6 +78,7 @@ __all__ = [
     "explain",
     "l2norm",
     "merge",
+    "patterns",
     "reference",
     "warmup",
 ]
@@ -96,7 +97,7 @@ _LAZY_NAMES: Final = {
     "dropout_state": "dropout",
     "l2norm": "cosine",
 }
-_LAZY_MODULES: Final = frozenset({"reference"})
+_LAZY_MODULES: Final = frozenset({"patterns", "reference"})
 
 
 class _Package(ModuleType):

@@ -1,0 +1,249 @@
+"""Patterns of blocks: to build, convert, inspect, check and draw them.
+
+A pattern is a bool tensor [rows, columns] or [heads, rows, columns], True = attend: what
+`BlockSparse` takes. All functions work on any device; none needs a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from jitattn.errors import InvalidInputError, JitAttnError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from jitattn.masks import LocalStride
+
+_INK, _PAPER, _LINE = (31, 78, 121), (255, 255, 255), (205, 205, 205)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a pattern is like."""
+
+    heads: int
+    rows: int
+    columns: int
+    density: float  #: part of the blocks that is set; causal: of those up to the diagonal
+    fewest: int  #: blocks of the emptiest row of any head
+    most: int  #: blocks of the fullest row
+    empty_rows: int  #: rows of all heads that see nothing, and give 0
+    is_kv_cache_efficient: bool
+
+    def __str__(self) -> str:
+        """Return one line."""
+        return (
+            f"{self.heads} x {self.rows} x {self.columns} blocks, density {self.density:.3f}, "
+            f"{self.fewest} to {self.most} a row, {self.empty_rows} empty rows, kv-cache "
+            f"efficient: {'yes' if self.is_kv_cache_efficient else 'no'}"
+        )
+
+
+def local_stride(
+    rule: LocalStride,
+    heads_q: int,
+    heads_kv: int,
+    rows: int,
+    columns: int | None = None,
+    *,
+    first_row: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Write a local + stride pattern out, to look at it or to change it.
+
+    Parameters
+    ----------
+    rule : LocalStride
+    heads_q, heads_kv : int
+        Hq and Hkv.
+    rows, columns : int
+        Blocks of queries and of keys; as many columns as rows if left out.
+    first_row : int
+        Number of the first row's block, for a part of the queries.
+
+    Returns
+    -------
+    Tensor, [Hkv, rows, columns], bool
+        As `BlockSparse` takes it, with the block size of the rule; causal ones with
+        ``causal=True``. Not causal, heads are alike: [1, rows, columns].
+    """
+    i = torch.arange(first_row, first_row + rows, device=device)[:, None]
+    j = torch.arange(rows + first_row if columns is None else columns, device=device)[None, :]
+    left, right = rule.local
+    if not rule.causal:
+        apart = (i - j - left + 1).clamp(min=0) + (j - i - right + 1).clamp(min=0)
+        return (apart % rule.vert_stride == 0)[None]
+    heads = torch.arange(heads_kv, device=device)[:, None, None]
+    shift = heads * rule.step(heads_q) + rule.head_offset
+    on_stride = (j + shift) % rule.vert_stride == 0
+    is_dense = heads >= heads_kv - rule.num_dense_heads
+    return ((i - j < left) | on_stride | is_dense) & (j <= i)
+
+
+def from_tokens(mask: Tensor, block_size: int) -> Tensor:
+    """Return the blocks of which any pair is set.
+
+    Parameters
+    ----------
+    mask : Tensor, [..., Lq, Lkv], bool
+    block_size : int
+
+    Returns
+    -------
+    Tensor, [..., ceil(Lq / block_size), ceil(Lkv / block_size)], bool
+    """
+    rows, columns = (-(-size // block_size) for size in mask.shape[-2:])
+    shape = (*mask.shape[:-2], rows * block_size, columns * block_size)
+    padded = mask.new_zeros(shape)
+    padded[..., : mask.shape[-2], : mask.shape[-1]] = mask
+    blocks = padded.reshape(*mask.shape[:-2], rows, block_size, columns, block_size)
+    return blocks.any(dim=-1).any(dim=-2)
+
+
+def to_tokens(
+    pattern: Tensor, block_size: int, len_q: int, len_kv: int, *, causal: bool = False
+) -> Tensor:
+    """Return which pairs a pattern lets through, [..., Lq, Lkv]; the last query is at the last key.
+
+    What lies outside the pattern is not set.
+    """
+    position = torch.arange(len_q, device=pattern.device)[:, None] + len_kv - len_q
+    key = torch.arange(len_kv, device=pattern.device)[None, :]
+    row, column = position.div(block_size, rounding_mode="floor"), key // block_size
+    rows, columns = pattern.shape[-2:]
+    inside = (row >= 0) & (row < rows) & (column < columns)
+    if causal:
+        inside = inside & (key <= position)
+    if not rows * columns:
+        return inside.expand(*pattern.shape[:-2], len_q, len_kv)
+    return pattern[..., row.clamp(0, rows - 1), column.clamp(max=columns - 1)] & inside
+
+
+def to_csr(pattern: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (crow, col), int32 [heads, rows + 1] and [heads, most blocks of a head].
+
+    The columns of row r of head h are ``col[h, crow[h, r] : crow[h, r + 1]]``, ascending; what is
+    left over of `col` holds -1. Of the transposed pattern, this is the column form.
+    """
+    heads = _heads(pattern)
+    counts = heads.sum(dim=2)
+    crow = torch.zeros(heads.shape[0], heads.shape[1] + 1, dtype=torch.int32, device=heads.device)
+    crow[:, 1:] = counts.cumsum(dim=1)
+    width = int(counts.sum(dim=1).max()) if heads.numel() else 0
+    col = torch.full((heads.shape[0], width), -1, dtype=torch.int32, device=heads.device)
+    for head, own in enumerate(heads):
+        columns = own.nonzero()[:, 1]
+        col[head, : len(columns)] = columns
+    return crow, col
+
+
+def from_csr(crow: Tensor, col: Tensor, columns: int) -> Tensor:
+    """Return the pattern [heads, rows, columns] whose `to_csr` this is."""
+    heads, rows = crow.shape[0], crow.shape[1] - 1
+    pattern = torch.zeros(heads, rows, columns, dtype=torch.bool, device=crow.device)
+    for head in range(heads):
+        counts = crow[head].diff().long()
+        row = torch.arange(rows, device=crow.device).repeat_interleave(counts)
+        pattern[head, row, col[head, : len(row)].long()] = True
+    return pattern
+
+
+def is_kv_cache_efficient(pattern: Tensor) -> bool:
+    """Return whether a block of keys that a row no longer sees is never seen again.
+
+    Then a cache may drop what a decoding head has passed. In every column below its diagonal, a
+    block that is set must be set in the row before as well.
+    """
+    heads = _heads(pattern)
+    later, before = heads[:, 1:], heads[:, :-1]
+    row = torch.arange(1, heads.shape[1], device=heads.device)[:, None]
+    below = torch.arange(heads.shape[2], device=heads.device)[None, :] < row
+    return not bool((later & ~before & below).any())
+
+
+def describe(pattern: Tensor, *, causal: bool = False) -> Description:
+    """Return what a pattern is like; `causal` counts blocks up to the diagonal only."""
+    heads = _heads(pattern)
+    allowed = torch.ones(heads.shape[1:], dtype=torch.bool, device=heads.device)
+    if causal:
+        allowed = allowed.tril()
+    heads = heads & allowed
+    counts = heads.sum(dim=2)
+    places = heads.shape[0] * int(allowed.sum())
+    return Description(
+        heads=heads.shape[0],
+        rows=heads.shape[1],
+        columns=heads.shape[2],
+        density=float(counts.sum()) / max(1, places),
+        fewest=int(counts.min()) if counts.numel() else 0,
+        most=int(counts.max()) if counts.numel() else 0,
+        empty_rows=int((counts == 0).sum()),
+        is_kv_cache_efficient=is_kv_cache_efficient(heads),
+    )
+
+
+def draw(pattern: Tensor, path: str | Path, *, cell: int | None = None) -> None:
+    """Draw a pattern as a PNG: queries downwards, keys to the right, heads side by side.
+
+    Parameters
+    ----------
+    pattern : Tensor, [rows, columns] or [heads, rows, columns], bool
+    path : path
+    cell : int, optional
+        Width of a block in pixels; chosen so that the picture is some 1000 pixels wide.
+
+    Raises
+    ------
+    InvalidInputError
+        The pattern is none, or has no blocks.
+    JitAttnError
+        Pillow is not installed: ``pip install "jitattn[draw]"``.
+    """
+    try:
+        from PIL import Image, ImageDraw
+    except ImportError as error:
+        raise JitAttnError(
+            'drawing needs Pillow; install it with: pip install "jitattn[draw]"'
+        ) from error
+    heads = _heads(pattern).cpu()
+    count, rows, columns = heads.shape
+    if not heads.numel():
+        raise InvalidInputError(
+            f"pattern has shape {list(pattern.shape)}: there is nothing to draw"
+        )
+    if cell is None:
+        cell = max(1, 1000 // (columns * count))
+    gap = max(2, cell)
+    size = (count * (columns * cell + gap) + gap, rows * cell + 2 * gap)
+    picture = Image.new("RGB", size, _PAPER)
+    brush = ImageDraw.Draw(picture)
+    for head in range(count):
+        left = gap + head * (columns * cell + gap)
+        # One pixel a block, then made larger: quick for millions of blocks.
+        pixels = (~heads[head]).to(torch.uint8).mul(255).contiguous().numpy()
+        ink = Image.fromarray(pixels).resize(
+            (columns * cell, rows * cell), Image.Resampling.NEAREST
+        )
+        picture.paste(_INK, (left, gap), ink.point([255 - value for value in range(256)]))
+        brush.rectangle(
+            (left - 1, gap - 1, left + columns * cell, gap + rows * cell), outline=_LINE
+        )
+    picture.save(Path(path), format="PNG")
+
+
+def _heads(pattern: Any) -> Tensor:  # noqa: ANN401 - checked here
+    """Return a pattern as [heads, rows, columns]."""
+    is_tensor = isinstance(pattern, torch.Tensor)
+    if not is_tensor or pattern.dtype is not torch.bool or pattern.dim() not in (2, 3):
+        what = f"{pattern.dtype} {list(pattern.shape)}" if is_tensor else type(pattern).__name__
+        raise InvalidInputError(
+            f"pattern is {what}: it must be a torch.bool tensor [rows, columns] or [heads, rows, "
+            "columns]"
+        )
+    heads: Tensor = pattern if pattern.dim() == 3 else pattern[None]
+    return heads
