@@ -4,6 +4,11 @@ forward   long prompts beside SDPA's flash (FlashAttention-2) and cuDNN backends
 decode    short queries on a long history beside the same, and a plain read of as many bytes
 host      a warm eager call on the host beside SDPA's
 sequences padded, paged and ragged beside dense calls of equal work
+scores    windows, patterns, masks and biases beside our own dense kernels
+density   random patterns from dense to sparse
+flex      windows and patterns beside FlexAttention
+warp_attention, dkernel, cosine
+          the benchmarks of these three systems
 compile   NVRTC (needs no GPU)
 service   a disk hit, one cold process beside 64, the first call of a process (the last on a GPU)
 
@@ -27,6 +32,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 import torch
 from _scores import bench_density, bench_flex, bench_scores
+from _seeds import bench_cosine, bench_dkernel, bench_warp_attention
 from _sequences import bench_sequences
 from _service import bench_compile, bench_service
 from _table import print_table, say
@@ -259,7 +265,8 @@ def common_facts() -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sections that were asked for."""
     sections = (
-        "forward", "decode", "host", "sequences", "scores", "density", "flex", "compile", "service"
+        "forward", "decode", "host", "sequences", "scores", "density", "flex", "warp_attention",
+        "dkernel", "cosine", "compile", "service",
     )  # fmt: skip
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -294,6 +301,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench_density(report, min(rounds, 5))
         if "flex" in asked:
             bench_flex(report, min(rounds, 5))
+        for name, bench in (
+            ("warp_attention", bench_warp_attention),
+            ("dkernel", bench_dkernel),
+            ("cosine", bench_cosine),
+        ):
+            if name in asked:
+                bench(report, min(rounds, 5))
         if "compile" in asked:
             bench_compile(report)
         if "service" in asked:
