@@ -10,7 +10,7 @@ from jitattn import problem
 from jitattn.cosine import DEFAULT_SCALE
 from jitattn.errors import InvalidInputError
 from jitattn.jit.params import FWD_SCORE_FIELDS, divisor
-from jitattn.jit.spec import MaskKind, SeqLayout
+from jitattn.jit.spec import MaskKind, SeqLayout, Switch
 from jitattn.masks import Causal, Full, parts_of
 from jitattn.problem import Indices, Runtime
 from jitattn.scores import NO_CHANGES, NO_LEFT, Sizes, check
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from jitattn.sequences import KvSequences, QSequences
 
 _MAX_COUNT: Final = 2**31 - 1
+#: Bytes of a row of K or V up to which there is room for tiles of a bias beside it.
+_LARGEST_STAGED: Final = 512
 #: Place of the left bound among the score parameters.
 _LEFT: Final = [name for name, _ in FWD_SCORE_FIELDS].index("left")
 
@@ -92,6 +94,10 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
             units |= stride * call.out.element_size()
     aligned = (address | units) & 15 == 0
     layouts = (_layout_of(call.q_seqs), _layout_of(call.kv_seqs, theirs.page_size))
+    if max(head_dim, head_dim_v) * q.element_size() > _LARGEST_STAGED:
+        scores = scores._replace(
+            fields=scores.fields._replace(bias_staged=Switch.OFF, dense_staged=Switch.OFF)
+        )
     facts = (q.dtype, result_dtype, head_dim, head_dim_v, call.gear, aligned, scores.fields.mask)
     found = problem.problem_of((*facts, *layouts, *scores.fields[1:]))
     diagonal, params = scores.diagonal, scores.params

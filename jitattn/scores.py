@@ -83,6 +83,8 @@ class Fields(NamedTuple):
     dense: Switch
     dropout: Switch
     fixed_shift: Switch
+    bias_staged: Switch
+    dense_staged: Switch
 
 
 class Checked(NamedTuple):
@@ -195,6 +197,8 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         _switch(parts.dense),
         _switch(dropout),
         _switch(shift),
+        _staged(bias, matrices["bias"]),
+        _staged(None if parts.dense is None else parts.dense.keep, matrices["Dense(...)"]),
     )
     params = (
         matrices["bias"][0],
@@ -228,6 +232,15 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
 
 def _switch(value: object) -> Switch:
     return Switch.OFF if value is None else Switch.ON
+
+
+def _staged(matrix: Tensor | None, where: tuple[int, tuple[int, int, int]]) -> Switch:
+    """Whether a matrix has rows of its own for queries, all at multiples of 16 bytes."""
+    if matrix is None or matrix.shape[2] == 1:
+        return Switch.OFF
+    address, (batch, head, row) = where
+    unaligned = (address | (batch | head | row) * matrix.element_size()) & 15
+    return Switch.OFF if unaligned or row == 0 else Switch.ON
 
 
 def _address(name: str, tensor: Tensor | None) -> int:

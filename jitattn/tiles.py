@@ -139,6 +139,18 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
     if problem.dropout is Switch.ON and dim > 64 and warps_q == 4:
         # Drawing the weights that stay takes registers: 64 keys would spill 24 to 292 bytes.
         block_kv, stages = min(block_kv, 32), 2
+    if Switch.ON in (problem.bias_staged, problem.dense_staged):
+        # Two CTAs on a multiprocessor matter more than a second stage and wide blocks.
+        if problem.dense_staged is Switch.ON and dim > 64:
+            block_kv = min(block_kv, 32)  # 64 keys would spill 264 bytes
+        widths = [width for width in (block_kv, block_kv // 2) if width >= 16]
+        candidates = [
+            (budget, _tile(block_q, width, warps_q, 1, 1))
+            for budget in (_half(limit), limit)
+            for width in widths
+            if width >= 32 or budget == limit
+        ]
+        return _largest_that_fits(problem, arch, candidates)
     return _tile(block_q, block_kv, warps_q, 1, stages)
 
 

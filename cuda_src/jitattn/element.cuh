@@ -3,6 +3,7 @@
 
 #include "jitattn/enums.cuh"
 #include "jitattn/ptx/math.cuh"
+#include "jitattn/ptx/shared.cuh"
 #include "jitattn/types.cuh"
 
 namespace jitattn {
@@ -17,6 +18,11 @@ struct Scalar {
   // Two neighbours, of which the first is at an even place.
   __device__ static void load_pair(float (&pair)[2], const uint16_t* g_pair) {
     const uint32_t bits = __ldg(reinterpret_cast<const uint32_t*>(g_pair));
+    pair[0] = load(static_cast<uint16_t>(bits));
+    pair[1] = load(static_cast<uint16_t>(bits >> 16));
+  }
+  __device__ static void load_pair_shared(float (&pair)[2], uint32_t s_pair) {
+    const uint32_t bits = ptx::ld_shared_b32(s_pair);
     pair[0] = load(static_cast<uint16_t>(bits));
     pair[1] = load(static_cast<uint16_t>(bits >> 16));
   }
@@ -35,6 +41,11 @@ struct Scalar<Dtype::kFp32> {
     const float2 both = __ldg(reinterpret_cast<const float2*>(g_pair));
     pair[0] = both.x;
     pair[1] = both.y;
+  }
+  __device__ static void load_pair_shared(float (&pair)[2], uint32_t s_pair) {
+    const int64_t bits = ptx::ld_shared_b64(s_pair);
+    pair[0] = __int_as_float(static_cast<int>(bits));
+    pair[1] = __int_as_float(static_cast<int>(bits >> 32));
   }
   __device__ static float round(float value) { return value; }
 };

@@ -139,7 +139,45 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     g_k = gathered.lane_k(copy_k.lane(g_k), copy_k.row);
     g_v = gathered.lane_v(copy_v.lane(g_v), copy_v.row);
   }
+  // The tiles of matrices that go with a block.
+  auto load_matrices = [&](int stage, int block) {
+    if constexpr (Traits::kIsStaged) {
+      const int first_row = tile.q_tile_idx * Spec::kBlockQ;
+      auto load = [&](auto staged, uint32_t s_addr, const auto* g_matrix, int64_t head_stride,
+                      int64_t row_stride) {
+        decltype(staged)::load(
+            s_addr, len_kv(),
+            [&](int row) {
+              const int own = min_of(first_row + row, rows.num_rows - 1);
+              const int position = rows.position(own);
+              return g_matrix + (tile.head_idx + rows.head(own, position)) * head_stride +
+                     matrix_row<Spec>(sequence, position) * row_stride;
+            },
+            [&](int column) {
+              if constexpr (kHasLists<Spec>) {
+                const uint32_t s_listed = gathered.listed_addr(block);
+                return load_listed(s_listed, column / 16).first_key + column % 16;
+              }
+              return block * kBlockKv + column;
+            });
+      };
+      if constexpr (Traits::kStagesBias) {
+        using T = typename Traits::Bias::type;
+        load(typename Traits::StagedBias{},
+             s_q_addr + Traits::kOffsetBias + stage * Traits::kBytesBias,
+             static_cast<const T*>(params.bias) + batch_idx * params.bias_stride_batch,
+             params.bias_stride_head, params.bias_stride_row);
+      }
+      if constexpr (Traits::kStagesDense) {
+        load(typename Traits::StagedDense{},
+             s_q_addr + Traits::kOffsetDense + stage * Traits::kBytesDense,
+             params.dense + batch_idx * params.dense_stride_batch, params.dense_stride_head,
+             params.dense_stride_row);
+      }
+    }
+  };
   auto load_k = [&](int stage, int ahead, auto is_first) {
+    load_matrices(stage, block_at(ordinal - ahead));
     const uint32_t s_addr = s_k_addr + stage * Traits::kBytesK;
     if constexpr (Traits::kIsGathered) {
       copy_k.template load_rows<decltype(is_first)::value, true>(
@@ -259,10 +297,16 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     }
     return {block * kBlockKv + warp_first_key + column, 0};
   };
-  auto change_scores = [&](Scores& r_s, int block) {
+  auto change_scores = [&](Scores& r_s, int block, int stage) {
     if constexpr (kAddsToScores<Spec>) {
+      uint32_t s_bias = 0;
+      if constexpr (Traits::kStagesBias) {
+        s_bias = s_q_addr + Traits::kOffsetBias + stage * Traits::kBytesBias +
+                 warp_first_row * Traits::StagedBias::kPitch +
+                 warp_first_key * static_cast<int>(sizeof(typename Traits::Bias::type));
+      }
       add_to_scores<Spec>(r_s, params, sequence, rows, tile.batch_idx, tile.head_idx, warp_row,
-                          columns_of(block), lane_idx);
+                          columns_of(block), s_bias, lane_idx);
     }
   };
   auto hide_scores = [&](Scores& r_s, int block) {
@@ -273,9 +317,9 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
         mask_listed<Spec>(r_s, params, sequence, rows, range.head, s_listed, warp_row, lane_idx);
       }
     }
-    if constexpr (!kHasLists<Spec> || kHasBoolMask<Spec>) {
-      mask_scores<Spec>(r_s, params, sequence, rows, tile.batch_idx, tile.head_idx, warp_row,
-                        block * kBlockKv + warp_first_key, columns_of(block), lane_idx);
+    if constexpr (!kHasLists<Spec>) {
+      mask_scores<Spec>(r_s, params, sequence, rows, tile.head_idx, warp_row,
+                        block * kBlockKv + warp_first_key, lane_idx);
     }
   };
 
@@ -283,9 +327,10 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   auto step = [&](auto is_masked) {
     constexpr bool kIsMasked = decltype(is_masked)::value;
     Scores r_s = {};
-    if constexpr (Spec::kSoftcap == Switch::kOff) {
+    constexpr bool kIsCapped = Spec::kSoftcap == Switch::kOn;
+    if constexpr (!kIsCapped && !Traits::kIsStaged) {
       // Here, so that a bias is on its way while the copies are waited for.
-      if (!kIsMasked || is_seen(block_at(ordinal))) change_scores(r_s, block_at(ordinal));
+      if (!kIsMasked || is_seen(block_at(ordinal))) change_scores(r_s, block_at(ordinal), stage);
     }
     // Protects: this step's tiles, written by all threads' copies, before anyone reads them; and
     // the buffer that the previous step read, before the next copy overwrites it.
@@ -313,10 +358,17 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     const int block = block_at(ordinal);
     const bool sees_any = !kIsMasked || is_seen(block);
     if (sees_any) {
+      if constexpr (!kIsCapped && Traits::kIsStaged) change_scores(r_s, block, stage);
       mma_s(r_s, stage);
-      if constexpr (Spec::kSoftcap == Switch::kOn) {
+      if constexpr (kIsCapped) {
         cap_scores<Spec>(r_s, params);
-        change_scores(r_s, block);
+        change_scores(r_s, block, stage);
+      }
+      if constexpr (Traits::kStagesDense) {
+        hide_staged<Spec>(r_s,
+                          s_q_addr + Traits::kOffsetDense + stage * Traits::kBytesDense +
+                              warp_first_row * Traits::StagedDense::kPitch + warp_first_key,
+                          lane_idx);
       }
     }
     if constexpr (kStages == 1) {
@@ -344,7 +396,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   };
 
   // ---- Main loops, from right to left
-  if constexpr (kHasBoolMask<Spec> || kHasLists<Spec>) {
+  if constexpr (kHasLists<Spec>) {
 #pragma unroll 1
     for (; ordinal >= range.begin; --ordinal) step(TrueType{});
   } else if constexpr (kHasGap<Spec>) {

@@ -71,7 +71,8 @@ __device__ __forceinline__ void l2norm(const NormParams& params) {
   if (!exists) return;
   float factor = sum < 1e-24f ? 0.f : 1.f / sqrtf(sum);
   if (!is_k && params.head_scale != nullptr) {
-    factor *= __ldg(params.head_scale + row * params.scale_stride_row + head * params.scale_stride_head);
+    factor *=
+        __ldg(params.head_scale + row * params.scale_stride_row + head * params.scale_stride_head);
   }
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {

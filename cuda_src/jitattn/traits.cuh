@@ -1,12 +1,14 @@
 // Numbers derived from the generated Spec, and the checks that the host agrees with them.
 #pragma once
 
+#include "jitattn/element.cuh"
 #include "jitattn/enums.cuh"
 #include "jitattn/params.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/tile/copy.cuh"
 #include "jitattn/tile/mma_f32_acc.cuh"
 #include "jitattn/tile/mma_tf32x3.cuh"
+#include "jitattn/tile/staged_matrix.cuh"
 #include "jitattn/types.cuh"
 
 namespace jitattn {
@@ -77,7 +79,18 @@ struct FwdTraits {
   static constexpr int kOffsetListed = kOffsetRows + kBytesRows;
   static constexpr int kBytesListed =
       kHasLists<Spec> ? 2 * kGatherBatch * (Spec::kBlockKv / 16) * 8 : 0;
-  static constexpr int kSmemBytes = kOffsetListed + kBytesListed;
+  // And tiles of the bias and of a dense mask, as many as of K.
+  static constexpr bool kStagesBias = Spec::kBiasStaged == Switch::kOn;
+  static constexpr bool kStagesDense = Spec::kDenseStaged == Switch::kOn;
+  static constexpr bool kIsStaged = kStagesBias || kStagesDense;
+  using Bias = Scalar<Spec::kBias == BiasKind::kFp32 ? Dtype::kFp32 : Spec::kDtype>;
+  using StagedBias = StagedMatrix<typename Bias::type, Spec::kBlockQ, Spec::kBlockKv, kNumThreads>;
+  using StagedDense = StagedMatrix<uint8_t, Spec::kBlockQ, Spec::kBlockKv, kNumThreads>;
+  static constexpr int kOffsetBias = kOffsetListed + kBytesListed;
+  static constexpr int kBytesBias = kStagesBias ? StagedBias::kBytes : 0;
+  static constexpr int kOffsetDense = kOffsetBias + Spec::kStages * kBytesBias;
+  static constexpr int kBytesDense = kStagesDense ? StagedDense::kBytes : 0;
+  static constexpr int kSmemBytes = kOffsetDense + Spec::kStages * kBytesDense;
   static_assert(kSmemBytes == Spec::kSmemBytes, "host and device disagree on shared memory");
 
   static_assert(swizzle_check::is_conflict_free<kChunksQk>() &&

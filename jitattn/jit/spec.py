@@ -130,6 +130,9 @@ class Problem:
     dense: Switch = Switch.OFF
     dropout: Switch = Switch.OFF
     fixed_shift: Switch = Switch.OFF  #: no running maximum: scores are bounded
+    #: Matrices [Lq, Lkv] whose rows are multiples of 16 bytes come through shared memory.
+    bias_staged: Switch = Switch.OFF
+    dense_staged: Switch = Switch.OFF
 
     @property
     def has_scores(self) -> bool:
@@ -224,7 +227,15 @@ class FwdSpec:
             s_rows = 2 * batch * (tile.block_kv // group) * 16
             if problem.mask is MaskKind.BLOCK_LISTS:
                 s_rows += 2 * batch * (tile.block_kv // 16) * 8
-        return max(s_q + s_kv, s_out, s_merge) + 64 + s_rows
+        # And tiles of a bias and of a dense mask, with room between their rows.
+        s_matrices = 0
+        if problem.bias_staged is Switch.ON:
+            wide = problem.bias is BiasKind.FP32 or problem.dtype is Dtype.FP32
+            pitch = tile.block_kv * 4 + 32 if wide else tile.block_kv * 2 + 16
+            s_matrices += tile.stages * tile.block_q * pitch
+        if problem.dense_staged is Switch.ON:
+            s_matrices += tile.stages * tile.block_q * (tile.block_kv + 16)
+        return max(s_q + s_kv, s_out, s_merge) + 64 + s_rows + s_matrices
 
     def to_dict(self) -> dict[str, str | int]:
         """Flat fields, in declaration order: family, arch, the problem's, the tile's."""

@@ -67,6 +67,8 @@ def problem_of(features: str, dtype: torch.dtype, dim: int, q: str, kv: str) -> 
         dense=on("dense"),
         dropout=on("dropout"),
         fixed_shift=on("cosine"),
+        bias_staged=on("staged") if {"bias", "bias32"} & set(words) else Switch.OFF,
+        dense_staged=on("staged") if "dense" in words else Switch.OFF,
     )
 
 

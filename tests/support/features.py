@@ -21,15 +21,15 @@ KINDS = ((torch.bfloat16, 64), (torch.float16, 20))
 FEATURES = (
     "window",
     "window sinks bias",
-    "causal bias32 relative",
+    "causal bias32 relative staged",
     "window alibi padding",
-    "causal dense",
-    "causal softcap sinks bias",
+    "causal dense staged",
+    "causal softcap sinks bias staged",
     "window dense padding bias32",
     "local_stride sinks",
     "block_lists",
     "block_lists alibi padding",
-    "block_lists bias sinks",
+    "block_lists bias sinks staged",
     "causal dropout",
     "block_lists dropout",
     "full cosine padding",
@@ -68,6 +68,8 @@ def feature_cases(draw: st.DrawFn, most_rows: int = 300) -> FeatureCase:
         lens_q = (max(lens_q),) * len(lens_q)
     if kv_kind == "batched":
         lens_kv = (max(lens_kv),) * len(lens_kv)
+    if "staged" in features and q_kind == kv_kind == "batched" and max(lens_q) == 1:
+        lens_q = (2,) * len(lens_q)  # one row is the same for all, and needs no staging
     layout = replace(
         layout,
         dtype=dtype,
@@ -132,10 +134,25 @@ def further(case: FeatureCase, device: str, given: dict[str, Any]) -> dict[str, 
     is_exact = layout.q_kind == layout.kv_kind == "batched"
     room = random.Random(case.seed).choice((0, 1, 16)) if not is_exact else 0
 
+    is_staged = "staged" in words
+    if is_staged and not is_exact:
+        longest[0] = max(2, longest[0])
+
     def matrix() -> torch.Tensor:
-        sizes = zip(case.broadcasts, (batch, heads, longest[0]), strict=True)
+        """Rows at multiples of 16 elements where they are to be staged, at odd numbers if not."""
+        broadcasts = (*case.broadcasts[:2], case.broadcasts[2] and not is_staged)
+        sizes = zip(broadcasts, (batch, heads, longest[0]), strict=True)
         shape = [1 if one else size for one, size in sizes]
         return torch.randn(*shape, longest[1] + room, generator=generator)
+
+    def laid_out(matrix: torch.Tensor) -> torch.Tensor:
+        width = matrix.shape[3]
+        width = -(-width // 16) * 16 if is_staged else width | 1
+        storage = matrix.new_ones(*matrix.shape[:3], width + 16 * is_staged)
+        if matrix.is_floating_point():
+            storage.fill_(float("nan"))
+        storage[..., : matrix.shape[3]] = matrix
+        return storage.to(device)[..., : matrix.shape[3]]
 
     made: dict[str, Any] = {"mask": on_device(case.rule, device)}
     if "bias" in words or "bias32" in words:
@@ -144,7 +161,7 @@ def further(case: FeatureCase, device: str, given: dict[str, Any]) -> dict[str, 
         if room:
             bias[..., longest[1] :] = float("nan")
         bias = bias.to(layout.dtype) if "bias" in words else bias
-        made["bias"] = bias.to(device)
+        made["bias"] = laid_out(bias)
     if "relative" in words:
         table = torch.randn(
             1 if case.broadcasts[1] else heads, 2 * case.reach + 1, generator=generator
@@ -173,7 +190,7 @@ def further(case: FeatureCase, device: str, given: dict[str, Any]) -> dict[str, 
         keep = matrix() < 1.0
         if case.hides_all and longest[0]:
             keep[:, :, 0] = False
-        made["mask"] = made["mask"] & Dense(keep.to(device))
+        made["mask"] = made["mask"] & Dense(laid_out(keep))
     return made
 
 

@@ -1,0 +1,40 @@
+// Tiles of a [Lq, Lkv] matrix, a bias or a mask, on their way through shared memory.
+//
+// Rows are padded by 32 bytes (4-byte elements) or 16, so that the pairs of columns that a warp
+// reads, 8 rows by 4 lanes, lie in different banks.
+#pragma once
+
+#include "jitattn/ptx/cp_async.cuh"
+#include "jitattn/types.cuh"
+
+namespace jitattn {
+
+template <class T, int kBlockQ, int kBlockKv, int kNumThreads>
+struct StagedMatrix {
+  static constexpr int kRowBytes = kBlockKv * sizeof(T);
+  static constexpr int kPitch = kRowBytes + (sizeof(T) == 4 ? 32 : 16);
+  static constexpr int kBytes = kBlockQ * kPitch;
+  static constexpr int kChunks = kRowBytes / 16;  // of a row
+  static constexpr int kPerChunk = 16 / sizeof(T);
+  static_assert(kRowBytes % 16 == 0);
+
+  // Start copying a tile, by all threads: row_at(row) is the matrix's row for row `row` of the
+  // tile, key_at(column) the key of a column. Keys from len_kv on become zeros and are not read.
+  template <class RowAt, class KeyAt>
+  __device__ static void load(uint32_t s_tile_addr, int len_kv, RowAt row_at, KeyAt key_at) {
+    constexpr int kItems = kBlockQ * kChunks;
+#pragma unroll 4
+    for (int first = 0; first < kItems; first += kNumThreads) {
+      const int item = first + threadIdx.x;
+      if (kItems % kNumThreads != 0 && item >= kItems) return;
+      const int row = item / kChunks, chunk = item % kChunks;
+      const int key = key_at(chunk * kPerChunk);
+      const int exist = max_of(0, min_of(kPerChunk, len_kv - key));
+      const T* g_row = row_at(row);
+      ptx::cp_async_16B_zfill(s_tile_addr + row * kPitch + chunk * 16,
+                              g_row + (exist > 0 ? key : 0), exist * sizeof(T));
+    }
+  }
+};
+
+}  // namespace jitattn
