@@ -10,7 +10,7 @@ from jitattn import problem
 from jitattn.cosine import DEFAULT_SCALE
 from jitattn.errors import InvalidInputError
 from jitattn.jit.params import FWD_SCORE_FIELDS, divisor
-from jitattn.jit.spec import MaskKind, SeqLayout, Switch
+from jitattn.jit.spec import MaskKind, SeqLayout, Staging
 from jitattn.masks import Causal, Full, parts_of
 from jitattn.problem import Indices, Runtime
 from jitattn.scores import NO_CHANGES, NO_LEFT, Sizes, check
@@ -96,7 +96,7 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
     layouts = (_layout_of(call.q_seqs), _layout_of(call.kv_seqs, theirs.page_size))
     if max(head_dim, head_dim_v) * q.element_size() > _LARGEST_STAGED:
         scores = scores._replace(
-            fields=scores.fields._replace(bias_staged=Switch.OFF, dense_staged=Switch.OFF)
+            fields=scores.fields._replace(bias_staged=Staging.OFF, dense_staged=Staging.OFF)
         )
     facts = (q.dtype, result_dtype, head_dim, head_dim_v, call.gear, aligned, scores.fields.mask)
     found = problem.problem_of((*facts, *layouts, *scores.fields[1:]))

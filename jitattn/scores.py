@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jitattn import cosine
 from jitattn.errors import InvalidInputError
-from jitattn.jit.spec import BiasKind, MaskKind, Switch
+from jitattn.jit.spec import BiasKind, MaskKind, Staging, Switch
 from jitattn.masks import (
     BlockSparse,
     Both,
@@ -83,8 +83,8 @@ class Fields(NamedTuple):
     dense: Switch
     dropout: Switch
     fixed_shift: Switch
-    bias_staged: Switch
-    dense_staged: Switch
+    bias_staged: Staging
+    dense_staged: Staging
 
 
 class Checked(NamedTuple):
@@ -197,8 +197,12 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         _switch(parts.dense),
         _switch(dropout),
         _switch(shift),
-        _staged(bias, matrices["bias"]),
-        _staged(None if parts.dense is None else parts.dense.keep, matrices["Dense(...)"]),
+        _staged(bias, matrices["bias"], by_row=True),
+        _staged(
+            None if parts.dense is None else parts.dense.keep,
+            matrices["Dense(...)"],
+            by_row=False,
+        ),
     )
     params = (
         matrices["bias"][0],
@@ -234,13 +238,18 @@ def _switch(value: object) -> Switch:
     return Switch.OFF if value is None else Switch.ON
 
 
-def _staged(matrix: Tensor | None, where: tuple[int, tuple[int, int, int]]) -> Switch:
-    """Whether a matrix has rows of its own for queries, all at multiples of 16 bytes."""
-    if matrix is None or matrix.shape[2] == 1:
-        return Switch.OFF
+def _staged(
+    matrix: Tensor | None, where: tuple[int, tuple[int, int, int]], *, by_row: bool
+) -> Staging:
+    """How a matrix may come: all its rows at multiples of 16 bytes, or the one row of all."""
+    if matrix is None:
+        return Staging.OFF
     address, (batch, head, row) = where
-    unaligned = (address | (batch | head | row) * matrix.element_size()) & 15
-    return Switch.OFF if unaligned or row == 0 else Switch.ON
+    if (address | (batch | head | row) * matrix.element_size()) & 15:
+        return Staging.OFF
+    if matrix.shape[2] > 1:
+        return Staging.MATRIX
+    return Staging.ROW if by_row and head == 0 else Staging.OFF
 
 
 def _address(name: str, tensor: Tensor | None) -> int:

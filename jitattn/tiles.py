@@ -16,6 +16,7 @@ from jitattn.jit.spec import (
     MaskKind,
     Problem,
     RowClass,
+    Staging,
     Switch,
     Tile,
     arch_number,
@@ -139,9 +140,9 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
     if problem.dropout is Switch.ON and dim > 64 and warps_q == 4:
         # Drawing the weights that stay takes registers: 64 keys would spill 24 to 292 bytes.
         block_kv, stages = min(block_kv, 32), 2
-    if Switch.ON in (problem.bias_staged, problem.dense_staged):
+    if Staging.MATRIX in (problem.bias_staged, problem.dense_staged):
         # Two CTAs on a multiprocessor matter more than a second stage and wide blocks.
-        if problem.dense_staged is Switch.ON and dim > 64:
+        if problem.dense_staged is Staging.MATRIX and dim > 64:
             block_kv = min(block_kv, 32)  # 64 keys would spill 264 bytes
         widths = [width for width in (block_kv, block_kv // 2) if width >= 16]
         candidates = [

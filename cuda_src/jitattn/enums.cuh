@@ -11,6 +11,9 @@ enum class MaskKind { kFull, kCausal, kWindow, kLocalStride, kBlockLists };
 // Whether an optional input is there.
 enum class Switch { kOff, kOn };
 
+// Whether a matrix comes through shared memory, in tiles or, where all rows are alike, one row.
+enum class Staging { kOff, kRow, kMatrix };
+
 // Element type of the bias, if there is one: that of q, or fp32.
 enum class BiasKind { kNone, kSame, kFp32 };
 

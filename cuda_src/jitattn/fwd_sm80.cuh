@@ -301,8 +301,9 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     if constexpr (kAddsToScores<Spec>) {
       uint32_t s_bias = 0;
       if constexpr (Traits::kStagesBias) {
+        constexpr int kPitch = Spec::kBiasStaged == Staging::kRow ? 0 : Traits::StagedBias::kPitch;
         s_bias = s_q_addr + Traits::kOffsetBias + stage * Traits::kBytesBias +
-                 warp_first_row * Traits::StagedBias::kPitch +
+                 warp_first_row * kPitch +
                  warp_first_key * static_cast<int>(sizeof(typename Traits::Bias::type));
       }
       add_to_scores<Spec>(r_s, params, sequence, rows, tile.batch_idx, tile.head_idx, warp_row,

@@ -21,7 +21,7 @@ template <class Spec>
 constexpr bool kAddsToScores =
     Spec::kBias != BiasKind::kNone || Spec::kRelativeBias == Switch::kOn ||
     Spec::kAlibi == Switch::kOn || Spec::kKeyPadding == Switch::kOn ||
-    (Spec::kDense == Switch::kOn && Spec::kDenseStaged == Switch::kOff);
+    (Spec::kDense == Switch::kOn && Spec::kDenseStaged == Staging::kOff);
 
 // r_s = cap tanh(scale r_s / cap) / scale. tanh y = 1 - 2 / (e^2y + 1), to some 1e-7; the
 // hardware's own tanh is 2^-11.
@@ -66,6 +66,15 @@ __device__ __forceinline__ void add_to_scores(float (&r_s)[kRowTiles][kKeyTiles]
   using T = typename Bias::type;
   constexpr bool kReadsBias = Spec::kBias != BiasKind::kNone && !Traits::kStagesBias;
   constexpr bool kReadsDense = Spec::kDense == Switch::kOn && !Traits::kStagesDense;
+  constexpr bool kStagesRow = Spec::kBiasStaged == Staging::kRow;
+  constexpr bool kStagesMatrix = Spec::kBiasStaged == Staging::kMatrix;
+  auto load_staged = [&](float (&pair)[2], int row_in_warp, int n) {
+    const int column = n * 8 + accumulator_column(lane_idx);
+    Bias::load_pair_shared(pair, s_bias + row_in_warp * Traits::StagedBias::kPitch +
+                                     column * static_cast<int>(sizeof(T)));
+    pair[0] = bounded_bias<Spec>(pair[0]);
+    pair[1] = bounded_bias<Spec>(pair[1]);
+  };
   auto load_bias = [&](float (&pair)[2], const T* g_row, int key) {
     if (params.bias_is_paired && key + 1 < sequence.len_kv) {
       Bias::load_pair(pair, g_row + key);
@@ -78,9 +87,9 @@ __device__ __forceinline__ void add_to_scores(float (&r_s)[kRowTiles][kKeyTiles]
   };
 
   // ---- What all rows have in common: a column is read once
-  if constexpr (kReadsBias || Spec::kKeyPadding == Switch::kOn) {
+  if constexpr (kReadsBias || kStagesRow || Spec::kKeyPadding == Switch::kOn) {
     const bool adds_bias = kReadsBias && params.bias_is_shared;
-    if (Spec::kKeyPadding == Switch::kOn || adds_bias) {
+    if (Spec::kKeyPadding == Switch::kOn || kStagesRow || adds_bias) {
       const T* g_row = static_cast<const T*>(params.bias) + batch_idx * params.bias_stride_batch +
                        first_head * params.bias_stride_head;
       const uint8_t* g_padding = params.key_padding + batch_idx * params.key_padding_stride;
@@ -89,6 +98,7 @@ __device__ __forceinline__ void add_to_scores(float (&r_s)[kRowTiles][kKeyTiles]
         const int key = columns(n);
         float pair[2] = {0.f, 0.f};
         if (adds_bias) load_bias(pair, g_row, key);
+        if constexpr (kStagesRow) load_staged(pair, 0, n);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           pair[i] *= params.inverse_scale;
@@ -106,7 +116,7 @@ __device__ __forceinline__ void add_to_scores(float (&r_s)[kRowTiles][kKeyTiles]
     }
   }
   constexpr bool kHasRows = Spec::kRelativeBias == Switch::kOn || Spec::kAlibi == Switch::kOn ||
-                            kReadsDense || Traits::kStagesBias;
+                            kReadsDense || kStagesMatrix;
   if (!kHasRows && (!kReadsBias || params.bias_is_shared)) return;
 
   // ---- What each row has of its own
@@ -143,17 +153,11 @@ __device__ __forceinline__ void add_to_scores(float (&r_s)[kRowTiles][kKeyTiles]
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) {
         float pair[2] = {0.f, 0.f};
-        const int key = columns(n), column = n * 8 + accumulator_column(lane_idx);
+        const int key = columns(n);
         if constexpr (kReadsBias) {
           if (!params.bias_is_shared) load_bias(pair, g_bias, key);
         }
-        if constexpr (Traits::kStagesBias) {
-          const uint32_t s_pair = s_bias + row_in_warp * Traits::StagedBias::kPitch +
-                                  column * static_cast<int>(sizeof(T));
-          Bias::load_pair_shared(pair, s_pair);
-          pair[0] = bounded_bias<Spec>(pair[0]);
-          pair[1] = bounded_bias<Spec>(pair[1]);
-        }
+        if constexpr (kStagesMatrix) load_staged(pair, row_in_warp, n);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int distance = key + i - own_key;

@@ -80,11 +80,12 @@ struct FwdTraits {
   static constexpr int kBytesListed =
       kHasLists<Spec> ? 2 * kGatherBatch * (Spec::kBlockKv / 16) * 8 : 0;
   // And tiles of the bias and of a dense mask, as many as of K.
-  static constexpr bool kStagesBias = Spec::kBiasStaged == Switch::kOn;
-  static constexpr bool kStagesDense = Spec::kDenseStaged == Switch::kOn;
+  static constexpr bool kStagesBias = Spec::kBiasStaged != Staging::kOff;
+  static constexpr bool kStagesDense = Spec::kDenseStaged != Staging::kOff;
   static constexpr bool kIsStaged = kStagesBias || kStagesDense;
   using Bias = Scalar<Spec::kBias == BiasKind::kFp32 ? Dtype::kFp32 : Spec::kDtype>;
-  using StagedBias = StagedMatrix<typename Bias::type, Spec::kBlockQ, Spec::kBlockKv, kNumThreads>;
+  static constexpr int kBiasRows = Spec::kBiasStaged == Staging::kRow ? 1 : Spec::kBlockQ;
+  using StagedBias = StagedMatrix<typename Bias::type, kBiasRows, Spec::kBlockKv, kNumThreads>;
   using StagedDense = StagedMatrix<uint8_t, Spec::kBlockQ, Spec::kBlockKv, kNumThreads>;
   static constexpr int kOffsetBias = kOffsetListed + kBytesListed;
   static constexpr int kBytesBias = kStagesBias ? StagedBias::kBytes : 0;

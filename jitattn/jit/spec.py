@@ -56,6 +56,14 @@ class BiasKind(StrEnum):
     FP32 = "fp32"
 
 
+class Staging(StrEnum):
+    """Whether a matrix comes through shared memory; its rows are multiples of 16 bytes then."""
+
+    OFF = "off"
+    ROW = "row"  #: all queries and heads have the same row
+    MATRIX = "matrix"
+
+
 class SeqLayout(StrEnum):
     """Where the sequences of q, or of k and v, lie."""
 
@@ -130,9 +138,8 @@ class Problem:
     dense: Switch = Switch.OFF
     dropout: Switch = Switch.OFF
     fixed_shift: Switch = Switch.OFF  #: no running maximum: scores are bounded
-    #: Matrices [Lq, Lkv] whose rows are multiples of 16 bytes come through shared memory.
-    bias_staged: Switch = Switch.OFF
-    dense_staged: Switch = Switch.OFF
+    bias_staged: Staging = Staging.OFF
+    dense_staged: Staging = Staging.OFF
 
     @property
     def has_scores(self) -> bool:
@@ -229,11 +236,12 @@ class FwdSpec:
                 s_rows += 2 * batch * (tile.block_kv // 16) * 8
         # And tiles of a bias and of a dense mask, with room between their rows.
         s_matrices = 0
-        if problem.bias_staged is Switch.ON:
+        if problem.bias_staged is not Staging.OFF:
             wide = problem.bias is BiasKind.FP32 or problem.dtype is Dtype.FP32
             pitch = tile.block_kv * 4 + 32 if wide else tile.block_kv * 2 + 16
-            s_matrices += tile.stages * tile.block_q * pitch
-        if problem.dense_staged is Switch.ON:
+            rows = tile.block_q if problem.bias_staged is Staging.MATRIX else 1
+            s_matrices += tile.stages * rows * pitch
+        if problem.dense_staged is Staging.MATRIX:
             s_matrices += tile.stages * tile.block_q * (tile.block_kv + 16)
         return max(s_q + s_kv, s_out, s_merge) + 64 + s_rows + s_matrices
 

@@ -20,6 +20,7 @@ from jitattn.jit.spec import (
     Problem,
     RowClass,
     SeqLayout,
+    Staging,
     Switch,
 )
 from jitattn.tensors import DTYPES
@@ -44,6 +45,9 @@ def problem_of(features: str, dtype: torch.dtype, dim: int, q: str, kv: str) -> 
     def on(word: str) -> Switch:
         return Switch.ON if word in words else Switch.OFF
 
+    staging = Staging.MATRIX if "staged" in words else Staging.OFF
+    if "row" in words:
+        staging = Staging.ROW
     return Problem(
         dtype=DTYPES[dtype],
         out_dtype=DTYPES[dtype],
@@ -67,8 +71,8 @@ def problem_of(features: str, dtype: torch.dtype, dim: int, q: str, kv: str) -> 
         dense=on("dense"),
         dropout=on("dropout"),
         fixed_shift=on("cosine"),
-        bias_staged=on("staged") if {"bias", "bias32"} & set(words) else Switch.OFF,
-        dense_staged=on("staged") if "dense" in words else Switch.OFF,
+        bias_staged=staging if {"bias", "bias32"} & set(words) else Staging.OFF,
+        dense_staged=staging if "dense" in words else Staging.OFF,
     )
 
 

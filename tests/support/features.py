@@ -20,7 +20,7 @@ KINDS = ((torch.bfloat16, 64), (torch.float16, 20))
 #: What takes part, by name: one kernel each for every kind, layout and row class.
 FEATURES = (
     "window",
-    "window sinks bias",
+    "window sinks bias row",
     "causal bias32 relative staged",
     "window alibi padding",
     "causal dense staged",
@@ -134,25 +134,27 @@ def further(case: FeatureCase, device: str, given: dict[str, Any]) -> dict[str, 
     is_exact = layout.q_kind == layout.kv_kind == "batched"
     room = random.Random(case.seed).choice((0, 1, 16)) if not is_exact else 0
 
-    is_staged = "staged" in words
+    is_staged, is_row = "staged" in words, "row" in words
     if is_staged and not is_exact:
         longest[0] = max(2, longest[0])
 
     def matrix() -> torch.Tensor:
-        """Rows at multiples of 16 elements where they are to be staged, at odd numbers if not."""
+        """One for the bias or the dense mask."""
         broadcasts = (*case.broadcasts[:2], case.broadcasts[2] and not is_staged)
+        if is_row:
+            broadcasts = (case.broadcasts[0], True, True)
         sizes = zip(broadcasts, (batch, heads, longest[0]), strict=True)
         shape = [1 if one else size for one, size in sizes]
         return torch.randn(*shape, longest[1] + room, generator=generator)
 
     def laid_out(matrix: torch.Tensor) -> torch.Tensor:
-        width = matrix.shape[3]
-        width = -(-width // 16) * 16 if is_staged else width | 1
-        storage = matrix.new_ones(*matrix.shape[:3], width + 16 * is_staged)
+        skip = 0 if is_staged or is_row else 1
+        width = -(-(matrix.shape[3] + skip) // 16) * 16
+        storage = matrix.new_ones(*matrix.shape[:3], width)
         if matrix.is_floating_point():
             storage.fill_(float("nan"))
-        storage[..., : matrix.shape[3]] = matrix
-        return storage.to(device)[..., : matrix.shape[3]]
+        storage[..., skip : skip + matrix.shape[3]] = matrix
+        return storage.to(device)[..., skip : skip + matrix.shape[3]]
 
     made: dict[str, Any] = {"mask": on_device(case.rule, device)}
     if "bias" in words or "bias32" in words:

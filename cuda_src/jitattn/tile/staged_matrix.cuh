@@ -9,11 +9,11 @@
 
 namespace jitattn {
 
-template <class T, int kBlockQ, int kBlockKv, int kNumThreads>
+template <class T, int kRows, int kBlockKv, int kNumThreads>
 struct StagedMatrix {
   static constexpr int kRowBytes = kBlockKv * sizeof(T);
   static constexpr int kPitch = kRowBytes + (sizeof(T) == 4 ? 32 : 16);
-  static constexpr int kBytes = kBlockQ * kPitch;
+  static constexpr int kBytes = kRows * kPitch;
   static constexpr int kChunks = kRowBytes / 16;  // of a row
   static constexpr int kPerChunk = 16 / sizeof(T);
   static_assert(kRowBytes % 16 == 0);
@@ -22,7 +22,7 @@ struct StagedMatrix {
   // tile, key_at(column) the key of a column. Keys from len_kv on become zeros and are not read.
   template <class RowAt, class KeyAt>
   __device__ static void load(uint32_t s_tile_addr, int len_kv, RowAt row_at, KeyAt key_at) {
-    constexpr int kItems = kBlockQ * kChunks;
+    constexpr int kItems = kRows * kChunks;
 #pragma unroll 4
     for (int first = 0; first < kItems; first += kNumThreads) {
       const int item = first + threadIdx.x;
