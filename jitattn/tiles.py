@@ -6,6 +6,7 @@ Tuning knowledge is data with a comment. Nothing here reads a tensor. Figures: c
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Final
 
 from jitattn.errors import InternalError, UnsupportedError
@@ -64,9 +65,11 @@ _SMALL_SMEM: Final[_Table] = {
 }
 #: Sequences that differ: 128x128 would spill 88 bytes (753 us against 811 at 8k causal).
 _LARGE_SMEM_SEQ: Final[_Table] = {**_LARGE_SMEM, 64: (128, 96, 4, 1)}
-#: Windows, biases and the like need registers, too. Of the rate of the same tile without them, at
-#: 16k keys: key padding 0.92 with one stage at D=128, 0.89 with two; 64 rows are 20 % slower.
+#: Windows, biases and the like need registers, too. At 16k keys, D=64, us: a window of 4096 773
+#: (784 with 128x96 and one stage, 774 with 128x128), key padding 3511 (3281, 3758).
 _LARGE_SMEM_SCORES: Final[_Table] = {**_LARGE_SMEM, 64: (128, 64, 4, 2), 128: (128, 64, 4, 1)}
+#: The same where every row sees all keys, or all before it.
+_LARGE_SMEM_CHANGES: Final[_Table] = {**_LARGE_SMEM_SCORES, 64: (128, 96, 4, 1)}
 _MEDIUM_SMEM_SCORES: Final[_Table] = {**_MEDIUM_SMEM, 64: (128, 64, 4, 2)}
 #: sm_100: not measured; 128x128 would spill 68 bytes there.
 _UNTUNED_LARGE_SMEM: Final[_Table] = {**_LARGE_SMEM, 64: (128, 64, 4, 2)}
@@ -133,7 +136,7 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
     elif problem.access is Access.ELEMENT:
         table = _ELEMENT
     elif problem.has_scores:
-        table = _WITH_SCORES.get(arch_number(arch), table)
+        table = _with_scores(problem, arch_number(arch), table)
     elif table is _LARGE_SMEM and not problem.is_uniform:
         table = _LARGE_SMEM_SEQ
     block_q, block_kv, warps_q, stages = next(row for top, row in table.items() if dim <= top)
@@ -153,6 +156,18 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
         ]
         return _largest_that_fits(problem, arch, candidates)
     return _tile(block_q, block_kv, warps_q, 1, stages)
+
+
+def _with_scores(problem: Problem, arch: int, plain: _Table) -> _Table:
+    """Return the table for long queries with windows, biases and the like."""
+    if plain is not _LARGE_SMEM or problem.mask not in (MaskKind.FULL, MaskKind.CAUSAL):
+        return _WITH_SCORES.get(arch, plain)
+    bare = replace(problem, sinks=Switch.OFF, fixed_shift=Switch.OFF)
+    if Switch.ON in (bare.relative_bias, bare.dense, bare.dropout):
+        return _LARGE_SMEM_SCORES  # 96 keys would spill 20 to 96 bytes
+    if bare.has_scores:
+        return _LARGE_SMEM_CHANGES
+    return plain if problem.is_uniform else _LARGE_SMEM_SEQ  # nothing is done to a score
 
 
 def _rows16(problem: Problem, limit: int) -> list[tuple[int, Tile]]:

@@ -35,6 +35,7 @@ from jitattn.jit.spec import (
     Problem,
     RowClass,
     SeqLayout,
+    Staging,
     Switch,
 )
 from jitattn.tiles import fwd_spec
@@ -64,7 +65,8 @@ LAYOUTS: Final = (
 
 #: Fields of optional inputs.
 OPTIONAL: Final = (
-    "bias", "relative_bias", "alibi", "softcap", "sinks", "key_padding", "dense",
+    "bias", "relative_bias", "alibi", "softcap", "sinks", "key_padding", "dense", "dropout",
+    "fixed_shift", "bias_staged", "dense_staged",
 )  # fmt: skip
 #: Masks, biases and the like: each alone, and two that meet in models.
 FEATURES: Final[tuple[dict[str, Any], ...]] = (
@@ -77,8 +79,18 @@ FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"bias": BiasKind.FP32},
     {"relative_bias": Switch.ON},
     {"alibi": Switch.ON},
+    {"bias": BiasKind.SAME, "bias_staged": Staging.ROW},
+    {"bias": BiasKind.SAME, "bias_staged": Staging.MATRIX},
+    {"bias": BiasKind.FP32, "bias_staged": Staging.MATRIX},
     {"mask": MaskKind.FULL, "key_padding": Switch.ON},
     {"mask": MaskKind.FULL, "dense": Switch.ON},
+    {"dense": Switch.ON, "dense_staged": Staging.MATRIX},
+    {"dropout": Switch.ON},
+    {"fixed_shift": Switch.ON},
+    {"mask": MaskKind.BLOCK_LISTS},
+    {"mask": MaskKind.BLOCK_LISTS, "kv_layout": SeqLayout.PAGED},
+    {"mask": MaskKind.BLOCK_LISTS, "kv_layout": SeqLayout.PAGED16},
+    {"mask": MaskKind.BLOCK_LISTS, "dropout": Switch.ON},
 )
 
 
@@ -197,6 +209,8 @@ def _short(arch: str) -> Iterator[KernelSpec]:
     yield fwd_spec(problem(Dtype.FP32, 33, access=Access.ELEMENT), arch, many)
     yield MergeSpec(dtype=bf16, out_dtype=bf16, head_dim_v=128, arch=arch)
     yield from specs_of([{"family": "append", "dtype": ["bf16", "fp32"]}], [arch])
+    norms = {"family": "norm", "dtype": ["bf16", "fp32"], "head_dim": 64, "groups": [1, 8]}
+    yield from specs_of([norms], [arch])
 
 
 def build_one(spec: KernelSpec) -> Figures:

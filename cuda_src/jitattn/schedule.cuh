@@ -24,6 +24,7 @@ struct WorkTile {
 };
 
 // Full: query tiles fastest, so that neighbouring CTAs share the K and V of one head in L2.
+// A bias matrix: heads fastest, which most often share it.
 // Causal: heads fastest and the last (longest) query tiles first, so that short tiles fill the end
 // of the run. (9 to 11 % on causal in an earlier experiment; notes/0001)
 template <class Spec>
@@ -31,7 +32,8 @@ __device__ __forceinline__ WorkTile uniform_tile(const FwdParams& params, uint32
   const uint32_t num_q_tiles = params.num_q_tiles, num_splits = params.num_splits;
   const uint32_t head_tiles = params.heads_q / params.heads_per_tile;
   uint32_t q_tile_idx, split_idx, head_and_batch;
-  if constexpr (Spec::kMask == MaskKind::kCausal) {
+  if constexpr (Spec::kMask == MaskKind::kCausal || Spec::kMask == MaskKind::kLocalStride ||
+                Spec::kBiasStaged == Staging::kMatrix) {
     const uint32_t num_heads_and_batch = head_tiles * params.batch;
     const uint32_t slower = cta_idx / num_heads_and_batch;
     head_and_batch = cta_idx % num_heads_and_batch;
