@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from jitattn.errors import LaunchError
+from jitattn.errors import InternalError, LaunchError
 from jitattn.masks import BlockSparse, Causal, Full, LocalStride, PerHead, Window
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ _OPEN: Final = 2**29
 _GROUP: Final = 16
 #: Queries and keys of a cell.
 _CELL: Final = 8
+#: Tiles times groups of a list that are looked at together: 8 bytes each.
+_MOST_PLACES: Final = 2**24
 #: Lists kept, of all devices together.
 _MOST_KEPT: Final = 64
 _kept: OrderedDict[Hashable, Lists] = OrderedDict()
@@ -243,38 +245,49 @@ def _of_local_stride(rule: LocalStride, kv_head: int, heads: tuple[int, int]) ->
 def _list(head: _Head, covered: int, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return groups [n, 2] and spans [tiles, 2] of one list."""
     tiles, num_groups = -(-covered // positions), -(-covered // _GROUP)
-    cells = min(positions, 128) // _CELL
-    first = torch.arange(tiles, device=device)[:, None] * positions
-    last = first + positions - 1
-    key = torch.arange(num_groups, device=device)[None, :] * _GROUP
-    in_window = key <= last + head.right
-    in_window &= (key + _GROUP > first + head.left) | (key < head.keep_first)
-    every = (1 << cells) - 1
-    if head.sees is None:
-        bits = in_window * (every | every << 16)
-    else:
-        bits = _pattern_bits(head, tiles, positions, num_groups, device)
-        bits = bits * in_window
-    # Without a pattern, most tiles see the same groups; still each has its own: 8 bytes a group.
-    where = bits.nonzero()
-    words = bits[where[:, 0], where[:, 1]]
-    groups = torch.stack([where[:, 1], words], dim=1).to(torch.int32)
-    counts = torch.bincount(where[:, 0], minlength=tiles)
-    span = torch.stack([counts.cumsum(0) - counts, counts], dim=1).to(torch.int32)
-    return groups, span
+    every = (1 << min(positions, 128) // _CELL) - 1
+    every |= every << 16
+    if head.sees is None and (head.keep_first == 0 or head.left <= -_OPEN):
+        return _runs(head, tiles, positions, num_groups, every, device)
+    groups, counts = [], []
+    step = max(1, _MOST_PLACES // num_groups)
+    for first_tile in range(0, tiles, step):
+        tile = torch.arange(first_tile, min(first_tile + step, tiles), device=device)[:, None]
+        first, last = tile * positions, tile * positions + positions - 1
+        key = torch.arange(num_groups, device=device)[None, :] * _GROUP
+        seen = key <= last + head.right
+        seen &= (key + _GROUP > first + head.left) | (key < head.keep_first)
+        bits = seen * (every if head.sees is None else _pattern_bits(head, tile, positions, key))
+        where = bits.nonzero()
+        words = bits[where[:, 0], where[:, 1]]
+        groups.append(torch.stack([where[:, 1], words], dim=1).to(torch.int32))
+        counts.append(torch.bincount(where[:, 0], minlength=len(tile)))
+    count = torch.cat(counts)
+    return torch.cat(groups), torch.stack([count.cumsum(0) - count, count], 1).to(torch.int32)
 
 
-def _pattern_bits(
-    head: _Head, tiles: int, positions: int, num_groups: int, device: torch.device
-) -> Tensor:
-    """Return the bits of every tile and group, int64 [tiles, num_groups]."""
+def _runs(
+    head: _Head, tiles: int, positions: int, num_groups: int, every: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return one list of all groups, of which each tile sees a run."""
+    number = torch.arange(num_groups, device=device)
+    groups = torch.stack([number, torch.full_like(number, every)], dim=1).to(torch.int32)
+    first = torch.arange(tiles, device=device) * positions
+    begin = ((first + head.left) // _GROUP).clamp(0, num_groups)
+    end = ((first + positions - 1 + head.right) // _GROUP + 1).clamp(0, num_groups)
+    return groups, torch.stack([begin, (end - begin).clamp(min=0)], dim=1).to(torch.int32)
+
+
+def _pattern_bits(head: _Head, tile: Tensor, positions: int, key: Tensor) -> Tensor:
+    """Return the bits of tiles [n, 1] and of groups with first keys [1, m], int64 [n, m]."""
     size, sees = head.block_size, head.sees
-    assert sees is not None  # noqa: S101 - for the type checker
+    if sees is None:
+        raise InternalError("a list without a pattern has no bits")
     rows = max(1, positions // size)  # blocks of queries of a tile
     cells = min(size, positions) // _CELL
-    column = torch.arange(-(-num_groups * _GROUP // size), device=device)[None, :]
-    bits = torch.zeros(tiles, column.shape[1], dtype=torch.int64, device=device)
-    tile = torch.arange(tiles, device=device)[:, None]
+    num_groups = key.shape[1]
+    column = torch.arange(-(-num_groups * _GROUP // size), device=key.device)[None, :]
+    bits = torch.zeros(len(tile), column.shape[1], dtype=torch.int64, device=key.device)
     for i in range(rows):
         word = ((1 << cells) - 1) << (i * cells)
         bits += sees(tile * positions // size + i, column) * word

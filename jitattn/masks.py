@@ -347,6 +347,8 @@ def _one_rule(one: Rule, other: Rule) -> Rule:
             return replace(window, right=0)
         if isinstance(window, BlockSparse) and causal == Causal() and window.first_row is None:
             return replace(window, causal=True)
+        if isinstance(window, LocalStride) and window.causal and causal == Causal():
+            return window
     raise InvalidInputError(
         f"{one} & {other}: at most one rule of positions takes part in a mask; use a Dense mask, "
         "or say it as one Window"

@@ -39,7 +39,7 @@ def read(made: lists.Lists, heads: int, len_q: int, len_kv: int, first_row: int)
     return attend
 
 
-@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@settings(max_examples=80, derandomize=True, deadline=None, database=None)
 @given(case=rules())
 def test_lists_are_the_rule(case: tuple[Rule, int, int, int, int]) -> None:
     rule, heads_q, heads_kv, len_q, len_kv = case

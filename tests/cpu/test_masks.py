@@ -64,3 +64,50 @@ def test_grids_stay_affordable():
 def test_edge_meets_every_variant_in_every_layout():
     met = {(case.variant, case.layout) for case in EDGE}
     assert met >= {(variant, layout) for variant in VARIANTS for layout in ("bshd", "bhsd")}
+
+
+def test_causal_joins_what_is_or_can_be_causal() -> None:
+    blocks = jitattn.BlockSparse(torch.ones(2, 2, dtype=torch.bool), 16)
+    both = blocks & jitattn.Causal()
+    assert (both.causal, both.pattern) == (True, blocks.pattern)
+    pattern = jitattn.LocalStride(16, 1, 2)
+    assert jitattn.Causal() & pattern is pattern
+    for one in (
+        jitattn.LocalStride(16, 1, 2, causal=False),
+        jitattn.BlockSparse(blocks.pattern, 16, first_row=3),
+        jitattn.PerHead([jitattn.Full()]),
+    ):
+        with pytest.raises(jitattn.InvalidInputError, match="at most one rule"):
+            one & jitattn.Causal()
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: jitattn.BlockSparse(torch.ones(2, 2, dtype=torch.bool), 24), "block_size=24"),
+        (lambda: jitattn.BlockSparse(torch.ones(2, 2), 16), "must be a torch.bool"),
+        (lambda: jitattn.BlockSparse(torch.ones(2, dtype=torch.bool), 16), "must be a torch.bool"),
+        (
+            lambda: jitattn.BlockSparse(torch.ones(2, 2, dtype=torch.bool), 16, first_row=-1),
+            "first_row",
+        ),
+        (lambda: jitattn.PerHead([jitattn.KeyPadding(torch.ones(1, 2))]), "each must be a Full"),
+        (lambda: jitattn.PerHead([jitattn.Causal("top_left")]), "count from the end"),
+    ],
+)
+def test_patterns_are_checked(make: object, text: str) -> None:
+    with pytest.raises(jitattn.InvalidInputError, match=text):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (jitattn.BlockSparse(torch.ones(3, 1, 1, dtype=torch.bool), 16), "for 3 heads"),
+        (jitattn.PerHead([jitattn.Full()] * 3), "has 3 rules"),
+    ],
+)
+def test_patterns_fit_the_heads(rule: jitattn.Mask, text: str) -> None:
+    q, k, v = torch.zeros(1, 4, 4, 8), torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8)
+    with pytest.raises(jitattn.InvalidInputError, match=text):
+        jitattn.attention(q, k, v, mask=rule)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,17 @@ from hypothesis import strategies as st
 from jitattn.errors import UnsupportedError
 from jitattn.gears import resolve_numerics
 from jitattn.jit.device import arch_of
-from jitattn.jit.spec import Access, Dtype, MaskKind, Problem, RowClass
+from jitattn.jit.spec import (
+    Access,
+    BiasKind,
+    Dtype,
+    MaskKind,
+    Problem,
+    RowClass,
+    SeqLayout,
+    Staging,
+    Switch,
+)
 from jitattn.tiles import choose_splits, fwd_spec, heads_per_tile, max_smem_bytes
 
 ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
@@ -84,3 +96,30 @@ def test_heads_are_packed_all_or_none(len_q: int, group: int) -> None:
         assert packed == group
     if len_q % 128 == 0:
         assert packed == 1
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_120"])
+@pytest.mark.parametrize("dtype", list(Dtype))
+def test_tiles_of_a_bias_fit(arch: str, dtype: Dtype) -> None:
+    """Wherever validation stages a bias and a mask, there is a tile with room for them."""
+    for dim, rows, mask, layout in itertools.product(
+        range(1, 257, 5), RowClass, (MaskKind.CAUSAL, MaskKind.BLOCK_LISTS), SeqLayout
+    ):
+        if dim * dtype.bytes > 512 or layout is SeqLayout.RAGGED:
+            continue
+        problem = Problem(
+            dtype=dtype,
+            out_dtype=dtype,
+            head_dim=dim,
+            head_dim_v=dim,
+            mask=mask,
+            numerics=resolve_numerics(None, dtype),
+            kv_layout=layout,
+            bias=BiasKind.FP32,
+            dense=Switch.ON,
+            bias_staged=Staging.MATRIX,
+            dense_staged=Staging.MATRIX,
+        )
+        spec = fwd_spec(problem, arch, rows)
+        assert spec.smem_bytes <= max_smem_bytes(arch)
+        assert spec.tile.block_kv // spec.tile.warps_kv % 16 == 0

@@ -108,3 +108,10 @@ def test_ci_finds_the_test_command_of_the_readme() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     commands = [line for line in lines if '".[cu13,test]"' in line]
     assert commands == ['pip install -e ".[cu13,test]" -c tools/constraints.txt && pytest']
+
+
+def test_the_readme_says_what_goes_with_what() -> None:
+    done = run("tools/combinations.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" yes |") > 150
+    assert done.stdout.strip() in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -209,3 +209,16 @@ def test_nothing_compiles_when_reaches_and_values_change() -> None:
         rows = slice(0, 1 + step * 5)
         jitattn.attention(q[:, rows], k, v, mask=window, softcap=1.0 + step)
     assert build.stats().compiled == compiled
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_rows_of_the_lowest_bias_get_the_mean(dtype: torch.dtype, rows: int) -> None:
+    q, k, v = torch.randn(3, 1, 40, 2, 64, device="cuda", dtype=BF16)
+    bias = torch.zeros(1, 1, rows, 40, device="cuda", dtype=dtype)
+    bias[:, :, 0] = torch.finfo(dtype).min
+    out = jitattn.attention(q, k, v, bias=bias)
+    assert rel_l2(out[:, 0], v.float().mean(dim=1)) < 5e-3
+    if rows > 1:
+        truth = jitattn.attention(q, k, v)
+        assert rel_l2(out[:, 1:], truth[:, 1:]) < 5e-3

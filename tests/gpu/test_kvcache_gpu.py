@@ -150,3 +150,19 @@ def test_rows_of_the_cache_that_do_not_exist_are_not_touched() -> None:
     assert k_cache.count_nonzero() == v_cache.count_nonzero() == 2 * 64
     assert torch.equal(out[:2], torch.zeros_like(out[:2]))
     assert torch.equal(out[2], torch.ones_like(out[2]))
+
+
+def test_warmup_loads_the_kernel_that_appends() -> None:
+    from jitattn.append import append_spec
+    from jitattn.dispatch import forget_kernels
+    from jitattn.jit import launch
+    from jitattn.jit.device import device
+
+    forget_kernels()
+    q, k, v = torch.randn(3, 1, 8, 2, 24, device="cuda", dtype=torch.float16)
+    tables = torch.rand(2, 64, 8, device="cuda")
+    rotary = Rotary(tables[0], tables[1], interleaved=True)
+    jitattn.warmup(q, k, v, mask=jitattn.Causal(), append=True, rotary=rotary)
+    for access in Access:
+        spec = append_spec(torch.float16, rotary, access, device(0).arch)
+        assert launch.is_loaded(spec, 0)
