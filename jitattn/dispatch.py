@@ -24,7 +24,7 @@ from jitattn.loaded import loaded_kernel
 from jitattn.masks import Causal, Full
 from jitattn.scores import NO_CHANGES, NO_LEFT, tensors_of
 from jitattn.sequences import Ragged
-from jitattn.tiles import choose_splits, fwd_spec, heads_per_tile
+from jitattn.tiles import choose_splits, fwd_spec, heads_per_tile, merge_cost
 from jitattn.workspace import arrivals
 
 if TYPE_CHECKING:
@@ -124,7 +124,10 @@ def plan(problem: Problem, runtime: Runtime, device_index: int, num_splits: int 
     if runtime.indices is None:
         if num_splits is None:
             num_splits = choose_splits(
-                num_tiles * head_tiles, _blocks_seen(problem, runtime, kernel), num_slots
+                num_tiles * head_tiles,
+                _blocks_seen(problem, runtime, kernel),
+                num_slots,
+                merge_cost(kernel.block_q),
             )
         num_items *= num_splits
     elif num_splits is not None:

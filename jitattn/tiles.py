@@ -12,6 +12,7 @@ from typing import Final
 from jitattn.errors import InternalError, UnsupportedError
 from jitattn.jit.spec import (
     Access,
+    BiasKind,
     Dtype,
     FwdSpec,
     MaskKind,
@@ -163,7 +164,8 @@ def _with_scores(problem: Problem, arch: int, plain: _Table) -> _Table:
     if plain is not _LARGE_SMEM or problem.mask not in (MaskKind.FULL, MaskKind.CAUSAL):
         return _WITH_SCORES.get(arch, plain)
     bare = replace(problem, sinks=Switch.OFF, fixed_shift=Switch.OFF)
-    if Switch.ON in (bare.relative_bias, bare.dense, bare.dropout):
+    reads_bias = bare.bias is not BiasKind.NONE and bare.bias_staged is Staging.OFF
+    if reads_bias or Switch.ON in (bare.relative_bias, bare.dense, bare.dropout):
         return _LARGE_SMEM_SCORES  # 96 keys would spill 20 to 96 bytes
     if bare.has_scores:
         return _LARGE_SMEM_CHANGES
@@ -250,8 +252,22 @@ def heads_per_tile(len_q: int, group: int) -> int:
     return group if alone < 0.9 * packed or rows <= RowClass.ROWS64 else 1
 
 
+#: Costs in key blocks: starting a CTA, and the merge, by the rows of a tile. One CTA merges a tile:
+#: of 128 rows in some 60 us where a key block takes 2.3 (4 x 128 queries on 1024 keys, 32 heads,
+#: D=128: 76 us with two splits, 37 with one).
+_SPLIT_PROLOGUE: Final = 3.0
+_MERGE_COST: Final = {16: 4.0, 64: 12.0, 128: 25.0}
+
+
+def merge_cost(block_q: int) -> float:
+    """Return the time in which a tile of so many rows is merged, in key blocks."""
+    return next((cost for rows, cost in _MERGE_COST.items() if block_q <= rows), _MERGE_COST[128])
+
+
 @functools.lru_cache(maxsize=4096)
-def choose_splits(num_tiles: int, num_kv_blocks: int, num_slots: int) -> int:
+def choose_splits(
+    num_tiles: int, num_kv_blocks: int, num_slots: int, merge_cost: float = _MERGE_COST[16]
+) -> int:
     """Return how many CTAs should share the keys of one query tile.
 
     Parameters
@@ -262,6 +278,8 @@ def choose_splits(num_tiles: int, num_kv_blocks: int, num_slots: int) -> int:
         Key blocks of the longest tile.
     num_slots : int
         CTAs that the GPU holds at a time.
+    merge_cost : float
+        Time of a merge, in key blocks.
     """
     if num_kv_blocks <= 4 or num_tiles >= 0.8 * num_slots:
         return 1
@@ -272,12 +290,7 @@ def choose_splits(num_tiles: int, num_kv_blocks: int, num_slots: int) -> int:
             continue
         used = -(-num_kv_blocks // -(-num_kv_blocks // splits))  # without the empty ones
         cost = -(-num_tiles * used // num_slots) * (-(-num_kv_blocks // used) + _SPLIT_PROLOGUE)
-        cost += _MERGE_COST + 0.1 * used
+        cost += merge_cost + 0.1 * used
         if cost < best_cost:
             best, best_cost = used, cost
     return best
-
-
-#: Costs in key blocks: starting a CTA, and the merge.
-_SPLIT_PROLOGUE: Final = 3.0
-_MERGE_COST: Final = 4.0

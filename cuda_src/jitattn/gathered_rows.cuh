@@ -29,8 +29,8 @@ struct GatheredRows {
   static_assert(kBatch > Spec::kStages, "a batch is looked up before its first copy");
   static constexpr int64_t kElementBytes = sizeof(typename Traits::Element);
   // A thread's rows lie whole groups apart, so that its place in the group is always the same.
-  static_assert(Traits::CopyK::kRowsPerPass % kGroup == 0 &&
-                Traits::CopyV::kRowsPerPass % kGroup == 0);
+  static_assert(!Traits::kIsGathered || (Traits::CopyK::kRowsPerPass % kGroup == 0 &&
+                                         Traits::CopyV::kRowsPerPass % kGroup == 0));
 
   // Page and row within it of the first key of this thread's groups of one batch, and its entry.
   struct Lookup {

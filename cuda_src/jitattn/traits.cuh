@@ -69,7 +69,8 @@ struct FwdTraits {
   // of the next blocks of keys that are gathered (gathered_rows.cuh).
   static constexpr bool kIsPaged = jitattn::kIsPaged<Spec>;
   static constexpr bool kIsGathered = kIsPaged || kHasLists<Spec>;
-  static constexpr int kGroup = Spec::kKvLayout == SeqLayout::kPaged ? 1 : 16;
+  // A thread copies rows that lie whole groups apart: 128 threads copy 16 at a time.
+  static constexpr int kGroup = Spec::kKvLayout == SeqLayout::kPaged || kNumThreads < 128 ? 1 : 16;
   static constexpr int kGatherBatch = kGroup == 16 ? 8 : 4;
   static constexpr int kOffsetPlan = kBytesReused;
   static constexpr int kBytesPlan = 64;

@@ -230,6 +230,7 @@ class FwdSpec:
         # Behind that: the plan of a CTA, and the rows of keys that are gathered.
         s_rows = 0
         if group := problem.gather_group:
+            group = group if tile.num_threads >= 128 else 1
             batch = 8 if group == 16 else 4  # blocks that are looked up together
             s_rows = 2 * batch * (tile.block_kv // group) * 16
             if problem.mask is MaskKind.BLOCK_LISTS:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
+import jitattn
 from jitattn.errors import InvalidInputError
 from jitattn.masks import Causal, Full
 from jitattn.reference import visible
