@@ -96,8 +96,8 @@ def attention(
         count from the first real token, and the diagonal of `Causal` is that of each sequence.
     bias : Tensor, [B or 1, Hq or 1, Lq or 1, Lkv], dtype of q or fp32, optional
         Added to the scores. With sequences of their own, rows and columns count from the first ones
-        of each, and may be more than there are. -inf hides. On a GPU, what is finite and below -3e7
-        counts as -3e7: nothing beside usual scores, and the mean for a row that has no others.
+        of each, and may be more than there are. -inf hides; on a GPU, so does what is below -3e7,
+        which differs only where a row has nothing else: it gives 0, not the mean.
     relative_bias : Tensor, [Hq or 1, 2 R + 1], fp32, optional
         Added to the scores by distance: entry d + R, where d is key - query (of positions aligned
         to the bottom right), held between -R and R.

@@ -42,14 +42,12 @@ __device__ __forceinline__ void cap_scores(float (&r_s)[kRowTiles][kKeyTiles][4]
   }
 }
 
-// A maximum is rounded to fp32 and then subtracted exactly: beyond 2^26 the rounding error itself
-// would leave the range of fp16 weights. What is finite is held above that; it is as good as hidden
-// beside any other score, and a row of nothing else gets the mean of its values.
+// What is below -3e7 hides, as -inf does. A maximum is rounded to fp32 and subtracted exactly: from
+// 2^26 on, the rounding error itself would leave the range of fp16 weights.
 template <class Spec>
 __device__ __forceinline__ float bounded_bias(float bias) {
   if constexpr (Spec::kBias == BiasKind::kSame && Spec::kDtype == Dtype::kFp16) return bias;
-  constexpr float kLowest = -3e7f, kLeast = -3.402823466e38f;
-  return bias < kLeast ? bias : fmaxf(bias, kLowest);
+  return bias < -3e7f ? -infinity() : bias;
 }
 
 // r_s += (biases) / scale, and -inf where tensors hide, for the rows first_row .. of this warp.

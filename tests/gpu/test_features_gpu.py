@@ -212,13 +212,19 @@ def test_nothing_compiles_when_reaches_and_values_change() -> None:
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
-@pytest.mark.parametrize("rows", [1, 40])
-def test_rows_of_the_lowest_bias_get_the_mean(dtype: torch.dtype, rows: int) -> None:
+@pytest.mark.parametrize("lowest", [float("-inf"), -1e9, None])
+@pytest.mark.parametrize("room", [0, 1])
+def test_the_lowest_biases_hide(dtype: torch.dtype, lowest: float | None, room: int) -> None:
+    """Rows of nothing else are 0, never NaN; with and without shared memory on the way."""
     q, k, v = torch.randn(3, 1, 40, 2, 64, device="cuda", dtype=BF16)
-    bias = torch.zeros(1, 1, rows, 40, device="cuda", dtype=dtype)
-    bias[:, :, 0] = torch.finfo(dtype).min
-    out = jitattn.attention(q, k, v, bias=bias)
-    assert rel_l2(out[:, 0], v.float().mean(dim=1)) < 5e-3
-    if rows > 1:
-        truth = jitattn.attention(q, k, v)
-        assert rel_l2(out[:, 1:], truth[:, 1:]) < 5e-3
+    lowest = torch.finfo(dtype).min if lowest is None else lowest
+    bias = torch.zeros(1, 1, 40, 48, device="cuda", dtype=dtype)[..., room : 40 + room]
+    bias[:, :, 0] = lowest
+    bias[:, :, 1:, :7] = lowest
+    out, lse = jitattn.attention(q, k, v, bias=bias, return_lse=True)
+    assert torch.equal(out[:, 0], torch.zeros_like(out[:, 0]))
+    assert torch.isneginf(lse[:, :, 0]).all()
+    truth = jitattn.attention(q, k[:, 7:], v[:, 7:])
+    assert rel_l2(out[:, 1:], truth[:, 1:]) < 5e-3
+    alike = torch.full((1, 1, 1, 40), lowest, device="cuda", dtype=dtype)
+    assert torch.equal(jitattn.attention(q, k, v, bias=alike), torch.zeros_like(q))
