@@ -253,10 +253,10 @@ def heads_per_tile(len_q: int, group: int) -> int:
 
 
 #: Costs in key blocks: starting a CTA, and the merge, by the rows of a tile. One CTA merges a tile:
-#: of 128 rows in some 60 us where a key block takes 2.3 (4 x 128 queries on 1024 keys, 32 heads,
+#: of 128 rows in some 60 to 100 us where a key block takes 2.3 (4 x 128 queries on 1024 keys, 32 heads,
 #: D=128: 76 us with two splits, 37 with one).
 _SPLIT_PROLOGUE: Final = 3.0
-_MERGE_COST: Final = {16: 4.0, 64: 12.0, 128: 25.0}
+_MERGE_COST: Final = {16: 4.0, 64: 12.0, 128: 45.0}
 
 
 def merge_cost(block_q: int) -> float:
