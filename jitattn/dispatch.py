@@ -87,6 +87,7 @@ def run_parsed(
             dtype = q.dtype if call.out_dtype is None else call.out_dtype
             return run_cpu(wide_q, wide_k, v, runtime, call._replace(out_dtype=dtype))
         check_no_grad(q, k, v, call)
+        check_cuda()
         q, k = cosine.normalized_cuda(q, k, norm, call)
         call = cosine.call_of_normalized(call, runtime.scale)
         problem, runtime = parse(q, k, v, call)

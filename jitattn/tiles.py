@@ -252,9 +252,9 @@ def heads_per_tile(len_q: int, group: int) -> int:
     return group if alone < 0.9 * packed or rows <= RowClass.ROWS64 else 1
 
 
-#: Costs in key blocks: starting a CTA, and the merge, by the rows of a tile. One CTA merges a tile:
-#: of 128 rows in some 60 to 100 us where a key block takes 2.3 (4 x 128 queries on 1024 keys, 32 heads,
-#: D=128: 76 us with two splits, 37 with one).
+#: Costs in key blocks: starting a CTA, and the merge, by the rows of a tile. One CTA merges a tile,
+#: in 60 to 100 us if it has 128 rows, where a key block takes 2.3 (4 x 128 queries on 1024 keys, 32
+#: heads, D=128: 76 us with two splits, 37 with one).
 _SPLIT_PROLOGUE: Final = 3.0
 _MERGE_COST: Final = {16: 4.0, 64: 12.0, 128: 45.0}
 

@@ -35,7 +35,8 @@ LEFT_OUT: Final = ("cuda_src/notes",)
 #: pytest -k expression for memcheck: the EDGE grid, and the tests whose indices lead anywhere.
 #: (memcheck runs without torch's allocator, and without that nothing is allocated in a capture.)
 _MEMCHECKED: Final = (
-    "EDGE or merge or ((sequences or kvcache or features or dropout or units) and not (many or graph or capture))"
+    "EDGE or merge or ((sequences or kvcache or features or dropout or units) "
+    "and not (many or graph or capture))"
 )
 PARTS: Final = ("tests", "bench", "sanitize")
 
