@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -11,7 +12,8 @@ from _timing import kernel_times
 import jitattn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from _sequences import Report
 
@@ -113,28 +115,54 @@ def _seen(blocks: torch.Tensor, size: int) -> float:
 
 def bench_density(report: Report, rounds: int) -> None:
     """Time of random causal patterns from dense to sparse, beside dense causal, at 16k tokens."""
-    for dim in (64, 128):
+    for dim, block in itertools.product((64, 128), (_BLOCK, 2 * _BLOCK)):
         shape = (1, _LENGTH, _HEADS, dim)
         qkv = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
         calls = {"causal": _call(qkv, {"mask": jitattn.Causal()})}
         seen = {"causal": 1.0}
-        count = _LENGTH // _BLOCK
+        count = _LENGTH // block
         generator = torch.Generator().manual_seed(0)
         for density in (1.0, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02):
             blocks = torch.rand(count, count, generator=generator) < density
             blocks = (blocks | torch.eye(count, dtype=torch.bool)).tril()
             name = f"density {density}"
-            seen[name] = _seen(blocks, _BLOCK) / (_LENGTH * (_LENGTH + 1) / 2)
-            rule = jitattn.BlockSparse(blocks.cuda(), _BLOCK, causal=True)
+            seen[name] = _seen(blocks, block) / (_LENGTH * (_LENGTH + 1) / 2)
+            rule = jitattn.BlockSparse(blocks.cuda(), block, causal=True)
             calls[name] = _call(qkv, {"mask": rule})
         times = kernel_times(calls, sets=1, rounds=rounds)
         table = []
         for name, part in seen.items():
-            report.add("density", f"16k H16 D{dim} {name}", "jitattn", "kernel_us", times[name])
+            where = f"16k H16 D{dim}, blocks of {block}: {name}"
+            report.add("density", where, "jitattn", "kernel_us", times[name])
             share = times[name].p50 / times["causal"].p50
             table.append((name, f"{part:.3f}", f"{times[name].p50:.0f}", f"{share:.3f}"))
-        title = f"Random causal patterns in blocks of {_BLOCK}, 1 x 16k, 16 heads, D={dim}, bf16"
+        title = f"Random causal patterns in blocks of {block}, 1 x 16k, 16 heads, D={dim}, bf16"
         print_table(title, ("pattern", "pairs of causal", "us", "time of causal"), table)
+
+
+def plot_density(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw time against density, both as parts of dense causal, from the rows of a report."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 5), layout="tight")
+    axes = figure.subplots()
+    curves: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["section"] == "density":
+            label, _, name = row["shape"].partition(": ")
+            curves.setdefault(label, {})[name] = float(row["p50"])
+    for label, times in curves.items():
+        dense = times.pop("causal")
+        found = {float(name.removeprefix("density ")): time for name, time in times.items()}
+        densities = sorted(found)
+        axes.plot(densities, [found[one] / dense for one in densities], "o-", label=label)
+    axes.plot([0, 1], [0, 1], "--", color="gray", label="time as density")
+    axes.axhline(1.0, color="lightgray")
+    axes.set_xlabel("density: part of the blocks up to the diagonal that is set")
+    axes.set_ylabel("time over dense causal")
+    axes.set_title("Random causal patterns")
+    axes.legend()
+    figure.savefig(path, format="png", dpi=120)
 
 
 def bench_flex(report: Report, rounds: int) -> None:

@@ -31,7 +31,7 @@ REPOSITORY: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 import torch
-from _scores import bench_density, bench_flex, bench_scores
+from _scores import bench_density, bench_flex, bench_scores, plot_density
 from _seeds import bench_cosine, bench_dkernel, bench_warp_attention
 from _sequences import bench_sequences
 from _service import bench_compile, bench_service
@@ -275,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few shapes, few rounds, no compile")
     parser.add_argument("--rounds", type=int, default=None, help="timed rounds a shape")
     parser.add_argument("--csv", type=Path, help="write all rows there")
+    parser.add_argument("--plot", type=Path, help="draw the density section there, as a PNG")
     arguments = parser.parse_args(argv)
     quick = ("forward", "decode", "host")
     asked = (arguments.section or ",".join(quick if arguments.quick else sections)).split(",")
@@ -299,6 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench_scores(report, min(rounds, 5))
         if "density" in asked:
             bench_density(report, min(rounds, 5))
+            if arguments.plot:
+                plot_density(report.rows, arguments.plot)
         if "flex" in asked:
             bench_flex(report, min(rounds, 5))
         for name, bench in (

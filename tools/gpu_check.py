@@ -32,13 +32,15 @@ RECORD: Final = Path("tests") / "data" / "gpu_record.json"
 
 COVERED: Final = ("cuda_src", "jitattn", "tests/gpu", "tests/support")
 LEFT_OUT: Final = ("cuda_src/notes",)
-#: pytest -k expression for memcheck: the EDGE grid, and the tests whose indices lead anywhere.
-#: (memcheck runs without torch's allocator, and without that nothing is allocated in a capture.)
-_MEMCHECKED: Final = (
-    "EDGE or merge or ((sequences or kvcache or features or dropout or units) "
-    "and not (many or graph or capture))"
-)
-PARTS: Final = ("tests", "bench", "sanitize")
+#: pytest -k expressions for memcheck, each a part of its own, as all of it takes a quarter of an
+#: hour: the EDGE grid, and the tests whose indices lead anywhere. (memcheck runs without torch's
+#: allocator, and without that nothing is allocated in a capture.)
+MEMCHECKS: Final = {
+    "memcheck-edge": "EDGE or merge",
+    "memcheck-sequences": "(sequences or kvcache) and not (many or graph or capture)",
+    "memcheck-features": "(features or dropout or units) and not (many or graph or long)",
+}
+PARTS: Final = ("tests", "bench", *MEMCHECKS)
 
 #: Every allocation is the driver's own, so that memcheck sees the end of each tensor.
 SANITIZER_ENVIRONMENT: Final = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -176,19 +178,20 @@ def run_bench(root: Path) -> list[dict[str, str]]:
             return [{name: row.get(name, "") for name in keep} for row in csv.DictReader(file)]
 
 
-def run_sanitizer(root: Path, keyword: str) -> dict[str, Any]:
-    """Run memcheck over the EDGE grid, and return its findings."""
+def run_sanitizer(root: Path, keyword: str, log: Path) -> dict[str, Any]:
+    """Run memcheck over some tests, and return its findings; `log` is written as they come."""
     pytest = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-x", "-k", keyword]
     command = ["compute-sanitizer", "--tool", "memcheck"]
     command += ["--error-exitcode", str(SANITIZER_FOUND), *pytest]
     environment = os.environ | SANITIZER_ENVIRONMENT
     try:
-        done = subprocess.run(
-            command, cwd=root, env=environment, check=False, capture_output=True, text=True
-        )
+        with log.open("w") as file:
+            done = subprocess.run(
+                command, cwd=root, env=environment, check=False, stdout=file, stderr=file
+            )
     except FileNotFoundError:
         return {"error": "compute-sanitizer is not on the PATH (it comes with the CUDA toolkit)"}
-    text = done.stdout + done.stderr
+    text = log.read_text()
     print(text[-4000:])
     summaries = [int(count) for count in re.findall(r"ERROR SUMMARY: (\d+) error", text)]
     return {
@@ -253,7 +256,9 @@ def check(root: Path, parts: Sequence[str], arguments: argparse.Namespace) -> in
         elif part == "bench":
             record[part] = run_bench(root)
         else:
-            record[part] = run_sanitizer(root, arguments.sanitize_k)
+            with tempfile.TemporaryDirectory(prefix="jitattn-gpu-check-") as folder:
+                log = (arguments.out or Path(folder)) / f"{part}.log"
+                record[part] = run_sanitizer(root, MEMCHECKS[part], log)
     record["files"] = hashes
     text = json.dumps(record, indent=1) + "\n"
     for path in [root / RECORD, *([arguments.out / RECORD.name] if arguments.out else [])]:
@@ -281,11 +286,11 @@ def failures(record: dict[str, Any], parts: Sequence[str]) -> list[str]:
             lines.append(f"tests/gpu: {tests}")
     if "bench" in parts and any("error" in row for row in record["bench"]):
         lines.append(f"bench: {record['bench']}")
-    if "sanitize" in parts:
-        found = record["sanitize"]
+    for part in MEMCHECKS.keys() & set(parts):
+        found = record[part]
         ran = "passed" in found.get("tests", "")
         if found.get("errors") != 0 or found.get("exit_code") != 0 or not ran:
-            lines.append(f"memcheck: {found}")
+            lines.append(f"{part}: {found}")
     return lines
 
 
@@ -293,10 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the check, or say whether its record is current."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--status", action="store_true", help="is the record of these files?")
-    parser.add_argument("--sanitize", action="store_true", help="also memcheck on the EDGE grid")
-    parser.add_argument(
-        "--sanitize-k", default=_MEMCHECKED, help="pytest -k expression for memcheck"
-    )
+    parser.add_argument("--sanitize", action="store_true", help="also all that memcheck is for")
     parser.add_argument("--parts", default="tests,bench", help=f"some of {','.join(PARTS)}")
     parser.add_argument("--out", type=Path, help="write the record into this folder as well")
     parser.add_argument("--root", type=Path, default=REPOSITORY, help="another checkout")
@@ -308,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
     if arguments.sanitize:
-        parts.append("sanitize")
+        parts.extend(MEMCHECKS)
     return check(arguments.root, parts, arguments)
 
 
