@@ -10,6 +10,9 @@ import torch
 
 import jitattn
 from jitattn import Causal, Dense, Full, InvalidInputError, KeyPadding, Window
+from jitattn.attention import bind
+from jitattn.jit.spec import Problem
+from jitattn.layouts import parse
 from jitattn.masks import Both
 from tests.support.inputs import random_qkv
 
@@ -189,3 +192,29 @@ def test_blocks_that_splits_are_chosen_by(arguments: dict[str, Any], blocks: int
     problem, runtime = parse(tensors["q"], tensors["k"], tensors["v"], call)
     kernel = dispatch._FwdKernel(None, block_q=16, block_kv=64, num_slots=132)
     assert dispatch._blocks_seen(problem, runtime, kernel) == blocks
+
+
+def test_contents_and_sizes_pick_no_other_kernel() -> None:
+    """One `Problem`, and so one kernel a row class, whatever patterns and numbers hold."""
+    q, k, v = random_qkv(1, 40, 50, 4, 2, 16)
+
+    def problem_of(mask: jitattn.Mask, **given: Any) -> Problem:
+        tensors, call = bind(q, k, v, {"mask": mask, **given})
+        return parse(tensors["q"], tensors["k"], tensors["v"], call)[0]
+
+    patterns = ((1, 0.1, 8, True), (2, 0.9, 16, False), (4, 0.0, 128, True))
+    listed: list[jitattn.Mask] = [
+        jitattn.BlockSparse(torch.rand(heads, 7, 7) < density, size, causal)
+        for heads, density, size, causal in patterns
+    ]
+    listed += [jitattn.LocalStride(16, 2, 3), jitattn.LocalStride(64, 1, 2, causal=False)]
+    listed += [jitattn.PerHead([jitattn.Window(n), jitattn.Full()]) for n in (3, 30)]
+    assert len({id(problem_of(mask)) for mask in listed}) == 1
+    windows = [jitattn.Window(left, 2, keep) for left in (None, 5) for keep in (0, 9)]
+    assert len({id(problem_of(mask)) for mask in windows}) == 1
+    state = torch.zeros(2, dtype=torch.int64)
+    dropped = [
+        problem_of(jitattn.Causal(), dropout_p=p, dropout_state=state, softcap=cap)
+        for p, cap in ((0.1, 2.0), (0.7, 30.0))
+    ]
+    assert dropped[0] is dropped[1]
