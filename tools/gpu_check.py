@@ -2,7 +2,7 @@
 
 ``python tools/gpu_check.py`` writes tests/data/gpu_record.json: GPU, driver, versions, date,
 counts, timings, and a digest over the contents of jitattn/, tests/gpu, tests/support and cuda_src/
-less its notes. ``--sanitize`` adds memcheck on the EDGE grid, ``--parts`` runs some parts only and
+less its notes. ``--sanitize`` adds memcheck, in three parts; ``--parts`` runs some parts only and
 keeps the others if the digest is still the same. ``--status`` needs no GPU: it exits 0 when the
 record is of these very files, else it prints what changed and exits 1.
 """
