@@ -9,6 +9,7 @@ makes them on the device, and they are kept.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -33,6 +34,7 @@ _CELL: Final = 8
 _MOST_PLACES: Final = 2**24
 #: Lists kept, of all devices together.
 _MOST_KEPT: Final = 64
+_lock = threading.Lock()
 _kept: OrderedDict[Hashable, Lists] = OrderedDict()
 #: Lists whose addresses are in captured graphs: kept for good.
 _captured: dict[Hashable, Lists] = {}
@@ -115,7 +117,10 @@ def lists_of(
     smallest = min((part.block_size for part in _patterns(rule)), default=64)
     positions = max(_CELL, tile_positions, smallest)
     key = (rule, heads, covered, positions, device, tuple(map(_version, _patterns(rule))))
-    found = _kept.get(key) or _captured.get(key)
+    with _lock:
+        found = _kept.get(key) or _captured.get(key)
+        if key in _kept:
+            _kept.move_to_end(key)
     is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if found is None:
         if is_capturing:
@@ -127,11 +132,10 @@ def lists_of(
         found = _build(rule, heads, covered, positions, device)
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # any stream may use them from here on
-        _kept[key] = found
-        if len(_kept) > _MOST_KEPT:
-            _kept.popitem(last=False)
-    elif key in _kept:
-        _kept.move_to_end(key)
+        with _lock:
+            _kept[key] = found
+            if len(_kept) > _MOST_KEPT:
+                _kept.popitem(last=False)
     if is_capturing:
         _captured[key] = found
     return found
