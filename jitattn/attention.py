@@ -135,8 +135,8 @@ def attention(
         NVRTC is missing or rejected the source.
     LaunchError
         CuPy is missing, the driver refused the kernel, a kernel that is not loaded yet was called
-        for during CUDA graph capture (call `jitattn.warmup` before), or the process was forked
-        from one that had used CUDA.
+        for during CUDA graph capture (call `jitattn.warmup` before), or lists of blocks that are
+        not made yet (make one call before), or the process was forked from one that had used CUDA.
     CacheMissError
         The kernel is not in the cache, and ``JITATTN_NO_COMPILE`` forbids compiling it.
 

@@ -56,7 +56,9 @@ def warmup(
     """Compile and load ahead what later calls of `attention` need, on one device.
 
     Lengths do not matter: the kernels for all of them are made, short queries and long, and the one
-    that merges splits. Do this before a CUDA graph is captured, and before requests come in.
+    that merges splits. Do this before a CUDA graph is captured, and before requests come in. (The
+    lists of blocks of a `BlockSparse`, a `PerHead`, or a `LocalStride` that needs them, are no
+    kernels: the first call with the mask makes them, so make one before a capture.)
 
     Parameters
     ----------
