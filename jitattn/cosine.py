@@ -48,7 +48,8 @@ class L2Norm:
     head_scale : Tensor, [Hq], fp32, optional
         A learned factor of each head.
     bound : float, optional
-        A promise that no |head_scale| is larger. Without it, head_scale means a running maximum.
+        A promise that no |head_scale| is larger (with normalize=False: of what q was multiplied
+        by). Without it, head_scale means a running maximum.
     normalize : bool
         False: q and k come normalised (by `l2norm`, or rotated since); the bound is taken to hold,
         and head_scale is not applied: multiply q by it.
@@ -68,6 +69,10 @@ class L2Norm:
         bound = self.bound
         if bound is not None and not (isinstance(bound, int | float) and 0 < bound < math.inf):
             raise InvalidInputError(f"L2Norm(bound={bound!r}): it must be a number above 0")
+        if bound is not None and self.normalize and self.head_scale is None:
+            raise InvalidInputError(
+                f"L2Norm(bound={bound!r}): it bounds head_scale, and there is none; leave it out"
+            )
         if self.head_scale is not None and not self.normalize:
             raise InvalidInputError(
                 "L2Norm(head_scale=..., normalize=False): nothing would apply the scale; multiply "

@@ -9,6 +9,7 @@ import torch
 from jitattn.dropout import keeps
 from jitattn.errors import InternalError
 from jitattn.masks import BlockSparse, Causal, LocalStride, PerHead, Window, parts_of
+from jitattn.patterns import sees_block
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,18 +174,15 @@ def _blocks(
     """Return which keys a pattern lets through, [Hq or 1, rows, keys]."""
     if isinstance(rule, BlockSparse):
         return _listed(rule, heads, position, key_idx)
-    size, stride = rule.block_size, rule.vert_stride
-    apart = torch.div(position, size, rounding_mode="floor") - key_idx // size
+    row = torch.div(position, rule.block_size, rounding_mode="floor")
+    column = key_idx // rule.block_size
     if not rule.causal:
-        left, right = rule.local
-        outside = (apart - left + 1).clamp(min=0) + (1 - apart - right).clamp(min=0)
-        return ((outside % stride == 0) & (position >= 0))[None]
+        return (sees_block(rule, row, column) & (position >= 0))[None]
     heads_q, heads_kv = heads
     kv_head = torch.arange(heads_q, device=key_idx.device)[:, None, None]
     kv_head = kv_head // max(1, heads_q // max(1, heads_kv))
     shift = kv_head * rule.step(max(1, heads_q)) + rule.head_offset
-    on_stride = (key_idx // size + shift) % stride == 0
-    return (apart < rule.local[0]) | on_stride | (kv_head >= heads_kv - rule.num_dense_heads)
+    return sees_block(rule, row, column, shift) | (kv_head >= heads_kv - rule.num_dense_heads)
 
 
 def _three(hidden: Tensor) -> Tensor:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
 from jitattn.errors import InternalError, LaunchError
 from jitattn.masks import BlockSparse, Causal, Full, LocalStride, PerHead, Window
+from jitattn.patterns import sees_block
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -231,19 +233,12 @@ def _head(
 
 
 def _of_local_stride(rule: LocalStride, kv_head: int, heads: tuple[int, int]) -> _Head:
-    stride, (left, right) = rule.vert_stride, rule.local
-    shift = (kv_head * rule.step(heads[0]) + rule.head_offset) % stride
     if rule.causal and kv_head >= heads[1] - rule.num_dense_heads:
         return _Head("before", 0)
-
-    def is_on_stride(row: Tensor, column: Tensor) -> Tensor:
-        if rule.causal:
-            return (row - column < left) | ((column + shift) % stride == 0)
-        distance = (row - column - left + 1).clamp(min=0) + (column - row - right + 1).clamp(min=0)
-        return distance % stride == 0
-
-    key = ("stride", rule.block_size, rule.local, stride, shift if rule.causal else -1)
-    return _Head(key, 0 if rule.causal else _OPEN, sees=is_on_stride, block_size=rule.block_size)
+    shift = (kv_head * rule.step(heads[0]) + rule.head_offset) % rule.vert_stride
+    key = ("stride", rule.block_size, rule.local, rule.vert_stride, shift if rule.causal else -1)
+    sees = partial(sees_block, rule, shift=shift)
+    return _Head(key, 0 if rule.causal else _OPEN, sees=sees, block_size=rule.block_size)
 
 
 def _list(head: _Head, covered: int, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -74,15 +74,28 @@ def local_stride(
     """
     i = torch.arange(first_row, first_row + rows, device=device)[:, None]
     j = torch.arange(rows + first_row if columns is None else columns, device=device)[None, :]
-    left, right = rule.local
     if not rule.causal:
-        apart = (i - j - left + 1).clamp(min=0) + (j - i - right + 1).clamp(min=0)
-        return (apart % rule.vert_stride == 0)[None]
+        return sees_block(rule, i, j)[None]
     heads = torch.arange(heads_kv, device=device)[:, None, None]
-    shift = heads * rule.step(heads_q) + rule.head_offset
-    on_stride = (j + shift) % rule.vert_stride == 0
-    is_dense = heads >= heads_kv - rule.num_dense_heads
-    return ((i - j < left) | on_stride | is_dense) & (j <= i)
+    seen = sees_block(rule, i, j, heads * rule.step(heads_q) + rule.head_offset)
+    return (seen | (heads >= heads_kv - rule.num_dense_heads)) & (j <= i)
+
+
+def sees_block(rule: LocalStride, row: Tensor, column: Tensor, shift: Tensor | int = 0) -> Tensor:
+    """Return whether blocks of queries see blocks of keys, causality and dense heads aside.
+
+    Parameters
+    ----------
+    row, column : Tensor, broadcastable
+        Numbers of the blocks.
+    shift : Tensor or int
+        By which the stride of a head is moved; nothing where the rule is not causal.
+    """
+    left, right = rule.local
+    if rule.causal:
+        return (row - column < left) | ((column + shift) % rule.vert_stride == 0)
+    outside = (row - column - left + 1).clamp(min=0) + (column - row - right + 1).clamp(min=0)
+    return outside % rule.vert_stride == 0
 
 
 def from_tokens(mask: Tensor, block_size: int) -> Tensor:

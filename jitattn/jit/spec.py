@@ -192,14 +192,44 @@ def padded_head_dim(head_dim: int) -> int:
     return -(-head_dim // 16) * 16
 
 
+class _Spec:
+    """How every spec is rendered."""
+
+    __slots__ = ()
+    family: ClassVar[str]
+    arch: str
+
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        """Dataclasses whose fields are those of the kernel."""
+        return (self,)
+
+    def to_dict(self) -> dict[str, str | int]:
+        """Flat fields, in declaration order: family, arch, then the kernel's own."""
+        flat: dict[str, str | int] = {"family": self.family, "arch": self.arch}
+        for part in self._parts:
+            for field in fields(part):
+                value = getattr(part, field.name)
+                flat[field.name] = value.value if isinstance(value, StrEnum) else value
+        return flat
+
+    def to_key(self) -> str:
+        """Return the canonical JSON text of the spec (sorted keys, no spaces)."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FwdSpec:
+class FwdSpec(_Spec):
     """The forward kernel."""
 
     family: ClassVar[str] = "fwd"
     problem: Problem
     tile: Tile
     arch: str  #: "sm_80", "sm_90" …
+
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        return self.problem, self.tile
 
     @property
     def num_threads(self) -> int:
@@ -246,17 +276,9 @@ class FwdSpec:
             s_matrices += tile.stages * tile.block_q * (tile.block_kv + 16)
         return max(s_q + s_kv, s_out, s_merge) + 64 + s_rows + s_matrices
 
-    def to_dict(self) -> dict[str, str | int]:
-        """Flat fields, in declaration order: family, arch, the problem's, the tile's."""
-        return _flat(self)
-
-    def to_key(self) -> str:
-        """Return the canonical JSON text of the spec (sorted keys, no spaces)."""
-        return _canonical(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MergeSpec:
+class MergeSpec(_Spec):
     """The kernel that merges results over disjoint sets of keys, in a fixed order."""
 
     family: ClassVar[str] = "merge"
@@ -268,17 +290,9 @@ class MergeSpec:
     head_dim_v: int
     arch: str
 
-    def to_dict(self) -> dict[str, str | int]:
-        """Flat fields, in declaration order: family, arch, then the kernel's own."""
-        return _flat(self)
-
-    def to_key(self) -> str:
-        """Return the canonical JSON text of the spec (sorted keys, no spaces)."""
-        return _canonical(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AppendSpec:
+class AppendSpec(_Spec):
     """The kernel that appends to a KV cache, with rotary embedding; head dims are parameters."""
 
     family: ClassVar[str] = "append"
@@ -291,17 +305,9 @@ class AppendSpec:
     access: Access
     arch: str
 
-    def to_dict(self) -> dict[str, str | int]:
-        """Flat fields, in declaration order: family, arch, then the kernel's own."""
-        return _flat(self)
-
-    def to_key(self) -> str:
-        """Return the canonical JSON text of the spec (sorted keys, no spaces)."""
-        return _canonical(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NormSpec:
+class NormSpec(_Spec):
     """The kernel that scales q and k to length 1, by groups of columns."""
 
     family: ClassVar[str] = "norm"
@@ -322,14 +328,6 @@ class NormSpec:
         is_wide = self.access is Access.VEC16 and size % wide == 0
         accesses = size // wide if is_wide else size
         return min(32, 1 << (accesses.bit_length() - 1))
-
-    def to_dict(self) -> dict[str, str | int]:
-        """Flat fields, in declaration order: family, arch, then the kernel's own."""
-        return _flat(self)
-
-    def to_key(self) -> str:
-        """Return the canonical JSON text of the spec (sorted keys, no spaces)."""
-        return _canonical(self)
 
 
 #: Kernels whose fields are all that there is to them: no tile is chosen.
@@ -395,17 +393,3 @@ def _typed(kind: type, values: dict[str, Any], flat: Mapping[str, Any]) -> dict[
 def arch_number(arch: str) -> int:
     """'sm_90' → 90, 'sm_90a' → 90."""
     return int(arch.removeprefix("sm_").rstrip("af"))
-
-
-def _flat(spec: KernelSpec) -> dict[str, str | int]:
-    flat: dict[str, str | int] = {"family": spec.family, "arch": spec.arch}
-    parts = (spec.problem, spec.tile) if isinstance(spec, FwdSpec) else (spec,)
-    for part in parts:
-        for field in fields(part):
-            value = getattr(part, field.name)
-            flat[field.name] = value.value if isinstance(value, StrEnum) else value
-    return flat
-
-
-def _canonical(spec: KernelSpec) -> str:
-    return json.dumps(spec.to_dict(), sort_keys=True, separators=(",", ":"))

@@ -76,6 +76,7 @@ def test_a_bound_that_is_known_stands_for_the_maximum() -> None:
     [
         (lambda: jitattn.L2Norm(0), "groups=0"),
         (lambda: jitattn.L2Norm(bound=-1.0), "bound=-1.0"),
+        (lambda: jitattn.L2Norm(bound=0.1), "it bounds head_scale, and there is none"),
         (lambda: jitattn.L2Norm(1, torch.ones(2), normalize=False), "multiply q by it"),
     ],
 )

@@ -181,7 +181,8 @@ def further(case: FeatureCase, device: str, given: dict[str, Any]) -> dict[str, 
         made["dropout_state"] = torch.tensor([case.seed << 40, case.seed], device=device)
     if "cosine" in words:
         scale = torch.rand(heads, generator=generator).to(device)
-        made["qk_norm"] = L2Norm(case.groups, scale if case.has_head_scale else None, 1.0)
+        learned = (scale, 1.0) if case.has_head_scale else (None, None)
+        made["qk_norm"] = L2Norm(case.groups, *learned)
         made["scale"] = 8.0 / case.groups  # within the bound of fp16
     if "padding" in words:
         keep = torch.rand(batch, longest[1] + room, generator=generator) < 0.8
