@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,9 +33,9 @@ RECORD: Final = Path("tests") / "data" / "gpu_record.json"
 
 COVERED: Final = ("cuda_src", "jitattn", "tests/gpu", "tests/support")
 LEFT_OUT: Final = ("cuda_src/notes",)
-#: pytest -k expressions for memcheck, each a part of its own, as all of it takes a quarter of an
-#: hour: the EDGE grid, and the tests whose indices lead anywhere. (memcheck runs without torch's
-#: allocator, and without that nothing is allocated in a capture.)
+#: pytest -k expressions for memcheck, each a part of its own: the EDGE grid, and the tests whose
+#: indices lead anywhere. (memcheck runs without torch's allocator, and without that nothing is
+#: allocated in a capture.)
 MEMCHECKS: Final = {
     "memcheck-edge": "EDGE or merge",
     "memcheck-sequences": "(sequences or kvcache) and not (many or graph or capture)",
@@ -248,27 +249,36 @@ def check(root: Path, parts: Sequence[str], arguments: argparse.Namespace) -> in
     }
     old = load_record(root / RECORD)
     kept = old if old is not None and _same_run(old, record) else {}
-    for part in PARTS:
-        if part not in parts:
-            record[part] = kept.get(part)
-        elif part == "tests":
-            record[part] = run_tests(root, arguments.pytest_args)
-        elif part == "bench":
-            record[part] = run_bench(root)
-        else:
-            with tempfile.TemporaryDirectory(prefix="jitattn-gpu-check-") as folder:
-                log = (arguments.out or Path(folder)) / f"{part}.log"
-                record[part] = run_sanitizer(root, MEMCHECKS[part], log)
-    record["files"] = hashes
-    text = json.dumps(record, indent=1) + "\n"
-    for path in [root / RECORD, *([arguments.out / RECORD.name] if arguments.out else [])]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        print(f"wrote {path}")
+    record |= {part: kept.get(part) for part in PARTS} | {"files": hashes}
+
+    def run_part(part: str) -> tuple[str, Any]:
+        if part == "tests":
+            return part, run_tests(root, arguments.pytest_args)
+        with tempfile.TemporaryDirectory(prefix="jitattn-gpu-check-") as folder:
+            log = (arguments.out or Path(folder)) / f"{part}.log"
+            return part, run_sanitizer(root, MEMCHECKS[part], log)
+
+    # These wait for compilers and for the CPU's reference most of the time: all at once.
+    at_once = [part for part in PARTS if part in parts and part != "bench"]
+    with ThreadPoolExecutor(max(1, len(at_once))) as pool:
+        for done in as_completed([pool.submit(run_part, part) for part in at_once]):
+            part, found = done.result()
+            record[part] = found
+            write_record(record, root, arguments.out)
+    if "bench" in parts:
+        record["bench"] = run_bench(root)
+    write_record(record, root, arguments.out)
     bad = failures(record, parts)
     for line in bad:
         print(f"FAILED: {line}")
     return 1 if bad else 0
+
+
+def write_record(record: dict[str, Any], root: Path, out: Path | None) -> None:
+    """Write what is known so far, as a part that is cut off loses no other."""
+    for path in [root / RECORD, *([out / RECORD.name] if out else [])]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _same_run(old: dict[str, Any], new: dict[str, Any]) -> bool:

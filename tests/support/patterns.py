@@ -49,7 +49,10 @@ def listed_rules(draw: st.DrawFn, heads: tuple[int, int], lengths: tuple[int, in
     """Draw a rule of all heads, or one for each."""
     kind = draw(st.sampled_from(("stride", "blocks", "blocks", "heads")))
     if kind == "stride":
-        return draw(local_strides(heads[1]))
+        stride = draw(local_strides(heads[1]))
+        # Causal with blocks of 64 or 128, it has a kernel of its own; not as a rule of each head.
+        has_own = stride.causal and stride.block_size >= 64
+        return PerHead([stride] * heads[1]) if has_own else stride
     if kind == "blocks":
         return draw(block_patterns(heads, lengths))
 
