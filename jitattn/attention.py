@@ -48,6 +48,7 @@ def attention(
     dropout_p: float = 0.0,
     dropout_state: Tensor | None = None,
     qk_norm: L2Norm | None = None,
+    deterministic: bool = False,
 ) -> Any:  # noqa: ANN401 - Tensor or (Tensor, Tensor), or arrays of the library that q came from
     """Compute exact scaled dot-product attention, softmax(scale q k^T) v.
 
@@ -162,7 +163,18 @@ def attention(
         dropout = dropout_of(dropout_p, dropout_state, q)
         scores = Scores(bias, relative_bias, alibi_slopes, softcap, sinks, dropout, qk_norm)
     call = Call(
-        mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, q_seqs, kv_seqs, scores
+        mask,
+        scale,
+        layout,
+        gear,
+        out,
+        out_dtype,
+        num_splits,
+        return_lse,
+        q_seqs,
+        kv_seqs,
+        scores,
+        deterministic,
     )
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
         return run(q, k, v, call)

@@ -15,7 +15,7 @@ import torch
 
 from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.jit.device import device
-from jitattn.jit.spec import Access, NormSpec
+from jitattn.jit.spec import Access, NormGradSpec, NormSpec
 from jitattn.loaded import loaded_kernel
 from jitattn.sequences import Paged, Ragged
 from jitattn.tensors import DTYPES, MAX_HEAD_DIM
@@ -203,6 +203,67 @@ def normalized_cuda(q: Tensor, k: Tensor, norm: L2Norm, call: Call) -> tuple[Ten
             not heads_first,
         )
     return q_out, k_out
+
+
+def normalized_grad_cuda(
+    inputs: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor | None, Tensor | None],
+    head_scale: Tensor | None,
+    norm: L2Norm,
+    call: Call,
+    *,
+    wants_scale: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of q, of k and, if wanted, of head_scale: a launch for each tensor."""
+    heads_first = call.layout == "bhsd" and not isinstance(call.q_seqs, Ragged)
+    found: list[Tensor | None] = []
+    d_scale = torch.zeros_like(head_scale) if head_scale is not None and wants_scale else None
+    for x, d_y, side in zip(inputs, gradients, _sides(*inputs, call), strict=True):
+        is_q = not found
+        if d_y is None:
+            found.append(None)
+            continue
+        d_y = d_y.to(x.dtype).contiguous()
+        dx = torch.empty_like(d_y)
+        found.append(dx)
+        num_slices = x.numel() // x.shape[-1] * norm.groups
+        if not num_slices:
+            continue
+        first, second, strides = side
+        units = x.shape[-1] | strides[0] | strides[1] | strides[2]
+        aligned = (x.data_ptr() | d_y.data_ptr() | units * x.element_size()) & 15 == 0
+        index = x.get_device()
+        along = None
+        if is_q and d_scale is not None:
+            along = x.new_empty((*x.shape[:-1], norm.groups), dtype=torch.float32)
+        scale = head_scale.contiguous() if is_q and head_scale is not None else None
+        with torch.cuda.device(index):
+            spec = NormGradSpec(
+                dtype=DTYPES[x.dtype],
+                head_dim=x.shape[-1],
+                groups=norm.groups,
+                access=Access.VEC16 if aligned else Access.ELEMENT,
+                arch=device(index).arch,
+            )
+            loaded_kernel(spec, index).launch(
+                -(-num_slices * spec.lanes // spec.num_threads),
+                torch._C._cuda_getCurrentRawStream(index),
+                x.data_ptr(),
+                d_y.data_ptr(),
+                dx.data_ptr(),
+                0 if scale is None else scale.data_ptr(),
+                0 if along is None else along.data_ptr(),
+                *strides,
+                num_slices,
+                first,
+                second,
+                heads_first,
+                not heads_first,
+            )
+        if along is not None:
+            head_axis = 1 if heads_first or x.dim() == 3 else 2
+            d_scale = along.sum([axis for axis in range(along.dim()) if axis != head_axis])
+    return found[0], found[1], d_scale
 
 
 def like_normalized(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

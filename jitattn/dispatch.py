@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from jitattn import cosine, lists, workspace
+from jitattn.autograd import ADDED, Attention, Normalize, apply
+from jitattn.backward import check_differentiable
 from jitattn.cpu import run_cpu
-from jitattn.errors import LaunchError, UnsupportedError
+from jitattn.errors import InternalError, LaunchError, UnsupportedError
 from jitattn.jit import launch
 from jitattn.jit.device import device
 from jitattn.jit.params import FWD_SCORE_FIELDS, FWD_SEQ_FIELDS, divisor
 from jitattn.jit.spec import MaskKind, RowClass, SeqLayout
 from jitattn.layouts import parse
 from jitattn.loaded import loaded_kernel
-from jitattn.masks import Causal, Full
-from jitattn.scores import NO_CHANGES, NO_LEFT, tensors_of
+from jitattn.scores import NO_LEFT
 from jitattn.sequences import Ragged
 from jitattn.tiles import choose_splits, fwd_spec, heads_per_tile, merge_cost
 from jitattn.workspace import arrivals
@@ -86,14 +87,29 @@ def run_parsed(
             wide_q, wide_k = cosine.normalized_cpu(q, k, norm, head_axis)
             dtype = q.dtype if call.out_dtype is None else call.out_dtype
             return run_cpu(wide_q, wide_k, v, runtime, call._replace(out_dtype=dtype))
-        check_no_grad(q, k, v, call)
         check_cuda()
-        q, k = cosine.normalized_cuda(q, k, norm, call)
+        if _is_followed(q, k, norm.head_scale):
+            q, k = apply(Normalize, q, k, norm.head_scale, norm, call)
+        else:
+            q, k = cosine.normalized_cuda(q, k, norm, call)
         call = cosine.call_of_normalized(call, runtime.scale)
         problem, runtime = parse(q, k, v, call)
-    if q.is_cuda:
+    if not q.is_cuda:
+        return run_cpu(q, k, v, runtime, call)
+    added = [getattr(call.scores, name) for name in ADDED]
+    if not _is_followed(q, k, v, *added):
         return _run_cuda(q, k, v, problem, runtime, call)
-    return run_cpu(q, k, v, runtime, call)
+    check_differentiable(call)
+    results = apply(Attention, q, k, v, *added, call, _compute)
+    return results if call.return_lse else results[0]
+
+
+def _compute(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Compute out and LSE of a call that autograd follows."""
+    result = _run_cuda(q, k, v, *parse(q, k, v, call), call)
+    if not isinstance(result, tuple):
+        raise InternalError("the LSE is missing")
+    return result
 
 
 def plan(problem: Problem, runtime: Runtime, device_index: int, num_splits: int | None) -> Plan:
@@ -201,7 +217,6 @@ def _load(problem: Problem, rows: RowClass, device_index: int) -> _FwdKernel:
 def _run_cuda(
     q: Tensor, k: Tensor, v: Tensor, problem: Problem, runtime: Runtime, call: Call
 ) -> Tensor | tuple[Tensor, Tensor]:
-    check_no_grad(q, k, v, call)
     check_cuda()
     # Rows that belong to no sequence are written by no kernel.
     is_sparse = problem.q_layout is not SeqLayout.BATCHED
@@ -224,16 +239,10 @@ def _run_cuda(
     return out if lse is None else (out, lse)
 
 
-def check_no_grad(q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
-    """Refuse tensors on the GPU that require grad."""
-    wants_grad = q.requires_grad or k.requires_grad or v.requires_grad
-    if call.scores is not NO_CHANGES or not isinstance(call.mask, Full | Causal):
-        wants_grad |= any(tensor.requires_grad for tensor in tensors_of(call).values())
-    if wants_grad and torch.is_grad_enabled():
-        raise UnsupportedError(
-            "an input on the GPU requires grad: the backward kernels do not exist yet; call under "
-            "torch.no_grad(), detach the inputs, or use CPU tensors, which are differentiable"
-        )
+def _is_followed(*tensors: Tensor | None) -> bool:
+    """Whether autograd follows an operation on these tensors."""
+    wants = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return wants and torch.is_grad_enabled()
 
 
 def check_cuda() -> None:

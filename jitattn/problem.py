@@ -56,6 +56,7 @@ class Call(NamedTuple):
     q_seqs: QSequences
     kv_seqs: KvSequences
     scores: Scores = NO_CHANGES
+    deterministic: bool = False
 
 
 class Indices(NamedTuple):
@@ -121,7 +122,7 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
     UnsupportedError
         The request is legal, but nothing computes it yet: a gear, a dtype, a device.
     """
-    mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, _, _, _ = call
+    mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, _, _, _, _ = call
     row, head = axes(layout)
     batch, len_q, len_kv, heads_q, heads_kv, head_dim, head_dim_v = _sizes(q, k, v, row, head)
     diagonal = _diagonal(mask, len_q, len_kv)

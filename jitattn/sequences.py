@@ -31,12 +31,13 @@ class _Spans:
         Which of the two `stop` is.
     """
 
-    __slots__ = ("_max_length", "start", "stop", "stop_is_length")
+    __slots__ = ("_max_length", "_overlaps", "start", "stop", "stop_is_length")
 
     start: Tensor | None
     stop: Tensor
     stop_is_length: bool
     _max_length: int | None
+    _overlaps: bool | None
 
     def _set(
         self,
@@ -66,6 +67,7 @@ class _Spans:
             ("stop", stop),
             ("stop_is_length", stop_is_length),
             ("_max_length", max_length),
+            ("_overlaps", None),
         ):
             object.__setattr__(self, field, value)
 
@@ -324,3 +326,23 @@ def check_index(what: str, tensor: object, dimensions: int) -> None:
         raise InvalidInputError(
             f"{what} has stride {tensor.stride(0)}: it must be contiguous; call .contiguous() first"
         )
+
+
+def overlaps(seqs: Ragged | Padded | Paged) -> bool:
+    """Whether sequences of a flat tensor share rows; cumulative lengths cannot.
+
+    Read from the device once for the life of a value, but not while a CUDA graph is captured: they
+    are taken not to, then.
+    """
+    if not isinstance(seqs, Ragged) or not seqs.stop_is_length or seqs.start is None:
+        return False
+    if seqs._overlaps is None:
+        if seqs.stop.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        order = seqs.start.argsort()
+        start, length = seqs.start[order], seqs.stop[order].clamp(min=0)
+        filled = length > 0
+        start, stop = start[filled], (start + length)[filled]
+        found = bool((start[1:] < stop[:-1].cummax(0).values).any()) if len(start) > 1 else False
+        object.__setattr__(seqs, "_overlaps", found)
+    return bool(seqs._overlaps)

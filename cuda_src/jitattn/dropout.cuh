@@ -78,14 +78,18 @@ struct KeptWeights {
     }
   }
 
+  // Value i of two neighbours in a row of n8 tile n.
+  __device__ bool keeps(int m, int half, int n, int i) const {
+    return (bits[m][half] >> (2 * n + i) & 1) != 0;
+  }
+
   // Weights of n8 tile n.
   __device__ void apply(float (&tile)[4], int m, int n) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const bool stays = (bits[m][half] >> (2 * n + i) & 1) != 0;
-        tile[2 * half + i] = stays ? tile[2 * half + i] : 0.f;
+        tile[2 * half + i] = keeps(m, half, n, i) ? tile[2 * half + i] : 0.f;
       }
     }
   }

@@ -44,4 +44,11 @@ enum class RotaryStyle {
   kHalfSplit,    // i and i + rotary_dim / 2
 };
 
+// Of what is added to scores: whose gradient a kernel computes.
+enum class ScoreTarget {
+  kMatrix,    // a bias with rows of its own
+  kRow,       // a bias whose rows are alike
+  kDistance,  // sums by key - query
+};
+
 }  // namespace jitattn

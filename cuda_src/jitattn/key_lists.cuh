@@ -19,6 +19,21 @@ __device__ __forceinline__ ListedGroup load_listed(uint32_t s_listed, int group)
   return {static_cast<int>(entry), static_cast<uint32_t>(entry >> 32)};
 }
 
+// Thread t < kKeys / 16 stores what a list says of group t of the keys from first_key on, of which
+// it has none before `idx`.
+template <int kKeys>
+__device__ __forceinline__ void store_listed(uint32_t s_listed, const ListSpan& span, int idx,
+                                             int first_key) {
+  const int wanted = first_key / 16 + threadIdx.x;
+  int64_t entry = static_cast<int64_t>(wanted) * 16;
+#pragma unroll 1
+  for (int i = idx; i < min_of(idx + kKeys / 16, span.count); ++i) {
+    const int2 group = __ldg(span.g_groups + i);
+    if (group.x == wanted) entry |= static_cast<int64_t>(group.y) << 32;
+  }
+  ptx::st_shared_b64(s_listed + threadIdx.x * 8, entry);
+}
+
 // The key of this lane's first column in n8 tile n of a warp's keys.
 template <class Spec>
 struct KeyColumns {

@@ -122,6 +122,82 @@ struct FwdListParams : FwdScoreParams {
   int32_t reserved;   // keeps the size a multiple of 8
 };
 
+// What a backward kernel reads beside the parameters of its forward kernel, of which it leaves out
+// `out`, `lse` and those of splits.
+template <class Fwd>
+struct BwdParams : Fwd {
+  const void* d_out;        // [B, Lq, Hq, Dv], dtype of q
+  const float* lse_log2;    // [B, Hq, Lq] or, ragged, [Hq, total]: log2(e) LSE; +inf for blind rows
+  const float* delta;       // likewise: rowsum(dO * O) - dLSE
+  float* dq_sum;            // dQ / scale, zeroed; in fragment order, or as q. bwd_scores.cuh: the
+                            // gradient of the bias; or, zeroed, [2, B, Hq, Lq + Lkv]
+  void* dk;                 // [B, Lkv, Hkv, D]
+  void* dv;                 // [B, Lkv, Hkv, Dv]
+  int32_t* turns;           // [B, Hq, num_q_tiles], zeroed: key blocks that have added; null: any
+  int64_t d_out_stride_batch;
+  int64_t d_out_stride_row;
+  int64_t d_out_stride_head;
+  int64_t dk_stride_batch;
+  int64_t dk_stride_row;
+  int64_t dk_stride_head;
+  int64_t dv_stride_batch;
+  int64_t dv_stride_row;
+  int64_t dv_stride_head;
+  int64_t dq_stride_batch;  // of dq_sum as q; in fragment order, of batch and head
+  int64_t dq_stride_row;
+  int64_t dq_stride_head;
+  int64_t stat_stride_batch;  // of lse_log2 and delta
+  int64_t stat_stride_head;
+  int32_t num_kv_tiles;  // of the longest sequence
+  float scale;           // |scale|
+  int32_t target_batch;  // bwd_scores.cuh: batches and heads of the gradient, 1 or B and 1 or Hq
+  int32_t target_heads;
+};
+
+// Row statistics for the backward kernels. A row is a query of one head.
+struct StatsParams {
+  const void* out;     // [B, Lq, Hq, Dv]
+  const void* d_out;   // [B, Lq, Hq, Dv]
+  const float* lse;    // [B, Hq, Lq]
+  const float* d_lse;  // [B, Hq, Lq]; null: 0
+  const float* sinks;  // [Hq]; null: none
+  float* lse_log2;     // [B, Hq, Lq], contiguous
+  float* delta;        // [B, Hq, Lq], contiguous
+  float* d_sink;       // [B, Hq, Lq], contiguous: what each row adds to dsinks
+  int64_t out_stride_batch;
+  int64_t out_stride_row;
+  int64_t out_stride_head;
+  int64_t d_out_stride_batch;
+  int64_t d_out_stride_row;
+  int64_t d_out_stride_head;
+  int64_t lse_stride_batch;
+  int64_t lse_stride_head;
+  int64_t lse_stride_row;
+  int64_t d_lse_stride_batch;
+  int64_t d_lse_stride_head;
+  int64_t d_lse_stride_row;
+  int64_t num_rows;  // B * Lq * Hq
+  int32_t len_q;
+  int32_t heads_q;
+};
+
+// From the sums of dQ to dQ. A row is a query of one head.
+struct RoundParams {
+  const float* sum;  // in fragment order: [B, Hq, ceil(Lq / block_q) * block_q, Dpad]
+  void* dq;          // [B, Lq, Hq, D]
+  int64_t sum_stride_batch;
+  int64_t sum_stride_row;
+  int64_t sum_stride_head;
+  int64_t dq_stride_batch;
+  int64_t dq_stride_row;
+  int64_t dq_stride_head;
+  int64_t num_rows;  // B * Lq * Hq
+  int32_t len_q;
+  int32_t heads_q;
+  float scale;
+  int32_t reserved;  // keeps the size a multiple of 8
+};
+
 struct MergeParams {
   const void* parts;       // [num_parts, B, Lq, Hq, Dv]
   const float* part_lses;  // [num_parts, B, Hq, Lq]
@@ -163,6 +239,23 @@ struct NormParams {
   int32_t heads_k;
   int32_t scale_stride_row;   // 1 where "rows" are heads, [B, Hq, Lq, D],
   int32_t scale_stride_head;  // and 0 here then
+};
+
+// The gradient of one of the two; a slice as above, the gradient and dx contiguous.
+struct NormGradParams {
+  const void* x;            // [B, L, H, D]
+  const void* d_y;          // of the normalised
+  void* dx;
+  const float* head_scale;  // [H]; null: 1
+  float* d_scale;           // [num_slices]: what each adds to the gradient of its scale; may be null
+  int64_t x_stride_batch;
+  int64_t x_stride_row;
+  int64_t x_stride_head;
+  int64_t num_slices;
+  int32_t len;
+  int32_t heads;
+  int32_t scale_stride_row;
+  int32_t scale_stride_head;
 };
 
 // A cache is [num_pages, page_size, Hkv, D]; one without a block table has a page for every row of

@@ -28,6 +28,10 @@ struct RowMap {
         heads_per_tile(params.heads_per_tile),
         num_rows(len_q * params.heads_per_tile) {}
 
+  // Of queries that are not packed: rows are positions, which the compiler sees.
+  __device__ explicit RowMap(int len_q)
+      : div_mul(0), div_shift(0), heads_per_tile(1), num_rows(len_q) {}
+
   __device__ int position(int row) const { return divide(row, div_mul, div_shift); }
 
   __device__ int head(int row, int position) const { return row - position * heads_per_tile; }

@@ -312,38 +312,64 @@ struct KvBlockRange {
   }
 };
 
-// Of the groups listed for this tile, sorted by their keys, those that begin before `limit`.
+// What a head has: its list (x: 2 list + 1 if positions below 0 see nothing) and its window.
+template <class Spec>
+__device__ __forceinline__ int4 load_list_head(const FwdListParams& params,
+                                               const Sequence& sequence, int head_idx) {
+  // A query alone may have another rule.
+  const bool is_alone = sequence.len_q - sequence.first_position == 1;
+  return __ldg(params.list_heads + (is_alone ? params.heads_q : 0) + head_idx);
+}
+
+// The groups listed for a query tile, sorted by their keys.
+struct ListSpan {
+  const int2* g_groups;
+  int count;
+
+  // Groups that begin before `key`.
+  __device__ int before(int key) const {
+    int below = 0, above = count;
+    // Most often all do, or all but a few.
+    if (above > 0 && __ldg(g_groups + above - 1).x * 16 < key) below = above;
+    while (below < above) {
+      const int middle = (below + above) / 2;
+      if (__ldg(g_groups + middle).x * 16 < key) {
+        below = middle + 1;
+      } else {
+        above = middle;
+      }
+    }
+    return below;
+  }
+};
+
+// Of the tile whose first query is at `position`.
+__device__ __forceinline__ ListSpan listed_span(const FwdListParams& params,
+                                                const Sequence& sequence, const int4& head,
+                                                int position) {
+  const int first = position + sequence.diagonal;  // a tile does not straddle 0
+  const int list_tile = max_of(first, 0) >> params.list_log2;
+  if ((first < 0 && (head.x & 1) != 0) || list_tile >= params.list_tiles) return {nullptr, 0};
+  const int2 span =
+      __ldg(params.list_spans + static_cast<int64_t>(head.x >> 1) * params.list_tiles + list_tile);
+  return {params.list_groups + span.x, span.y};
+}
+
+// Of the groups listed for this tile those that any of its rows may see.
 template <class Spec>
 __device__ __forceinline__ void find_list(KvBlockRange& range, const FwdListParams& params,
                                           const Sequence& sequence, const RowMap& rows,
                                           const WorkTile& tile, int first_row, int last_row) {
-  // A query alone may have another rule.
-  const bool is_alone = sequence.len_q - sequence.first_position == 1;
-  const int4 head = __ldg(params.list_heads + (is_alone ? params.heads_q : 0) + tile.head_idx);
+  const int4 head = load_list_head<Spec>(params, sequence, tile.head_idx);
   range.head = {head.y, head.z, head.w};
-  const int first = rows.position(first_row) + sequence.diagonal;  // a tile does not straddle 0
-  const int list_tile = max_of(first, 0) >> params.list_log2;
-  if ((first < 0 && (head.x & 1) != 0) || list_tile >= params.list_tiles) return;
-  const int2 span =
-      __ldg(params.list_spans + static_cast<int64_t>(head.x >> 1) * params.list_tiles + list_tile);
-  range.g_groups = params.list_groups + span.x;
+  const ListSpan span = listed_span(params, sequence, head, rows.position(first_row));
+  range.g_groups = span.g_groups;
   const int last = rows.position(last_row) + sequence.diagonal;
-  const int limit = min_of(sequence.len_kv, last + 1 + head.y);
-  int below = 0, above = span.y;  // groups before `below` begin before the limit
-  // Most often all do, or all but a few.
-  if (above > 0 && __ldg(range.g_groups + above - 1).x * 16 < limit) below = above;
-  while (below < above) {
-    const int middle = (below + above) / 2;
-    if (__ldg(range.g_groups + middle).x * 16 < limit) {
-      below = middle + 1;
-    } else {
-      above = middle;
-    }
-  }
-  range.num_groups = below;
-  if (below == 0) return;
-  const int last_key = __ldg(range.g_groups + below - 1).x * 16;
-  range.num_keys = (below - 1) * 16 + min_of(16, sequence.len_kv - last_key);
+  const int count = span.before(min_of(sequence.len_kv, last + 1 + head.y));
+  range.num_groups = count;
+  if (count == 0) return;
+  const int last_key = __ldg(range.g_groups + count - 1).x * 16;
+  range.num_keys = (count - 1) * 16 + min_of(16, sequence.len_kv - last_key);
 }
 
 // Cut evenly into the tile's splits.

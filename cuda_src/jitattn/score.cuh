@@ -60,7 +60,7 @@ __device__ __forceinline__ void add_to_scores(float (&r_s)[kRowTiles][kKeyTiles]
                                               int batch_idx, int first_head, int first_row,
                                               const KeyColumns<Spec>& columns, uint32_t s_bias,
                                               int lane_idx) {
-  using Traits = FwdTraits<Spec>;
+  using Traits = MatrixTraits<Spec>;
   using Bias = typename Traits::Bias;
   using T = typename Bias::type;
   constexpr bool kReadsBias = Spec::kBias != BiasKind::kNone && !Traits::kStagesBias;
@@ -183,7 +183,7 @@ __device__ __forceinline__ void add_to_scores(float (&r_s)[kRowTiles][kKeyTiles]
 template <class Spec, int kRowTiles, int kKeyTiles>
 __device__ __forceinline__ void hide_staged(float (&r_s)[kRowTiles][kKeyTiles][4], uint32_t s_dense,
                                             int lane_idx) {
-  using Dense = typename FwdTraits<Spec>::StagedDense;
+  using Dense = typename MatrixTraits<Spec>::StagedDense;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll

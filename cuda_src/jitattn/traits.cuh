@@ -13,6 +13,18 @@
 
 namespace jitattn {
 
+// Biases and dense masks, and their tiles where they come through shared memory.
+template <class Spec>
+struct MatrixTraits {
+  static constexpr bool kStagesBias = Spec::kBiasStaged != Staging::kOff;
+  static constexpr bool kStagesDense = Spec::kDenseStaged != Staging::kOff;
+  using Bias = Scalar<Spec::kBias == BiasKind::kFp32 ? Dtype::kFp32 : Spec::kDtype>;
+  static constexpr int kBiasRows = Spec::kBiasStaged == Staging::kRow ? 1 : Spec::kBlockQ;
+  using StagedBias =
+      StagedMatrix<typename Bias::type, kBiasRows, Spec::kBlockKv, Spec::kNumThreads>;
+  using StagedDense = StagedMatrix<uint8_t, Spec::kBlockQ, Spec::kBlockKv, Spec::kNumThreads>;
+};
+
 template <class Spec>
 struct FwdTraits {
   static_assert(Spec::kArch >= 80, "the forward kernel needs sm_80 or newer");
@@ -81,13 +93,13 @@ struct FwdTraits {
   static constexpr int kBytesListed =
       kHasLists<Spec> ? 2 * kGatherBatch * (Spec::kBlockKv / 16) * 8 : 0;
   // And tiles of the bias and of a dense mask, as many as of K.
-  static constexpr bool kStagesBias = Spec::kBiasStaged != Staging::kOff;
-  static constexpr bool kStagesDense = Spec::kDenseStaged != Staging::kOff;
+  using Matrices = MatrixTraits<Spec>;
+  static constexpr bool kStagesBias = Matrices::kStagesBias;
+  static constexpr bool kStagesDense = Matrices::kStagesDense;
   static constexpr bool kIsStaged = kStagesBias || kStagesDense;
-  using Bias = Scalar<Spec::kBias == BiasKind::kFp32 ? Dtype::kFp32 : Spec::kDtype>;
-  static constexpr int kBiasRows = Spec::kBiasStaged == Staging::kRow ? 1 : Spec::kBlockQ;
-  using StagedBias = StagedMatrix<typename Bias::type, kBiasRows, Spec::kBlockKv, kNumThreads>;
-  using StagedDense = StagedMatrix<uint8_t, Spec::kBlockQ, Spec::kBlockKv, kNumThreads>;
+  using Bias = typename Matrices::Bias;
+  using StagedBias = typename Matrices::StagedBias;
+  using StagedDense = typename Matrices::StagedDense;
   static constexpr int kOffsetBias = kOffsetListed + kBytesListed;
   static constexpr int kBytesBias = kStagesBias ? StagedBias::kBytes : 0;
   static constexpr int kOffsetDense = kOffsetBias + Spec::kStages * kBytesBias;

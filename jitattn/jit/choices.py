@@ -10,9 +10,11 @@ combination::
     arch = ["sm_80", "sm_90"]      # else those that the command line names
 
 The fields are those of `Problem`, so this grows with it; `gear` may stand for `numerics`, and
-`rows` restricts a choice to one row class. Tiles are never named: the installed version chooses
-them. A spec file is TOML or JSON with a list ``kernels``, or lines of JSON with one choice each, as
-``JITATTN_RECORD`` writes them. Presets are choices for well-known model families.
+`rows` restricts a choice to one row class. ``family = ["fwd", "bwd"]`` makes what training needs,
+`bwd_scores` what gradients of biases, relative biases and ALiBi slopes need. Tiles are never named:
+the installed version chooses them. A spec file is TOML or JSON with a list ``kernels``, or lines of
+JSON with one choice each, as ``JITATTN_RECORD`` writes them. Presets are choices for well-known
+model families.
 """
 
 from __future__ import annotations
@@ -25,31 +27,38 @@ from dataclasses import MISSING, fields
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, TypeAlias, get_type_hints
+from typing import Any, Final, TypeAlias, TypeVar, get_type_hints
 
+from jitattn.bwd_tiles import score_grad_spec, specs_of_backward
 from jitattn.errors import InvalidInputError, JitAttnError
 from jitattn.gears import resolve_numerics
 from jitattn.jit.spec import (
     FAMILIES,
     PLAIN_FAMILIES,
     Access,
+    BwdSpec,
     Dtype,
     FwdSpec,
     KernelSpec,
     PlainSpec,
     Problem,
     RowClass,
+    ScoreGradSpec,
+    ScoreTarget,
+    Switch,
     arch_number,
 )
 from jitattn.tiles import fwd_spec
 
+_Word = TypeVar("_Word", bound=StrEnum)
 #: One table of a spec file.
 Choice: TypeAlias = Mapping[str, Any]
 MAX_HEAD_DIM: Final = 256
 _MAX_FILE_BYTES: Final = 16 * 1024 * 1024
 _PRESETS: Final = Path(__file__).resolve().parents[1] / "presets.toml"
 #: Fields of a choice that are no fields of `Problem`.
-_OTHER_FIELDS: Final = ("family", "arch", "gear", "rows")
+_OTHER_FIELDS: Final = ("family", "arch", "gear", "rows", "deterministic", "target")
+_DIMENSIONS: Final = ("dtype", "head_dim", "head_dim_v", "mask")
 _DEFAULTS: Final[dict[str, tuple[str | int, ...]]] = {
     "dtype": ("fp16", "bf16"),
     "head_dim": (64, 128),
@@ -106,10 +115,15 @@ def specs_of(
 
 def to_choice(spec: KernelSpec) -> dict[str, str | int]:
     """Return the choice that stands for exactly one kernel."""
-    if not isinstance(spec, FwdSpec):
-        return spec.to_dict()
     flat = spec.to_dict()
-    problem = {field.name: flat[field.name] for field in fields(Problem)}
+    problem = {field.name: flat[field.name] for field in fields(Problem) if field.name in flat}
+    if isinstance(spec, BwdSpec):
+        extra = {"deterministic": flat["deterministic"]}
+        return {"family": spec.family, "arch": spec.arch, **problem, **extra}
+    if isinstance(spec, ScoreGradSpec):
+        return {"family": spec.family, "arch": spec.arch, **problem, "target": flat["target"]}
+    if not isinstance(spec, FwdSpec):
+        return flat
     rows = next(
         (row for row in RowClass if fwd_spec(spec.problem, spec.arch, row) == spec), RowClass.MANY
     )
@@ -119,7 +133,7 @@ def to_choice(spec: KernelSpec) -> dict[str, str | int]:
 def command(spec: KernelSpec) -> str:
     """Return the shell command that makes a kernel, with the others that its calls can need."""
     base = f"jitattn-cache prebuild --arch {spec.arch.removeprefix('sm_')}"
-    if not isinstance(spec, FwdSpec):
+    if not isinstance(spec, FwdSpec | BwdSpec | ScoreGradSpec):
         others = [field.name for field in fields(spec) if field.name not in ("arch", "dtype")]
         words = [base, f"--dtype {spec.dtype}", f"--set family={spec.family}"]
         return " ".join([*words, *(f"--set {name}={getattr(spec, name)}" for name in others)])
@@ -133,6 +147,10 @@ def command(spec: KernelSpec) -> str:
         value = getattr(problem, field.name)
         if value != getattr(usual, field.name):
             words.append(f"--set {field.name}={value}")
+    if isinstance(spec, BwdSpec):
+        words.append(f"--set family=bwd --set deterministic={spec.deterministic}")
+    if isinstance(spec, ScoreGradSpec):
+        words.append(f"--set family=bwd_scores --set target={spec.target}")
     return " ".join(words)
 
 
@@ -245,14 +263,33 @@ def _expand(choice: Choice, archs: Sequence[str], where: str) -> list[KernelSpec
     specs: dict[KernelSpec, None] = {}
     for kind in plain:
         specs.update(dict.fromkeys(_plain_specs(kind, choice, named, where)))
-    if FwdSpec.family not in families:
+    if set(families) <= set(PLAIN_FAMILIES):
         return list(specs)
     rows = [_row_class(value, where) for value in _values(choice, "rows")]
-    for problem in _problems(choice, allowed, where):
-        for arch in named:
+    deterministic = _members(choice, "deterministic", Switch, where) or [Switch.OFF]
+    targets = _members(choice, "target", ScoreTarget, where) or list(ScoreTarget)
+    for problem, arch in itertools.product(_problems(choice, allowed, where), named):
+        if FwdSpec.family in families:
             for row in rows or RowClass:
                 specs[fwd_spec(problem, arch, row)] = None
+        if BwdSpec.family in families:
+            for switch in deterministic:
+                made = specs_of_backward(problem, arch, deterministic=switch is Switch.ON)
+                specs.update(dict.fromkeys(made))
+        if ScoreGradSpec.family in families:
+            for target in targets:
+                specs[score_grad_spec(problem, arch, target)] = None
     return list(specs)
+
+
+def _members(choice: Choice, name: str, kind: type[_Word], where: str) -> list[_Word]:
+    values = _values(choice, name)
+    for value in values:
+        if value not in list(kind):
+            raise InvalidInputError(
+                f"{where}: {name}={value!r}: it must be one of {', '.join(kind)}"
+            )
+    return [kind(value) for value in values]
 
 
 def _plain_specs(
@@ -293,7 +330,7 @@ def _problems(choice: Choice, allowed: dict[str, list[str] | None], where: str) 
     others = [
         name
         for name in choice
-        if name not in ("dtype", "head_dim", "head_dim_v", "mask", "family", "arch", "rows")
+        if name not in _DIMENSIONS and (name == "gear" or name not in _OTHER_FIELDS)
     ]
     values = [
         _values(choice, name) if name == "gear" else _words(choice, name, allowed, where)

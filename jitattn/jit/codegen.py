@@ -10,7 +10,7 @@ from dataclasses import fields
 from enum import StrEnum
 
 from jitattn.jit.params import STRUCTS
-from jitattn.jit.spec import FwdSpec, KernelSpec, NormSpec, arch_number
+from jitattn.jit.spec import KernelSpec, arch_number
 
 #: Name under which the templates include the generated text.
 HEADER_NAME = "jitattn_spec.h"
@@ -38,17 +38,17 @@ def camel(name: str) -> str:
 
 
 def _members(spec: KernelSpec) -> list[str]:
-    parts = (spec.problem, spec.tile) if isinstance(spec, FwdSpec) else (spec,)
+    lanes = getattr(spec, "lanes", None)
     members = [
         _member(field.name, getattr(part, field.name))
-        for part in parts
+        for part in spec.parts
         for field in fields(part)
         if field.name != "arch"
     ]
     return [
         _member("arch", arch_number(spec.arch)),
         *members,
-        *([_member("lanes", spec.lanes)] if isinstance(spec, NormSpec) else []),
+        *([] if lanes is None else [_member("lanes", lanes)]),
         _member("num_threads", spec.num_threads),
         _member("smem_bytes", spec.smem_bytes),
         _member("params_bytes", STRUCTS[spec.params].size),

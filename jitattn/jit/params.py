@@ -124,6 +124,77 @@ FWD_LIST_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("reserved", _INT32),
 )
 
+#: What a backward kernel reads beside the parameters of its forward kernel.
+BWD_FIELDS: Final[tuple[tuple[str, str], ...]] = (
+    ("d_out", _POINTER),
+    ("lse_log2", _POINTER),
+    ("delta", _POINTER),
+    ("dq_sum", _POINTER),
+    ("dk", _POINTER),
+    ("dv", _POINTER),
+    ("turns", _POINTER),
+    ("d_out_stride_batch", _INT64),
+    ("d_out_stride_row", _INT64),
+    ("d_out_stride_head", _INT64),
+    ("dk_stride_batch", _INT64),
+    ("dk_stride_row", _INT64),
+    ("dk_stride_head", _INT64),
+    ("dv_stride_batch", _INT64),
+    ("dv_stride_row", _INT64),
+    ("dv_stride_head", _INT64),
+    ("dq_stride_batch", _INT64),
+    ("dq_stride_row", _INT64),
+    ("dq_stride_head", _INT64),
+    ("stat_stride_batch", _INT64),
+    ("stat_stride_head", _INT64),
+    ("num_kv_tiles", _INT32),
+    ("scale", _FLOAT),
+    ("target_batch", _INT32),
+    ("target_heads", _INT32),
+)
+
+STATS_FIELDS: Final[tuple[tuple[str, str], ...]] = (
+    ("out", _POINTER),
+    ("d_out", _POINTER),
+    ("lse", _POINTER),
+    ("d_lse", _POINTER),
+    ("sinks", _POINTER),
+    ("lse_log2", _POINTER),
+    ("delta", _POINTER),
+    ("d_sink", _POINTER),
+    ("out_stride_batch", _INT64),
+    ("out_stride_row", _INT64),
+    ("out_stride_head", _INT64),
+    ("d_out_stride_batch", _INT64),
+    ("d_out_stride_row", _INT64),
+    ("d_out_stride_head", _INT64),
+    ("lse_stride_batch", _INT64),
+    ("lse_stride_head", _INT64),
+    ("lse_stride_row", _INT64),
+    ("d_lse_stride_batch", _INT64),
+    ("d_lse_stride_head", _INT64),
+    ("d_lse_stride_row", _INT64),
+    ("num_rows", _INT64),
+    ("len_q", _INT32),
+    ("heads_q", _INT32),
+)
+
+ROUND_FIELDS: Final[tuple[tuple[str, str], ...]] = (
+    ("sum", _POINTER),
+    ("dq", _POINTER),
+    ("sum_stride_batch", _INT64),
+    ("sum_stride_row", _INT64),
+    ("sum_stride_head", _INT64),
+    ("dq_stride_batch", _INT64),
+    ("dq_stride_row", _INT64),
+    ("dq_stride_head", _INT64),
+    ("num_rows", _INT64),
+    ("len_q", _INT32),
+    ("heads_q", _INT32),
+    ("scale", _FLOAT),
+    ("reserved", _INT32),
+)
+
 MERGE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("parts", _POINTER),
     ("part_lses", _POINTER),
@@ -162,6 +233,22 @@ NORM_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("len_k", _INT32),
     ("heads_q", _INT32),
     ("heads_k", _INT32),
+    ("scale_stride_row", _INT32),
+    ("scale_stride_head", _INT32),
+)
+
+NORM_GRAD_FIELDS: Final[tuple[tuple[str, str], ...]] = (
+    ("x", _POINTER),
+    ("d_y", _POINTER),
+    ("dx", _POINTER),
+    ("head_scale", _POINTER),
+    ("d_scale", _POINTER),
+    ("x_stride_batch", _INT64),
+    ("x_stride_row", _INT64),
+    ("x_stride_head", _INT64),
+    ("num_slices", _INT64),
+    ("len", _INT32),
+    ("heads", _INT32),
     ("scale_stride_row", _INT32),
     ("scale_stride_head", _INT32),
 )
@@ -223,15 +310,22 @@ APPEND_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("ctas_per_sequence", _INT32),
 )
 
-#: The fields of every struct, by the name that `KernelSpec.params` gives it.
-FIELDS: Final = {
+_FWD: Final = {
     "fwd": FWD_FIELDS,
     "fwd_seq": FWD_FIELDS + FWD_SEQ_FIELDS,
     "fwd_score": FWD_FIELDS + FWD_SEQ_FIELDS + FWD_SCORE_FIELDS,
     "fwd_list": FWD_FIELDS + FWD_SEQ_FIELDS + FWD_SCORE_FIELDS + FWD_LIST_FIELDS,
+}
+#: The fields of every struct, by the name that `KernelSpec.params` gives it.
+FIELDS: Final = {
+    **_FWD,
+    **{name.replace("fwd", "bwd"): fields + BWD_FIELDS for name, fields in _FWD.items()},
+    "stats": STATS_FIELDS,
+    "round": ROUND_FIELDS,
     "merge": MERGE_FIELDS,
     "append": APPEND_FIELDS,
     "norm": NORM_FIELDS,
+    "norm_grad": NORM_GRAD_FIELDS,
 }
 STRUCTS: Final = {
     name: struct.Struct("=" + "".join(code for _, code in fields))

@@ -97,6 +97,14 @@ class Access(StrEnum):
     ELEMENT = "element"
 
 
+class ScoreTarget(StrEnum):
+    """Whose gradient a kernel computes, of what is added to scores."""
+
+    MATRIX = "matrix"  #: a bias with rows of its own
+    ROW = "row"  #: a bias whose rows are alike
+    DISTANCE = "distance"  #: sums by key - query, for relative biases and ALiBi slopes
+
+
 class RotaryStyle(StrEnum):
     """Which columns a rotary embedding turns with each other."""
 
@@ -187,9 +195,38 @@ class Tile:
         return 32 * self.warps_q * self.warps_kv
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BwdTile:
+    """How the work of a backward kernel is cut. Each product has its own grid of warps."""
+
+    block_q: int  #: rows of a step
+    block_kv: int  #: keys of a CTA
+    num_warps: int
+    warps_scores: int  #: warps that compute scores
+    warps_q: int  #: of them side by side along the rows
+    warps_keys: int  #: warps side by side along the rows of dK and dV
+    warps_dq: int  #: along the rows of dQ
+    stages: int  #: Q and dO buffers; 1 takes four barriers a step, 2 two
+    min_blocks_per_sm: int  #: what __launch_bounds__ promises
+
+
 def padded_head_dim(head_dim: int) -> int:
     """Round a head dimension up to the MMA granularity of 16 columns."""
     return -(-head_dim // 16) * 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Extra:
+    """A field of `BwdSpec` beside those of its problem and its tile."""
+
+    deterministic: Switch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Target:
+    """The same of `ScoreGradSpec`."""
+
+    target: ScoreTarget
 
 
 class _Spec:
@@ -200,14 +237,14 @@ class _Spec:
     arch: str
 
     @property
-    def _parts(self) -> tuple[Any, ...]:
+    def parts(self) -> tuple[Any, ...]:
         """Dataclasses whose fields are those of the kernel."""
         return (self,)
 
     def to_dict(self) -> dict[str, str | int]:
         """Flat fields, in declaration order: family, arch, then the kernel's own."""
         flat: dict[str, str | int] = {"family": self.family, "arch": self.arch}
-        for part in self._parts:
+        for part in self.parts:
             for field in fields(part):
                 value = getattr(part, field.name)
                 flat[field.name] = value.value if isinstance(value, StrEnum) else value
@@ -228,7 +265,8 @@ class FwdSpec(_Spec):
     arch: str  #: "sm_80", "sm_90" …
 
     @property
-    def _parts(self) -> tuple[Any, ...]:
+    def parts(self) -> tuple[Any, ...]:
+        """Dataclasses whose fields are those of the kernel."""
         return self.problem, self.tile
 
     @property
@@ -239,11 +277,7 @@ class FwdSpec(_Spec):
     @property
     def params(self) -> str:
         """Name of the parameter struct (`jit/params.py`)."""
-        if self.problem.mask is MaskKind.BLOCK_LISTS:
-            return "fwd_list"
-        if self.problem.has_scores:
-            return "fwd_score"
-        return "fwd" if self.problem.is_uniform else "fwd_seq"
+        return f"fwd{_params_suffix(self.problem)}"
 
     @property
     def smem_bytes(self) -> int:
@@ -277,6 +311,126 @@ class FwdSpec(_Spec):
         return max(s_q + s_kv, s_out, s_merge) + 64 + s_rows + s_matrices
 
 
+def _params_suffix(problem: Problem) -> str:
+    """Name what a kernel reads beside the fields that every one of its family has."""
+    if problem.mask is MaskKind.BLOCK_LISTS:
+        return "_list"
+    if problem.has_scores:
+        return "_score"
+    return "" if problem.is_uniform else "_seq"
+
+
+class _BackwardSpec(_Spec):
+    """What the kernels with a backward tile have in common."""
+
+    __slots__ = ()
+    problem: Problem
+    tile: BwdTile
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a CTA."""
+        return 32 * self.tile.num_warps
+
+    @property
+    def params(self) -> str:
+        """Name of the parameter struct (`jit/params.py`)."""
+        return f"bwd{_params_suffix(self.problem)}"
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a CTA; `bwd_traits.cuh` asserts the same number."""
+        problem, tile = self.problem, self.tile
+        dims = padded_head_dim(problem.head_dim) + padded_head_dim(problem.head_dim_v)
+        rows = tile.block_kv + tile.stages * tile.block_q
+        size = (rows * dims + 2 * tile.block_q * tile.block_kv) * problem.dtype.bytes
+        size += 2 * 8 * tile.block_q
+        if problem.mask is MaskKind.BLOCK_LISTS:
+            size += 2 * tile.block_kv // 16 * 8 + 4 * self.num_threads
+        return size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BwdSpec(_BackwardSpec):
+    """The backward kernel: dK, dV, and the sums of dQ."""
+
+    family: ClassVar[str] = "bwd"
+    problem: Problem  #: as `backward_problem` has it
+    tile: BwdTile
+    deterministic: Switch  #: key blocks add to dQ in their order
+    arch: str
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """Dataclasses whose fields are those of the kernel."""
+        return self.problem, self.tile, _Extra(deterministic=self.deterministic)
+
+    @property
+    def in_fragments(self) -> bool:
+        """Whether the sums of dQ lie in fragment order."""
+        return self.problem.is_uniform
+
+    @property
+    def dq_columns(self) -> int:
+        """Columns of a query tile's sums in fragment order."""
+        across = self.tile.num_warps // self.tile.warps_dq
+        units = padded_head_dim(self.problem.head_dim) // 16
+        return across * -(-units // across) * 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreGradSpec(_BackwardSpec):
+    """The kernel for gradients of what is added to scores."""
+
+    family: ClassVar[str] = "bwd_scores"
+    problem: Problem  #: as `backward_problem` has it
+    tile: BwdTile
+    target: ScoreTarget
+    arch: str
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """Dataclasses whose fields are those of the kernel."""
+        return self.problem, self.tile, _Target(target=self.target)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatsSpec(_Spec):
+    """The kernel that prepares LSE and delta of every row for the backward kernel."""
+
+    family: ClassVar[str] = "stats"
+    params: ClassVar[str] = "stats"
+    num_threads: ClassVar[int] = 256
+    smem_bytes: ClassVar[int] = 0
+    dtype: Dtype  #: of out and dO
+    head_dim_v: int
+    access: Access
+    arch: str
+
+    @property
+    def lanes(self) -> int:
+        """Lanes that share a row: a power of two, with at least one access each."""
+        wide = 16 // self.dtype.bytes if self.access is Access.VEC16 else 1
+        return min(32, 1 << ((self.head_dim_v // wide).bit_length() - 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundSpec(_Spec):
+    """The kernel that makes dQ of its sums."""
+
+    family: ClassVar[str] = "round"
+    params: ClassVar[str] = "round"
+    num_threads: ClassVar[int] = 256
+    smem_bytes: ClassVar[int] = 0
+    dtype: Dtype
+    head_dim: int
+    in_fragments: Switch
+    block_q: int  #: of the backward kernel; 0 where sums are not in fragment order
+    num_warps: int
+    warps_dq: int
+    arch: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeSpec(_Spec):
     """The kernel that merges results over disjoint sets of keys, in a fixed order."""
@@ -306,8 +460,27 @@ class AppendSpec(_Spec):
     arch: str
 
 
+class _SliceSpec(_Spec):
+    """What the kernels over slices of vectors have in common."""
+
+    __slots__ = ()
+    dtype: Dtype
+    head_dim: int
+    groups: int
+    access: Access
+
+    @property
+    def lanes(self) -> int:
+        """Lanes that share a slice: a power of two, with at least one access each."""
+        size = self.head_dim // self.groups
+        wide = 16 // self.dtype.bytes
+        is_wide = self.access is Access.VEC16 and size % wide == 0
+        accesses = size // wide if is_wide else size
+        return min(32, 1 << (accesses.bit_length() - 1))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NormSpec(_Spec):
+class NormSpec(_SliceSpec):
     """The kernel that scales q and k to length 1, by groups of columns."""
 
     family: ClassVar[str] = "norm"
@@ -320,27 +493,41 @@ class NormSpec(_Spec):
     access: Access
     arch: str
 
-    @property
-    def lanes(self) -> int:
-        """Lanes that share a slice: a power of two, with at least one access each."""
-        size = self.head_dim // self.groups
-        wide = 16 // self.dtype.bytes
-        is_wide = self.access is Access.VEC16 and size % wide == 0
-        accesses = size // wide if is_wide else size
-        return min(32, 1 << (accesses.bit_length() - 1))
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormGradSpec(_SliceSpec):
+    """The kernel for its gradient, of q or of k."""
+
+    family: ClassVar[str] = "norm_grad"
+    params: ClassVar[str] = "norm_grad"
+    num_threads: ClassVar[int] = 256
+    smem_bytes: ClassVar[int] = 0
+    dtype: Dtype
+    head_dim: int
+    groups: int
+    access: Access
+    arch: str
 
 
 #: Kernels whose fields are all that there is to them: no tile is chosen.
-PlainSpec: TypeAlias = MergeSpec | AppendSpec | NormSpec
-KernelSpec: TypeAlias = FwdSpec | PlainSpec
+PlainSpec: TypeAlias = MergeSpec | AppendSpec | NormSpec | NormGradSpec | StatsSpec | RoundSpec
+KernelSpec: TypeAlias = FwdSpec | BwdSpec | ScoreGradSpec | PlainSpec
 
 PLAIN_FAMILIES: Final[dict[str, type[PlainSpec]]] = {
     MergeSpec.family: MergeSpec,
     AppendSpec.family: AppendSpec,
     NormSpec.family: NormSpec,
+    NormGradSpec.family: NormGradSpec,
+    StatsSpec.family: StatsSpec,
+    RoundSpec.family: RoundSpec,
 }
 #: Entry file and symbol of each family: cuda_src/entry/<family>.cu holds jitattn_<family>.
-FAMILIES: Final = (FwdSpec.family, *PLAIN_FAMILIES)
+FAMILIES: Final = (
+    FwdSpec.family,
+    BwdSpec.family,
+    ScoreGradSpec.family,
+    *PLAIN_FAMILIES,
+)
 
 
 def entry_symbol(spec: KernelSpec) -> str:
@@ -366,6 +553,15 @@ def spec_from_dict(flat: Mapping[str, Any]) -> KernelSpec:
     elif family == FwdSpec.family:
         problem = Problem(**_typed(Problem, values, flat))
         spec = FwdSpec(problem=problem, tile=Tile(**_typed(Tile, values, flat)), arch=arch)
+    elif family in (BwdSpec.family, ScoreGradSpec.family):
+        problem, tile = Problem(**_typed(Problem, values, flat)), _typed(BwdTile, values, flat)
+        cut = BwdTile(**tile)
+        if family == BwdSpec.family:
+            extra = _typed(_Extra, values, flat)
+            spec = BwdSpec(problem=problem, tile=cut, arch=arch, **extra)
+        else:
+            extra = _typed(_Target, values, flat)
+            spec = ScoreGradSpec(problem=problem, tile=cut, arch=arch, **extra)
     else:
         raise ValueError(f"unknown family in the spec {flat}")
     if values:

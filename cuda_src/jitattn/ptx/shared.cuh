@@ -39,6 +39,11 @@ __device__ __forceinline__ int64_t ld_shared_b64(uint32_t addr) {
   return value;
 }
 
+// ld.shared.f32
+__device__ __forceinline__ float ld_shared_f32(uint32_t addr) {
+  return __uint_as_float(ld_shared_b32(addr));
+}
+
 // st.shared.b64
 __device__ __forceinline__ void st_shared_b64(uint32_t addr, int64_t value) {
   asm volatile("st.shared.b64 [%0], %1;" ::"r"(addr), "l"(value) : "memory");

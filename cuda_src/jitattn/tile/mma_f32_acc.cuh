@@ -5,6 +5,7 @@
 #include "jitattn/ptx/ldmatrix.cuh"
 #include "jitattn/ptx/math.cuh"
 #include "jitattn/ptx/mma_sm80.cuh"
+#include "jitattn/ptx/shared.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
 
@@ -83,6 +84,51 @@ struct MmaF32Acc {
     }
   }
 
+  // r += A^T B over kDepth rows of two shared tiles: A [kDepth][columns of kLayoutA], of which the
+  // rows of r are the columns from a_column on, and B [kDepth][...], from b_column on. Column tiles
+  // of r from num_tiles on are left alone.
+  template <int kDepth, class LayoutA, class LayoutB, int kRowTiles, int kColumnTiles>
+  __device__ static void add_transposed_product(float (&r)[kRowTiles][kColumnTiles][4],
+                                                uint32_t s_a_addr, int a_column, uint32_t s_b_addr,
+                                                int b_column, int num_tiles, int lane_idx) {
+    const int block = lane_idx / 8, row = lane_idx % 8;  // of the four 8x8 blocks of an ldmatrix
+#pragma unroll
+    for (int k = 0; k < kDepth; k += 16) {
+      uint32_t a[kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        ptx::ldmatrix_x4_trans(a[m], s_a_addr + LayoutA::offset(k + block / 2 * 8 + row,
+                                                                a_column / 8 + m * 2 + block % 2));
+      }
+      add_step<LayoutB>(r, a, s_b_addr, k, b_column, num_tiles, lane_idx);
+    }
+  }
+
+  // r += A B over kDepth columns of A [rows][kDepth], from a_row on, and rows of B [kDepth][...].
+  template <int kDepth, class LayoutA, class LayoutB, int kRowTiles, int kColumnTiles>
+  __device__ static void add_product(float (&r)[kRowTiles][kColumnTiles][4], uint32_t s_a_addr,
+                                     int a_row, uint32_t s_b_addr, int b_column, int num_tiles,
+                                     int lane_idx) {
+#pragma unroll
+    for (int k = 0; k < kDepth; k += 16) {
+      uint32_t a[kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        ptx::ldmatrix_x4(a[m], s_a_addr + LayoutA::offset(a_row + m * 16 + (lane_idx & 15),
+                                                          k / 8 + (lane_idx >> 4)));
+      }
+      add_step<LayoutB>(r, a, s_b_addr, k, b_column, num_tiles, lane_idx);
+    }
+  }
+
+  // Store two neighbours of a row of a tile as operands; `column` is even.
+  template <class Layout>
+  __device__ static void store_pair(uint32_t s_tile_addr, int row, int column, float left,
+                                    float right) {
+    const uint32_t s_chunk_addr = s_tile_addr + Layout::offset(row, column / 8);
+    ptx::st_shared_b32(s_chunk_addr + column % 8 * 2, pack(left, right));
+  }
+
   // Two values rounded to the 16-bit type, `low` in the low half.
   __device__ static uint32_t pack(float low, float high) {
     if constexpr (kDtype == Dtype::kBf16) return ptx::pack_bf16x2(low, high);
@@ -90,6 +136,25 @@ struct MmaF32Acc {
   }
 
  private:
+  // One step of 16 rows of B, from row k on.
+  template <class LayoutB, int kRowTiles, int kColumnTiles>
+  __device__ static void add_step(float (&r)[kRowTiles][kColumnTiles][4],
+                                  const uint32_t (&a)[kRowTiles][4], uint32_t s_b_addr, int k,
+                                  int b_column, int num_tiles, int lane_idx) {
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; n += 2) {
+      if (n >= num_tiles) continue;
+      uint32_t b[4];  // operand B of column tiles n and n + 1
+      ptx::ldmatrix_x4_trans(b, s_b_addr + LayoutB::offset(k + (lane_idx & 15),
+                                                           b_column / 8 + n + (lane_idx >> 4)));
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        mma(r[m][n], a[m], b[0], b[1]);
+        mma(r[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+
   __device__ static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     const uint32_t b[2] = {b0, b1};
     if constexpr (kDtype == Dtype::kBf16) {

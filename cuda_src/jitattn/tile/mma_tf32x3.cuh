@@ -132,7 +132,103 @@ struct MmaTf32x3 {
     }
   }
 
+  // r += A^T B, as MmaF32Acc has it. Contraction index t stands for row 2t, t + 4 for row 2t + 1 of
+  // both, whose chunks lie in different banks.
+  template <int kDepth, class LayoutA, class LayoutB, int kRowTiles, int kColumnTiles>
+  __device__ static void add_transposed_product(float (&r)[kRowTiles][kColumnTiles][4],
+                                                uint32_t s_a_addr, int a_column, uint32_t s_b_addr,
+                                                int b_column, int num_tiles, int lane_idx) {
+    const int row = (lane_idx & 3) * 2, column = lane_idx >> 2;
+    add_steps<kDepth, kColumnTiles>(
+        r, num_tiles,
+        [&](uint32_t (&a)[4], int k, int m) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            a[i] = load<LayoutA>(s_a_addr, k + row + i / 2, a_column + m * 16 + column + i % 2 * 8);
+          }
+        },
+        [&](uint32_t (&b)[2], int k, int n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            b[i] = load<LayoutB>(s_b_addr, k + row + i, b_column + n * 8 + column);
+        });
+  }
+
+  // r += A B, as MmaF32Acc has it.
+  template <int kDepth, class LayoutA, class LayoutB, int kRowTiles, int kColumnTiles>
+  __device__ static void add_product(float (&r)[kRowTiles][kColumnTiles][4], uint32_t s_a_addr,
+                                     int a_row, uint32_t s_b_addr, int b_column, int num_tiles,
+                                     int lane_idx) {
+    const int row = (lane_idx & 3) * 2, column = lane_idx >> 2;
+    add_steps<kDepth, kColumnTiles>(
+        r, num_tiles,
+        [&](uint32_t (&a)[4], int k, int m) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            a[i] = load<LayoutA>(s_a_addr, a_row + m * 16 + column + i % 2 * 8, k + row + i / 2);
+          }
+        },
+        [&](uint32_t (&b)[2], int k, int n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            b[i] = load<LayoutB>(s_b_addr, k + row + i, b_column + n * 8 + column);
+        });
+  }
+
+  // Store two neighbours of a row of a tile as operands; `column` is even.
+  template <class Layout>
+  __device__ static void store_pair(uint32_t s_tile_addr, int row, int column, float left,
+                                    float right) {
+    const uint32_t s_chunk_addr = s_tile_addr + Layout::offset(row, column / 4);
+    const uint64_t both = static_cast<uint64_t>(__float_as_uint(right)) << 32;
+    ptx::st_shared_b64(s_chunk_addr + column % 4 * 4,
+                       static_cast<int64_t>(both | __float_as_uint(left)));
+  }
+
  private:
+  template <class Layout>
+  __device__ static uint32_t load(uint32_t s_tile_addr, int row, int column) {
+    return ptx::ld_shared_b32(s_tile_addr + Layout::offset(row, column / 4) + column % 4 * 4);
+  }
+
+  // r += A B in steps of 8; load_a(bits, k, m) and load_b(bits, k, n) give the fragments of a step.
+  template <int kDepth, int kColumnTiles, int kRowTiles, class LoadA, class LoadB>
+  __device__ static void add_steps(float (&r)[kRowTiles][kColumnTiles][4], int num_tiles,
+                                   LoadA load_a, LoadB load_b) {
+    constexpr int kSteps = kDepth / 8, kCount = min_of(kPromoteSteps / 2, kSteps);
+#pragma unroll 1
+    for (int first = 0; first < kSteps; first += kCount) {
+      Split<4> a[kCount][kRowTiles];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          uint32_t bits[4];
+          load_a(bits, (first + i) * 8, m);
+          a[i][m].set(bits);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; n += 2) {
+        if (n >= num_tiles) continue;
+        float sum[kRowTiles][2][4] = {};
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            uint32_t bits[2];
+            load_b(bits, (first + i) * 8, n + j);
+            Split<2> b;
+            b.set(bits);
+#pragma unroll
+            for (int m = 0; m < kRowTiles; ++m) mma(sum[m][j], a[i][m], b);
+          }
+        }
+        promote(r, sum, n);
+      }
+    }
+  }
+
   template <int kCount>
   struct Split {
     uint32_t high[kCount];

@@ -1,0 +1,500 @@
+// What        Gradients of q, k and v on mma.sync, ldmatrix and cp.async: sm_80 and every newer GPU.
+//
+// Math        P = exp2(S * scale_log2 - lse_log2), with the very S of the forward kernel
+//             dV += P^T dO
+//             dS = P (dO V^T - delta),  with softcap times 1 - tanh^2
+//             dK += scale dS^T Q,  dQ += scale dS K
+//
+// Paper       Dao, FlashAttention-2, arXiv:2307.08691, Algorithm 2. We differ in: query heads of a
+//             kv head are visited by one CTA, so that dK and dV have one writer; the query tiles of
+//             a key block follow from the mask (bwd_schedule.cuh).
+//
+// Work split  One CTA: kBlockKv keys of one kv head, whose dK and dV stay in registers, and all query
+//             tiles that see them, of all query heads. Each product has its own grid of warps
+//             (warp_grid.cuh).
+//
+// Shared      K, V for the whole run; Q and dO, kStages of each; P and dS, through which the scores'
+// memory      grid of warps hands over to the others; LSE and delta of the rows.
+//
+// Pipeline    kStages == 2: the copies of tile i + 1 start with step i; two barriers a step.
+//               step i | wait i | barrier | start i+1 | S dP -> P dS | barrier | dV  dQ  dK |
+//             kStages == 1: dO of the next tile lands under dQ and dK, Q is waited for; four.
+//
+// dQ          Every key block adds to the sums of dQ in global memory (bwd_traits.cuh), in any order;
+//             or, with kDeterministic, in the order of the keys: blocks wait for their turns. All
+//             blocks of a head are started in that order, so those waited for are running.
+#pragma once
+
+#include "jitattn/bwd_schedule.cuh"
+#include "jitattn/bwd_traits.cuh"
+#include "jitattn/bwd_weights.cuh"
+#include "jitattn/debug.cuh"
+#include "jitattn/dq_fragments.cuh"
+#include "jitattn/element.cuh"
+#include "jitattn/enums.cuh"
+#include "jitattn/key_lists.cuh"
+#include "jitattn/params.cuh"
+#include "jitattn/ptx/cp_async.cuh"
+#include "jitattn/ptx/global.cuh"
+#include "jitattn/ptx/shared.cuh"
+#include "jitattn/rows.cuh"
+#include "jitattn/schedule.cuh"
+#include "jitattn/sequence.cuh"
+#include "jitattn/tile/fragment.cuh"
+#include "jitattn/types.cuh"
+
+namespace jitattn {
+
+// Writes a warp's part of dK or dV. g_tile: row 0, column 0 of the key block.
+template <class Spec, int kHeadDim, class Grid, int kRowTiles, int kColumnTiles>
+__device__ __forceinline__ void store_gradient(
+    const float (&r)[kRowTiles][kColumnTiles][4], const Grid& grid,
+    typename Scalar<Spec::kDtype>::type* g_tile, int64_t row_stride, int num_rows, float scale,
+    int lane_idx) {
+  using Element = Scalar<Spec::kDtype>;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = grid.first_row + m * 16 + accumulator_row(lane_idx, half);
+      if (row >= num_rows) continue;
+      auto* g_row = g_tile + row * row_stride;
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+        const int column = grid.first_column + n * 8 + accumulator_column(lane_idx);
+        if (n >= grid.num_tiles) continue;
+        const float left = r[m][n][2 * half] * scale, right = r[m][n][2 * half + 1] * scale;
+        if constexpr (kHeadDim % 2 == 0 && Spec::kDtype != Dtype::kFp32) {
+          using Mma = MmaF32Acc<Spec::kDtype>;
+          if (column < kHeadDim) {
+            *reinterpret_cast<uint32_t*>(g_row + column) = Mma::pack(left, right);
+          }
+        } else {
+          if (column < kHeadDim) g_row[column] = Element::round(left);
+          if (column + 1 < kHeadDim) g_row[column + 1] = Element::round(right);
+        }
+      }
+    }
+  }
+}
+
+template <class Spec>
+__device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
+  using Traits = BwdTraits<Spec>;
+  using Mma = typename Traits::Mma;
+  using Element = typename Traits::Element;
+  using GridS = typename Traits::GridS;
+  constexpr int kBlockQ = Spec::kBlockQ, kBlockKv = Spec::kBlockKv;
+  constexpr int kRowTiles = GridS::kRowTiles, kKeyTiles = GridS::kColumnTiles;
+  constexpr int kStages = Spec::kStages;
+  using Weights = TileWeights<Spec>;
+  using Scores = typename Weights::Scores;
+
+  // ---- Indices
+  const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
+  const KvTile tile_idx = kv_tile_of<Spec>(params, blockIdx.x);
+  const int kv_tile = tile_idx.tile, kv_head_idx = tile_idx.kv_head, batch_idx = tile_idx.batch;
+  const Sequence sequence = Sequence::of<Spec>(params, batch_idx);
+  const int first_key = kv_tile * kBlockKv;
+  const int num_keys = min_of(kBlockKv, sequence.len_kv - first_key);
+  if (num_keys <= 0) return;
+  const RowMap rows(sequence.len_q);
+  const GridS grid_s(warp_idx);
+  const typename Traits::GridDk grid_dk(warp_idx);
+  const typename Traits::GridDv grid_dv(warp_idx);
+  const typename Traits::GridDq grid_dq(warp_idx);
+
+  // ---- Shared storage
+  extern __shared__ __align__(128) unsigned char s_storage[];
+  const uint32_t s_k_addr = ptx::shared_addr(s_storage);
+  const uint32_t s_v_addr = s_k_addr + Traits::kOffsetV;
+  const uint32_t s_q_addr = s_k_addr + Traits::kOffsetQ;
+  const uint32_t s_do_addr = s_k_addr + Traits::kOffsetDo;
+  const uint32_t s_p_addr = s_k_addr + Traits::kOffsetP;
+  const uint32_t s_ds_addr = s_k_addr + Traits::kOffsetDs;
+  const uint32_t s_stats_addr = s_k_addr + Traits::kOffsetStats;
+  const uint32_t s_listed_addr = s_k_addr + Traits::kOffsetListed;
+  const uint32_t s_found_addr = s_k_addr + Traits::kOffsetFound;
+  JITATTN_DEVICE_ASSERT(s_k_addr % 128 == 0);
+
+  // ---- Per-lane addresses
+  const typename Traits::CopyQ copy_q(threadIdx.x, params.q_stride_row);
+  const typename Traits::CopyDo copy_do(threadIdx.x, params.d_out_stride_row);
+  using LayoutQk = typename Traits::LayoutQk;
+  using LayoutV = typename Traits::LayoutV;
+  using LayoutP = typename Traits::LayoutP;
+  constexpr int kChunksQk = LayoutQk::kRowBytes / 16, kChunksV = LayoutV::kRowBytes / 16;
+  const uint32_t lane_q_addr = s_q_addr + grid_s.first_row * LayoutQk::kRowBytes +
+                               lane_offset_row_first<kChunksQk>(lane_idx);
+  const uint32_t lane_do_addr = s_do_addr + grid_s.first_row * LayoutV::kRowBytes +
+                                lane_offset_row_first<kChunksV>(lane_idx);
+  const uint32_t lane_k_addr = s_k_addr + grid_s.first_column * LayoutQk::kRowBytes +
+                               lane_offset_chunk_first<kChunksQk>(lane_idx);
+  const uint32_t lane_v_addr = s_v_addr + grid_s.first_column * LayoutV::kRowBytes +
+                               lane_offset_chunk_first<kChunksV>(lane_idx);
+
+  // ---- K and V
+  {
+    const int64_t kv_row_idx = sequence.kv_start + first_key;
+    auto start_of = [&](const void* tensor, int64_t batch, int64_t row, int64_t head) {
+      return reinterpret_cast<const char*>(static_cast<const Element*>(tensor) + batch_idx * batch +
+                                           kv_row_idx * row + kv_head_idx * head);
+    };
+    const typename Traits::CopyK copy_k(threadIdx.x, params.k_stride_row);
+    const typename Traits::CopyV copy_v(threadIdx.x, params.v_stride_row);
+    copy_k.zero_padding(s_k_addr);
+    copy_v.zero_padding(s_v_addr);
+#pragma unroll
+    for (int stage = 0; stage < kStages; ++stage) {
+      copy_q.zero_padding(s_q_addr + stage * Traits::kBytesQ);
+      copy_do.zero_padding(s_do_addr + stage * Traits::kBytesDo);
+    }
+    copy_k.load_tail(s_k_addr,
+                     copy_k.share(start_of(params.k, params.k_stride_batch, params.k_stride_row,
+                                           params.k_stride_head)),
+                     num_keys);
+    copy_v.load_tail(s_v_addr,
+                     copy_v.share(start_of(params.v, params.v_stride_batch, params.v_stride_row,
+                                           params.v_stride_head)),
+                     num_keys);
+  }
+
+  // ---- Register tiles
+  float r_dk[Traits::GridDk::kRowTiles][Traits::GridDk::kColumnTiles][4] = {};
+  float r_dv[Traits::GridDv::kRowTiles][Traits::GridDv::kColumnTiles][4] = {};
+
+#pragma unroll 1
+  for (int group_head = 0; group_head < params.heads_per_kv; ++group_head) {
+    const int head_idx = kv_head_idx * params.heads_per_kv + group_head;
+    const KeyBlock<Spec> keys(params, sequence, head_idx, kv_tile);
+    const TileRange range = keys.tiles();
+    const char* g_q = reinterpret_cast<const char*>(
+        static_cast<const Element*>(params.q) + batch_idx * params.q_stride_batch +
+        static_cast<int64_t>(sequence.q_start) * params.q_stride_row +
+        head_idx * params.q_stride_head);
+    const char* g_do = reinterpret_cast<const char*>(
+        static_cast<const Element*>(params.d_out) + batch_idx * params.d_out_stride_batch +
+        static_cast<int64_t>(sequence.q_start) * params.d_out_stride_row +
+        head_idx * params.d_out_stride_head);
+    const int64_t first_stat = batch_idx * params.stat_stride_batch +
+                               head_idx * params.stat_stride_head + sequence.q_start;
+
+    // Copies of one query tile.
+    auto load_tile = [&](const auto& copy, uint32_t s_addr, const char* g_first, int64_t row_stride,
+                         int tile) {
+      const int first_row = tile * kBlockQ;
+      const int num_rows = sequence.len_q - first_row;
+      if constexpr (kHasLists<Spec>) {
+        // The first rows of a tile may not exist.
+        copy.template load_rows<true, false>(
+            s_addr, copy.lane(g_first), num_rows, [&](int skip) {
+              const int row = max_of(first_row + copy.row + skip, sequence.first_position);
+              return row * row_stride * static_cast<int64_t>(sizeof(Element));
+            });
+      } else {
+        const int64_t skipped = first_row * row_stride * static_cast<int64_t>(sizeof(Element));
+        copy.load_tail(s_addr, copy.share(g_first + skipped), num_rows);
+      }
+    };
+    auto load_q = [&](int stage, int tile) {
+      load_tile(copy_q, s_q_addr + stage * Traits::kBytesQ, g_q, params.q_stride_row, tile);
+    };
+    auto load_do = [&](int stage, int tile) {
+      load_tile(copy_do, s_do_addr + stage * Traits::kBytesDo, g_do, params.d_out_stride_row, tile);
+    };
+
+    // LSE and delta of a tile's rows: fetched a step ahead, kept in registers until there is room.
+    constexpr int kStatsPerThread = ceil_div(2 * kBlockQ, Traits::kNumThreads);
+    float r_stats[kStatsPerThread];
+    auto fetch_stats = [&](int tile) {
+#pragma unroll
+      for (int i = 0; i < kStatsPerThread; ++i) {
+        const int idx = i * Traits::kNumThreads + threadIdx.x;
+        const bool is_delta = idx >= kBlockQ;
+        const int row = tile * kBlockQ + idx - (is_delta ? kBlockQ : 0);
+        const bool exists =
+            idx < 2 * kBlockQ && row < sequence.len_q && row >= sequence.first_position;
+        const float* g_stats = (is_delta ? params.delta : params.lse_log2) + first_stat;
+        r_stats[i] = exists ? __ldg(g_stats + row) : is_delta ? 0.f : infinity();
+      }
+    };
+    auto keep_stats = [&](int stage) {
+#pragma unroll
+      for (int i = 0; i < kStatsPerThread; ++i) {
+        const int idx = i * Traits::kNumThreads + threadIdx.x;
+        if (idx < 2 * kBlockQ) {
+          ptx::st_shared_b32(s_stats_addr + stage * Traits::kBytesStats + idx * 4,
+                             __float_as_uint(r_stats[i]));
+        }
+      }
+    };
+
+    // ---- Lists: which tiles of a chunk have this key block in their list, and where
+    constexpr int kChunk = kHasLists<Spec> ? Traits::kNumThreads : 0x40000000;
+    int4 list_head = {};
+    if constexpr (kHasLists<Spec>) list_head = load_list_head<Spec>(params, sequence, head_idx);
+    auto span_of = [&](int tile) {
+      if constexpr (kHasLists<Spec>) {
+        return listed_span(params, sequence, list_head, tile * kBlockQ);
+      }
+    };
+    auto listed_at = [&](int tile, int chunk) {
+      return static_cast<int>(ptx::ld_shared_b32(s_found_addr + (tile - chunk) * 4));
+    };
+    // The groups of a tile's list that lie in this key block, as key_lists.cuh wants them.
+    auto keep_listed = [&](int stage, int tile, int chunk) {
+      if constexpr (kHasLists<Spec>) {
+        if (static_cast<int>(threadIdx.x) >= kBlockKv / 16) return;
+        store_listed<kBlockKv>(s_listed_addr + stage * Traits::kBytesListed, span_of(tile),
+                               listed_at(tile, chunk), first_key);
+      }
+    };
+
+#pragma unroll 1
+    for (int chunk = range.begin; chunk < range.end; chunk += kChunk) {
+      const int chunk_end = range.end - chunk > kChunk ? chunk + kChunk : range.end;
+      if constexpr (kHasLists<Spec>) {
+        const int tile = chunk + threadIdx.x;
+        int found = -1;
+        if (tile < chunk_end) {
+          const ListSpan span = span_of(tile);
+          const int idx = span.before(first_key);
+          const int end_key = first_key + num_keys;
+          const int last = min_of((tile + 1) * kBlockQ, sequence.len_q) - 1 + sequence.diagonal;
+          const int first = max_of(tile * kBlockQ, sequence.first_position) + sequence.diagonal;
+          const bool is_near = first_key <= last + list_head.y &&
+                               (end_key > first + list_head.z || first_key < list_head.w);
+          if (is_near && idx < span.count && __ldg(span.g_groups + idx).x * 16 < end_key) {
+            found = idx;
+          }
+        }
+        ptx::barrier_sync<Traits::kNumThreads>();  // the last chunk's are read
+        ptx::st_shared_b32(s_found_addr + threadIdx.x * 4, found);
+        ptx::barrier_sync<Traits::kNumThreads>();
+      }
+      auto next_tile = [&](int tile) {
+        if constexpr (kHasLists<Spec>) {
+          while (tile < chunk_end && listed_at(tile, chunk) < 0) ++tile;
+        }
+        return tile;
+      };
+      // Key blocks that a list leaves out still take their turns.
+      auto wait_turn = [&](int tile, int turn) {
+        if constexpr (Spec::kDeterministic == Switch::kOn) {
+          if (threadIdx.x == 0) {
+            const int32_t* g_turn = params.turns +
+                                    (static_cast<int64_t>(batch_idx) * params.heads_q + head_idx) *
+                                        params.num_q_tiles +
+                                    tile;
+            while (ptx::ld_acquire(g_turn) != turn) __nanosleep(64);
+          }
+          ptx::barrier_sync<Traits::kNumThreads>();
+        }
+      };
+      auto end_turn = [&](int tile) {
+        if constexpr (Spec::kDeterministic == Switch::kOn) {
+          __threadfence();
+          ptx::barrier_sync<Traits::kNumThreads>();
+          if (threadIdx.x == 0) {
+            int32_t* g_turn = params.turns +
+                              (static_cast<int64_t>(batch_idx) * params.heads_q + head_idx) *
+                                  params.num_q_tiles +
+                              tile;
+            ptx::red_release_add(g_turn, 1);
+          }
+        }
+      };
+
+      int stage = 0;  // of two: LSE, delta and lists; of kStages: Q and dO
+      auto step = [&](int tile, int next, auto is_masked) {
+        constexpr bool kIsMasked = decltype(is_masked)::value;
+        const int buffer = kStages == 2 ? stage : 0;
+        const uint32_t s_q_now = s_q_addr + buffer * Traits::kBytesQ;
+        const uint32_t s_do_now = s_do_addr + buffer * Traits::kBytesDo;
+        // Protects: this step's tiles before anyone reads them; the others, and P and dS, which the
+        // last step read, before anyone writes them.
+        ptx::cp_async_wait<0>();
+        ptx::barrier_sync<Traits::kNumThreads>();
+        const bool has_next = next < chunk_end;
+        if (has_next) {
+          if constexpr (kStages == 2) {
+            load_q(stage ^ 1, next);
+            load_do(stage ^ 1, next);
+          }
+          fetch_stats(next);
+        }
+        ptx::cp_async_commit();
+
+        // ---- P and dS
+        const int warp_row = tile * kBlockQ + grid_s.first_row;
+        const int warp_key = first_key + grid_s.first_column;
+        const uint32_t s_listed =
+            s_listed_addr + stage * Traits::kBytesListed + grid_s.first_column / 16 * 8;
+        const KeyColumns<Spec> columns = {
+            accumulator_column(lane_idx) + (kHasLists<Spec> ? 0 : warp_key), s_listed};
+        const uint32_t s_lse = s_stats_addr + stage * Traits::kBytesStats + grid_s.first_row * 4;
+        if (Traits::kNumScoreWarps == Traits::kNumWarps || warp_idx < Traits::kNumScoreWarps) {
+          Scores r_p, r_dp;
+          const ListHead window = {list_head.y, list_head.z, list_head.w};
+          const typename Weights::Tile where = {batch_idx, head_idx, warp_row, warp_key,
+                                                columns,   lane_idx, window};
+          Weights weights(params, sequence, rows, where);
+          weights.template compute<kIsMasked>(r_p, r_dp, lane_q_addr + buffer * Traits::kBytesQ,
+                                              lane_k_addr, lane_do_addr + buffer * Traits::kBytesDo,
+                                              lane_v_addr, s_lse);
+#pragma unroll
+          for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int row = m * 16 + accumulator_row(lane_idx, half);
+              const float delta = ptx::ld_shared_f32(s_lse + (kBlockQ + row) * 4);
+#pragma unroll
+              for (int n = 0; n < kKeyTiles; ++n) {
+                float p[2], d_s[2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                  const float whole = r_p[m][n][2 * half + i];
+                  p[i] = weights.dropped(whole, m, half, n, i);
+                  d_s[i] =
+                      weights.d_score(whole, r_dp[m][n][2 * half + i], delta, m, half, n, i);
+                  d_s[i] = weights.capped(d_s[i], m, half, n, i);
+                }
+                const int column = grid_s.first_column + n * 8 + accumulator_column(lane_idx);
+                Mma::template store_pair<LayoutP>(s_p_addr, grid_s.first_row + row, column, p[0],
+                                                  p[1]);
+                Mma::template store_pair<LayoutP>(s_ds_addr, grid_s.first_row + row, column, d_s[0],
+                                                  d_s[1]);
+              }
+            }
+          }
+        }
+        if (has_next) {
+          keep_stats(stage ^ 1);
+          keep_listed(stage ^ 1, next, chunk);
+        }
+        ptx::barrier_sync<Traits::kNumThreads>();  // P and dS are there
+
+        // ---- dV, dQ, dK
+        Mma::template add_transposed_product<kBlockQ, LayoutP, LayoutV>(
+            r_dv, s_p_addr, grid_dv.first_row, s_do_now, grid_dv.first_column, grid_dv.num_tiles,
+            lane_idx);
+        if constexpr (kStages == 1) {
+          ptx::barrier_sync<Traits::kNumThreads>();  // dO is read
+          if (has_next) load_do(0, next);
+          ptx::cp_async_commit();
+        }
+        {
+          using Grid = typename Traits::GridDq;
+          float r_dq[Grid::kRowTiles][Grid::kColumnTiles][4] = {};
+          Mma::template add_product<kBlockKv, LayoutP, LayoutQk>(
+              r_dq, s_ds_addr, grid_dq.first_row, s_k_addr, grid_dq.first_column,
+              grid_dq.num_tiles, lane_idx);
+          wait_turn(tile, kHasLists<Spec> ? kv_tile : keys.turn(tile));
+          float* g_dq =
+              params.dq_sum + batch_idx * params.dq_stride_batch + head_idx * params.dq_stride_head;
+          if constexpr (Traits::kDqInFragments) {
+            using Fragments = DqFragments<Spec::kArch>;
+            constexpr int kTiles = Grid::kRowTiles * Grid::kColumnTiles;
+            g_dq += static_cast<int64_t>(tile) * (kBlockQ * Grid::kPaddedColumns) +
+                    warp_idx * (kTiles * Fragments::kTile);
+#pragma unroll
+            for (int m = 0; m < Grid::kRowTiles; ++m) {
+#pragma unroll
+              for (int n = 0; n < Grid::kColumnTiles; ++n) {
+                if (n >= grid_dq.num_tiles) continue;
+                Fragments::add(g_dq + (m * Grid::kColumnTiles + n) * Fragments::kTile, r_dq[m][n],
+                               lane_idx);
+              }
+            }
+          } else {
+#pragma unroll
+            for (int m = 0; m < Grid::kRowTiles; ++m) {
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                const int row = tile * kBlockQ + grid_dq.first_row + m * 16 +
+                                accumulator_row(lane_idx, half);
+                if (row >= sequence.len_q || row < sequence.first_position) continue;
+                float* g_row = g_dq + (sequence.q_start + row) * params.dq_stride_row +
+                               grid_dq.first_column + accumulator_column(lane_idx);
+#pragma unroll
+                for (int n = 0; n < Grid::kColumnTiles; ++n) {
+                  const int column = grid_dq.first_column + n * 8 + accumulator_column(lane_idx);
+                  const float left = r_dq[m][n][2 * half], right = r_dq[m][n][2 * half + 1];
+                  if (n >= grid_dq.num_tiles) continue;
+                  if constexpr (Spec::kHeadDim % 2 == 0 && Spec::kArch >= 90) {
+                    if (column < Spec::kHeadDim) ptx::red_add_v2(g_row + n * 8, left, right);
+                  } else {
+                    if (column < Spec::kHeadDim) ptx::red_add(g_row + n * 8, left);
+                    if (column + 1 < Spec::kHeadDim) ptx::red_add(g_row + n * 8 + 1, right);
+                  }
+                }
+              }
+            }
+          }
+          end_turn(tile);
+        }
+        Mma::template add_transposed_product<kBlockQ, LayoutP, LayoutQk>(
+            r_dk, s_ds_addr, grid_dk.first_row, s_q_now, grid_dk.first_column, grid_dk.num_tiles,
+            lane_idx);
+        if constexpr (kStages == 1) {
+          ptx::barrier_sync<Traits::kNumThreads>();  // Q is read
+          if (has_next) load_q(0, next);
+          ptx::cp_async_commit();
+        }
+        stage ^= 1;
+      };
+
+      int tile = next_tile(chunk);
+      if constexpr (kHasLists<Spec> && Spec::kDeterministic == Switch::kOn) {
+        for (int skipped = chunk; skipped < tile; ++skipped) {
+          wait_turn(skipped, kv_tile);
+          end_turn(skipped);
+        }
+      }
+      if (tile < chunk_end) {
+        // The last step of the head before may still be reading.
+        ptx::barrier_sync<Traits::kNumThreads>();
+        load_q(0, tile);
+        load_do(0, tile);
+        fetch_stats(tile);
+        keep_stats(0);
+        keep_listed(0, tile, chunk);
+      }
+      ptx::cp_async_commit();
+#pragma unroll 1
+      while (tile < chunk_end) {
+        const int next = next_tile(tile + 1);
+        if (keys.is_free(tile)) {
+          step(tile, next, FalseType{});
+        } else {
+          step(tile, next, TrueType{});
+        }
+        if constexpr (kHasLists<Spec> && Spec::kDeterministic == Switch::kOn) {
+          for (int skipped = tile + 1; skipped < next; ++skipped) {
+            wait_turn(skipped, kv_tile);
+            end_turn(skipped);
+          }
+        }
+        tile = next;
+      }
+    }
+  }
+
+  // ---- Results
+  using T = typename Scalar<Spec::kDtype>::type;
+  const int64_t kv_row_idx = sequence.kv_start + first_key;
+  store_gradient<Spec, Spec::kHeadDim>(
+      r_dk, grid_dk,
+      static_cast<T*>(params.dk) + batch_idx * params.dk_stride_batch +
+          kv_row_idx * params.dk_stride_row + kv_head_idx * params.dk_stride_head,
+      params.dk_stride_row, num_keys, params.scale, lane_idx);
+  float dv_scale = 1.f;
+  if constexpr (Spec::kDropout == Switch::kOn) dv_scale = params.dropout_scale;
+  store_gradient<Spec, Spec::kHeadDimV>(
+      r_dv, grid_dv,
+      static_cast<T*>(params.dv) + batch_idx * params.dv_stride_batch +
+          kv_row_idx * params.dv_stride_row + kv_head_idx * params.dv_stride_head,
+      params.dv_stride_row, num_keys, dv_scale, lane_idx);
+}
+
+}  // namespace jitattn

@@ -1,0 +1,81 @@
+// Numbers derived from the generated Spec of a backward kernel, and the checks that the host agrees.
+#pragma once
+
+#include "jitattn/enums.cuh"
+#include "jitattn/params.cuh"
+#include "jitattn/sequence.cuh"
+#include "jitattn/tile/copy.cuh"
+#include "jitattn/tile/mma_f32_acc.cuh"
+#include "jitattn/tile/mma_tf32x3.cuh"
+#include "jitattn/tile/warp_grid.cuh"
+#include "jitattn/types.cuh"
+
+namespace jitattn {
+
+template <class Spec>
+using BwdParamsOf = BwdParams<FwdParamsOf<Spec>>;
+
+template <class Spec>
+struct BwdTraits {
+  static_assert(Spec::kArch >= 80, "the backward kernel needs sm_80 or newer");
+  static_assert(sizeof(BwdParamsOf<Spec>) == Spec::kParamsBytes,
+                "host and device disagree on BwdParams");
+
+  using Mma = typename Conditional<Spec::kNumerics == Numerics::kF32Acc, MmaF32Acc<Spec::kDtype>,
+                                   MmaTf32x3>::type;
+  using Element = typename Mma::Element;
+  static constexpr int kSize = sizeof(Element);
+  static constexpr int kNumThreads = Spec::kNumThreads;
+  static constexpr int kNumWarps = kNumThreads / 32;
+
+  // Columns, padded to whole MMAs.
+  static constexpr int kDim = ceil_div(Spec::kHeadDim, 16) * 16;
+  static constexpr int kDimV = ceil_div(Spec::kHeadDimV, 16) * 16;
+
+  // Scores, by the first warps only where there are few of them.
+  static constexpr int kNumScoreWarps = Spec::kWarpsScores;
+  // Scores and dP [block_q, block_kv]; dK and dV [block_kv, ...]; dQ [block_q, kDim].
+  using GridS = WarpGrid<Spec::kBlockQ, Spec::kBlockKv, Spec::kWarpsQ, kNumScoreWarps>;
+  using GridDk = WarpGrid<Spec::kBlockKv, kDim, Spec::kWarpsKeys, kNumWarps>;
+  using GridDv = WarpGrid<Spec::kBlockKv, kDimV, Spec::kWarpsKeys, kNumWarps>;
+  using GridDq = WarpGrid<Spec::kBlockQ, kDim, Spec::kWarpsDq, kNumWarps>;
+  static_assert(GridS::kUnits % GridS::kWarpsAcross == 0, "every warp has keys");
+
+  using LayoutQk = Swizzle<kDim * kSize / 16>;
+  using LayoutV = Swizzle<kDimV * kSize / 16>;
+  using LayoutP = Swizzle<Spec::kBlockKv * kSize / 16>;
+
+  template <int kRows, int kHeadDim, int kPaddedDim>
+  using Copy = TileCopy<Element, kRows, kHeadDim, kPaddedDim, kNumThreads, Spec::kAccess>;
+  using CopyQ = Copy<Spec::kBlockQ, Spec::kHeadDim, kDim>;
+  using CopyDo = Copy<Spec::kBlockQ, Spec::kHeadDimV, kDimV>;
+  using CopyK = Copy<Spec::kBlockKv, Spec::kHeadDim, kDim>;
+  using CopyV = Copy<Spec::kBlockKv, Spec::kHeadDimV, kDimV>;
+
+  // Shared memory in bytes: K, V, the Q buffers, the dO buffers, P, dS, two buffers of LSE and delta
+  // of every row, and the groups that a list names of this key block, twice.
+  static constexpr int kBytesK = Spec::kBlockKv * kDim * kSize;
+  static constexpr int kBytesV = Spec::kBlockKv * kDimV * kSize;
+  static constexpr int kBytesQ = Spec::kBlockQ * kDim * kSize;
+  static constexpr int kBytesDo = Spec::kBlockQ * kDimV * kSize;
+  static constexpr int kBytesP = Spec::kBlockQ * Spec::kBlockKv * kSize;
+  static constexpr int kBytesStats = Spec::kBlockQ * 8;
+  static constexpr int kBytesListed = Spec::kBlockKv / 16 * 8;
+  static constexpr int kOffsetV = kBytesK;
+  static constexpr int kOffsetQ = kOffsetV + kBytesV;
+  static constexpr int kOffsetDo = kOffsetQ + Spec::kStages * kBytesQ;
+  static constexpr int kOffsetP = kOffsetDo + Spec::kStages * kBytesDo;
+  static constexpr int kOffsetDs = kOffsetP + kBytesP;
+  static constexpr int kOffsetStats = kOffsetDs + kBytesP;
+  static constexpr int kOffsetListed = kOffsetStats + 2 * kBytesStats;
+  // Where each query tile's list reaches this key block, for as many tiles as there are threads.
+  static constexpr int kOffsetFound = kOffsetListed + (kHasLists<Spec> ? 2 * kBytesListed : 0);
+  static constexpr int kSmemBytes = kOffsetFound + (kHasLists<Spec> ? kNumThreads * 4 : 0);
+  static_assert(kSmemBytes == Spec::kSmemBytes, "host and device disagree on shared memory");
+
+  // Sums of dQ lie in fragment order where all sequences are alike: a tile is a block of its own
+  // there, and a warp adds to neighbouring addresses. (notes/0006)
+  static constexpr bool kDqInFragments = kIsUniform<Spec>;
+};
+
+}  // namespace jitattn

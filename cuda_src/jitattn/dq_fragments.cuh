@@ -1,0 +1,31 @@
+// Where a warp's part of a dQ tile lies in fragment order: the sums of [block_q, kDim] are a block
+// without gaps, of which each warp has one, of which each m16n8 tile has 128 values.
+//   sm_90 and newer: a lane's four values side by side, added by one instruction
+//   before: values i of all lanes side by side
+#pragma once
+
+#include "jitattn/ptx/global.cuh"
+#include "jitattn/types.cuh"
+
+namespace jitattn {
+
+template <int kArch>
+struct DqFragments {
+  static constexpr bool kHasWideAdd = kArch >= 90;
+  static constexpr int kTile = 128;
+
+  __device__ static int offset(int lane_idx, int i) {
+    return kHasWideAdd ? lane_idx * 4 + i : i * 32 + lane_idx;
+  }
+
+  __device__ static void add(float* g_tile, const float (&value)[4], int lane_idx) {
+    if constexpr (kHasWideAdd) {
+      ptx::red_add_v4(g_tile + lane_idx * 4, value);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ptx::red_add(g_tile + i * 32 + lane_idx, value[i]);
+    }
+  }
+};
+
+}  // namespace jitattn

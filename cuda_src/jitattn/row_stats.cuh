@@ -1,0 +1,95 @@
+// What        What the backward kernels need of every row: LSE in base 2, and delta.
+//
+// Math        delta = sum over columns of dO * O, less dLSE; lse_log2 = LSE log2(e), +inf for a row
+//             that saw nothing, whose weights are then exp2(-inf) = 0. With a sink s, which LSE
+//             leaves out: lse_log2 = log2(e^LSE + e^s), dLSE is divided by what the sink leaves,
+//             1 / (1 + e^(s - LSE)), and ds = -sum over rows of e^(s - that LSE) dO * O.
+//
+// Paper       Dao, FlashAttention-2, arXiv:2307.08691, Algorithm 2, line 4.
+//
+// Work split  kLanes neighbouring lanes a row; heads vary fastest.
+#pragma once
+
+#include "jitattn/element.cuh"
+#include "jitattn/enums.cuh"
+#include "jitattn/params.cuh"
+#include "jitattn/ptx/math.cuh"
+#include "jitattn/types.cuh"
+
+namespace jitattn {
+
+template <class Spec>
+__device__ __forceinline__ void row_stats(const StatsParams& params) {
+  static_assert(sizeof(StatsParams) == Spec::kParamsBytes,
+                "host and device disagree on StatsParams");
+  using Element = Scalar<Spec::kDtype>;
+  using T = typename Element::type;
+  constexpr int kWide = 16 / sizeof(T);
+  constexpr int kVec = Spec::kAccess == Access::kVec16 ? kWide : 1;
+  constexpr int kChunks = Spec::kHeadDimV / kVec;
+  constexpr int kLanes = Spec::kLanes;
+  constexpr float kLog2e = 1.4426950408889634f;
+
+  const int64_t thread =
+      static_cast<int64_t>(blockIdx.x) * Spec::kNumThreads + static_cast<int>(threadIdx.x);
+  const int64_t idx = thread / kLanes;
+  const int lane = static_cast<int>(thread % kLanes);
+  const bool exists = idx < params.num_rows;
+  const int64_t head = idx % params.heads_q, position = idx / params.heads_q % params.len_q;
+  const int64_t batch = idx / params.heads_q / params.len_q;
+  const T* g_out = static_cast<const T*>(params.out) + batch * params.out_stride_batch +
+                   position * params.out_stride_row + head * params.out_stride_head;
+  const T* g_d_out = static_cast<const T*>(params.d_out) + batch * params.d_out_stride_batch +
+                     position * params.d_out_stride_row + head * params.d_out_stride_head;
+  float sum = 0.f;
+#pragma unroll
+  for (int chunk = lane; chunk < kChunks; chunk += kLanes) {
+    if (!exists) break;
+    if constexpr (kVec > 1) {
+      union {
+        Vec16 vec;
+        T element[kVec];
+      } out, d_out;
+      out.vec = *reinterpret_cast<const Vec16*>(g_out + chunk * kVec);
+      d_out.vec = *reinterpret_cast<const Vec16*>(g_d_out + chunk * kVec);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        sum = fmaf(Element::load(out.element[i]), Element::load(d_out.element[i]), sum);
+      }
+    } else {
+      sum = fmaf(Element::load(g_out[chunk]), Element::load(g_d_out[chunk]), sum);
+    }
+  }
+#pragma unroll
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+  }
+  if (!exists || lane != 0) return;
+  const int64_t to = (batch * params.heads_q + head) * params.len_q + position;
+  const float lse = params.lse[batch * params.lse_stride_batch + head * params.lse_stride_head +
+                               position * params.lse_stride_row];
+  const bool is_blind = lse == -infinity();
+  float lse_log2 = is_blind ? infinity() : lse * kLog2e;
+  float rest = 1.f;  // what a sink leaves of the weights
+  if (params.sinks != nullptr) {
+    // LSE leaves the sink out, the weights do not.
+    const float sink_log2 = __ldg(params.sinks + head) * kLog2e;
+    rest = is_blind ? 0.f : 1.f / (1.f + ptx::exp2_approx(sink_log2 - lse_log2));
+    params.d_sink[to] = -(1.f - rest) * (is_blind ? 0.f : sum);
+    // As 1 / rest may be infinite, from the larger of the two.
+    if (!is_blind) {
+      const float high = fmaxf(lse_log2, sink_log2), low = fminf(lse_log2, sink_log2);
+      lse_log2 = high + ptx::log2_approx(1.f + ptx::exp2_approx(low - high));
+    }
+  }
+  if (params.d_lse != nullptr && !is_blind) {
+    const float d_lse =
+        params.d_lse[batch * params.d_lse_stride_batch + head * params.d_lse_stride_head +
+                     position * params.d_lse_stride_row];
+    if (d_lse != 0.f) sum -= d_lse / rest;
+  }
+  params.lse_log2[to] = lse_log2;
+  params.delta[to] = is_blind ? 0.f : sum;
+}
+
+}  // namespace jitattn

@@ -1,0 +1,128 @@
+"""Attention on a GPU under autograd: the forward kernel, and the backward kernels when asked.
+
+The CPU path needs none of this: it is made of differentiable operations, and gives derivatives of
+every order, and forward mode too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.autograd import Function
+
+from jitattn import cosine
+from jitattn.backward import run_backward
+from jitattn.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from jitattn.cosine import L2Norm
+    from jitattn.problem import Call
+
+#: What is added to scores and may have a gradient, as `Scores` names it.
+ADDED: Final = ("bias", "relative_bias", "alibi_slopes", "sinks")
+
+
+def refuse_second_order() -> None:
+    """Refuse to be followed by autograd in a backward pass.
+
+    Raises
+    ------
+    UnsupportedError
+    """
+    if torch.is_grad_enabled():
+        raise UnsupportedError(
+            "a gradient of a gradient was asked for (create_graph=True): the GPU path has first "
+            "derivatives only; move the tensors to the CPU, whose path has every order"
+        )
+
+
+class _FirstOrder(Function):
+    """What both functions refuse."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: ANN401 - autograd's
+        """Refuse forward mode."""
+        raise UnsupportedError(
+            "forward-mode derivatives are not computed on a GPU; move the tensors to the CPU, "
+            "whose path has them"
+        )
+
+
+class Attention(_FirstOrder):
+    """`attention` as autograd sees it: q, k, v and what is added to scores in, out and LSE out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - autograd's
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        relative_bias: Tensor | None,
+        alibi_slopes: Tensor | None,
+        sinks: Tensor | None,
+        call: Call,
+        compute: Callable[[Tensor, Tensor, Tensor, Call], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """Compute out and LSE."""
+        out, lse = compute(q, k, v, call._replace(return_lse=True))
+        # What is added to scores, too, so that autograd notices if it is written to.
+        ctx.save_for_backward(q, k, v, out, lse, bias, relative_bias, alibi_slopes, sinks)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:  # noqa: ANN401
+        """Compute the gradients."""
+        refuse_second_order()
+        q, k, v, out, lse = ctx.saved_tensors[:5]
+        if d_out is None:
+            if d_lse is None:
+                return (None,) * 9
+            d_out = torch.zeros_like(out)
+        needs = dict(zip(ADDED, ctx.needs_input_grad[3:], strict=False))
+        wanted = [name for name, needed in needs.items() if needed]
+        found = run_backward(q, k, v, out, lse, d_out, d_lse, ctx.call, wanted)
+        return (*found, None, None)
+
+
+class Normalize(_FirstOrder):
+    """The normalisation of cosine attention: q, k and the scale of each head in, q and k out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - autograd's
+        q: Tensor,
+        k: Tensor,
+        head_scale: Tensor | None,
+        norm: L2Norm,
+        call: Call,
+    ) -> tuple[Tensor, Tensor]:
+        """Normalise."""
+        ctx.save_for_backward(q, k, head_scale)
+        ctx.norm, ctx.call = norm, call
+        ctx.set_materialize_grads(False)
+        return cosine.normalized_cuda(q, k, norm, call)
+
+    @staticmethod
+    def backward(ctx: Any, d_q: Tensor | None, d_k: Tensor | None) -> Any:  # noqa: ANN401
+        """Compute the gradients."""
+        refuse_second_order()
+        q, k, head_scale = ctx.saved_tensors
+        wants_scale = ctx.needs_input_grad[2]
+        dq, dk, d_scale = cosine.normalized_grad_cuda(
+            (q, k), (d_q, d_k), head_scale, ctx.norm, ctx.call, wants_scale=wants_scale
+        )
+        return dq, dk, d_scale, None, None
+
+
+def apply(function: type[Function], *inputs: object) -> tuple[Tensor, Tensor]:
+    """Apply one of them; autograd's own has no types."""
+    first, second = function.apply(*inputs)  # type: ignore[no-untyped-call]
+    return first, second

@@ -1,0 +1,148 @@
+"""Tile tables of the backward kernels: pure functions of problem and architecture.
+
+Tuning knowledge is data with a comment. Figures: cuda_src/notes/0006.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from jitattn.errors import InternalError
+from jitattn.jit.spec import (
+    Access,
+    BwdSpec,
+    BwdTile,
+    Dtype,
+    KernelSpec,
+    Problem,
+    RoundSpec,
+    ScoreGradSpec,
+    ScoreTarget,
+    Staging,
+    StatsSpec,
+    Switch,
+    padded_head_dim,
+)
+from jitattn.tiles import max_smem_bytes
+
+#: block_q, block_kv, num_warps, warps_q, warps_keys, warps_dq, stages: the first that fits is
+#: taken, of the row for the largest padded head dim that it serves.
+_Row = tuple[int, int, int, int, int, int, int]
+_Table = dict[int, tuple[_Row, ...]]
+_TILES: Final[_Table] = {
+    64: ((128, 128, 8, 4, 4, 4, 2), (64, 128, 8, 2, 4, 2, 2), (64, 64, 8, 4, 2, 2, 2)),
+    128: ((64, 128, 8, 2, 4, 2, 2), (64, 64, 8, 4, 2, 2, 1)),
+    192: ((64, 64, 8, 4, 2, 2, 2), (64, 64, 8, 4, 2, 2, 1), (32, 64, 8, 2, 2, 2, 1)),
+    256: ((64, 64, 8, 4, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
+}
+#: With biases, dropout or a softcap the scores need more registers; patterns have blocks of 64.
+_SCORES: Final[_Table] = {
+    64: ((64, 128, 8, 2, 4, 2, 2), (64, 64, 8, 4, 2, 2, 2)),
+    128: ((64, 64, 8, 4, 2, 2, 2), (64, 64, 8, 4, 2, 2, 1)),
+    192: ((64, 64, 8, 4, 2, 2, 1), (32, 64, 8, 2, 2, 2, 1)),
+    256: ((64, 64, 8, 4, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
+}
+_FP32: Final[_Table] = {
+    64: ((64, 64, 8, 4, 2, 2, 1), (32, 64, 8, 2, 2, 2, 1)),
+    128: ((32, 64, 8, 2, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
+    256: ((32, 32, 8, 2, 2, 2, 1), (16, 16, 8, 1, 1, 1, 1)),
+}
+#: The same of the gradients of what is added to scores: square, one stage.
+_SQUARES: Final[tuple[_Row, ...]] = (
+    (64, 64, 8, 4, 4, 4, 1),
+    (32, 32, 8, 2, 2, 2, 1),
+    (16, 16, 8, 1, 1, 1, 1),
+)
+
+
+def backward_problem(problem: Problem) -> Problem:
+    """Return what a forward problem is to its backward kernel.
+
+    Sinks are in the LSE, a fixed shift cancels, and matrices are read where they are.
+    """
+    return replace(
+        problem,
+        out_dtype=problem.dtype,
+        sinks=Switch.OFF,
+        fixed_shift=Switch.OFF,
+        bias_staged=Staging.OFF,
+        dense_staged=Staging.OFF,
+    )
+
+
+def bwd_spec(problem: Problem, arch: str, *, deterministic: bool = False) -> BwdSpec:
+    """Return the whole spec of the backward kernel of a forward problem on `arch`.
+
+    Raises
+    ------
+    UnsupportedError
+        `arch` is older than sm_80.
+    """
+    problem = backward_problem(problem)
+    limit = max_smem_bytes(arch)
+    dim = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v))
+    table = _TILES
+    if problem.dtype is Dtype.FP32:
+        table = _FP32
+    elif problem.access is Access.ELEMENT or problem.has_scores:
+        table = _SCORES
+    switch = Switch.ON if deterministic else Switch.OFF
+    for row in next(rows for top, rows in table.items() if dim <= top):
+        spec = BwdSpec(problem=problem, tile=_tile(row), deterministic=switch, arch=arch)
+        if spec.smem_bytes <= limit:
+            return spec
+    raise InternalError(f"no backward tile fits {arch} for {problem}")
+
+
+def score_grad_spec(problem: Problem, arch: str, target: ScoreTarget) -> ScoreGradSpec:
+    """Return the whole spec of a kernel for gradients of what is added to scores."""
+    problem = backward_problem(problem)
+    for row in _SQUARES:
+        spec = ScoreGradSpec(problem=problem, tile=_tile(row), target=target, arch=arch)
+        if spec.smem_bytes <= max_smem_bytes(arch):
+            return spec
+    raise InternalError(f"no tile of score gradients fits {arch} for {problem}")
+
+
+def _tile(row: _Row) -> BwdTile:
+    block_q, block_kv, num_warps, warps_q, warps_keys, warps_dq, stages = row
+    return BwdTile(
+        block_q=block_q,
+        block_kv=block_kv,
+        num_warps=num_warps,
+        warps_scores=min(num_warps, warps_q * (block_kv // 16)),
+        warps_q=warps_q,
+        warps_keys=warps_keys,
+        warps_dq=warps_dq,
+        stages=stages,
+        min_blocks_per_sm=1,
+    )
+
+
+def round_spec(spec: BwdSpec) -> RoundSpec:
+    """Return the kernel that makes dQ of the sums that a backward kernel leaves."""
+    tile = spec.tile
+    ours = (tile.block_q, tile.num_warps, tile.warps_dq) if spec.in_fragments else (0, 0, 0)
+    return RoundSpec(
+        dtype=spec.problem.dtype,
+        head_dim=spec.problem.head_dim,
+        in_fragments=Switch.ON if spec.in_fragments else Switch.OFF,
+        block_q=ours[0],
+        num_warps=ours[1],
+        warps_dq=ours[2],
+        arch=spec.arch,
+    )
+
+
+def specs_of_backward(
+    problem: Problem, arch: str, *, deterministic: bool = False
+) -> list[KernelSpec]:
+    """Return every kernel that the backward pass of a call needs."""
+    spec = bwd_spec(problem, arch, deterministic=deterministic)
+    stats = [
+        StatsSpec(dtype=problem.out_dtype, head_dim_v=problem.head_dim_v, access=access, arch=arch)
+        for access in Access
+        if access is Access.ELEMENT or problem.head_dim_v * problem.out_dtype.bytes % 16 == 0
+    ]
+    return [spec, *stats, round_spec(spec)]
