@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from jitattn import lists
-from jitattn.bwd_tiles import bwd_spec, round_spec, score_grad_spec
+from jitattn.bwd_tiles import bwd_spec, round_spec, score_grad_spec, specs_of_backward
 from jitattn.errors import UnsupportedError
 from jitattn.jit import launch
 from jitattn.jit.device import device
@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from jitattn.jit.spec import BwdSpec, BwdTile, Problem, ScoreGradSpec
+    from jitattn.jit.spec import BwdSpec, BwdTile, KernelSpec, Problem, ScoreGradSpec
     from jitattn.problem import Call, Runtime
+    from jitattn.scores import Scores
 
 _LOG2_E: Final = math.log2(math.e)
 _TINY_SCALE: Final = 1e-30
@@ -279,6 +280,21 @@ def run_backward(
     return found._replace(dk=-dk if negated else dk, **others)
 
 
+def specs_of_gradients(
+    problem: Problem, scores: Scores, arch: str, *, deterministic: bool
+) -> list[KernelSpec]:
+    """Return every kernel that the backward pass of a call can need."""
+    specs = specs_of_backward(problem, arch, deterministic=deterministic)
+    targets = [] if scores.bias is None else [_target_of(scores.bias)]
+    if scores.relative_bias is not None or scores.alibi_slopes is not None:
+        targets.append(ScoreTarget.DISTANCE)
+    return [*specs, *(score_grad_spec(problem, arch, target) for target in targets)]
+
+
+def _target_of(bias: Tensor) -> ScoreTarget:
+    return ScoreTarget.MATRIX if bias.shape[2] > 1 else ScoreTarget.ROW
+
+
 def _aligned(tensor: Tensor) -> bool:
     units = tensor.data_ptr() | tensor.shape[-1] * tensor.element_size()
     for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
@@ -399,7 +415,7 @@ def _of_scores(whole: _Pass, wanted: Collection[str]) -> dict[str, Tensor]:
 
 def _of_bias(whole: _Pass, bias: Tensor) -> Tensor:
     runtime = whole.runtime
-    target = ScoreTarget.MATRIX if bias.shape[2] > 1 else ScoreTarget.ROW
+    target = _target_of(bias)
     spec = score_grad_spec(whole.problem, whole.arch, target)
     num_q_tiles, num_kv_tiles = whole.num_tiles(spec.tile)
     batch, heads = bias.shape[:2]

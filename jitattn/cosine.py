@@ -288,6 +288,20 @@ def norm_spec(q: Tensor, k: Tensor, norm: L2Norm, call: Call, arch: str) -> Norm
     )
 
 
+def norm_grad_specs(spec: NormSpec) -> list[NormGradSpec]:
+    """Return the kernels that the gradient of a normalisation can need."""
+    return [
+        NormGradSpec(
+            dtype=spec.dtype,
+            head_dim=spec.head_dim,
+            groups=spec.groups,
+            access=access,
+            arch=spec.arch,
+        )
+        for access in dict.fromkeys((spec.access, Access.ELEMENT))
+    ]
+
+
 def _sides(q: Tensor, k: Tensor, call: Call) -> tuple[_Side, _Side]:
     return _side(q, isinstance(call.q_seqs, Ragged)), _side(k, isinstance(call.kv_seqs, Ragged))
 

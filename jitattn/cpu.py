@@ -190,6 +190,10 @@ def _sequence_by_sequence(
         lse_target[:, q_start : q_start + len_q] = part_lse[0]
     if call.out is not None:
         return call.out, lse
+    if not out.requires_grad and torch.is_grad_enabled() and _any_requires_grad(q, k, v):
+        # All sequences are empty: autograd is to find gradients of 0, as everywhere.
+        for x in (q, k, v):
+            out = out + (x * 0).nan_to_num().sum().to(out.dtype)
     return (out.transpose(1, 2) if call.layout == "bhsd" and not is_flat else out), lse
 
 

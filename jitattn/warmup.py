@@ -11,6 +11,7 @@ import torch
 from jitattn import cosine, workspace
 from jitattn.append import append_spec
 from jitattn.attention import bind
+from jitattn.backward import specs_of_gradients
 from jitattn.dispatch import specs_of_problem
 from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.jit import build, launch
@@ -49,6 +50,7 @@ def warmup(
     specs: Iterable[Choice] | None = None,
     device: torch.device | int | str | None = None,
     jobs: int | None = None,
+    gradients: bool = False,
     append: bool = False,
     rotary: Rotary | None = None,
     **arguments: Any,  # noqa: ANN401 - those of attention
@@ -76,6 +78,8 @@ def warmup(
         Where the kernels are loaded.
     jobs : int, default the number of processors
         Processes that compile.
+    gradients : bool
+        With a call: load the kernels of its backward pass as well.
     append : bool
         With a call: load the kernel that appends to a cache as well, for `attention_with_kvcache`.
     rotary : Rotary, optional
@@ -109,7 +113,7 @@ def warmup(
             "other arguments of attention), preset, spec_file or specs"
         )
     if q is not None:
-        return _warm_call(q, k, v, arguments, device, jobs, append, rotary)
+        return _warm_call(q, k, v, arguments, device, jobs, gradients, append, rotary)
     if arguments or k is not None or v is not None:
         raise InvalidInputError(
             f"warmup({given[0]}=...) takes no {', '.join(arguments) or 'k and v'}: arguments of "
@@ -131,6 +135,7 @@ def _warm_call(
     arguments: dict[str, Any],
     device: torch.device | int | str | None,
     jobs: int | None,
+    gradients: bool,
     append: bool,
     rotary: Rotary | None,
 ) -> WarmedUp:
@@ -146,9 +151,14 @@ def _warm_call(
     specs: list[KernelSpec] = []
     norm = call.scores.qk_norm
     if norm is not None and norm.normalize:
-        specs.append(cosine.norm_spec(q, k, norm, call, arch))
+        made = cosine.norm_spec(q, k, norm, call, arch)
+        specs.append(made)
+        if gradients:
+            specs += cosine.norm_grad_specs(made)
         call = cosine.call_of_normalized(call, runtime.scale)
         problem, _ = parse(*cosine.like_normalized(q, k), v, call)
+    if gradients:
+        specs += specs_of_gradients(problem, call.scores, arch, deterministic=call.deterministic)
     if append:
         specs += [append_spec(q.dtype, rotary, access, arch) for access in Access]
     return _warm([*specs, *specs_of_problem(problem, arch)], index, jobs)

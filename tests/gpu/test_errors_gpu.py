@@ -9,18 +9,6 @@ import jitattn
 from tests.support.inputs import random_qkv
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_inputs_that_require_grad_are_refused(name: str) -> None:
-    tensors = dict(zip("qkv", random_qkv(dtype=torch.bfloat16, device="cuda"), strict=True))
-    tensors[name].requires_grad_()
-    with (
-        torch.enable_grad(),
-        pytest.raises(jitattn.UnsupportedError, match=r"torch\.no_grad"),
-    ):
-        jitattn.attention(**tensors)
-    assert jitattn.attention(**tensors).isfinite().all()  # under no_grad
-
-
 def test_mixed_devices() -> None:
     q, k, v = random_qkv(dtype=torch.bfloat16, device="cuda")
     with pytest.raises(jitattn.InvalidInputError, match="one device"):

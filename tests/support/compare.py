@@ -51,6 +51,7 @@ def assert_attn_close(
     *,
     dtype: torch.dtype | None = None,
     cap_scale: float = 1.0,
+    floor: float = 0.0,
     context: object = "",
 ) -> None:
     """Fail unless `actual` is as good as its numerics allow.
@@ -65,13 +66,20 @@ def assert_attn_close(
         Dtype of the inputs where the result is finer: its ulps are the unit.
     cap_scale : float
         Widens the cap where the problem itself is badly conditioned (large scores).
+    floor : float
+        What max|truth| is taken for at least: the size of the terms where a sum may cancel.
     context : object
         Spec, case or seed; printed on failure.
     """
     dtype = actual.dtype if dtype is None else dtype
-    unit = EPS[dtype] * _magnitude(truth)
+    magnitude = _magnitude(truth)
+    if magnitude < floor:
+        cap_scale *= floor / max(magnitude, 1e-30)
+    unit = EPS[dtype] * max(magnitude, floor)
     bound = FACTOR[dtype] * max_error(base, truth) + NOISE_ULPS[dtype] * unit
-    cap = CAP_ULPS[dtype] * unit * cap_scale
+    cap = CAP_ULPS[dtype] * EPS[dtype] * magnitude * cap_scale
+    if magnitude == 0.0:
+        cap = CAP_ULPS[dtype] * unit
     _check(name, actual, truth, base, bound, cap, context)
     if actual.dtype != base.dtype:
         raise AssertionError(f"{name}: dtype {actual.dtype}, expected {base.dtype}\n{context}")

@@ -55,11 +55,16 @@ class FeatureCase:
 
 
 @st.composite
-def feature_cases(draw: st.DrawFn, most_rows: int = 300) -> FeatureCase:
+def feature_cases(
+    draw: st.DrawFn,
+    most_rows: int = 300,
+    among: tuple[str, ...] = FEATURES,
+    placed: tuple[tuple[str, str], ...] = LAYOUTS,
+) -> FeatureCase:
     """Draw a case."""
-    features = draw(st.sampled_from(FEATURES))
+    features = draw(st.sampled_from(among))
     # Keys in pages are normalised when they are stored.
-    layouts = [pair for pair in LAYOUTS if pair[1] != "paged" or "cosine" not in features]
+    layouts = [pair for pair in placed if pair[1] != "paged" or "cosine" not in features]
     q_kind, kv_kind = draw(st.sampled_from(layouts))
     layout = draw(layout_cases(most_rows=most_rows))
     dtype, head_dim = draw(st.sampled_from(KINDS))
