@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from jitattn import interop
@@ -12,12 +13,11 @@ from jitattn.dispatch import run
 from jitattn.dropout import Dropout, check_state, threshold_of
 from jitattn.dropout import dropout_state as draw_state
 from jitattn.masks import Full
+from jitattn.ops import call_operator
 from jitattn.problem import Call
 from jitattn.scores import NO_CHANGES, Scores
 
 if TYPE_CHECKING:
-    import torch
-
     from jitattn.cosine import L2Norm
     from jitattn.masks import Mask
     from jitattn.sequences import KvSequences, QSequences
@@ -177,6 +177,8 @@ def attention(
         deterministic,
     )
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
+        if torch.compiler.is_compiling():
+            return call_operator(q, k, v, call)
         return run(q, k, v, call)
     tensors = interop.from_all({"q": q, "k": k, "v": v}, out=out)
     result = run(tensors["q"], tensors["k"], tensors["v"], call._replace(out=tensors.get("out")))

@@ -25,33 +25,35 @@ from jitattn.jit.spec import (
     Switch,
     padded_head_dim,
 )
-from jitattn.tiles import max_smem_bytes
+from jitattn.tiles import half_of, max_smem_bytes
 
 #: block_q, block_kv, num_warps, warps_q, warps_keys, warps_dq, stages: the first that fits is
 #: taken, of the row for the largest padded head dim that it serves.
 _Row = tuple[int, int, int, int, int, int, int]
 _Table = dict[int, tuple[_Row, ...]]
+#: Four warps are for two CTAs on a multiprocessor, and left out where only one fits.
 #: TFLOP/s of an H200, bf16, 16k keys, full / causal.
 _TILES: Final[_Table] = {
     # 287 / 281; 64x128 262 causal, 64x64 with 4 warps 274
-    64: ((128, 128, 8, 4, 4, 4, 2), (64, 128, 8, 2, 4, 2, 2), (64, 64, 4, 2, 2, 2, 2)),
-    # 325 / 313; 64x64 245 causal, 128x64 266
+    64: ((128, 128, 8, 4, 4, 4, 2), (64, 128, 8, 2, 4, 2, 2), (64, 64, 8, 4, 2, 2, 2)),
+    # 325 / 313; 64x64 with 4 warps 310 causal, with 8 245, 128x64 262
     128: ((64, 128, 8, 2, 4, 2, 2), (64, 64, 8, 4, 2, 2, 1)),
     192: ((64, 64, 8, 4, 2, 2, 2), (64, 64, 8, 4, 2, 2, 1), (32, 64, 8, 2, 2, 2, 1)),
     256: ((64, 64, 8, 4, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
 }
-#: Blocks of patterns are of 64 keys or fewer: wider ones visit what nobody sees. Local 16 of stride
-#: 8, us: D=64 1487 (128x128 2085, 64x128 2362), D=128 3035 (64x64 3074, 64x128 3423).
-_PATTERNS: Final[_Table] = {
+#: Windows, and patterns whose blocks are of 64 keys or fewer: wider tiles visit what nobody sees.
+#: Local 16 of stride 8, us: D=64 1463 (128x128 2007), D=128 2611 (2 stages 2690, 128x64 3151,
+#: 64x128 3617). A window of 1024, D=128: 1791 (2 stages 1665, 64x128 1909).
+_SPARSE: Final[_Table] = {
     **_TILES,
-    64: ((64, 64, 4, 2, 2, 2, 2),),
-    128: ((128, 64, 8, 4, 2, 4, 2), (64, 64, 8, 4, 2, 2, 2), (64, 64, 8, 4, 2, 2, 1)),
+    64: ((64, 64, 4, 2, 2, 2, 2), (64, 64, 4, 2, 2, 2, 1), (64, 64, 8, 4, 2, 2, 2)),
+    128: ((64, 64, 4, 2, 2, 2, 1), (64, 64, 8, 4, 2, 2, 2), (64, 64, 8, 4, 2, 2, 1)),
 }
 #: Changes of scores need registers, and so do sequences that differ. D=64, softcap, us: 5591
 #: (128x128 6039).
 _CHANGED: Final[_Table] = {
     **_TILES,
-    64: ((64, 64, 4, 2, 2, 2, 2),),
+    64: _SPARSE[64],
     192: ((64, 64, 8, 4, 2, 2, 1), (32, 64, 8, 2, 2, 2, 1)),
 }
 _FP32: Final[_Table] = {
@@ -96,14 +98,14 @@ def bwd_spec(problem: Problem, arch: str, *, deterministic: bool = False) -> Bwd
     table = _TILES
     if problem.dtype is Dtype.FP32:
         table = _FP32
-    elif problem.mask in (MaskKind.LOCAL_STRIDE, MaskKind.BLOCK_LISTS):
-        table = _PATTERNS
+    elif problem.mask not in (MaskKind.FULL, MaskKind.CAUSAL):
+        table = _SPARSE
     elif problem.access is Access.ELEMENT or problem.has_scores or not problem.is_uniform:
         table = _CHANGED
     switch = Switch.ON if deterministic else Switch.OFF
     for row in next(rows for top, rows in table.items() if dim <= top):
         spec = BwdSpec(problem=problem, tile=_tile(row), deterministic=switch, arch=arch)
-        if spec.smem_bytes <= limit:
+        if spec.smem_bytes <= (half_of(limit) if spec.tile.num_warps == 4 else limit):
             return spec
     raise InternalError(f"no backward tile fits {arch} for {problem}")
 

@@ -7,7 +7,7 @@ at most one `Dense`. (A `Causal` and a `Window` are one window, and a `BlockSpar
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from jitattn.errors import InvalidInputError
@@ -286,11 +286,14 @@ class Dense(_Mask):
     keep: Tensor
 
 
+_FULL = Full()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Both(_Mask):
     """What a rule of positions and tensors let through together; made by `&`."""
 
-    rule: Rule = field(default_factory=Full)
+    rule: Rule = _FULL
     key_padding: KeyPadding | None = None
     dense: Dense | None = None
 
@@ -310,9 +313,9 @@ def parts_of(mask: _Mask) -> Both:
     if isinstance(mask, Both):
         return mask
     if isinstance(mask, KeyPadding):
-        return Both(key_padding=mask)
+        return Both(_FULL, key_padding=mask)
     if isinstance(mask, Dense):
-        return Both(dense=mask)
+        return Both(_FULL, dense=mask)
     if isinstance(mask, Full | Causal | Window | LocalStride | BlockSparse | PerHead):
         return Both(mask)
     raise InvalidInputError(f"mask={mask!r}: it is none of jitattn's masks")

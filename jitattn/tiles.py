@@ -151,7 +151,7 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
         widths = [width for width in (block_kv, block_kv // 2) if width >= 16]
         candidates = [
             (budget, _tile(block_q, width, warps_q, 1, 1))
-            for budget in (_half(limit), limit)
+            for budget in (half_of(limit), limit)
             for width in widths
             if width >= 32 or budget == limit
         ]
@@ -180,7 +180,7 @@ def _rows16(problem: Problem, limit: int) -> list[tuple[int, Tile]]:
     """
     if problem.dtype is Dtype.FP32:
         deep = [
-            (budget, _tile(16, 64, 1, 4, n)) for n in (2, 1) for budget in (_half(limit), limit)
+            (budget, _tile(16, 64, 1, 4, n)) for n in (2, 1) for budget in (half_of(limit), limit)
         ]
         return [*deep, (limit, _tile(16, 32, 1, 2, 1))]
     # Paged keys: a third stage hides the look-ups (491 us against 503 at 64 x 8k, pages of 16).
@@ -190,7 +190,7 @@ def _rows16(problem: Problem, limit: int) -> list[tuple[int, Tile]]:
         wide = []  # a kernel block lies in a block of the pattern, of 64 keys or more
     return [
         *wide,
-        *((_half(limit), _tile(16, 64, 1, 4, stages)) for stages in (3, 2)),
+        *((half_of(limit), _tile(16, 64, 1, 4, stages)) for stages in (3, 2)),
         *((limit, _tile(16, 64, 1, 4, stages)) for stages in (3, 2, 1)),
     ]
 
@@ -207,7 +207,7 @@ def _rows64(problem: Problem, limit: int) -> list[tuple[int, Tile]]:
     return [
         (budget, _tile(64, block_kv, 4, 1, stages))
         for block_kv in widths
-        for budget, stages in ((_half(limit), 2), (limit, 2), (limit, 1))
+        for budget, stages in ((half_of(limit), 2), (limit, 2), (limit, 1))
     ]
 
 
@@ -218,7 +218,7 @@ def _largest_that_fits(problem: Problem, arch: str, candidates: list[tuple[int, 
     raise InternalError(f"no tile of {candidates} fits {arch} for {problem}")
 
 
-def _half(limit: int) -> int:
+def half_of(limit: int) -> int:
     """Shared memory of a block when two are to fit on a multiprocessor."""
     return (limit + _RESERVED_SMEM_BYTES) // 2 - _RESERVED_SMEM_BYTES
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _table import say
 
+from jitattn.bwd_tiles import bwd_spec, score_grad_spec, specs_of_backward
 from jitattn.gears import resolve_numerics
 from jitattn.jit import compilers
 from jitattn.jit.choices import preset, specs_of
@@ -34,6 +35,7 @@ from jitattn.jit.spec import (
     MergeSpec,
     Problem,
     RowClass,
+    ScoreTarget,
     SeqLayout,
     Staging,
     Switch,
@@ -94,6 +96,22 @@ FEATURES: Final[tuple[dict[str, Any], ...]] = (
 )
 
 
+#: The same of backward kernels.
+BACKWARD_FEATURES: Final[tuple[dict[str, Any], ...]] = (
+    {"mask": MaskKind.WINDOW},
+    {"mask": MaskKind.LOCAL_STRIDE},
+    {"mask": MaskKind.BLOCK_LISTS},
+    {"q_layout": SeqLayout.RAGGED, "kv_layout": SeqLayout.RAGGED},
+    {"bias": BiasKind.SAME},
+    {"bias": BiasKind.FP32},
+    {"relative_bias": Switch.ON, "alibi": Switch.ON},
+    {"softcap": Switch.ON},
+    {"mask": MaskKind.FULL, "key_padding": Switch.ON},
+    {"mask": MaskKind.FULL, "dense": Switch.ON},
+    {"dropout": Switch.ON},
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Figures:
     """What one kernel costs; `error` is empty if it was built."""
@@ -115,7 +133,7 @@ class Figures:
 
 def kernel_name(fields: dict[str, str | int]) -> str:
     """'sm_90 fwd bf16 d128 causal 128x64' and the like, from a spec's flat fields."""
-    if fields["family"] != "fwd":
+    if "mask" not in fields:
         first = ("arch", "family")
         rest = [str(value) for name, value in fields.items() if name not in first]
         return " ".join([*(str(fields[name]) for name in first), *rest])
@@ -129,9 +147,13 @@ def kernel_name(fields: dict[str, str | int]) -> str:
         *(f"{name}={fields[name]}" for name in OPTIONAL if fields[name] not in ("off", "none")),
         *{str(fields[side]) for side in ("q_layout", "kv_layout")} - {"batched"},
         f"{fields['block_q']}x{fields['block_kv']}",
-        f"{fields['warps_q']}x{fields['warps_kv']}w",
+        f"{fields['warps_q']}x{fields['warps_kv']}w"
+        if "warps_kv" in fields
+        else f"{fields['num_warps']}w",
         f"{fields['stages']}st",
     ]
+    parts += [fields["target"]] if "target" in fields else []
+    parts += ["deterministic"] if fields.get("deterministic") == "on" else []
     parts += [fields["access"]] if fields["access"] == "element" else []
     return " ".join(map(str, parts))
 
@@ -190,7 +212,29 @@ def _rows(arch: str) -> Iterator[KernelSpec]:
     for features in FEATURES:
         for dim, rows in ((64, RowClass.MANY), (128, RowClass.MANY), (128, RowClass.ROWS16)):
             yield fwd_spec(problem(Dtype.BF16, dim, **features), arch, rows)
+    yield from _backward(arch)
     yield from _short(arch)
+
+
+def _backward(arch: str) -> Iterator[KernelSpec]:
+    bf16, fp32 = Dtype.BF16, Dtype.FP32
+    for dim in (32, 64, 96, 128, 192, 256):
+        yield bwd_spec(problem(bf16, dim), arch)
+    for dim in (64, 128):
+        yield bwd_spec(problem(bf16, dim, MaskKind.FULL), arch)
+        yield bwd_spec(problem(bf16, dim), arch, deterministic=True)
+        for features in BACKWARD_FEATURES:
+            yield bwd_spec(problem(bf16, dim, **features), arch)
+    for dim in (64, 128, 256):
+        yield bwd_spec(problem(fp32, dim), arch)
+    yield bwd_spec(problem(bf16, 192, head_dim_v=128), arch)
+    yield bwd_spec(problem(bf16, 100, access=Access.ELEMENT), arch)
+    biased = problem(bf16, 128, bias=BiasKind.FP32, relative_bias=Switch.ON)
+    for target in ScoreTarget:
+        yield score_grad_spec(biased, arch, target)
+    yield score_grad_spec(problem(bf16, 256, bias=BiasKind.SAME), arch, ScoreTarget.MATRIX)
+    listed = problem(bf16, 64, MaskKind.BLOCK_LISTS, bias=BiasKind.SAME)
+    yield score_grad_spec(listed, arch, ScoreTarget.MATRIX)
 
 
 def _short(arch: str) -> Iterator[KernelSpec]:
@@ -209,7 +253,15 @@ def _short(arch: str) -> Iterator[KernelSpec]:
     yield fwd_spec(problem(Dtype.FP32, 33, access=Access.ELEMENT), arch, many)
     yield MergeSpec(dtype=bf16, out_dtype=bf16, head_dim_v=128, arch=arch)
     yield from specs_of([{"family": "append", "dtype": ["bf16", "fp32"]}], [arch])
-    norms = {"family": "norm", "dtype": ["bf16", "fp32"], "head_dim": 64, "groups": [1, 8]}
+    yield from specs_of_backward(problem(bf16, 64), arch)
+    yield from specs_of_backward(problem(Dtype.FP32, 33, access=Access.ELEMENT), arch)
+    yield score_grad_spec(problem(bf16, 64, bias=BiasKind.SAME), arch, ScoreTarget.ROW)
+    norms = {
+        "family": ["norm", "norm_grad"],
+        "dtype": ["bf16", "fp32"],
+        "head_dim": 64,
+        "groups": [1, 8],
+    }
     yield from specs_of([norms], [arch])
 
 

@@ -45,10 +45,10 @@ struct KeyBlock {
   static constexpr int kBlockQ = Spec::kBlockQ, kBlockKv = Spec::kBlockKv;
   const BwdParamsOf<Spec>& params;
   const Sequence& sequence;
-  const int head_idx;   // a query head; the rules of its kv head
+  const int head_idx;  // a query head; the rules of its kv head
   const int block;
   const int first_key;
-  const int end_key;    // after its last key that exists
+  const int end_key;  // after its last key that exists
 
   __device__ KeyBlock(const BwdParamsOf<Spec>& params, const Sequence& sequence, int head_idx,
                       int block)

@@ -1,12 +1,14 @@
-// What        Gradients of what is added to scores: of a bias, summed over the dimensions in which it
+// What        Gradients of what is added to scores: of a bias, summed over the dimensions in which
+// it
 //             was broadcast; and sums of dS by distance, of which relative biases and ALiBi slopes
 //             are made. Every number has one writer and one order: bitwise reproducible.
 //
 // Math        dS = P (dO V^T - delta), as in bwd_sm80.cuh; dbias = sum of dS
 //
 // Work split  kMatrix: a CTA has a tile [kBlockQ, kBlockKv] of the bias, for one of its batches and
-//             heads, and goes through all that share it. kRow: a key block, and all query tiles too.
-//             kDistance: all tiles along one diagonal, for one batch and head; kBlockQ == kBlockKv.
+//             heads, and goes through all that share it. kRow: a key block, and all query tiles
+//             too. kDistance: all tiles along one diagonal, for one batch and head; kBlockQ ==
+//             kBlockKv.
 //
 // Shared      K, V, Q, dO; LSE and delta; a tile of dS.
 // memory
@@ -169,8 +171,8 @@ __device__ __forceinline__ void attn_bwd_scores(const BwdParamsOf<Spec>& params)
         accumulator_column(lane_idx) + (kHasLists<Spec> ? 0 : first_key + grid.first_column),
         s_listed_addr + grid.first_column / 16 * 8};
     const typename Weights::Tile where = {
-        batch_idx, head_idx, first_row + grid.first_row, first_key + grid.first_column,
-        columns,   lane_idx, window};
+        batch_idx, head_idx, first_row + grid.first_row, first_key + grid.first_column, columns,
+        lane_idx,  window};
     Weights weights(params, sequence, rows, where);
     if (has_scores) {
       weights.template compute<true>(r_p, r_dp, lane_q_addr, lane_k_addr, lane_do_addr, lane_v_addr,
@@ -202,7 +204,7 @@ __device__ __forceinline__ void attn_bwd_scores(const BwdParamsOf<Spec>& params)
       }
     }
     if constexpr (kIsDistance) {
-      ptx::barrier_sync<kNumThreads>();  // dS is there
+      ptx::barrier_sync<kNumThreads>();                                  // dS is there
       const int offset = static_cast<int>(threadIdx.x) - (kBlockQ - 1);  // column - row
 #pragma unroll 4
       for (int row = max_of(0, -offset); row < min_of(kBlockQ, kBlockKv - offset); ++row) {

@@ -1,4 +1,5 @@
-// What        Gradients of q, k and v on mma.sync, ldmatrix and cp.async: sm_80 and every newer GPU.
+// What        Gradients of q, k and v on mma.sync, ldmatrix and cp.async: sm_80 and every newer
+// GPU.
 //
 // Math        P = exp2(S * scale_log2 - lse_log2), with the very S of the forward kernel
 //             dV += P^T dO
@@ -9,18 +10,20 @@
 //             kv head are visited by one CTA, so that dK and dV have one writer; the query tiles of
 //             a key block follow from the mask (bwd_schedule.cuh).
 //
-// Work split  One CTA: kBlockKv keys of one kv head, whose dK and dV stay in registers, and all query
+// Work split  One CTA: kBlockKv keys of one kv head, whose dK and dV stay in registers, and all
+// query
 //             tiles that see them, of all query heads. Each product has its own grid of warps
 //             (warp_grid.cuh).
 //
-// Shared      K, V for the whole run; Q and dO, kStages of each; P and dS, through which the scores'
-// memory      grid of warps hands over to the others; LSE and delta of the rows.
+// Shared      K, V for the whole run; Q and dO, kStages of each; P and dS, through which the
+// scores' memory      grid of warps hands over to the others; LSE and delta of the rows.
 //
 // Pipeline    kStages == 2: the copies of tile i + 1 start with step i; two barriers a step.
 //               step i | wait i | barrier | start i+1 | S dP -> P dS | barrier | dV  dQ  dK |
 //             kStages == 1: dO of the next tile lands under dQ and dK, Q is waited for; four.
 //
-// dQ          Every key block adds to the sums of dQ in global memory (bwd_traits.cuh), in any order;
+// dQ          Every key block adds to the sums of dQ in global memory (bwd_traits.cuh), in any
+// order;
 //             or, with kDeterministic, in the order of the keys: blocks wait for their turns. All
 //             blocks of a head are started in that order, so those waited for are running.
 #pragma once
@@ -47,10 +50,11 @@ namespace jitattn {
 
 // Writes a warp's part of dK or dV. g_tile: row 0, column 0 of the key block.
 template <class Spec, int kHeadDim, class Grid, int kRowTiles, int kColumnTiles>
-__device__ __forceinline__ void store_gradient(
-    const float (&r)[kRowTiles][kColumnTiles][4], const Grid& grid,
-    typename Scalar<Spec::kDtype>::type* g_tile, int64_t row_stride, int num_rows, float scale,
-    int lane_idx) {
+__device__ __forceinline__ void store_gradient(const float (&r)[kRowTiles][kColumnTiles][4],
+                                               const Grid& grid,
+                                               typename Scalar<Spec::kDtype>::type* g_tile,
+                                               int64_t row_stride, int num_rows, float scale,
+                                               int lane_idx) {
   using Element = Scalar<Spec::kDtype>;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
@@ -126,8 +130,8 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
   constexpr int kChunksQk = LayoutQk::kRowBytes / 16, kChunksV = LayoutV::kRowBytes / 16;
   const uint32_t lane_q_addr = s_q_addr + grid_s.first_row * LayoutQk::kRowBytes +
                                lane_offset_row_first<kChunksQk>(lane_idx);
-  const uint32_t lane_do_addr = s_do_addr + grid_s.first_row * LayoutV::kRowBytes +
-                                lane_offset_row_first<kChunksV>(lane_idx);
+  const uint32_t lane_do_addr =
+      s_do_addr + grid_s.first_row * LayoutV::kRowBytes + lane_offset_row_first<kChunksV>(lane_idx);
   const uint32_t lane_k_addr = s_k_addr + grid_s.first_column * LayoutQk::kRowBytes +
                                lane_offset_chunk_first<kChunksQk>(lane_idx);
   const uint32_t lane_v_addr = s_v_addr + grid_s.first_column * LayoutV::kRowBytes +
@@ -186,11 +190,10 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
       const int num_rows = sequence.len_q - first_row;
       if constexpr (kHasLists<Spec>) {
         // The first rows of a tile may not exist.
-        copy.template load_rows<true, false>(
-            s_addr, copy.lane(g_first), num_rows, [&](int skip) {
-              const int row = max_of(first_row + copy.row + skip, sequence.first_position);
-              return row * row_stride * static_cast<int64_t>(sizeof(Element));
-            });
+        copy.template load_rows<true, false>(s_addr, copy.lane(g_first), num_rows, [&](int skip) {
+          const int row = max_of(first_row + copy.row + skip, sequence.first_position);
+          return row * row_stride * static_cast<int64_t>(sizeof(Element));
+        });
       } else {
         const int64_t skipped = first_row * row_stride * static_cast<int64_t>(sizeof(Element));
         copy.load_tail(s_addr, copy.share(g_first + skipped), num_rows);
@@ -282,10 +285,10 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
       auto wait_turn = [&](int tile, int turn) {
         if constexpr (Spec::kDeterministic == Switch::kOn) {
           if (threadIdx.x == 0) {
-            const int32_t* g_turn = params.turns +
-                                    (static_cast<int64_t>(batch_idx) * params.heads_q + head_idx) *
-                                        params.num_q_tiles +
-                                    tile;
+            const int32_t* g_turn =
+                params.turns +
+                (static_cast<int64_t>(batch_idx) * params.heads_q + head_idx) * params.num_q_tiles +
+                tile;
             while (ptx::ld_acquire(g_turn) != turn) __nanosleep(64);
           }
           ptx::barrier_sync<Traits::kNumThreads>();
@@ -296,10 +299,10 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
           __threadfence();
           ptx::barrier_sync<Traits::kNumThreads>();
           if (threadIdx.x == 0) {
-            int32_t* g_turn = params.turns +
-                              (static_cast<int64_t>(batch_idx) * params.heads_q + head_idx) *
-                                  params.num_q_tiles +
-                              tile;
+            int32_t* g_turn =
+                params.turns +
+                (static_cast<int64_t>(batch_idx) * params.heads_q + head_idx) * params.num_q_tiles +
+                tile;
             ptx::red_release_add(g_turn, 1);
           }
         }
@@ -355,8 +358,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
                 for (int i = 0; i < 2; ++i) {
                   const float whole = r_p[m][n][2 * half + i];
                   p[i] = weights.dropped(whole, m, half, n, i);
-                  d_s[i] =
-                      weights.d_score(whole, r_dp[m][n][2 * half + i], delta, m, half, n, i);
+                  d_s[i] = weights.d_score(whole, r_dp[m][n][2 * half + i], delta, m, half, n, i);
                   d_s[i] = weights.capped(d_s[i], m, half, n, i);
                 }
                 const int column = grid_s.first_column + n * 8 + accumulator_column(lane_idx);
@@ -386,9 +388,9 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
         {
           using Grid = typename Traits::GridDq;
           float r_dq[Grid::kRowTiles][Grid::kColumnTiles][4] = {};
-          Mma::template add_product<kBlockKv, LayoutP, LayoutQk>(
-              r_dq, s_ds_addr, grid_dq.first_row, s_k_addr, grid_dq.first_column,
-              grid_dq.num_tiles, lane_idx);
+          Mma::template add_product<kBlockKv, LayoutP, LayoutQk>(r_dq, s_ds_addr, grid_dq.first_row,
+                                                                 s_k_addr, grid_dq.first_column,
+                                                                 grid_dq.num_tiles, lane_idx);
           wait_turn(tile, kHasLists<Spec> ? kv_tile : keys.turn(tile));
           float* g_dq =
               params.dq_sum + batch_idx * params.dq_stride_batch + head_idx * params.dq_stride_head;
@@ -411,8 +413,8 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
             for (int m = 0; m < Grid::kRowTiles; ++m) {
 #pragma unroll
               for (int half = 0; half < 2; ++half) {
-                const int row = tile * kBlockQ + grid_dq.first_row + m * 16 +
-                                accumulator_row(lane_idx, half);
+                const int row =
+                    tile * kBlockQ + grid_dq.first_row + m * 16 + accumulator_row(lane_idx, half);
                 if (row >= sequence.len_q || row < sequence.first_position) continue;
                 float* g_row = g_dq + (sequence.q_start + row) * params.dq_stride_row +
                                grid_dq.first_column + accumulator_column(lane_idx);

@@ -1,4 +1,5 @@
-// Numbers derived from the generated Spec of a backward kernel, and the checks that the host agrees.
+// Numbers derived from the generated Spec of a backward kernel, and the checks that the host
+// agrees.
 #pragma once
 
 #include "jitattn/enums.cuh"
@@ -52,8 +53,8 @@ struct BwdTraits {
   using CopyK = Copy<Spec::kBlockKv, Spec::kHeadDim, kDim>;
   using CopyV = Copy<Spec::kBlockKv, Spec::kHeadDimV, kDimV>;
 
-  // Shared memory in bytes: K, V, the Q buffers, the dO buffers, P, dS, two buffers of LSE and delta
-  // of every row, and the groups that a list names of this key block, twice.
+  // Shared memory in bytes: K, V, the Q buffers, the dO buffers, P, dS, two buffers of LSE and
+  // delta of every row, and the groups that a list names of this key block, twice.
   static constexpr int kBytesK = Spec::kBlockKv * kDim * kSize;
   static constexpr int kBytesV = Spec::kBlockKv * kDimV * kSize;
   static constexpr int kBytesQ = Spec::kBlockQ * kDim * kSize;

@@ -48,11 +48,10 @@ __device__ __forceinline__ void dq_round(const RoundParams& params) {
     const int warp_row = row_tile / Grid::kRowTiles, m = row_tile % Grid::kRowTiles;
     const int warp_column = column_tile / Grid::kColumnTiles, n = column_tile % Grid::kColumnTiles;
     const int warp_idx = warp_column * Spec::kWarpsDq + warp_row;
-    const float* g_tile = params.sum + batch * params.sum_stride_batch +
-                          head * params.sum_stride_head +
-                          q_tile * (Spec::kBlockQ * Grid::kPaddedColumns) +
-                          ((warp_idx * Grid::kRowTiles + m) * Grid::kColumnTiles + n) *
-                              Fragments::kTile;
+    const float* g_tile =
+        params.sum + batch * params.sum_stride_batch + head * params.sum_stride_head +
+        q_tile * (Spec::kBlockQ * Grid::kPaddedColumns) +
+        ((warp_idx * Grid::kRowTiles + m) * Grid::kColumnTiles + n) * Fragments::kTile;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t position =

@@ -126,14 +126,14 @@ struct FwdListParams : FwdScoreParams {
 // `out`, `lse` and those of splits.
 template <class Fwd>
 struct BwdParams : Fwd {
-  const void* d_out;        // [B, Lq, Hq, Dv], dtype of q
-  const float* lse_log2;    // [B, Hq, Lq] or, ragged, [Hq, total]: log2(e) LSE; +inf for blind rows
-  const float* delta;       // likewise: rowsum(dO * O) - dLSE
-  float* dq_sum;            // dQ / scale, zeroed; in fragment order, or as q. bwd_scores.cuh: the
-                            // gradient of the bias; or, zeroed, [2, B, Hq, Lq + Lkv]
-  void* dk;                 // [B, Lkv, Hkv, D]
-  void* dv;                 // [B, Lkv, Hkv, Dv]
-  int32_t* turns;           // [B, Hq, num_q_tiles], zeroed: key blocks that have added; null: any
+  const void* d_out;      // [B, Lq, Hq, Dv], dtype of q
+  const float* lse_log2;  // [B, Hq, Lq] or, ragged, [Hq, total]: log2(e) LSE; +inf for blind rows
+  const float* delta;     // likewise: rowsum(dO * O) - dLSE
+  float* dq_sum;          // dQ / scale, zeroed; in fragment order, or as q. bwd_scores.cuh: the
+                          // gradient of the bias; or, zeroed, [2, B, Hq, Lq + Lkv]
+  void* dk;               // [B, Lkv, Hkv, D]
+  void* dv;               // [B, Lkv, Hkv, Dv]
+  int32_t* turns;         // [B, Hq, num_q_tiles], zeroed: key blocks that have added; null: any
   int64_t d_out_stride_batch;
   int64_t d_out_stride_row;
   int64_t d_out_stride_head;
@@ -243,11 +243,11 @@ struct NormParams {
 
 // The gradient of one of the two; a slice as above, the gradient and dx contiguous.
 struct NormGradParams {
-  const void* x;            // [B, L, H, D]
-  const void* d_y;          // of the normalised
+  const void* x;    // [B, L, H, D]
+  const void* d_y;  // of the normalised
   void* dx;
   const float* head_scale;  // [H]; null: 1
-  float* d_scale;           // [num_slices]: what each adds to the gradient of its scale; may be null
+  float* d_scale;  // [num_slices]: what each adds to the gradient of its scale; may be null
   int64_t x_stride_batch;
   int64_t x_stride_row;
   int64_t x_stride_head;

@@ -55,8 +55,8 @@ def leaves(arguments: dict[str, Any], wide: bool) -> dict[str, torch.Tensor]:
     found = {}
 
     def leaf(tensor: torch.Tensor) -> torch.Tensor:
-        made = tensor.detach().double() if wide else tensor.detach().clone()
-        return made.requires_grad_()
+        made = tensor.detach()  # with its strides and its alignment
+        return (made.double() if wide else made).requires_grad_()
 
     for name in ("q", "k", "v", *ADDED):
         if arguments.get(name) is not None:

@@ -145,8 +145,8 @@ struct MmaF32Acc {
     for (int n = 0; n < kColumnTiles; n += 2) {
       if (n >= num_tiles) continue;
       uint32_t b[4];  // operand B of column tiles n and n + 1
-      ptx::ldmatrix_x4_trans(b, s_b_addr + LayoutB::offset(k + (lane_idx & 15),
-                                                           b_column / 8 + n + (lane_idx >> 4)));
+      ptx::ldmatrix_x4_trans(
+          b, s_b_addr + LayoutB::offset(k + (lane_idx & 15), b_column / 8 + n + (lane_idx >> 4)));
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         mma(r[m][n], a[m], b[0], b[1]);

@@ -5,8 +5,8 @@
 
 namespace jitattn {
 
-// Register tiles of a product [kRows, kColumns]: kWarps side by side along the rows, the others along
-// units of 16 columns.
+// Register tiles of a product [kRows, kColumns]: kWarps side by side along the rows, the others
+// along units of 16 columns.
 template <int kRows, int kColumns, int kWarps, int kNumWarps>
 struct WarpGrid {
   static constexpr int kWarpsAcross = kNumWarps / kWarps;

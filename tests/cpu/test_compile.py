@@ -1,0 +1,161 @@
+"""torch.compile without graph breaks: the operators, forward and backward, on the CPU path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import jitattn
+from jitattn import Causal, Full, KeyPadding, L2Norm, LocalStride, PerHead, Ragged, Window
+from jitattn.attention import bind
+from jitattn.ops import decode, encode
+
+B, L, H, D = 2, 40, 4, 16
+
+
+def inputs() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(B, L, H, D, generator=generator).requires_grad_() for _ in range(3)]
+
+
+def extra(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(*shape, generator=generator).requires_grad_()
+
+
+KEEP = torch.arange(L).expand(B, L) % 5 != 0
+PATTERN = torch.eye(3, dtype=torch.bool)
+STATE = torch.tensor([3, 4])
+CASES: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
+    "plain": (lambda q, k, v: jitattn.attention(q, k, v), []),
+    "causal": (lambda q, k, v: jitattn.attention(q, k, v, mask=Causal("top_left")), []),
+    "scale": (lambda q, k, v: jitattn.attention(q, k, v, mask=Full(), scale=-0.3), []),
+    "window": (
+        lambda q, k, v: jitattn.attention(q, k, v, mask=Window(9, 0, 2) & KeyPadding(KEEP)),
+        [],
+    ),
+    "stride": (lambda q, k, v: jitattn.attention(q, k, v, mask=LocalStride(8, 2, 3)), []),
+    "blocks": (
+        lambda q, k, v: jitattn.attention(q, k, v, mask=jitattn.BlockSparse(PATTERN, 16)),
+        [],
+    ),
+    "heads": (
+        lambda q, k, v: jitattn.attention(
+            q, k, v, mask=PerHead([Full(), Causal(), Window(3, 0), LocalStride(8, 1, 2)])
+        ),
+        [],
+    ),
+    "biases": (
+        lambda q, k, v, bias, relative, slopes, sinks: jitattn.attention(
+            q,
+            k,
+            v,
+            bias=bias,
+            relative_bias=relative,
+            alibi_slopes=slopes,
+            sinks=sinks,
+            softcap=3.0,
+        ),
+        [extra(1, H, L, L), extra(H, 7), extra(H), extra(H)],
+    ),
+    "dropout": (
+        lambda q, k, v: jitattn.attention(q, k, v, dropout_p=0.3, dropout_state=STATE),
+        [],
+    ),
+    "cosine": (
+        lambda q, k, v, scale: jitattn.attention(q, k, v, qk_norm=L2Norm(2, scale)),
+        [extra(H)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_one_graph_with_the_same_results(name: str) -> None:
+    function, more = CASES[name]
+    own = [*inputs(), *more]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(
+        (out := compiled(*own), *torch.autograd.grad(out.sum(), own)),
+        (out := function(*own), *torch.autograd.grad(out.sum(), own)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_sequences() -> None:
+    cumulative = torch.tensor([0, 25, 80], dtype=torch.int32)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        seqs = Ragged.from_cu_seqlens(cumulative, max_length=55)
+        return jitattn.attention(q, k, v, mask=Causal(), q_seqs=seqs, kv_seqs=seqs, return_lse=True)
+
+    own = [x.detach().flatten(0, 1).requires_grad_() for x in inputs()]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    out, lse = compiled(*own)
+    wanted, wanted_lse = function(*own)
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(lse, wanted_lse)
+    got = torch.autograd.grad(out.sum() + lse.sum(), own)
+    true = torch.autograd.grad(wanted.sum() + wanted_lse.sum(), own)
+    for one, other in zip(got, true, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_lengths_may_vary_without_new_graphs() -> None:
+    count = 0
+
+    def backend(graph: Any, examples: Any) -> Any:
+        nonlocal count
+        del examples
+        count += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(jitattn.attention, fullgraph=True, backend=backend, dynamic=True)
+    for length in (17, 30, 55, 64):
+        q, k, v = (torch.randn(1, length, 2, 8) for _ in range(3))
+        torch.testing.assert_close(compiled(q, k, v), jitattn.attention(q, k, v))
+    assert count == 1
+
+
+def test_the_operators_keep_the_rules_of_operators() -> None:
+    q, k, v = inputs()
+    bias = extra(1, H, L, L)
+    _, call = bind(q, k, v, {"bias": bias, "mask": Causal()})
+    done = torch.library.opcheck(torch.ops.jitattn.attention.default, (q, k, v, *encode(call)))
+    assert set(done.values()) == {"SUCCESS"}
+
+
+def test_a_call_comes_back_as_it_was() -> None:
+    q, k, v = inputs()
+    rules = [
+        Full(),
+        Causal(),
+        Causal("top_left"),
+        Window(None, 0, 4, True),
+        Window(3, None),
+        LocalStride(16, (2, 1), 3, causal=False),
+        LocalStride(64, 2, 3, 1, 2, 1, True),
+        PerHead([Full(), Causal(), Window(3, 0), LocalStride(8, 1, 2)]),
+    ]
+    for rule in rules:
+        _, call = bind(q, k, v, {"mask": rule, "deterministic": True, "softcap": 2.0})
+        assert decode(*encode(call)) == call._replace(return_lse=True)
+
+
+def test_out_is_refused() -> None:
+    q, k, v = (x.detach() for x in inputs())
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *given: jitattn.attention(*given, out=torch.empty_like(q)),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    with pytest.raises(Exception, match="out is given under"):
+        compiled(q, k, v)
