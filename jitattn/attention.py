@@ -54,7 +54,7 @@ def attention(
 
     On a GPU the kernel is compiled when it is first needed (0.3 to 1.5 s), kept on disk, and
     launched in torch's current stream; there is no host synchronisation, and a warm call can be
-    captured in a CUDA graph. CPU tensors take the CPU path, which is differentiable.
+    captured in a CUDA graph. CPU tensors take the CPU path. Both are differentiable: see Notes.
 
     Parameters
     ----------
@@ -116,6 +116,9 @@ def attention(
         Decides which weights are dropped (`jitattn.dropout_state`, `jitattn.dropout_mask`).
     qk_norm : L2Norm, optional
         Cosine attention: q and k are scaled to length 1, or come so.
+    deterministic : bool
+        Let the backward pass give the same bits for dq in every run, at 1.3 to 2.1 times its time.
+        (Everything else is reproducible in any case.)
 
     Returns
     -------
@@ -130,8 +133,8 @@ def attention(
     InvalidInputError
         An argument breaks a rule; nothing was launched.
     UnsupportedError
-        Legal, but no kernel exists: another gear, a GPU older than sm_80, or inputs that require
-        grad on a GPU (call under ``torch.no_grad()``).
+        Legal, but no kernel exists: another gear, a GPU older than sm_80, or a gradient that is
+        not computed on a GPU: of pages, of keys that sequences share, of a gradient.
     CompileError
         NVRTC is missing or rejected the source.
     LaunchError
@@ -143,6 +146,11 @@ def attention(
 
     Notes
     -----
+    Gradients, on a GPU: of q, k, v, `bias` (summed over the dimensions in which it is broadcast),
+    `relative_bias`, `alibi_slopes`, `sinks` and ``L2Norm(head_scale)``, and through the LSE. The
+    backward pass needs 4 bytes for each element of q and 8 for each of its rows and heads, beside
+    the gradients. First derivatives only; the CPU path has every order, and forward mode.
+
     Bitwise reproducible: two runs on the same inputs give the same bits. A NaN in q or k reaches
     the rows that see it; one in v may also reach rows to which it is hidden, as 0 * NaN. Papers:
     Dao, "FlashAttention-2", arXiv:2307.08691; Milakov and Gimelshein, "Online normalizer

@@ -28,7 +28,7 @@ def bench_scores(report: Report, rounds: int) -> None:
     for dim in (64, 128):
         shape = (1, _LENGTH, _HEADS, dim)
         qkv = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-        cases = _cases()
+        cases = attended_cases()
         calls = {name: _call(qkv, arguments) for name, (_, arguments) in cases.items()}
         times = kernel_times(calls, sets=1, rounds=rounds)
         rates = {
@@ -53,7 +53,7 @@ def _call(
     return lambda _: function(*qkv, **arguments)
 
 
-def _cases() -> dict[str, tuple[float, dict[str, Any]]]:
+def attended_cases() -> dict[str, tuple[float, dict[str, Any]]]:
     """Attended pairs of a head, and the arguments."""
     full, causal = float(_LENGTH**2), _LENGTH * (_LENGTH + 1) / 2
     bf16 = {"device": "cuda", "dtype": torch.bfloat16}

@@ -106,7 +106,8 @@ def bench_cosine(report: Report, rounds: int) -> None:
                 "softmax": _ours((*units, v), **given),
             }
             if 4 * 8 * length**2 * 8 <= _LARGEST_PLAIN:
-                calls["plain"] = _plain(q, k, v, kind, keep)
+                plain_call = plain_cosine(length, kind, keep)
+                calls["plain"] = _of_tensors(plain_call, (q, k, v))
             times = kernel_times(calls, sets=1, rounds=rounds)
             for name, spread in times.items():
                 report.add(
@@ -133,18 +134,21 @@ def _ours(qkv: tuple[torch.Tensor, ...], **given: Any) -> Callable[[int], Any]:
     return lambda _: jitattn.attention(*qkv, **given)
 
 
-def _plain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kind: str, keep: torch.Tensor
+def _of_tensors(
+    function: Callable[..., Any], tensors: tuple[torch.Tensor, ...]
 ) -> Callable[[int], Any]:
-    """Cosine attention in plain PyTorch, its mask made beforehand."""
-    length = q.shape[2]
+    return lambda _: function(*tensors)
+
+
+def plain_cosine(length: int, kind: str, keep: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Return cosine attention in plain PyTorch, its mask made beforehand."""
     hidden = None
     if kind == "causal":
-        hidden = torch.ones(length, length, device=q.device, dtype=torch.bool).triu(1)
+        hidden = torch.ones(length, length, device=keep.device, dtype=torch.bool).triu(1)
     elif kind != "full":
         hidden = ~keep[:, None, None, :]
 
-    def call(_: int) -> torch.Tensor:
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         unit_q, unit_k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
         scores = unit_q @ unit_k.transpose(2, 3) * 10.0
         if hidden is not None:

@@ -9,6 +9,7 @@ density   random patterns from dense to sparse
 flex      windows and patterns beside FlexAttention
 warp_attention, dkernel, cosine
           the benchmarks of these three systems
+backward  gradients beside SDPA's flash backend, of patterns, and of cosine attention
 compile   NVRTC (needs no GPU)
 service   a disk hit, one cold process beside 64, the first call of a process (the last on a GPU)
 
@@ -31,6 +32,7 @@ REPOSITORY: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 import torch
+from _backward import bench_backward
 from _scores import bench_density, bench_flex, bench_scores, plot_density
 from _seeds import bench_cosine, bench_dkernel, bench_warp_attention
 from _sequences import bench_sequences
@@ -266,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the sections that were asked for."""
     sections = (
         "forward", "decode", "host", "sequences", "scores", "density", "flex", "warp_attention",
-        "dkernel", "cosine", "compile", "service",
+        "dkernel", "cosine", "backward", "compile", "service",
     )  # fmt: skip
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -308,6 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ("warp_attention", bench_warp_attention),
             ("dkernel", bench_dkernel),
             ("cosine", bench_cosine),
+            ("backward", bench_backward),
         ):
             if name in asked:
                 bench(report, min(rounds, 5))

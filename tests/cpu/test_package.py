@@ -16,7 +16,8 @@ MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 TORCH_MAY = {
     "append.py", "append_cpu.py", "attention.py", "autograd.py", "backward.py", "cosine.py",
     "cpu.py", "cpu_rules.py", "dispatch.py", "dropout.py", "explain.py", "interop.py",
-    "jit/device.py", "kvcache.py", "layouts.py", "lists.py", "loaded.py", "merge.py", "ops.py", "patterns.py",
+    "jit/device.py", "kvcache.py", "layouts.py", "lists.py", "loaded.py", "merge.py", "ops.py",
+    "patterns.py",
     "problem.py", "reference.py", "rotary.py", "scores.py", "sequences.py", "tensors.py", "vml.py",
     "warmup.py", "workspace.py",
 }  # fmt: skip
