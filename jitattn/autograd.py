@@ -41,8 +41,8 @@ def refuse_second_order() -> None:
         )
 
 
-class _FirstOrder(Function):
-    """What both functions refuse."""
+class FirstOrder(Function):
+    """What functions with kernels refuse."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: ANN401 - autograd's
@@ -53,7 +53,7 @@ class _FirstOrder(Function):
         )
 
 
-class Attention(_FirstOrder):
+class Attention(FirstOrder):
     """`attention` as autograd sees it: q, k, v and what is added to scores in, out and LSE out."""
 
     @staticmethod
@@ -92,7 +92,7 @@ class Attention(_FirstOrder):
         return (*found, None, None)
 
 
-class Normalize(_FirstOrder):
+class Normalize(FirstOrder):
     """The normalisation of cosine attention: q, k and the scale of each head in, q and k out."""
 
     @staticmethod

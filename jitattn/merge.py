@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
+from jitattn.autograd import FirstOrder, apply, refuse_second_order
 from jitattn.errors import InvalidInputError, UnsupportedError
-from jitattn.jit import launch
 from jitattn.jit.device import device
-from jitattn.jit.spec import MergeSpec
+from jitattn.jit.spec import MergeGradSpec, MergeSpec
+from jitattn.loaded import loaded_kernel
 from jitattn.problem import axes
 from jitattn.tensors import DTYPES, MAX_HEAD_DIM
 from jitattn.vml import settle_vml
@@ -59,7 +60,7 @@ def merge(
     InvalidInputError
         Shapes, dtypes or devices do not fit together.
     UnsupportedError
-        A dtype or head dim that no kernel exists for, or gradients on a GPU.
+        A dtype or head dim that no kernel exists for.
 
     Examples
     --------
@@ -133,7 +134,39 @@ def _check(parts: Tensor, lses: Tensor, layout: str, out_dtype: torch.dtype) -> 
 
 def _merge(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Merge parts [S, B, Lq, Hq, Dv] with LSEs [S, B, Hq, Lq] to out [B, Hq, Lq, Dv] and LSE."""
-    return (_merge_cuda if parts.is_cuda else _merge_cpu)(parts, lses, out_dtype)
+    if not parts.is_cuda:
+        return _merge_cpu(parts, lses, out_dtype)
+    if torch.is_grad_enabled() and (parts.requires_grad or lses.requires_grad):
+        return apply(_Merge, parts, lses, out_dtype)
+    return _merge_cuda(parts, lses, out_dtype)
+
+
+class _Merge(FirstOrder):
+    """A merge as autograd sees it: parts and their LSEs in, out and LSE out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - autograd's
+        parts: Tensor,
+        lses: Tensor,
+        out_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Merge."""
+        out, lse = _merge_cuda(parts, lses, out_dtype)
+        ctx.save_for_backward(parts, lses, out, lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:  # noqa: ANN401
+        """Compute the gradients."""
+        refuse_second_order()
+        parts, lses, out, lse = ctx.saved_tensors
+        if d_out is None:
+            if d_lse is None:
+                return None, None, None
+            d_out = torch.zeros_like(out)
+        return (*_merge_grad_cuda(parts, lses, out, lse, d_out, d_lse), None)
 
 
 def _merge_cpu(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -158,11 +191,6 @@ def _merge_cpu(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Ten
 
 
 def _merge_cuda(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and (parts.requires_grad or lses.requires_grad):
-        raise UnsupportedError(
-            "an input on the GPU requires grad: merge has no backward kernel yet; call under "
-            "torch.no_grad(), or use CPU tensors"
-        )
     num_parts, batch, len_q, heads, dim = parts.shape
     if not 1 <= dim <= MAX_HEAD_DIM:
         raise UnsupportedError(f"outs has head_dim {dim}: it must be from 1 to {MAX_HEAD_DIM}")
@@ -180,7 +208,7 @@ def _merge_cuda(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Te
                 head_dim_v=dim,
                 arch=device(index).arch,
             )
-            launch.kernel(spec, index).launch(
+            loaded_kernel(spec, index).launch(
                 -(-num_rows // _ROWS),
                 torch._C._cuda_getCurrentRawStream(index),
                 parts.data_ptr(),
@@ -196,3 +224,44 @@ def _merge_cuda(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Te
                 0,
             )
     return out, lse
+
+
+def _merge_grad_cuda(
+    parts: Tensor, lses: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of parts and LSEs, as those are shaped."""
+    num_parts, batch, len_q, heads, dim = parts.shape
+    if parts.stride(4) != 1 and dim > 1:
+        parts = parts.contiguous()
+    lses, d_out = lses.contiguous(), d_out.to(out.dtype).contiguous()
+    d_parts = parts.new_empty(num_parts, batch, heads, len_q, dim)
+    d_lses = torch.empty_like(lses)
+    num_rows = batch * heads * len_q
+    if num_rows:
+        index = parts.get_device()
+        with torch.cuda.device(index):
+            spec = MergeGradSpec(
+                dtype=DTYPES[parts.dtype],
+                out_dtype=DTYPES[out.dtype],
+                head_dim_v=dim,
+                arch=device(index).arch,
+            )
+            loaded_kernel(spec, index).launch(
+                -(-num_rows // _ROWS),
+                torch._C._cuda_getCurrentRawStream(index),
+                parts.data_ptr(),
+                lses.data_ptr(),
+                out.data_ptr(),
+                lse.data_ptr(),
+                d_out.data_ptr(),
+                0 if d_lse is None else (d_lse := d_lse.contiguous()).data_ptr(),
+                d_parts.data_ptr(),
+                d_lses.data_ptr(),
+                *(parts.stride(dimension) for dimension in (0, 1, 2, 3)),
+                num_rows,
+                len_q,
+                heads,
+                num_parts,
+                0,
+            )
+    return d_parts.transpose(2, 3), d_lses

@@ -32,6 +32,7 @@ from jitattn.jit.spec import (
     Dtype,
     KernelSpec,
     MaskKind,
+    MergeGradSpec,
     MergeSpec,
     Problem,
     RowClass,
@@ -251,7 +252,8 @@ def _short(arch: str) -> Iterator[KernelSpec]:
     for dim in (7, 128):
         yield fwd_spec(problem(bf16, dim, access=Access.ELEMENT), arch, many)
     yield fwd_spec(problem(Dtype.FP32, 33, access=Access.ELEMENT), arch, many)
-    yield MergeSpec(dtype=bf16, out_dtype=bf16, head_dim_v=128, arch=arch)
+    for merging in (MergeSpec, MergeGradSpec):
+        yield merging(dtype=bf16, out_dtype=bf16, head_dim_v=128, arch=arch)
     yield from specs_of([{"family": "append", "dtype": ["bf16", "fp32"]}], [arch])
     yield from specs_of_backward(problem(bf16, 64), arch)
     yield from specs_of_backward(problem(Dtype.FP32, 33, access=Access.ELEMENT), arch)

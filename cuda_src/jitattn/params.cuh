@@ -218,6 +218,28 @@ struct MergeParams {
   int32_t reserved;  // keeps the size a multiple of 8
 };
 
+// The gradient of that. What belongs to a part is [num_parts, B, Hq, Lq, ...] and contiguous but for
+// the parts themselves, [num_parts, B, Lq, Hq, Dv].
+struct MergeGradParams {
+  const void* parts;
+  const float* part_lses;  // contiguous
+  const void* out;         // [B, Hq, Lq, Dv], contiguous
+  const float* lse;        // [B, Hq, Lq], contiguous
+  const void* d_out;       // as out
+  const float* d_lse;      // as lse; null: 0
+  void* d_parts;           // contiguous
+  float* d_part_lses;      // contiguous
+  int64_t part_stride_part;
+  int64_t part_stride_batch;
+  int64_t part_stride_row;
+  int64_t part_stride_head;
+  int64_t num_rows;  // B * Hq * Lq
+  int32_t len_q;
+  int32_t heads_q;
+  int32_t num_parts;
+  int32_t reserved;  // keeps the size a multiple of 8
+};
+
 // q is [B, Lq, Hq, D] and so is k; the results are contiguous. A slice is a group of a vector.
 struct NormParams {
   const void* q;

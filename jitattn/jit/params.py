@@ -215,6 +215,26 @@ MERGE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("reserved", _INT32),
 )
 
+MERGE_GRAD_FIELDS: Final[tuple[tuple[str, str], ...]] = (
+    ("parts", _POINTER),
+    ("part_lses", _POINTER),
+    ("out", _POINTER),
+    ("lse", _POINTER),
+    ("d_out", _POINTER),
+    ("d_lse", _POINTER),
+    ("d_parts", _POINTER),
+    ("d_part_lses", _POINTER),
+    ("part_stride_part", _INT64),
+    ("part_stride_batch", _INT64),
+    ("part_stride_row", _INT64),
+    ("part_stride_head", _INT64),
+    ("num_rows", _INT64),
+    ("len_q", _INT32),
+    ("heads_q", _INT32),
+    ("num_parts", _INT32),
+    ("reserved", _INT32),
+)
+
 NORM_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("q", _POINTER),
     ("k", _POINTER),
@@ -323,6 +343,7 @@ FIELDS: Final = {
     "stats": STATS_FIELDS,
     "round": ROUND_FIELDS,
     "merge": MERGE_FIELDS,
+    "merge_grad": MERGE_GRAD_FIELDS,
     "append": APPEND_FIELDS,
     "norm": NORM_FIELDS,
     "norm_grad": NORM_GRAD_FIELDS,

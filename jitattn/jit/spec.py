@@ -446,6 +446,20 @@ class MergeSpec(_Spec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MergeGradSpec(_Spec):
+    """The kernel for the gradient of a merge."""
+
+    family: ClassVar[str] = "merge_grad"
+    params: ClassVar[str] = "merge_grad"
+    num_threads: ClassVar[int] = 128
+    smem_bytes: ClassVar[int] = 0
+    dtype: Dtype  #: of the parts
+    out_dtype: Dtype
+    head_dim_v: int
+    arch: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AppendSpec(_Spec):
     """The kernel that appends to a KV cache, with rotary embedding; head dims are parameters."""
 
@@ -510,11 +524,14 @@ class NormGradSpec(_SliceSpec):
 
 
 #: Kernels whose fields are all that there is to them: no tile is chosen.
-PlainSpec: TypeAlias = MergeSpec | AppendSpec | NormSpec | NormGradSpec | StatsSpec | RoundSpec
+PlainSpec: TypeAlias = (
+    MergeSpec | MergeGradSpec | AppendSpec | NormSpec | NormGradSpec | StatsSpec | RoundSpec
+)
 KernelSpec: TypeAlias = FwdSpec | BwdSpec | ScoreGradSpec | PlainSpec
 
 PLAIN_FAMILIES: Final[dict[str, type[PlainSpec]]] = {
     MergeSpec.family: MergeSpec,
+    MergeGradSpec.family: MergeGradSpec,
     AppendSpec.family: AppendSpec,
     NormSpec.family: NormSpec,
     NormGradSpec.family: NormGradSpec,

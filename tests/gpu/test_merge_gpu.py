@@ -46,3 +46,30 @@ def test_prefix_and_own_keys() -> None:
     )
     whole = torch.cat([prefix.expand(4, -1, -1, -1), own], dim=1)
     assert rel_l2(out, jitattn.reference.reference(q, whole, whole)) < 6e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_gradients(dtype: torch.dtype, layout: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    outs = torch.randn(3, 2, 17, 4, 40, generator=generator)
+    outs = (outs if layout == "bshd" else outs.transpose(2, 3)).to(dtype)
+    lses = 2 * torch.randn(3, 2, 4, 17, generator=generator)
+    lses[0, :, 1] = lses[:, 1, 2] = float("-inf")
+    d_out = torch.randn(outs.shape[1:], generator=generator).to(dtype)
+    d_lse = torch.randn(lses.shape[1:], generator=generator)
+    d_lse[1, 2] = 0.0
+
+    def gradients(device: str, wide: torch.dtype) -> list[torch.Tensor]:
+        own = [outs.to(device, wide).requires_grad_(), lses.to(device).requires_grad_()]
+        with torch.enable_grad():
+            ends = jitattn.merge(own[0], own[1], layout=layout)
+        return [
+            x.cpu() for x in torch.autograd.grad(ends, own, (d_out.to(ends[0]), d_lse.to(device)))
+        ]
+
+    truth = gradients("cpu", torch.float32)
+    limit = 1e-5 if dtype is torch.float32 else 1e-2
+    for got, true in zip(gradients("cuda", dtype), truth, strict=True):
+        assert got.isfinite().all()
+        assert rel_l2(got, true) < limit

@@ -1,0 +1,98 @@
+"""Tiles and specs of the backward kernels."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from jitattn.bwd_tiles import (
+    backward_problem,
+    bwd_spec,
+    round_spec,
+    score_grad_spec,
+    specs_of_backward,
+)
+from jitattn.gears import resolve_numerics
+from jitattn.jit.choices import command, specs_of, to_choice
+from jitattn.jit.spec import (
+    Access,
+    BiasKind,
+    Dtype,
+    MaskKind,
+    Problem,
+    ScoreTarget,
+    SeqLayout,
+    Staging,
+    Switch,
+    padded_head_dim,
+    spec_from_dict,
+)
+from jitattn.tiles import MAX_SMEM_BYTES
+
+ARCHS = [f"sm_{number}" for number in MAX_SMEM_BYTES]
+
+
+def problem(dtype: Dtype = Dtype.BF16, dim: int = 64, dim_v: int = 64, **other: object) -> Problem:
+    given = {"mask": MaskKind.CAUSAL, "numerics": resolve_numerics(None, dtype), **other}
+    return Problem(dtype=dtype, out_dtype=dtype, head_dim=dim, head_dim_v=dim_v, **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_problem_has_a_tile_that_fits(arch: str) -> None:
+    limit = MAX_SMEM_BYTES[int(arch[3:])]
+    for dtype, dim, dim_v, mask, access in itertools.product(
+        Dtype, (1, 16, 72, 128, 256), (8, 64, 256), MaskKind, Access
+    ):
+        asked = problem(dtype, dim, dim_v, mask=mask, access=access, bias=BiasKind.SAME)
+        specs = [bwd_spec(asked, arch), *(score_grad_spec(asked, arch, t) for t in ScoreTarget)]
+        for spec in specs:
+            tile = spec.tile
+            assert spec.smem_bytes <= limit
+            # What the templates assert: whole MMA tiles for every warp.
+            assert tile.block_q % (16 * tile.warps_q) == 0
+            assert tile.block_kv * tile.warps_q % (16 * tile.warps_scores) == 0
+            assert tile.block_kv % (16 * tile.warps_keys) == 0
+            assert tile.block_q % (16 * tile.warps_dq) == 0
+            assert tile.num_warps % tile.warps_keys == 0 == tile.num_warps % tile.warps_dq
+
+
+def test_a_backward_problem_leaves_out_what_the_lse_holds() -> None:
+    asked = problem(
+        sinks=Switch.ON,
+        fixed_shift=Switch.ON,
+        bias=BiasKind.SAME,
+        bias_staged=Staging.MATRIX,
+        softcap=Switch.ON,
+    )
+    left = backward_problem(asked)
+    assert left == problem(bias=BiasKind.SAME, softcap=Switch.ON)
+
+
+def test_sums_of_dq_are_in_fragments_where_sequences_are_alike() -> None:
+    alike = bwd_spec(problem(dim=80), "sm_90")
+    assert alike.in_fragments
+    assert alike.dq_columns >= padded_head_dim(80)
+    assert round_spec(alike).block_q == alike.tile.block_q
+    ragged = bwd_spec(problem(q_layout=SeqLayout.RAGGED, kv_layout=SeqLayout.RAGGED), "sm_90")
+    assert not ragged.in_fragments
+    assert round_spec(ragged).block_q == 0
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_specs_come_back_from_their_text(deterministic: bool) -> None:
+    asked = problem(bias=BiasKind.FP32)
+    specs = [
+        *specs_of_backward(asked, "sm_86", deterministic=deterministic),
+        *(score_grad_spec(asked, "sm_86", target) for target in ScoreTarget),
+    ]
+    for spec in specs:
+        assert spec_from_dict(spec.to_dict()) == spec
+        assert spec in specs_of([to_choice(spec)])
+        assert f"family={spec.family}" in command(spec)
+
+
+def test_training_is_one_choice() -> None:
+    choice = {"family": ["fwd", "bwd"], "dtype": "bf16", "head_dim": 64, "mask": "causal"}
+    families = {spec.family for spec in specs_of([choice], ["sm_90"])}
+    assert families == {"fwd", "bwd", "stats", "round"}
