@@ -117,7 +117,7 @@ def attention(
     qk_norm : L2Norm, optional
         Cosine attention: q and k are scaled to length 1, or come so.
     deterministic : bool
-        Let the backward pass give the same bits for dq in every run, at 1.3 to 2.1 times its time.
+        Let the backward pass give the same bits for dq in every run, in 1.3 to 1.4 times its time.
         (Everything else is reproducible in any case.)
 
     Returns

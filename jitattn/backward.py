@@ -270,7 +270,7 @@ def run_backward(
         d_out = d_out.to(q.dtype)
         needs_copy = d_out.stride(-1) != 1 and d_out.shape[-1] > 1
         if needs_copy or (problem.access is Access.VEC16 and not _aligned(d_out)):
-            d_out = d_out.contiguous()
+            d_out = d_out.clone(memory_format=dense)  # contiguous() would keep an odd address
         index = q.get_device()
         stream = torch._C._cuda_getCurrentRawStream(index)
         arch = device(index).arch

@@ -94,7 +94,7 @@ def check_gradients(case: GradCase, device: str) -> None:
     arguments |= {name: arguments[name].nan_to_num(0.0) for name in "qkv"}
     if "bias" in arguments:
         arguments["bias"] = torch.where(arguments["bias"].isnan(), 0.0, arguments["bias"])
-    base = _baseline(case, arguments, dense, d_out, d_lse)
+    base, sizes = _baseline(case, arguments, dense, d_out, d_lse)
     true = leaves(arguments, wide=True)
     with torch.enable_grad():
         truth, lse_truth = reference(**arguments, return_lse=True)
@@ -113,8 +113,8 @@ def check_gradients(case: GradCase, device: str) -> None:
             expected,
             base[name].to(own[name].dtype).reshape(expected.shape),
             dtype=out.dtype,
-            # Sums of dS cancel; those of dS k and the like hardly do.
-            floor=0.25 if name in "qkv" else 1.0,
+            # Sums of dS cancel: by the size of their terms. Those of dS k and the like hardly do.
+            floor=0.25 if name in "qkv" else sizes.get(name, 1.0),
             context=f"{case}",
         )
 
@@ -125,8 +125,11 @@ def _baseline(
     dense: list[tuple[torch.Tensor, ...]],
     d_out: torch.Tensor,
     d_lse: torch.Tensor,
-) -> dict[str, torch.Tensor]:
-    """The same mathematics in the numerics of the dtype: P, dS and out rounded, sums in fp32."""
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The same mathematics in the numerics of the dtype: P, dS and out rounded, sums in fp32.
+
+    Also, of the gradients of what is added to scores, the largest sum of the sizes of its terms.
+    """
     dtype = arguments["q"].dtype
     given = {name: arguments[name] for name in Scores._fields if name in arguments}
     parameters = {
@@ -139,18 +142,21 @@ def _baseline(
     changes = Scores(**{**given, **{n: p for n, p in parameters.items() if n in ADDED}})
     total = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
     total |= {name: torch.zeros_like(arguments[name], dtype=torch.float32) for name in "qkv"}
+    sizes = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
     for idx, (own_q, own_k, own_v) in enumerate(dense):
         if not len(own_q) or not len(own_k):
             continue
         rows = _rows_of(arguments["q_seqs"], idx, len(own_q))
         keys = _rows_of(arguments["kv_seqs"], idx, len(own_k))
+        with torch.enable_grad():
+            own_changes = changes.of_sequence(idx)
         own_d_lse = d_lse[:, rows] if d_lse.dim() == 2 else d_lse[idx][:, rows]
         found = _sequence_baseline(
             (own_q, own_k, own_v),
             _take(case, d_out, idx, rows),
             own_d_lse[None],
             of_sequence(arguments["mask"], idx),
-            changes.of_sequence(idx),
+            own_changes,
             parameters,
             arguments.get("scale"),
             dtype,
@@ -160,7 +166,9 @@ def _baseline(
         for name in parameters:
             if found[name] is not None:
                 total[name] += found[name]
-    return total
+                sizes[name] += found.get(f"size of {name}", 0.0)
+    largest = {name: size.max().item() for name, size in sizes.items() if size.numel()}
+    return total, {name: max(1.0, size) for name, size in largest.items()}
 
 
 def _rows_of(seqs: Any, idx: int, length: int) -> slice:
@@ -212,18 +220,30 @@ def _sequence_baseline(
         whole = torch.logaddexp(lse, sinks.expand_as(lse))
     p = torch.exp(seen - whole).masked_fill(blind, 0.0)
     kept = changes.drop(torch.ones_like(p))
-    out = rounded(torch.matmul(rounded(p * kept), wide_v))
+    # Weights are rounded as they stand to the maximum; under a fixed shift, to the bound.
+    highest = seen.amax(3, keepdim=True)
+    if changes.qk_norm is not None:
+        highest = torch.full_like(highest, abs(scale) * changes.qk_norm.groups)
+    unit = torch.exp(seen - highest).masked_fill(blind, 0.0)
+    share = torch.exp(highest - whole).masked_fill(blind, 0.0)
+    out = rounded(torch.matmul(rounded(unit * kept), wide_v) * share)
     delta = (out * d_o).sum(3, keepdim=True)
     d_p = torch.matmul(d_o, wide_v.transpose(2, 3)) * kept
     rest = torch.exp(lse - whole).masked_fill(blind, 1.0)
     d_s = p * (d_p - delta + d_lse[..., None] / rest)
     added = [name for name in parameters if name in ADDED]
     inputs = [raw, *(parameters[name] for name in added)]
-    graph = torch.autograd.grad(scores, inputs, d_s, allow_unused=True)
+    graph = torch.autograd.grad(scores, inputs, d_s, allow_unused=True, retain_graph=True)
     found: dict[str, Any] = dict(zip(added, graph[1:], strict=True))
+    # No parameter enters scores with both signs.
+    terms = torch.autograd.grad(scores, inputs, d_s.abs(), allow_unused=True)[1:]
+    for name, size in zip(added, terms, strict=True):
+        if size is not None:
+            found[f"size of {name}"] = size.abs()
     if "sinks" in parameters:
         weight = torch.exp(sinks - whole).masked_fill(blind, 0.0)
         found["sinks"] = -(weight * delta).sum((0, 2, 3))
+        found["size of sinks"] = (weight * delta).abs().sum((0, 2, 3))
     d_raw = rounded(graph[0])
     d_q = rounded(torch.matmul(d_raw, wide_k) * scale)
 
