@@ -2,7 +2,7 @@
 
 ``python tools/gpu_check.py`` writes tests/data/gpu_record.json: GPU, driver, versions, date,
 counts, timings, and a digest over the contents of jitattn/, tests/gpu, tests/support and cuda_src/
-less its notes. ``--sanitize`` adds memcheck, in three parts; ``--parts`` runs some parts only and
+less its notes. ``--sanitize`` adds memcheck and racecheck, in parts; ``--parts`` runs some only and
 keeps the others if the digest is still the same. ``--status`` needs no GPU: it exits 0 when the
 record is of these very files, else it prints what changed and exits 1.
 """
@@ -33,15 +33,26 @@ RECORD: Final = Path("tests") / "data" / "gpu_record.json"
 
 COVERED: Final = ("cuda_src", "jitattn", "tests/gpu", "tests/support")
 LEFT_OUT: Final = ("cuda_src/notes",)
-#: pytest -k expressions for memcheck, each a part of its own: the EDGE grid, and the tests whose
-#: indices lead anywhere. (memcheck runs without torch's allocator, and without that nothing is
-#: allocated in a capture.)
-MEMCHECKS: Final = {
-    "memcheck-edge": "EDGE or merge",
-    "memcheck-sequences": "(sequences or kvcache) and not (many or graph or capture)",
-    "memcheck-features": "(features or dropout or units) and not (many or graph or long)",
+#: Tools of compute-sanitizer with pytest -k expressions, each a part of its own: the EDGE grid, the
+#: tests whose indices lead anywhere, and gradients, whose kernels hand over through shared memory.
+#: (They run without torch's allocator, and without that nothing is allocated in a capture.)
+SANITIZERS: Final = {
+    "memcheck-edge": ("memcheck", "EDGE or merge"),
+    "memcheck-sequences": (
+        "memcheck",
+        "(sequences or kvcache) and not (many or graph or capture)",
+    ),
+    "memcheck-features": (
+        "memcheck",
+        "(features or dropout or units) and not (many or graph or long)",
+    ),
+    "memcheck-gradients": (
+        "memcheck",
+        "test_gradients_gpu and (random or head_dims or aligned) and not many",
+    ),
+    "racecheck-gradients": ("racecheck", "test_gradients_gpu and (head_dims or aligned)"),
 }
-PARTS: Final = ("tests", "bench", *MEMCHECKS)
+PARTS: Final = ("tests", "bench", *SANITIZERS)
 
 #: Every allocation is the driver's own, so that memcheck sees the end of each tensor.
 SANITIZER_ENVIRONMENT: Final = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -179,10 +190,10 @@ def run_bench(root: Path) -> list[dict[str, str]]:
             return [{name: row.get(name, "") for name in keep} for row in csv.DictReader(file)]
 
 
-def run_sanitizer(root: Path, keyword: str, log: Path) -> dict[str, Any]:
-    """Run memcheck over some tests, and return its findings; `log` is written as they come."""
+def run_sanitizer(root: Path, tool: str, keyword: str, log: Path) -> dict[str, Any]:
+    """Run a sanitizer over some tests, and return its findings; `log` is written as they come."""
     pytest = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-x", "-k", keyword]
-    command = ["compute-sanitizer", "--tool", "memcheck"]
+    command = ["compute-sanitizer", "--tool", tool]
     command += ["--error-exitcode", str(SANITIZER_FOUND), *pytest]
     environment = os.environ | SANITIZER_ENVIRONMENT
     try:
@@ -194,14 +205,19 @@ def run_sanitizer(root: Path, keyword: str, log: Path) -> dict[str, Any]:
         return {"error": "compute-sanitizer is not on the PATH (it comes with the CUDA toolkit)"}
     text = log.read_text()
     print(text[-4000:])
-    summaries = [int(count) for count in re.findall(r"ERROR SUMMARY: (\d+) error", text)]
     return {
-        "tool": "memcheck",
+        "tool": tool,
         "selection": keyword,
-        "errors": sum(summaries) if summaries else None,
+        "errors": error_count(text),
         "tests": pytest_summary(text),
         "exit_code": done.returncode,
     }
+
+
+def error_count(text: str) -> int | None:
+    """Return how many errors a sanitizer counted, or None if it came to no summary."""
+    found = re.findall(r"(?:ERROR SUMMARY: |hazards displayed \()(\d+) error", text)
+    return sum(map(int, found)) if found else None
 
 
 def pytest_summary(text: str) -> str:
@@ -256,7 +272,7 @@ def check(root: Path, parts: Sequence[str], arguments: argparse.Namespace) -> in
             return part, run_tests(root, arguments.pytest_args)
         with tempfile.TemporaryDirectory(prefix="jitattn-gpu-check-") as folder:
             log = (arguments.out or Path(folder)) / f"{part}.log"
-            return part, run_sanitizer(root, MEMCHECKS[part], log)
+            return part, run_sanitizer(root, *SANITIZERS[part], log)
 
     # These wait for compilers and for the CPU's reference most of the time: all at once.
     at_once = [part for part in PARTS if part in parts and part != "bench"]
@@ -296,7 +312,7 @@ def failures(record: dict[str, Any], parts: Sequence[str]) -> list[str]:
             lines.append(f"tests/gpu: {tests}")
     if "bench" in parts and any("error" in row for row in record["bench"]):
         lines.append(f"bench: {record['bench']}")
-    for part in MEMCHECKS.keys() & set(parts):
+    for part in SANITIZERS.keys() & set(parts):
         found = record[part]
         ran = "passed" in found.get("tests", "")
         if found.get("errors") != 0 or found.get("exit_code") != 0 or not ran:
@@ -308,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the check, or say whether its record is current."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--status", action="store_true", help="is the record of these files?")
-    parser.add_argument("--sanitize", action="store_true", help="also all that memcheck is for")
+    parser.add_argument("--sanitize", action="store_true", help="also all that sanitizers are for")
     parser.add_argument("--parts", default="tests,bench", help=f"some of {','.join(PARTS)}")
     parser.add_argument("--out", type=Path, help="write the record into this folder as well")
     parser.add_argument("--root", type=Path, default=REPOSITORY, help="another checkout")
@@ -320,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
     if arguments.sanitize:
-        parts.extend(MEMCHECKS)
+        parts.extend(SANITIZERS)
     return check(arguments.root, parts, arguments)
 
 

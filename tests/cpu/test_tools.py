@@ -103,6 +103,16 @@ def test_memcheck_counts_pytest_and_not_its_own_summary() -> None:
     assert lines == ["3 passed, 1 skipped in 1.20s", "2 failed in 61.00s (0:01:01)", "none ran"]
 
 
+def test_errors_of_both_sanitizers_are_counted() -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'tools'); import gpu_check as g\n"
+        "race = '========= RACECHECK SUMMARY: 2 hazards displayed (1 errors, 1 warnings)\\n'\n"
+        "print(g.error_count('========= ERROR SUMMARY: 3 errors\\n'), g.error_count(race))\n"
+        "print(g.error_count('it was killed'))"
+    )
+    assert run("-c", code).stdout.splitlines() == ["3 1", "None"]
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_ci_finds_the_test_command_of_the_readme() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
