@@ -88,7 +88,7 @@ def run_parsed(
             dtype = q.dtype if call.out_dtype is None else call.out_dtype
             return run_cpu(wide_q, wide_k, v, runtime, call._replace(out_dtype=dtype))
         check_cuda()
-        if _is_followed(q, k, norm.head_scale):
+        if is_followed(q, k, norm.head_scale):
             q, k = apply(Normalize, q, k, norm.head_scale, norm, call)
         else:
             q, k = cosine.normalized_cuda(q, k, norm, call)
@@ -97,19 +97,18 @@ def run_parsed(
     if not q.is_cuda:
         return run_cpu(q, k, v, runtime, call)
     added = [getattr(call.scores, name) for name in ADDED]
-    if not _is_followed(q, k, v, *added):
+    if not is_followed(q, k, v, *added):
         return _run_cuda(q, k, v, problem, runtime, call)
     check_differentiable(call)
-    results = apply(Attention, q, k, v, *added, call, _compute)
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        result = _run_cuda(q, k, v, problem, runtime, call)
+        if not isinstance(result, tuple):
+            raise InternalError("the LSE is missing")
+        return result
+
+    results = apply(Attention, q, k, v, *added, call, compute)
     return results if call.return_lse else results[0]
-
-
-def _compute(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Compute out and LSE of a call that autograd follows."""
-    result = _run_cuda(q, k, v, *parse(q, k, v, call), call)
-    if not isinstance(result, tuple):
-        raise InternalError("the LSE is missing")
-    return result
 
 
 def plan(problem: Problem, runtime: Runtime, device_index: int, num_splits: int | None) -> Plan:
@@ -239,7 +238,7 @@ def _run_cuda(
     return out if lse is None else (out, lse)
 
 
-def _is_followed(*tensors: Tensor | None) -> bool:
+def is_followed(*tensors: Tensor | None) -> bool:
     """Whether autograd follows an operation on these tensors."""
     wants = any(tensor is not None and tensor.requires_grad for tensor in tensors)
     return wants and torch.is_grad_enabled()

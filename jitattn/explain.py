@@ -10,11 +10,13 @@ import torch
 
 from jitattn import cosine
 from jitattn.attention import bind
-from jitattn.dispatch import plan
+from jitattn.bwd_tiles import bwd_spec
+from jitattn.dispatch import is_followed, plan
 from jitattn.gears import default_gear
 from jitattn.jit.device import device
 from jitattn.jit.spec import Access, RowClass
 from jitattn.layouts import parse
+from jitattn.scores import tensors_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +43,8 @@ class Explanation:
     registers: int  #: per thread
     spill_bytes: int  #: per thread
     smem_bytes: int  #: per CTA
+    #: Fields of the backward kernel's spec, if autograd follows the call; it is not compiled here.
+    backward: dict[str, str | int]
     why: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,6 +67,13 @@ class Explanation:
                 f"resources    {self.registers} registers, {self.spill_bytes} B spilled, "
                 f"{self.smem_bytes} B shared",
             ]
+        if self.backward:
+            tile = self.backward
+            lines.append(
+                f"backward     {tile['block_q']} rows x {tile['block_kv']} keys, "
+                f"{tile['num_warps']} warps, stages {tile['stages']}, "
+                f"deterministic {tile['deterministic']}"
+            )
         return "\n".join(lines + [f"because      {reason}" for reason in self.why])
 
 
@@ -84,6 +95,7 @@ def explain(
     """
     tensors, call = bind(q, k, v, arguments)
     q, k, v, num_splits = tensors["q"], tensors["k"], tensors["v"], call.num_splits
+    inputs = (q, k, v, *tensors_of(call).values())
     problem, runtime = parse(q, k, v, call)
     if q.is_cuda and call.scores.qk_norm is not None and call.scores.qk_norm.normalize:
         call = cosine.call_of_normalized(call, runtime.scale)
@@ -120,11 +132,16 @@ def explain(
             registers=0,
             spill_bytes=0,
             smem_bytes=0,
+            backward={},
             why=(why,),
         )
     with torch.cuda.device(q.device):
         chosen = plan(problem, runtime, q.device.index, num_splits)
     built = chosen.kernel.built
+    backward: dict[str, str | int] = {}
+    if is_followed(*inputs):
+        arch = device(q.device.index).arch
+        backward = bwd_spec(problem, arch, deterministic=call.deterministic).to_dict()
     return Explanation(
         path="cuda",
         device=device(q.device.index).name,
@@ -141,6 +158,7 @@ def explain(
         registers=built.metadata.registers,
         spill_bytes=built.metadata.spill_bytes,
         smem_bytes=built.metadata.smem_bytes,
+        backward=backward,
         why=_reasons(problem, chosen.rows, chosen.heads_per_tile, chosen.num_splits, num_splits),
     )
 
