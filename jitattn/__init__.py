@@ -73,6 +73,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_with_kvcache",
+    "compat",
     "dropout_mask",
     "dropout_state",
     "explain",
@@ -97,7 +98,7 @@ _LAZY_NAMES: Final = {
     "dropout_state": "dropout",
     "l2norm": "cosine",
 }
-_LAZY_MODULES: Final = frozenset({"patterns", "reference"})
+_LAZY_MODULES: Final = frozenset({"compat", "patterns", "reference"})
 
 
 class _Package(ModuleType):

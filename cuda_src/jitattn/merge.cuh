@@ -98,8 +98,7 @@ __device__ __forceinline__ void merge_grad(const MergeGradParams& params) {
   const typename In::type* g_part =
       static_cast<const typename In::type*>(params.parts) + batch_idx * params.part_stride_batch +
       position * params.part_stride_row + head_idx * params.part_stride_head;
-  const auto* g_out =
-      static_cast<const typename Out::type*>(params.out) + row * Spec::kHeadDimV;
+  const auto* g_out = static_cast<const typename Out::type*>(params.out) + row * Spec::kHeadDimV;
   const auto* g_d_out =
       static_cast<const typename Out::type*>(params.d_out) + row * Spec::kHeadDimV;
   const float lse = params.lse[row];

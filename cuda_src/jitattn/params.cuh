@@ -218,8 +218,8 @@ struct MergeParams {
   int32_t reserved;  // keeps the size a multiple of 8
 };
 
-// The gradient of that. What belongs to a part is [num_parts, B, Hq, Lq, ...] and contiguous but for
-// the parts themselves, [num_parts, B, Lq, Hq, Dv].
+// The gradient of that. What belongs to a part is [num_parts, B, Hq, Lq, ...] and contiguous but
+// for the parts themselves, [num_parts, B, Lq, Hq, Dv].
 struct MergeGradParams {
   const void* parts;
   const float* part_lses;  // contiguous

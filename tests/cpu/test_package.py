@@ -14,12 +14,13 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "jitattn"
 MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 TORCH_MAY = {
-    "append.py", "append_cpu.py", "attention.py", "autograd.py", "backward.py", "cosine.py",
-    "cpu.py", "cpu_rules.py", "dispatch.py", "dropout.py", "explain.py", "interop.py",
-    "jit/device.py", "kvcache.py", "layouts.py", "lists.py", "loaded.py", "merge.py", "ops.py",
-    "patterns.py",
-    "problem.py", "reference.py", "rotary.py", "scores.py", "sequences.py", "tensors.py", "vml.py",
-    "warmup.py", "workspace.py",
+    "append.py", "append_cpu.py", "attention.py", "autograd.py", "backward.py",
+    "compat/flash_cosine_sim_attention/benchmark.py",
+    "compat/flash_cosine_sim_attention/transformer.py", "cosine.py", "cpu.py", "cpu_rules.py",
+    "dispatch.py", "dropout.py", "explain.py", "interop.py", "jit/device.py", "kvcache.py",
+    "layouts.py", "lists.py", "loaded.py", "merge.py", "ops.py", "patterns.py", "problem.py",
+    "reference.py", "rotary.py", "scores.py", "sequences.py", "tensors.py", "vml.py", "warmup.py",
+    "workspace.py",
 }  # fmt: skip
 CUPY_MAY = {"jit/launch.py"}
 

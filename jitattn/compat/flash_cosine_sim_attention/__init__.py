@@ -1,0 +1,164 @@
+"""The front door of flash-cosine-sim-attention: attention over q and k of length 1.
+
+Where it differs from the original, on purpose: rows that see nothing are 0 everywhere; a key mask
+and `causal` go together; results are those of the softmax, whatever the scale, with and without
+l2norm (the original's constant shift overflows or underflows for some); fp16 vectors of zeros are
+normalised to zeros, not NaN; nothing synchronises the device. Its limits are lifted: head dims from
+1 to 256, bf16, v of another head dim, any number of kv heads that divides that of q.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jitattn.attention import attention
+from jitattn.cosine import L2Norm, l2norm
+from jitattn.errors import InvalidInputError
+from jitattn.masks import Causal, Full, KeyPadding
+from jitattn.reference import reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from jitattn.masks import Mask
+
+__all__ = [
+    "debug",
+    "flash_cosine_sim_attention",
+    "l2norm_tensors",
+    "plain_cosine_sim_attention",
+]
+
+
+def flash_cosine_sim_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    scale: float = 8,
+    groups: int = 1,
+    causal: bool = False,
+    l2norm_qk: bool = True,
+    attn_bias_batch_dim: bool = False,
+) -> Tensor:
+    """Compute cosine attention; differentiable, on the GPU and the CPU.
+
+    Parameters
+    ----------
+    q : Tensor, [B, Hq, Lq, D], or [B * H, Lq, D] with batch and heads merged
+    k, v : Tensor, [B, Hkv, Lkv, D], or [B, Lkv, D] for one head; as q if that is merged
+    mask : Tensor, [B, Lkv], bool, optional
+        True = attend. (With a merged q, [B * H, Lkv].)
+    attn_bias : Tensor, [Hq, Lq, Lkv], or [B, Lq, Lkv] with `attn_bias_batch_dim`, optional
+        Added to the scaled scores. Dtype of q, or fp32.
+    scale : float
+        Factor of the cosines.
+    groups : int
+        Slices of a vector that are normalised each by itself.
+    causal : bool
+        Aligned to the bottom right.
+    l2norm_qk : bool
+        False: q and k are taken as they are.
+    attn_bias_batch_dim : bool
+        Whether the first dimension of `attn_bias` is the batch; always so with a merged q.
+
+    Returns
+    -------
+    Tensor, as q (with the head dim of v)
+
+    Raises
+    ------
+    InvalidInputError
+    """
+    arguments = _translate(
+        q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk, attn_bias_batch_dim
+    )
+    out: Tensor = attention(**arguments)
+    return out.squeeze(1) if q.dim() == 3 else out
+
+
+def plain_cosine_sim_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    scale: float = 8,
+    groups: int = 1,
+    causal: bool = False,
+    l2norm_qk: bool = True,
+    attn_bias_batch_dim: bool = False,
+) -> Tensor:
+    """Compute the same in plain PyTorch: the oracle, with memory for all scores.
+
+    Parameters, result and errors are those of `flash_cosine_sim_attention`.
+    """
+    arguments = _translate(
+        q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk, attn_bias_batch_dim
+    )
+    out: Tensor = reference(**arguments).to(q.dtype)
+    return out.squeeze(1) if q.dim() == 3 else out
+
+
+def l2norm_tensors(*tensors: Tensor, groups: int = 1) -> tuple[Tensor, ...]:
+    """Scale the vectors of all tensors to length 1, in the dtype of the first.
+
+    Parameters
+    ----------
+    *tensors : Tensor, [..., D]
+    groups : int
+        Slices of a vector that are normalised each by itself.
+    """
+    return tuple(l2norm(tensor, groups).to(tensors[0].dtype) for tensor in tensors)
+
+
+def debug() -> tuple[()]:
+    """Return nothing, as the original does; `jitattn-cache doctor` says what is installed."""
+    return ()
+
+
+def _translate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    attn_bias: Tensor | None,
+    scale: float,
+    groups: int,
+    causal: bool,
+    l2norm_qk: bool,
+    attn_bias_batch_dim: bool,
+) -> dict[str, Any]:
+    """Return the arguments of `jitattn.attention`."""
+    if q.dim() not in (3, 4):
+        raise InvalidInputError(
+            f"q has shape {list(q.shape)}: it must be [B, H, L, D], or [B * H, L, D]"
+        )
+    if q.dim() == 3:
+        q, attn_bias_batch_dim = q[:, None], True
+    if k.dim() == 3:
+        k = k[:, None]
+    if v.dim() == 3:
+        v = v[:, None]
+    bias = attn_bias
+    if bias is not None:
+        if bias.dim() != 3:
+            raise InvalidInputError(
+                f"attn_bias has shape {list(bias.shape)}: it must be [H, Lq, Lkv], or "
+                "[B, Lq, Lkv] with attn_bias_batch_dim=True"
+            )
+        bias = bias[:, None] if attn_bias_batch_dim else bias[None]
+    seen: Mask = Causal() if causal else Full()
+    if mask is not None:
+        seen = seen & KeyPadding(mask)
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "mask": seen,
+        "bias": bias,
+        "scale": scale,
+        "layout": "bhsd",
+        "qk_norm": L2Norm(groups) if l2norm_qk else None,
+    }

@@ -1,0 +1,133 @@
+"""The door of flash-cosine-sim-attention, against dense fp64 of its documented semantics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import jitattn
+from jitattn.compat.flash_cosine_sim_attention import (
+    debug,
+    flash_cosine_sim_attention,
+    l2norm_tensors,
+    plain_cosine_sim_attention,
+)
+from jitattn.compat.flash_cosine_sim_attention.benchmark import benchmark
+from jitattn.compat.flash_cosine_sim_attention.transformer import (
+    Attention,
+    CosineSimCausalTransformer,
+    FeedForward,
+    non_cosine_sim_attn_fn,
+)
+from tests.support.compare import rel_l2
+from tests.support.compat_cosine import BIAS, CASES, LK, B, H, dense, tensors
+
+
+@pytest.mark.parametrize("function", [flash_cosine_sim_attention, plain_cosine_sim_attention])
+@pytest.mark.parametrize("name", list(CASES))
+def test_values_and_gradients(name: str, function: object) -> None:
+    arguments, kind = CASES[name]
+    own = tensors(**kind)
+    out = function(*own, **arguments)  # type: ignore[operator]
+    truth = dense(*own, **arguments)  # type: ignore[arg-type]
+    assert out.shape == own[0].shape
+    assert out.dtype is own[0].dtype
+    assert rel_l2(out, truth) < 1e-5
+    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(6))
+    got = torch.autograd.grad(out, own, d_out)
+    wanted = torch.autograd.grad(truth, own, d_out.double())
+    for one, other in zip(got, wanted, strict=True):
+        assert rel_l2(one, other) < 1e-4
+
+
+def test_the_gradient_of_a_bias() -> None:
+    own = tensors()
+    bias = BIAS[:H].clone().requires_grad_()
+    ends = [f(*own, attn_bias=bias) for f in (flash_cosine_sim_attention, dense)]
+    got, wanted = (torch.autograd.grad(end.sum(), bias)[0] for end in ends)
+    assert got.shape == bias.shape
+    assert rel_l2(got, wanted) < 1e-4
+
+
+def test_rows_that_see_nothing_and_vectors_of_zeros() -> None:
+    q, k, v = (x.detach().half() for x in tensors())
+    q[0, 0, 0] = 0.0
+    out = flash_cosine_sim_attention(q, k, v, mask=torch.zeros(B, LK, dtype=torch.bool))
+    assert not out.any()
+    assert flash_cosine_sim_attention(q, k, v).isfinite().all()
+
+
+def test_l2norm_tensors() -> None:
+    x, y = torch.randn(3, 8), torch.randn(2, 8, dtype=torch.float64)
+    found = l2norm_tensors(x, y, groups=2)
+    assert len(found) == 2
+    assert {one.dtype for one in found} == {torch.float32}
+    lengths = found[0].unflatten(1, (2, 4)).norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.ones(3, 2))
+    assert debug() == ()
+
+
+def test_wrong_shapes_are_named() -> None:
+    q, k, v = tensors()
+    with pytest.raises(jitattn.InvalidInputError, match=r"q has shape \[33, 32\]"):
+        flash_cosine_sim_attention(q[0, 0], k, v)
+    with pytest.raises(jitattn.InvalidInputError, match="attn_bias has shape"):
+        flash_cosine_sim_attention(q, k, v, attn_bias=BIAS[:H][None])
+
+
+def test_the_timer() -> None:
+    q, k, v = tensors()
+    timed = benchmark(flash_cosine_sim_attention, num_times=2, warmup_iters=1, backwards=True)
+    assert timed(q, k, v, causal=True) > 0.0
+    assert q.grad is not None
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize(
+    "kind", [{}, {"use_cuda_kernel": True}, {"non_cosine_sim_attn": True}], ids=str
+)
+def test_the_transformer_learns_and_draws(pre_norm: bool, kind: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    model = CosineSimCausalTransformer(
+        num_tokens=16,
+        dim=32,
+        max_seq_len=24,
+        depth=2,
+        heads=2,
+        dim_head=16,
+        attn_l2norm_groups=2,
+        pre_norm=pre_norm,
+        **kind,
+    )
+    text = (torch.arange(21) % 5).expand(4, -1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = model(text, return_loss=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    assert model(text).shape == (4, 21, 16)
+    drawn = model.generate(text[:, :6], 10)
+    assert torch.equal(drawn, (torch.arange(6, 16) % 5).expand(4, -1))
+    with pytest.raises(jitattn.InvalidInputError, match="max_seq_len=24"):
+        model(torch.zeros(1, 25, dtype=torch.long))
+
+
+def test_groups_reach_the_attention() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 9, 32)
+    whole = Attention(32, dim_head=16, heads=2, use_cuda_kernel=True)
+    parts = Attention(32, dim_head=16, heads=2, l2norm_groups=4, use_cuda_kernel=True)
+    parts.load_state_dict(whole.state_dict())
+    assert rel_l2(parts(x), whole(x)) > 1e-3
+    oracle = Attention(32, dim_head=16, heads=2, l2norm_groups=4)
+    oracle.load_state_dict(whole.state_dict())
+    assert rel_l2(parts(x), oracle(x)) < 1e-5
+    assert FeedForward(8, mult=2, pre_norm=True)(torch.randn(2, 8)).shape == (2, 8)
+    q, k, v = (y.detach() for y in tensors())
+    assert non_cosine_sim_attn_fn(q, k, v, scale=1).shape == q.shape
+    with pytest.raises(jitattn.InvalidInputError, match="l2norm_groups=3"):
+        Attention(32, dim_head=16, l2norm_groups=3)

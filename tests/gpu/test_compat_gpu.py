@@ -1,0 +1,89 @@
+"""The front doors on a GPU, forward and backward."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+import jitattn
+from jitattn.compat.flash_cosine_sim_attention import flash_cosine_sim_attention, l2norm_tensors
+from jitattn.compat.flash_cosine_sim_attention.transformer import CosineSimCausalTransformer
+from tests.support.compare import rel_l2
+from tests.support.compat_cosine import CASES, dense, tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", list(CASES))
+def test_cosine_values_and_gradients(name: str, dtype: torch.dtype) -> None:
+    arguments, kind = CASES[name]
+    if name == "large scale" and dtype is not torch.float32:
+        arguments = {**arguments, "scale": 20.0}  # the rounding of q and k is multiplied by it
+    given = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
+    own = [x.detach().cuda().requires_grad_() for x in tensors(**kind, dtype=dtype)]
+    with torch.enable_grad():
+        out = flash_cosine_sim_attention(*own, **given)
+        truth = dense(*own, **given)
+    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(6)).to(out)
+    limit = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+    assert rel_l2(out, truth) < limit
+    got = torch.autograd.grad(out, own, d_out)
+    wanted = torch.autograd.grad(truth, own, d_out.double())
+    for one, other in zip(got, wanted, strict=True):
+        assert rel_l2(one, other) < 2 * limit
+
+
+@pytest.mark.parametrize(
+    ("shape_q", "shape_kv", "arguments"),
+    [
+        ((1, 8, 1024, 64), (1, 8, 1024, 64), {}),
+        ((1, 8, 1024, 64), (1, 8, 2048, 64), {}),
+        ((1, 8, 1024, 64), (1, 8, 2048, 64), {"mask": True}),
+        ((4, 8, 1024, 64), (4, 8, 1024, 64), {"causal": True}),
+        ((4, 8, 1024, 64), (4, 1024, 64), {"causal": True}),
+        ((4, 8, 1024, 64), (4, 1024, 64), {"l2norm_qk": False}),
+        ((1, 8, 1024, 64), (1, 8, 2048, 64), {"causal": True}),
+        ((32, 1024, 64), (32, 2048, 64), {"causal": True}),
+    ],
+    ids=str,
+)
+def test_the_calls_of_the_readme(
+    shape_q: tuple[int, ...], shape_kv: tuple[int, ...], arguments: dict[str, bool]
+) -> None:
+    """Under the name that the readme imports."""
+    given: dict[str, object] = dict(arguments)
+    if "mask" in given:
+        given["mask"] = torch.ones(shape_kv[0], shape_kv[-2], dtype=torch.bool, device="cuda")
+    with jitattn.compat.alias("flash_cosine_sim_attention"):
+        theirs = importlib.import_module("flash_cosine_sim_attention")
+        q = torch.randn(shape_q, device="cuda")
+        k, v = (torch.randn(shape_kv, device="cuda") for _ in range(2))
+        if given.get("l2norm_qk") is False:
+            q, k = theirs.l2norm_tensors(q, k)
+        out = theirs.flash_cosine_sim_attention(q, k, v, **given)
+    assert out.shape == shape_q
+    assert rel_l2(out, dense(q, k, v, **given)) < 1e-5
+
+
+def test_l2norm_tensors() -> None:
+    x, y = l2norm_tensors(torch.randn(2, 5, 64).cuda(), torch.randn(2, 5, 64).cuda())
+    torch.testing.assert_close(x.norm(dim=-1), torch.ones(2, 5, device="cuda"))
+    assert y.shape == (2, 5, 64)
+
+
+def test_the_transformer_trains() -> None:
+    torch.manual_seed(0)
+    sizes = {"num_tokens": 16, "dim": 64, "max_seq_len": 64, "depth": 2, "heads": 2}
+    model = CosineSimCausalTransformer(**sizes, dim_head=32, use_cuda_kernel=True).cuda()
+    text = (torch.arange(41) % 5).expand(4, -1).cuda()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    with torch.enable_grad():
+        for _ in range(30):
+            loss = model(text, return_loss=True)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
