@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 #: Names that programs import, and the modules of ours that answer to them.
 DOORS: Final = {
+    "fast_ops": "jitattn.compat.fast_ops",
     "flash_cosine_sim_attention": "jitattn.compat.flash_cosine_sim_attention",
 }
 

@@ -15,6 +15,9 @@ PACKAGE = ROOT / "jitattn"
 MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 TORCH_MAY = {
     "append.py", "append_cpu.py", "attention.py", "autograd.py", "backward.py",
+    "compat/fast_ops/flash_attention/attention_ref.py",
+    "compat/fast_ops/flash_attention/flash_attention.py",
+    "compat/fast_ops/flash_attention/flash_attention_triton.py",
     "compat/flash_cosine_sim_attention/benchmark.py",
     "compat/flash_cosine_sim_attention/transformer.py", "cosine.py", "cpu.py", "cpu_rules.py",
     "dispatch.py", "dropout.py", "explain.py", "interop.py", "jit/device.py", "kvcache.py",

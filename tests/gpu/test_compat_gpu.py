@@ -8,10 +8,21 @@ import pytest
 import torch
 
 import jitattn
+from jitattn.compat.fast_ops.flash_attention.attention_ref import attention_ref
+from jitattn.compat.fast_ops.flash_attention.flash_attention import FlashAttentionFunction
+from jitattn.compat.fast_ops.flash_attention.flash_attention_triton import (
+    flash_attn_triton,
+    increment_philox_state,
+    triton_dropout_mask,
+)
 from jitattn.compat.flash_cosine_sim_attention import flash_cosine_sim_attention, l2norm_tensors
 from jitattn.compat.flash_cosine_sim_attention.transformer import CosineSimCausalTransformer
 from tests.support.compare import rel_l2
 from tests.support.compat_cosine import CASES, dense, tensors
+from tests.support.compat_fast_ops import LENGTHS_KV, LENGTHS_Q, H, dense_inputs, nested, parts
+
+#: What torch says once of every strided nested tensor.
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -87,3 +98,64 @@ def test_the_transformer_trains() -> None:
             optimizer.step()
             losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_fast_ops_triton(dtype: torch.dtype, causal: bool, dropout_p: float) -> None:
+    own = dense_inputs(dtype, "cuda")
+    bias = torch.randn(1, H, 33, 50, device="cuda").requires_grad_()
+    torch.manual_seed(11)
+    with torch.enable_grad():
+        out = flash_attn_triton(*own, bias, causal, dropout_p)
+    torch.manual_seed(11)
+    mask = triton_dropout_mask(dropout_p, 2, H, 33, 50, "cuda")
+    with torch.enable_grad():
+        wide = [x.double() for x in own]
+        truth, _ = attention_ref(*wide, None, None, dropout_p, mask, causal, bias, upcast=False)
+    assert rel_l2(out, truth) < 1e-2
+    ones = torch.ones_like(out)
+    got = torch.autograd.grad(out, [*own, bias], ones)
+    wanted = torch.autograd.grad(truth, [*own, bias], ones.double())
+    for one, other in zip(got, wanted, strict=True):
+        assert rel_l2(one, other) < 2e-2
+
+
+def test_fast_ops_moves_the_generator_as_the_original() -> None:
+    torch.manual_seed(5)
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    first = generator.get_offset()
+    flash_attn_triton(*dense_inputs(torch.float16, "cuda"))
+    assert generator.get_offset() == first + -(-2 * H * 33 * 50 // 4) * 4
+    assert increment_philox_state(5) == (5, first + -(-2 * H * 33 * 50 // 4) * 4)
+    assert increment_philox_state(1)[1] == first + -(-2 * H * 33 * 50 // 4) * 4 + 8
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_fast_ops_nested(layout: torch.layout) -> None:
+    lengths = (LENGTHS_Q, LENGTHS_KV, LENGTHS_KV)
+    sides = [parts(one, torch.bfloat16, "cuda", seed) for seed, one in enumerate(lengths)]
+    with torch.enable_grad():
+        out = FlashAttentionFunction.apply(*(nested(side, layout) for side in sides), None, True)
+        results = out.unbind()
+        truths = [
+            attention_ref(*(x.double().transpose(0, 1)[None] for x in one), causal=True)[0][0]
+            for one in zip(*sides, strict=True)
+        ]
+        loss = sum(x.float().square().sum() for x in results)
+        true_loss = sum(x.square().sum() for x in truths)
+    for result, truth in zip(results, truths, strict=True):
+        assert rel_l2(result, truth.transpose(0, 1)) < 1e-2
+    leaves = [x for side in sides for x in side]
+    got, wanted = (torch.autograd.grad(end, leaves) for end in (loss, true_loss))
+    for one, other in zip(got, wanted, strict=True):
+        assert rel_l2(one, other) < 3e-2
+
+
+def test_the_call_of_fast_ops_readme() -> None:
+    q, k, v = (torch.rand(1, 12, 4096, 128, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    with jitattn.compat.alias("fast_ops"):
+        theirs = importlib.import_module("fast_ops.flash_attention.flash_attention")
+        out = theirs.FlashAttentionFunction.apply(q, k, v)
+    assert rel_l2(out, jitattn.attention(q, k, v, layout="bhsd")) < 1e-6
