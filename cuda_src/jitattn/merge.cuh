@@ -15,6 +15,25 @@
 
 namespace jitattn {
 
+// The row of this warp, and where its first part is.
+template <class Spec, class Params>
+struct MergeRow {
+  using T = typename Scalar<Spec::kDtype>::type;
+  int64_t row;
+  int64_t position;
+  int64_t head_idx;
+  int64_t batch_idx;
+  const T* g_part;
+
+  __device__ explicit MergeRow(const Params& params)
+      : row(static_cast<int64_t>(blockIdx.x) * (Spec::kNumThreads / 32) + threadIdx.x / 32),
+        position(row % params.len_q),
+        head_idx(row / params.len_q % params.heads_q),
+        batch_idx(row / params.len_q / params.heads_q),
+        g_part(static_cast<const T*>(params.parts) + batch_idx * params.part_stride_batch +
+               position * params.part_stride_row + head_idx * params.part_stride_head) {}
+};
+
 template <class Spec>
 __device__ __forceinline__ void merge_parts(const MergeParams& params) {
   static_assert(sizeof(MergeParams) == Spec::kParamsBytes,
@@ -26,17 +45,11 @@ __device__ __forceinline__ void merge_parts(const MergeParams& params) {
   constexpr float kLog2e = 1.4426950408889634f;
 
   const int lane_idx = threadIdx.x % 32;
-  const int64_t row =
-      static_cast<int64_t>(blockIdx.x) * (Spec::kNumThreads / 32) + threadIdx.x / 32;
+  const MergeRow<Spec, MergeParams> own(params);
+  const int64_t row = own.row;
   if (row >= params.num_rows) return;
-  const int64_t batch_and_head = row / params.len_q, position = row % params.len_q;
-  const int64_t batch_idx = batch_and_head / params.heads_q,
-                head_idx = batch_and_head % params.heads_q;
-  const typename In::type* g_part =
-      static_cast<const typename In::type*>(params.parts) + batch_idx * params.part_stride_batch +
-      position * params.part_stride_row + head_idx * params.part_stride_head;
-  const float* g_lse = params.part_lses + batch_idx * params.lse_stride_batch +
-                       head_idx * params.lse_stride_head + position * params.lse_stride_row;
+  const float* g_lse = params.part_lses + own.batch_idx * params.lse_stride_batch +
+                       own.head_idx * params.lse_stride_head + own.position * params.lse_stride_row;
 
   // ---- Maximum over the parts; -inf if the row saw nothing in any of them
   float highest = -infinity();
@@ -60,7 +73,7 @@ __device__ __forceinline__ void merge_parts(const MergeParams& params) {
     for (int i = 0; i < kColumns; ++i) {
       const int column = i * 32 + lane_idx;
       if (column < Spec::kHeadDimV) {
-        sum[i] += weight * In::load(g_part[part * params.part_stride_part + column]);
+        sum[i] += weight * In::load(own.g_part[part * params.part_stride_part + column]);
       }
     }
   }
@@ -89,15 +102,9 @@ __device__ __forceinline__ void merge_grad(const MergeGradParams& params) {
   constexpr float kLog2e = 1.4426950408889634f;
 
   const int lane_idx = threadIdx.x % 32;
-  const int64_t row =
-      static_cast<int64_t>(blockIdx.x) * (Spec::kNumThreads / 32) + threadIdx.x / 32;
+  const MergeRow<Spec, MergeGradParams> own(params);
+  const int64_t row = own.row;
   if (row >= params.num_rows) return;
-  const int64_t batch_and_head = row / params.len_q, position = row % params.len_q;
-  const int64_t batch_idx = batch_and_head / params.heads_q,
-                head_idx = batch_and_head % params.heads_q;
-  const typename In::type* g_part =
-      static_cast<const typename In::type*>(params.parts) + batch_idx * params.part_stride_batch +
-      position * params.part_stride_row + head_idx * params.part_stride_head;
   const auto* g_out = static_cast<const typename Out::type*>(params.out) + row * Spec::kHeadDimV;
   const auto* g_d_out =
       static_cast<const typename Out::type*>(params.d_out) + row * Spec::kHeadDimV;
@@ -125,7 +132,7 @@ __device__ __forceinline__ void merge_grad(const MergeGradParams& params) {
       const int column = i * 32 + lane_idx;
       if (column >= Spec::kHeadDimV) continue;
       if (is_seen) {
-        const float value = In::load(g_part[part * params.part_stride_part + column]);
+        const float value = In::load(own.g_part[part * params.part_stride_part + column]);
         along = fmaf(d_out[i], value - out[i], along);
       }
       g_d_part[column] = In::round(weight * d_out[i]);

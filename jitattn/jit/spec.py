@@ -432,11 +432,9 @@ class RoundSpec(_Spec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MergeSpec(_Spec):
-    """The kernel that merges results over disjoint sets of keys, in a fixed order."""
+class _OfParts(_Spec):
+    """What the kernels over results for disjoint sets of keys have in common."""
 
-    family: ClassVar[str] = "merge"
-    params: ClassVar[str] = "merge"
     num_threads: ClassVar[int] = 128
     smem_bytes: ClassVar[int] = 0
     dtype: Dtype  #: of the parts
@@ -446,17 +444,19 @@ class MergeSpec(_Spec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MergeGradSpec(_Spec):
+class MergeSpec(_OfParts):
+    """The kernel that merges them, in a fixed order."""
+
+    family: ClassVar[str] = "merge"
+    params: ClassVar[str] = "merge"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeGradSpec(_OfParts):
     """The kernel for the gradient of a merge."""
 
     family: ClassVar[str] = "merge_grad"
     params: ClassVar[str] = "merge_grad"
-    num_threads: ClassVar[int] = 128
-    smem_bytes: ClassVar[int] = 0
-    dtype: Dtype  #: of the parts
-    out_dtype: Dtype
-    head_dim_v: int
-    arch: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -474,14 +474,17 @@ class AppendSpec(_Spec):
     arch: str
 
 
-class _SliceSpec(_Spec):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OfSlices(_Spec):
     """What the kernels over slices of vectors have in common."""
 
-    __slots__ = ()
+    num_threads: ClassVar[int] = 256
+    smem_bytes: ClassVar[int] = 0
     dtype: Dtype
     head_dim: int
     groups: int
     access: Access
+    arch: str
 
     @property
     def lanes(self) -> int:
@@ -494,33 +497,19 @@ class _SliceSpec(_Spec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NormSpec(_SliceSpec):
+class NormSpec(_OfSlices):
     """The kernel that scales q and k to length 1, by groups of columns."""
 
     family: ClassVar[str] = "norm"
     params: ClassVar[str] = "norm"
-    num_threads: ClassVar[int] = 256
-    smem_bytes: ClassVar[int] = 0
-    dtype: Dtype
-    head_dim: int
-    groups: int
-    access: Access
-    arch: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NormGradSpec(_SliceSpec):
+class NormGradSpec(_OfSlices):
     """The kernel for its gradient, of q or of k."""
 
     family: ClassVar[str] = "norm_grad"
     params: ClassVar[str] = "norm_grad"
-    num_threads: ClassVar[int] = 256
-    smem_bytes: ClassVar[int] = 0
-    dtype: Dtype
-    head_dim: int
-    groups: int
-    access: Access
-    arch: str
 
 
 #: Kernels whose fields are all that there is to them: no tile is chosen.
