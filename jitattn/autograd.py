@@ -6,6 +6,7 @@ every order, and forward mode too.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -27,18 +28,46 @@ if TYPE_CHECKING:
 ADDED: Final = ("bias", "relative_bias", "alibi_slopes", "sinks")
 
 
-def refuse_second_order() -> None:
-    """Refuse to be followed by autograd in a backward pass.
+class _Refused(Function):
+    """Passes gradients on, and refuses to be differentiated."""
 
-    Raises
-    ------
-    UnsupportedError
-    """
-    if torch.is_grad_enabled():
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
+        """Return the first `count` as they are: gradients, before what they depend on."""
+        del ctx
+        return tuple(gradient.view_as(gradient) for gradient in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # noqa: ANN401
+        """Refuse."""
         raise UnsupportedError(
-            "a gradient of a gradient was asked for (create_graph=True): the GPU path has first "
-            "derivatives only; move the tensors to the CPU, whose path has every order"
+            "a gradient of a gradient was asked for: the GPU path has first derivatives only; "
+            "move the tensors to the CPU, whose path has every order"
         )
+
+
+def first_order(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Let a backward pass run outside of autograd; what it returns refuses to be differentiated.
+
+    (torch's own `once_differentiable` does the like, but not where only saved tensors require
+    gradients, and its error names no way out.)
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return found
+        places = [idx for idx, value in enumerate(found) if isinstance(value, torch.Tensor)]
+        sources = [x for x in (*gradients, *ctx.saved_tensors) if isinstance(x, torch.Tensor)]
+        refused = _Refused.apply(len(places), *(found[idx] for idx in places), *sources)  # type: ignore[no-untyped-call]
+        result = list(found)
+        for idx, value in zip(places, refused, strict=True):
+            result[idx] = value
+        return tuple(result)
+
+    return wrapped
 
 
 class FirstOrder(Function):
@@ -78,9 +107,9 @@ class Attention(FirstOrder):
         return out, lse
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:  # noqa: ANN401
         """Compute the gradients."""
-        refuse_second_order()
         q, k, v, out, lse = ctx.saved_tensors[:5]
         if d_out is None:
             if d_lse is None:
@@ -111,9 +140,9 @@ class Normalize(FirstOrder):
         return cosine.normalized_cuda(q, k, norm, call)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, d_q: Tensor | None, d_k: Tensor | None) -> Any:  # noqa: ANN401
         """Compute the gradients."""
-        refuse_second_order()
         q, k, head_scale = ctx.saved_tensors
         wants_scale = ctx.needs_input_grad[2]
         dq, dk, d_scale = cosine.normalized_grad_cuda(

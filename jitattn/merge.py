@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from jitattn.autograd import FirstOrder, apply, refuse_second_order
+from jitattn.autograd import FirstOrder, apply, first_order
 from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.jit.device import device
 from jitattn.jit.spec import MergeGradSpec, MergeSpec
@@ -158,9 +158,9 @@ class _Merge(FirstOrder):
         return out, lse
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:  # noqa: ANN401
         """Compute the gradients."""
-        refuse_second_order()
         parts, lses, out, lse = ctx.saved_tensors
         if d_out is None:
             if d_lse is None:
