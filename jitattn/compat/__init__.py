@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 #: Names that programs import, and the modules of ours that answer to them.
 DOORS: Final = {
     "fast_ops": "jitattn.compat.fast_ops",
+    "flash_attn": "jitattn.compat.flash_attn",
+    "flash_attn_vllm": "jitattn.compat.flash_attn",
     "flash_cosine_sim_attention": "jitattn.compat.flash_cosine_sim_attention",
 }
 

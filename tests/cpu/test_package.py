@@ -18,7 +18,7 @@ TORCH_MAY = {
     "compat/fast_ops/flash_attention/attention_ref.py",
     "compat/fast_ops/flash_attention/flash_attention.py",
     "compat/fast_ops/flash_attention/flash_attention_triton.py",
-    "compat/flash_cosine_sim_attention/benchmark.py",
+    "compat/flash_attn/bert_padding.py", "compat/flash_cosine_sim_attention/benchmark.py",
     "compat/flash_cosine_sim_attention/transformer.py", "cosine.py", "cpu.py", "cpu_rules.py",
     "dispatch.py", "dropout.py", "explain.py", "interop.py", "jit/device.py", "kvcache.py",
     "layouts.py", "lists.py", "loaded.py", "merge.py", "ops.py", "patterns.py", "problem.py",

@@ -15,8 +15,10 @@ from jitattn.compat.fast_ops.flash_attention.flash_attention_triton import (
     increment_philox_state,
     triton_dropout_mask,
 )
+from jitattn.compat.flash_attn import flash_attn_func
 from jitattn.compat.flash_cosine_sim_attention import flash_cosine_sim_attention, l2norm_tensors
 from jitattn.compat.flash_cosine_sim_attention.transformer import CosineSimCausalTransformer
+from tests.support import compat_flash_attn as swaa
 from tests.support.compare import rel_l2
 from tests.support.compat_cosine import CASES, dense, tensors
 from tests.support.compat_fast_ops import LENGTHS_KV, LENGTHS_Q, H, dense_inputs, nested, parts
@@ -159,3 +161,24 @@ def test_the_call_of_fast_ops_readme() -> None:
         theirs = importlib.import_module("fast_ops.flash_attention.flash_attention")
         out = theirs.FlashAttentionFunction.apply(q, k, v)
     assert rel_l2(out, jitattn.attention(q, k, v, layout="bhsd")) < 1e-6
+
+
+@pytest.mark.parametrize("name", list(swaa.CASES))
+@pytest.mark.parametrize(("len_q", "len_kv"), [(200, 200), (1, 130), (130, 77)])
+def test_flash_attn_values_and_gradients(name: str, len_q: int, len_kv: int) -> None:
+    theirs, ours = swaa.CASES[name]
+    sizes = ((len_q, swaa.H), (len_kv, swaa.HKV), (len_kv, swaa.HKV))
+    own = [
+        torch.stack(swaa.sequences((length,) * 2, heads, seed)).bfloat16().requires_grad_()
+        for seed, (length, heads) in enumerate(sizes)
+    ]
+    on_gpu = [x.detach().cuda().requires_grad_() for x in own]
+    with torch.enable_grad():
+        out = flash_attn_func(*on_gpu, **theirs)
+        truth = torch.stack([swaa.dense(*one, **ours)[0] for one in zip(*own, strict=True)])
+    assert rel_l2(out.cpu(), truth) < 1e-2
+    ones = torch.ones_like(out)
+    got = torch.autograd.grad(out, on_gpu, ones)
+    wanted = torch.autograd.grad(truth, own, ones.double().cpu())
+    for one, other in zip(got, wanted, strict=True):
+        assert rel_l2(one.cpu(), other) < 2e-2

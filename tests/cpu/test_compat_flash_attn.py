@@ -1,0 +1,210 @@
+"""The door of FlashAttention and SWAA, against dense fp64 of their documented semantics."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import jitattn
+from jitattn.compat.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
+from jitattn.compat.flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
+from tests.support.compare import rel_l2
+from tests.support.compat_flash_attn import CASES, HKV, D, H, dense, sequences
+
+LENGTHS_Q, LENGTHS_KV = (7, 1, 0, 20), (30, 12, 9, 20)
+TAIL = [
+    "dropout_p", "softmax_scale", "causal", "window_size", "softcap", "keep_first",
+    "force_fa_decode", "alibi_slopes", "deterministic", "return_attn_probs",
+]  # fmt: skip
+
+
+def cumulative(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def check(got: Tensor, wanted: Tensor) -> None:
+    assert got.shape == wanted.shape
+    if got.numel():
+        assert rel_l2(got, wanted) < 1e-5
+
+
+def test_arguments_stand_where_swaa_has_them() -> None:
+    def names(function: Any) -> list[str]:
+        kinds = inspect.signature(function).parameters.values()
+        return [one.name for one in kinds if one.kind is not one.KEYWORD_ONLY]
+
+    assert names(flash_attn_func) == ["q", "k", "v", *TAIL]
+    assert names(flash_attn_kvpacked_func) == ["q", "kv", *TAIL]
+    assert names(flash_attn_qkvpacked_func) == ["qkv", *TAIL]
+    lengths = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
+    assert names(flash_attn_varlen_func) == ["q", "k", "v", *lengths, *TAIL, "block_table"]
+    assert names(flash_attn_varlen_kvpacked_func) == ["q", "kv", *lengths, *TAIL]
+    assert names(flash_attn_varlen_qkvpacked_func) == ["qkv", "cu_seqlens", "max_seqlen", *TAIL]
+    assert names(flash_attn_with_kvcache) == [
+        "q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "cache_seqlens",
+        "cache_batch_idx", "cache_leftpad", "block_table", "softmax_scale", "causal",
+        "window_size", "softcap", "keep_first", "force_fa_decode", "rotary_interleaved",
+        "alibi_slopes", "num_splits", "return_softmax_lse",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(("len_q", "len_kv"), [(20, 20), (5, 30), (1, 30), (30, 5)])
+def test_batched(name: str, len_q: int, len_kv: int) -> None:
+    theirs, ours = CASES[name]
+    q, k, v = (
+        torch.stack(sequences((length,) * 2, heads, seed)).requires_grad_()
+        for seed, (length, heads) in enumerate(((len_q, H), (len_kv, HKV), (len_kv, HKV)))
+    )
+    out, lse, dmask = flash_attn_func(q, k, v, return_attn_probs=True, **theirs)  # type: ignore[arg-type]
+    truths = [dense(*one, **ours) for one in zip(q, k, v, strict=True)]  # type: ignore[arg-type]
+    truth = torch.stack([one[0] for one in truths])
+    check(out, truth)
+    torch.testing.assert_close(lse, torch.stack([one[1] for one in truths]).float())
+    assert dmask.numel() == 0
+    got = torch.autograd.grad(out.square().sum(), (q, k, v))
+    wanted = torch.autograd.grad(truth.square().sum(), (q, k, v))
+    for one, other in zip(got, wanted, strict=True):
+        assert rel_l2(one, other) < 1e-4
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_one_after_another_and_in_pages(name: str) -> None:
+    theirs, ours = CASES[name]
+    q, k, v = (
+        sequences(lengths, heads, seed)
+        for seed, (lengths, heads) in enumerate(
+            ((LENGTHS_Q, H), (LENGTHS_KV, HKV), (LENGTHS_KV, HKV))
+        )
+    )
+    truths = [dense(*one, **ours)[0] for one in zip(q, k, v, strict=True)]  # type: ignore[arg-type]
+    truth = torch.cat(truths)
+    sizes = (cumulative(LENGTHS_Q), cumulative(LENGTHS_KV), max(LENGTHS_Q), max(LENGTHS_KV))
+    flat = [torch.cat(x) for x in (q, k, v)]
+    check(flash_attn_varlen_func(*flat, *sizes, **theirs), truth)  # type: ignore[arg-type]
+    kv = torch.stack(flat[1:], dim=1)
+    check(flash_attn_varlen_kvpacked_func(flat[0], kv, *sizes, **theirs), truth)  # type: ignore[arg-type]
+
+    page = 4
+    counts = [-(-length // page) for length in LENGTHS_KV]
+    table = torch.zeros(len(counts), max(counts), dtype=torch.int32)
+    pages = [torch.full((sum(counts), page, HKV, D), float("nan")) for _ in range(2)]
+    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(7)).tolist()
+    for idx, count in enumerate(counts):
+        for number in range(count):
+            table[idx, number] = own = order.pop()
+            for store, rows in zip(pages, (k[idx], v[idx]), strict=True):
+                part = rows[number * page : (number + 1) * page]
+                store[own, : len(part)] = part
+    paged = flash_attn_varlen_func(flat[0], *pages, *sizes, block_table=table, **theirs)  # type: ignore[arg-type]
+    check(paged, truth)
+
+
+def test_used_keys_and_padding_on_the_left() -> None:
+    q, k, v = (sequences(LENGTHS_KV, heads, seed) for seed, heads in enumerate((H, HKV, HKV)))
+    used = torch.tensor([10, 12, 5, 19], dtype=torch.int32)
+    pad = torch.tensor([3, 0, 5, 1], dtype=torch.int32)
+    sizes = (cumulative(LENGTHS_KV), cumulative(LENGTHS_KV), max(LENGTHS_KV), max(LENGTHS_KV))
+    out = flash_attn_varlen_func(
+        *(torch.cat(x) for x in (q, k, v)), *sizes, causal=True, seqused_k=used, leftpad_k=pad
+    )
+    truth = torch.cat(
+        [
+            dense(q[b], k[b][pad[b] : used[b]], v[b][pad[b] : used[b]], causal=True)[0]
+            for b in range(4)
+        ]
+    )
+    check(out, truth)
+
+
+def test_packed() -> None:
+    qkv = torch.randn(2, 20, 3, H, D, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    out = flash_attn_qkvpacked_func(qkv, 0.0, None, True)
+    check(out, flash_attn_func(*qkv.unbind(2), causal=True))
+    check(out, flash_attn_kvpacked_func(qkv[:, :, 0], qkv[:, :, 1:], causal=True))
+    sizes = (cumulative((20, 20)), 20)
+    check(
+        flash_attn_varlen_qkvpacked_func(qkv.flatten(0, 1), *sizes, causal=True), out.flatten(0, 1)
+    )
+    (gradient,) = torch.autograd.grad(out.sum(), qkv)
+    assert gradient.shape == qkv.shape
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_slopes(causal: bool) -> None:
+    q, k, v = (torch.stack(sequences((9, 9), h, s)) for s, h in enumerate((H, HKV, HKV)))
+    slopes = torch.rand(2, H, generator=torch.Generator().manual_seed(2))
+    out = flash_attn_func(q, k, v, causal=causal, alibi_slopes=slopes)
+    truths = [
+        dense(*one, causal=causal, slopes=own)[0] for *one, own in zip(q, k, v, slopes, strict=True)
+    ]
+    check(out, torch.stack(truths))
+
+
+def test_dropout_depends_on_the_seed() -> None:
+    q, k, v = (torch.stack(sequences((50, 50), h, s)) for s, h in enumerate((H, HKV, HKV)))
+    torch.manual_seed(3)
+    first = flash_attn_func(q, k, v, 0.3)
+    assert not torch.equal(first, flash_attn_func(q, k, v, 0.3))
+    torch.manual_seed(3)
+    assert torch.equal(first, flash_attn_func(q, k, v, 0.3))
+    with pytest.raises(jitattn.UnsupportedError, match="S_dmask"):
+        flash_attn_func(q, k, v, 0.3, return_attn_probs=True)
+
+
+def test_with_a_cache() -> None:
+    q, new_k, new_v = (torch.stack(sequences((2, 2), h, s)) for s, h in enumerate((H, HKV, HKV)))
+    caches = [torch.stack(sequences((16, 16), HKV, seed)) for seed in (8, 9)]
+    used = torch.tensor([5, 11], dtype=torch.int32)
+    expected = [cache.clone() for cache in caches]
+    truths = []
+    for b in range(2):
+        for cache, new in zip(expected, (new_k, new_v), strict=True):
+            cache[b, used[b] : used[b] + 2] = new[b]
+        stop = int(used[b]) + 2
+        keys = (expected[0][b, :stop], expected[1][b, :stop])
+        truths.append(dense(q[b], *keys, causal=True, window=(4, 0), keep_first=2))
+    out, lse = flash_attn_with_kvcache(
+        q, *caches, new_k, new_v, cache_seqlens=used, causal=True, window_size=(4, 0),
+        keep_first=2, return_softmax_lse=True,
+    )  # fmt: skip
+    check(out, torch.stack([one[0] for one in truths]))
+    torch.testing.assert_close(lse, torch.stack([one[1] for one in truths]).float())
+    for cache, wanted in zip(caches, expected, strict=True):
+        assert torch.equal(cache, wanted)
+    whole = flash_attn_with_kvcache(q, *caches)
+    check(whole, torch.stack([dense(q[b], caches[0][b], caches[1][b])[0] for b in range(2)]))
+    with pytest.raises(jitattn.InvalidInputError, match="cache_seqlens"):
+        flash_attn_with_kvcache(q, *caches, new_k, new_v)
+
+
+def test_padding_and_back() -> None:
+    x = torch.randn(3, 6, 5).requires_grad_()
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]])
+    flat, indices, cu_seqlens, longest, used = unpad_input(x, mask)
+    assert flat.shape == (10, 5)
+    assert cu_seqlens.tolist() == [0, 3, 9, 10]
+    assert cu_seqlens.dtype is torch.int32
+    assert (longest, used.tolist()) == (6, [3, 6, 1])
+    assert torch.equal(flat, index_first_axis(x.flatten(0, 1), indices))
+    back = pad_input(flat, indices, 3, 6)
+    assert torch.equal(back, x * mask[..., None])
+    (gradient,) = torch.autograd.grad(back.sum(), x)
+    assert torch.equal(gradient, mask[..., None].expand_as(x).float())
+    room = torch.zeros_like(mask)
+    room[0, 3] = 1
+    _, _, wider, _, still = unpad_input(x, mask, room)
+    assert wider.tolist() == [0, 4, 10, 11]
+    assert still.tolist() == [3, 6, 1]
