@@ -26,12 +26,14 @@ struct MergeRow {
   const T* g_part;
 
   __device__ explicit MergeRow(const Params& params)
-      : row(static_cast<int64_t>(blockIdx.x) * (Spec::kNumThreads / 32) + threadIdx.x / 32),
-        position(row % params.len_q),
-        head_idx(row / params.len_q % params.heads_q),
-        batch_idx(row / params.len_q / params.heads_q),
-        g_part(static_cast<const T*>(params.parts) + batch_idx * params.part_stride_batch +
-               position * params.part_stride_row + head_idx * params.part_stride_head) {}
+      : row(static_cast<int64_t>(blockIdx.x) * (Spec::kNumThreads / 32) + threadIdx.x / 32) {
+    const int64_t batch_and_head = row / params.len_q;
+    position = row % params.len_q;
+    batch_idx = batch_and_head / params.heads_q;
+    head_idx = batch_and_head % params.heads_q;
+    g_part = static_cast<const T*>(params.parts) + batch_idx * params.part_stride_batch +
+             position * params.part_stride_row + head_idx * params.part_stride_head;
+  }
 };
 
 template <class Spec>
