@@ -61,7 +61,7 @@ struct KeyBlock {
 
   // Tiles of queries that see any of its keys; those of a list are searched for among them.
   __device__ TileRange tiles() const {
-    int begin = 0;
+    int begin = kHasLists<Spec> ? sequence.first_position : 0;  // none if that is the end
     int64_t end = sequence.len_q;
     if constexpr (Spec::kMask == MaskKind::kCausal || kHasGap<Spec>) {
       begin = max_of(0, first_key - sequence.diagonal);

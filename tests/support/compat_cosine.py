@@ -37,7 +37,7 @@ def dense(
     hidden = torch.zeros_like(scores, dtype=torch.bool)
     if causal:
         rows, columns = scores.shape[2:]
-        hidden |= torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows + 1)
+        hidden |= hidden.new_ones(rows, columns).triu(columns - rows + 1)
     if mask is not None:
         hidden |= ~mask[:, None, None]
     weights = scores.masked_fill(hidden, float("-inf")).softmax(3).nan_to_num(0.0)

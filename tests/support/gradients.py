@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,8 +114,8 @@ def check_gradients(case: GradCase, device: str) -> None:
             expected,
             base[name].to(own[name].dtype).reshape(expected.shape),
             dtype=out.dtype,
-            # Sums of dS cancel: by the size of their terms. Those of dS k and the like hardly do.
-            floor=0.25 if name in "qkv" else sizes.get(name, 1.0),
+            # Sums of dS cancel: by the size of their terms.
+            floor=sizes[name],
             context=f"{case}",
         )
 
@@ -128,7 +129,8 @@ def _baseline(
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The same mathematics in the numerics of the dtype: P, dS and out rounded, sums in fp32.
 
-    Also, of the gradients of what is added to scores, the largest sum of the sizes of its terms.
+    Also, of every gradient, how large it may be where nothing is left of it: the largest sum of the
+    sizes of the terms; of dq and dk, the part of delta's roundings.
     """
     dtype = arguments["q"].dtype
     given = {name: arguments[name] for name in Scores._fields if name in arguments}
@@ -143,6 +145,7 @@ def _baseline(
     total = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
     total |= {name: torch.zeros_like(arguments[name], dtype=torch.float32) for name in "qkv"}
     sizes = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
+    least = dict.fromkeys("qkv", 0.25)
     for idx, (own_q, own_k, own_v) in enumerate(dense):
         if not len(own_q) or not len(own_k):
             continue
@@ -163,12 +166,13 @@ def _baseline(
         )
         for name, where in (("q", rows), ("k", keys), ("v", keys)):
             _take(case, total[name], idx, where).copy_(found[name][0])
+            least[name] = max(least[name], found.get(f"size of {name}", 0.0))
         for name in parameters:
             if found[name] is not None:
                 total[name] += found[name]
                 sizes[name] += found.get(f"size of {name}", 0.0)
     largest = {name: size.max().item() for name, size in sizes.items() if size.numel()}
-    return total, {name: max(1.0, size) for name, size in largest.items()}
+    return total, {name: max(1.0, largest.get(name, 0.0)) for name in sizes} | least
 
 
 def _rows_of(seqs: Any, idx: int, length: int) -> slice:
@@ -235,15 +239,19 @@ def _sequence_baseline(
     inputs = [raw, *(parameters[name] for name in added)]
     graph = torch.autograd.grad(scores, inputs, d_s, allow_unused=True, retain_graph=True)
     found: dict[str, Any] = dict(zip(added, graph[1:], strict=True))
+    # delta is a sum of rounded products: its error is one for all keys of a row. (With a single key
+    # in sight nothing else is left of dS.)
+    rounding = (out * d_o).square().sum(3, keepdim=True).sqrt()
+    noise = p * rounding
     # No parameter enters scores with both signs.
-    terms = torch.autograd.grad(scores, inputs, d_s.abs(), allow_unused=True)[1:]
+    terms = torch.autograd.grad(scores, inputs, d_s.abs() + noise, allow_unused=True)[1:]
     for name, size in zip(added, terms, strict=True):
         if size is not None:
             found[f"size of {name}"] = size.abs()
     if "sinks" in parameters:
         weight = torch.exp(sinks - whole).masked_fill(blind, 0.0)
         found["sinks"] = -(weight * delta).sum((0, 2, 3))
-        found["size of sinks"] = (weight * delta).abs().sum((0, 2, 3))
+        found["size of sinks"] = (weight * (delta.abs() + rounding)).sum((0, 2, 3))
     d_raw = rounded(graph[0])
     d_q = rounded(torch.matmul(d_raw, wide_k) * scale)
 
@@ -252,13 +260,24 @@ def _sequence_baseline(
 
     d_k = grouped(torch.matmul(d_raw.transpose(2, 3), q) * scale)
     d_v = grouped(torch.matmul(rounded(p * kept).transpose(2, 3), d_o))
+    noise_q = torch.matmul(noise, wide_k) * scale
+    of_keys = torch.matmul(noise.square().transpose(2, 3), q.square()).sqrt() * abs(scale)
+    noise_k = of_keys.unflatten(1, (-1, group)).square().sum(2).sqrt()
     ends = [raw_q, raw_k, *([parameters["head_scale"]] if "head_scale" in parameters else [])]
     if units[0] is raw_q:
         through = [d_q, d_k]
     else:
-        through = list(torch.autograd.grad(units, ends, (d_q, d_k), allow_unused=True))
+        back = partial(torch.autograd.grad, units, ends, allow_unused=True, retain_graph=True)
+        through = list(back((d_q, d_k)))
+        noise_q, noise_k = back((noise_q, noise_k))[:2]
+    for name, size in (("q", noise_q), ("k", noise_k)):
+        found[f"size of {name}"] = size.abs().max().item() if size.numel() else 0.0
     if "head_scale" in parameters:
         found["head_scale"] = through[2]
+        # Slices add to it with both signs, and so do their roundings: as a random walk.
+        slices = [x.unflatten(3, (changes.qk_norm.groups, -1)) for x in (raw_q.detach(), d_q)]
+        along = (torch.nn.functional.normalize(slices[0], dim=4) * slices[1]).sum(4)
+        found["size of head_scale"] = 2 * along.square().sum((0, 2, 3)).sqrt()
     for name, gradient in (("q", through[0]), ("k", through[1]), ("v", d_v)):
         found[name] = gradient.transpose(1, 2)
     return found
