@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _HEADS: Final = 16
 #: Of the sparse rules, those that users train with.
 _PATTERNS: Final = (
+    "window 1024",
     "window 1024, first 4",
     "window 4096, first 4",
     "local 16, stride 8, blocks of 64",

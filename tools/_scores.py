@@ -80,10 +80,10 @@ def attended_cases() -> dict[str, tuple[float, dict[str, Any]]]:
             {"relative_bias": torch.randn(_HEADS, 1025, device="cuda")},
         ),
     }
-    for left in (1024, 4096):
-        seen = (left + 1) * _LENGTH - left * (left + 1) / 2 + _KEPT * (_LENGTH - left - 1 - _KEPT)
-        window = jitattn.Window(left, 0, keep_first=_KEPT)
-        cases[f"window {left}, first {_KEPT}"] = (seen, {"mask": window})
+    for left, kept in ((1024, 0), (1024, _KEPT), (4096, _KEPT)):
+        seen = (left + 1) * _LENGTH - left * (left + 1) / 2 + kept * (_LENGTH - left - 1 - kept)
+        name = f"window {left}, first {kept}" if kept else f"window {left}"
+        cases[name] = (seen, {"mask": jitattn.Window(left, 0, keep_first=kept)})
     for block, local, stride in ((64, 16, 8), (64, 32, 8), (32, 32, 8), (16, 64, 8), (16, 16, 8)):
         rule = jitattn.LocalStride(block, local, stride, homo_head=True)
         name = f"local {local}, stride {stride}, blocks of {block}"
