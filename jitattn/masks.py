@@ -293,7 +293,7 @@ _FULL = Full()
 class Both(_Mask):
     """What a rule of positions and tensors let through together; made by `&`."""
 
-    rule: Rule = _FULL
+    rule: Rule  # a default would end a graph of torch 2.11
     key_padding: KeyPadding | None = None
     dense: Dense | None = None
 
