@@ -25,10 +25,14 @@ if TYPE_CHECKING:
 
 #: Names that programs import, and the modules of ours that answer to them.
 DOORS: Final = {
+    "dkernel": "jitattn.compat.dkernel",
     "fast_ops": "jitattn.compat.fast_ops",
     "flash_attn": "jitattn.compat.flash_attn",
+    "flash_attn_2_cuda": "jitattn.compat.flash_attn_2_cuda",
+    "flash_attn_2_cuda_vllm": "jitattn.compat.flash_attn_2_cuda",
     "flash_attn_vllm": "jitattn.compat.flash_attn",
     "flash_cosine_sim_attention": "jitattn.compat.flash_cosine_sim_attention",
+    "warp_attention": "jitattn.compat.warp_attention",
 }
 
 
@@ -123,7 +127,7 @@ def alias(name: str, *, shadow: bool = False) -> Alias:
     """
     if name not in DOORS:
         raise InvalidInputError(f"alias({name!r}): it must be one of {', '.join(DOORS)}")
-    if not shadow and _is_installed(name):
+    if not shadow and is_installed(name):
         raise InvalidInputError(
             f"alias({name!r}): a package of that name is installed; pass shadow=True to be found "
             "before it"
@@ -131,8 +135,8 @@ def alias(name: str, *, shadow: bool = False) -> Alias:
     return Alias(name, DOORS[name])
 
 
-def _is_installed(name: str) -> bool:
-    """Whether the name leads to a module that is not one of ours."""
+def is_installed(name: str) -> bool:
+    """Return whether the name leads to a module that is not one of ours."""
     for finder in sys.meta_path:
         if isinstance(finder, Alias):
             continue

@@ -5,7 +5,7 @@ What differs, on purpose: `keep_first` is right for windows of every size; `forc
 in the backward pass; pages may have any size; softcap and dropout go together; fp32 and every head
 dim up to 256 are taken; the LSE of a causal call with ALiBi slopes is that of the scores as
 documented, without a shift of each row. Dropout draws other weights than the original from the same
-seed. S_dmask is not computed: `return_attn_probs` goes without dropout only.
+seed, to 2^-16 rather than 2^-8, and S_dmask says which.
 """
 
 from __future__ import annotations

@@ -3,24 +3,57 @@
 All of them: fp16, bf16 or fp32; Hq a multiple of Hkv; `window_size` (left, right) in keys beside a
 query's own, -1 for no bound, `causal` sets right to 0; both aligned to the bottom right. With
 `return_attn_probs` the result is (out, lse, S_dmask): lse [B, Hq, Lq] or [Hq, total], +inf for rows
-that see nothing, and S_dmask empty.
+that see nothing, and S_dmask [B, Hq, Lq, Lkv], lengths rounded up to 128, as the original's tests
+want it; without dropout it is empty.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from jitattn.attention import attention
-from jitattn.errors import InvalidInputError, UnsupportedError
-from jitattn.kvcache import attention_with_kvcache
-from jitattn.masks import Causal, Full, Window
-from jitattn.rotary import Rotary
-from jitattn.sequences import Paged, Ragged
+from jitattn.compat.flash_attn._extension import dmask_of, fwd_kvcache
+from jitattn.compat.flash_attn._operators import (
+    _flash_attn_backward,
+    _flash_attn_forward,
+    _flash_attn_varlen_backward,
+    _flash_attn_varlen_forward,
+    _varlen_fwd,
+    _wrapped_flash_attn_backward,
+    _wrapped_flash_attn_forward,
+    _wrapped_flash_attn_varlen_backward,
+    _wrapped_flash_attn_varlen_forward,
+)
+from jitattn.compat.flash_attn._translate import DMASK_BLOCK, keys_of, mask_of, their_lse
+from jitattn.dropout import dropout_state
+from jitattn.sequences import Ragged
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from jitattn.masks import Mask
+
+__all__ = [
+    "_flash_attn_backward",
+    "_flash_attn_forward",
+    "_flash_attn_varlen_backward",
+    "_flash_attn_varlen_forward",
+    "_get_block_size_n",
+    "_varlen_fwd",
+    "_wrapped_flash_attn_backward",
+    "_wrapped_flash_attn_forward",
+    "_wrapped_flash_attn_varlen_backward",
+    "_wrapped_flash_attn_varlen_forward",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
 
 
 def flash_attn_func(
@@ -62,11 +95,11 @@ def flash_attn_func(
     -------
     Tensor, [B, Lq, Hq, D], or three with `return_attn_probs`
     """
-    rule = _mask(causal, window_size, keep_first, force_fa_decode)
+    rule = mask_of(causal, window_size, keep_first, force_fa_decode)
     given = _arguments(
-        rule, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, return_attn_probs
+        rule, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, return_attn_probs, q
     )
-    return _result(attention(q, k, v, **given), return_attn_probs)
+    return _call(q, k, v, given)
 
 
 def flash_attn_kvpacked_func(
@@ -174,25 +207,13 @@ def flash_attn_varlen_func(
 
     The others, and the result, are those of `flash_attn_func`.
     """
-    longest = int(max_seqlen_k)
-    kv_seqs: Paged | Ragged = Ragged.from_cu_seqlens(cu_seqlens_k, longest)
-    if block_table is not None or seqused_k is not None or leftpad_k is not None:
-        start = cu_seqlens_k[:-1]
-        lengths = cu_seqlens_k[1:] - start if seqused_k is None else seqused_k
-        if leftpad_k is not None:
-            start, lengths = start + leftpad_k, lengths - leftpad_k
-        kv_seqs = Ragged(start, lengths, longest)
-        if block_table is not None:
-            if leftpad_k is not None:
-                raise InvalidInputError("leftpad_k and block_table: pages begin with keys")
-            kv_seqs = Paged(block_table, lengths, max_length=longest)
-    rule = _mask(causal, window_size, keep_first, force_fa_decode)
+    rule = mask_of(causal, window_size, keep_first, force_fa_decode)
     given = _arguments(
-        rule, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, return_attn_probs
+        rule, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, return_attn_probs, q
     )
-    q_seqs = Ragged.from_cu_seqlens(cu_seqlens_q, int(max_seqlen_q))
-    out = attention(q, k, v, q_seqs=q_seqs, kv_seqs=kv_seqs, **given)
-    return _result(out, return_attn_probs)
+    given["q_seqs"] = Ragged.from_cu_seqlens(cu_seqlens_q, int(max_seqlen_q))
+    given["kv_seqs"] = keys_of(cu_seqlens_k, max_seqlen_k, block_table, seqused_k, leftpad_k)
+    return _call(q, k, v, given)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -323,51 +344,41 @@ def flash_attn_with_kvcache(
     -------
     Tensor, [B, Lq, Hq, D], or (out, lse)
     """
-    if (rotary_cos is None) != (rotary_sin is None):
-        raise InvalidInputError("rotary_cos and rotary_sin: give both, or neither")
-    rotary = None
-    if rotary_cos is not None and rotary_sin is not None:
-        rotary = Rotary(rotary_cos, rotary_sin, interleaved=rotary_interleaved)
-    length = cache_seqlens
-    if length is None:
-        if k is not None:
-            raise InvalidInputError("k and v need cache_seqlens: where in the cache do they go?")
-        length = k_cache.shape[1]
-        if block_table is not None:
-            length *= block_table.shape[1]
-    result = attention_with_kvcache(
+    if isinstance(cache_seqlens, int):
+        cache_seqlens = torch.full(q.shape[:1], cache_seqlens, dtype=torch.int32, device=q.device)
+    out, lse = fwd_kvcache(
         q,
         k_cache,
         v_cache,
         k,
         v,
-        length=length,
-        rotary=rotary,
-        left_pad=cache_leftpad,
-        batch_idx=cache_batch_idx,
-        block_table=block_table,
-        mask=_mask(causal, window_size, keep_first, force_fa_decode),
-        scale=softmax_scale,
-        num_splits=num_splits or None,
-        return_lse=return_softmax_lse,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap or None,
+        cache_seqlens,
+        rotary_cos,
+        rotary_sin,
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
+        alibi_slopes,
+        None,
+        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        causal,
+        window_size[0],
+        window_size[1],
+        softcap,
+        keep_first,
+        force_fa_decode,
+        rotary_interleaved,
+        num_splits,
     )
-    return (result[0], _their_lse(result[1])) if return_softmax_lse else result
+    return (out, lse) if return_softmax_lse else out
 
 
-def _mask(
-    causal: bool, window_size: tuple[int, int], keep_first: int, force_fa_decode: bool
-) -> Mask:
-    """Return the rule; without a bound on the left, `keep_first` and the like mean nothing."""
-    left, right = window_size
-    if causal:
-        right = 0
-    if left < 0:
-        if right < 0:
-            return Full()
-        return Causal() if right == 0 else Window(None, right)
-    return Window(left, None if right < 0 else right, keep_first, bool(force_fa_decode))
+def _get_block_size_n(
+    device: torch.device, head_dim: int, is_dropout: bool, is_causal: bool
+) -> int:
+    """Return the keys between two updates of the maximum that S_dmask is relative to."""
+    del device, head_dim, is_dropout, is_causal
+    return DMASK_BLOCK
 
 
 def _arguments(
@@ -378,13 +389,9 @@ def _arguments(
     alibi_slopes: Tensor | None,
     deterministic: bool,
     return_attn_probs: bool,
+    q: Tensor,
 ) -> dict[str, Any]:
-    if return_attn_probs and dropout_p > 0.0:
-        raise UnsupportedError(
-            f"return_attn_probs with dropout_p={dropout_p}: S_dmask is not computed; "
-            "jitattn.attention takes a dropout_state, and jitattn.dropout_mask returns its mask"
-        )
-    return {
+    given: dict[str, Any] = {
         "mask": mask,
         "scale": softmax_scale,
         "dropout_p": dropout_p,
@@ -393,15 +400,15 @@ def _arguments(
         "deterministic": deterministic,
         "return_lse": return_attn_probs,
     }
+    if return_attn_probs and dropout_p > 0.0:  # S_dmask is drawn from it once more
+        given["dropout_state"] = dropout_state(q.device)
+    return given
 
 
-def _result(result: Any, return_attn_probs: bool) -> Any:  # noqa: ANN401
-    if not return_attn_probs:
-        return result
-    out, lse = result
-    return out, _their_lse(lse), out.new_empty(0)
-
-
-def _their_lse(lse: Tensor) -> Tensor:
-    """Rows that see nothing have +inf there."""
-    return lse.masked_fill(lse == float("-inf"), float("inf"))
+def _call(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> Any:  # noqa: ANN401
+    """Call the core: out, or (out, lse, S_dmask)."""
+    if not given["return_lse"]:
+        return attention(q, k, v, **given)
+    out, lse = attention(q, k, v, **given)
+    dmask = dmask_of(q, k, given) if "dropout_state" in given else out.new_empty(0)
+    return out, their_lse(lse), dmask

@@ -1,0 +1,368 @@
+"""The extension module under FlashAttention's functions, with SWAA's arguments; no autograd.
+
+Names, order and results are those of the original: tensors in, a list of tensors out. `keep_first`
+and `force_fa_decode` follow `softcap` everywhere, `bwd` and `varlen_bwd` included, where they hold
+as well (the original ignores the latter there). LSEs are [B, Hq, Lq] or [Hq, total], +inf for rows
+that see nothing; `rng_state` is a dropout's, int64 [2], 0 without one. Windows, dtypes and head
+dims as in `jitattn.compat.flash_attn`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import jitattn.ops  # noqa: F401 - registers the operators
+from jitattn.attention import attention, bind
+from jitattn.compat.flash_attn._translate import (
+    keys_of,
+    mask_of,
+    our_lse,
+    parts_of,
+    rounded_up,
+    s_dmask,
+    their_lse,
+)
+from jitattn.dropout import dropout_state
+from jitattn.errors import InvalidInputError
+from jitattn.kvcache import attention_with_kvcache
+from jitattn.ops import encode
+from jitattn.rotary import Rotary
+from jitattn.sequences import Ragged
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from jitattn.sequences import Paged
+
+
+def fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    alibi_slopes: Tensor | None,
+    p_dropout: float,
+    softmax_scale: float,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    keep_first: int,
+    force_fa_decode: bool,
+    return_softmax: bool,
+    gen: torch.Generator | None,
+) -> list[Tensor]:
+    """Compute attention of q [B, Lq, Hq, D] and k, v [B, Lkv, Hkv, D].
+
+    Returns
+    -------
+    [out, lse, S_dmask, rng_state]
+        S_dmask is empty unless `return_softmax`, which needs a dropout.
+    """
+    window = (window_size_left, window_size_right)
+    mask = mask_of(is_causal, window, keep_first, force_fa_decode)
+    given = _given(mask, softmax_scale, softcap, alibi_slopes)
+    return _forward(q, k, v, out, given, p_dropout, return_softmax, gen)
+
+
+def varlen_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor | None,
+    leftpad_k: Tensor | None,
+    block_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    p_dropout: float,
+    softmax_scale: float,
+    zero_tensors: bool,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    keep_first: int,
+    force_fa_decode: bool,
+    return_softmax: bool,
+    gen: torch.Generator | None,
+) -> list[Tensor]:
+    """Compute attention of sequences one after another, or with keys in pages of any size.
+
+    With `seqused_k`, `cu_seqlens_k` counts for nothing but where sequences start, and for nothing
+    at all with `block_table`. No page number is special. `zero_tensors` clears what of `out`
+    belongs to no sequence.
+
+    Returns
+    -------
+    [out, lse, S_dmask, rng_state]
+    """
+    window = (window_size_left, window_size_right)
+    mask = mask_of(is_causal, window, keep_first, force_fa_decode)
+    given = _given(mask, softmax_scale, softcap, alibi_slopes)
+    if zero_tensors and out is not None:
+        out.zero_()
+    given["q_seqs"] = Ragged.from_cu_seqlens(cu_seqlens_q, int(max_seqlen_q))
+    given["kv_seqs"] = keys_of(cu_seqlens_k, max_seqlen_k, block_table, seqused_k, leftpad_k)
+    return _forward(q, k, v, out, given, p_dropout, return_softmax, gen)
+
+
+def bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    alibi_slopes: Tensor | None,
+    p_dropout: float,
+    softmax_scale: float,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    keep_first: int,
+    force_fa_decode: bool,
+    deterministic: bool,
+    gen: torch.Generator | None,
+    rng_state: Tensor | None,
+) -> list[Tensor]:
+    """Compute the gradients of `fwd`, into dq, dk and dv where they are given.
+
+    Returns
+    -------
+    [dq, dk, dv, softmax_d]
+        softmax_d is rowsum(dout * out), fp32 [B, Hq, Lq rounded up to 128].
+    """
+    del gen
+    window = (window_size_left, window_size_right)
+    mask = mask_of(is_causal, window, keep_first, force_fa_decode)
+    given = _given(mask, softmax_scale, softcap, alibi_slopes)
+    given["deterministic"] = deterministic
+    results = _backward(dout, q, k, v, out, softmax_lse, given, p_dropout, rng_state)
+    room = rounded_up(q.shape[1]) - q.shape[1]
+    softmax_d = torch.nn.functional.pad(_row_sums(dout, out).transpose(1, 2), (0, room))
+    return [*_into((dq, dk, dv), results), softmax_d.contiguous()]
+
+
+def varlen_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    alibi_slopes: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    p_dropout: float,
+    softmax_scale: float,
+    zero_tensors: bool,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    keep_first: int,
+    force_fa_decode: bool,
+    deterministic: bool,
+    gen: torch.Generator | None,
+    rng_state: Tensor | None,
+) -> list[Tensor]:
+    """Compute the gradients of `varlen_fwd`; rows that belong to no sequence get 0.
+
+    Returns
+    -------
+    [dq, dk, dv, softmax_d]
+        softmax_d is fp32 [Hq, total + 128 B]; row i of sequence b is column cu[b] + 128 b + i.
+    """
+    del gen, zero_tensors
+    window = (window_size_left, window_size_right)
+    mask = mask_of(is_causal, window, keep_first, force_fa_decode)
+    given = _given(mask, softmax_scale, softcap, alibi_slopes)
+    given["deterministic"] = deterministic
+    given["q_seqs"] = Ragged.from_cu_seqlens(cu_seqlens_q, int(max_seqlen_q))
+    given["kv_seqs"] = keys_of(cu_seqlens_k, max_seqlen_k)
+    results = _backward(dout, q, k, v, out, softmax_lse, given, p_dropout, rng_state)
+    row = torch.arange(q.shape[0], device=q.device)
+    sequence = torch.searchsorted(cu_seqlens_q[1:].contiguous(), row, right=True)
+    num_seqs = cu_seqlens_q.shape[0] - 1
+    sums = _row_sums(dout, out).transpose(0, 1)
+    softmax_d = sums.new_zeros(q.shape[1], q.shape[0] + 128 * num_seqs)
+    softmax_d[:, row + 128 * sequence.clamp(max=max(0, num_seqs - 1))] = sums
+    return [*_into((dq, dk, dv), results), softmax_d]
+
+
+def fwd_kvcache(
+    q: Tensor,
+    kcache: Tensor,
+    vcache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    seqlens_k: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    leftpad_k: Tensor | None,
+    block_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    out: Tensor | None,
+    softmax_scale: float,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    keep_first: int,
+    force_fa_decode: bool,
+    is_rotary_interleaved: bool,
+    num_splits: int,
+) -> list[Tensor]:
+    """Append k and v to a cache in place and attend to it, as `flash_attn_with_kvcache` does.
+
+    Returns
+    -------
+    [out, lse]
+    """
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise InvalidInputError("rotary_cos and rotary_sin: give both, or neither")
+    rotary = None
+    if rotary_cos is not None and rotary_sin is not None:
+        rotary = Rotary(rotary_cos, rotary_sin, interleaved=bool(is_rotary_interleaved))
+    length: Tensor | int | None = seqlens_k
+    if length is None:
+        if k is not None:
+            raise InvalidInputError("k and v need cache_seqlens: where in the cache do they go?")
+        length = kcache.shape[1]
+        if block_table is not None:
+            length *= block_table.shape[1]
+    window = (window_size_left, window_size_right)
+    result, lse = attention_with_kvcache(
+        q,
+        kcache,
+        vcache,
+        k,
+        v,
+        length=length,
+        rotary=rotary,
+        left_pad=leftpad_k,
+        batch_idx=cache_batch_idx,
+        block_table=block_table,
+        mask=mask_of(is_causal, window, keep_first, force_fa_decode),
+        scale=softmax_scale,
+        out=out,
+        num_splits=num_splits or None,
+        return_lse=True,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap or None,
+    )
+    return [result, their_lse(lse)]
+
+
+def _given(
+    mask: Any,  # noqa: ANN401 - a mask
+    softmax_scale: float | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+) -> dict[str, Any]:
+    return {
+        "mask": mask,
+        "scale": softmax_scale,
+        "softcap": softcap or None,
+        "alibi_slopes": alibi_slopes,
+    }
+
+
+@torch.no_grad()
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    given: dict[str, Any],
+    p_dropout: float,
+    return_softmax: bool,
+    gen: torch.Generator | None,
+) -> list[Tensor]:
+    if return_softmax and p_dropout <= 0.0:
+        raise InvalidInputError("return_softmax is for calls with dropout: p_dropout is 0")
+    state = None
+    if p_dropout > 0.0:
+        state = dropout_state(q.device, generator=gen)
+        given |= {"dropout_p": p_dropout, "dropout_state": state}
+    result, lse = attention(q, k, v, **given, out=out, return_lse=True)
+    dmask = q.new_empty(0)
+    if return_softmax and state is not None:
+        dmask = dmask_of(q, k, given)
+    rng_state = torch.zeros(2, dtype=torch.int64, device=q.device) if state is None else state
+    if out is None:
+        result = result.contiguous()
+    return [result, their_lse(lse).contiguous(), dmask, rng_state]
+
+
+def dmask_of(q: Tensor, k: Tensor, given: dict[str, Any]) -> Tensor:
+    """Return S_dmask of a call of `attention` with a dropout."""
+    q_seqs: Ragged | None = given.get("q_seqs")
+    kv_seqs: Ragged | Paged | None = given.get("kv_seqs")
+    sizes = q.shape[1], k.shape[1]
+    if isinstance(q_seqs, Ragged) and isinstance(kv_seqs, Ragged):
+        sizes = q_seqs.max_length(), kv_seqs.max_length()
+    return s_dmask(
+        parts_of(q.detach(), q_seqs),
+        parts_of(k.detach(), kv_seqs),
+        sizes,
+        given["mask"],
+        given["scale"],
+        given["softcap"],
+        given["alibi_slopes"],
+        given["dropout_p"],
+        given["dropout_state"],
+    )
+
+
+@torch.no_grad()
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    given: dict[str, Any],
+    p_dropout: float,
+    rng_state: Tensor | None,
+) -> list[Tensor]:
+    if p_dropout > 0.0:
+        if rng_state is None:
+            raise InvalidInputError(
+                f"p_dropout={p_dropout} without rng_state: give the one that fwd returned, so that "
+                "the same weights are dropped"
+            )
+        given |= {"dropout_p": p_dropout, "dropout_state": rng_state}
+    tensors, call = bind(q, k, v, given)
+    q, k, v = (tensors[name] for name in "qkv")
+    found: list[Tensor] = torch.ops.jitattn.attention_backward(
+        dout, torch.zeros_like(softmax_lse), q, k, v, out, our_lse(softmax_lse), *encode(call), []
+    )
+    return found
+
+
+def _into(given: tuple[Tensor | None, ...], results: list[Tensor]) -> list[Tensor]:
+    """Write results where the caller wants them."""
+    pairs = zip(given, results, strict=True)
+    return [result if room is None else room.copy_(result) for room, result in pairs]
+
+
+def _row_sums(dout: Tensor, out: Tensor) -> Tensor:
+    return (dout.float() * out.float()).sum(-1)

@@ -1,0 +1,151 @@
+"""FlashAttention's arguments and results in jitattn's terms, and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from jitattn.dropout import dropout_mask
+from jitattn.errors import InvalidInputError, UnsupportedError
+from jitattn.masks import Causal, Full, Window
+from jitattn.reference import Scores, attended
+from jitattn.sequences import Paged, Ragged
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from jitattn.masks import Mask
+
+#: Keys between two updates of the running maximum that S_dmask is relative to.
+DMASK_BLOCK: Final = 64
+#: Lq and Lkv of S_dmask are multiples of this.
+_DMASK_UNIT: Final = 128
+
+
+def mask_of(
+    causal: bool, window_size: Sequence[int], keep_first: int, force_fa_decode: bool
+) -> Mask:
+    """Return the rule; without a bound on the left, `keep_first` and the like mean nothing."""
+    left, right = (int(reach) for reach in window_size)
+    if causal:
+        right = 0
+    if left < 0:
+        if right < 0:
+            return Full()
+        return Causal() if right == 0 else Window(None, right)
+    return Window(left, None if right < 0 else right, int(keep_first), bool(force_fa_decode))
+
+
+def keys_of(
+    cu_seqlens_k: Tensor,
+    max_seqlen_k: int,
+    block_table: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+) -> Ragged | Paged:
+    """Return where the keys of sequences lie.
+
+    Raises
+    ------
+    InvalidInputError
+        `leftpad_k` and `block_table` are given together.
+    """
+    longest = int(max_seqlen_k)
+    if block_table is None and seqused_k is None and leftpad_k is None:
+        return Ragged.from_cu_seqlens(cu_seqlens_k, longest)
+    start = cu_seqlens_k[:-1]
+    lengths = cu_seqlens_k[1:] - start if seqused_k is None else seqused_k
+    if block_table is not None:
+        if leftpad_k is not None:
+            raise InvalidInputError("leftpad_k and block_table: pages begin with keys")
+        return Paged(block_table, lengths, max_length=longest)
+    if leftpad_k is not None:
+        start, lengths = start + leftpad_k, lengths - leftpad_k
+    return Ragged(start, lengths, longest)
+
+
+def their_lse(lse: Tensor) -> Tensor:
+    """Rows that see nothing have +inf there."""
+    return lse.masked_fill(lse == float("-inf"), float("inf"))
+
+
+def our_lse(lse: Tensor) -> Tensor:
+    """And -inf here."""
+    return lse.masked_fill(lse == float("inf"), float("-inf"))
+
+
+def rounded_up(length: int) -> int:
+    """Return a length as S_dmask has it."""
+    return -(-length // _DMASK_UNIT) * _DMASK_UNIT
+
+
+@torch.no_grad()
+def s_dmask(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    sizes: tuple[int, int],
+    mask: Mask,
+    scale: float | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+    state: Tensor,
+) -> Tensor:
+    """Compute what the original returns to its tests: weights, negative where dropped.
+
+    A weight is exp(score - m), where m is the largest score of its row from the `DMASK_BLOCK` keys
+    that it is among to the last key: blocks are visited from the right. Plain PyTorch, and a
+    Lq x Lkv tensor, as there.
+
+    Parameters
+    ----------
+    queries, keys : Tensor [Lq, Hq, D] and [Lkv, Hkv, D] of each sequence
+    sizes : (int, int)
+        The largest lengths.
+    state : Tensor, int64 [2]
+        Of the dropout.
+
+    Returns
+    -------
+    Tensor, [B, Hq, Lq, Lkv], dtype of q; lengths rounded up to multiples of 128, filled with 0
+    """
+    heads = queries[0].shape[1]
+    shape = (len(queries), heads, *(rounded_up(size) for size in sizes))
+    result = queries[0].new_zeros(shape)
+    stays = dropout_mask(state, dropout_p, len(queries), heads, *sizes)
+    changes = Scores(alibi_slopes=alibi_slopes, softcap=softcap)
+    for idx, (q, k) in enumerate(zip(queries, keys, strict=True)):
+        len_q, len_kv = len(q), len(k)
+        if not len_q or not len_kv:
+            continue
+        wide_k = k.float().transpose(0, 1).repeat_interleave(heads // k.shape[1], 0)
+        scores = torch.matmul(q.float().transpose(0, 1), wide_k.transpose(1, 2))
+        scores = scores * (q.shape[2] ** -0.5 if scale is None else scale)
+        scores = changes.of_sequence(idx).apply(scores[None])[0]
+        seen = attended(mask, 1, heads, k.shape[1], len_q, len_kv, device=q.device)[0]
+        scores = scores.masked_fill(~seen, float("-inf"))
+        room = -len_kv % DMASK_BLOCK
+        blocks = torch.nn.functional.pad(scores, (0, room), value=float("-inf"))
+        blocks = blocks.reshape(heads, len_q, -1, DMASK_BLOCK)
+        highest = blocks.amax(3).flip(2).cummax(2).values.flip(2)[..., None]
+        weights = torch.exp(blocks - highest).masked_fill(torch.isneginf(blocks), 0.0)
+        weights = weights.flatten(2)[..., :len_kv]
+        weights = torch.where(stays[idx, :, :len_q, :len_kv], weights, -weights)
+        result[idx, :, :len_q, :len_kv] = weights.to(q.dtype)
+    return result
+
+
+def parts_of(x: Tensor, seqs: Ragged | Paged | None) -> list[Tensor]:
+    """Return each sequence's own rows, [L, H, D]; reads lengths from the device."""
+    if isinstance(seqs, Paged):
+        raise UnsupportedError(
+            "return_attn_probs with dropout and block_table: S_dmask is computed of keys that lie "
+            "one after another; gather the pages first"
+        )
+    if seqs is None or seqs.start is None:
+        return list(x)
+    spans = zip(seqs.start.tolist(), seqs.length.tolist(), strict=True)
+    return [x[start : start + length] for start, length in spans]

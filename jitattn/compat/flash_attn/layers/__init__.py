@@ -1,0 +1,1 @@
+"""Layers that callers import beside the attention functions."""
