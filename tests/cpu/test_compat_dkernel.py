@@ -1,0 +1,356 @@
+"""The door of dkernel, against dense fp64 of its documented semantics."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import jitattn
+from jitattn.compat.dkernel import (
+    LocalStrideSparseAttention,
+    SparseAttention,
+    combine_attn_partitions,
+    get_sparse_attn_mask,
+    utils,
+)
+from tests.support.compare import rel_l2
+from tests.support.compat_dkernel import blocks, dense
+
+D, SIZE = 16, 16
+
+
+def tensors(
+    len_q: int, len_kv: int, heads: tuple[int, int] = (4, 2), seed: int = 0
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((2, len_q, heads[0], D), (2, len_kv, heads[1], D), (2, len_kv, heads[1], D))
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+def check(result: Tensor, truth: Tensor, leaves: list[Tensor]) -> None:
+    """Values, and gradients of all leaves."""
+    assert result.shape == truth.shape
+    assert rel_l2(result, truth) < 1e-5
+    d_out = torch.randn(truth.shape, generator=torch.Generator().manual_seed(7))
+    got = torch.autograd.grad(result, leaves, d_out)
+    wanted = torch.autograd.grad(truth, leaves, d_out.double())
+    for one, other in zip(got, wanted, strict=True):
+        assert rel_l2(one, other) < 1e-4
+
+
+RULES: list[dict[str, Any]] = [
+    {},
+    {"num_kv_heads": 2},
+    {"num_kv_heads": 2, "num_dense_heads": 1},
+    {"head_sliding_offset": 1},
+    {"homo_head": True},
+    {"homo_head": True, "num_kv_heads": 2, "head_sliding_offset": 2},
+    {"causal": False},
+    {"causal": False, "num_dense_heads": 1},
+]
+
+
+def rule_of(given: dict[str, Any], heads: int) -> dict[str, Any]:
+    return {
+        "heads_kv": given.get("num_kv_heads") or heads,
+        "offset": given.get("head_sliding_offset", 0),
+        "dense": given.get("num_dense_heads", 0),
+        "causal": given.get("causal", True),
+        "homo": given.get("homo_head", False),
+    }
+
+
+@pytest.mark.parametrize("given", RULES, ids=str)
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_the_pattern(given: dict[str, Any], stride: int) -> None:
+    heads, rows = 4, 7
+    (crow, col), mask, tokens = get_sparse_attn_mask(
+        heads, 100, SIZE, 2, stride, return_dense=True, **given
+    )
+    wanted = blocks(heads, rows, rows, (2, 1 if given.get("causal", True) else 2), stride,
+                    **rule_of(given, heads))  # fmt: skip
+    assert mask.dtype is torch.bfloat16
+    assert torch.equal(mask.bool().expand(heads, rows, rows).cpu(), wanted)
+    assert torch.equal(utils.crow_col_to_dense(crow, col, torch.bool).cpu(), mask.bool().cpu())
+    assert tokens is not None
+    for i, j in ((0, 0), (17, 3), (50, 51), (99, 99), (99, 12), (40, 80)):
+        seen = wanted[:, i // SIZE, j // SIZE] & (not given.get("causal", True) or j <= i)
+        assert torch.equal(tokens[:, i, j].bool().expand(heads).cpu(), seen)
+
+
+def test_parts_of_a_pattern() -> None:
+    whole = get_sparse_attn_mask(4, 128, SIZE, 2, 4)[1]
+    part = get_sparse_attn_mask(4, 32, SIZE, 2, 4, kv_seqlen=64, q_start_position=64,
+                                kv_start_position=32)[1]  # fmt: skip
+    assert torch.equal(part, whole[:, 4:6, 2:6])
+    late, _ = get_sparse_attn_mask(4, 128, SIZE, 2, 4, past_len=32)[1:]
+    assert torch.equal(late, whole[:, 2:])
+    assert get_sparse_attn_mask(4, 128, SIZE, 2, 4, past_len=10)[1].shape[1] == 8
+    relative = get_sparse_attn_mask(4, 64, SIZE, 1, 2, vert_position_type="relative")[1]
+    assert relative[0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize("given", RULES, ids=str)
+@pytest.mark.parametrize("len_q", [100, 1, 40])
+@pytest.mark.parametrize("heads_kv", [4, 2])
+def test_local_stride(given: dict[str, Any], len_q: int, heads_kv: int) -> None:
+    heads = 4
+    q, k, v = tensors(len_q, 100, (heads, heads_kv))
+    layer = LocalStrideSparseAttention(heads, 120, SIZE, 2, 3, seq_dim=1, **given)
+    assert layer.max_seqlen == 128
+    out, lse = layer(q, k, v, return_lse=True)
+    local = (2, 1 if given.get("causal", True) else 2)
+    pattern = blocks(heads, 8, 8, local, 3, **rule_of(given, heads))
+    assert torch.equal(layer.sparse_pattern.expand(heads, 8, 8).cpu(), pattern)
+    truths = [
+        dense(*one, pattern, SIZE, given.get("causal", True)) for one in zip(q, k, v, strict=True)
+    ]
+    check(out, torch.stack([one[0] for one in truths]), [q, k, v])
+    torch.testing.assert_close(lse, torch.stack([one[1] for one in truths]).float())
+    turned = LocalStrideSparseAttention(heads, 120, SIZE, 2, 3, seq_dim=2, **given)
+    again = turned(*(x.transpose(1, 2) for x in (q, k, v)))
+    torch.testing.assert_close(again.transpose(1, 2), out)
+
+
+@pytest.mark.parametrize("given", [{}, {"num_kv_heads": 4, "num_dense_heads": 2}], ids=str)
+@pytest.mark.parametrize("part", [(0, 4), (2, 6), (4, 8), (1, 3)])
+def test_a_part_of_the_heads(given: dict[str, Any], part: tuple[int, int]) -> None:
+    first, last = part
+    layer = LocalStrideSparseAttention(8, 128, SIZE, 1, 4, active_head_range=part, **given)
+    group = 8 // given.get("num_kv_heads", 8)
+    heads_kv = (last - first) // group if first % group == last % group == 0 else last - first
+    q, k, v = tensors(100, 100, (last - first, heads_kv))
+    pattern = blocks(8, 8, 8, (1, 1), 4, **rule_of(given, 8))[first:last]
+    truth = torch.stack([dense(*one, pattern, SIZE)[0] for one in zip(q, k, v, strict=True)])
+    check(layer(q, k, v), truth, [q, k, v])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_pattern_is_met_exactly(seed: int) -> None:
+    chance = random.Random(seed)
+    size = chance.choice((16, 32, 64))
+    len_kv = chance.choice((100, 128, 200))
+    len_q = chance.choice((len_kv, 1, 37))
+    causal, heads = chance.random() < 0.7, chance.choice((1, 4, 2))
+    count = -(-len_kv // size)
+    generator = torch.Generator().manual_seed(seed)
+    pattern = torch.rand(heads, count, count, generator=generator) < 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        layer = SparseAttention(size, pattern.to(torch.uint8), causal=causal,
+                                block_m=128 if causal else None)  # fmt: skip
+    q, k, v = tensors(len_q, len_kv, seed=seed)
+    wide = pattern.repeat_interleave(4 // heads, 0) if heads > 1 else pattern
+    truth = [dense(*one, wide, size, causal, 0.3)[0] for one in zip(q, k, v, strict=True)]
+    check(layer(q, k, v, 0.3), torch.stack(truth), [q, k, v])
+
+
+def test_large_blocks_are_cut() -> None:
+    pattern = torch.tensor([[1, 0], [1, 1]])
+    q, k, v = tensors(500, 500)
+    layer = SparseAttention(256, pattern)
+    truth = [dense(*one, pattern[None].bool(), 256)[0] for one in zip(q, k, v, strict=True)]
+    check(layer(q, k, v), torch.stack(truth), [q, k, v])
+    local = LocalStrideSparseAttention(4, 512, 256, 1, 2)
+    assert local(q, k, v).shape == q.shape
+
+
+def test_a_pattern_of_the_last_queries() -> None:
+    q, k, v = tensors(48, 112)
+    (_, pattern, _) = get_sparse_attn_mask(
+        4, 48, SIZE, 1, 3, kv_seqlen=112, q_start_position=64, dtype=torch.uint8
+    )
+    layer = SparseAttention(SIZE, pattern)
+    truth = [
+        dense(*one, pattern.bool(), SIZE, first_row=64)[0] for one in zip(q, k, v, strict=True)
+    ]
+    check(layer(q, k, v), torch.stack(truth), [q, k, v])
+    with pytest.raises(AssertionError, match="multiple of the block size"):
+        layer(q[:, :47], k, v)
+    with pytest.raises(jitattn.InvalidInputError, match="one length"):
+        layer(q, k, v, seqlens=torch.tensor([100, 90]))
+
+
+@pytest.mark.parametrize("kind", ["left", "right", "both"])
+@pytest.mark.parametrize("len_q", [100, 1, 30])
+def test_paddings(kind: str, len_q: int) -> None:
+    left, right = torch.tensor([7, 20]), torch.tensor([85, 60])
+    given: dict[str, Any] = {}
+    if kind != "right":
+        given["left_paddings"] = left
+    if kind != "left":
+        given["seqlens"] = right if kind == "right" else torch.tensor([80, 41])
+    layer = LocalStrideSparseAttention(4, 128, SIZE, 2, 3, num_kv_heads=2)
+    q, k, v = tensors(len_q, 100)
+    pattern = blocks(4, 8, 8, (2, 1), 3, heads_kv=2)
+    truth = torch.zeros_like(q, dtype=torch.float64)
+    for b in range(2):
+        begin = int(left[b]) if kind != "right" else 0
+        length = 100 - begin if kind == "left" else int(given["seqlens"][b])
+        rows = slice(begin, begin + length)
+        own = rows if len_q == 100 else slice(0, len_q)
+        truth[b, own] = dense(q[b, own], k[b, rows], v[b, rows], pattern, SIZE)[0]
+    check(layer(q, k, v, **given), truth, [q, k, v])
+
+
+@pytest.mark.parametrize("kind", ["prompt", "decode", "chunks"])
+def test_packed(kind: str) -> None:
+    lengths = {"prompt": (30, 70, 1), "decode": (1, 1, 1), "chunks": (5, 33, 1)}[kind]
+    histories = (30, 70, 1) if kind == "prompt" else (60, 90, 17)
+    cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).int() for x in (lengths, histories))
+    q, k, v = (x[0].detach() for x in tensors(sum(lengths), sum(histories)))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    layer = LocalStrideSparseAttention(4, 128, SIZE, 2, 3, num_kv_heads=2)
+    given = {"cu_seqlen_q": cu_q} if kind == "chunks" else {}
+    out, lse = layer(q, k, v, cu_seqlen_k=cu_k, return_lse=True, **given)
+    pattern = blocks(4, 8, 8, (2, 1), 3, heads_kv=2)
+    own = [torch.split(x, n) for x, n in ((q, lengths), (k, histories), (v, histories))]
+    truths = [dense(*one, pattern, SIZE) for one in zip(*own, strict=True)]
+    check(out, torch.cat([one[0] for one in truths]), leaves)
+    torch.testing.assert_close(lse, torch.cat([one[1] for one in truths], 1).float())
+    with pytest.raises(ValueError, match="cu_seqlen_q"):
+        layer(q[:2], k, v, cu_seqlen_k=cu_k)
+    with pytest.raises(AssertionError, match="cu_seqlen_k"):
+        layer(q, k, v)
+
+
+def test_packed_projections() -> None:
+    packed = torch.randn(2, 50, 8, D, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    layer = LocalStrideSparseAttention(4, 64, SIZE, 1, 2, num_kv_heads=2)
+
+    def split(x: Tensor) -> tuple[Tensor, ...]:
+        return x.split((4, 2, 2) if x.shape[2] == 8 else (2, 2), 2)
+
+    q, k, v = split(packed)
+    out = layer(q, k, v)
+    assert torch.equal(layer(packed, split_qkv=split), out)
+    assert torch.equal(layer(q, packed[:, :, 4:], split_qkv=split), out)
+    (gradient,) = torch.autograd.grad(layer(packed, split_qkv=split).sum(), packed)
+    assert gradient.shape == packed.shape
+    with pytest.raises(AssertionError, match="split_qkv"):
+        layer(packed)
+
+
+@pytest.mark.parametrize("seq_dim", [1, 2])
+def test_partitions_of_a_sequence(seq_dim: int) -> None:
+    """As in ring attention: a part of the queries against one part of the keys after another."""
+    chunk, count = 32, 3
+    q, k, v = tensors(chunk * count, chunk * count, (3, 3))
+    whole = LocalStrideSparseAttention(3, 96, SIZE, 2, 4)(q, k, v)
+    moved = [x if seq_dim == 1 else x.transpose(1, 2) for x in (q, k, v)]
+    parts = [x.chunk(count, dim=seq_dim) for x in moved]
+    combined = []
+    for i in range(count):
+        results = []
+        for j in range(i + 1):
+            mask = get_sparse_attn_mask(3, chunk, SIZE, 2, 4, q_start_position=i * chunk,
+                                        kv_start_position=j * chunk)[1]  # fmt: skip
+            layer = SparseAttention(SIZE, mask, seq_dim=seq_dim, causal=i == j)
+            results.append(layer(parts[0][i], parts[1][j], parts[2][j], return_lse=True))
+        combined.append(combine_attn_partitions(*results, hdim=3 - seq_dim))
+    out = torch.cat(combined, dim=seq_dim)
+    check(out if seq_dim == 1 else out.transpose(1, 2), whole.double(), [q, k, v])
+
+
+def test_modules_move_and_cast() -> None:
+    layer = SparseAttention(SIZE, torch.ones(2, 2).tril())
+    layer.to(torch.float16)
+    assert layer.sparse_pattern.dtype is torch.bool
+    assert not layer.state_dict()
+    q, k, v = tensors(32, 32)
+    with torch.no_grad():
+        room = torch.empty_like(q)
+        writes = SparseAttention(
+            SIZE, torch.ones(2, 2).tril(), out=room, d_splits=2, inference=True
+        )
+        assert writes(q, k, v) is room
+    torch.testing.assert_close(room, layer(q, k, v))
+    assert torch.equal(layer(q, k, v, 0), layer(q, k, v))  # 0 is the default scale
+
+
+def test_what_the_original_asserts() -> None:
+    pattern = torch.ones(4, 4).tril()
+    for size in (8, 24):
+        with pytest.raises(AssertionError, match="power of two"):
+            SparseAttention(size, pattern)
+    with pytest.raises(AssertionError, match="rows, columns"):
+        SparseAttention(SIZE, pattern[0])
+    with pytest.raises(AssertionError, match="not causal"):
+        SparseAttention(SIZE, pattern, causal=False, block_m=64)
+    with pytest.raises(AssertionError, match="divide"):
+        SparseAttention(SIZE, pattern, block_n=32)
+    with pytest.raises(AssertionError, match="seq_dim"):
+        SparseAttention(SIZE, pattern, seq_dim=3)
+    with pytest.raises(jitattn.InvalidInputError, match="no such argument"):
+        SparseAttention(SIZE, pattern, max_length=3)
+    layer = SparseAttention(SIZE, pattern)
+    with pytest.raises(AssertionError, match="room for 64"):
+        layer(*tensors(100, 100))
+    with pytest.raises(AssertionError, match="3 heads"):
+        SparseAttention(SIZE, torch.ones(3, 4, 4))(*tensors(50, 50))
+    with pytest.warns(UserWarning, match="can drop nothing"):
+        SparseAttention(
+            SIZE, torch.eye(4) + torch.tensor([[0.0], [0], [1], [0]]) * (torch.arange(4) == 0)
+        )
+    for wrong in ({"vert_stride": 0}, {"local_blocks": 0}, {"active_head_range": (1, 2, 3)},
+                  {"homo_head": True, "num_dense_heads": 1}):  # fmt: skip
+        given = {"local_blocks": 2, "vert_stride": 3} | wrong
+        with pytest.raises(AssertionError):
+            LocalStrideSparseAttention(4, 128, SIZE, **given)
+    with pytest.raises(AssertionError, match="hdim"):
+        combine_attn_partitions(hdim=3)
+    for given in ({"vert_position_type": "up"}, {"past_len": 5, "q_start_position": 16},
+                  {"q_start_position": 5}, {"local_blocks": (1, 0), "causal": False},
+                  {"local_blocks": -1, "causal": False}):  # fmt: skip
+        with pytest.raises(AssertionError):
+            get_sparse_attn_mask(4, 64, SIZE, **given)
+
+
+def test_utilities() -> None:
+    pattern = torch.tensor([[[1, 0, 0], [1, 1, 0], [0, 1, 1]], [[1, 0, 0], [0, 1, 0], [0, 0, 1]]])
+    crow, col = utils.dense_to_crow_col(pattern)
+    assert crow.tolist() == [[0, 1, 3, 5], [0, 1, 2, 3]]
+    assert col.tolist() == [[0, 0, 1, 1, 2], [0, 1, 2, -1, -1]]
+    assert torch.equal(utils.crow_col_to_dense(crow, col, torch.int64), pattern)
+    ccol, row = utils.dense_to_ccol_row(pattern)
+    assert torch.equal(utils.ccol_row_to_dense(ccol, row, torch.int64), pattern)
+    flat, flat_col = utils.dense_to_crow_col(pattern[0])
+    assert torch.equal(utils.crow_col_to_dense(flat, flat_col, torch.int64), pattern[0])
+    values = utils.dense_to_crow_col(pattern * 5, include_values=True)
+    assert values[1].shape == (2, 5, 2)
+    assert torch.equal(utils.crow_col_to_dense(*values, torch.int64), pattern * 5)
+    assert utils.is_causal(pattern)
+    assert not utils.is_causal(pattern.transpose(1, 2))
+    assert utils.is_kv_cache_efficient(pattern, 16, 16)
+    assert not utils.is_kv_cache_efficient(
+        torch.tensor([[[1, 0, 0], [0, 1, 0], [1, 0, 1]]]), 16, 16
+    )
+    assert list(utils.get_q_block_ids(20, 30, 16)) == [1, 2, 3]
+    assert utils.multiple_of(17, 16) == 32
+    assert utils.zero_stride(torch.ones(1, 3)).stride() == (0, 1)
+    with pytest.raises(AssertionError, match="at most 1"):
+        utils.zero_stride(torch.ones(2, 3))
+    utils.verify_sparse_pattern(pattern)
+    # Kernel blocks: the pattern's own, halves of its keys, and two of its rows in one.
+    square = torch.tensor([[[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 1, 1]]])
+    same = utils.merge_split_fwd_kernel_blocks(32, square, 32, 32)
+    assert torch.equal(utils.crow_col_to_dense(*same, torch.int64), square)
+    halves = utils.crow_col_to_dense(
+        *utils.merge_split_fwd_kernel_blocks(32, square, 32, 16), torch.int64
+    )
+    assert torch.equal(halves, square.repeat_interleave(2, 2))
+    quarters = utils.crow_col_to_dense(
+        *utils.merge_split_fwd_kernel_blocks(32, square, 16, 16), torch.int64
+    )
+    assert torch.equal(quarters, square.repeat_interleave(2, 1).repeat_interleave(2, 2).tril())
+    merged = utils.merge_split_fwd_kernel_blocks(32, square, 64, 32)
+    assert utils.crow_col_to_dense(*merged, torch.int64).tolist() == [
+        [[64, 64, 0, 0], [64, 32, 64, 64]]
+    ]
+    with pytest.raises(AssertionError, match="block_n"):
+        utils.merge_split_fwd_kernel_blocks(32, square, 32, 64)

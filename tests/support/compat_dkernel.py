@@ -1,0 +1,74 @@
+"""Dense fp64 of dkernel's documented semantics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sees(
+    heads: int,
+    i: int,
+    j: int,
+    local: tuple[int, int],
+    stride: int,
+    *,
+    head: int,
+    heads_kv: int,
+    offset: int = 0,
+    dense: int = 0,
+    causal: bool = True,
+    homo: bool = False,
+) -> bool:
+    """Whether block i sees block j, one at a time."""
+    if causal and j > i:
+        return False
+    own = head // (heads // heads_kv)
+    if own >= heads_kv - dense:
+        return True
+    if not causal:
+        return (max(0, i - j - local[0] + 1) + max(0, j - i - local[1] + 1)) % stride == 0
+    step = max(1, stride // (1 if homo else heads))
+    return i - j < local[0] or (j + (0 if homo else own * step) + offset) % stride == 0
+
+
+def blocks(heads: int, rows: int, columns: int, *rule: object, **more: object) -> Tensor:
+    """The pattern [heads, rows, columns]."""
+    return torch.tensor(
+        [
+            [
+                [sees(heads, i, j, *rule, head=h, **more) for j in range(columns)]  # type: ignore[arg-type]
+                for i in range(rows)
+            ]
+            for h in range(heads)
+        ]
+    )
+
+
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Tensor,
+    size: int,
+    causal: bool = True,
+    scale: float | None = None,
+    first_row: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out [Lq, H, D], lse [H, Lq]) of q [Lq, H, D], k and v [Lkv, Hkv, D].
+
+    pattern: [1 or H, rows, columns]; row 0 is the block of position `first_row`, 0 if left out.
+    """
+    (len_q, heads, dim), (len_kv, heads_kv) = q.shape, k.shape[:2]
+    position = torch.arange(len_q) + len_kv - len_q
+    row = (position - (first_row or 0)) // size
+    key = torch.arange(len_kv)
+    seen = pattern.cpu()[:, row][:, :, key // size]
+    if causal:
+        seen = seen & (key <= position[:, None])
+    wide = [x.double().transpose(0, 1).repeat_interleave(heads // heads_kv, 0) for x in (k, v)]
+    scores = q.double().transpose(0, 1) @ wide[0].transpose(1, 2)
+    scores = scores * (scale or dim**-0.5)
+    scores = scores.masked_fill(~seen.to(q.device), float("-inf"))
+    weights = torch.softmax(scores, 2).nan_to_num(0.0)
+    return (weights @ wide[1]).transpose(0, 1), torch.logsumexp(scores, 2)
