@@ -21,6 +21,7 @@ from jitattn.errors import (
     LaunchError,
     UnsupportedError,
 )
+from jitattn.gears import get_default_gear, set_default_gear
 from jitattn.masks import (
     BlockSparse,
     Causal,
@@ -77,10 +78,12 @@ __all__ = [
     "dropout_mask",
     "dropout_state",
     "explain",
+    "get_default_gear",
     "l2norm",
     "merge",
     "patterns",
     "reference",
+    "set_default_gear",
     "warmup",
 ]
 

@@ -49,6 +49,7 @@ def attention(
     dropout_state: Tensor | None = None,
     qk_norm: L2Norm | None = None,
     deterministic: bool = False,
+    tile_rows: int | None = None,
 ) -> Any:  # noqa: ANN401 - Tensor or (Tensor, Tensor), or arrays of the library that q came from
     """Compute exact scaled dot-product attention, softmax(scale q k^T) v.
 
@@ -75,9 +76,11 @@ def attention(
         Any finite number; negative and 0 too.
     layout : "bshd" or "bhsd"
         With "bhsd", q is [B, Hq, Lq, D] and k, v and out likewise.
-    gear : int, default 2 for 16-bit inputs and 0 for fp32
-        Precision against speed. Today: 2 for 16-bit inputs (FlashAttention-2's numerics), 0, 1 or 2
-        for fp32 ones (all fp32-accurate).
+    gear : int from 0 to 4, default 2 for 16-bit inputs and 0 for fp32
+        Precision against speed. 16-bit inputs: 0 and 1 split P (fp32-accurate), 2 is
+        FlashAttention-2's numerics, 3 sums P V of fp16 in fp16 on the cards that are faster then
+        (GeForce of sm_86 and sm_89); fp32 inputs: 0 to 2 are fp32-accurate, 3 takes one TF32
+        product. 4 is as 3. Gradients have the numerics of gear 2. See `set_default_gear`.
     out : Tensor, [B, Lq, Hq, Dv], optional
         Where to write the result; it may not overlap the inputs.
     out_dtype : torch.dtype, default the dtype of q
@@ -119,6 +122,9 @@ def attention(
     deterministic : bool
         Let the backward pass give the same bits for dq in every run, in 1.3 to 1.4 times its time.
         (Everything else is reproducible in any case.)
+    tile_rows : 16, 64 or 128, optional
+        Which of the three kernels of a call on a GPU is taken, by the query rows of a kv head that
+        its tile is for; chosen if left out. For tuning: results differ in the last bits only.
 
     Returns
     -------
@@ -183,6 +189,7 @@ def attention(
         kv_seqs,
         scores,
         deterministic,
+        tile_rows,
     )
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
         if torch.compiler.is_compiling():

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Final
 
 from jitattn.errors import InternalError
+from jitattn.gears import resolve_numerics
 from jitattn.jit.spec import (
     Access,
     BwdSpec,
@@ -73,11 +74,13 @@ _SQUARES: Final[tuple[_Row, ...]] = (
 def backward_problem(problem: Problem) -> Problem:
     """Return what a forward problem is to its backward kernel.
 
-    Sinks are in the LSE, a fixed shift cancels, and matrices are read where they are.
+    Sinks are in the LSE, a fixed shift cancels, and matrices are read where they are. Whatever the
+    gear, gradients have the numerics of gear 2.
     """
     return replace(
         problem,
         out_dtype=problem.dtype,
+        numerics=resolve_numerics(2, problem.dtype),
         sinks=Switch.OFF,
         fixed_shift=Switch.OFF,
         bias_staged=Staging.OFF,

@@ -23,6 +23,7 @@ from jitattn.jit.params import FWD_SCORE_FIELDS, FWD_SEQ_FIELDS, divisor
 from jitattn.jit.spec import MaskKind, RowClass, SeqLayout
 from jitattn.layouts import parse
 from jitattn.loaded import loaded_kernel
+from jitattn.problem import TILE_ROWS
 from jitattn.scores import NO_LEFT
 from jitattn.sequences import Ragged
 from jitattn.tiles import choose_splits, fwd_spec, heads_per_tile, merge_cost
@@ -111,7 +112,13 @@ def run_parsed(
     return results if call.return_lse else results[0]
 
 
-def plan(problem: Problem, runtime: Runtime, device_index: int, num_splits: int | None) -> Plan:
+def plan(
+    problem: Problem,
+    runtime: Runtime,
+    device_index: int,
+    num_splits: int | None,
+    tile_rows: int | None = None,
+) -> Plan:
     """Choose kernel, packing and splits of a call with at least one row, on the current device.
 
     Raises
@@ -124,7 +131,9 @@ def plan(problem: Problem, runtime: Runtime, device_index: int, num_splits: int 
     packed = _packed(runtime)
     num_rows = runtime.len_q * packed
     rows = RowClass.MANY
-    if num_rows <= RowClass.ROWS64:
+    if tile_rows is not None:
+        rows = TILE_ROWS[tile_rows]
+    elif num_rows <= RowClass.ROWS64:
         rows = RowClass.ROWS16 if num_rows <= RowClass.ROWS16 else RowClass.ROWS64
     kernel = _fwd_kernels.get((problem, rows, device_index))
     if kernel is None:
@@ -279,7 +288,7 @@ def _launch(
     device_index: int,
 ) -> None:
     kernel, _, packed, num_q_tiles, splits, num_slots, num_ctas, block_q = plan(
-        problem, runtime, device_index, call.num_splits
+        problem, runtime, device_index, call.num_splits, call.tile_rows
     )
     stream = torch._C._cuda_getCurrentRawStream(device_index)
     batch, len_q, heads_q = runtime.batch, runtime.len_q, runtime.heads_q

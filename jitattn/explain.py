@@ -12,7 +12,7 @@ from jitattn import cosine
 from jitattn.attention import bind
 from jitattn.bwd_tiles import bwd_spec
 from jitattn.dispatch import is_followed, plan
-from jitattn.gears import default_gear
+from jitattn.gears import gear_of
 from jitattn.jit.device import device
 from jitattn.jit.spec import Access, RowClass
 from jitattn.layouts import parse
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jitattn.jit.spec import Problem
+    from jitattn.problem import Call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +101,7 @@ def explain(
     if q.is_cuda and call.scores.qk_norm is not None and call.scores.qk_norm.normalize:
         call = cosine.call_of_normalized(call, runtime.scale)
         problem, runtime = parse(*cosine.like_normalized(q, k), v, call)
-    gear = default_gear(problem.dtype) if call.gear is None else call.gear
+    gear = gear_of(call.gear, problem.dtype)
     asked: dict[str, str | int] = {
         "batch": runtime.batch,
         "len_q": runtime.len_q,
@@ -136,7 +137,7 @@ def explain(
             why=(why,),
         )
     with torch.cuda.device(q.device):
-        chosen = plan(problem, runtime, q.device.index, num_splits)
+        chosen = plan(problem, runtime, q.device.index, num_splits, call.tile_rows)
     built = chosen.kernel.built
     backward: dict[str, str | int] = {}
     if is_followed(*inputs):
@@ -159,22 +160,24 @@ def explain(
         spill_bytes=built.metadata.spill_bytes,
         smem_bytes=built.metadata.smem_bytes,
         backward=backward,
-        why=_reasons(problem, chosen.rows, chosen.heads_per_tile, chosen.num_splits, num_splits),
+        why=_reasons(problem, chosen.rows, chosen.heads_per_tile, chosen.num_splits, call),
     )
 
 
 def _reasons(
-    problem: Problem, rows: RowClass, packed: int, num_splits: int, asked_splits: int | None
+    problem: Problem, rows: RowClass, packed: int, num_splits: int, call: Call
 ) -> tuple[str, ...]:
     reasons = []
-    if rows is RowClass.MANY:
+    if call.tile_rows is not None:
+        reasons.append(f"tile_rows={call.tile_rows} was asked for")
+    elif rows is RowClass.MANY:
         reasons.append("more than 64 rows a kv head: the tile for long queries")
     else:
         reasons.append(f"at most {rows.value} rows a kv head: the tile for short queries")
     if packed > 1:
         reasons.append(f"the {packed} query heads of a kv head share its tile, and so its reads")
-    if asked_splits is not None:
-        reasons.append(f"num_splits={asked_splits} was asked for")
+    if call.num_splits is not None:
+        reasons.append(f"num_splits={call.num_splits} was asked for")
     elif num_splits > 1:
         reasons.append("too few tiles to fill the GPU: the keys are split")
     elif num_splits == 0:

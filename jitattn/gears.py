@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from jitattn.errors import InvalidInputError, UnsupportedError
+from jitattn.errors import InvalidInputError
 from jitattn.jit.spec import Dtype, Numerics
 
 
@@ -33,7 +33,7 @@ GEARS: Final[dict[int, Gear]] = {
     for gear in (
         Gear(
             number=0,
-            what="every product split hi + lo, accurate exp2 (16-bit inputs: P split)",
+            what="every product split hi + lo (16-bit inputs, whose products are exact: P)",
             rel_l2={Dtype.FP16: 2e-6, Dtype.BF16: 1e-5, Dtype.FP32: 2e-6},
         ),
         Gear(
@@ -48,37 +48,104 @@ GEARS: Final[dict[int, Gear]] = {
         ),
         Gear(
             number=3,
-            what="16-bit accumulation promoted to fp32 every 64 keys where that is faster "
-            "(fp32 inputs: one TF32 pass)",
+            what="fp16 inputs on GeForce cards of sm_86 and sm_89: P V in fp16, promoted every 64 "
+            "keys; else as 2 (fp32 inputs: one TF32 product)",
             rel_l2={Dtype.FP16: 2e-3, Dtype.BF16: 4e-3, Dtype.FP32: 1e-3},
         ),
         Gear(
             number=4,
-            what="INT8 scores with smoothed K; PV in 16 bits, or FP8 on sm_89 (fp32 inputs: as 3)",
-            rel_l2={Dtype.FP16: 6e-2, Dtype.BF16: 6e-2, Dtype.FP32: 1e-3},
+            what="as 3, until INT8 scores are there",
+            rel_l2={Dtype.FP16: 2e-2, Dtype.BF16: 2e-2, Dtype.FP32: 1e-3},
         ),
     )
 }
 
-#: The gear of a call that names none.
+#: The gear of a call that names none, where `set_default_gear` has not said otherwise.
 DEFAULT_GEAR: Final[dict[Dtype, int]] = {Dtype.FP16: 2, Dtype.BF16: 2, Dtype.FP32: 0}
 
-#: What exists today: (gear, input dtype) → numerics class.
-_NUMERICS: Final[dict[tuple[int, Dtype], Numerics]] = {
-    (2, Dtype.FP16): Numerics.F32_ACC,
-    (2, Dtype.BF16): Numerics.F32_ACC,
-    (0, Dtype.FP32): Numerics.TF32X3,
-    (1, Dtype.FP32): Numerics.TF32X3,
-    (2, Dtype.FP32): Numerics.TF32X3,
+_SIXTEEN: Final = (
+    Numerics.SPLIT_P,
+    Numerics.SPLIT_P,
+    Numerics.F32_ACC,
+    Numerics.F32_ACC,
+    Numerics.F32_ACC,
+)
+#: Numerics classes by gear.
+_NUMERICS: Final[dict[Dtype, tuple[Numerics, ...]]] = {
+    Dtype.FP16: _SIXTEEN,
+    Dtype.BF16: _SIXTEEN,
+    Dtype.FP32: (
+        Numerics.TF32X3,
+        Numerics.TF32X3,
+        Numerics.TF32X3,
+        Numerics.TF32,
+        Numerics.TF32,
+    ),
 }
+_default: int | None = None
 
 
-def default_gear(dtype: Dtype) -> int:
-    """Return the gear of a call that names none."""
-    return DEFAULT_GEAR[dtype]
+class DefaultGear:
+    """What `set_default_gear` returns: a context that gives the default before it back."""
+
+    def __init__(self, before: int | None) -> None:
+        self._before = before
+
+    def __enter__(self) -> None:
+        """Nothing is left to do."""
+
+    def __exit__(self, *error: object) -> None:
+        """Give the default back."""
+        set_default_gear(self._before)
 
 
-def resolve_numerics(gear: int | None, dtype: Dtype) -> Numerics:
+def set_default_gear(gear: int | None) -> DefaultGear:
+    """Set the gear of all later calls that name none, in this process.
+
+    Parameters
+    ----------
+    gear : int or None
+        0 to 4; None is the default of each dtype, 2 for 16-bit inputs and 0 for fp32 ones.
+
+    Returns
+    -------
+    DefaultGear
+        To be used as a context, or to be dropped.
+
+    Raises
+    ------
+    InvalidInputError
+        It is no gear.
+
+    Examples
+    --------
+    >>> import jitattn
+    >>> with jitattn.set_default_gear(1):
+    ...     jitattn.get_default_gear()
+    1
+    >>> jitattn.get_default_gear() is None
+    True
+    """
+    global _default
+    if gear is not None:
+        _check(gear, None)
+    before, _default = _default, gear
+    return DefaultGear(before)
+
+
+def get_default_gear() -> int | None:
+    """Return what `set_default_gear` has set, or None."""
+    return _default
+
+
+def gear_of(gear: int | None, dtype: Dtype) -> int:
+    """Return the gear of a call that asks for `gear`, or for none."""
+    if gear is None:
+        gear = _default
+    return DEFAULT_GEAR[dtype] if gear is None else gear
+
+
+def resolve_numerics(gear: int | None, dtype: Dtype, *, has_fast_halves: bool = False) -> Numerics:
     """Return the numerics class that keeps the promise of a gear.
 
     Parameters
@@ -87,26 +154,28 @@ def resolve_numerics(gear: int | None, dtype: Dtype) -> Numerics:
         0 to 4; None means the default: 2 for 16-bit inputs, 0 for fp32 ones.
     dtype : Dtype
         Element type of q, k and v.
+    has_fast_halves : bool
+        Whether the GPU multiplies faster into fp16 accumulators.
 
     Raises
     ------
     InvalidInputError
         `gear` is no gear at all.
-    UnsupportedError
-        The gear exists, but not yet for this dtype.
     """
     if gear is None:
         gear = DEFAULT_GEAR[dtype]
-    elif type(gear) is not int or gear not in GEARS:
+    _check(gear, dtype)
+    if gear >= 3 and has_fast_halves and dtype is Dtype.FP16:
+        return Numerics.F16_ACC
+    return _NUMERICS[dtype][gear]
+
+
+def _check(gear: object, dtype: Dtype | None) -> None:
+    if type(gear) is not int or gear not in GEARS:
+        usual = "2 for 16-bit inputs and 0 for fp32 ones"
+        if dtype is not None:
+            usual = f"{DEFAULT_GEAR[dtype]} for {dtype} inputs"
         raise InvalidInputError(
             f"gear={gear!r}: a gear is an int from 0 (most accurate) to 4 (fastest); "
-            f"leave it out for the default, {DEFAULT_GEAR[dtype]} for {dtype} inputs"
+            f"leave it out for the default, {usual}"
         )
-    numerics = _NUMERICS.get((gear, dtype))
-    if numerics is None:
-        there = ", ".join(str(number) for number, known in _NUMERICS if known is dtype)
-        raise UnsupportedError(
-            f"gear={gear} for {dtype} inputs: this gear is not there yet ({GEARS[gear].what}); "
-            f"use gear {there}"
-        )
-    return numerics

@@ -69,7 +69,7 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
     batch = ours.batch
     problem.check_counts(q, k, v, batch, ours.longest, theirs.longest, ours.heads, theirs.heads)
     problem.check_mask(call.mask)
-    problem.check_options(q, call.gear, call.out_dtype, call.num_splits, call.return_lse)
+    problem.check_options(q, call)
 
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     usual = head_dim**-0.5 if call.scores.qk_norm is None else DEFAULT_SCALE
@@ -98,7 +98,8 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
         scores = scores._replace(
             fields=scores.fields._replace(bias_staged=Staging.OFF, dense_staged=Staging.OFF)
         )
-    facts = (q.dtype, result_dtype, head_dim, head_dim_v, call.gear, aligned, scores.fields.mask)
+    setting = problem.setting_of(call.gear, q)
+    facts = (q.dtype, result_dtype, head_dim, head_dim_v, setting, aligned, scores.fields.mask)
     found = problem.problem_of((*facts, *layouts, *scores.fields[1:]))
     diagonal, params = scores.diagonal, scores.params
     is_listed = found.mask is MaskKind.BLOCK_LISTS

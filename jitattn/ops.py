@@ -219,6 +219,7 @@ def encode(call: Call) -> Encoded:
     writer.number(call.scale)
     writer.integer(call.gear)
     writer.integer(call.num_splits)
+    writer.integer(call.tile_rows)
     writer.integer(call.deterministic)
     writer.sequences(call.q_seqs)
     writer.sequences(call.kv_seqs)
@@ -249,7 +250,7 @@ def decode(tensors: list[Tensor], ints: list[int], floats: list[float]) -> Call:
             None if dense is None else Dense(dense),
         )
     scale = reader.number()
-    gear, num_splits = reader.integer(), reader.integer()
+    gear, num_splits, tile_rows = reader.integer(), reader.integer(), reader.integer()
     deterministic = bool(reader.integer())
     q_seqs, kv_seqs = reader.sequences(), reader.sequences()
     bias, relative, slopes, sinks = (reader.tensor() for _ in range(4))
@@ -273,6 +274,7 @@ def decode(tensors: list[Tensor], ints: list[int], floats: list[float]) -> Call:
         kv_seqs,
         scores,
         deterministic,
+        tile_rows,
     )
 
 

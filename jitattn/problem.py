@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TypeAlias
 import torch
 
 from jitattn.errors import InternalError, InvalidInputError, UnsupportedError
-from jitattn.gears import resolve_numerics
-from jitattn.jit.spec import Access, Dtype, MaskKind, Problem, SeqLayout
+from jitattn.gears import get_default_gear, resolve_numerics
+from jitattn.jit.device import device
+from jitattn.jit.spec import Access, Dtype, MaskKind, Problem, RowClass, SeqLayout
 from jitattn.masks import Causal, Full, is_mask
 from jitattn.scores import NO_CHANGES, Fields
 from jitattn.tensors import DTYPES, MAX_HEAD_DIM, address_of, strides_of
@@ -39,6 +40,10 @@ _MAX_COUNT: Final = 2**31 - 1
 #: |scale| · log2(e) travels as an fp32 number.
 _MAX_SCALE: Final = 3.4e38 / math.log2(math.e)
 
+#: What `tile_rows` may be, and the kernel that it is.
+TILE_ROWS: Final = {16: RowClass.ROWS16, 64: RowClass.ROWS64, 128: RowClass.MANY}
+#: The gear, None for the dtype's own, and whether the GPU is faster with fp16 accumulators.
+Setting: TypeAlias = tuple[int | None, bool]
 _problems: dict[tuple[object, ...], Problem] = {}
 
 
@@ -57,6 +62,7 @@ class Call(NamedTuple):
     kv_seqs: KvSequences
     scores: Scores = NO_CHANGES
     deterministic: bool = False
+    tile_rows: int | None = None
 
 
 class Indices(NamedTuple):
@@ -122,11 +128,11 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
     UnsupportedError
         The request is legal, but nothing computes it yet: a gear, a dtype, a device.
     """
-    mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, _, _, _, _ = call
+    mask, scale, layout, gear, out, out_dtype, *_ = call
     row, head = axes(layout)
     batch, len_q, len_kv, heads_q, heads_kv, head_dim, head_dim_v = _sizes(q, k, v, row, head)
     diagonal = _diagonal(mask, len_q, len_kv)
-    check_options(q, gear, out_dtype, num_splits, return_lse)
+    check_options(q, call)
     result_dtype = q.dtype if out_dtype is None else out_dtype
 
     try:
@@ -170,7 +176,8 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
 
     aligned = (address | units) & 15 == 0
     kind = MaskKind.CAUSAL if type(mask) is Causal else MaskKind.FULL
-    key = (q.dtype, result_dtype, head_dim, head_dim_v, gear, aligned, kind)
+    setting = setting_of(gear, q)
+    key = (q.dtype, result_dtype, head_dim, head_dim_v, setting, aligned, kind)
     problem = _problems.get(key)
     return problem_of(key) if problem is None else problem, Runtime(
         batch,
@@ -302,14 +309,10 @@ def _no_mask(mask: object) -> InvalidInputError:
     )
 
 
-def check_options(
-    q: Tensor,
-    gear: int | None,
-    out_dtype: torch.dtype | None,
-    num_splits: int | None,
-    return_lse: bool,
-) -> None:
+def check_options(q: Tensor, call: Call) -> None:
     """Check what is small. Types come first: 2.0 and True would pass for 2 and 1 in a key."""
+    gear, num_splits, out_dtype = call.gear, call.num_splits, call.out_dtype
+    return_lse, tile_rows = call.return_lse, call.tile_rows
     if gear is not None and type(gear) is not int:
         resolve_numerics(gear, DTYPES.get(q.dtype, Dtype.FP16))  # refuses it
     if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
@@ -325,6 +328,11 @@ def check_options(
         )
     if type(return_lse) is not bool:
         raise InvalidInputError(f"return_lse={return_lse!r}: it must be True or False")
+    if tile_rows is not None and (type(tile_rows) is not int or tile_rows not in TILE_ROWS):
+        raise InvalidInputError(
+            f"tile_rows={tile_rows!r}: it must be one of {', '.join(map(str, TILE_ROWS))}; "
+            "leave it out to have it chosen"
+        )
 
 
 def checked_scale(scale: float) -> float:
@@ -414,6 +422,15 @@ def _span(tensor: Tensor) -> int:
     )
 
 
+def setting_of(gear: int | None, q: Tensor) -> Setting:
+    """Return what decides the numerics, beside the dtype."""
+    if gear is None:
+        gear = get_default_gear()
+    if gear is None or gear < 3:  # no GPU makes a difference
+        return gear, False
+    return gear, q.is_cuda and device(q.get_device()).has_fast_halves
+
+
 def problem_of(facts: tuple[Any, ...]) -> Problem:
     """Return the `Problem` of these facts, always the same object."""
     problem = _problems.get(facts)
@@ -427,7 +444,7 @@ def _new_problem(
     out_dtype: torch.dtype,
     head_dim: int,
     head_dim_v: int,
-    gear: int | None,
+    setting: Setting,
     aligned: bool,
     mask: MaskKind,
     q_layout: SeqLayout = SeqLayout.BATCHED,
@@ -457,7 +474,7 @@ def _new_problem(
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         mask=mask,
-        numerics=resolve_numerics(gear, DTYPES[dtype]),
+        numerics=resolve_numerics(setting[0], DTYPES[dtype], has_fast_halves=setting[1]),
         q_layout=q_layout,
         kv_layout=kv_layout,
         access=Access.VEC16 if aligned else Access.ELEMENT,

@@ -16,6 +16,7 @@ from jitattn.jit.spec import (
     Dtype,
     FwdSpec,
     MaskKind,
+    Numerics,
     Problem,
     RowClass,
     Staging,
@@ -141,6 +142,12 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
     elif table is _LARGE_SMEM and not problem.is_uniform:
         table = _LARGE_SMEM_SEQ
     block_q, block_kv, warps_q, stages = next(row for top, row in table.items() if dim <= top)
+    if problem.numerics in (Numerics.SPLIT_P, Numerics.F16_ACC):
+        # Sums that are promoted, and with SPLIT_P both parts of P: half the rows a warp.
+        if warps_q == 4 and block_q == 128:
+            warps_q, block_kv, stages = 8, 64, 1 if dim > 64 else stages
+        if dim > 192:
+            block_kv = 32  # 64 keys would spill 8 to 128 bytes
     if problem.dropout is Switch.ON and dim > 64 and warps_q == 4:
         # Drawing the weights that stay takes registers: 64 keys would spill 24 to 292 bytes.
         block_kv, stages = min(block_kv, 32), 2

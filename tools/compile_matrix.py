@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,6 +34,7 @@ from jitattn.jit.spec import (
     MaskKind,
     MergeGradSpec,
     MergeSpec,
+    Numerics,
     Problem,
     RowClass,
     ScoreTarget,
@@ -144,6 +145,7 @@ def kernel_name(fields: dict[str, str | int]) -> str:
         fields["family"],
         fields["dtype"] if fields["dtype"] == fields["out_dtype"] else f"{fields['dtype']}>fp32",
         f"d{dim}" if dim == dim_v else f"d{dim}/{dim_v}",
+        *{fields["numerics"]} - {"f32_acc", "tf32x3"},
         fields["mask"],
         *(f"{name}={fields[name]}" for name in OPTIONAL if fields[name] not in ("off", "none")),
         *{str(fields[side]) for side in ("q_layout", "kv_layout")} - {"batched"},
@@ -214,7 +216,30 @@ def _rows(arch: str) -> Iterator[KernelSpec]:
         for dim, rows in ((64, RowClass.MANY), (128, RowClass.MANY), (128, RowClass.ROWS16)):
             yield fwd_spec(problem(Dtype.BF16, dim, **features), arch, rows)
     yield from _backward(arch)
+    yield from _gears(arch)
     yield from _short(arch)
+
+
+def _gears(arch: str) -> Iterator[KernelSpec]:
+    """Numerics that no default gear has; fp16 accumulators where a call can get them."""
+    kinds = [(Dtype.BF16, Numerics.SPLIT_P), (Dtype.FP32, Numerics.TF32)]
+    if arch in ("sm_86", "sm_89"):
+        kinds.append((Dtype.FP16, Numerics.F16_ACC))
+    for dtype, numerics in kinds:
+        for dim in (64, 128, 192, 256):
+            yield fwd_spec(_geared(dtype, dim, numerics), arch, RowClass.MANY)
+        yield fwd_spec(_geared(dtype, 128, numerics, MaskKind.FULL), arch, RowClass.MANY)
+        yield fwd_spec(_geared(dtype, 128, numerics, MaskKind.WINDOW), arch, RowClass.MANY)
+        ragged = {"q_layout": SeqLayout.RAGGED, "kv_layout": SeqLayout.RAGGED}
+        yield fwd_spec(_geared(dtype, 128, numerics, **ragged), arch, RowClass.MANY)
+        for rows in (RowClass.ROWS16, RowClass.ROWS64):
+            yield fwd_spec(_geared(dtype, 128, numerics), arch, rows)
+
+
+def _geared(
+    dtype: Dtype, dim: int, numerics: Numerics, mask: MaskKind = MaskKind.CAUSAL, **other: Any
+) -> Problem:
+    return replace(problem(dtype, dim, mask, **other), numerics=numerics)
 
 
 def _backward(arch: str) -> Iterator[KernelSpec]:

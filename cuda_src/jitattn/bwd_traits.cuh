@@ -7,7 +7,7 @@
 #include "jitattn/sequence.cuh"
 #include "jitattn/tile/copy.cuh"
 #include "jitattn/tile/mma_f32_acc.cuh"
-#include "jitattn/tile/mma_tf32x3.cuh"
+#include "jitattn/tile/mma_tf32.cuh"
 #include "jitattn/tile/warp_grid.cuh"
 #include "jitattn/types.cuh"
 
@@ -23,7 +23,7 @@ struct BwdTraits {
                 "host and device disagree on BwdParams");
 
   using Mma = typename Conditional<Spec::kNumerics == Numerics::kF32Acc, MmaF32Acc<Spec::kDtype>,
-                                   MmaTf32x3>::type;
+                                   MmaTf32<3>>::type;
   using Element = typename Mma::Element;
   static constexpr int kSize = sizeof(Element);
   static constexpr int kNumThreads = Spec::kNumThreads;

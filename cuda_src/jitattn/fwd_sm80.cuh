@@ -116,7 +116,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
 
   // ---- Register tiles
   float r_o[Traits::kRowTiles][Traits::kColumnTiles][4] = {};  // [kWarpRows, kDimV]
-  OnlineSoftmax<Traits::kRowTiles> softmax;
+  OnlineSoftmax<Traits::kRowTiles, Mma::kMaxSlack> softmax;
   if constexpr (Spec::kFixedShift == Switch::kOn) softmax.fix_max(params.neg_shift);
   const float scale_log2 = params.scale_log2;
 

@@ -1,9 +1,9 @@
 // Online softmax in base 2 with a lazy maximum.
 //
 // PAPER: Milakov and Gimelshein, arXiv:1805.02867 (online softmax); Dao, arXiv:2307.08691, Alg. 1.
-// We differ in the maximum: it is raised only when a score exceeds it by more than kLazyLog2 powers
-// of two. Until then P may reach 2^kLazyLog2 = 256, which costs no accuracy in fp32 accumulators
-// and fits fp16, and the rescaling of the output is skipped.
+// We differ in the maximum: it is raised only when a score exceeds it by more than kSlack powers of
+// two. Until then P may reach 2^kSlack = 256, which costs no accuracy in fp32 accumulators and fits
+// fp16, and the rescaling of the output is skipped.
 #pragma once
 
 #include "jitattn/ptx/math.cuh"
@@ -11,9 +11,8 @@
 
 namespace jitattn {
 
-template <int kRowTiles>
+template <int kRowTiles, int kSlack>
 struct OnlineSoftmax {
-  static constexpr float kLazyLog2 = 8.f;
   // NOTE: finite, so that a row that has seen nothing gives exp2(-inf + kNoMax) = 0 and not NaN.
   static constexpr float kNoMax = 1e30f;
 
@@ -55,7 +54,7 @@ struct OnlineSoftmax {
           highest = fmaxf(highest, fmaxf(r_s[m][n][2 * half], r_s[m][n][2 * half + 1]));
         }
         lane_max[m][half] = highest;
-        exceeds |= fmaf(highest, scale_log2, neg_max[m][half]) > kLazyLog2;
+        exceeds |= fmaf(highest, scale_log2, neg_max[m][half]) > kSlack;
       }
     }
     if (!__any_sync(0xffffffffu, exceeds)) return;

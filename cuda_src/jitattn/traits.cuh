@@ -6,8 +6,10 @@
 #include "jitattn/params.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/tile/copy.cuh"
+#include "jitattn/tile/mma_f16_acc.cuh"
 #include "jitattn/tile/mma_f32_acc.cuh"
-#include "jitattn/tile/mma_tf32x3.cuh"
+#include "jitattn/tile/mma_split_p.cuh"
+#include "jitattn/tile/mma_tf32.cuh"
 #include "jitattn/tile/staged_matrix.cuh"
 #include "jitattn/types.cuh"
 
@@ -25,14 +27,36 @@ struct MatrixTraits {
   using StagedDense = StagedMatrix<uint8_t, Spec::kBlockQ, Spec::kBlockKv, Spec::kNumThreads>;
 };
 
+// The products of a numerics class.
+template <Numerics kNumerics, Dtype kDtype>
+struct MmaOf {
+  using type = MmaF32Acc<kDtype>;
+};
+template <Dtype kDtype>
+struct MmaOf<Numerics::kSplitP, kDtype> {
+  using type = MmaSplitP<kDtype>;
+};
+template <Dtype kDtype>
+struct MmaOf<Numerics::kF16Acc, kDtype> {
+  static_assert(kDtype == Dtype::kFp16, "fp16 accumulators are for fp16 operands");
+  using type = MmaF16Acc;
+};
+template <Dtype kDtype>
+struct MmaOf<Numerics::kTf32x3, kDtype> {
+  using type = MmaTf32<3>;
+};
+template <Dtype kDtype>
+struct MmaOf<Numerics::kTf32, kDtype> {
+  using type = MmaTf32<1>;
+};
+
 template <class Spec>
 struct FwdTraits {
   static_assert(Spec::kArch >= 80, "the forward kernel needs sm_80 or newer");
   static_assert(sizeof(FwdParamsOf<Spec>) == Spec::kParamsBytes,
                 "host and device disagree on FwdParams");
 
-  using Mma = typename Conditional<Spec::kNumerics == Numerics::kF32Acc, MmaF32Acc<Spec::kDtype>,
-                                   MmaTf32x3>::type;
+  using Mma = typename MmaOf<Spec::kNumerics, Spec::kDtype>::type;
   using Element = typename Mma::Element;
   using ElementOut = typename Conditional<Spec::kOutDtype == Dtype::kFp32, float, uint16_t>::type;
 

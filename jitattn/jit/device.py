@@ -23,6 +23,11 @@ class Device:
     arch: str  #: "sm_90"
     num_sms: int
 
+    @property
+    def has_fast_halves(self) -> bool:
+        """Whether fp16 accumulators are faster: on GeForce cards, not on the others of the chip."""
+        return self.arch in ("sm_86", "sm_89") and "GeForce" in self.name
+
 
 @functools.cache
 def device(index: int) -> Device:

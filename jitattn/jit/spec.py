@@ -84,8 +84,14 @@ class Numerics(StrEnum):
 
     #: 16-bit operands, fp32 accumulators, P rounded to 16 bits (FlashAttention-2's numerics).
     F32_ACC = "f32_acc"
+    #: The same, but P as the sum of two 16-bit parts, and sums promoted every 64 keys.
+    SPLIT_P = "split_p"
+    #: fp16 operands, P V in fp16 accumulators, promoted to fp32 every 64 keys.
+    F16_ACC = "f16_acc"
     #: fp32 operands split into two TF32 parts, three MMAs a product, fp32 accumulators.
     TF32X3 = "tf32x3"
+    #: fp32 operands rounded to TF32, fp32 accumulators.
+    TF32 = "tf32"
 
 
 class Access(StrEnum):

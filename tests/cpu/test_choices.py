@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from jitattn.errors import InvalidInputError, UnsupportedError
+from jitattn.errors import InvalidInputError
 from jitattn.jit import choices
 from jitattn.jit.spec import (
     Access,
     Dtype,
     FwdSpec,
     MergeSpec,
+    Numerics,
     RowClass,
     spec_from_dict,
 )
@@ -136,11 +137,15 @@ def test_wrong_values_are_named(choice: dict[str, object], text: str) -> None:
         choices.specs_of([{"arch": 80, "head_dim": 64, **choice}], where="here")
 
 
-def test_no_architecture_and_missing_gear() -> None:
+def test_an_architecture_must_be_named() -> None:
     with pytest.raises(InvalidInputError, match="no architecture is named"):
         choices.specs_of([{"head_dim": 64}])
-    with pytest.raises(UnsupportedError, match="gear=4"):
-        choices.specs_of([{"head_dim": 64, "arch": 80, "gear": 4}])
+
+
+def test_gears_stand_for_numerics() -> None:
+    specs = choices.specs_of([{"head_dim": 64, "arch": 80, "dtype": "bf16", "gear": [0, 1, 2]}])
+    found = {spec.problem.numerics for spec in specs if isinstance(spec, FwdSpec)}
+    assert found == {Numerics.SPLIT_P, Numerics.F32_ACC}
 
 
 def test_presets_stand_for_kernels() -> None:

@@ -126,7 +126,6 @@ def bad(text: str, error: type[Exception] = InvalidInputError, **changes: Any) -
         bad("write Full() or Causal()", mask=Causal),
         bad("gear=5", gear=5),
         bad("gear=2.0", gear=2.0),
-        bad("gear=4", UnsupportedError, gear=4),
         bad("out_dtype='fp32'", out_dtype="fp32"),
         bad("out_dtype=torch.float16", UnsupportedError, out_dtype=torch.float16),
         bad("out has shape [2, 8, 2, 17]", out=torch.zeros(2, 8, 2, 17)),

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
 
 import jitattn
+from jitattn.compat.dkernel import (
+    LocalStrideSparseAttention,
+    SparseAttention,
+    combine_attn_partitions,
+)
 from jitattn.compat.fast_ops.flash_attention.attention_ref import attention_ref
 from jitattn.compat.fast_ops.flash_attention.flash_attention import FlashAttentionFunction
 from jitattn.compat.fast_ops.flash_attention.flash_attention_triton import (
@@ -15,10 +21,14 @@ from jitattn.compat.fast_ops.flash_attention.flash_attention_triton import (
     increment_philox_state,
     triton_dropout_mask,
 )
+from jitattn.compat.flash_attn import _extension as extension
 from jitattn.compat.flash_attn import flash_attn_func
 from jitattn.compat.flash_cosine_sim_attention import flash_cosine_sim_attention, l2norm_tensors
 from jitattn.compat.flash_cosine_sim_attention.transformer import CosineSimCausalTransformer
+from jitattn.compat.warp_attention import warp_attention_forward
+from tests.support import compat_dkernel as block_sparse
 from tests.support import compat_flash_attn as swaa
+from tests.support import compat_warp as warp
 from tests.support.compare import rel_l2
 from tests.support.compat_cosine import CASES, dense, tensors
 from tests.support.compat_fast_ops import LENGTHS_KV, LENGTHS_Q, H, dense_inputs, nested, parts
@@ -182,3 +192,113 @@ def test_flash_attn_values_and_gradients(name: str, len_q: int, len_kv: int) -> 
     wanted = torch.autograd.grad(truth, own, ones.double().cpu())
     for one, other in zip(got, wanted, strict=True):
         assert rel_l2(one.cpu(), other) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seed", range(20))
+def test_warp_attention_values_and_gradients(seed: int, dtype: torch.dtype) -> None:
+    given, truth, leaves = warp.call(seed, dtype, "cuda")
+    with torch.enable_grad():
+        out = warp_attention_forward(**given)
+    if not truth.any():
+        assert not out.any()
+        return
+    limit = 1e-2 if dtype is torch.float16 else 2e-2
+    assert rel_l2(out, truth) < limit
+    ones = torch.ones_like(out)
+    got = torch.autograd.grad(out, leaves, ones)
+    wanted = torch.autograd.grad(truth, leaves, ones.double())
+    for one, other in zip(got, wanted, strict=True):
+        assert rel_l2(one, other) < 2 * limit or (one - other).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("seq_dim", [1, 2])
+@pytest.mark.parametrize("len_q", [500, 130, 1])
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"num_kv_heads": 2, "num_dense_heads": 1}, {"homo_head": True}, {"causal": False}],
+    ids=str,
+)
+def test_dkernel_values_and_gradients(given: dict[str, Any], len_q: int, seq_dim: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    heads_kv = given.get("num_kv_heads", 4)
+    own = [
+        torch.randn(2, length, heads, 64, generator=generator).bfloat16().cuda().requires_grad_()
+        for length, heads in ((len_q, 4), (500, heads_kv), (500, heads_kv))
+    ]
+    layer = LocalStrideSparseAttention(4, 512, 32, 3, 4, seq_dim=seq_dim, **given)
+    arbitrary = SparseAttention(
+        32, layer.sparse_pattern, causal=given.get("causal", True), seq_dim=seq_dim
+    )
+    with torch.enable_grad():
+        moved = own if seq_dim == 1 else [x.transpose(1, 2) for x in own]
+        out, lse = layer(*moved, return_lse=True)
+        again = arbitrary(*moved)
+        if seq_dim == 2:
+            out, again = out.transpose(1, 2), again.transpose(1, 2)
+        pattern, causal = layer.sparse_pattern, given.get("causal", True)
+        truths = [block_sparse.dense(*one, pattern, 32, causal) for one in zip(*own, strict=True)]
+        truth = torch.stack([one[0] for one in truths])
+    assert rel_l2(out, truth) < 1e-2
+    assert rel_l2(again, truth) < 1e-2
+    assert (lse - torch.stack([one[1] for one in truths])).abs().max() < 1e-4
+    ones = torch.ones_like(out)
+    got = torch.autograd.grad(out, own, ones)
+    wanted = torch.autograd.grad(truth, own, ones.double())
+    for one, other in zip(got, wanted, strict=True):
+        assert rel_l2(one, other) < 2e-2
+
+
+def test_dkernel_paddings_and_partitions() -> None:
+    layer = LocalStrideSparseAttention(4, 512, 64, 2, 3, num_kv_heads=2)
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (
+        torch.randn(2, 300, heads, 64, generator=generator).half().cuda().requires_grad_()
+        for heads in (4, 2, 2)
+    )
+    left = [7, 100]
+    with torch.enable_grad():
+        out = layer(q, k, v, left_paddings=torch.tensor(left))
+        truths = [
+            block_sparse.dense(q[b, skip:], k[b, skip:], v[b, skip:], layer.sparse_pattern, 64)[0]
+            for b, skip in enumerate(left)
+        ]
+        loss = sum(truth.sum() for truth in truths)
+    for b, skip in enumerate(left):
+        assert rel_l2(out[b, skip:], truths[b]) < 5e-3
+        assert not out[b, :skip].any()
+    got = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    for one, other in zip(got, torch.autograd.grad(loss, (q, k, v)), strict=True):
+        assert rel_l2(one, other) < 1e-2
+    part = layer(q, k, v, return_lse=True)
+    assert rel_l2(combine_attn_partitions(part, part, hdim=2), part[0]) < 2e-3
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_flash_attn_extension(dropout_p: float) -> None:
+    sizes = ((150, swaa.H), (200, swaa.HKV), (200, swaa.HKV))
+    q, k, v = (
+        torch.stack(swaa.sequences((length,) * 2, heads, seed)).half().cuda().requires_grad_()
+        for seed, (length, heads) in enumerate(sizes)
+    )
+    tail = (0.25, True, 60, 0, 0.0, 5, True)
+    out, lse, dmask, state = extension.fwd(
+        q, k, v, None, None, dropout_p, *tail, dropout_p > 0, None
+    )
+    with torch.enable_grad():
+        wide_k, wide_v = (x.double().repeat_interleave(2, 2) for x in (k, v))
+        scores = torch.einsum("bihd,bjhd->bhij", q.double(), wide_k) * 0.25
+        i, j = torch.arange(150, device="cuda")[:, None] + 50, torch.arange(200, device="cuda")
+        seen = (j <= i) & ((j >= i - 60) | (j < 5))
+        weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), 3)
+        if dropout_p:
+            weights = weights * (dmask >= 0)[:, :, :150, :200] / (1 - dropout_p)
+        truth = torch.einsum("bhij,bjhd->bihd", weights, wide_v)
+    assert rel_l2(out, truth) < 2e-3
+    d_out = torch.randn(out.shape, device="cuda", dtype=torch.half)
+    wanted = torch.autograd.grad(truth, (q, k, v), d_out.double())
+    found = extension.bwd(
+        d_out, q, k, v, out, lse, None, None, None, None, dropout_p, *tail, True, None, state
+    )
+    for one, other in zip(found[:3], wanted, strict=True):
+        assert rel_l2(one, other) < 5e-3

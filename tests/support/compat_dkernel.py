@@ -60,10 +60,10 @@ def dense(
     pattern: [1 or H, rows, columns]; row 0 is the block of position `first_row`, 0 if left out.
     """
     (len_q, heads, dim), (len_kv, heads_kv) = q.shape, k.shape[:2]
-    position = torch.arange(len_q) + len_kv - len_q
+    position = torch.arange(len_q, device=q.device) + len_kv - len_q
     row = (position - (first_row or 0)) // size
-    key = torch.arange(len_kv)
-    seen = pattern.cpu()[:, row][:, :, key // size]
+    key = torch.arange(len_kv, device=q.device)
+    seen = pattern.to(q.device)[:, row][:, :, key // size]
     if causal:
         seen = seen & (key <= position[:, None])
     wide = [x.double().transpose(0, 1).repeat_interleave(heads // heads_kv, 0) for x in (k, v)]

@@ -14,6 +14,7 @@ namespace jitattn {
 template <Dtype kDtype>
 struct MmaF32Acc {
   using Element = uint16_t;
+  static constexpr int kMaxSlack = 8;  // of the running maximum: OnlineSoftmax
 
   // Lane address in a V tile [keys][columns].
   template <int kChunks>
@@ -135,7 +136,7 @@ struct MmaF32Acc {
     return ptx::pack_f16x2(low, high);
   }
 
- private:
+ protected:
   // One step of 16 rows of B, from row k on.
   template <class LayoutB, int kRowTiles, int kColumnTiles>
   __device__ static void add_step(float (&r)[kRowTiles][kColumnTiles][4],

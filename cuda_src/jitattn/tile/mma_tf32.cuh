@@ -1,4 +1,5 @@
-// Numerics class tf32x3: fp32 operands, each split into two TF32 parts, mma.m16n8k8.
+// Numerics classes tf32x3 and tf32: fp32 operands, each split into two TF32 parts or rounded to
+// one, mma.m16n8k8.
 //
 // x = high + low with high = tf32(x), low = tf32(x - high) keeps 22 bits of the mantissa. A product
 // is high*high + high*low + low*high in fp32; low*low is below 2^-22 of it and left out.
@@ -18,8 +19,10 @@
 
 namespace jitattn {
 
-struct MmaTf32x3 {
+template <int kProducts>  // 3 or 1
+struct MmaTf32 {
   using Element = float;
+  static constexpr int kMaxSlack = 8;      // of the running maximum: OnlineSoftmax
   static constexpr int kPromoteSteps = 4;  // MMA steps (of depth 8) between promotions
 
   // Lane addresses in a V tile [keys][columns]: rows 2t and 2t + 1, column g (see add_output).
@@ -238,7 +241,7 @@ struct MmaTf32x3 {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         high[i] = ptx::cvt_tf32(x[i]);
-        low[i] = ptx::cvt_tf32(x[i] - __int_as_float(high[i]));
+        if constexpr (kProducts == 3) low[i] = ptx::cvt_tf32(x[i] - __int_as_float(high[i]));
       }
     }
 
@@ -252,8 +255,10 @@ struct MmaTf32x3 {
 
   // Small products first, so that they are not lost against the large one.
   __device__ static void mma(float (&c)[4], const Split<4>& a, const Split<2>& b) {
-    ptx::mma_m16n8k8_tf32(c, a.low, b.high);
-    ptx::mma_m16n8k8_tf32(c, a.high, b.low);
+    if constexpr (kProducts == 3) {
+      ptx::mma_m16n8k8_tf32(c, a.low, b.high);
+      ptx::mma_m16n8k8_tf32(c, a.high, b.low);
+    }
     ptx::mma_m16n8k8_tf32(c, a.high, b.high);
   }
 

@@ -1,0 +1,186 @@
+"""The front door of WarpAttention: short queries on a long history, in five gears.
+
+`warp_attention_forward`, and under its older name, which the original's readme imports.
+
+What is better here: every GPU from sm_80 on; fp16, bf16 and fp32; head dims from 1 to 256, grouped
+heads; gradients; keys are split over the whole GPU where queries are short; no call waits for the
+device where `q_max_seq_len` and `kv_max_seq_len` are given; sequence tensors may be int32; causal
+sequences of their own are aligned to the bottom right, each by its lengths; gears have meanings and
+guarantees (`jitattn.gears`). `version` picks the tile: 0 is for up to 16 query rows of a kv head, 1
+for up to 64, 2 for more, and -1 (the default) the one that fits; the split of the keys follows from
+their number. The gear is 4 until `set_default_gear` here says otherwise, whatever
+`jitattn.set_default_gear` says. Sequences without keys give 0.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from jitattn import __version__
+from jitattn.attention import attention
+from jitattn.compat._errors import CheckFailedError, check
+from jitattn.gears import GEARS
+from jitattn.masks import Causal, Full
+from jitattn.sequences import Ragged
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "__version__",
+    "_warp_attention_forward",
+    "get_default_gear",
+    "get_log_level",
+    "num_gears",
+    "num_kernel_versions",
+    "set_default_gear",
+    "set_log_level",
+    "warp_attention_forward",
+]
+
+num_gears: Final = len(GEARS)
+#: Tiles, by the query rows that they are for.
+_TILE_ROWS: Final = (16, 64, 128)
+num_kernel_versions: Final = len(_TILE_ROWS)
+#: Of Python's logging, by the original's levels: silent, errors, warnings, information, and all.
+_LEVELS: Final = (
+    logging.CRITICAL + 1,
+    logging.ERROR,
+    logging.WARNING,
+    logging.INFO,
+    logging.DEBUG,
+    1,
+)
+_settings = {"gear": 4, "log_level": 2}
+
+
+def warp_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    gear: int | None = None,
+    version: int = -1,
+    is_causal: bool = False,
+    q_seq_start: Tensor | None = None,
+    q_seq_len: Tensor | None = None,
+    kv_seq_start: Tensor | None = None,
+    kv_seq_len: Tensor | None = None,
+    q_max_seq_len: int = -1,
+    kv_max_seq_len: int = -1,
+) -> Any:  # noqa: ANN401 - Tensor
+    """Compute attention; differentiable without `out`.
+
+    Parameters
+    ----------
+    query : Tensor, [B, M, Hq, D], or [total, Hq, D] with `q_seq_start` and `q_seq_len`
+    key, value : Tensor, [B, N, Hkv, D], or [total, Hkv, D] with `kv_seq_start` and `kv_seq_len`
+        Either side may have sequences of its own.
+    scale : float, default 1 / sqrt(D)
+    out : Tensor, as query, optional
+        Written in place and returned; rows of no sequence keep what they hold. Without it they
+        are 0.
+    gear : int from 0 to 4, optional
+        From accurate to fast; `get_default_gear` if left out.
+    version : int from -1 to 2
+        The tile; -1 to have it chosen.
+    is_causal : bool
+        Aligned to the bottom right.
+    q_seq_start, q_seq_len, kv_seq_start, kv_seq_len : Tensor, [B], int64 or int32
+        First row and number of rows of each sequence. Ignored for 4-D tensors.
+    q_max_seq_len, kv_max_seq_len : int
+        Bounds on the lengths; -1 reads them from the device, which waits for it.
+
+    Returns
+    -------
+    Tensor, as query
+
+    Raises
+    ------
+    CheckFailedError
+        Gear or version is none, or a 3-D tensor comes without its sequences.
+    InvalidInputError
+        Tensors do not fit together.
+    """
+    if gear is None:
+        gear = _settings["gear"]
+    _check_gear(gear)
+    check(
+        -1 <= version < num_kernel_versions,
+        f"version={version}: it must be from -1 (chosen) to {num_kernel_versions - 1}",
+    )
+    q_seqs = _sequences("query", query, q_seq_start, q_seq_len, q_max_seq_len)
+    kv_seqs = _sequences("key", key, kv_seq_start, kv_seq_len, kv_max_seq_len)
+    return attention(
+        query,
+        key,
+        value,
+        mask=Causal() if is_causal else Full(),
+        scale=scale,
+        gear=gear,
+        out=out,
+        q_seqs=q_seqs,
+        kv_seqs=kv_seqs,
+        tile_rows=None if version < 0 else _TILE_ROWS[version],
+    )
+
+
+_warp_attention_forward = warp_attention_forward
+
+
+def set_default_gear(new_gear: int) -> None:
+    """Set the gear of calls through this door that name none.
+
+    Raises
+    ------
+    CheckFailedError
+        It is no gear.
+    """
+    _check_gear(new_gear)
+    _settings["gear"] = new_gear
+
+
+def get_default_gear() -> int:
+    """Return the gear of calls through this door that name none."""
+    return _settings["gear"]
+
+
+def set_log_level(level: int) -> None:
+    """Set how much jitattn logs: from 0, silent, to 5.
+
+    Raises
+    ------
+    CheckFailedError
+        It is no level.
+    """
+    check(0 <= level < len(_LEVELS), f"level={level}: it must be from 0 (silent) to 5")
+    _settings["log_level"] = level
+    logging.getLogger("jitattn").setLevel(_LEVELS[level])
+
+
+def get_log_level() -> int:
+    """Return what `set_log_level` has set; 2, warnings, at first."""
+    return _settings["log_level"]
+
+
+def _check_gear(gear: int) -> None:
+    check(
+        type(gear) is int and 0 <= gear < num_gears,
+        f"gear={gear!r}: it must be an int from 0 (most accurate) to {num_gears - 1} (fastest)",
+    )
+
+
+def _sequences(
+    name: str, tensor: Tensor, start: Tensor | None, length: Tensor | None, longest: int
+) -> Ragged | None:
+    if tensor.dim() != 3:
+        return None
+    side = "q" if name == "query" else "kv"
+    if start is None or length is None:
+        raise CheckFailedError(
+            f"{name} has shape {list(tensor.shape)}: with 3 dimensions, {side}_seq_start and "
+            f"{side}_seq_len must say where its sequences lie"
+        )
+    return Ragged(start, length, None if longest < 0 else int(longest))

@@ -1,0 +1,180 @@
+"""Errors and times of the gears: ``python tools/gears.py [--plot gears.png] [--estimate]``.
+
+Relative L2 error against fp64 of the same inputs, head_dim 128, 4096 keys, fp32 results: of
+Gaussian data, of data with a few channels of K and Q twenty times as large, and of K with a mean in
+every channel. Times are of 16k queries and keys, full, beside gear 2's, and for fp32 inputs beside
+SDPA's. A gear's promise is for Gaussian data.
+
+``--estimate`` needs no GPU: what the products of an inner step cost the tensor cores of a GeForce
+card in each gear, and so how much faster than gear 2 it can be at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from _table import print_table
+from _timing import kernel_times
+
+import jitattn
+from jitattn.gears import GEARS, resolve_numerics
+from jitattn.reference import reference
+from jitattn.tensors import DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_DIM, _KEYS, _QUERIES, _HEADS = 128, 4096, 256, 4
+_LENGTH, _TIMED_HEADS = 16384, 16
+_DATA: Final = ("gaussian", "outlier channels", "biased K")
+#: Tensor-core cycles of an m16n8k16 product of a multiprocessor's quarter, by the accumulator:
+#: GeForce cards give half the rate with fp32 ones. Rates: NVIDIA, GA102 and AD102 white papers.
+_CYCLES: Final = {"sm_86": {"f32": 32, "f16": 16}, "sm_89": {"f32": 32, "f16": 16}}
+
+
+def data(kind: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """q, k and v of one kind, on the GPU."""
+    generator = torch.Generator(device="cuda").manual_seed(7)
+
+    def normal(length: int) -> torch.Tensor:
+        shape = (1, length, _HEADS, _DIM)
+        return torch.randn(shape, device="cuda", generator=generator)
+
+    q, k, v = normal(_QUERIES), normal(_KEYS), normal(_KEYS)
+    if kind == "outlier channels":
+        # The scores keep their spread: what is large in K is small in Q.
+        k[..., ::32] *= 20.0
+        q[..., ::32] /= 20.0
+    if kind == "biased K":
+        k += 2.0 * normal(1)
+    return [x.to(dtype) for x in (q, k, v)]
+
+
+def errors() -> dict[tuple[torch.dtype, int, str], float]:
+    """Relative L2 errors by dtype, gear and data."""
+    found = {}
+    for dtype in DTYPES:
+        for kind in _DATA:
+            q, k, v = data(kind, dtype)
+            truth = reference(q, k, v)
+            for gear in GEARS:
+                out = jitattn.attention(q, k, v, gear=gear, out_dtype=torch.float32)
+                error = (out.double() - truth).norm() / truth.norm()
+                found[dtype, gear, kind] = error.item()
+    return found
+
+
+def times(rounds: int) -> dict[tuple[torch.dtype, str], float]:
+    """Microseconds by dtype and provider: gears, and SDPA for fp32 inputs."""
+    found = {}
+    for dtype in DTYPES:
+        shape = (1, _LENGTH, _TIMED_HEADS, _DIM)
+        q, k, v = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
+        calls = {f"gear {gear}": _call(jitattn.attention, q, k, v, gear=gear) for gear in GEARS}
+        if dtype is torch.float32:
+            turned = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+            calls["sdpa"] = _call(torch.nn.functional.scaled_dot_product_attention, *turned)
+        for name, spread in kernel_times(calls, sets=1, rounds=rounds).items():
+            found[dtype, name] = spread.p50
+    return found
+
+
+def _call(function: Callable[..., Any], *args: Any, **named: Any) -> Callable[[int], Any]:
+    return lambda _: function(*args, **named)
+
+
+def report(plot: Path | None, rounds: int) -> int:
+    """Print the table; 1 if a promise is broken."""
+    error, time = errors(), times(rounds)
+    rows, is_broken = [], False
+    for dtype in DTYPES:
+        base = time[dtype, "gear 2"]
+        for number, gear in GEARS.items():
+            promised = gear.rel_l2[DTYPES[dtype]]
+            is_broken |= error[dtype, number, "gaussian"] > promised
+            own = time[dtype, f"gear {number}"]
+            rows.append(
+                (
+                    str(dtype).removeprefix("torch."),
+                    f"{number} {resolve_numerics(number, DTYPES[dtype])}",
+                    f"{promised:.0e}",
+                    *(f"{error[dtype, number, kind]:.1e}" for kind in _DATA),
+                    f"{own:.0f}",
+                    f"{base / own:.2f}",
+                )
+            )
+        if (dtype, "sdpa") in time:
+            own = time[dtype, "sdpa"]
+            rows.append(("float32", "sdpa", "", "", "", "", f"{own:.0f}", f"{base / own:.2f}"))
+    columns = ("dtype", "gear", "promised", *_DATA, "us", "gear 2 / it")
+    print_table("Gears: relative L2 errors, D=128, and times at 16k, full", columns, rows)
+    if plot is not None:
+        draw(error, time, plot)
+    return int(is_broken)
+
+
+def draw(
+    error: dict[tuple[torch.dtype, int, str], float],
+    time: dict[tuple[torch.dtype, str], float],
+    path: Path,
+) -> None:
+    """Plot errors against speed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5))
+    axes = figure.add_subplot()
+    for dtype in DTYPES:
+        speed = [4e-6 * _LENGTH**2 * _DIM * _TIMED_HEADS / time[dtype, f"gear {g}"] for g in GEARS]
+        own = [error[dtype, gear, "gaussian"] for gear in GEARS]
+        axes.plot(speed, own, "o", label=str(dtype).removeprefix("torch."))
+        for gear, x, y in zip(GEARS, speed, own, strict=True):
+            axes.annotate(str(gear), (x, y), xytext=(4, 4), textcoords="offset points")
+    axes.set(xlabel="TFLOP/s", ylabel="relative L2 error", yscale="log")
+    axes.set_title("Gears on " + torch.cuda.get_device_name())
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def estimate() -> None:
+    """Count the tensor-core cycles of a step of 64 keys, from what the kernels are made of."""
+    rows = []
+    for arch, cycles in _CYCLES.items():
+        for dim in (64, 128):
+            # Products of 16 rows and 64 keys: of QK^T, and of PV.
+            scores = 64 // 8 * (dim // 16)
+            output = dim // 8 * (64 // 16)
+            gear2 = (scores + output) * cycles["f32"]
+            gear3 = scores * cycles["f32"] + output * cycles["f16"]
+            gear1 = (scores + 2 * output) * cycles["f32"]
+            rows += [
+                (arch, dim, name, count, f"{gear2 / count:.2f}")
+                for name, count in (("1", gear1), ("2", gear2), ("3", gear3))
+            ]
+    columns = ("arch", "head_dim", "gear", "cycles", "gear 2 / it")
+    print_table(
+        "fp16 on GeForce: tensor-core cycles of 16 rows and 64 keys, a bound", columns, rows
+    )
+
+
+def main() -> int:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plot", type=Path, help="a PNG: error against speed")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--estimate", action="store_true", help="without a GPU: cycles, by hand")
+    given = parser.parse_args()
+    if given.estimate:
+        estimate()
+        return 0
+    if not torch.cuda.is_available():
+        print("no CUDA device: --estimate needs none", file=sys.stderr)
+        return 2
+    return report(given.plot, given.rounds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
