@@ -17,6 +17,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full", action="store_true", help="run the FULL grid as well (minutes; GPU only)"
     )
+    parser.addoption(
+        "--names-table", help="write the table of the five systems' names and their tests there"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -17,6 +17,8 @@ from jitattn.compat.flash_attn._operators import NAMESPACE
 from jitattn.compat.flash_attn.flash_attn_interface import (
     _flash_attn_backward,
     _flash_attn_forward,
+    _flash_attn_varlen_backward,
+    _flash_attn_varlen_forward,
     _get_block_size_n,
     _wrapped_flash_attn_forward,
 )
@@ -297,6 +299,15 @@ def test_operators_have_fake_twins_and_the_same_results() -> None:
     more = (cu_q, cu_k, 6, 9, 0.0, 0.25, True, -1, -1, 0.0, 0, False, None, False)
     backward = operators._flash_attn_varlen_backward
     torch.library.opcheck(backward.default, (*results, *room, *more), test_utils=schema)
+    torch.testing.assert_close(_flash_attn_varlen_forward(*varlen)[0], flat_out)
+    softmax_d = _flash_attn_varlen_backward(*results, *room, *more)
+    assert softmax_d.shape == (H, 12 + 2 * 128)
+    batched = [torch.zeros_like(x) for x in (q, k, v)]
+    tail = (0.0, 0.25, True, -1, -1, 0.0, 0, False, None, False)
+    out, lse, _, _ = _flash_attn_forward(*(q, k, v), *tail[:-2], None, False)
+    _flash_attn_backward(torch.ones_like(out), q, k, v, out, lse, *batched, *tail)
+    for one, other in zip(room, batched, strict=True):
+        torch.testing.assert_close(one, other.flatten(0, 1))
     given_fwd = (None, cu_q, cu_k, None, None, None, None, 6, 9, 0.0, 0.25, False)
     tail = (True, -1, -1, 0.0, 0, False, False)
     torch.library.opcheck(

@@ -129,6 +129,7 @@ def test_scripts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert (result, seconds > 0.0) == (8, True)
     assert calls == ["setup", "work"] * 5
     assert "work" in capsys.readouterr().out
+    util.cuda_synchronize()
     assert util.bmm_flop(2, 3, 4, 5) == 120
     assert util.bmm_flop(2, 3, 4, 5, fma=False) == 240
     assert util.attn_flop(1, 2, 8, 4, 3) == 2 * 3 * 2 * 8 * 4
