@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from jitattn import cosine, lists, workspace
+from jitattn import cosine, lists, quantized, workspace
 from jitattn.autograd import ADDED, Attention, Normalize, apply
 from jitattn.backward import check_differentiable
 from jitattn.cpu import run_cpu
 from jitattn.errors import InternalError, LaunchError, UnsupportedError
+from jitattn.gears import get_default_gear
 from jitattn.jit import launch
 from jitattn.jit.device import device
 from jitattn.jit.params import FWD_SCORE_FIELDS, FWD_SEQ_FIELDS, divisor
@@ -287,6 +288,18 @@ def _launch(
     call: Call,
     device_index: int,
 ) -> None:
+    in_8_bits = None
+    if call.gear == 4 or (call.gear is None and get_default_gear() == 4):
+        arch = device(device_index).arch
+        in_8_bits = quantized.problem_of(problem, runtime, call, arch)
+    scales: tuple[int, ...] = ()
+    if in_8_bits is not None:
+        made = quantized.quantize(q, k, in_8_bits, runtime)
+        q, k, problem = made.q, made.k, in_8_bits
+        scales = (made.q_scale.data_ptr(), made.k_scale.data_ptr())
+        runtime = runtime._replace(
+            q_strides=quantized.strides_of(q), k_strides=quantized.strides_of(k)
+        )
     kernel, _, packed, num_q_tiles, splits, num_slots, num_ctas, block_q = plan(
         problem, runtime, device_index, call.num_splits, call.tile_rows
     )
@@ -347,7 +360,10 @@ def _launch(
         (abs(runtime.scale) or _TINY_SCALE) * _LOG2_E,
         *_tail(runtime),
         *_lists(runtime, q, block_q, packed),
+        *scales,
     )
+    if in_8_bits is not None and lse is not None:
+        lse.add_(made.along_mean, alpha=runtime.scale)
 
 
 def _tail(runtime: Runtime) -> tuple[float, ...]:

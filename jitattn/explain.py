@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jitattn import cosine
+from jitattn import cosine, quantized
 from jitattn.attention import bind
 from jitattn.bwd_tiles import bwd_spec
 from jitattn.dispatch import is_followed, plan
@@ -136,8 +136,9 @@ def explain(
             backward={},
             why=(why,),
         )
+    in_8_bits = quantized.problem_of(problem, runtime, call, device(q.device.index).arch)
     with torch.cuda.device(q.device):
-        chosen = plan(problem, runtime, q.device.index, num_splits, call.tile_rows)
+        chosen = plan(in_8_bits or problem, runtime, q.device.index, num_splits, call.tile_rows)
     built = chosen.kernel.built
     backward: dict[str, str | int] = {}
     if is_followed(*inputs):
@@ -160,7 +161,9 @@ def explain(
         spill_bytes=built.metadata.spill_bytes,
         smem_bytes=built.metadata.smem_bytes,
         backward=backward,
-        why=_reasons(problem, chosen.rows, chosen.heads_per_tile, chosen.num_splits, call),
+        why=_reasons(
+            in_8_bits or problem, chosen.rows, chosen.heads_per_tile, chosen.num_splits, call
+        ),
     )
 
 

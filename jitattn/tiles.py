@@ -142,6 +142,14 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
     elif table is _LARGE_SMEM and not problem.is_uniform:
         table = _LARGE_SMEM_SEQ
     block_q, block_kv, warps_q, stages = next(row for top, row in table.items() if dim <= top)
+    if problem.numerics is Numerics.INT8 and dim == 128:
+        # 64 keys share a scale. us at 16k, full / causal: 128x64 with one stage 4509 / 2508, with
+        # two 4661 / 2452, 128x32 4643 / 2374.
+        is_small = table is _SMALL_SMEM
+        is_full = problem.mask is MaskKind.FULL and not is_small
+        block_kv, stages = (64, 1) if is_full else (32, 1 if is_small else 2)
+    elif problem.numerics is Numerics.INT8:
+        block_kv = min(block_kv, 64)
     if problem.numerics in (Numerics.SPLIT_P, Numerics.F16_ACC):
         # Sums that are promoted, and with SPLIT_P both parts of P: half the rows a warp.
         if warps_q == 4 and block_q == 128:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jitattn import cosine, workspace
+from jitattn import cosine, quantized, workspace
 from jitattn.append import append_spec
 from jitattn.attention import bind
 from jitattn.backward import specs_of_gradients
@@ -19,8 +19,9 @@ from jitattn.jit.choices import preset as preset_choices
 from jitattn.jit.choices import read_file, specs_of
 from jitattn.jit.device import device as device_of
 from jitattn.jit.pool import build_all
-from jitattn.jit.spec import Access
+from jitattn.jit.spec import Access, RowClass
 from jitattn.layouts import parse
+from jitattn.tiles import fwd_spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -159,6 +160,10 @@ def _warm_call(
         problem, _ = parse(*cosine.like_normalized(q, k), v, call)
     if gradients:
         specs += specs_of_gradients(problem, call.scores, arch, deterministic=call.deterministic)
+    in_8_bits = quantized.problem_of(problem, runtime, call, arch)
+    if in_8_bits is not None:
+        specs += quantized.specs_of(problem, arch)
+        specs.append(fwd_spec(in_8_bits, arch, RowClass.MANY))
     if append:
         specs += [append_spec(q.dtype, rotary, access, arch) for access in Access]
     return _warm([*specs, *specs_of_problem(problem, arch)], index, jobs)

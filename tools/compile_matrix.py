@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _table import say
 
+from jitattn import quantized
 from jitattn.bwd_tiles import bwd_spec, score_grad_spec, specs_of_backward
 from jitattn.gears import resolve_numerics
 from jitattn.jit import compilers
@@ -234,6 +235,11 @@ def _gears(arch: str) -> Iterator[KernelSpec]:
         yield fwd_spec(_geared(dtype, 128, numerics, **ragged), arch, RowClass.MANY)
         for rows in (RowClass.ROWS16, RowClass.ROWS64):
             yield fwd_spec(_geared(dtype, 128, numerics), arch, rows)
+    for dim in quantized.HEAD_DIMS:
+        yield from quantized.specs_of(problem(Dtype.BF16, dim), arch)
+        for mask in (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE):
+            yield fwd_spec(_geared(Dtype.BF16, dim, Numerics.INT8, mask), arch, RowClass.MANY)
+    yield fwd_spec(_geared(Dtype.FP16, 128, Numerics.INT8), arch, RowClass.MANY)
 
 
 def _geared(

@@ -43,6 +43,7 @@
 #include "jitattn/ptx/cp_async.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/ptx/special.cuh"
+#include "jitattn/row_scale.cuh"
 #include "jitattn/rows.cuh"
 #include "jitattn/schedule.cuh"
 #include "jitattn/score.cuh"
@@ -59,10 +60,11 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   using Traits = FwdTraits<Spec>;
   using Mma = typename Traits::Mma;
   using Element = typename Traits::Element;
+  using ElementQk = typename Traits::ElementQk;
   constexpr int kStages = Spec::kStages;
   constexpr int kPrefetch = kStages == 1 ? 1 : kStages - 1;  // blocks in flight ahead of a step
   constexpr int kBlockKv = Spec::kBlockKv;
-  constexpr int64_t kElementBytes = sizeof(Element);
+  constexpr int64_t kElementBytes = sizeof(Element), kBytesOfQk = sizeof(ElementQk);
 
   // ---- Indices
   const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
@@ -79,10 +81,10 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   const int64_t kv_batch_idx = kv_row<Spec>(params, tile.batch_idx);
   const int64_t kv_start = Traits::kIsPaged ? 0 : sequence.kv_start;
   const char* g_q = reinterpret_cast<const char*>(
-      static_cast<const Element*>(params.q) + batch_idx * params.q_stride_batch +
+      static_cast<const ElementQk*>(params.q) + batch_idx * params.q_stride_batch +
       sequence.q_start * params.q_stride_row + tile.head_idx * params.q_stride_head);
   const char* g_k = reinterpret_cast<const char*>(
-      static_cast<const Element*>(params.k) + kv_batch_idx * params.k_stride_batch +
+      static_cast<const ElementQk*>(params.k) + kv_batch_idx * params.k_stride_batch +
       kv_start * params.k_stride_row + kv_head_idx * params.k_stride_head);
   const char* g_v = reinterpret_cast<const char*>(
       static_cast<const Element*>(params.v) + kv_batch_idx * params.v_stride_batch +
@@ -118,14 +120,14 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   float r_o[Traits::kRowTiles][Traits::kColumnTiles][4] = {};  // [kWarpRows, kDimV]
   OnlineSoftmax<Traits::kRowTiles, Mma::kMaxSlack> softmax;
   if constexpr (Spec::kFixedShift == Switch::kOn) softmax.fix_max(params.neg_shift);
-  const float scale_log2 = params.scale_log2;
+  RowScale<Spec, Traits::kRowTiles> scale(params);
 
   // Copies of the next key block, from right to left, into buffer `stage`. The pointers walk: they
   // are this thread's share of the block to be copied next. Only the last block of a sequence has a
   // tail. The rows of paged keys are looked up instead.
   int ordinal = range.end - 1;  // of the current step
   auto block_at = [&](int ordinal) { return range.template block_at<Spec>(ordinal); };
-  const int64_t k_block_bytes = params.k_stride_row * (kBlockKv * kElementBytes);
+  const int64_t k_block_bytes = params.k_stride_row * (kBlockKv * kBytesOfQk);
   const int64_t v_block_bytes = params.v_stride_row * (kBlockKv * kElementBytes);
   const char* g_k_next = copy_k.share(g_k + block_at(ordinal) * k_block_bytes);
   const char* g_v_next = copy_v.share(g_v + block_at(ordinal) * v_block_bytes);
@@ -214,7 +216,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
           const int row = first_row + copy_q.row + skip, position = rows.position(row);
           const int own = kHasLists<Spec> ? max_of(position, sequence.first_position) : position;
           return (own * params.q_stride_row + rows.head(row, position) * params.q_stride_head) *
-                 kElementBytes;
+                 kBytesOfQk;
         });
   };
 
@@ -231,10 +233,15 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     auto stage_v = lane_v;
     stage_v.advance(stage * Traits::kBytesV);
     Mma::add_output(r_o, r_s, stage_v, [&](float (&tile)[4], int m, int n) {
-      softmax.exponentiate(tile, m, scale_log2);
+      softmax.exponentiate(tile, m, scale);
       if constexpr (Spec::kDropout == Switch::kOn) kept.apply(tile, m, n);
     });
   };
+
+  if constexpr (kIsQuantized<Spec>) {
+    const int first_row = tile.q_tile_idx * Spec::kBlockQ + warp_first_row;
+    scale.load_rows(params, rows, batch_idx * params.heads_q + tile.head_idx, first_row, lane_idx);
+  }
 
   // ---- Prologue: Q and the first kPrefetch blocks. Only the first one, the right-most, has a
   // tail.
@@ -266,7 +273,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
       }
       ptx::cp_async_commit();
     }
-    if (params.negate_q) {
+    if (!kIsQuantized<Spec> && params.negate_q) {
       ptx::cp_async_wait<0>();
       copy_q.negate(
           s_q_addr);  // each thread its own chunks; the loop's first barrier publishes them
@@ -357,6 +364,10 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     }
 
     const int block = block_at(ordinal);
+    if constexpr (kIsQuantized<Spec>) {
+      scale.load_keys(params, kv_batch_idx * (params.heads_q / params.heads_per_kv) + kv_head_idx,
+                      block * kBlockKv + warp_first_key);
+    }
     const bool sees_any = !kIsMasked || is_seen(block);
     if (sees_any) {
       if constexpr (!kIsCapped && Traits::kIsStaged) change_scores(r_s, block, stage);
@@ -381,7 +392,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     }
     if (sees_any) {
       if constexpr (kIsMasked) hide_scores(r_s, block);
-      if constexpr (Spec::kFixedShift == Switch::kOff) softmax.update_max(r_s, r_o, scale_log2);
+      if constexpr (Spec::kFixedShift == Switch::kOff) softmax.update_max(r_s, r_o, scale);
       Kept kept;
       if constexpr (Spec::kDropout == Switch::kOn) {
         kept.draw(params, sequence, rows, tile.batch_idx, tile.head_idx, warp_row,

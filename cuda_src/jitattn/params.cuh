@@ -122,6 +122,39 @@ struct FwdListParams : FwdScoreParams {
   int32_t reserved;   // keeps the size a multiple of 8
 };
 
+// And the scales of Q and K in 8 bits, which are contiguous then: [B, Hq, Lq, D], [B, Hkv, Lkv, D].
+template <class Fwd>
+struct ScaledParams : Fwd {
+  const float* q_scale;  // [B, Hq, Lq]
+  const float* k_scale;  // [B, Hkv, ceil(Lkv / 64)]
+};
+
+// What makes them (quantize.cuh).
+struct QuantParams {
+  const void* q;      // [B, Lq, Hq, D]
+  const void* k;      // [B, Lkv, Hkv, D]
+  int8_t* q_out;      // [B, Hq, Lq, D], contiguous, as all that follow
+  int8_t* k_out;      // [B, Hkv, Lkv, D]
+  float* q_scale;     // [B, Hq, Lq]
+  float* k_scale;     // [B, Hkv, ceil(Lkv / 64)]
+  float* along_mean;  // [B, Hq, Lq]: q times the mean of K
+  float* channels;    // [B, Hkv, 2, D]: mean and c
+  float* partials;    // [chunks of all heads of q and of k, 3, D]
+  int32_t* arrivals;  // [B, Hkv], all 0, and so left behind
+  int64_t q_stride_batch;
+  int64_t q_stride_row;
+  int64_t q_stride_head;
+  int64_t k_stride_batch;
+  int64_t k_stride_row;
+  int64_t k_stride_head;
+  int32_t batch;
+  int32_t len_q;
+  int32_t len_kv;
+  int32_t heads_q;
+  int32_t heads_kv;
+  int32_t reserved;  // keeps the size a multiple of 8
+};
+
 // What a backward kernel reads beside the parameters of its forward kernel, of which it leaves out
 // `out`, `lse` and those of splits.
 template <class Fwd>

@@ -33,11 +33,18 @@ constexpr bool kHasScores = kHasGap<Spec> || kHasLists<Spec> || Spec::kBias != B
                             Spec::kDropout == Switch::kOn || Spec::kFixedShift == Switch::kOn;
 
 template <class Spec>
-using FwdParamsOf = typename Conditional<
+constexpr bool kIsQuantized = Spec::kNumerics == Numerics::kInt8;
+
+template <class Spec>
+using PlainParamsOf = typename Conditional<
     kHasLists<Spec>, FwdListParams,
     typename Conditional<
         kHasScores<Spec>, FwdScoreParams,
         typename Conditional<kIsUniform<Spec>, FwdParams, FwdSeqParams>::type>::type>::type;
+
+template <class Spec>
+using FwdParamsOf = typename Conditional<kIsQuantized<Spec>, ScaledParams<PlainParamsOf<Spec>>,
+                                         PlainParamsOf<Spec>>::type;
 
 // The low word of index `idx`: indices are of 4 or 8 bytes, their values below 2^31.
 __device__ __forceinline__ int load_index(const int32_t* g_index, int idx, int words) {

@@ -39,9 +39,10 @@ struct OnlineSoftmax {
   // Raise the maxima if any score of the warp asks for it, and rescale the output with them. The
   // vote is on each lane's own maxima; the quad shares them in the rare branch only. The branch
   // also keeps the compiler from stretching the live ranges of scores across the exponentials.
-  template <int kKeyTiles, int kColumnTiles>
+  // scale(m, half): what a score is multiplied by, base 2.
+  template <int kKeyTiles, int kColumnTiles, class Scale>
   __device__ void update_max(const float (&r_s)[kRowTiles][kKeyTiles][4],
-                             float (&r_o)[kRowTiles][kColumnTiles][4], float scale_log2) {
+                             float (&r_o)[kRowTiles][kColumnTiles][4], const Scale& scale) {
     float lane_max[kRowTiles][2];
     bool exceeds = false;
 #pragma unroll
@@ -54,7 +55,8 @@ struct OnlineSoftmax {
           highest = fmaxf(highest, fmaxf(r_s[m][n][2 * half], r_s[m][n][2 * half + 1]));
         }
         lane_max[m][half] = highest;
-        exceeds |= fmaf(highest, scale_log2, neg_max[m][half]) > kSlack;
+        const float neg = scale.addend(m, half, neg_max[m][half]);
+        exceeds |= fmaf(highest, scale(m, half), neg) > kSlack;
       }
     }
     if (!__any_sync(0xffffffffu, exceeds)) return;
@@ -65,7 +67,7 @@ struct OnlineSoftmax {
         float highest = lane_max[m][half];
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-        const float raised = fminf(neg_max[m][half], -highest * scale_log2);
+        const float raised = fminf(neg_max[m][half], -scale.bare(highest) * scale(m, half));
         const float factor = ptx::exp2_approx(raised - neg_max[m][half]);
         neg_max[m][half] = raised;
         row_sum[m][half] *= factor;
@@ -78,12 +80,16 @@ struct OnlineSoftmax {
     }
   }
 
-  // Scores of one n8 tile -> P = exp2(score * scale_log2 - max), added to the row sums.
-  __device__ void exponentiate(float (&tile)[4], int m, float scale_log2) {
+  // Scores of one n8 tile -> P = exp2(score * scale - max), added to the row sums.
+  template <class Scale>
+  __device__ void exponentiate(float (&tile)[4], int m, const Scale& scale) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float p0 = ptx::exp2_approx(fmaf(tile[2 * half], scale_log2, neg_max[m][half]));
-      const float p1 = ptx::exp2_approx(fmaf(tile[2 * half + 1], scale_log2, neg_max[m][half]));
+      const float neg = scale.addend(m, half, neg_max[m][half]);
+      const float x0 = fmaf(tile[2 * half], scale(m, half), neg);
+      const float x1 = fmaf(tile[2 * half + 1], scale(m, half), neg);
+      const float p0 = ptx::exp2_approx(x0);
+      const float p1 = ptx::exp2_approx(x1);
       row_sum[m][half] += p0 + p1;
       tile[2 * half] = p0;
       tile[2 * half + 1] = p1;

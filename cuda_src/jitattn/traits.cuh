@@ -8,6 +8,7 @@
 #include "jitattn/tile/copy.cuh"
 #include "jitattn/tile/mma_f16_acc.cuh"
 #include "jitattn/tile/mma_f32_acc.cuh"
+#include "jitattn/tile/mma_int8.cuh"
 #include "jitattn/tile/mma_split_p.cuh"
 #include "jitattn/tile/mma_tf32.cuh"
 #include "jitattn/tile/staged_matrix.cuh"
@@ -42,6 +43,10 @@ struct MmaOf<Numerics::kF16Acc, kDtype> {
   using type = MmaF16Acc;
 };
 template <Dtype kDtype>
+struct MmaOf<Numerics::kInt8, kDtype> {
+  using type = MmaInt8<kDtype>;
+};
+template <Dtype kDtype>
 struct MmaOf<Numerics::kTf32x3, kDtype> {
   using type = MmaTf32<3>;
 };
@@ -57,7 +62,10 @@ struct FwdTraits {
                 "host and device disagree on FwdParams");
 
   using Mma = typename MmaOf<Spec::kNumerics, Spec::kDtype>::type;
-  using Element = typename Mma::Element;
+  using Element = typename Mma::Element;  // of V; of Q and K, but for those in 8 bits
+  using ElementQk = typename Conditional<kIsQuantized<Spec>, int8_t, Element>::type;
+  static_assert(!kIsQuantized<Spec> ||
+                (kIsUniform<Spec> && Spec::kHeadDim % 32 == 0 && Spec::kAccess == Access::kVec16));
   using ElementOut = typename Conditional<Spec::kOutDtype == Dtype::kFp32, float, uint16_t>::type;
 
   static constexpr int kNumWarps = Spec::kWarpsQ * Spec::kWarpsKv;
@@ -79,19 +87,19 @@ struct FwdTraits {
                 "a warp owns a multiple of 16 keys");
 
   // 16-byte chunks of a row in shared memory.
-  static constexpr int kChunksQk = kDim * sizeof(Element) / 16;
+  static constexpr int kChunksQk = kDim * sizeof(ElementQk) / 16;
   static constexpr int kChunksV = kDimV * sizeof(Element) / 16;
 
-  template <int kRows, int kHeadDim, int kPaddedDim>
-  using Copy = TileCopy<Element, kRows, kHeadDim, kPaddedDim, kNumThreads, Spec::kAccess>;
-  using CopyQ = Copy<Spec::kBlockQ, Spec::kHeadDim, kDim>;
-  using CopyK = Copy<Spec::kBlockKv, Spec::kHeadDim, kDim>;
-  using CopyV = Copy<Spec::kBlockKv, Spec::kHeadDimV, kDimV>;
+  template <class T, int kRows, int kHeadDim, int kPaddedDim>
+  using Copy = TileCopy<T, kRows, kHeadDim, kPaddedDim, kNumThreads, Spec::kAccess>;
+  using CopyQ = Copy<ElementQk, Spec::kBlockQ, Spec::kHeadDim, kDim>;
+  using CopyK = Copy<ElementQk, Spec::kBlockKv, Spec::kHeadDim, kDim>;
+  using CopyV = Copy<Element, Spec::kBlockKv, Spec::kHeadDimV, kDimV>;
 
   // Shared memory in bytes: Q, then the K buffers, then the V buffers. After the loop the same
   // space carries the partial results of the warps that split the keys, then the output tile.
-  static constexpr int kBytesQ = Spec::kBlockQ * kDim * sizeof(Element);
-  static constexpr int kBytesK = Spec::kBlockKv * kDim * sizeof(Element);
+  static constexpr int kBytesQ = Spec::kBlockQ * kDim * sizeof(ElementQk);
+  static constexpr int kBytesK = Spec::kBlockKv * kDim * sizeof(ElementQk);
   static constexpr int kBytesV = Spec::kBlockKv * kDimV * sizeof(Element);
   static constexpr int kOffsetK = kBytesQ;
   static constexpr int kOffsetV = kOffsetK + Spec::kStages * kBytesK;

@@ -3,6 +3,7 @@
 
 namespace jitattn {
 
+using int8_t = signed char;
 using uint8_t = unsigned char;
 using uint16_t = unsigned short;
 using int32_t = int;

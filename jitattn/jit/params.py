@@ -330,6 +330,38 @@ APPEND_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("ctas_per_sequence", _INT32),
 )
 
+#: And the scales of Q and K in 8 bits.
+SCALE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
+    ("q_scale", _POINTER),
+    ("k_scale", _POINTER),
+)
+
+#: The kernels that make these read the same.
+QUANT_FIELDS: Final[tuple[tuple[str, str], ...]] = (
+    ("q", _POINTER),
+    ("k", _POINTER),
+    ("q_out", _POINTER),
+    ("k_out", _POINTER),
+    ("q_scale", _POINTER),
+    ("k_scale", _POINTER),
+    ("along_mean", _POINTER),
+    ("channels", _POINTER),
+    ("partials", _POINTER),
+    ("arrivals", _POINTER),
+    ("q_stride_batch", _INT64),
+    ("q_stride_row", _INT64),
+    ("q_stride_head", _INT64),
+    ("k_stride_batch", _INT64),
+    ("k_stride_row", _INT64),
+    ("k_stride_head", _INT64),
+    ("batch", _INT32),
+    ("len_q", _INT32),
+    ("len_kv", _INT32),
+    ("heads_q", _INT32),
+    ("heads_kv", _INT32),
+    ("reserved", _INT32),
+)
+
 _FWD: Final = {
     "fwd": FWD_FIELDS,
     "fwd_seq": FWD_FIELDS + FWD_SEQ_FIELDS,
@@ -340,6 +372,9 @@ _FWD: Final = {
 FIELDS: Final = {
     **_FWD,
     **{name.replace("fwd", "bwd"): fields + BWD_FIELDS for name, fields in _FWD.items()},
+    "fwd_scaled": FWD_FIELDS + SCALE_FIELDS,
+    "fwd_score_scaled": FWD_FIELDS + FWD_SEQ_FIELDS + FWD_SCORE_FIELDS + SCALE_FIELDS,
+    "quant": QUANT_FIELDS,
     "stats": STATS_FIELDS,
     "round": ROUND_FIELDS,
     "merge": MERGE_FIELDS,

@@ -88,6 +88,8 @@ class Numerics(StrEnum):
     SPLIT_P = "split_p"
     #: fp16 operands, P V in fp16 accumulators, promoted to fp32 every 64 keys.
     F16_ACC = "f16_acc"
+    #: Q and K in 8 bits, with scales; P V as F32_ACC.
+    INT8 = "int8"
     #: fp32 operands split into two TF32 parts, three MMAs a product, fp32 accumulators.
     TF32X3 = "tf32x3"
     #: fp32 operands rounded to TF32, fp32 accumulators.
@@ -283,7 +285,8 @@ class FwdSpec(_Spec):
     @property
     def params(self) -> str:
         """Name of the parameter struct (`jit/params.py`)."""
-        return f"fwd{_params_suffix(self.problem)}"
+        scaled = "_scaled" if self.problem.numerics is Numerics.INT8 else ""
+        return f"fwd{_params_suffix(self.problem)}{scaled}"
 
     @property
     def smem_bytes(self) -> int:
@@ -291,8 +294,9 @@ class FwdSpec(_Spec):
         problem, tile = self.problem, self.tile
         dim, dim_v = padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v)
         size = problem.dtype.bytes
-        s_q = tile.block_q * dim * size
-        s_kv = tile.stages * tile.block_kv * (dim + dim_v) * size
+        size_qk = 1 if problem.numerics is Numerics.INT8 else size
+        s_q = tile.block_q * dim * size_qk
+        s_kv = tile.stages * tile.block_kv * (dim * size_qk + dim_v * size)
         # After the loop the same space carries the output tile, and the partial results of the
         # warps that split the keys: r_o, m and l of every warp_kv but the first, in fp32.
         s_out = tile.block_q * dim_v * (2 if problem.out_dtype is not Dtype.FP32 else 0)
@@ -518,9 +522,44 @@ class NormGradSpec(_OfSlices):
     params: ClassVar[str] = "norm_grad"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelStatsSpec(_Spec):
+    """The kernel that finds the mean and the range of every channel of q and k."""
+
+    family: ClassVar[str] = "channel_stats"
+    params: ClassVar[str] = "quant"
+    num_threads: ClassVar[int] = 256
+    smem_bytes: ClassVar[int] = 0
+    dtype: Dtype
+    head_dim: int
+    chunk_rows: int  #: of a CTA
+    arch: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeSpec(_Spec):
+    """The kernel that brings q and k to 8 bits."""
+
+    family: ClassVar[str] = "quantize"
+    params: ClassVar[str] = "quant"
+    num_threads: ClassVar[int] = 256
+    smem_bytes: ClassVar[int] = 0
+    dtype: Dtype
+    head_dim: int
+    arch: str
+
+
 #: Kernels whose fields are all that there is to them: no tile is chosen.
 PlainSpec: TypeAlias = (
-    MergeSpec | MergeGradSpec | AppendSpec | NormSpec | NormGradSpec | StatsSpec | RoundSpec
+    MergeSpec
+    | MergeGradSpec
+    | AppendSpec
+    | NormSpec
+    | NormGradSpec
+    | StatsSpec
+    | RoundSpec
+    | ChannelStatsSpec
+    | QuantizeSpec
 )
 KernelSpec: TypeAlias = FwdSpec | BwdSpec | ScoreGradSpec | PlainSpec
 
@@ -532,6 +571,8 @@ PLAIN_FAMILIES: Final[dict[str, type[PlainSpec]]] = {
     NormGradSpec.family: NormGradSpec,
     StatsSpec.family: StatsSpec,
     RoundSpec.family: RoundSpec,
+    ChannelStatsSpec.family: ChannelStatsSpec,
+    QuantizeSpec.family: QuantizeSpec,
 }
 #: Entry file and symbol of each family: cuda_src/entry/<family>.cu holds jitattn_<family>.
 FAMILIES: Final = (

@@ -48,7 +48,8 @@ def check(
         arguments.pop(name, None)
     truth, true_lse = jitattn.reference.reference(*qkv, return_lse=True, **arguments)
     assert rel_l2(out, truth) < factor * GEARS[gear].rel_l2[DTYPES[qkv[0].dtype]]
-    assert (lse - true_lse).nan_to_num(0.0).abs().max() < (2e-5 if gear < 3 else 2e-3)
+    limit = {3: 2e-3, 4: 3e-2}.get(gear, 2e-5)
+    assert (lse - true_lse).nan_to_num(0.0).abs().max() < limit
     return out
 
 
@@ -135,9 +136,80 @@ def test_sequences_and_pages(gear: int, dtype: torch.dtype, request: Any) -> Non
     assert rel_l2(paged, out) < GEARS[gear].rel_l2[DTYPES[dtype]]
 
 
+@pytest.mark.parametrize("name", ["full", "causal", "window", "stride", "splits"])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)], ids=str)
+@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_8_bits(dtype: torch.dtype, dim: int, heads: tuple[int, int], name: str) -> None:
+    """With a mean in every channel of K, which the softmax does not see and the LSE does."""
+    given = MASKS[name]
+    for len_q, len_kv in ((200, 333), (70, 1100)):
+        q, k, v = tensors(dtype, len_q, len_kv, heads, dim)
+        k = k + torch.linspace(-3, 3, dim, device="cuda", dtype=dtype)
+        kernel = jitattn.explain(q, k, v, gear=4, **given).kernel
+        assert kernel["numerics"] == Numerics.INT8
+        check([q, k, v], 4, factor=1.0, **given)
+        turned = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+        again = jitattn.attention(*turned, gear=4, layout="bhsd", **given)
+        one = jitattn.attention(q, k, v, gear=4, **given)
+        assert torch.equal(again.transpose(1, 2), one)
+
+
+def test_8_bits_with_channels_that_stand_out() -> None:
+    q, k, v = tensors(torch.float16, 300, 2000, (2, 2), 128)
+    k[..., ::32] *= 20.0
+    q[..., ::32] /= 20.0
+    q[..., 5], k[..., 7] = 0.0, 0.0
+    check([q, k, v], 4, factor=1.0)
+    rows = torch.zeros_like(q)
+    check([rows, k, v], 4, factor=1.0)
+    blind = jitattn.attention(q, k[:, :100], v[:, :100], mask=jitattn.Causal(), gear=4)
+    assert not blind[:, :200].any()
+
+
+@pytest.mark.parametrize(
+    ("given", "dim", "len_q"),
+    [
+        ({"softcap": 2.0}, 128, 200),
+        ({"sinks": torch.zeros(2)}, 128, 200),
+        ({"scale": -0.1}, 128, 200),
+        ({"mask": jitattn.LocalStride(16, 2, 3)}, 128, 200),
+        ({}, 128, 64),
+        ({}, 64, 200),
+        ({}, 80, 200),
+    ],
+    ids=str,
+)
+def test_what_8_bits_do_not_serve_is_as_with_gear_3(
+    given: dict[str, Any], dim: int, len_q: int
+) -> None:
+    given = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in given.items()}
+    qkv = tensors(torch.bfloat16, len_q, 300, (2, 2), dim)
+    assert jitattn.explain(*qkv, gear=4, **given).kernel["numerics"] == Numerics.F32_ACC
+    one, other = (jitattn.attention(*qkv, gear=gear, **given) for gear in (3, 4))
+    assert torch.equal(one, other)
+
+
+def test_8_bits_can_be_captured() -> None:
+    qkv = tensors(torch.float16, 200, 300, (4, 2), 128)
+    jitattn.warmup(*qkv, gear=4)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        expected = jitattn.attention(*qkv, gear=4)
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            captured = jitattn.attention(*qkv, gear=4)
+    for _ in range(3):
+        captured.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured, expected)
+
+
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
 def test_all_gears_train_with_the_numerics_of_gear_2(dtype: torch.dtype) -> None:
-    qkv = tensors(dtype, 100, 130, (4, 2), 64)
+    qkv = tensors(dtype, 100, 130, (4, 2), 128)
     own = [x.double().requires_grad_() for x in qkv]
     with torch.enable_grad():
         truth = jitattn.reference.reference(*own)

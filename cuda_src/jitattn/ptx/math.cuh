@@ -47,6 +47,13 @@ __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
   return packed;
 }
 
+// cvt.rni.sat.s8.f32: to the nearest of -128 … 127
+__device__ __forceinline__ uint32_t cvt_s8(float x) {
+  uint32_t y;
+  asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
 // cvt.rna.tf32.f32: round to TF32's 10-bit mantissa, ties away from zero
 __device__ __forceinline__ uint32_t cvt_tf32(float x) {
   uint32_t y;

@@ -1,0 +1,278 @@
+// What        8-bit Q and K for the forward kernel (tile/mma_int8.cuh).
+//
+// Math        q k = (c q) ((k - mean) / c) + q mean, channel by channel, where `mean` is that of K
+//             over the sequence: it adds the same to all scores of a query, which the softmax does
+//             not see, and the LSE gets back. c = sqrt(max|k - mean| / max|q|) makes the channels
+//             of both as even as it can. Then a row of Q is rounded to 8 bits with a scale of its
+//             own, kQuantKeys rows of K with one.
+//
+// Paper       Zhang et al., "SageAttention", arXiv:2410.02367 (the mean of K; scales by blocks);
+//             Xiao et al., "SmoothQuant", arXiv:2211.10438 (c). We differ: both, scales by rows of
+//             Q, and everything from one pass over Q and K.
+//
+// Work split  channel_stats: a CTA has kChunkRows rows of a head, of q or of k; the last one of a
+// kv
+//             head makes mean and c of what all have left. quantize: a CTA has kQuantKeys rows.
+#pragma once
+
+#include "jitattn/element.cuh"
+#include "jitattn/enums.cuh"
+#include "jitattn/params.cuh"
+#include "jitattn/ptx/global.cuh"
+#include "jitattn/ptx/math.cuh"
+#include "jitattn/types.cuh"
+
+namespace jitattn {
+
+constexpr int kQuantKeys = 64;
+
+// Which rows a CTA has.
+struct QuantWork {
+  bool is_k;
+  int head;
+  int batch;
+  int block;
+};
+
+// CTAs: blocks fastest, then heads, of q and then of k.
+__device__ __forceinline__ QuantWork quant_work(const QuantParams& params, int rows_each) {
+  const int blocks_q = ceil_div(params.len_q, rows_each);
+  const int blocks_k = ceil_div(params.len_kv, rows_each);
+  const int64_t num_q = static_cast<int64_t>(blocks_q) * params.heads_q * params.batch;
+  int64_t rest = blockIdx.x;
+  const bool is_k = rest >= num_q;
+  if (is_k) rest -= num_q;
+  const int blocks = is_k ? blocks_k : blocks_q, heads = is_k ? params.heads_kv : params.heads_q;
+  const int block = static_cast<int>(rest % blocks);
+  rest /= blocks;
+  return {is_k, static_cast<int>(rest % heads), static_cast<int>(rest / heads), block};
+}
+
+// Eight neighbouring channels of a row, in fp32; lanes of kDim / 8 threads share a row.
+template <class Spec>
+struct QuantRow {
+  using Element = Scalar<Spec::kDtype>;
+  static constexpr int kDim = Spec::kHeadDim;
+  static constexpr int kLanes = kDim / 8;
+  static constexpr int kRowsPerPass = Spec::kNumThreads / kLanes;
+  static_assert((kLanes & (kLanes - 1)) == 0 && kLanes <= 32, "lanes of a row are in one warp");
+
+  __device__ static void load(float (&x)[8], const QuantParams& params, const QuantWork& work,
+                              int row, int lane) {
+    const uint16_t* g_row =
+        static_cast<const uint16_t*>(work.is_k ? params.k : params.q) +
+        work.batch * (work.is_k ? params.k_stride_batch : params.q_stride_batch) +
+        row * (work.is_k ? params.k_stride_row : params.q_stride_row) +
+        work.head * (work.is_k ? params.k_stride_head : params.q_stride_head);
+    const Vec16 loaded = *reinterpret_cast<const Vec16*>(g_row + lane * 8);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t word = loaded.word[i / 2];
+      x[i] = Element::load(static_cast<uint16_t>(i % 2 ? word >> 16 : word));
+    }
+  }
+};
+
+// Leaves sum, least and largest of every channel: partials [B, heads_q | heads_kv, chunks, 3, D].
+template <class Spec>
+__device__ __forceinline__ void channel_stats(const QuantParams& params) {
+  using Row = QuantRow<Spec>;
+  constexpr int kDim = Row::kDim, kLanes = Row::kLanes, kRowsPerPass = Row::kRowsPerPass;
+  static_assert(sizeof(QuantParams) == Spec::kParamsBytes,
+                "host and device disagree on QuantParams");
+  static_assert(Spec::kSmemBytes == 0 && Spec::kNumThreads >= kDim);
+  __shared__ float s_stats[3][kRowsPerPass][kDim];
+  __shared__ bool s_is_last;
+
+  const QuantWork work = quant_work(params, Spec::kChunkRows);
+  const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
+  const int len = work.is_k ? params.len_kv : params.len_q;
+  const int chunks_q = ceil_div(params.len_q, Spec::kChunkRows);
+  const int chunks_k = ceil_div(params.len_kv, Spec::kChunkRows);
+  // ---- This chunk
+  float sum[8], least[8], largest[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    sum[i] = 0.f;
+    least[i] = infinity();
+    largest[i] = -infinity();
+  }
+  const int end = min_of(len, (work.block + 1) * Spec::kChunkRows);
+  constexpr int kAhead = 4;  // rows in flight
+  for (int row = work.block * Spec::kChunkRows + first; row < end; row += kAhead * kRowsPerPass) {
+    float x[kAhead][8];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      // Again the last row, which changes neither the least nor the largest.
+      Row::load(x[j], params, work, min_of(row + j * kRowsPerPass, end - 1), lane);
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const float counts = row + j * kRowsPerPass < end ? 1.f : 0.f;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        sum[i] = fmaf(counts, x[j][i], sum[i]);
+        least[i] = fminf(least[i], x[j][i]);
+        largest[i] = fmaxf(largest[i], x[j][i]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    s_stats[0][first][lane * 8 + i] = sum[i];
+    s_stats[1][first][lane * 8 + i] = least[i];
+    s_stats[2][first][lane * 8 + i] = largest[i];
+  }
+  __syncthreads();
+  const int64_t chunks_before = static_cast<int64_t>(params.batch) * params.heads_q * chunks_q;
+  const int64_t chunk =
+      work.is_k ? chunks_before +
+                      (static_cast<int64_t>(work.batch) * params.heads_kv + work.head) * chunks_k
+                : (static_cast<int64_t>(work.batch) * params.heads_q + work.head) * chunks_q;
+  float* g_chunk = params.partials + (chunk + work.block) * (3 * kDim);
+  const int column = threadIdx.x;
+  if (column < kDim) {
+    float total = 0.f, low = infinity(), high = -infinity();
+    for (int i = 0; i < kRowsPerPass; ++i) {
+      total += s_stats[0][i][column];
+      low = fminf(low, s_stats[1][i][column]);
+      high = fmaxf(high, s_stats[2][i][column]);
+    }
+    g_chunk[column] = total;
+    g_chunk[kDim + column] = low;
+    g_chunk[2 * kDim + column] = high;
+  }
+
+  // ---- The last one of a kv head: mean and c
+  const int group = params.heads_q / params.heads_kv;
+  const int kv_head = work.is_k ? work.head : work.head / group;
+  const int64_t of_head = static_cast<int64_t>(work.batch) * params.heads_kv + kv_head;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int others = chunks_k + group * chunks_q - 1;
+    s_is_last = atomicAdd(params.arrivals + of_head, 1) == others;
+    if (s_is_last) params.arrivals[of_head] = 0;  // as it was found
+  }
+  __syncthreads();
+  if (!s_is_last || column >= kDim) return;
+  __threadfence();
+  const float* g_k = params.partials + (chunks_before + of_head * chunks_k) * (3 * kDim) + column;
+  float total = 0.f, low = infinity(), high = -infinity();
+#pragma unroll 8
+  for (int i = 0; i < chunks_k; ++i, g_k += 3 * kDim) {
+    total += __ldcg(g_k);
+    low = fminf(low, __ldcg(g_k + kDim));
+    high = fmaxf(high, __ldcg(g_k + 2 * kDim));
+  }
+  const float mean = total / static_cast<float>(params.len_kv);
+  const float most_k = fmaxf(high - mean, mean - low);
+  const int64_t first_head = static_cast<int64_t>(work.batch) * params.heads_q + kv_head * group;
+  const float* g_q = params.partials + first_head * chunks_q * (3 * kDim) + column;
+  float most_q = 0.f;
+#pragma unroll 8
+  for (int i = 0; i < chunks_q * group; ++i, g_q += 3 * kDim) {
+    most_q = fmaxf(most_q, fmaxf(__ldcg(g_q + 2 * kDim), -__ldcg(g_q + kDim)));
+  }
+  // A channel that is 0 on one side counts for nothing, whatever c.
+  const bool is_used = most_k > 0.f && most_q > 0.f;
+  float* g_channels = params.channels + of_head * (2 * kDim) + column;
+  g_channels[0] = mean;
+  g_channels[kDim] = is_used ? sqrtf(most_k / most_q) : 1.f;
+}
+
+template <class Spec>
+__device__ __forceinline__ void quantize(const QuantParams& params) {
+  using Row = QuantRow<Spec>;
+  constexpr int kDim = Row::kDim, kLanes = Row::kLanes, kRowsPerPass = Row::kRowsPerPass;
+  constexpr int kPasses = ceil_div(kQuantKeys, kRowsPerPass);
+  constexpr float kLargest = 127.f;
+  static_assert(sizeof(QuantParams) == Spec::kParamsBytes,
+                "host and device disagree on QuantParams");
+  static_assert(Spec::kSmemBytes == 0);
+  __shared__ float s_most[Spec::kNumThreads / 32];
+
+  const QuantWork work = quant_work(params, kQuantKeys);
+  const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
+  const int len = work.is_k ? params.len_kv : params.len_q;
+  const int heads = work.is_k ? params.heads_kv : params.heads_q;
+  const int group = params.heads_q / params.heads_kv;
+  const int kv_head = work.is_k ? work.head : work.head / group;
+  const float* g_channels =
+      params.channels +
+      (static_cast<int64_t>(work.batch) * params.heads_kv + kv_head) * (2 * kDim) + lane * 8;
+  float mean[8], factor[8];
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    const float4 means = __ldg(reinterpret_cast<const float4*>(g_channels + i));
+    const float4 factors = __ldg(reinterpret_cast<const float4*>(g_channels + kDim + i));
+    const float of_mean[4] = {means.x, means.y, means.z, means.w};
+    const float of_factor[4] = {factors.x, factors.y, factors.z, factors.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      mean[i + j] = of_mean[j];
+      factor[i + j] = work.is_k ? ptx::rcp_approx(of_factor[j]) : of_factor[j];
+    }
+  }
+  const int64_t of_head = static_cast<int64_t>(work.batch) * heads + work.head;
+  int8_t* g_out = (work.is_k ? params.k_out : params.q_out) + of_head * len * kDim;
+
+  float x[kPasses][8], most[kPasses];
+  float most_of_all = 0.f;
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int row = work.block * kQuantKeys + first + pass * kRowsPerPass;
+    const bool exists = row < len && first + pass * kRowsPerPass < kQuantKeys;
+    most[pass] = 0.f;
+    float along_mean = 0.f;
+    if (exists) {
+      Row::load(x[pass], params, work, row, lane);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        along_mean = fmaf(x[pass][i], mean[i], along_mean);
+        x[pass][i] = (work.is_k ? x[pass][i] - mean[i] : x[pass][i]) * factor[i];
+        most[pass] = fmaxf(most[pass], fabsf(x[pass][i]));
+      }
+    }
+    most_of_all = fmaxf(most_of_all, most[pass]);
+    if (work.is_k) continue;
+#pragma unroll
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+      most[pass] = fmaxf(most[pass], __shfl_xor_sync(0xffffffffu, most[pass], mask));
+      along_mean += __shfl_xor_sync(0xffffffffu, along_mean, mask);
+    }
+    if (exists && lane == 0) {
+      params.q_scale[of_head * len + row] = fmaxf(most[pass], 1e-20f) / kLargest;
+      params.along_mean[of_head * len + row] = along_mean;
+    }
+  }
+  if (work.is_k) {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) {
+      most_of_all = fmaxf(most_of_all, __shfl_xor_sync(0xffffffffu, most_of_all, mask));
+    }
+    if (threadIdx.x % 32 == 0) s_most[threadIdx.x / 32] = most_of_all;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < Spec::kNumThreads / 32; ++i) most_of_all = fmaxf(most_of_all, s_most[i]);
+    if (threadIdx.x == 0) {
+      params.k_scale[of_head * ceil_div(len, kQuantKeys) + work.block] =
+          fmaxf(most_of_all, 1e-20f) / kLargest;
+    }
+  }
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int row = work.block * kQuantKeys + first + pass * kRowsPerPass;
+    if (row >= len || first + pass * kRowsPerPass >= kQuantKeys) continue;
+    const float inverse = kLargest / fmaxf(work.is_k ? most_of_all : most[pass], 1e-20f);
+    uint32_t packed[2] = {};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      packed[i / 4] |= (ptx::cvt_s8(x[pass][i] * inverse) & 0xffu) << (i % 4 * 8);
+    }
+    *reinterpret_cast<uint2*>(g_out + static_cast<int64_t>(row) * kDim + lane * 8) =
+        make_uint2(packed[0], packed[1]);
+  }
+}
+
+}  // namespace jitattn

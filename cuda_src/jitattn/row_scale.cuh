@@ -1,0 +1,64 @@
+// What a score is multiplied by before exp2: one number, or, for Q and K in 8 bits, one for each
+// row and each block of keys.
+#pragma once
+
+#include "jitattn/enums.cuh"
+#include "jitattn/sequence.cuh"
+#include "jitattn/tile/fragment.cuh"
+#include "jitattn/types.cuh"
+
+namespace jitattn {
+
+template <class Spec, int kRowTiles, bool kIsPerRow = kIsQuantized<Spec>>
+struct RowScale {
+  float scale_log2;
+
+  __device__ explicit RowScale(const FwdParamsOf<Spec>& params) : scale_log2(params.scale_log2) {}
+  __device__ float operator()(int, int) const { return scale_log2; }
+  // A score without what its accumulator began with; and an addend for scores with it.
+  __device__ float bare(float score) const { return score; }
+  __device__ float addend(int, int, float addend) const { return addend; }
+};
+
+template <class Spec, int kRowTiles>
+struct RowScale<Spec, kRowTiles, true> {
+  static constexpr float kOffset = 12582912.f;  // mma_int8.cuh
+  static constexpr int kKeys = 64;              // that share a scale: quantize.cuh
+  static_assert(kKeys % (Spec::kBlockKv / Spec::kWarpsKv) == 0, "a warp's keys share a scale");
+
+  float of_row[kRowTiles][2];  // with scale_log2
+  float of_keys;
+
+  __device__ explicit RowScale(const FwdParamsOf<Spec>&) : of_keys(1.f) {}
+
+  // first_head: of all sequences, that of the tile.
+  template <class Rows>
+  __device__ void load_rows(const FwdParamsOf<Spec>& params, const Rows& rows, int64_t first_head,
+                            int first_row, int lane_idx) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row =
+            min_of(first_row + m * 16 + accumulator_row(lane_idx, half), rows.num_rows - 1);
+        const int position = rows.position(row);
+        const float* g_scale =
+            params.q_scale + (first_head + rows.head(row, position)) * params.len_q;
+        of_row[m][half] = __ldg(g_scale + position) * params.scale_log2;
+      }
+    }
+  }
+
+  // kv_head: of all sequences.
+  __device__ void load_keys(const FwdParamsOf<Spec>& params, int64_t kv_head, int first_key) {
+    of_keys = __ldg(params.k_scale + kv_head * ceil_div(params.len_kv, kKeys) + first_key / kKeys);
+  }
+
+  __device__ float operator()(int m, int half) const { return of_row[m][half] * of_keys; }
+  __device__ float bare(float score) const { return score - kOffset; }
+  __device__ float addend(int m, int half, float addend) const {
+    return fmaf(-kOffset, (*this)(m, half), addend);
+  }
+};
+
+}  // namespace jitattn

@@ -1,0 +1,148 @@
+"""Gear 4: Q and K in 8 bits, for long queries on a GPU.
+
+Two kernels bring Q and K to 8 bits (cuda_src/jitattn/quantize.cuh), then the forward kernel reads
+these. Calls that this does not serve have the numerics of gear 3: short queries, which would wait
+for K to be read twice; sequences of their own and pages; whatever is done with scores but masks of
+positions; other head dims than 32, 64, 128 and 256, on sm_90 than the last two; other alignments
+than 16 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import torch
+
+from jitattn.gears import gear_of
+from jitattn.jit.device import device
+from jitattn.jit.spec import (
+    Access,
+    ChannelStatsSpec,
+    Dtype,
+    MaskKind,
+    Numerics,
+    QuantizeSpec,
+    RowClass,
+    Switch,
+    arch_number,
+)
+from jitattn.loaded import loaded_kernel
+from jitattn.workspace import arrivals
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from jitattn.jit.spec import KernelSpec, Problem
+    from jitattn.problem import Call, Runtime
+
+HEAD_DIMS: Final = (32, 64, 128, 256)
+#: Rows of a CTA that looks at channels, and keys that share a scale.
+CHUNK_ROWS: Final = 512
+BLOCK_KEYS: Final = 64
+#: Below, exponentials and not products are what a step waits for: D=64 takes 1.02 of gear 2's time
+#: on an H200.
+_LEAST_ON_SM90: Final = 128
+_MASKS: Final = (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE)
+_TO_SCORES: Final = ("relative_bias", "alibi", "softcap", "sinks", "key_padding", "dense",
+                     "dropout", "fixed_shift")  # fmt: skip
+
+
+class Quantized(NamedTuple):
+    """Q and K in 8 bits, and their scales."""
+
+    q: Tensor  #: [B, Hq, Lq, D]
+    k: Tensor  #: [B, Hkv, Lkv, D]
+    q_scale: Tensor  #: [B, Hq, Lq]
+    k_scale: Tensor  #: [B, Hkv, ceil(Lkv / 64)]
+    along_mean: Tensor  #: [B, Hq, Lq]: q times the mean of K, which the LSE gets back
+
+
+def problem_of(problem: Problem, runtime: Runtime, call: Call, arch: str) -> Problem | None:
+    """Return the problem of the kernel for 8 bits, if the call has gear 4 and that serves it."""
+    if gear_of(call.gear, problem.dtype) != 4 or problem.dtype is Dtype.FP32:
+        return None
+    rows = runtime.len_q * (runtime.heads_q // max(1, runtime.heads_kv))
+    is_short = rows <= RowClass.ROWS64 or call.tile_rows in (16, 64)
+    if is_short or runtime.len_kv == 0 or runtime.scale < 0:
+        return None
+    return of_problem(problem, arch)
+
+
+def of_problem(problem: Problem, arch: str) -> Problem | None:
+    """Return the problem of the kernel for 8 bits, if there is one that pays on `arch`."""
+    if arch_number(arch) >= 90 and problem.head_dim < _LEAST_ON_SM90:
+        return None
+    is_plain = problem.is_uniform and problem.mask in _MASKS and problem.access is Access.VEC16
+    is_plain &= problem.head_dim in HEAD_DIMS and problem.dtype is not Dtype.FP32
+    is_plain &= problem.bias.value == "none"
+    is_plain &= all(getattr(problem, name) is Switch.OFF for name in _TO_SCORES)
+    return replace(problem, numerics=Numerics.INT8) if is_plain else None
+
+
+def specs_of(problem: Problem, arch: str) -> list[KernelSpec]:
+    """Return the kernels that bring q and k to 8 bits."""
+    dtype, dim = problem.dtype, problem.head_dim
+    return [
+        ChannelStatsSpec(dtype=dtype, head_dim=dim, chunk_rows=CHUNK_ROWS, arch=arch),
+        QuantizeSpec(dtype=dtype, head_dim=dim, arch=arch),
+    ]
+
+
+def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quantized:
+    """Bring q and k to 8 bits, on their device, in the current stream."""
+    index = q.get_device()
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    batch, dim = runtime.batch, problem.head_dim
+    sides = (
+        (runtime.heads_q, runtime.len_q),
+        (runtime.heads_kv, runtime.len_kv),
+    )
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
+    (heads_q, len_q), (heads_kv, len_kv) = sides
+    made = Quantized(
+        new(batch, heads_q, len_q, dim, dtype=torch.int8),
+        new(batch, heads_kv, len_kv, dim, dtype=torch.int8),
+        new(batch, heads_q, len_q),
+        new(batch, heads_kv, -(-len_kv // BLOCK_KEYS)),
+        new(batch, heads_q, len_q),
+    )
+    channels = new(batch, heads_kv, 2, dim)
+    chunks = sum(batch * heads * -(-length // CHUNK_ROWS) for heads, length in sides)
+    partials = new(chunks, 3, dim)
+    blocks = sum(batch * heads * -(-length // BLOCK_KEYS) for heads, length in sides)
+    stats, rounding = specs_of(problem, device(index).arch)
+    for spec, num_ctas in ((stats, chunks), (rounding, blocks)):
+        loaded_kernel(spec, index).launch(
+            num_ctas,
+            stream,
+            q.data_ptr(),
+            k.data_ptr(),
+            *(tensor.data_ptr() for tensor in made),
+            channels.data_ptr(),
+            partials.data_ptr(),
+            arrivals(batch * heads_kv, index, stream),
+            *runtime.q_strides,
+            *runtime.k_strides,
+            batch,
+            len_q,
+            len_kv,
+            heads_q,
+            heads_kv,
+            0,
+        )
+    return made
+
+
+def strides_of(x: Tensor) -> tuple[int, int, int]:
+    """Return (batch, row, head) of a tensor [B, H, L, D]; nothing where an index cannot pass 0."""
+    batch, head, row, _ = x.stride()
+    sizes = x.shape
+    return (
+        batch if sizes[0] > 1 else 0,
+        row if sizes[2] > 1 else 0,
+        head if sizes[1] > 1 else 0,
+    )
