@@ -99,7 +99,7 @@ def test_presets_are_listed() -> None:
         (["--arch", "80", "--head-dim", "257"], 2, "257"),
         (["--arch", "80", "--mask", "diagonal"], 2, "diagonal"),
         (["--arch", "80", "--preset", "lama"], 2, "llama"),
-        (["--arch", "80", "--gear", "5"], 1, "gear=5"),
+        (["--arch", "80", "--gear", "5"], 2, "gear=5"),
         (["--arch", "80", "--set", "colour=red"], 2, "colour"),
         (["--arch", "80", "--set", "colour"], 2, "FIELD=VALUE"),
         (["--arch", "80", "--dtype", "bf16", "--set", "dtype=fp16"], 2, "twice"),
