@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
+from jitattn.errors import UnsupportedError
 from jitattn.gears import gear_of
+from jitattn.jit import launch
 from jitattn.jit.device import device
 from jitattn.jit.spec import (
     Access,
@@ -90,7 +92,16 @@ def specs_of(problem: Problem, arch: str) -> list[KernelSpec]:
 
 
 def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quantized:
-    """Bring q and k to 8 bits, on their device, in the current stream."""
+    """Bring q and k to 8 bits, on their device, in the current stream.
+
+    Beside the results, which take half the memory of q and k, and 8 bytes a row of q, this takes
+    12 bytes a channel for every 512 rows.
+
+    Raises
+    ------
+    UnsupportedError
+        More CTAs are needed than a grid has.
+    """
     index = q.get_device()
     stream = torch._C._cuda_getCurrentRawStream(index)
     batch, dim = runtime.batch, problem.head_dim
@@ -114,6 +125,11 @@ def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quanti
     chunks = sum(batch * heads * -(-length // CHUNK_ROWS) for heads, length in sides)
     partials = new(chunks, 3, dim)
     blocks = sum(batch * heads * -(-length // BLOCK_KEYS) for heads, length in sides)
+    if max(chunks, blocks) > launch.MAX_GRID:
+        raise UnsupportedError(
+            f"gear=4 needs {blocks} CTAs to bring q and k to 8 bits: a grid has at most 2**31 - 1; "
+            "split the batch"
+        )
     stats, rounding = specs_of(problem, device(index).arch)
     for spec, num_ctas in ((stats, chunks), (rounding, blocks)):
         loaded_kernel(spec, index).launch(

@@ -21,7 +21,7 @@ from _table import print_table
 from _timing import kernel_times
 
 import jitattn
-from jitattn.gears import GEARS, resolve_numerics
+from jitattn.gears import GEARS
 from jitattn.reference import reference
 from jitattn.tensors import DTYPES
 
@@ -31,9 +31,13 @@ if TYPE_CHECKING:
 _DIM, _KEYS, _QUERIES, _HEADS = 128, 4096, 256, 4
 _LENGTH, _TIMED_HEADS = 16384, 16
 _DATA: Final = ("gaussian", "outlier channels", "biased K")
-#: Tensor-core cycles of an m16n8k16 product of a multiprocessor's quarter, by the accumulator:
-#: GeForce cards give half the rate with fp32 ones. Rates: NVIDIA, GA102 and AD102 white papers.
-_CYCLES: Final = {"sm_86": {"f32": 32, "f16": 16}, "sm_89": {"f32": 32, "f16": 16}}
+#: Cycles of a multiprocessor's quarter for a product of 16 x 8 x 16 in 16 bits, by accumulator, and
+#: of 16 x 8 x 32 in 8 bits: GeForce cards give half the rate with fp32 accumulators. Rates: NVIDIA,
+#: GA102 and AD102 white papers.
+_CYCLES: Final = {
+    "sm_86": {"f32": 32, "f16": 16, "s8": 16},
+    "sm_89": {"f32": 32, "f16": 16, "s8": 16},
+}
 
 
 def data(kind: str, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -87,6 +91,12 @@ def _call(function: Callable[..., Any], *args: Any, **named: Any) -> Callable[[i
     return lambda _: function(*args, **named)
 
 
+def numerics(gear: int, dtype: torch.dtype) -> str:
+    """The numerics class of the calls that are timed."""
+    qkv = (torch.empty(1, _LENGTH, 1, _DIM, device="cuda", dtype=dtype) for _ in range(3))
+    return str(jitattn.explain(*qkv, gear=gear).kernel["numerics"])
+
+
 def report(plot: Path | None, rounds: int) -> int:
     """Print the table; 1 if a promise is broken."""
     error, time = errors(), times(rounds)
@@ -100,7 +110,7 @@ def report(plot: Path | None, rounds: int) -> int:
             rows.append(
                 (
                     str(dtype).removeprefix("torch."),
-                    f"{number} {resolve_numerics(number, DTYPES[dtype])}",
+                    f"{number} {numerics(number, dtype)}",
                     f"{promised:.0e}",
                     *(f"{error[dtype, number, kind]:.1e}" for kind in _DATA),
                     f"{own:.0f}",
@@ -141,18 +151,20 @@ def draw(
 
 def estimate() -> None:
     """Count the tensor-core cycles of a step of 64 keys, from what the kernels are made of."""
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for arch, cycles in _CYCLES.items():
         for dim in (64, 128):
             # Products of 16 rows and 64 keys: of QK^T, and of PV.
-            scores = 64 // 8 * (dim // 16)
-            output = dim // 8 * (64 // 16)
+            scores, output = 64 // 8 * (dim // 16), dim // 8 * (64 // 16)
             gear2 = (scores + output) * cycles["f32"]
-            gear3 = scores * cycles["f32"] + output * cycles["f16"]
-            gear1 = (scores + 2 * output) * cycles["f32"]
+            counts = {
+                "1": (scores + 2 * output) * cycles["f32"],
+                "2": gear2,
+                "3": scores * cycles["f32"] + output * cycles["f16"],
+                "4": scores // 2 * cycles["s8"] + output * cycles["f32"],
+            }
             rows += [
-                (arch, dim, name, count, f"{gear2 / count:.2f}")
-                for name, count in (("1", gear1), ("2", gear2), ("3", gear3))
+                (arch, dim, name, count, f"{gear2 / count:.2f}") for name, count in counts.items()
             ]
     columns = ("arch", "head_dim", "gear", "cycles", "gear 2 / it")
     print_table(
