@@ -15,13 +15,6 @@ def test_mixed_devices() -> None:
         jitattn.attention(q, k.cpu(), v)
 
 
-@pytest.mark.parametrize(("dtype", "gear"), [(torch.bfloat16, 0), (torch.float32, 4)])
-def test_gears_that_are_not_there(dtype: torch.dtype, gear: int) -> None:
-    q, k, v = random_qkv(dtype=dtype, device="cuda")
-    with pytest.raises(jitattn.UnsupportedError, match=f"gear={gear}"):
-        jitattn.attention(q, k, v, gear=gear)
-
-
 def test_grid_limit_is_said_before_the_launch() -> None:
     # 2**31 CTAs, from inputs of 128 bytes and a result of 1 GiB.
     q = torch.empty(1, 1, 1, 64, device="cuda", dtype=torch.bfloat16).expand(2**17, 1, 64, 64)
