@@ -34,7 +34,8 @@ RECORD: Final = Path("tests") / "data" / "gpu_record.json"
 COVERED: Final = ("cuda_src", "jitattn", "tests/gpu", "tests/support")
 LEFT_OUT: Final = ("cuda_src/notes",)
 #: Tools of compute-sanitizer with pytest -k expressions, each a part of its own: the EDGE grid, the
-#: tests whose indices lead anywhere, and gradients, whose kernels hand over through shared memory.
+#: tests whose indices lead anywhere, and gradients and quantisation, whose kernels hand over
+#: through shared memory.
 #: (They run without torch's allocator, and without that nothing is allocated in a capture.)
 SANITIZERS: Final = {
     "memcheck-edge": ("memcheck", "EDGE or merge"),
@@ -44,13 +45,16 @@ SANITIZERS: Final = {
     ),
     "memcheck-features": (
         "memcheck",
-        "(features or dropout or units) and not (many or graph or long)",
+        "(features or dropout or units or 8_bits) and not (many or graph or long or capture)",
     ),
     "memcheck-gradients": (
         "memcheck",
         "test_gradients_gpu and (random or head_dims or aligned) and not many",
     ),
-    "racecheck-gradients": ("racecheck", "test_gradients_gpu and (head_dims or aligned)"),
+    "racecheck-gradients": (
+        "racecheck",
+        "(test_gradients_gpu and (head_dims or aligned)) or (test_8_bits and full and bfloat16)",
+    ),
 }
 PARTS: Final = ("tests", "bench", *SANITIZERS)
 
