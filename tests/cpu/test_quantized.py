@@ -1,0 +1,101 @@
+"""Gear 4: which calls have Q and K in 8 bits, and which kernels bring them there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import jitattn
+from jitattn import quantized
+from jitattn.attention import bind
+from jitattn.jit.spec import ChannelStatsSpec, Numerics, QuantizeSpec
+from jitattn.layouts import parse
+
+
+def chosen(
+    arch: str = "sm_90", dim: int = 128, len_q: int = 200, heads: int = 2, **arguments: Any
+) -> Any:
+    """The problem in 8 bits of a call, or None."""
+    dtype = arguments.pop("dtype", torch.float16)
+    q = torch.zeros(1, len_q, heads, dim, dtype=dtype)
+    k = torch.zeros(1, arguments.pop("len_kv", 300), 2, dim, dtype=dtype)
+    _, call = bind(q, k, k, {"gear": 4, **arguments})
+    problem, runtime = parse(q, k, k, call)
+    return quantized.problem_of(problem, runtime, call, arch)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"dtype": torch.bfloat16},
+        {"dim": 256},
+        {"len_q": 33, "heads": 4},
+        {"mask": jitattn.Causal()},
+        {"mask": jitattn.Window(9, 0, keep_first=2)},
+        {"mask": jitattn.LocalStride(64, 2, 3)},
+        {"num_splits": 2},
+        {"tile_rows": 128},
+        {"dim": 64, "arch": "sm_86"},
+        {"dim": 32, "arch": "sm_80"},
+    ],
+    ids=str,
+)
+def test_calls_that_8_bits_serve(given: dict[str, Any]) -> None:
+    problem = chosen(**given)
+    assert problem.numerics is Numerics.INT8
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"gear": 3},
+        {"gear": None},
+        {"dtype": torch.float32},
+        {"dim": 64},
+        {"dim": 96, "arch": "sm_86"},
+        {"len_q": 64},
+        {"len_q": 16, "heads": 4},
+        {"len_kv": 0},
+        {"scale": -1.0},
+        {"softcap": 3.0},
+        {"sinks": torch.zeros(2)},
+        {"alibi_slopes": torch.zeros(2)},
+        {"bias": torch.zeros(1, 1, 1, 300)},
+        {"dropout_p": 0.1},
+        {"mask": jitattn.LocalStride(16, 2, 3)},
+        {"mask": jitattn.KeyPadding(torch.ones(1, 300, dtype=torch.bool))},
+        {"tile_rows": 64},
+        {"kv_seqs": jitattn.Padded(torch.tensor([200]))},
+    ],
+    ids=str,
+)
+def test_calls_that_have_the_numerics_of_gear_3(given: dict[str, Any]) -> None:
+    assert chosen(**given) is None
+
+
+def test_the_default_gear_counts() -> None:
+    with jitattn.set_default_gear(4):
+        assert chosen(gear=None).numerics is Numerics.INT8
+        assert chosen(gear=2) is None
+
+
+def test_rows_that_no_16_bytes_reach_are_as_with_gear_3() -> None:
+    q = torch.zeros(1, 200, 2, 129, dtype=torch.float16)[..., 1:]
+    _, call = bind(q, q, q, {"gear": 4})
+    problem, runtime = parse(q, q, q, call)
+    assert quantized.problem_of(problem, runtime, call, "sm_90") is None
+
+
+def test_kernels_that_bring_them_there() -> None:
+    stats, rounding = quantized.specs_of(chosen(), "sm_86")
+    assert isinstance(stats, ChannelStatsSpec)
+    assert isinstance(rounding, QuantizeSpec)
+    assert (stats.chunk_rows, stats.head_dim, stats.arch) == (quantized.CHUNK_ROWS, 128, "sm_86")
+
+
+def test_strides_where_there_is_one_of_a_kind() -> None:
+    assert quantized.strides_of(torch.zeros(2, 3, 4, 8)) == (96, 8, 32)
+    assert quantized.strides_of(torch.zeros(1, 1, 4, 8)) == (0, 8, 0)
