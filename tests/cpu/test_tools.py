@@ -133,8 +133,9 @@ def test_reports_of_several_processes_are_added_up() -> None:
         "one = {'passed': 3, 'failed': 0, 'skipped': 1, 'seconds': 9.5, 'exit_code': 0,\n"
         "       'skip_reasons': {'no second device': 1}}\n"
         "died = {'passed': 0, 'failed': 0, 'skipped': 0, 'exit_code': -11}\n"
-        "assert g.combined([one, one]) == {'passed': 6, 'failed': 0, 'skipped': 2, 'exit_code': 0,\n"
-        "    'seconds': 9.5, 'skip_reasons': {'no second device': 2}}\n"
+        "both = g.combined([one, one])\n"
+        "assert both == {'passed': 6, 'failed': 0, 'skipped': 2, 'exit_code': 0, 'seconds': 9.5,\n"
+        "                'skip_reasons': {'no second device': 2}}\n"
         "assert g.combined([one, died])['exit_code'] == 11\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
