@@ -310,13 +310,15 @@ def check(root: Path, parts: Sequence[str], arguments: argparse.Namespace) -> in
             log = (arguments.out or Path(folder)) / f"{part}.log"
             return part, run_sanitizer(root, *SANITIZERS[part], log)
 
-    # These wait for compilers and for the CPU's reference most of the time: all at once.
-    at_once = [part for part in PARTS if part in parts and part != "bench"]
-    with ThreadPoolExecutor(max(1, len(at_once))) as pool:
-        for done in as_completed([pool.submit(run_part, part) for part in at_once]):
-            part, found = done.result()
-            record[part] = found
-            write_record(record, root, arguments.out)
+    # Sanitizers wait for the CPU's reference most of the time: all at once. The tests have compiled
+    # what they need, and want the processors for themselves.
+    for at_once in (("tests",), tuple(SANITIZERS)):
+        asked = [part for part in at_once if part in parts]
+        with ThreadPoolExecutor(max(1, len(asked))) as pool:
+            for done in as_completed([pool.submit(run_part, part) for part in asked]):
+                part, found = done.result()
+                record[part] = found
+                write_record(record, root, arguments.out)
     if "bench" in parts:
         record["bench"] = run_bench(root)
     write_record(record, root, arguments.out)

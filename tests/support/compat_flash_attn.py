@@ -19,30 +19,35 @@ def dense(
     keep_first: int = 0,
     force: bool = False,
     slopes: Tensor | None = None,
+    stays: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(out [Lq, H, D], lse [H, Lq]) of q [Lq, H, D], k and v [Lkv, Hkv, D]."""
-    len_q, len_kv = len(q), len(k)
+    """(out [Lq, H, D], lse [H, Lq]) of q [Lq, H, D], k and v [Lkv, Hkv, D]; stays: [H, Lq, Lkv]."""
+    len_q, len_kv, device = len(q), len(k), q.device
     left, right = window
     if causal:
         right = 0
     if force and len_q == 1 and left >= 0:
         left = len_kv
-    i = torch.arange(len_q)[:, None] + len_kv - len_q
-    j = torch.arange(len_kv)[None, :]
-    seen = torch.ones(len_q, len_kv, dtype=torch.bool)
+    i = torch.arange(len_q, device=device)[:, None] + len_kv - len_q
+    j = torch.arange(len_kv, device=device)[None, :]
+    seen = torch.ones(len_q, len_kv, dtype=torch.bool, device=device)
     if right >= 0:
         seen &= j <= i + right
     if left >= 0:
         seen &= (j >= i - left) | (j < keep_first)
+    group = q.shape[1] // k.shape[1]
     wide_q = q.double().transpose(0, 1)
-    wide_k, wide_v = (x.double().transpose(0, 1).repeat_interleave(H // HKV, 0) for x in (k, v))
-    scores = wide_q @ wide_k.transpose(1, 2) * (D**-0.5 if scale is None else scale)
+    wide_k, wide_v = (x.double().transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
+    scores = wide_q @ wide_k.transpose(1, 2) * (q.shape[2] ** -0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if slopes is not None:
         scores = scores - slopes.double()[:, None, None] * (i - j).abs()
     scores = scores.masked_fill(~seen, float("-inf"))
     weights = torch.softmax(scores, 2).nan_to_num(0.0)
+    if stays is not None:
+        weights = weights * stays / (1.0 - dropout_p)
     lse = torch.logsumexp(scores, 2)
     lse = lse.masked_fill(torch.isneginf(lse), float("inf"))
     return (weights @ wide_v).transpose(0, 1), lse

@@ -1,0 +1,32 @@
+"""Random calls of the doors on the CPU path: all arguments, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support import compat_random as drawn
+
+FP32 = torch.float32
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+
+
+@pytest.mark.parametrize("name", drawn.FLASH)
+@pytest.mark.parametrize("seed", range(12))
+def test_flash_attn(name: str, seed: int) -> None:
+    drawn.check_flash(name, seed, FP32, "cpu")
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_flash_attn_with_a_cache(seed: int) -> None:
+    drawn.check_flash_cache(seed, FP32, "cpu")
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_cosine_sim(seed: int) -> None:
+    drawn.check_cosine(seed, FP32, "cpu")
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_fast_ops(seed: int) -> None:
+    drawn.check_fast_ops(seed, FP32, "cpu")

@@ -1,0 +1,44 @@
+"""The same calls on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.support import compat_random as drawn
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+
+
+@pytest.fixture(autouse=True)
+def _with_grad() -> Iterator[None]:
+    with torch.enable_grad():
+        yield
+
+
+@DTYPES
+@pytest.mark.parametrize("name", drawn.FLASH)
+@pytest.mark.parametrize("seed", range(6))
+def test_flash_attn(name: str, seed: int, dtype: torch.dtype) -> None:
+    drawn.check_flash(name, seed, dtype, "cuda")
+
+
+@DTYPES
+@pytest.mark.parametrize("seed", range(12))
+def test_flash_attn_with_a_cache(seed: int, dtype: torch.dtype) -> None:
+    drawn.check_flash_cache(seed, dtype, "cuda")
+
+
+@DTYPES
+@pytest.mark.parametrize("seed", range(12))
+def test_cosine_sim(seed: int, dtype: torch.dtype) -> None:
+    drawn.check_cosine(seed, dtype, "cuda")
+
+
+@DTYPES
+@pytest.mark.parametrize("seed", range(12))
+def test_fast_ops(seed: int, dtype: torch.dtype) -> None:
+    drawn.check_fast_ops(seed, dtype, "cuda")

@@ -1,0 +1,286 @@
+"""Random calls of the doors with all their arguments, against dense fp64 of what they document."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jitattn.compat import flash_attn as flash
+from jitattn.compat import flash_cosine_sim_attention as cosine
+from jitattn.compat.fast_ops.flash_attention.attention_ref import attention_ref
+from jitattn.compat.fast_ops.flash_attention.flash_attention import FlashAttentionFunction
+from jitattn.compat.fast_ops.flash_attention.flash_attention_triton import (
+    flash_attn_triton,
+    triton_dropout_mask,
+)
+
+from . import compat_cosine, compat_fast_ops, compat_flash_attn
+from .compare import rel_l2
+
+#: Relative L2 errors of values; gradients may be twice as far off.
+LIMITS = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 3e-2}
+FLASH = ("func", "kvpacked_func", "qkvpacked_func", "varlen_func", "varlen_kvpacked_func",
+         "varlen_qkvpacked_func")  # fmt: skip
+
+
+def compare(result: Tensor, truth: Tensor, leaves: list[Tensor], dtype: torch.dtype) -> None:
+    """Values, and gradients of all leaves."""
+    assert result.shape == truth.shape
+    near(result, truth, LIMITS[dtype])
+    d_out = torch.randn(result.shape, generator=torch.Generator().manual_seed(5)).to(result)
+    got = torch.autograd.grad(result, leaves, d_out)
+    wanted = torch.autograd.grad(truth, leaves, d_out.double())
+    for one, other in zip(got, wanted, strict=True):
+        near(one, other, 2 * LIMITS[dtype])
+
+
+def near(one: Tensor, other: Tensor, limit: float) -> None:
+    """By the whole, or, of what is nothing but roundings, by the largest."""
+    if one.numel():
+        assert rel_l2(one, other) < limit or (one - other).abs().max() < limit / 2
+
+
+def check_flash(name: str, seed: int, dtype: torch.dtype, device: str) -> None:
+    """One of FlashAttention's functions that have gradients."""
+    chance = random.Random(f"{name} {seed}")
+    generator = torch.Generator().manual_seed(seed)
+    batch, dim, heads_kv = chance.choice((1, 3)), chance.choice((8, 20, 64)), chance.choice((1, 2))
+    is_packed, is_varlen = name.endswith("qkvpacked_func"), name.startswith("varlen")
+    heads = heads_kv if is_packed else heads_kv * chance.choice((1, 3))
+    lengths = [_lengths(chance, batch, is_varlen) for _ in range(2)]
+    if is_packed:
+        lengths[0] = lengths[1]
+    len_q, len_kv = lengths
+
+    def leaf(count: int, *rest: int) -> Tensor:
+        x = torch.randn(count, *rest, dim, generator=generator).to(device, dtype)
+        return x.requires_grad_()
+
+    def shaped(x: Tensor, own: tuple[int, ...]) -> Tensor:
+        return x if is_varlen else x.unflatten(0, (batch, own[0]))
+
+    total_q, total_kv = sum(len_q), sum(len_kv)
+    if is_packed:
+        leaves = [leaf(total_kv, 3, heads)]
+        q, k, v = leaves[0].unbind(1)
+    elif "kvpacked" in name:
+        leaves = [leaf(total_q, heads), leaf(total_kv, 2, heads_kv)]
+        q, (k, v) = leaves[0], leaves[1].unbind(1)
+    else:
+        leaves = [leaf(total_q, heads), leaf(total_kv, heads_kv), leaf(total_kv, heads_kv)]
+        q, k, v = leaves
+    sides = [len_q] if is_packed else [len_q, *[len_kv] * (len(leaves) - 1)]
+    arguments: list[Any] = [shaped(x, own) for x, own in zip(leaves, sides, strict=True)]
+    parts = [slice(0, length) for length in len_kv]
+    given: dict[str, Any] = {}
+    if is_varlen:
+        cu = [torch.tensor([0, *own], device=device).cumsum(0).int() for own in lengths]
+        most = [max(own) for own in lengths]
+        arguments += [cu[1], most[1]] if is_packed else [*cu, *most]
+        if name == "varlen_func" and chance.random() < 0.5:
+            used = [chance.randint(0, length) for length in len_kv]
+            skipped = [chance.randint(0, length) for length in used]
+            given["seqused_k"] = torch.tensor(used, dtype=torch.int32, device=device)
+            given["leftpad_k"] = torch.tensor(skipped, dtype=torch.int32, device=device)
+            parts = [slice(a, b) for a, b in zip(skipped, used, strict=True)]
+    dropout_p = chance.choice((0.0, 0.0, 0.3))
+    ours: dict[str, Any] = {
+        "scale": chance.choice((None, 0.2)),
+        "causal": chance.random() < 0.5,
+        "window": (chance.choice((-1, 0, 7)), chance.choice((-1, 0, 5))),
+        "softcap": chance.choice((0.0, 0.0, 3.0)),
+        "keep_first": chance.choice((0, 2)),
+        "force": chance.random() < 0.5,
+    }
+    slopes = None
+    if chance.random() < 0.3:
+        slopes = torch.rand((batch, heads) if seed % 2 else (heads,), generator=generator).to(
+            device
+        )
+    wants = dropout_p > 0 or chance.random() < 0.5
+    tail = (dropout_p, *ours.values(), slopes, chance.random() < 0.3, wants)
+    found = getattr(flash, f"flash_attn_{name}")(*arguments, *tail, **given)
+    out, lse, dmask = found if wants else (found, None, None)
+    outs, lses = [], []
+    starts = [[sum(own[:b]) for b in range(batch)] for own in lengths]
+    for b, part in enumerate(parts):
+        rows = slice(starts[0][b], starts[0][b] + len_q[b])
+        keys = slice(starts[1][b] + part.start, starts[1][b] + part.stop)
+        stays = None
+        if dropout_p:
+            stays = dmask[b, :, : len_q[b], : part.stop - part.start] >= 0
+        own_slopes = slopes if slopes is None or slopes.dim() == 1 else slopes[b]
+        one, own_lse = compat_flash_attn.dense(
+            q[rows], k[keys], v[keys], **ours, slopes=own_slopes, stays=stays, dropout_p=dropout_p
+        )
+        outs.append(one)
+        lses.append(own_lse)
+    truth = torch.cat(outs)
+    compare(out, truth if is_varlen else truth.view_as(out), leaves, dtype)
+    if lse is not None:
+        whole = torch.cat(lses, 1) if is_varlen else torch.stack(lses)
+        limit = 1e-4 if dtype is torch.float32 else 2e-2
+        torch.testing.assert_close(lse, whole.float(), rtol=limit, atol=limit)
+
+
+def _lengths(chance: random.Random, batch: int, differ: bool) -> tuple[int, ...]:
+    if differ:
+        return tuple(chance.choice((0, 1, 5, 33, 70)) for _ in range(batch))
+    return (chance.choice((1, 5, 33, 70)),) * batch
+
+
+def check_flash_cache(seed: int, dtype: torch.dtype, device: str) -> None:
+    """`flash_attn_with_kvcache`, with all that it appends and turns."""
+    chance = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    batch, dim, heads_kv, room = 3, chance.choice((16, 64)), chance.choice((1, 2)), 48
+    heads, num_new = heads_kv * chance.choice((1, 3)), chance.choice((0, 1, 4))
+    len_q = num_new or chance.choice((1, 3))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dim, generator=generator).to(device, dtype)
+
+    q = normal(batch, len_q, heads)
+    new = [normal(batch, num_new, heads_kv) for _ in range(2)]
+    used = [chance.randint(0, room - num_new) for _ in range(batch)]
+    is_paged = chance.random() < 0.4
+    given: dict[str, Any] = {"cache_seqlens": torch.tensor(used, dtype=torch.int32, device=device)}
+    left = [0] * batch
+    if is_paged:
+        page = chance.choice((4, 16))
+        count = batch * room // page
+        caches = [normal(count, page, heads_kv) for _ in range(2)]
+        table = torch.randperm(count, generator=generator).view(batch, -1).int().to(device)
+        given["block_table"] = table
+
+        def own(cache: Tensor, b: int) -> Tensor:
+            return cache[table[b].long()].flatten(0, 1)
+    else:
+        rows = list(range(batch))
+        is_named = chance.random() < 0.5
+        caches = [normal(batch + 2 * is_named, room, heads_kv) for _ in range(2)]
+        if is_named:
+            rows = chance.sample(range(batch + 2), batch)
+            given["cache_batch_idx"] = torch.tensor(rows, dtype=torch.int32, device=device)
+        if chance.random() < 0.5:
+            left = [chance.randint(0, length) for length in used]
+            given["cache_leftpad"] = torch.tensor(left, dtype=torch.int32, device=device)
+
+        def own(cache: Tensor, b: int) -> Tensor:
+            return cache[rows[b]]
+
+    ours: dict[str, Any] = {
+        "scale": chance.choice((None, 0.2)),
+        "causal": chance.random() < 0.6,
+        "window": (chance.choice((-1, 3)), chance.choice((-1, 0))),
+        "softcap": chance.choice((0.0, 3.0)),
+        "keep_first": chance.choice((0, 2)),
+        "force": chance.random() < 0.5,
+    }
+    histories = [[own(cache, b).clone() for b in range(batch)] for cache in caches]
+    if num_new:
+        given |= {"k": new[0], "v": new[1]}
+    names = ("softmax_scale", "causal", "window_size", "softcap", "keep_first", "force_fa_decode")
+    out, lse = flash.flash_attn_with_kvcache(
+        q, *caches, **given, **dict(zip(names, ours.values(), strict=True)),
+        num_splits=chance.choice((0, 2)), return_softmax_lse=True,
+    )  # fmt: skip
+    for b in range(batch):
+        stop = used[b] + num_new
+        for history, added, cache in zip(histories, new, caches, strict=True):
+            history[b][used[b] : stop] = added[b]
+            assert torch.equal(own(cache, b), history[b])
+        keys = [history[b][left[b] : stop] for history in histories]
+        truth, true_lse = compat_flash_attn.dense(q[b], *keys, **ours)
+        near(out[b], truth, LIMITS[dtype])
+        limit = 1e-4 if dtype is torch.float32 else 2e-2
+        torch.testing.assert_close(lse[b], true_lse.float(), rtol=limit, atol=limit)
+
+
+def check_cosine(seed: int, dtype: torch.dtype, device: str) -> None:
+    """`flash_cosine_sim_attention` and its plain twin."""
+    chance = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    batch, heads, dim = chance.choice((1, 3)), chance.choice((1, 4)), chance.choice((16, 40, 64))
+    len_q, len_kv = chance.choice((1, 33, 70)), chance.choice((20, 70))
+    kind = chance.choice(("split", "single", "merged"))
+    front = (batch * heads,) if kind == "merged" else (batch, heads)
+    kv_front = (batch,) if kind == "single" else front
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+
+    leaves = [leaf(*front, len_q, dim), leaf(*kv_front, len_kv, dim), leaf(*kv_front, len_kv, dim)]
+    given: dict[str, Any] = {
+        "scale": chance.choice((8, 3.5)),
+        "groups": chance.choice((1, 4)),
+        "causal": chance.random() < 0.5,
+        "l2norm_qk": chance.random() < 0.8,
+    }
+    if not given["l2norm_qk"]:
+        given |= {"scale": 0.3, "groups": 1}
+    if chance.random() < 0.5:
+        per_batch = kind == "merged" or chance.random() < 0.5
+        rows = (batch * heads if kind == "merged" else batch) if per_batch else heads
+        given["attn_bias"] = leaf(rows, len_q, len_kv)
+        given["attn_bias_batch_dim"] = per_batch
+        leaves.append(given["attn_bias"])
+    if kind != "merged" and chance.random() < 0.5:
+        keep = torch.rand(batch, len_kv, generator=generator) < 0.7
+        given["mask"] = keep.to(device)
+    truth = compat_cosine.dense(*leaves[:3], **given)
+    compare(cosine.flash_cosine_sim_attention(*leaves[:3], **given), truth, leaves, dtype)
+    if "mask" not in given or not given["causal"]:
+        near(cosine.plain_cosine_sim_attention(*leaves[:3], **given), truth, 2 * LIMITS[dtype])
+
+
+def check_fast_ops(seed: int, dtype: torch.dtype, device: str) -> None:
+    """`flash_attn_triton`, and the class over batches and nested tensors."""
+    chance = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    batch, heads, dim = chance.choice((1, 3)), chance.choice((1, 3)), chance.choice((8, 24, 64))
+    len_q, len_kv = chance.choice((1, 33, 70)), chance.choice((20, 70))
+
+    def leaf(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, of).requires_grad_()
+
+    sizes = ((batch, len_q), (batch, len_kv), (batch, len_kv))
+    q, k, v = (leaf(*size, heads, dim) for size in sizes)
+    leaves, bias = [q, k, v], None
+    if chance.random() < 0.6:
+        shape = (chance.choice((1, batch)), chance.choice((1, heads)), chance.choice((1, len_q)))
+        bias = leaf(*shape, len_kv, of=chance.choice((dtype, torch.float32)))
+        leaves.append(bias)
+    causal, dropout_p = chance.random() < 0.5, chance.choice((0.0, 0.25))
+    scale = chance.choice((None, 0, 0.2))
+    torch.manual_seed(seed)
+    out = flash_attn_triton(q, k, v, bias, causal, dropout_p, scale)
+    torch.manual_seed(seed)
+    stays = triton_dropout_mask(dropout_p, batch, heads, len_q, len_kv, device)
+    factor = dim**0.5 * scale if scale else 1.0
+    wide = [q.double() * factor, k.double(), v.double()]
+    truth, _ = attention_ref(*wide, None, None, dropout_p, stays, causal, bias, upcast=False)
+    compare(out, truth, leaves, dtype)
+
+    turned = [x.transpose(1, 2) for x in (q, k, v)]
+    truth, _ = attention_ref(
+        *(x.double() for x in (q, k, v)), causal=causal, bias=bias, upcast=False
+    )
+    whole = FlashAttentionFunction.apply(*turned, bias, causal)
+    compare(whole.transpose(1, 2), truth, leaves, dtype)
+
+    lengths = [[chance.choice((1, 7, 40)) for _ in range(batch)] for _ in range(2)]
+    sides = [
+        [leaf(heads, length, dim) for length in own] for own in (lengths[0], lengths[1], lengths[1])
+    ]
+    layout = chance.choice((torch.strided, torch.jagged))
+    made = FlashAttentionFunction.apply(
+        *(compat_fast_ops.nested(side, layout) for side in sides), None, causal
+    )
+    for result, *one in zip(made.unbind(), *sides, strict=True):
+        wide = [x.double().transpose(0, 1)[None] for x in one]
+        truth, _ = attention_ref(*wide, causal=causal, upcast=False)
+        near(result, truth[0].transpose(0, 1), LIMITS[dtype])
