@@ -37,70 +37,32 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -
         return _sdpa(query, key, value, is_causal)
 
 
-def test_torch_naive(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    loops: int = 1,
-    warmup_loops: int = 1,
-    verbose: int = 1,
-    is_causal: bool = False,
-    return_output: bool = False,
-    **kw: Any,  # noqa: ANN401 - taken and dropped, as there
-) -> Any:  # noqa: ANN401
-    """Time `attn`: seconds, or (seconds, output)."""
-    del kw
-    return _timed(attn, query, key, value, loops, warmup_loops, verbose, is_causal, return_output)
+def _tester(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    def test(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        loops: int = 1,
+        warmup_loops: int = 1,
+        verbose: int = 1,
+        is_causal: bool = False,
+        return_output: bool = False,
+        **kw: Any,  # noqa: ANN401 - taken and dropped, as there
+    ) -> Any:  # noqa: ANN401
+        """Time one implementation: seconds, or (seconds, output)."""
+        del kw
+        given = {"query": query, "key": key, "value": value, "is_causal": is_causal}
+        output, seconds = cuda_timeit(function, given, loops, verbose=0, warmup_loops=warmup_loops)
+        if verbose:
+            report(function.__name__.strip("_"), query, key, is_causal, seconds)
+        return (seconds, output) if return_output else seconds
+
+    return test
 
 
-def test_torch_sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    loops: int = 1,
-    warmup_loops: int = 1,
-    verbose: int = 1,
-    is_causal: bool = False,
-    return_output: bool = False,
-    **kw: Any,  # noqa: ANN401
-) -> Any:  # noqa: ANN401
-    """Time SDPA, whose causal mask is aligned to the top left: seconds, or (seconds, output)."""
-    del kw
-    return _timed(_sdpa, query, key, value, loops, warmup_loops, verbose, is_causal, return_output)
-
-
-def test_flash_attn(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    loops: int = 1,
-    warmup_loops: int = 1,
-    verbose: int = 1,
-    is_causal: bool = False,
-    return_output: bool = False,
-    **kw: Any,  # noqa: ANN401
-) -> Any:  # noqa: ANN401
-    """Time SDPA's FlashAttention-2: seconds, or (seconds, output)."""
-    del kw
-    return _timed(_flash, query, key, value, loops, warmup_loops, verbose, is_causal, return_output)
-
-
-def _timed(
-    function: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    loops: int,
-    warmup_loops: int,
-    verbose: int,
-    is_causal: bool,
-    return_output: bool,
-) -> Any:  # noqa: ANN401
-    given = {"query": query, "key": key, "value": value, "is_causal": is_causal}
-    output, seconds = cuda_timeit(function, given, loops, verbose=0, warmup_loops=warmup_loops)
-    if verbose:
-        report(function.__name__.strip("_"), query, key, is_causal, seconds)
-    return (seconds, output) if return_output else seconds
+test_torch_naive = _tester(attn)
+test_torch_sdpa = _tester(_sdpa)  #: its causal mask is aligned to the top left
+test_flash_attn = _tester(_flash)  #: SDPA's FlashAttention-2, with the same mask
 
 
 def report(name: str, query: Tensor, key: Tensor, is_causal: bool, seconds: float) -> None:
