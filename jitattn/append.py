@@ -9,7 +9,8 @@ from torch import Tensor
 
 from jitattn.dispatch import check_cuda
 from jitattn.jit.device import device
-from jitattn.jit.spec import Access, AppendSpec, RotaryStyle
+from jitattn.jit.enums import Access, RotaryStyle
+from jitattn.jit.spec import AppendSpec
 from jitattn.loaded import loaded_kernel
 from jitattn.problem import axes
 from jitattn.sequences import Paged

@@ -16,15 +16,9 @@ from jitattn.bwd_tiles import bwd_spec, round_spec, score_grad_spec, specs_of_ba
 from jitattn.errors import UnsupportedError
 from jitattn.jit import launch
 from jitattn.jit.device import device
+from jitattn.jit.enums import Access, MaskKind, ScoreTarget, SeqLayout
 from jitattn.jit.params import FWD_SEQ_FIELDS
-from jitattn.jit.spec import (
-    Access,
-    MaskKind,
-    ScoreTarget,
-    SeqLayout,
-    StatsSpec,
-    padded_head_dim,
-)
+from jitattn.jit.spec import StatsSpec, padded_head_dim
 from jitattn.layouts import parse
 from jitattn.loaded import loaded_kernel
 from jitattn.sequences import Padded, Paged, overlaps

@@ -10,20 +10,15 @@ from typing import Final
 
 from jitattn.errors import InternalError
 from jitattn.gears import resolve_numerics
+from jitattn.jit.enums import Access, Dtype, MaskKind, ScoreTarget, Staging, Switch
 from jitattn.jit.spec import (
-    Access,
     BwdSpec,
     BwdTile,
-    Dtype,
     KernelSpec,
-    MaskKind,
     Problem,
     RoundSpec,
     ScoreGradSpec,
-    ScoreTarget,
-    Staging,
     StatsSpec,
-    Switch,
     padded_head_dim,
 )
 from jitattn.tiles import half_of, max_smem_bytes

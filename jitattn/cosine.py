@@ -15,7 +15,8 @@ import torch
 
 from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.jit.device import device
-from jitattn.jit.spec import Access, NormGradSpec, NormSpec
+from jitattn.jit.enums import Access
+from jitattn.jit.spec import NormGradSpec, NormSpec
 from jitattn.loaded import loaded_kernel
 from jitattn.sequences import Paged, Ragged
 from jitattn.tensors import DTYPES, MAX_HEAD_DIM

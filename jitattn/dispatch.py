@@ -20,8 +20,8 @@ from jitattn.errors import InternalError, LaunchError, UnsupportedError
 from jitattn.gears import get_default_gear
 from jitattn.jit import launch
 from jitattn.jit.device import device
+from jitattn.jit.enums import MaskKind, RowClass, SeqLayout
 from jitattn.jit.params import FWD_SCORE_FIELDS, FWD_SEQ_FIELDS, divisor
-from jitattn.jit.spec import MaskKind, RowClass, SeqLayout
 from jitattn.layouts import parse
 from jitattn.loaded import loaded_kernel
 from jitattn.problem import TILE_ROWS

@@ -26,8 +26,9 @@ import jitattn
 from jitattn.errors import JitAttnError
 from jitattn.jit import compilers, files, launch, nvrtc, settings, sources
 from jitattn.jit.cache import user_cache
+from jitattn.jit.enums import Dtype
 from jitattn.jit.layers import layers
-from jitattn.jit.spec import Dtype, MergeSpec
+from jitattn.jit.spec import MergeSpec
 from jitattn.jit.store import Store
 
 Status: TypeAlias = Literal["ok", "warn", "bad"]

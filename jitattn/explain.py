@@ -14,7 +14,7 @@ from jitattn.bwd_tiles import bwd_spec
 from jitattn.dispatch import is_followed, plan
 from jitattn.gears import gear_of
 from jitattn.jit.device import device
-from jitattn.jit.spec import Access, RowClass
+from jitattn.jit.enums import Access, RowClass
 from jitattn.layouts import parse
 from jitattn.scores import tensors_of
 

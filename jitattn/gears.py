@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from jitattn.errors import InvalidInputError
-from jitattn.jit.spec import Dtype, Numerics
+from jitattn.jit.enums import Dtype, Numerics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

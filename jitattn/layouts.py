@@ -9,8 +9,8 @@ import torch
 from jitattn import problem
 from jitattn.cosine import DEFAULT_SCALE
 from jitattn.errors import InvalidInputError
+from jitattn.jit.enums import MaskKind, SeqLayout, Staging
 from jitattn.jit.params import FWD_SCORE_FIELDS, divisor
-from jitattn.jit.spec import MaskKind, SeqLayout, Staging
 from jitattn.masks import Causal, Full, parts_of
 from jitattn.problem import Indices, Runtime
 from jitattn.scores import NO_CHANGES, NO_LEFT, Sizes, check

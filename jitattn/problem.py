@@ -17,7 +17,8 @@ import torch
 from jitattn.errors import InternalError, InvalidInputError, UnsupportedError
 from jitattn.gears import get_default_gear, resolve_numerics
 from jitattn.jit.device import device
-from jitattn.jit.spec import Access, Dtype, MaskKind, Problem, RowClass, SeqLayout
+from jitattn.jit.enums import Access, Dtype, MaskKind, RowClass, SeqLayout
+from jitattn.jit.spec import Problem
 from jitattn.masks import Causal, Full, is_mask
 from jitattn.scores import NO_CHANGES, Fields
 from jitattn.tensors import DTYPES, MAX_HEAD_DIM, address_of, strides_of

@@ -18,17 +18,8 @@ from jitattn.errors import UnsupportedError
 from jitattn.gears import gear_of
 from jitattn.jit import launch
 from jitattn.jit.device import device
-from jitattn.jit.spec import (
-    Access,
-    ChannelStatsSpec,
-    Dtype,
-    MaskKind,
-    Numerics,
-    QuantizeSpec,
-    RowClass,
-    Switch,
-    arch_number,
-)
+from jitattn.jit.enums import Access, Dtype, MaskKind, Numerics, RowClass, Switch
+from jitattn.jit.spec import ChannelStatsSpec, QuantizeSpec, arch_number
 from jitattn.loaded import loaded_kernel
 from jitattn.workspace import arrivals
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jitattn import cosine
 from jitattn.errors import InvalidInputError
-from jitattn.jit.spec import BiasKind, MaskKind, Staging, Switch
+from jitattn.jit.enums import BiasKind, MaskKind, Staging, Switch
 from jitattn.masks import (
     BlockSparse,
     Both,

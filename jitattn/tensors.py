@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from jitattn.errors import InvalidInputError
-from jitattn.jit.spec import Dtype
+from jitattn.jit.enums import Dtype
 
 if TYPE_CHECKING:
     from torch import Tensor

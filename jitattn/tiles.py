@@ -10,21 +10,8 @@ from dataclasses import replace
 from typing import Final
 
 from jitattn.errors import InternalError, UnsupportedError
-from jitattn.jit.spec import (
-    Access,
-    BiasKind,
-    Dtype,
-    FwdSpec,
-    MaskKind,
-    Numerics,
-    Problem,
-    RowClass,
-    Staging,
-    Switch,
-    Tile,
-    arch_number,
-    padded_head_dim,
-)
+from jitattn.jit.enums import Access, BiasKind, Dtype, MaskKind, Numerics, RowClass, Staging, Switch
+from jitattn.jit.spec import FwdSpec, Problem, Tile, arch_number, padded_head_dim
 
 #: Largest shared memory of a block in bytes, by architecture; others get the smallest of these.
 MAX_SMEM_BYTES: Final = {

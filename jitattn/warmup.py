@@ -18,8 +18,8 @@ from jitattn.jit import build, launch
 from jitattn.jit.choices import preset as preset_choices
 from jitattn.jit.choices import read_file, specs_of
 from jitattn.jit.device import device as device_of
+from jitattn.jit.enums import Access, RowClass
 from jitattn.jit.pool import build_all
-from jitattn.jit.spec import Access, RowClass
 from jitattn.layouts import parse
 from jitattn.tiles import fwd_spec
 

@@ -27,22 +27,19 @@ from jitattn.bwd_tiles import bwd_spec, score_grad_spec, specs_of_backward
 from jitattn.gears import resolve_numerics
 from jitattn.jit import compilers
 from jitattn.jit.choices import preset, specs_of
-from jitattn.jit.spec import (
+from jitattn.jit.enums import (
     Access,
     BiasKind,
     Dtype,
-    KernelSpec,
     MaskKind,
-    MergeGradSpec,
-    MergeSpec,
     Numerics,
-    Problem,
     RowClass,
     ScoreTarget,
     SeqLayout,
     Staging,
     Switch,
 )
+from jitattn.jit.spec import KernelSpec, MergeGradSpec, MergeSpec, Problem
 from jitattn.tiles import fwd_spec
 
 if TYPE_CHECKING:

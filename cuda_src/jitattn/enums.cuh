@@ -1,4 +1,4 @@
-// The values that the generated Spec uses; twins of the enums in jitattn/jit/spec.py.
+// The values that the generated Spec uses; twins of the enums in jitattn/jit/enums.py.
 #pragma once
 
 namespace jitattn {

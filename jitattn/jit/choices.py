@@ -32,20 +32,16 @@ from typing import Any, Final, TypeAlias, TypeVar, get_type_hints
 from jitattn.bwd_tiles import score_grad_spec, specs_of_backward
 from jitattn.errors import InvalidInputError, JitAttnError
 from jitattn.gears import resolve_numerics
+from jitattn.jit.enums import Access, Dtype, RowClass, ScoreTarget, Switch
 from jitattn.jit.spec import (
     FAMILIES,
     PLAIN_FAMILIES,
-    Access,
     BwdSpec,
-    Dtype,
     FwdSpec,
     KernelSpec,
     PlainSpec,
     Problem,
-    RowClass,
     ScoreGradSpec,
-    ScoreTarget,
-    Switch,
     arch_number,
 )
 from jitattn.tiles import fwd_spec

@@ -7,7 +7,8 @@ import random
 import struct
 
 from jitattn.jit.entry import Entry, Metadata, cache_key, sha256
-from jitattn.jit.spec import Dtype, FwdSpec, MaskKind, MergeSpec, Numerics, Problem, RowClass
+from jitattn.jit.enums import Dtype, MaskKind, Numerics, RowClass
+from jitattn.jit.spec import FwdSpec, MergeSpec, Problem
 from jitattn.tiles import fwd_spec
 
 

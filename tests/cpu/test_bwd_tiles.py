@@ -15,19 +15,17 @@ from jitattn.bwd_tiles import (
 )
 from jitattn.gears import resolve_numerics
 from jitattn.jit.choices import command, specs_of, to_choice
-from jitattn.jit.spec import (
+from jitattn.jit.enums import (
     Access,
     BiasKind,
     Dtype,
     MaskKind,
-    Problem,
     ScoreTarget,
     SeqLayout,
     Staging,
     Switch,
-    padded_head_dim,
-    spec_from_dict,
 )
+from jitattn.jit.spec import Problem, padded_head_dim, spec_from_dict
 from jitattn.tiles import MAX_SMEM_BYTES
 
 ARCHS = [f"sm_{number}" for number in MAX_SMEM_BYTES]

@@ -10,15 +10,8 @@ import pytest
 
 from jitattn.errors import InvalidInputError
 from jitattn.jit import choices
-from jitattn.jit.spec import (
-    Access,
-    Dtype,
-    FwdSpec,
-    MergeSpec,
-    Numerics,
-    RowClass,
-    spec_from_dict,
-)
+from jitattn.jit.enums import Access, Dtype, Numerics, RowClass
+from jitattn.jit.spec import FwdSpec, MergeSpec, spec_from_dict
 
 from .specs import forward_spec, merge_spec
 

@@ -8,7 +8,7 @@ import torch
 import jitattn
 from jitattn.gears import GEARS, gear_of, resolve_numerics
 from jitattn.jit.device import Device
-from jitattn.jit.spec import Dtype, Numerics
+from jitattn.jit.enums import Dtype, Numerics
 
 
 def test_numerics_of_gears() -> None:

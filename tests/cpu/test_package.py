@@ -66,8 +66,10 @@ def test_import_rules(path: Path) -> None:
         assert not names("torch", found)
     if own not in CUPY_MAY:
         assert not names("cupy", found)
-    if own == "jit/spec.py":
+    if own == "jit/enums.py":
         assert not names("jitattn", found)
+    if own == "jit/spec.py":
+        assert all(names("jitattn.jit.enums", {name}) for name in found if names("jitattn", {name}))
     if own == "reference.py":  # the oracle shares no code with what it judges
         assert not names("jitattn.cpu", found)
         assert not names("jitattn.problem", found)

@@ -17,7 +17,7 @@ import jitattn
 from jitattn import dispatch
 from jitattn.errors import CacheMissError, InvalidInputError, UnsupportedError
 from jitattn.jit import build, choices, pool
-from jitattn.jit.spec import RowClass
+from jitattn.jit.enums import RowClass
 
 from .processes import FORK, together
 from .specs import forward_spec, merge_spec

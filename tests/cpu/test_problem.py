@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from jitattn.errors import InvalidInputError, UnsupportedError
-from jitattn.jit.spec import Access, Dtype, MaskKind, Problem
+from jitattn.jit.enums import Access, Dtype, MaskKind
+from jitattn.jit.spec import Problem
 from jitattn.masks import Causal, Full
 from jitattn.problem import Call, Runtime, parse
 from jitattn.scores import NO_CHANGES

@@ -10,7 +10,8 @@ import torch
 import jitattn
 from jitattn import quantized
 from jitattn.attention import bind
-from jitattn.jit.spec import ChannelStatsSpec, Numerics, QuantizeSpec
+from jitattn.jit.enums import Numerics
+from jitattn.jit.spec import ChannelStatsSpec, QuantizeSpec
 from jitattn.layouts import parse
 
 

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from jitattn.errors import UnsupportedError
 from jitattn.gears import resolve_numerics
 from jitattn.jit.device import arch_of
-from jitattn.jit.spec import (
+from jitattn.jit.enums import (
     Access,
     BiasKind,
     Dtype,
     MaskKind,
-    Problem,
     RowClass,
     SeqLayout,
     Staging,
     Switch,
 )
+from jitattn.jit.spec import Problem
 from jitattn.tiles import choose_splits, fwd_spec, heads_per_tile, max_smem_bytes
 
 ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")

@@ -11,18 +11,9 @@ from hypothesis import HealthCheck, given, settings
 import jitattn
 from jitattn.gears import resolve_numerics
 from jitattn.jit import build
+from jitattn.jit.enums import Access, BiasKind, MaskKind, RowClass, SeqLayout, Staging, Switch
 from jitattn.jit.pool import build_all
-from jitattn.jit.spec import (
-    Access,
-    BiasKind,
-    MaskKind,
-    NormSpec,
-    Problem,
-    RowClass,
-    SeqLayout,
-    Staging,
-    Switch,
-)
+from jitattn.jit.spec import NormSpec, Problem
 from jitattn.tensors import DTYPES
 from jitattn.tiles import fwd_spec
 from tests.support.compare import rel_l2

@@ -12,7 +12,7 @@ import jitattn
 from jitattn import problem
 from jitattn.gears import GEARS
 from jitattn.jit.device import device
-from jitattn.jit.spec import Dtype, Numerics
+from jitattn.jit.enums import Dtype, Numerics
 from jitattn.tensors import DTYPES
 from tests.support.compare import rel_l2
 from tests.support.inputs import random_qkv

@@ -13,18 +13,9 @@ import jitattn
 from jitattn.bwd_tiles import score_grad_spec, specs_of_backward
 from jitattn.gears import resolve_numerics
 from jitattn.jit import build
+from jitattn.jit.enums import Access, BiasKind, MaskKind, RowClass, ScoreTarget, Switch
 from jitattn.jit.pool import build_all
-from jitattn.jit.spec import (
-    Access,
-    BiasKind,
-    MaskKind,
-    NormGradSpec,
-    NormSpec,
-    Problem,
-    RowClass,
-    ScoreTarget,
-    Switch,
-)
+from jitattn.jit.spec import NormGradSpec, NormSpec, Problem
 from jitattn.tensors import DTYPES
 from jitattn.tiles import fwd_spec
 from tests.support.compare import rel_l2

@@ -13,8 +13,9 @@ from jitattn import Rotary
 from jitattn.gears import resolve_numerics
 from jitattn.jit import build
 from jitattn.jit.choices import specs_of
+from jitattn.jit.enums import Access, MaskKind, RowClass, SeqLayout
 from jitattn.jit.pool import build_all
-from jitattn.jit.spec import Access, MaskKind, Problem, RowClass, SeqLayout
+from jitattn.jit.spec import Problem
 from jitattn.tensors import DTYPES
 from jitattn.tiles import fwd_spec
 from tests.support.compare import rel_l2

@@ -11,7 +11,8 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 
-from jitattn.jit.spec import KernelSpec, RowClass
+from jitattn.jit.enums import RowClass
+from jitattn.jit.spec import KernelSpec
 from jitattn.problem import Call, Runtime, parse
 from jitattn.tiles import fwd_spec
 
