@@ -71,6 +71,8 @@ _SIXTEEN: Final = (
     Numerics.F32_ACC,
     Numerics.F32_ACC,
 )
+#: Where the GeForce cards multiply twice as fast into fp16 accumulators, and the others do not.
+FAST_HALVES_ARCHS: Final = ("sm_86", "sm_89")
 #: Numerics classes by gear.
 _NUMERICS: Final[dict[Dtype, tuple[Numerics, ...]]] = {
     Dtype.FP16: _SIXTEEN,

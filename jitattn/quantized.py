@@ -2,15 +2,12 @@
 
 Two kernels bring Q and K to 8 bits (cuda_src/jitattn/quantize.cuh), then the forward kernel reads
 these. Calls that this does not serve have the numerics of gear 3: short queries, which would wait
-for K to be read twice; sequences of their own and pages; whatever is done with scores but masks of
-positions; other head dims than 32, 64, 128 and 256, on sm_90 than the last two; other alignments
-than 16 bytes.
+for K to be read twice; and problems without a kernel for it (jitattn/quantized_specs.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -18,27 +15,16 @@ from jitattn.errors import UnsupportedError
 from jitattn.gears import gear_of
 from jitattn.jit import launch
 from jitattn.jit.device import device
-from jitattn.jit.enums import Access, Dtype, MaskKind, Numerics, RowClass, Switch
-from jitattn.jit.spec import ChannelStatsSpec, QuantizeSpec, arch_number
+from jitattn.jit.enums import Dtype, RowClass
 from jitattn.loaded import loaded_kernel
+from jitattn.quantized_specs import BLOCK_KEYS, CHUNK_ROWS, problem_in_8_bits, specs_of_rounding
 from jitattn.workspace import arrivals
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jitattn.jit.spec import KernelSpec, Problem
+    from jitattn.jit.spec import Problem
     from jitattn.problem import Call, Runtime
-
-HEAD_DIMS: Final = (32, 64, 128, 256)
-#: Rows of a CTA that looks at channels, and keys that share a scale.
-CHUNK_ROWS: Final = 512
-BLOCK_KEYS: Final = 64
-#: Below, exponentials and not products are what a step waits for: D=64 takes 1.02 of gear 2's time
-#: on an H200.
-_LEAST_ON_SM90: Final = 128
-_MASKS: Final = (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE)
-_TO_SCORES: Final = ("relative_bias", "alibi", "softcap", "sinks", "key_padding", "dense",
-                     "dropout", "fixed_shift")  # fmt: skip
 
 
 class Quantized(NamedTuple):
@@ -59,27 +45,7 @@ def problem_of(problem: Problem, runtime: Runtime, call: Call, arch: str) -> Pro
     is_short = rows <= RowClass.ROWS64 or call.tile_rows in (16, 64)
     if is_short or runtime.len_kv == 0 or runtime.scale < 0:
         return None
-    return of_problem(problem, arch)
-
-
-def of_problem(problem: Problem, arch: str) -> Problem | None:
-    """Return the problem of the kernel for 8 bits, if there is one that pays on `arch`."""
-    if arch_number(arch) >= 90 and problem.head_dim < _LEAST_ON_SM90:
-        return None
-    is_plain = problem.is_uniform and problem.mask in _MASKS and problem.access is Access.VEC16
-    is_plain &= problem.head_dim in HEAD_DIMS and problem.dtype is not Dtype.FP32
-    is_plain &= problem.bias.value == "none"
-    is_plain &= all(getattr(problem, name) is Switch.OFF for name in _TO_SCORES)
-    return replace(problem, numerics=Numerics.INT8) if is_plain else None
-
-
-def specs_of(problem: Problem, arch: str) -> list[KernelSpec]:
-    """Return the kernels that bring q and k to 8 bits."""
-    dtype, dim = problem.dtype, problem.head_dim
-    return [
-        ChannelStatsSpec(dtype=dtype, head_dim=dim, chunk_rows=CHUNK_ROWS, arch=arch),
-        QuantizeSpec(dtype=dtype, head_dim=dim, arch=arch),
-    ]
+    return problem_in_8_bits(problem, arch)
 
 
 def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quantized:
@@ -121,7 +87,7 @@ def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quanti
             f"gear=4 needs {blocks} CTAs to bring q and k to 8 bits: a grid has at most 2**31 - 1; "
             "split the batch"
         )
-    stats, rounding = specs_of(problem, device(index).arch)
+    stats, rounding = specs_of_rounding(problem, device(index).arch)
     for spec, num_ctas in ((stats, chunks), (rounding, blocks)):
         loaded_kernel(spec, index).launch(
             num_ctas,

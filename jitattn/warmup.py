@@ -21,6 +21,7 @@ from jitattn.jit.device import device as device_of
 from jitattn.jit.enums import Access, RowClass
 from jitattn.jit.pool import build_all
 from jitattn.layouts import parse
+from jitattn.quantized_specs import specs_of_rounding
 from jitattn.tiles import fwd_spec
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def _warm_call(
         specs += specs_of_gradients(problem, call.scores, arch, deterministic=call.deterministic)
     in_8_bits = quantized.problem_of(problem, runtime, call, arch)
     if in_8_bits is not None:
-        specs += quantized.specs_of(problem, arch)
+        specs += specs_of_rounding(problem, arch)
         specs.append(fwd_spec(in_8_bits, arch, RowClass.MANY))
     if append:
         specs += [append_spec(q.dtype, rotary, access, arch) for access in Access]

@@ -9,12 +9,12 @@ combination::
     mask = "causal"
     arch = ["sm_80", "sm_90"]      # else those that the command line names
 
-The fields are those of `Problem`, so this grows with it; `gear` may stand for `numerics`, and
-`rows` restricts a choice to one row class. ``family = ["fwd", "bwd"]`` makes what training needs,
-`bwd_scores` what gradients of biases, relative biases and ALiBi slopes need. Tiles are never named:
-the installed version chooses them. A spec file is TOML or JSON with a list ``kernels``, or lines of
-JSON with one choice each, as ``JITATTN_RECORD`` writes them. Presets are choices for well-known
-model families.
+The fields are those of `Problem`, so this grows with it; `gear` may stand for `numerics`, for all
+that its calls can need; `rows` restricts a choice to one row class. ``family = ["fwd", "bwd"]``
+makes what training needs, `bwd_scores` what gradients of biases, relative biases and ALiBi slopes
+need. Tiles are never named: the installed version chooses them. A spec file is TOML or JSON with a
+list ``kernels``, or lines of JSON with one choice each, as ``JITATTN_RECORD`` writes them. Presets
+are choices for well-known model families.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import itertools
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,7 @@ from typing import Any, Final, TypeAlias, TypeVar, get_type_hints
 
 from jitattn.bwd_tiles import score_grad_spec, specs_of_backward
 from jitattn.errors import InvalidInputError, JitAttnError
-from jitattn.gears import resolve_numerics
+from jitattn.gears import FAST_HALVES_ARCHS, resolve_numerics
 from jitattn.jit.enums import Access, Dtype, RowClass, ScoreTarget, Switch
 from jitattn.jit.spec import (
     FAMILIES,
@@ -44,6 +44,7 @@ from jitattn.jit.spec import (
     ScoreGradSpec,
     arch_number,
 )
+from jitattn.quantized_specs import problem_in_8_bits, specs_of_rounding
 from jitattn.tiles import fwd_spec
 
 _Word = TypeVar("_Word", bound=StrEnum)
@@ -264,10 +265,9 @@ def _expand(choice: Choice, archs: Sequence[str], where: str) -> list[KernelSpec
     rows = [_row_class(value, where) for value in _values(choice, "rows")]
     deterministic = _members(choice, "deterministic", Switch, where) or [Switch.OFF]
     targets = _members(choice, "target", ScoreTarget, where) or list(ScoreTarget)
-    for problem, arch in itertools.product(_problems(choice, allowed, where), named):
+    for (problem, gear), arch in itertools.product(_problems(choice, allowed, where), named):
         if FwdSpec.family in families:
-            for row in rows or RowClass:
-                specs[fwd_spec(problem, arch, row)] = None
+            specs.update(dict.fromkeys(_forward_specs(problem, gear, arch, rows or [*RowClass])))
         if BwdSpec.family in families:
             for switch in deterministic:
                 made = specs_of_backward(problem, arch, deterministic=switch is Switch.ON)
@@ -276,6 +276,21 @@ def _expand(choice: Choice, archs: Sequence[str], where: str) -> list[KernelSpec
             for target in targets:
                 specs[score_grad_spec(problem, arch, target)] = None
     return list(specs)
+
+
+def _forward_specs(
+    problem: Problem, gear: int | None, arch: str, rows: Sequence[RowClass]
+) -> Iterator[KernelSpec]:
+    """Every kernel that calls of a gear can need; the GPU and the lengths decide which they do."""
+    numerics = {problem.numerics}
+    if gear is not None and arch in FAST_HALVES_ARCHS:
+        numerics.add(resolve_numerics(gear, problem.dtype, has_fast_halves=True))
+    for one, row in itertools.product(sorted(numerics), rows):
+        yield fwd_spec(replace(problem, numerics=one), arch, row)
+    in_8_bits = problem_in_8_bits(problem, arch) if gear == 4 else None
+    if in_8_bits is not None and RowClass.MANY in rows:
+        yield from specs_of_rounding(problem, arch)
+        yield fwd_spec(in_8_bits, arch, RowClass.MANY)
 
 
 def _members(choice: Choice, name: str, kind: type[_Word], where: str) -> list[_Word]:
@@ -317,7 +332,10 @@ def _plain_specs(
         yield kind(arch=arch, **{name: value or dtype for name, value in given.items()})
 
 
-def _problems(choice: Choice, allowed: dict[str, list[str] | None], where: str) -> list[Problem]:
+def _problems(
+    choice: Choice, allowed: dict[str, list[str] | None], where: str
+) -> list[tuple[Problem, int | None]]:
+    """Every problem of a choice, with the gear that has named its numerics."""
     dims = [
         _head_dims(value, choice.get("head_dim_v"), where) for value in _values(choice, "head_dim")
     ]
@@ -332,11 +350,13 @@ def _problems(choice: Choice, allowed: dict[str, list[str] | None], where: str) 
         _values(choice, name) if name == "gear" else _words(choice, name, allowed, where)
         for name in others
     ]
-    return [
-        _problem(dict(zip(others, chosen, strict=True)), dtype, dim, dim_v, mask)
-        for dtype, (dim, dim_v), mask in itertools.product(dtypes, dims, masks)
-        for chosen in itertools.product(*values)
-    ]
+    found: list[tuple[Problem, int | None]] = []
+    for dtype, (dim, dim_v), mask in itertools.product(dtypes, dims, masks):
+        for chosen in itertools.product(*values):
+            given = dict(zip(others, chosen, strict=True))
+            gear = None if "numerics" in given else given.get("gear")
+            found.append((_problem(given, dtype, dim, dim_v, mask), gear))
+    return found
 
 
 def _problem(

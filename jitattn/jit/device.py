@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from jitattn.errors import UnsupportedError
+from jitattn.gears import FAST_HALVES_ARCHS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +27,7 @@ class Device:
     @property
     def has_fast_halves(self) -> bool:
         """Whether fp16 accumulators are faster: on GeForce cards, not on the others of the chip."""
-        return self.arch in ("sm_86", "sm_89") and "GeForce" in self.name
+        return self.arch in FAST_HALVES_ARCHS and "GeForce" in self.name
 
 
 @functools.cache

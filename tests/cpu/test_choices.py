@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,6 +140,40 @@ def test_gears_stand_for_numerics() -> None:
     specs = choices.specs_of([{"head_dim": 64, "arch": 80, "dtype": "bf16", "gear": [0, 1, 2]}])
     found = {spec.problem.numerics for spec in specs if isinstance(spec, FwdSpec)}
     assert found == {Numerics.SPLIT_P, Numerics.F32_ACC}
+
+
+def numerics_of(choice: dict[str, Any]) -> set[tuple[str, str]]:
+    """(family, numerics) of every kernel of a choice."""
+    specs = choices.specs_of([{"head_dim": 128, "dtype": "fp16", "mask": "full", **choice}])
+    return {(spec.family, str(spec.to_dict().get("numerics", ""))) for spec in specs}
+
+
+HELPERS = {("channel_stats", ""), ("quantize", "")}
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ({"arch": 86, "gear": 2}, {("fwd", "f32_acc")}),
+        ({"arch": 80, "gear": 3}, {("fwd", "f32_acc")}),
+        ({"arch": 86, "gear": 3}, {("fwd", "f32_acc"), ("fwd", "f16_acc")}),
+        ({"arch": 89, "gear": 3, "dtype": "bf16"}, {("fwd", "f32_acc")}),
+        ({"arch": 90, "gear": 4}, {("fwd", "f32_acc"), ("fwd", "int8"), *HELPERS}),
+        ({"arch": 90, "gear": 4, "head_dim": 64}, {("fwd", "f32_acc")}),
+        ({"arch": 90, "gear": 4, "rows": "rows16"}, {("fwd", "f32_acc")}),
+        ({"arch": 90, "gear": 4, "dtype": "fp32"}, {("fwd", "tf32")}),
+        ({"arch": 90, "gear": 4, "numerics": "f32_acc"}, {("fwd", "f32_acc")}),
+        (
+            {"arch": 89, "gear": 4},
+            {("fwd", "f32_acc"), ("fwd", "f16_acc"), ("fwd", "int8"), *HELPERS},
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_gear_stands_for_all_that_its_calls_can_need(
+    choice: dict[str, Any], expected: set[tuple[str, str]]
+) -> None:
+    assert numerics_of(choice) == expected
 
 
 def test_presets_stand_for_kernels() -> None:

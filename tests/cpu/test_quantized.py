@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import jitattn
-from jitattn import quantized
+from jitattn import quantized, quantized_specs
 from jitattn.attention import bind
 from jitattn.jit.enums import Numerics
 from jitattn.jit.spec import ChannelStatsSpec, QuantizeSpec
@@ -91,10 +91,14 @@ def test_rows_that_no_16_bytes_reach_are_as_with_gear_3() -> None:
 
 
 def test_kernels_that_bring_them_there() -> None:
-    stats, rounding = quantized.specs_of(chosen(), "sm_86")
+    stats, rounding = quantized_specs.specs_of_rounding(chosen(), "sm_86")
     assert isinstance(stats, ChannelStatsSpec)
     assert isinstance(rounding, QuantizeSpec)
-    assert (stats.chunk_rows, stats.head_dim, stats.arch) == (quantized.CHUNK_ROWS, 128, "sm_86")
+    assert (stats.chunk_rows, stats.head_dim, stats.arch) == (
+        quantized_specs.CHUNK_ROWS,
+        128,
+        "sm_86",
+    )
 
 
 def test_strides_where_there_is_one_of_a_kind() -> None:
