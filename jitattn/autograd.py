@@ -153,5 +153,5 @@ class Normalize(FirstOrder):
 
 def apply(function: type[Function], *inputs: object) -> tuple[Tensor, Tensor]:
     """Apply one of them; autograd's own has no types."""
-    first, second = function.apply(*inputs)  # type: ignore[no-untyped-call]
+    first, second = function.apply(*inputs)
     return first, second

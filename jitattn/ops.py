@@ -419,7 +419,7 @@ def _backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Any:  # noqa: ANN401 - 
     return dq, dk, dv, by_place, None, None
 
 
-_library: Any = torch.library.Library("jitattn", "DEF")  # type: ignore[no-untyped-call]
+_library: Any = torch.library.Library("jitattn", "DEF")
 _CALL: Final = "Tensor[] tensors, int[] ints, float[] floats"
 _library.define(f"attention(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)")
 _library.define(

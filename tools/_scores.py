@@ -56,7 +56,7 @@ def _call(
 def attended_cases() -> dict[str, tuple[float, dict[str, Any]]]:
     """Attended pairs of a head, and the arguments."""
     full, causal = float(_LENGTH**2), _LENGTH * (_LENGTH + 1) / 2
-    bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+    bf16: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     keep = torch.ones(1, _LENGTH, device="cuda", dtype=torch.bool)
     matrix = torch.randn(1, 1, _LENGTH, _LENGTH, device="cuda")
     cases: dict[str, tuple[float, dict[str, Any]]] = {

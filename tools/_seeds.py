@@ -26,11 +26,11 @@ _LARGEST_PLAIN: Final = 16 * 2**30
 def _flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool
 ) -> Callable[..., Any]:
-    turned = [x.transpose(1, 2) for x in (q, k, v)]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
 
     def call(_: int) -> torch.Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return scaled_dot_product_attention(*turned, is_causal=causal)
+            return scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     return call
 

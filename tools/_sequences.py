@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -13,6 +14,8 @@ import jitattn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor
 
 _HEADS_Q: Final = 32
 _HEADS_KV: Final = 8
@@ -55,8 +58,12 @@ def _decode_calls(batch: int, length: int) -> dict[str, Callable[[int], Any]]:
         seqs = jitattn.Paged(order.reshape(batch, -1).int(), lengths)
         pages = [x.reshape(number, page_size, _HEADS_KV, _DIM) for x in (k, v)]
         name = f"pages of {page_size}, {'shuffled' if is_shuffled else 'in order'}"
-        calls[name] = lambda _, pages=pages, seqs=seqs: jitattn.attention(q, *pages, kv_seqs=seqs)
+        calls[name] = functools.partial(_paged, q, pages, seqs)
     return calls
+
+
+def _paged(q: Tensor, pages: list[Tensor], seqs: jitattn.Paged, _: int) -> Any:
+    return jitattn.attention(q, *pages, kv_seqs=seqs)
 
 
 def _uneven_calls() -> dict[str, Callable[[int], Any]]:
@@ -98,8 +105,10 @@ def _prompt_calls() -> dict[str, Callable[[int], Any]]:
 
     def flash(_: int) -> None:
         for part in parts:
-            own = [x.transpose(1, 2) for x in part]
-            torch.nn.functional.scaled_dot_product_attention(*own, is_causal=True, enable_gqa=True)
+            own_q, own_k, own_v = (x.transpose(1, 2) for x in part)
+            torch.nn.functional.scaled_dot_product_attention(
+                own_q, own_k, own_v, is_causal=True, enable_gqa=True
+            )
 
     return {
         "one after another": one_by_one,
@@ -120,7 +129,7 @@ def _step_calls(batch: int, length: int) -> dict[str, Callable[[int], Any]]:
     angle = torch.rand(length, _DIM // 2, device="cuda")
     rotary = jitattn.Rotary(angle.cos(), angle.sin(), interleaved=False)
     seqs = jitattn.Paged(table, lengths)
-    new = {"k": k, "v": v, "length": lengths - 1, "block_table": table}
+    new: dict[str, Any] = {"k": k, "v": v, "length": lengths - 1, "block_table": table}
     return {
         "attention": lambda _: jitattn.attention(q, *pages, mask=jitattn.Causal(), kv_seqs=seqs),
         "append": lambda _: jitattn.attention_with_kvcache(q, *pages, **new),

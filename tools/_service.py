@@ -166,8 +166,7 @@ def _cold(count: int) -> tuple[float, int]:
         ]
         time.sleep(0.2 + 0.15 * count)  # until all have imported, and wait for the word
         for process in processes:
-            process.stdin.write("\n")
-            process.stdin.flush()
+            print(file=process.stdin, flush=True)
         answers = [json.loads(process.communicate()[0]) for process in processes]
     compiled = [origin for origin, _ in answers].count("compiled")
     if compiled != 1:

@@ -142,8 +142,11 @@ def providers(shape: Shape, sets: list[tuple[torch.Tensor, ...]]) -> dict[str, A
 
         def call(index: int, backend: SDPBackend = backend) -> Any:
             with sdpa_kernel(backend):
+                q, k, v = transposed[index]
                 return torch.nn.functional.scaled_dot_product_attention(
-                    *transposed[index],
+                    q,
+                    k,
+                    v,
                     is_causal=is_causal,
                     enable_gqa=shape.heads_q != shape.heads_kv,
                 )
@@ -217,12 +220,12 @@ def bench_host(report: Report, rounds: int) -> None:
     q, k, v = shape.inputs()[0]
     chat = Shape(1, 8, 16384, 32, 8, 128)
     q_chat, k_chat, v_chat = chat.inputs()[0]
-    transposed = [x.transpose(1, 2) for x in (q, k, v)]
+    turned_q, turned_k, turned_v = (x.transpose(1, 2) for x in (q, k, v))
     sdpa = torch.nn.functional.scaled_dot_product_attention
     calls = {
         (_OURS, str(shape)): lambda: jitattn.attention(q, k, v),
         (_OURS, f"{chat} (splits)"): lambda: jitattn.attention(q_chat, k_chat, v_chat),
-        ("sdpa", str(shape)): lambda: sdpa(*transposed),
+        ("sdpa", str(shape)): lambda: sdpa(turned_q, turned_k, turned_v),
     }
     table = []
     for (provider, name), call in calls.items():

@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _table import say
 
-from jitattn import quantized
 from jitattn.bwd_tiles import bwd_spec, score_grad_spec, specs_of_backward
 from jitattn.gears import resolve_numerics
 from jitattn.jit import compilers
@@ -40,6 +39,8 @@ from jitattn.jit.enums import (
     Switch,
 )
 from jitattn.jit.spec import KernelSpec, MergeGradSpec, MergeSpec, Problem
+from jitattn.quantized_specs import HEAD_DIMS as DIMS_IN_8_BITS
+from jitattn.quantized_specs import specs_of_rounding
 from jitattn.tiles import fwd_spec
 
 if TYPE_CHECKING:
@@ -208,8 +209,8 @@ def _rows(arch: str) -> Iterator[KernelSpec]:
     for q_layout, kv_layout in LAYOUTS:
         for dim in (64, 128):
             for rows in RowClass:
-                layouts = {"q_layout": q_layout, "kv_layout": kv_layout}
-                yield fwd_spec(problem(Dtype.BF16, dim, **layouts), arch, rows)
+                pair = problem(Dtype.BF16, dim, q_layout=q_layout, kv_layout=kv_layout)
+                yield fwd_spec(pair, arch, rows)
     for features in FEATURES:
         for dim, rows in ((64, RowClass.MANY), (128, RowClass.MANY), (128, RowClass.ROWS16)):
             yield fwd_spec(problem(Dtype.BF16, dim, **features), arch, rows)
@@ -228,12 +229,14 @@ def _gears(arch: str) -> Iterator[KernelSpec]:
             yield fwd_spec(_geared(dtype, dim, numerics), arch, RowClass.MANY)
         yield fwd_spec(_geared(dtype, 128, numerics, MaskKind.FULL), arch, RowClass.MANY)
         yield fwd_spec(_geared(dtype, 128, numerics, MaskKind.WINDOW), arch, RowClass.MANY)
-        ragged = {"q_layout": SeqLayout.RAGGED, "kv_layout": SeqLayout.RAGGED}
-        yield fwd_spec(_geared(dtype, 128, numerics, **ragged), arch, RowClass.MANY)
+        ragged = replace(
+            _geared(dtype, 128, numerics), q_layout=SeqLayout.RAGGED, kv_layout=SeqLayout.RAGGED
+        )
+        yield fwd_spec(ragged, arch, RowClass.MANY)
         for rows in (RowClass.ROWS16, RowClass.ROWS64):
             yield fwd_spec(_geared(dtype, 128, numerics), arch, rows)
-    for dim in quantized.HEAD_DIMS:
-        yield from quantized.specs_of(problem(Dtype.BF16, dim), arch)
+    for dim in DIMS_IN_8_BITS:
+        yield from specs_of_rounding(problem(Dtype.BF16, dim), arch)
         for mask in (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE):
             yield fwd_spec(_geared(Dtype.BF16, dim, Numerics.INT8, mask), arch, RowClass.MANY)
     yield fwd_spec(_geared(Dtype.FP16, 128, Numerics.INT8), arch, RowClass.MANY)

@@ -141,7 +141,7 @@ def kernel_us(call: Any) -> float:
     with torch.cuda.graph(graph):
         for _ in range(10):
             call()
-    times = []
+    times: list[float] = []
     for _ in range(7):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -77,8 +77,8 @@ def variants(length: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor
     """Attention by name, over [B, L, H, D]."""
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        turned = (x.transpose(1, 2) for x in (q, k, v))
-        return functional.scaled_dot_product_attention(*turned, is_causal=True).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
     def ours(**given: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -29,3 +29,17 @@ def test_matrix(arch: str, tmp_path: Path) -> None:
     assert len(figures) >= 14
     assert {row["spec"]["arch"] for row in figures} == {arch}
     assert all(row["registers"] > 0 for row in figures)
+
+
+def test_every_matrix_can_be_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import compile_matrix
+
+    counts = {}
+    for arch in (*compile_matrix.TUNED, *compile_matrix.UNTUNED):
+        specs = compile_matrix.matrix(arch)
+        assert {spec.arch for spec in specs} == {arch}
+        assert len(compile_matrix.matrix(arch, full=True)) > len(specs)
+        counts[arch] = len(specs)
+    # Those with a tile table of their own get more than one kernel for each class of the spec.
+    assert min(counts[arch] for arch in compile_matrix.TUNED) > 300

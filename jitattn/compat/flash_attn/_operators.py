@@ -299,7 +299,7 @@ def _varlen_backward_fake(dout: Tensor, q: Tensor, *more: Any, **named: Any) -> 
     return q.new_empty((heads, total + 128 * batch), dtype=torch.float32)
 
 
-_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")
 _OPERATORS: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
     "_flash_attn_forward": (_flash_attn_forward, _forward_fake),
     "_flash_attn_varlen_forward": (_flash_attn_varlen_forward, _varlen_forward_fake),

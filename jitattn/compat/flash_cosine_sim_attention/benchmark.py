@@ -47,7 +47,7 @@ def benchmark(
             loss = out.sum() if backwards else None
             before = now()
             if loss is not None:
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             end = now()
             if call >= warmup_iters:
                 total += (middle - start) * forwards + (end - before) * backwards
