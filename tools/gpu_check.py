@@ -148,47 +148,27 @@ def status(root: Path) -> int:
     return 1
 
 
-def run_tests(root: Path, extra: Sequence[str], shards: int, out: Path | None) -> dict[str, Any]:
-    """Run tests/gpu in several processes, and return the counts of their reports.
-
-    Files go to the processes by their sizes, largest first; seconds are of the longest process.
-    """
-    files = sorted(
-        root.glob("tests/gpu/test_*.py"), key=lambda path: path.stat().st_size, reverse=True
-    )
+def run_tests(root: Path, extra: Sequence[str], workers: int, out: Path | None) -> dict[str, Any]:
+    """Run tests/gpu, in several processes if asked, and return the counts of the report."""
+    command = [sys.executable, "-m", "pytest", "tests/gpu", *extra]
+    environment = dict(os.environ)
+    if workers > 1:
+        command += ["-n", str(workers), "--dist", "worksteal"]
+        # References run on the processors: threads of all workers together are not to exceed them.
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
     with tempfile.TemporaryDirectory(prefix="jitattn-gpu-check-") as folder:
-
-        def run(shard: int) -> dict[str, Any]:
-            report = Path(folder) / f"report-{shard}.xml"
-            own = [str(path.relative_to(root)) for path in files[shard::shards]]
-            command = [sys.executable, "-m", "pytest", *own, f"--junit-xml={report}", *extra]
-            log = (out or Path(folder)) / f"tests-{shard}.log"
-            with log.open("w") as stream:
-                code = subprocess.run(
-                    command, cwd=root, check=False, stdout=stream, stderr=subprocess.STDOUT
-                ).returncode
-            if code:
-                print(log.read_text()[-20000:])
-            if not report.exists():
-                return {"passed": 0, "failed": 0, "skipped": 0, "exit_code": code}
-            return read_report(report) | {"exit_code": code}
-
-        with ThreadPoolExecutor(shards) as pool:
-            return combined(list(pool.map(run, range(shards))))
-
-
-def combined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the sums of several reports; the longest time, and the worst exit status."""
-    reasons: dict[str, int] = {}
-    for report in reports:
-        for reason, count in report.get("skip_reasons", {}).items():
-            reasons[reason] = reasons.get(reason, 0) + count
-    return {
-        **{name: sum(r[name] for r in reports) for name in ("passed", "failed", "skipped")},
-        "seconds": max(report.get("seconds", 0.0) for report in reports),
-        "skip_reasons": reasons,
-        "exit_code": max(abs(report["exit_code"]) for report in reports),
-    }
+        report, log = Path(folder) / "report.xml", (out or Path(folder)) / "tests.log"
+        command.append(f"--junit-xml={report}")
+        with log.open("w") as stream:
+            code = subprocess.run(
+                command, cwd=root, env=environment, check=False, stdout=stream, stderr=stream
+            ).returncode
+        if code:
+            print(log.read_text()[-20000:])
+        if not report.exists():
+            return {"passed": 0, "failed": 0, "skipped": 0, "exit_code": code}
+        return read_report(report) | {"exit_code": code}
 
 
 def read_report(report: Path) -> dict[str, Any]:
@@ -305,7 +285,7 @@ def check(root: Path, parts: Sequence[str], arguments: argparse.Namespace) -> in
 
     def run_part(part: str) -> tuple[str, Any]:
         if part == "tests":
-            return part, run_tests(root, arguments.pytest_args, arguments.shards, arguments.out)
+            return part, run_tests(root, arguments.pytest_args, arguments.workers, arguments.out)
         with tempfile.TemporaryDirectory(prefix="jitattn-gpu-check-") as folder:
             log = (arguments.out or Path(folder)) / f"{part}.log"
             return part, run_sanitizer(root, *SANITIZERS[part], log)
@@ -365,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sanitize", action="store_true", help="also all that sanitizers are for")
     parser.add_argument("--parts", default="tests,bench", help=f"some of {','.join(PARTS)}")
     parser.add_argument("--out", type=Path, help="write the record into this folder as well")
-    parser.add_argument("--shards", type=int, default=1, help="processes that share tests/gpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share tests/gpu")
     parser.add_argument("--root", type=Path, default=REPOSITORY, help="another checkout")
     parser.add_argument("pytest_args", nargs="*", help="after --, for pytest tests/gpu")
     arguments = parser.parse_args(argv)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 from tests.support.gradients import GradCase, check_gradients, grad_cases
+from tests.support.random_cases import cases
 
 
-@settings(
-    max_examples=60,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+@cases(60)
 @given(grad_cases(most_rows=130))
 def test_random_gradients(case: GradCase) -> None:
     check_gradients(case, "cpu")

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 import jitattn
 from jitattn import Causal, InvalidInputError, Ragged, Rotary, UnsupportedError
 from tests.support.kvcache import CacheCase, cache_cases, check_kvcache
+from tests.support.random_cases import cases
 
 Q, K = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 2, 16)
 CACHE = torch.zeros(2, 40, 2, 16)
 TABLE = torch.ones(60, 4)
 
 
-@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@cases(150)
 @given(cache_cases(most_rows=65))
 def test_random_calls(case: CacheCase) -> None:
     check_kvcache(case, "cpu")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 import jitattn
 from jitattn import Causal, InvalidInputError, Padded, Paged, Ragged
 from tests.support.layouts import LayoutCase, check_layout, layout_cases
+from tests.support.random_cases import cases
 
 
-@settings(max_examples=200, derandomize=True, deadline=None, database=None)
+@cases(200)
 @given(layout_cases(most_rows=129))
 def test_random_layouts(case: LayoutCase) -> None:
     check_layout(case, "cpu")

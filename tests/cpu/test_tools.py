@@ -125,18 +125,3 @@ def test_the_readme_says_what_goes_with_what() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" yes |") > 150
     assert done.stdout.strip() in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_reports_of_several_processes_are_added_up() -> None:
-    code = (
-        "import sys; sys.path.insert(0, 'tools'); import gpu_check as g\n"
-        "one = {'passed': 3, 'failed': 0, 'skipped': 1, 'seconds': 9.5, 'exit_code': 0,\n"
-        "       'skip_reasons': {'no second device': 1}}\n"
-        "died = {'passed': 0, 'failed': 0, 'skipped': 0, 'exit_code': -11}\n"
-        "both = g.combined([one, one])\n"
-        "assert both == {'passed': 6, 'failed': 0, 'skipped': 2, 'exit_code': 0, 'seconds': 9.5,\n"
-        "                'skip_reasons': {'no second device': 2}}\n"
-        "assert g.combined([one, died])['exit_code'] == 11\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

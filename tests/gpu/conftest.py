@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tests.support.grids import EDGE, FULL
-from tests.support.precompile import compile_all, specs_of
+from tests.support.precompile import CompileOnce, compile_once, specs_of
 
 
 @pytest.fixture(scope="session")
@@ -17,17 +18,20 @@ def arch() -> str:
     return f"sm_{major}{minor}"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _precompiled(request: pytest.FixtureRequest) -> None:
-    """Compile what the selected tests need in parallel; later calls find it on disk."""
-    if not torch.cuda.is_available():
-        return
-    selected = {item.path.name for item in request.session.items}
-    if "test_forward.py" not in selected:
-        return
-    major, minor = torch.cuda.get_device_capability()
+@pytest.fixture(scope="session", name="compile_once")
+def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> CompileOnce:
+    """Compile in parallel; in one process, if several share the run."""
+    folder = tmp_path_factory.getbasetemp()
+    # A worker of pytest-xdist has its own folder in one of the run.
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    return lambda specs: compile_once(specs, shared)
+
+
+@pytest.fixture(scope="module")
+def _precompiled(request: pytest.FixtureRequest, arch: str, compile_once: CompileOnce) -> None:
+    """Compile what the grids need."""
     cases = EDGE + (FULL if request.config.getoption("--full") else ())
-    compile_all(specs_of(cases, f"sm_{major}{minor}"))
+    compile_once(specs_of(cases, arch))  # a test meets an error again
 
 
 @pytest.fixture(autouse=True)

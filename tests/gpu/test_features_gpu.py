@@ -6,13 +6,12 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 import jitattn
 from jitattn.gears import resolve_numerics
 from jitattn.jit import build
 from jitattn.jit.enums import Access, BiasKind, MaskKind, RowClass, SeqLayout, Staging, Switch
-from jitattn.jit.pool import build_all
 from jitattn.jit.spec import NormSpec, Problem
 from jitattn.tensors import DTYPES
 from jitattn.tiles import fwd_spec
@@ -26,6 +25,8 @@ from tests.support.features import (
     feature_cases,
 )
 from tests.support.patterns import on_device
+from tests.support.precompile import CompileOnce
+from tests.support.random_cases import cases, check_part, in_parts
 
 BF16 = torch.bfloat16
 
@@ -68,7 +69,7 @@ def problem_of(features: str, dtype: torch.dtype, dim: int, q: str, kv: str) -> 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiled(arch: str) -> None:
+def _compiled(arch: str, compile_once: CompileOnce) -> None:
     """Compile in parallel all kernels that the random cases can need."""
     specs = [
         fwd_spec(problem_of(features, dtype, dim, q, kv), arch, rows)
@@ -82,17 +83,10 @@ def _compiled(arch: str) -> None:
         NormSpec(dtype=DTYPES[dtype], head_dim=dim, groups=groups, access=access, arch=arch)
         for (dtype, dim), groups, access in itertools.product(KINDS, (1, 2, 4), Access)
     ]
-    failed = [outcome.error for outcome in build_all([*specs, *norms]) if outcome.error]
-    assert failed == []
+    assert compile_once([*specs, *norms]) == []
 
 
-@settings(
-    max_examples=150,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+@cases(150)
 @given(feature_cases())
 def test_random_features(case: FeatureCase) -> None:
     compiled = build.stats().compiled
@@ -101,16 +95,9 @@ def test_random_features(case: FeatureCase) -> None:
 
 
 @pytest.mark.usefixtures("full_grid")
-@settings(
-    max_examples=2000,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-@given(feature_cases())
-def test_many_random_features(case: FeatureCase) -> None:
-    check_features(case, "cuda")
+@in_parts
+def test_many_random_features(part: int) -> None:
+    check_part(part, 2000, feature_cases(), lambda case: check_features(case, "cuda"))
 
 
 @pytest.mark.parametrize("length", [1, 1000, 3000])

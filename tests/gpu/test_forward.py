@@ -8,6 +8,8 @@ import jitattn
 from tests.support.check import check_case
 from tests.support.grids import EDGE, FULL, Case
 
+pytestmark = pytest.mark.usefixtures("_precompiled")
+
 
 @pytest.mark.parametrize("case", EDGE, ids=[f"EDGE-{case.name}" for case in EDGE])
 def test_edge(case: Case) -> None:

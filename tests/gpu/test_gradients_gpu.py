@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 import jitattn
 from jitattn.bwd_tiles import score_grad_spec, specs_of_backward
 from jitattn.gears import resolve_numerics
 from jitattn.jit import build
 from jitattn.jit.enums import Access, BiasKind, MaskKind, RowClass, ScoreTarget, Switch
-from jitattn.jit.pool import build_all
 from jitattn.jit.spec import NormGradSpec, NormSpec, Problem
 from jitattn.tensors import DTYPES
 from jitattn.tiles import fwd_spec
@@ -27,6 +26,8 @@ from tests.support.gradients import (
     check_gradients,
     grad_cases,
 )
+from tests.support.precompile import CompileOnce
+from tests.support.random_cases import cases, check_part, in_parts
 
 from .test_features_gpu import problem_of
 
@@ -46,7 +47,7 @@ def targets_of(problem: Problem) -> list[ScoreTarget]:
 
 
 @pytest.fixture(scope="module")
-def compiled(arch: str) -> None:
+def compiled(arch: str, compile_once: CompileOnce) -> None:
     """Compile in parallel all kernels that the random cases can need."""
     specs: dict[Any, None] = {}
     for features, (dtype, dim), (q, kv) in itertools.product(GRAD_FEATURES, KINDS, GRAD_LAYOUTS):
@@ -64,8 +65,7 @@ def compiled(arch: str) -> None:
     ):
         spec = kind(dtype=DTYPES[dtype], head_dim=dim, groups=groups, access=access, arch=arch)
         specs[spec] = None
-    failed = [outcome.error for outcome in build_all(list(specs)) if outcome.error]
-    assert failed == []
+    assert compile_once(list(specs)) == []
 
 
 @pytest.fixture
@@ -82,13 +82,7 @@ def compilations(compiled: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-@settings(
-    max_examples=150,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+@cases(150)
 @given(grad_cases())
 def test_random_gradients(compilations: list[Any], case: GradCase) -> None:
     check_gradients(case, "cuda")
@@ -96,16 +90,9 @@ def test_random_gradients(compilations: list[Any], case: GradCase) -> None:
 
 
 @pytest.mark.usefixtures("compiled", "full_grid")
-@settings(
-    max_examples=1500,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-@given(grad_cases())
-def test_many_random_gradients(case: GradCase) -> None:
-    check_gradients(case, "cuda")
+@in_parts
+def test_many_random_gradients(part: int) -> None:
+    check_part(part, 1500, grad_cases(), lambda case: check_gradients(case, "cuda"))
 
 
 def tensors(
@@ -140,7 +127,7 @@ def true_gradients(qkv: list[torch.Tensor], **arguments: Any) -> list[torch.Tens
 
 
 @pytest.fixture(scope="module")
-def compiled_dims(arch: str) -> None:
+def compiled_dims(arch: str, compile_once: CompileOnce) -> None:
     """Compile in parallel the kernels of all head dims."""
     specs: dict[Any, None] = {}
     for (dim, dim_v), dtype in itertools.product(DIMS, (BF16, torch.float32)):
@@ -156,8 +143,7 @@ def compiled_dims(arch: str) -> None:
         )
         specs |= dict.fromkeys([fwd_spec(problem, arch, RowClass.MANY)])
         specs |= dict.fromkeys(specs_of_backward(problem, arch))
-    failed = [outcome.error for outcome in build_all(list(specs)) if outcome.error]
-    assert failed == []
+    assert compile_once(list(specs)) == []
 
 
 @pytest.mark.usefixtures("compiled_dims")

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 import jitattn
 from jitattn import Rotary
@@ -14,12 +14,13 @@ from jitattn.gears import resolve_numerics
 from jitattn.jit import build
 from jitattn.jit.choices import specs_of
 from jitattn.jit.enums import Access, MaskKind, RowClass, SeqLayout
-from jitattn.jit.pool import build_all
 from jitattn.jit.spec import Problem
 from jitattn.tensors import DTYPES
 from jitattn.tiles import fwd_spec
 from tests.support.compare import rel_l2
 from tests.support.kvcache import KINDS, CacheCase, cache_cases, check_kvcache
+from tests.support.precompile import CompileOnce
+from tests.support.random_cases import cases, check_part, in_parts
 
 BF16 = torch.bfloat16
 MASKS = (MaskKind.FULL, MaskKind.CAUSAL)
@@ -29,7 +30,7 @@ LAYOUTS = tuple(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiled(arch: str) -> None:
+def _compiled(arch: str, compile_once: CompileOnce) -> None:
     """Compile in parallel all kernels that the random cases can need."""
     specs = specs_of(
         [{"family": "append", "dtype": ["bf16", "fp16"], "table_dtype": ["bf16", "fp16", "fp32"]}],
@@ -49,33 +50,19 @@ def _compiled(arch: str) -> None:
         )
         specs.append(fwd_spec(problem, arch, rows))
     assert len(specs) <= 150
-    failed = [outcome.error for outcome in build_all(specs) if outcome.error]
-    assert failed == []
+    assert compile_once(specs) == []
 
 
-@settings(
-    max_examples=100,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+@cases(100)
 @given(cache_cases())
 def test_random_calls(case: CacheCase) -> None:
     check_kvcache(case, "cuda")
 
 
 @pytest.mark.usefixtures("full_grid")
-@settings(
-    max_examples=1000,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-@given(cache_cases())
-def test_many_random_calls(case: CacheCase) -> None:
-    check_kvcache(case, "cuda")
+@in_parts
+def test_many_random_calls(part: int) -> None:
+    check_part(part, 1000, cache_cases(), lambda case: check_kvcache(case, "cuda"))
 
 
 def step_inputs(batch: int, room: int) -> dict[str, torch.Tensor]:

@@ -6,26 +6,27 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 import jitattn
 from jitattn import Causal, Full, Padded, Paged, Ragged
 from jitattn.gears import resolve_numerics
 from jitattn.jit import build
 from jitattn.jit.enums import Access, MaskKind, RowClass, SeqLayout
-from jitattn.jit.pool import build_all
 from jitattn.jit.spec import Problem
 from jitattn.tensors import DTYPES
 from jitattn.tiles import fwd_spec
 from tests.support.compare import rel_l2
 from tests.support.layouts import KINDS, LayoutCase, check_layout, layout_cases
+from tests.support.precompile import CompileOnce
+from tests.support.random_cases import cases, check_part, in_parts
 
 BF16 = torch.bfloat16
 MASKS = (MaskKind.FULL, MaskKind.CAUSAL)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiled(arch: str) -> None:
+def _compiled(arch: str, compile_once: CompileOnce) -> None:
     """Compile in parallel all kernels that the random cases can need."""
     specs = []
     for (dtype, dim), mask, q, kv, rows in itertools.product(
@@ -46,33 +47,19 @@ def _compiled(arch: str) -> None:
         )
         specs.append(fwd_spec(problem, arch, rows))
     assert len(specs) <= 150
-    failed = [outcome.error for outcome in build_all(specs) if outcome.error]
-    assert failed == []
+    assert compile_once(specs) == []
 
 
-@settings(
-    max_examples=150,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+@cases(150)
 @given(layout_cases())
 def test_random_layouts(case: LayoutCase) -> None:
     check_layout(case, "cuda")
 
 
 @pytest.mark.usefixtures("full_grid")
-@settings(
-    max_examples=2000,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-@given(layout_cases())
-def test_many_random_layouts(case: LayoutCase) -> None:
-    check_layout(case, "cuda")
+@in_parts
+def test_many_random_layouts(part: int) -> None:
+    check_part(part, 2000, layout_cases(), lambda case: check_layout(case, "cuda"))
 
 
 def paged_inputs(

@@ -1,23 +1,29 @@
-"""Compile every kernel of a grid in parallel, before the tests ask for them one by one.
+"""Compile what tests need in parallel, before they ask for the kernels one by one.
 
-NVRTC holds a lock, so the work is spread over processes. They write to the shared cache directory
-and the tests read from it; with the cache off this would do nothing, and is skipped.
+The kernels go to the disk cache, and the tests read them there. Of the processes that share a run
+(pytest -n), one compiles, and the others wait for it.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
+from filelock import FileLock
+
+from jitattn.jit.entry import sha256
 from jitattn.jit.enums import RowClass
+from jitattn.jit.pool import build_all
 from jitattn.jit.spec import KernelSpec
 from jitattn.problem import Call, Runtime, parse
 from jitattn.tiles import fwd_spec
 
 from .grids import Case
 from .inputs import call_arguments, poisoned
+
+#: Takes specs, and returns the errors of those that do not compile.
+CompileOnce = Callable[[Sequence[KernelSpec]], list[str]]
 
 
 def row_class(runtime: Runtime) -> RowClass:
@@ -48,24 +54,14 @@ def specs_of(cases: Iterable[Case], arch: str) -> list[KernelSpec]:
     return list(specs)
 
 
-def compile_all(specs: Iterable[KernelSpec], workers: int | None = None) -> dict[str, str]:
-    """Compile specs into the cache; returns the errors by spec (a test meets them again)."""
-    specs = list(specs)
-    if not specs or os.environ.get("JITATTN_CACHE", "rw") != "rw":
-        return {}
-    workers = workers or min(len(specs), os.cpu_count() or 1)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
-        errors = list(pool.map(_compile_one, specs, chunksize=1))
-    return {spec.to_key(): error for spec, error in zip(specs, errors, strict=True) if error}
-
-
-def _compile_one(spec: KernelSpec) -> str:
-    from jitattn.errors import JitAttnError
-    from jitattn.jit.build import build
-
-    try:
-        build(spec)
-    except JitAttnError as error:
-        return str(error)
-    return ""
+def compile_once(specs: Sequence[KernelSpec], shared: Path) -> list[str]:
+    """Compile specs into the cache; return the errors. `shared` is a folder of this run."""
+    if os.environ.get("JITATTN_CACHE", "rw") != "rw":
+        return []
+    name = sha256("\n".join(sorted(spec.to_key() for spec in specs)).encode())[:16]
+    done = shared / f"compiled-{name}"
+    with FileLock(f"{done}.lock"):
+        if not done.exists():
+            errors = [outcome.error for outcome in build_all(specs) if outcome.error]
+            done.write_text("\n".join(errors))
+        return done.read_text().splitlines()
