@@ -49,30 +49,29 @@ def test_calls_that_8_bits_serve(given: dict[str, Any]) -> None:
     assert problem.numerics is Numerics.INT8
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"gear": 3},
-        {"gear": None},
-        {"dtype": torch.float32},
-        {"dim": 64},
-        {"dim": 96, "arch": "sm_86"},
-        {"len_q": 64},
-        {"len_q": 16, "heads": 4},
-        {"len_kv": 0},
-        {"scale": -1.0},
-        {"softcap": 3.0},
-        {"sinks": torch.zeros(2)},
-        {"alibi_slopes": torch.zeros(2)},
-        {"bias": torch.zeros(1, 1, 1, 300)},
-        {"dropout_p": 0.1},
-        {"mask": jitattn.LocalStride(16, 2, 3)},
-        {"mask": jitattn.KeyPadding(torch.ones(1, 300, dtype=torch.bool))},
-        {"tile_rows": 64},
-        {"kv_seqs": jitattn.Padded(torch.tensor([200]))},
-    ],
-    ids=str,
-)
+AS_WITH_GEAR_3: dict[str, dict[str, Any]] = {
+    "gear 3": {"gear": 3},
+    "no gear": {"gear": None},
+    "fp32": {"dtype": torch.float32},
+    "D=64 on sm_90": {"dim": 64},
+    "D=96": {"dim": 96, "arch": "sm_86"},
+    "64 rows": {"len_q": 64},
+    "64 packed rows": {"len_q": 16, "heads": 4},
+    "no keys": {"len_kv": 0},
+    "negative scale": {"scale": -1.0},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"sinks": torch.zeros(2)},
+    "slopes": {"alibi_slopes": torch.zeros(2)},
+    "bias": {"bias": torch.zeros(1, 1, 1, 300)},
+    "dropout": {"dropout_p": 0.1},
+    "stride in blocks of 16": {"mask": jitattn.LocalStride(16, 2, 3)},
+    "key padding": {"mask": jitattn.KeyPadding(torch.ones(1, 300, dtype=torch.bool))},
+    "tile_rows=64": {"tile_rows": 64},
+    "padded": {"kv_seqs": jitattn.Padded(torch.tensor([200]))},
+}
+
+
+@pytest.mark.parametrize("given", AS_WITH_GEAR_3.values(), ids=list(AS_WITH_GEAR_3))
 def test_calls_that_have_the_numerics_of_gear_3(given: dict[str, Any]) -> None:
     assert chosen(**given) is None
 
