@@ -18,6 +18,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--full", action="store_true", help="run the FULL grid as well (minutes; GPU only)"
     )
     parser.addoption(
+        "--emulate", metavar="ARCH", help="run the GPU tests on the processor, as on sm_86, say"
+    )
+    parser.addoption(
         "--names-table", help="write the table of the five systems' names and their tests there"
     )
 
@@ -25,15 +28,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device of sm_80 or newer, and CuPy")
     config.addinivalue_line("markers", "slow: over 2 s")
+    config.addinivalue_line("markers", "real_gpu: what --emulate cannot stand in for")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     gpu_items = [item for item in items if GPU_TESTS in item.path.parents]
     if not gpu_items:
         return
-    missing = missing_capability()
+    is_emulated = config.getoption("--emulate") is not None
+    missing = "" if is_emulated else missing_capability()
     for item in gpu_items:
         item.add_marker(pytest.mark.gpu)
+        if is_emulated and item.get_closest_marker("real_gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="an emulator cannot stand in for the GPU here"))
         if missing:
             item.add_marker(pytest.mark.skip(reason=missing))
 

@@ -8,19 +8,36 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.support.emulator import emulated, missing
 from tests.support.grids import EDGE, FULL
 from tests.support.precompile import CompileOnce, compile_once, specs_of
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    arch = request.config.getoption("--emulate")
+    if arch is None:
+        yield
+        return
+    if missing():
+        pytest.fail(f"--emulate: {missing()}")
+    with emulated(arch):
+        yield
+
+
 @pytest.fixture(scope="session")
-def arch() -> str:
+def arch(_emulated: None) -> str:
     major, minor = torch.cuda.get_device_capability()
     return f"sm_{major}{minor}"
 
 
 @pytest.fixture(scope="session", name="compile_once")
-def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> CompileOnce:
+def _compile_once(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> CompileOnce:
     """Compile in parallel; in one process, if several share the run."""
+    if request.config.getoption("--emulate") is not None:
+        return lambda _: []
     folder = tmp_path_factory.getbasetemp()
     # A worker of pytest-xdist has its own folder in one of the run.
     shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder

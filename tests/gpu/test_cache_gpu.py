@@ -10,7 +10,8 @@ from jitattn.jit import compilers
 
 from .fresh_process import in_fresh_process
 
-pytestmark = pytest.mark.slow  # each starts processes that import torch and CuPy
+# Each starts processes that import torch and CuPy.
+pytestmark = [pytest.mark.slow, pytest.mark.real_gpu]
 
 _CALL = """
 import json, torch, jitattn

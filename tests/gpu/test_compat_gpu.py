@@ -57,6 +57,7 @@ def test_cosine_values_and_gradients(name: str, dtype: torch.dtype) -> None:
         assert rel_l2(one, other) < 2 * limit
 
 
+@pytest.mark.real_gpu
 @pytest.mark.parametrize(
     ("shape_q", "shape_kv", "arguments"),
     [
@@ -134,6 +135,7 @@ def test_fast_ops_triton(dtype: torch.dtype, causal: bool, dropout_p: float) -> 
         assert rel_l2(one, other) < 2e-2
 
 
+@pytest.mark.real_gpu
 def test_fast_ops_moves_the_generator_as_the_original() -> None:
     torch.manual_seed(5)
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
@@ -165,6 +167,7 @@ def test_fast_ops_nested(layout: torch.layout) -> None:
         assert rel_l2(one, other) < 3e-2
 
 
+@pytest.mark.real_gpu
 def test_the_call_of_fast_ops_readme() -> None:
     q, k, v = (torch.rand(1, 12, 4096, 128, dtype=torch.bfloat16, device="cuda") for _ in range(3))
     with jitattn.compat.alias("fast_ops"):

@@ -15,6 +15,9 @@ import jitattn
 from tests.support import compat_dkernel, compat_flash_attn, compat_warp
 from tests.support.compare import rel_l2
 
+# The sizes are the readmes' own, which would take an emulator minutes.
+pytestmark = pytest.mark.real_gpu
+
 HALF = {"device": "cuda", "dtype": torch.half}
 BF16 = {"device": "cuda", "dtype": torch.bfloat16}
 

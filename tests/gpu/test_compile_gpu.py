@@ -8,6 +8,8 @@ import torch
 from tests.support.compare import rel_l2
 from tests.support.compiled import CASES, inputs
 
+pytestmark = pytest.mark.real_gpu
+
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_one_graph_with_the_same_results(name: str) -> None:

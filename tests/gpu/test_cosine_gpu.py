@@ -65,6 +65,7 @@ def test_normalised_in_the_core_and_before() -> None:
     assert rel_l2(inside, outside) < 2e-3
 
 
+@pytest.mark.real_gpu
 def test_a_warm_call_compiles_nothing() -> None:
     from jitattn.jit import build
 

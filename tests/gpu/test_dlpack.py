@@ -8,6 +8,8 @@ import torch
 import jitattn
 from tests.support.inputs import random_qkv
 
+pytestmark = pytest.mark.real_gpu
+
 
 def test_cupy() -> None:
     cupy = pytest.importorskip("cupy")

@@ -48,6 +48,7 @@ def test_torchs_seed_decides() -> None:
     assert not torch.equal(results[0], results[2])
 
 
+@pytest.mark.real_gpu
 def test_a_graph_draws_anew_in_every_replay() -> None:
     q, k, v = torch.randn(3, 1, 100, 4, 64, device="cuda", dtype=BF16)
     jitattn.attention(q, k, v, dropout_p=0.5)

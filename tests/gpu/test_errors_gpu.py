@@ -9,6 +9,7 @@ import jitattn
 from tests.support.inputs import random_qkv
 
 
+@pytest.mark.real_gpu
 def test_mixed_devices() -> None:
     q, k, v = random_qkv(dtype=torch.bfloat16, device="cuda")
     with pytest.raises(jitattn.InvalidInputError, match="one device"):

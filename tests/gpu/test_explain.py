@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 import jitattn
 from tests.support.inputs import random_qkv
 
 
+@pytest.mark.real_gpu
 def test_record_of_a_chat_call(arch: str) -> None:
     q, k, v = random_qkv(1, 8, 4096, 8, 2, 128, dtype=torch.bfloat16, device="cuda")
     record = jitattn.explain(q, k, v, mask=jitattn.Causal())

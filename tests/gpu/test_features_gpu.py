@@ -161,6 +161,7 @@ def test_listed_patterns_of_long_sequences(name: str, length: int) -> None:
         assert rel_l2(out.cpu(), truth) < 5e-3
 
 
+@pytest.mark.real_gpu
 def test_lists_in_a_graph_need_a_call_before() -> None:
     q, k, v = torch.randn(3, 1, 300, 4, 64, device="cuda", dtype=BF16)
     rule = jitattn.BlockSparse(torch.rand(10, 10, device="cuda") < 0.5, 32)
@@ -178,6 +179,7 @@ def test_lists_in_a_graph_need_a_call_before() -> None:
     assert torch.equal(out, eager)
 
 
+@pytest.mark.real_gpu
 def test_nothing_compiles_when_reaches_and_values_change() -> None:
     q, k, v = torch.randn(3, 1, 300, 4, 64, device="cuda", dtype=BF16)
     jitattn.warmup(q, k, v, mask=jitattn.Window(5, 5), softcap=3.0)

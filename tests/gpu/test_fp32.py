@@ -42,6 +42,7 @@ def test_other_head_dims(head_dim: int) -> None:
     check_fp32(512, 4096, head_dim, causal=True)
 
 
+@pytest.mark.real_gpu
 @pytest.mark.parametrize("causal", [False, True])
 def test_long_queries(causal: bool) -> None:
     check_fp32(4096, 4096, 128, causal)

@@ -13,6 +13,7 @@ from jitattn import problem
 from jitattn.gears import GEARS
 from jitattn.jit.device import device
 from jitattn.jit.enums import Dtype, Numerics
+from jitattn.jit.spec import arch_number
 from jitattn.tensors import DTYPES
 from tests.support.compare import rel_l2
 from tests.support.inputs import random_qkv
@@ -175,7 +176,6 @@ def test_8_bits_with_channels_that_stand_out() -> None:
         ({"scale": -0.1}, 128, 200),
         ({"mask": jitattn.LocalStride(16, 2, 3)}, 128, 200),
         ({}, 128, 64),
-        ({}, 64, 200),
         ({}, 80, 200),
     ],
     ids=str,
@@ -190,6 +190,14 @@ def test_what_8_bits_do_not_serve_is_as_with_gear_3(
     assert torch.equal(one, other)
 
 
+def test_head_dim_64_has_8_bits_where_that_pays(arch: str) -> None:
+    qkv = tensors(torch.bfloat16, 200, 300, (2, 2), 64)
+    expected = Numerics.F32_ACC if arch_number(arch) >= 90 else Numerics.INT8
+    assert jitattn.explain(*qkv, gear=4).kernel["numerics"] == expected
+    check(qkv, 4, factor=1.0)
+
+
+@pytest.mark.real_gpu
 def test_8_bits_can_be_captured() -> None:
     qkv = tensors(torch.float16, 200, 300, (4, 2), 128)
     jitattn.warmup(*qkv, gear=4)

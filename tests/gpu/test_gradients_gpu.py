@@ -158,6 +158,7 @@ def test_head_dims(dtype: torch.dtype, dim: int, dim_v: int) -> None:
 
 
 @pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.real_gpu
 def test_dk_and_dv_are_reproducible(group: int) -> None:
     qkv = tensors(len_q=1000, len_kv=1000, heads=(2 * group, 2))
     first = gradients(qkv, mask=jitattn.Causal())
@@ -178,6 +179,7 @@ def test_dk_and_dv_are_reproducible(group: int) -> None:
     ],
     ids=lambda mask: type(mask).__name__,
 )
+@pytest.mark.real_gpu
 def test_deterministic_means_the_same_bits(mask: Any) -> None:
     qkv = tensors(len_q=1000, len_kv=1000)
     first = gradients(qkv, mask=mask, deterministic=True)
@@ -207,6 +209,7 @@ def test_gradients_of_keys_that_no_query_sees() -> None:
     assert not dq[8:].any()
 
 
+@pytest.mark.real_gpu
 def test_gradients_of_biases_are_reproducible() -> None:
     qkv = tensors()
     made = []
@@ -220,6 +223,7 @@ def test_gradients_of_biases_are_reproducible() -> None:
     assert all(torch.equal(one[1], made[0][1]) for one in made)
 
 
+@pytest.mark.real_gpu
 def test_memory_grows_with_the_length_alone() -> None:
     peaks = []
     for length in (4096, 8192, 16384):
@@ -304,6 +308,7 @@ def test_writing_to_an_input_before_the_backward_pass_is_noticed() -> None:
         out.backward(torch.ones_like(out))
 
 
+@pytest.mark.real_gpu
 def test_a_step_can_be_captured() -> None:
     qkv = tensors(len_q=500, len_kv=500)
     own = [x.requires_grad_() for x in qkv]
@@ -330,6 +335,7 @@ def test_a_step_can_be_captured() -> None:
         assert all(torch.equal(x, y) for x, y in zip(captured, expected, strict=True))
 
 
+@pytest.mark.real_gpu
 def test_zero_compiles_when_only_lengths_change() -> None:
     gradients(tensors(len_q=500, len_kv=500), mask=jitattn.Causal())
     before = build.stats().compiled

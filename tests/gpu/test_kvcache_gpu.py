@@ -75,6 +75,7 @@ def step_inputs(batch: int, room: int) -> dict[str, torch.Tensor]:
     return {"q": q, "k_cache": pages[0], "v_cache": pages[1], "k": k, "v": v, "block_table": table}
 
 
+@pytest.mark.real_gpu
 def test_a_graph_decodes_while_lengths_grow() -> None:
     """One graph a step: append, attend; the lengths are counted up between replays."""
     inputs = step_inputs(3, 200)
@@ -140,6 +141,7 @@ def test_rows_of_the_cache_that_do_not_exist_are_not_touched() -> None:
     assert torch.equal(out[2], torch.ones_like(out[2]))
 
 
+@pytest.mark.real_gpu
 def test_warmup_loads_the_kernel_that_appends() -> None:
     from jitattn.append import append_spec
     from jitattn.dispatch import forget_kernels

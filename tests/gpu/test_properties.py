@@ -38,6 +38,7 @@ def test_two_halves_merge_into_the_whole(len_q: int) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 @pytest.mark.parametrize("len_q", [1, 20, 300])
+@pytest.mark.real_gpu
 def test_runs_are_bitwise_equal(dtype: torch.dtype, len_q: int) -> None:
     q, k, v = random_qkv(2, len_q, 2000, 8, 2, 64, dtype=dtype, device="cuda")
     first, first_lse = jitattn.attention(q, k, v, mask=jitattn.Causal(), return_lse=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 
 import jitattn
 from jitattn import dispatch
 from jitattn.jit import build
 from tests.support.inputs import random_qkv
+
+pytestmark = pytest.mark.real_gpu
 
 
 def test_lengths_batch_heads_and_strides_compile_nothing() -> None:

@@ -74,6 +74,7 @@ def paged_inputs(
     return q, pages[:, 0], pages[:, 1], Paged(table, length)
 
 
+@pytest.mark.real_gpu
 def test_decode_in_a_graph_while_lengths_grow() -> None:
     q, k, v, seqs = paged_inputs([1, 700, 33, 0], 3000)
     jitattn.attention(q, k, v, kv_seqs=seqs)
@@ -88,6 +89,7 @@ def test_decode_in_a_graph_while_lengths_grow() -> None:
         assert torch.equal(out, jitattn.attention(q, k, v, kv_seqs=seqs))
 
 
+@pytest.mark.real_gpu
 def test_nothing_compiles_when_lengths_and_tables_change() -> None:
     q, k, v, seqs = paged_inputs([100, 200], 1000)
     jitattn.warmup(q, k, v, kv_seqs=seqs)
@@ -110,6 +112,7 @@ def test_same_bits_in_a_bigger_batch_with_fixed_splits() -> None:
         assert torch.equal(alone[0], whole[idx])
 
 
+@pytest.mark.real_gpu
 def test_runs_are_bitwise_reproducible() -> None:
     q, k, v, seqs = paged_inputs([3000, 5, 450, 2999], 3000)
     first = jitattn.attention(q, k, v, kv_seqs=seqs)
@@ -130,6 +133,7 @@ def test_indices_that_lead_out_read_nothing() -> None:
     torch.cuda.synchronize()
 
 
+@pytest.mark.real_gpu
 def test_unknown_length_is_refused_during_capture() -> None:
     flat = torch.randn(50, 2, 64, device="cuda", dtype=BF16)
     start = torch.tensor([0, 20], device="cuda", dtype=torch.int32)

@@ -12,6 +12,8 @@ from jitattn import dispatch
 from tests.support.compare import rel_l2
 from tests.support.inputs import random_qkv
 
+pytestmark = pytest.mark.real_gpu
+
 BF16 = torch.bfloat16
 
 

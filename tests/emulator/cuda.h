@@ -1,0 +1,146 @@
+// CUDA's words and functions, as far as the templates use them, for a C++ compiler.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "threads.h"
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __align__(bytes)  // what it is for is aligned below
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct EmulatedThreadIdx {
+  struct X {
+    operator int() const { return emulator::cta.current; }
+  } x;
+};
+struct EmulatedBlockIdx {
+  struct X {
+    operator unsigned() const { return emulator::cta.idx; }
+  } x;
+};
+inline constexpr EmulatedThreadIdx threadIdx;
+inline constexpr EmulatedBlockIdx blockIdx;
+
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
+inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
+inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32);
+}
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+template <class T>
+T __ldg(const T* address) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(T)) emulator::fail("a load is not aligned");
+  return *address;
+}
+template <class T>
+T __ldcg(const T* address) {
+  return __ldg(address);
+}
+inline void __threadfence() {}
+inline void __nanosleep(unsigned) {}
+[[noreturn]] inline void __trap() { emulator::fail("a device-side check failed"); }
+
+// ---- Between threads. Masks are of all lanes that have not ended, as in the templates.
+inline void __syncthreads() { emulator::wait_at(emulator::cta.barrier); }
+inline void __syncwarp(unsigned = 0xffffffffu) { emulator::wait_at(emulator::own_warp().barrier); }
+inline int emulated_lane() { return emulator::cta.current % emulator::kWarpSize; }
+template <class T>
+T __shfl_sync(unsigned, T value, int lane, int = 32) {
+  return emulator::shown<T>(emulator::exchange(value), lane);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask, int = 32) {
+  return emulator::shown<T>(emulator::exchange(value), emulated_lane() ^ mask);
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, int delta, int = 32) {
+  const int lane = emulated_lane();
+  return emulator::shown<T>(emulator::exchange(value), lane < delta ? lane : lane - delta);
+}
+inline unsigned __ballot_sync(unsigned, int condition) {
+  const auto* slots = emulator::exchange(condition);
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= (emulator::shown<int>(slots, lane) != 0) << lane;
+  return bits;
+}
+inline int __any_sync(unsigned mask, int condition) { return __ballot_sync(mask, condition) != 0; }
+inline int __all_sync(unsigned mask, int condition) { return !__ballot_sync(mask, !condition); }
+inline int __reduce_add_sync(unsigned, int value) {
+  const auto* slots = emulator::exchange(value);
+  int sum = 0;
+  for (int lane = 0; lane < 32; ++lane) sum += emulator::shown<int>(slots, lane);
+  return sum;
+}
+
+template <class T>
+T atomicAdd(T* address, T value) {
+  const T before = *address;
+  *address += value;
+  return before;
+}
+template <class T>
+T atomicMax(T* address, T value) {
+  const T before = *address;
+  *address = std::max(before, value);
+  return before;
+}
+
+namespace jitattn {
+// Where `extern __shared__` leads.
+alignas(128) inline unsigned char s_storage[emulator::kLargestShared];
+}  // namespace jitattn
+
+namespace emulator {
+
+inline unsigned char* at_shared(uint32_t addr, int bytes) {
+  if (addr % bytes) fail("an access to shared memory is not aligned");
+  if (addr + bytes > static_cast<uint32_t>(cta.smem_bytes)) {
+    fail("an access leads out of shared memory");
+  }
+  return jitattn::s_storage + addr;
+}
+
+template <class T>
+T load_shared(uint32_t addr) {
+  T value;
+  std::memcpy(&value, at_shared(addr, sizeof(T)), sizeof(T));
+  return value;
+}
+
+}  // namespace emulator

@@ -1,0 +1,202 @@
+// The threads of one CTA, on one thread of the processor: each has a stack, and runs until it waits
+// for others. So a run is the same every time, and a wait that nothing ends is found out.
+#pragma once
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+namespace emulator {
+
+constexpr int kWarpSize = 32;
+constexpr size_t kStackBytes = 512 * 1024;
+constexpr size_t kLargestShared = 256 * 1024;
+
+// How a CTA is run. Whatever these are, a correct kernel gives the same.
+struct Options {
+  int32_t late_copies;    // cp.async: 1 as late as its wait allows, 0 at once
+  int32_t last_to_first;  // threads run from the last warp to the first
+};
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulator: %s\n", what);
+  std::fflush(stderr);
+  std::abort();
+}
+
+// Where some threads wait for each other.
+struct Barrier {
+  int expected = 0;
+  int arrived = 0;
+  uint64_t generation = 0;
+
+  void open() {
+    arrived = 0;
+    ++generation;
+  }
+  // A thread has ended, which the others no longer wait for.
+  void leave() {
+    if (--expected > 0 && arrived == expected) open();
+  }
+};
+
+struct Copy {
+  unsigned char* to;
+  const unsigned char* from;
+  int bytes;  // of 16; the others become 0
+};
+
+// What a lane shows the others of its warp.
+struct alignas(16) Slot {
+  unsigned char bytes[32];
+};
+
+struct Warp {
+  Barrier barrier;
+  Slot slots[2][kWarpSize];
+  int parity[kWarpSize];  // of each lane's next exchange
+};
+
+struct Thread {
+  ucontext_t first;
+  jmp_buf state;
+  bool has_begun;
+  bool has_ended;
+  const Barrier* waits_for;
+  uint64_t generation;
+  std::vector<Copy> copies;               // not committed
+  std::vector<std::vector<Copy>> groups;  // committed, the oldest first
+};
+
+struct Cta {
+  Options options;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  Barrier barrier;
+  std::vector<unsigned char*> stacks;
+  jmp_buf scheduler;
+  int current = 0;
+  unsigned idx = 0;
+  int smem_bytes = 0;
+  void (*body)(const void*) = nullptr;
+  const void* params = nullptr;
+};
+
+inline Cta cta;
+
+inline Thread& self() { return cta.threads[cta.current]; }
+inline Warp& own_warp() { return cta.warps[cta.current / kWarpSize]; }
+
+inline void wait_at(Barrier& barrier) {
+  Thread& thread = self();
+  if (++barrier.arrived == barrier.expected) {
+    barrier.open();
+    return;
+  }
+  thread.waits_for = &barrier;
+  thread.generation = barrier.generation;
+  if (_setjmp(thread.state) == 0) _longjmp(cta.scheduler, 1);
+}
+
+// All lanes show `mine`; returns what they show, valid until the exchange after the next.
+template <class T>
+const Slot* exchange(const T& mine) {
+  static_assert(sizeof(T) <= sizeof(Slot));
+  Warp& warp = own_warp();
+  const int lane = cta.current % kWarpSize;
+  int& parity = warp.parity[lane];
+  Slot* slots = warp.slots[parity];
+  parity ^= 1;
+  std::memcpy(slots[lane].bytes, &mine, sizeof(T));
+  wait_at(warp.barrier);
+  return slots;
+}
+
+template <class T>
+T shown(const Slot* slots, int lane) {
+  T value;
+  std::memcpy(&value, slots[lane].bytes, sizeof(T));
+  return value;
+}
+
+inline void carry_out(std::vector<Copy>& copies) {
+  for (const Copy& copy : copies) {
+    std::memset(copy.to, 0, 16);
+    if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+  copies.clear();
+}
+
+inline void commit() {
+  Thread& thread = self();
+  thread.groups.push_back(std::move(thread.copies));
+  thread.copies.clear();
+}
+
+inline void wait_for_copies(size_t pending) {
+  auto& groups = self().groups;
+  while (groups.size() > pending) {
+    carry_out(groups.front());
+    groups.erase(groups.begin());
+  }
+}
+
+inline void begin() {
+  cta.body(cta.params);
+  self().has_ended = true;
+  own_warp().barrier.leave();
+  cta.barrier.leave();
+  _longjmp(cta.scheduler, 1);
+}
+
+inline bool can_run(const Thread& thread) {
+  return !thread.has_ended &&
+         (thread.waits_for == nullptr || thread.waits_for->generation != thread.generation);
+}
+
+inline void resume(int idx) {
+  Thread& thread = cta.threads[idx];
+  cta.current = idx;
+  thread.waits_for = nullptr;
+  if (_setjmp(cta.scheduler) != 0) return;
+  if (thread.has_begun) _longjmp(thread.state, 1);
+  thread.has_begun = true;
+  getcontext(&thread.first);
+  thread.first.uc_stack.ss_sp = cta.stacks[idx];
+  thread.first.uc_stack.ss_size = kStackBytes;
+  thread.first.uc_link = nullptr;
+  makecontext(&thread.first, begin, 0);
+  setcontext(&thread.first);
+}
+
+inline void run_cta(int num_threads) {
+  while (static_cast<int>(cta.stacks.size()) < num_threads) {
+    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stack == MAP_FAILED) fail("no memory for stacks");
+    cta.stacks.push_back(static_cast<unsigned char*>(stack));
+  }
+  cta.threads.assign(num_threads, Thread{});
+  cta.warps.assign((num_threads + kWarpSize - 1) / kWarpSize, Warp{});
+  cta.barrier = {num_threads, 0, 0};
+  for (int i = 0; i < num_threads; ++i) ++cta.warps[i / kWarpSize].barrier.expected;
+  for (int left = num_threads; left > 0;) {
+    bool has_run = false;
+    for (int i = 0; i < num_threads; ++i) {
+      const int idx = cta.options.last_to_first ? num_threads - 1 - i : i;
+      if (!can_run(cta.threads[idx])) continue;
+      has_run = true;
+      resume(idx);
+      if (cta.threads[idx].has_ended) --left;
+    }
+    if (!has_run) fail("all threads wait, and nothing will wake them");
+  }
+}
+
+}  // namespace emulator
