@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -51,6 +52,8 @@ LIBRARY_FLAGS = (
 #: Of a made-up GPU: few, so that long queries are balanced too.
 _NUM_SMS = 4
 _BLOCKS_PER_SM = 2
+#: Kernels of sources that have changed since are deleted after a day.
+_KEPT_SECONDS = 24 * 3600.0
 
 
 def missing() -> str:
@@ -122,6 +125,9 @@ def _sources(family: str) -> Path:
     parent.mkdir(mode=0o700, exist_ok=True)
     if parent.stat().st_uid != os.getuid():
         raise RuntimeError(f"{parent} belongs to someone else")
+    for old in parent.glob(f"{family}-*"):
+        if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
+            shutil.rmtree(old, ignore_errors=True)
     new = Path(tempfile.mkdtemp(dir=parent))
     for name, text in ((f"entry/{family}.cu", found.entry), *found.headers.items()):
         if name.startswith("jitattn/ptx/"):
