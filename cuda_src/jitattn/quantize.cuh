@@ -187,6 +187,9 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
   constexpr int kDim = Row::kDim, kLanes = Row::kLanes, kRowsPerPass = Row::kRowsPerPass;
   constexpr int kPasses = ceil_div(kQuantKeys, kRowsPerPass);
   constexpr float kLargest = 127.f;
+  // c has made both alike: where one is below this, scores are 0 for every purpose. And the product
+  // of two scales must not be 0, with which a hidden score, -inf, would become NaN.
+  constexpr float kLeast = 1e-10f;
   static_assert(sizeof(QuantParams) == Spec::kParamsBytes,
                 "host and device disagree on QuantParams");
   static_assert(Spec::kSmemBytes == 0);
@@ -242,7 +245,7 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
       along_mean += __shfl_xor_sync(0xffffffffu, along_mean, mask);
     }
     if (exists && lane == 0) {
-      params.q_scale[of_head * len + row] = fmaxf(most[pass], 1e-20f) / kLargest;
+      params.q_scale[of_head * len + row] = fmaxf(most[pass], kLeast) / kLargest;
       params.along_mean[of_head * len + row] = along_mean;
     }
   }
@@ -257,14 +260,14 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
     for (int i = 0; i < Spec::kNumThreads / 32; ++i) most_of_all = fmaxf(most_of_all, s_most[i]);
     if (threadIdx.x == 0) {
       params.k_scale[of_head * ceil_div(len, kQuantKeys) + work.block] =
-          fmaxf(most_of_all, 1e-20f) / kLargest;
+          fmaxf(most_of_all, kLeast) / kLargest;
     }
   }
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     const int row = work.block * kQuantKeys + first + pass * kRowsPerPass;
     if (row >= len || first + pass * kRowsPerPass >= kQuantKeys) continue;
-    const float inverse = kLargest / fmaxf(work.is_k ? most_of_all : most[pass], 1e-20f);
+    const float inverse = kLargest / fmaxf(work.is_k ? most_of_all : most[pass], kLeast);
     uint32_t packed[2] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {

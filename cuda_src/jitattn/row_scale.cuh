@@ -44,7 +44,8 @@ struct RowScale<Spec, kRowTiles, true> {
         const int position = rows.position(row);
         const float* g_scale =
             params.q_scale + (first_head + rows.head(row, position)) * params.len_q;
-        of_row[m][half] = __ldg(g_scale + position) * params.scale_log2;
+        // Nor may the product with that of keys be 0 (quantize.cuh).
+        of_row[m][half] = fmaxf(__ldg(g_scale + position) * params.scale_log2, 1e-20f);
       }
     }
   }

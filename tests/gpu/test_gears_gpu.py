@@ -168,6 +168,15 @@ def test_8_bits_with_channels_that_stand_out() -> None:
     assert not blind[:, :200].any()
 
 
+@pytest.mark.parametrize("scale", [None, 0.0])
+def test_8_bits_of_nothing(scale: float | None) -> None:
+    """Rows of zeros, and keys that are their mean: scales whose product is below every float."""
+    q, k, v = tensors(torch.float16, 200, 200, (2, 2), 128)
+    k = torch.ones_like(k)
+    for own_q in (q, torch.zeros_like(q)):
+        check([own_q, k, v], 4, factor=1.0, mask=jitattn.Causal(), scale=scale)
+
+
 @pytest.mark.parametrize(
     ("given", "dim", "len_q"),
     [
