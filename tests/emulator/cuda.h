@@ -39,19 +39,13 @@ struct alignas(16) int4 {
 struct alignas(8) uint2 {
   unsigned x, y;
 };
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
 struct alignas(8) float2 {
   float x, y;
 };
 struct alignas(16) float4 {
   float x, y, z, w;
 };
-inline int2 make_int2(int x, int y) { return {x, y}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
@@ -61,7 +55,6 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32);
 }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 template <class T>
 T __ldg(const T* address) {
@@ -100,7 +93,6 @@ inline unsigned __ballot_sync(unsigned, int condition) {
   return bits;
 }
 inline int __any_sync(unsigned mask, int condition) { return __ballot_sync(mask, condition) != 0; }
-inline int __all_sync(unsigned mask, int condition) { return !__ballot_sync(mask, !condition); }
 inline int __reduce_add_sync(unsigned, int value) {
   const auto* slots = emulator::exchange(value);
   int sum = 0;

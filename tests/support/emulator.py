@@ -102,7 +102,7 @@ class EmulatedKernel:
         spec = self.spec
         self.emulator.launched.append(spec)
         given = STRUCTS[spec.params].pack(*params)
-        # Whatever the order, a kernel gives the same: one for each kernel and grid.
+        # A kernel gives the same in any order; each kernel and grid is run in one of four.
         order = zlib.crc32(f"{spec.to_key()} {grid}".encode())
         options = _Options(order & 1, order >> 1 & 1)
         _library(spec)(given, grid, spec.num_threads, spec.smem_bytes, ctypes.byref(options))
@@ -120,11 +120,11 @@ def _sources(family: str) -> Path:
         checksum.update(path.read_bytes())
     parent = Path(tempfile.gettempdir()) / f"jitattn-emulator-{os.getuid()}"
     folder = parent / f"{family}-{checksum.hexdigest()[:16]}"
+    parent.mkdir(mode=0o700, exist_ok=True)
+    if parent.lstat().st_uid != os.getuid():  # what lies there is loaded as code
+        raise RuntimeError(f"{parent} belongs to someone else")
     if folder.exists():
         return folder
-    parent.mkdir(mode=0o700, exist_ok=True)
-    if parent.stat().st_uid != os.getuid():
-        raise RuntimeError(f"{parent} belongs to someone else")
     for old in parent.glob(f"{family}-*"):
         if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
             shutil.rmtree(old, ignore_errors=True)
@@ -136,8 +136,10 @@ def _sources(family: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = text.replace("extern __shared__", "extern")
         path.write_text(re.sub(r"\b__shared__\b", "static", text))
-    with contextlib.suppress(OSError):  # another process was faster
+    try:
         new.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(new)
     return folder
 
 
@@ -192,12 +194,12 @@ def _moved(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def emulated(arch: str, name: str = "emulated") -> Iterator[Emulator]:
+def emulated(arch: str) -> Iterator[Emulator]:
     """Let calls believe in a GPU of an architecture, whose kernels are emulated."""
     emulator = Emulator()
     number = int(arch.removeprefix("sm_"))
     properties = SimpleNamespace(
-        name=name, major=number // 10, minor=number % 10, multi_processor_count=_NUM_SMS
+        name="emulated", major=number // 10, minor=number % 10, multi_processor_count=_NUM_SMS
     )
     with pytest.MonkeyPatch.context() as patch:
         for target, attribute, value in (
