@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from jitattn import cosine, lists, quantized, workspace
+from jitattn import cosine, halves, lists, quantized, workspace
 from jitattn.autograd import ADDED, Attention, Normalize, apply
 from jitattn.backward import check_differentiable
 from jitattn.cpu import run_cpu
@@ -20,7 +20,7 @@ from jitattn.errors import InternalError, LaunchError, UnsupportedError
 from jitattn.gears import get_default_gear
 from jitattn.jit import launch
 from jitattn.jit.device import device
-from jitattn.jit.enums import MaskKind, RowClass, SeqLayout
+from jitattn.jit.enums import Dtype, MaskKind, RowClass, SeqLayout
 from jitattn.jit.params import FWD_SCORE_FIELDS, FWD_SEQ_FIELDS, divisor
 from jitattn.layouts import parse
 from jitattn.loaded import loaded_kernel
@@ -288,18 +288,27 @@ def _launch(
     call: Call,
     device_index: int,
 ) -> None:
+    scales: tuple[int, ...] = ()
     in_8_bits = None
-    if call.gear == 4 or (call.gear is None and get_default_gear() == 4):
+    if problem.dtype is Dtype.FP32:
+        in_halves = halves.problem_of(problem, runtime, call)
+        if in_halves is not None:
+            parts = halves.split(q, k, v, in_halves, runtime)
+            q, k, v, problem = parts.q, parts.k, parts.v, in_halves
+            scales = tuple(scale.data_ptr() for scale in parts[3:])
+    elif call.gear == 4 or (call.gear is None and get_default_gear() == 4):
         arch = device(device_index).arch
         in_8_bits = quantized.problem_of(problem, runtime, call, arch)
-    scales: tuple[int, ...] = ()
-    if in_8_bits is not None:
-        made = quantized.quantize(q, k, in_8_bits, runtime)
-        q, k, problem = made.q, made.k, in_8_bits
-        scales = (made.q_scale.data_ptr(), made.k_scale.data_ptr())
+        if in_8_bits is not None:
+            made = quantized.quantize(q, k, in_8_bits, runtime)
+            q, k, problem = made.q, made.k, in_8_bits
+            scales = (made.q_scale.data_ptr(), made.k_scale.data_ptr(), 0)
+    if scales:
         runtime = runtime._replace(
             q_strides=quantized.strides_of(q), k_strides=quantized.strides_of(k)
         )
+        if in_8_bits is None:
+            runtime = runtime._replace(v_strides=quantized.strides_of(v))
     kernel, _, packed, num_q_tiles, splits, num_slots, num_ctas, block_q = plan(
         problem, runtime, device_index, call.num_splits, call.tile_rows
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jitattn import cosine, quantized
+from jitattn import cosine, halves, quantized
 from jitattn.attention import bind
 from jitattn.bwd_tiles import bwd_spec
 from jitattn.dispatch import is_followed, plan
@@ -136,9 +136,11 @@ def explain(
             backward={},
             why=(why,),
         )
-    in_8_bits = quantized.problem_of(problem, runtime, call, device(q.device.index).arch)
+    prepared = halves.problem_of(problem, runtime, call) or quantized.problem_of(
+        problem, runtime, call, device(q.device.index).arch
+    )
     with torch.cuda.device(q.device):
-        chosen = plan(in_8_bits or problem, runtime, q.device.index, num_splits, call.tile_rows)
+        chosen = plan(prepared or problem, runtime, q.device.index, num_splits, call.tile_rows)
     built = chosen.kernel.built
     backward: dict[str, str | int] = {}
     if is_followed(*inputs):
@@ -162,7 +164,7 @@ def explain(
         smem_bytes=built.metadata.smem_bytes,
         backward=backward,
         why=_reasons(
-            in_8_bits or problem, chosen.rows, chosen.heads_per_tile, chosen.num_splits, call
+            prepared or problem, chosen.rows, chosen.heads_per_tile, chosen.num_splits, call
         ),
     )
 

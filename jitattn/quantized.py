@@ -2,7 +2,7 @@
 
 Two kernels bring Q and K to 8 bits (cuda_src/jitattn/quantize.cuh), then the forward kernel reads
 these. Calls that this does not serve have the numerics of gear 3: short queries, which would wait
-for K to be read twice; and problems without a kernel for it (jitattn/quantized_specs.py).
+for K to be read twice; and problems without a kernel for it (jitattn/prepared_specs.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jitattn.jit import launch
 from jitattn.jit.device import device
 from jitattn.jit.enums import Dtype, RowClass
 from jitattn.loaded import loaded_kernel
-from jitattn.quantized_specs import BLOCK_KEYS, CHUNK_ROWS, problem_in_8_bits, specs_of_rounding
+from jitattn.prepared_specs import BLOCK_KEYS, CHUNK_ROWS, problem_in_8_bits, specs_of_rounding
 from jitattn.workspace import arrivals
 
 if TYPE_CHECKING:

@@ -27,6 +27,8 @@ MAX_SMEM_BYTES: Final = {
 }
 #: What the runtime keeps for itself in every resident block.
 _RESERVED_SMEM_BYTES: Final = 1024
+#: What sm_80 has.
+_MEDIUM_SMEM_BYTES: Final = 163 * 1024
 #: Above this, a short query's tile takes a multiprocessor for itself.
 _SMALLEST_LARGE_SMEM: Final = 200 * 1024
 
@@ -84,6 +86,10 @@ _FP32: Final[_Table] = {
     256: (64, 16, 4, 1),
 }
 
+#: fp32 inputs as fp16 parts: 16 rows a warp, as both parts of P and promoted sums need registers.
+_HALVES: Final[_Table] = {64: (128, 64, 8, 1), 128: (128, 64, 8, 1)}
+_HALVES_SMALL_SMEM: Final[_Table] = {64: (128, 64, 8, 1), 128: (64, 32, 4, 1)}
+
 #: Rows of the largest tile, by which packing is judged.
 _LARGEST_BLOCK_Q: Final = 128
 
@@ -120,7 +126,9 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
         return _largest_that_fits(problem, arch, _rows64(problem, limit))
     dim = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v))
     table = _TABLES.get(arch_number(arch), _SMALL_SMEM)
-    if problem.dtype is Dtype.FP32:
+    if problem.numerics is Numerics.F16X3:
+        table = _HALVES_SMALL_SMEM if limit < _MEDIUM_SMEM_BYTES else _HALVES
+    elif problem.dtype is Dtype.FP32:
         table = _FP32
     elif problem.access is Access.ELEMENT:
         table = _ELEMENT

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jitattn import cosine, quantized, workspace
+from jitattn import cosine, workspace
 from jitattn.append import append_spec
 from jitattn.attention import bind
 from jitattn.backward import specs_of_gradients
 from jitattn.dispatch import specs_of_problem
 from jitattn.errors import InvalidInputError, UnsupportedError
+from jitattn.gears import gear_of
 from jitattn.jit import build, launch
 from jitattn.jit.choices import preset as preset_choices
 from jitattn.jit.choices import read_file, specs_of
@@ -21,7 +22,12 @@ from jitattn.jit.device import device as device_of
 from jitattn.jit.enums import Access, RowClass
 from jitattn.jit.pool import build_all
 from jitattn.layouts import parse
-from jitattn.quantized_specs import specs_of_rounding
+from jitattn.prepared_specs import (
+    problem_in_8_bits,
+    problem_in_halves,
+    specs_of_rounding,
+    split_spec,
+)
 from jitattn.tiles import fwd_spec
 
 if TYPE_CHECKING:
@@ -161,10 +167,15 @@ def _warm_call(
         problem, _ = parse(*cosine.like_normalized(q, k), v, call)
     if gradients:
         specs += specs_of_gradients(problem, call.scores, arch, deterministic=call.deterministic)
-    in_8_bits = quantized.problem_of(problem, runtime, call, arch)
+    # Lengths decide whether a call has these.
+    in_8_bits = problem_in_8_bits(problem, arch) if gear_of(call.gear, problem.dtype) == 4 else None
     if in_8_bits is not None:
         specs += specs_of_rounding(problem, arch)
         specs.append(fwd_spec(in_8_bits, arch, RowClass.MANY))
+    in_halves = problem_in_halves(problem)
+    if in_halves is not None:
+        specs.append(split_spec(problem, arch))
+        specs.append(fwd_spec(in_halves, arch, RowClass.MANY))
     if append:
         specs += [append_spec(q.dtype, rotary, access, arch) for access in Access]
     return _warm([*specs, *specs_of_problem(problem, arch)], index, jobs)

@@ -39,8 +39,8 @@ from jitattn.jit.enums import (
     Switch,
 )
 from jitattn.jit.spec import KernelSpec, MergeGradSpec, MergeSpec, Problem
-from jitattn.quantized_specs import HEAD_DIMS as DIMS_IN_8_BITS
-from jitattn.quantized_specs import specs_of_rounding
+from jitattn.prepared_specs import HEAD_DIMS as DIMS_IN_8_BITS
+from jitattn.prepared_specs import specs_of_rounding, split_spec
 from jitattn.tiles import fwd_spec
 
 if TYPE_CHECKING:
@@ -240,6 +240,13 @@ def _gears(arch: str) -> Iterator[KernelSpec]:
         for mask in (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE):
             yield fwd_spec(_geared(Dtype.BF16, dim, Numerics.INT8, mask), arch, RowClass.MANY)
     yield fwd_spec(_geared(Dtype.FP16, 128, Numerics.INT8), arch, RowClass.MANY)
+    for dim in (16, 64, 80, 128):
+        yield split_spec(problem(Dtype.FP32, dim), arch)
+        for mask in (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE):
+            yield fwd_spec(_geared(Dtype.FP32, dim, Numerics.F16X3, mask), arch, RowClass.MANY)
+    unequal = problem(Dtype.FP32, 128, head_dim_v=64)
+    yield split_spec(unequal, arch)
+    yield fwd_spec(replace(unequal, numerics=Numerics.F16X3), arch, RowClass.MANY)
 
 
 def _geared(

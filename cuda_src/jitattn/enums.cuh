@@ -31,6 +31,7 @@ enum class Numerics {
   kSplitP,  // the same, but P as two 16-bit parts, and sums promoted
   kF16Acc,  // fp16 operands, P V in fp16 accumulators, promoted every 64 keys
   kInt8,    // Q and K in 8 bits, scaled by rows and by blocks; P V as kF32Acc
+  kF16x3,   // fp32 operands as two fp16 parts, scaled by rows and by blocks, three MMAs a product
   kTf32x3,  // fp32 operands as two TF32 parts, three MMAs a product
   kTf32,    // fp32 operands rounded to TF32
 };

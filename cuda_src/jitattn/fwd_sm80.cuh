@@ -232,13 +232,18 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   auto exp_and_mma_o = [&](Scores& r_s, int stage, const Kept& kept) {
     auto stage_v = lane_v;
     stage_v.advance(stage * Traits::kBytesV);
-    Mma::add_output(r_o, r_s, stage_v, [&](float (&tile)[4], int m, int n) {
+    auto exponentiate = [&](float (&tile)[4], int m, int n) {
       softmax.exponentiate(tile, m, scale);
       if constexpr (Spec::kDropout == Switch::kOn) kept.apply(tile, m, n);
-    });
+    };
+    if constexpr (Spec::kNumerics == Numerics::kF16x3) {
+      Mma::add_output(r_o, r_s, stage_v, scale.of_values, exponentiate);
+    } else {
+      Mma::add_output(r_o, r_s, stage_v, exponentiate);
+    }
   };
 
-  if constexpr (kIsQuantized<Spec>) {
+  if constexpr (kIsScaled<Spec>) {
     const int first_row = tile.q_tile_idx * Spec::kBlockQ + warp_first_row;
     scale.load_rows(params, rows, batch_idx * params.heads_q + tile.head_idx, first_row, lane_idx);
   }
@@ -273,7 +278,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
       }
       ptx::cp_async_commit();
     }
-    if (!kIsQuantized<Spec> && params.negate_q) {
+    if (!kIsScaled<Spec> && params.negate_q) {
       ptx::cp_async_wait<0>();
       copy_q.negate(
           s_q_addr);  // each thread its own chunks; the loop's first barrier publishes them
@@ -364,7 +369,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     }
 
     const int block = block_at(ordinal);
-    if constexpr (kIsQuantized<Spec>) {
+    if constexpr (kIsScaled<Spec>) {
       scale.load_keys(params, kv_batch_idx * (params.heads_q / params.heads_per_kv) + kv_head_idx,
                       block * kBlockKv + warp_first_key);
     }

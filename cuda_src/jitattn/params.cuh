@@ -122,11 +122,41 @@ struct FwdListParams : FwdScoreParams {
   int32_t reserved;   // keeps the size a multiple of 8
 };
 
-// And the scales of Q and K in 8 bits, which are contiguous then: [B, Hq, Lq, D], [B, Hkv, Lkv, D].
+// And the scales of operands that were made for the kernel, and are contiguous: Q and K in 8 bits,
+// or all three as fp16 parts, [B, H, L, 2, D].
 template <class Fwd>
 struct ScaledParams : Fwd {
   const float* q_scale;  // [B, Hq, Lq]
   const float* k_scale;  // [B, Hkv, ceil(Lkv / 64)]
+  const float* v_scale;  // as k_scale; not of 8 bits
+};
+
+// What makes fp16 parts (split_halves.cuh).
+struct SplitParams {
+  const float* q;   // [B, Lq, Hq, D]
+  const float* k;   // [B, Lkv, Hkv, D]
+  const float* v;   // [B, Lkv, Hkv, Dv]
+  uint16_t* q_out;  // [B, Hq, Lq, 2, D], contiguous, as all that follow
+  uint16_t* k_out;  // [B, Hkv, Lkv, 2, D]
+  uint16_t* v_out;  // [B, Hkv, Lkv, 2, Dv]
+  float* q_scale;   // [B, Hq, Lq]
+  float* k_scale;   // [B, Hkv, ceil(Lkv / 64)]
+  float* v_scale;   // [B, Hkv, ceil(Lkv / 64)]
+  int64_t q_stride_batch;
+  int64_t q_stride_row;
+  int64_t q_stride_head;
+  int64_t k_stride_batch;
+  int64_t k_stride_row;
+  int64_t k_stride_head;
+  int64_t v_stride_batch;
+  int64_t v_stride_row;
+  int64_t v_stride_head;
+  int32_t batch;
+  int32_t len_q;
+  int32_t len_kv;
+  int32_t heads_q;
+  int32_t heads_kv;
+  int32_t reserved;  // keeps the size a multiple of 8
 };
 
 // What makes them (quantize.cuh).

@@ -1,5 +1,5 @@
-// What a score is multiplied by before exp2: one number, or, for Q and K in 8 bits, one for each
-// row and each block of keys.
+// What a score is multiplied by before exp2: one number, or, for operands with scales (8 bits, fp16
+// parts), one for each row and each block of keys.
 #pragma once
 
 #include "jitattn/enums.cuh"
@@ -9,7 +9,7 @@
 
 namespace jitattn {
 
-template <class Spec, int kRowTiles, bool kIsPerRow = kIsQuantized<Spec>>
+template <class Spec, int kRowTiles, bool kIsPerRow = kIsScaled<Spec>>
 struct RowScale {
   float scale_log2;
 
@@ -22,14 +22,15 @@ struct RowScale {
 
 template <class Spec, int kRowTiles>
 struct RowScale<Spec, kRowTiles, true> {
-  static constexpr float kOffset = 12582912.f;  // mma_int8.cuh
-  static constexpr int kKeys = 64;              // that share a scale: quantize.cuh
+  static constexpr float kOffset = kIsQuantized<Spec> ? 12582912.f : 0.f;  // mma_int8.cuh
+  static constexpr int kKeys = 64;  // that share a scale: quantize.cuh
   static_assert(kKeys % (Spec::kBlockKv / Spec::kWarpsKv) == 0, "a warp's keys share a scale");
 
   float of_row[kRowTiles][2];  // with scale_log2
   float of_keys;
+  float of_values;  // of V of the same keys; 1 where V is as it was given
 
-  __device__ explicit RowScale(const FwdParamsOf<Spec>&) : of_keys(1.f) {}
+  __device__ explicit RowScale(const FwdParamsOf<Spec>&) : of_keys(1.f), of_values(1.f) {}
 
   // first_head: of all sequences, that of the tile.
   template <class Rows>
@@ -52,12 +53,15 @@ struct RowScale<Spec, kRowTiles, true> {
 
   // kv_head: of all sequences.
   __device__ void load_keys(const FwdParamsOf<Spec>& params, int64_t kv_head, int first_key) {
-    of_keys = __ldg(params.k_scale + kv_head * ceil_div(params.len_kv, kKeys) + first_key / kKeys);
+    const int64_t idx = kv_head * ceil_div(params.len_kv, kKeys) + first_key / kKeys;
+    of_keys = __ldg(params.k_scale + idx);
+    if constexpr (!kIsQuantized<Spec>) of_values = __ldg(params.v_scale + idx);
   }
 
   __device__ float operator()(int m, int half) const { return of_row[m][half] * of_keys; }
   __device__ float bare(float score) const { return score - kOffset; }
   __device__ float addend(int m, int half, float addend) const {
+    if constexpr (!kIsQuantized<Spec>) return addend;
     return fmaf(-kOffset, (*this)(m, half), addend);
   }
 };

@@ -35,6 +35,10 @@ constexpr bool kHasScores = kHasGap<Spec> || kHasLists<Spec> || Spec::kBias != B
 template <class Spec>
 constexpr bool kIsQuantized = Spec::kNumerics == Numerics::kInt8;
 
+// Whether rows of Q and blocks of K have scales of their own.
+template <class Spec>
+constexpr bool kIsScaled = kIsQuantized<Spec> || Spec::kNumerics == Numerics::kF16x3;
+
 template <class Spec>
 using PlainParamsOf = typename Conditional<
     kHasLists<Spec>, FwdListParams,
@@ -43,7 +47,7 @@ using PlainParamsOf = typename Conditional<
         typename Conditional<kIsUniform<Spec>, FwdParams, FwdSeqParams>::type>::type>::type;
 
 template <class Spec>
-using FwdParamsOf = typename Conditional<kIsQuantized<Spec>, ScaledParams<PlainParamsOf<Spec>>,
+using FwdParamsOf = typename Conditional<kIsScaled<Spec>, ScaledParams<PlainParamsOf<Spec>>,
                                          PlainParamsOf<Spec>>::type;
 
 // The low word of index `idx`: indices are of 4 or 8 bytes, their values below 2^31.

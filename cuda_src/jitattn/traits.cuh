@@ -7,6 +7,7 @@
 #include "jitattn/sequence.cuh"
 #include "jitattn/tile/copy.cuh"
 #include "jitattn/tile/mma_f16_acc.cuh"
+#include "jitattn/tile/mma_f16x3.cuh"
 #include "jitattn/tile/mma_f32_acc.cuh"
 #include "jitattn/tile/mma_int8.cuh"
 #include "jitattn/tile/mma_split_p.cuh"
@@ -45,6 +46,10 @@ struct MmaOf<Numerics::kF16Acc, kDtype> {
 template <Dtype kDtype>
 struct MmaOf<Numerics::kInt8, kDtype> {
   using type = MmaInt8<kDtype>;
+};
+template <Dtype kDtype>
+struct MmaOf<Numerics::kF16x3, kDtype> {
+  using type = MmaF16x3;
 };
 template <Dtype kDtype>
 struct MmaOf<Numerics::kTf32x3, kDtype> {
@@ -86,21 +91,24 @@ struct FwdTraits {
   static_assert(kWarpKeys % 16 == 0 && kWarpKeys * Spec::kWarpsKv == Spec::kBlockKv,
                 "a warp owns a multiple of 16 keys");
 
-  // 16-byte chunks of a row in shared memory.
-  static constexpr int kChunksQk = kDim * sizeof(ElementQk) / 16;
-  static constexpr int kChunksV = kDimV * sizeof(Element) / 16;
+  // Elements of a row, and its 16-byte chunks in shared memory. Two parts lie side by side.
+  static constexpr int kParts = Spec::kNumerics == Numerics::kF16x3 ? 2 : 1;
+  static constexpr int kWidthQk = kParts * kDim, kWidthV = kParts * kDimV;
+  static_assert(kParts == 1 || (kDim == Spec::kHeadDim && kDimV == Spec::kHeadDimV));
+  static constexpr int kChunksQk = kWidthQk * sizeof(ElementQk) / 16;
+  static constexpr int kChunksV = kWidthV * sizeof(Element) / 16;
 
   template <class T, int kRows, int kHeadDim, int kPaddedDim>
   using Copy = TileCopy<T, kRows, kHeadDim, kPaddedDim, kNumThreads, Spec::kAccess>;
-  using CopyQ = Copy<ElementQk, Spec::kBlockQ, Spec::kHeadDim, kDim>;
-  using CopyK = Copy<ElementQk, Spec::kBlockKv, Spec::kHeadDim, kDim>;
-  using CopyV = Copy<Element, Spec::kBlockKv, Spec::kHeadDimV, kDimV>;
+  using CopyQ = Copy<ElementQk, Spec::kBlockQ, kParts * Spec::kHeadDim, kWidthQk>;
+  using CopyK = Copy<ElementQk, Spec::kBlockKv, kParts * Spec::kHeadDim, kWidthQk>;
+  using CopyV = Copy<Element, Spec::kBlockKv, kParts * Spec::kHeadDimV, kWidthV>;
 
   // Shared memory in bytes: Q, then the K buffers, then the V buffers. After the loop the same
   // space carries the partial results of the warps that split the keys, then the output tile.
-  static constexpr int kBytesQ = Spec::kBlockQ * kDim * sizeof(ElementQk);
-  static constexpr int kBytesK = Spec::kBlockKv * kDim * sizeof(ElementQk);
-  static constexpr int kBytesV = Spec::kBlockKv * kDimV * sizeof(Element);
+  static constexpr int kBytesQ = Spec::kBlockQ * kWidthQk * sizeof(ElementQk);
+  static constexpr int kBytesK = Spec::kBlockKv * kWidthQk * sizeof(ElementQk);
+  static constexpr int kBytesV = Spec::kBlockKv * kWidthV * sizeof(Element);
   static constexpr int kOffsetK = kBytesQ;
   static constexpr int kOffsetV = kOffsetK + Spec::kStages * kBytesK;
   static constexpr int kBytesLoop = kOffsetV + Spec::kStages * kBytesV;

@@ -31,7 +31,7 @@ from typing import Any, Final, TypeAlias, TypeVar, get_type_hints
 
 from jitattn.bwd_tiles import score_grad_spec, specs_of_backward
 from jitattn.errors import InvalidInputError, JitAttnError
-from jitattn.gears import FAST_HALVES_ARCHS, resolve_numerics
+from jitattn.gears import DEFAULT_GEAR, FAST_HALVES_ARCHS, resolve_numerics
 from jitattn.jit.enums import Access, Dtype, RowClass, ScoreTarget, Switch
 from jitattn.jit.spec import (
     FAMILIES,
@@ -44,7 +44,12 @@ from jitattn.jit.spec import (
     ScoreGradSpec,
     arch_number,
 )
-from jitattn.quantized_specs import problem_in_8_bits, specs_of_rounding
+from jitattn.prepared_specs import (
+    problem_in_8_bits,
+    problem_in_halves,
+    specs_of_rounding,
+    split_spec,
+)
 from jitattn.tiles import fwd_spec
 
 _Word = TypeVar("_Word", bound=StrEnum)
@@ -281,7 +286,10 @@ def _expand(choice: Choice, archs: Sequence[str], where: str) -> list[KernelSpec
 def _forward_specs(
     problem: Problem, gear: int | None, arch: str, rows: Sequence[RowClass]
 ) -> Iterator[KernelSpec]:
-    """Every kernel that calls of a gear can need; the GPU and the lengths decide which they do."""
+    """Every kernel that calls of a gear can need; the GPU and the lengths decide which they do.
+
+    Without a gear, those with the numerics of `problem`.
+    """
     numerics = {problem.numerics}
     if gear is not None and arch in FAST_HALVES_ARCHS:
         numerics.add(resolve_numerics(gear, problem.dtype, has_fast_halves=True))
@@ -291,6 +299,10 @@ def _forward_specs(
     if in_8_bits is not None and RowClass.MANY in rows:
         yield from specs_of_rounding(problem, arch)
         yield fwd_spec(in_8_bits, arch, RowClass.MANY)
+    in_halves = None if gear is None else problem_in_halves(problem)
+    if in_halves is not None and RowClass.MANY in rows:
+        yield split_spec(problem, arch)
+        yield fwd_spec(in_halves, arch, RowClass.MANY)
 
 
 def _members(choice: Choice, name: str, kind: type[_Word], where: str) -> list[_Word]:
@@ -335,7 +347,7 @@ def _plain_specs(
 def _problems(
     choice: Choice, allowed: dict[str, list[str] | None], where: str
 ) -> list[tuple[Problem, int | None]]:
-    """Every problem of a choice, with the gear that has named its numerics."""
+    """Every problem of a choice, with its gear; with None if numerics are named instead."""
     dims = [
         _head_dims(value, choice.get("head_dim_v"), where) for value in _values(choice, "head_dim")
     ]
@@ -354,7 +366,7 @@ def _problems(
     for dtype, (dim, dim_v), mask in itertools.product(dtypes, dims, masks):
         for chosen in itertools.product(*values):
             given = dict(zip(others, chosen, strict=True))
-            gear = None if "numerics" in given else given.get("gear")
+            gear = None if "numerics" in given else given.get("gear", DEFAULT_GEAR[dtype])
             found.append((_problem(given, dtype, dim, dim_v, mask), gear))
     return found
 

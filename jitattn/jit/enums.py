@@ -80,6 +80,8 @@ class Numerics(StrEnum):
     F16_ACC = "f16_acc"
     #: Q and K in 8 bits, with scales; P V as F32_ACC.
     INT8 = "int8"
+    #: fp32 operands split into two fp16 parts with scales, three MMAs a product.
+    F16X3 = "f16x3"
     #: fp32 operands split into two TF32 parts, three MMAs a product, fp32 accumulators.
     TF32X3 = "tf32x3"
     #: fp32 operands rounded to TF32, fp32 accumulators.

@@ -334,6 +334,35 @@ APPEND_FIELDS: Final[tuple[tuple[str, str], ...]] = (
 SCALE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("q_scale", _POINTER),
     ("k_scale", _POINTER),
+    ("v_scale", _POINTER),
+)
+
+#: What makes fp16 parts of fp32 operands.
+SPLIT_FIELDS: Final[tuple[tuple[str, str], ...]] = (
+    ("q", _POINTER),
+    ("k", _POINTER),
+    ("v", _POINTER),
+    ("q_out", _POINTER),
+    ("k_out", _POINTER),
+    ("v_out", _POINTER),
+    ("q_scale", _POINTER),
+    ("k_scale", _POINTER),
+    ("v_scale", _POINTER),
+    ("q_stride_batch", _INT64),
+    ("q_stride_row", _INT64),
+    ("q_stride_head", _INT64),
+    ("k_stride_batch", _INT64),
+    ("k_stride_row", _INT64),
+    ("k_stride_head", _INT64),
+    ("v_stride_batch", _INT64),
+    ("v_stride_row", _INT64),
+    ("v_stride_head", _INT64),
+    ("batch", _INT32),
+    ("len_q", _INT32),
+    ("len_kv", _INT32),
+    ("heads_q", _INT32),
+    ("heads_kv", _INT32),
+    ("reserved", _INT32),
 )
 
 #: The kernels that make these read the same.
@@ -375,6 +404,7 @@ FIELDS: Final = {
     "fwd_scaled": FWD_FIELDS + SCALE_FIELDS,
     "fwd_score_scaled": FWD_FIELDS + FWD_SEQ_FIELDS + FWD_SCORE_FIELDS + SCALE_FIELDS,
     "quant": QUANT_FIELDS,
+    "split": SPLIT_FIELDS,
     "stats": STATS_FIELDS,
     "round": ROUND_FIELDS,
     "merge": MERGE_FIELDS,

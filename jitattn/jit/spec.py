@@ -184,7 +184,8 @@ class FwdSpec(_Spec):
     @property
     def params(self) -> str:
         """Name of the parameter struct (`jit/params.py`)."""
-        scaled = "_scaled" if self.problem.numerics is Numerics.INT8 else ""
+        is_scaled = self.problem.numerics in (Numerics.INT8, Numerics.F16X3)
+        scaled = "_scaled" if is_scaled else ""
         return f"fwd{_params_suffix(self.problem)}{scaled}"
 
     @property
@@ -436,6 +437,20 @@ class ChannelStatsSpec(_Spec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SplitHalvesSpec(_Spec):
+    """The kernel that makes two fp16 parts of q, k and v."""
+
+    family: ClassVar[str] = "split_halves"
+    params: ClassVar[str] = "split"
+    num_threads: ClassVar[int] = 256
+    smem_bytes: ClassVar[int] = 0
+    dtype: Dtype  #: of q, k and v: fp32
+    head_dim: int
+    head_dim_v: int
+    arch: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeSpec(_Spec):
     """The kernel that brings q and k to 8 bits."""
 
@@ -459,6 +474,7 @@ PlainSpec: TypeAlias = (
     | RoundSpec
     | ChannelStatsSpec
     | QuantizeSpec
+    | SplitHalvesSpec
 )
 KernelSpec: TypeAlias = FwdSpec | BwdSpec | ScoreGradSpec | PlainSpec
 
@@ -472,6 +488,7 @@ PLAIN_FAMILIES: Final[dict[str, type[PlainSpec]]] = {
     RoundSpec.family: RoundSpec,
     ChannelStatsSpec.family: ChannelStatsSpec,
     QuantizeSpec.family: QuantizeSpec,
+    SplitHalvesSpec.family: SplitHalvesSpec,
 }
 #: Entry file and symbol of each family: cuda_src/entry/<family>.cu holds jitattn_<family>.
 FAMILIES: Final = (

@@ -149,6 +149,7 @@ def numerics_of(choice: dict[str, Any]) -> set[tuple[str, str]]:
 
 
 HELPERS = {("channel_stats", ""), ("quantize", "")}
+HALVES = {("fwd", "f16x3"), ("split_halves", "")}
 
 
 @pytest.mark.parametrize(
@@ -162,6 +163,11 @@ HELPERS = {("channel_stats", ""), ("quantize", "")}
         ({"arch": 90, "gear": 4, "head_dim": 64}, {("fwd", "f32_acc")}),
         ({"arch": 90, "gear": 4, "rows": "rows16"}, {("fwd", "f32_acc")}),
         ({"arch": 90, "gear": 4, "dtype": "fp32"}, {("fwd", "tf32")}),
+        ({"arch": 90, "dtype": "fp32"}, {("fwd", "tf32x3"), *HALVES}),
+        ({"arch": 90, "dtype": "fp32", "gear": 2}, {("fwd", "tf32x3"), *HALVES}),
+        ({"arch": 90, "dtype": "fp32", "head_dim": 256}, {("fwd", "tf32x3")}),
+        ({"arch": 90, "dtype": "fp32", "rows": "rows16"}, {("fwd", "tf32x3")}),
+        ({"arch": 90, "dtype": "fp32", "numerics": "tf32x3"}, {("fwd", "tf32x3")}),
         ({"arch": 90, "gear": 4, "numerics": "f32_acc"}, {("fwd", "f32_acc")}),
         (
             {"arch": 89, "gear": 4},

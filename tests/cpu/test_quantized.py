@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import jitattn
-from jitattn import quantized, quantized_specs
+from jitattn import prepared_specs, quantized
 from jitattn.attention import bind
 from jitattn.jit.enums import Numerics
 from jitattn.jit.spec import ChannelStatsSpec, QuantizeSpec
@@ -90,11 +90,11 @@ def test_rows_that_no_16_bytes_reach_are_as_with_gear_3() -> None:
 
 
 def test_kernels_that_bring_them_there() -> None:
-    stats, rounding = quantized_specs.specs_of_rounding(chosen(), "sm_86")
+    stats, rounding = prepared_specs.specs_of_rounding(chosen(), "sm_86")
     assert isinstance(stats, ChannelStatsSpec)
     assert isinstance(rounding, QuantizeSpec)
     assert (stats.chunk_rows, stats.head_dim, stats.arch) == (
-        quantized_specs.CHUNK_ROWS,
+        prepared_specs.CHUNK_ROWS,
         128,
         "sm_86",
     )

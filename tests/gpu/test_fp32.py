@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jitattn
+from jitattn import halves
 from tests.support.compare import max_error, rel_l2
 from tests.support.inputs import random_qkv
 
@@ -46,3 +47,108 @@ def test_other_head_dims(head_dim: int) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_long_queries(causal: bool) -> None:
     check_fp32(4096, 4096, 128, causal)
+
+
+@pytest.fixture
+def _small_calls_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(halves, "LEAST_PRODUCTS", 1)
+
+
+in_halves = pytest.mark.usefixtures("_small_calls_too")
+HALVES = {
+    "full": {},
+    "causal": {"mask": jitattn.Causal()},
+    "top left": {"mask": jitattn.Causal("top_left")},
+    "window": {"mask": jitattn.Window(50, 0, keep_first=3)},
+    "stride": {"mask": jitattn.LocalStride(64, 1, 3)},
+    "splits": {"num_splits": 3},
+    "scale": {"scale": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", list(HALVES))
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)], ids=str)
+@pytest.mark.parametrize("dims", [(16, 16), (64, 64), (80, 80), (128, 64), (128, 128)], ids=str)
+@in_halves
+def test_long_queries_as_fp16_parts(
+    dims: tuple[int, int], heads: tuple[int, int], name: str
+) -> None:
+    given = dict(HALVES[name])
+    for len_q, len_kv in ((200, 333), (135, 1100), (300, 100)):
+        q, k, v = random_qkv(
+            2,
+            len_q,
+            len_kv,
+            *heads,
+            head_dim=dims[0],
+            head_dim_v=dims[1],
+            device="cuda",
+            seed=len_q,
+        )
+        assert jitattn.explain(q, k, v, **given).kernel["numerics"] == "f16x3"
+        out, lse = jitattn.attention(q, k, v, return_lse=True, **given)
+        splits = given.pop("num_splits", None)
+        truth, lse_truth = jitattn.reference.reference(q, k, v, return_lse=True, **given)
+        if splits:
+            given["num_splits"] = splits
+        assert rel_l2(out, truth) <= 2e-6
+        assert max_error(lse, lse_truth) <= 1e-5
+        turned = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+        assert torch.equal(jitattn.attention(*turned, layout="bhsd", **given).transpose(1, 2), out)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-6, 1e6, 1e15])
+@in_halves
+def test_fp16_parts_of_numbers_of_any_size(factor: float) -> None:
+    q, k, v = random_qkv(1, 200, 500, 2, head_dim=64, device="cuda", seed=3)
+    out = jitattn.attention(q * factor, k / factor, v * factor)
+    truth = jitattn.reference.reference(q, k, v) * factor
+    assert rel_l2(out, truth) <= 3e-6
+    spread = v * torch.exp(3 * torch.randn(500, 1, 1, device="cuda"))
+    truth = jitattn.reference.reference(q, k, spread)
+    assert rel_l2(jitattn.attention(q, k, spread), truth) <= 2e-6
+    q[:, 5], k[:, 7], v[:, 9] = 0.0, 0.0, 0.0
+    truth = jitattn.reference.reference(q, k, v)
+    assert rel_l2(jitattn.attention(q, k, v), truth) <= 2e-6
+    zeros = torch.zeros_like(v)
+    assert not jitattn.attention(q, k, zeros).any()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e30])
+@in_halves
+def test_what_a_row_does_not_see_is_nothing_to_it(bad: float) -> None:
+    q, k, v = random_qkv(1, 384, 384, 2, head_dim=64, device="cuda", seed=5)
+    k[:, 200:], v[:, 200:] = bad, bad
+    given = {"mask": jitattn.Causal()}
+    out = jitattn.attention(q, k, v, **given)[:, :128]
+    truth = jitattn.reference.reference(q[:, :128], k[:, :128], v[:, :128], **given)
+    assert rel_l2(out, truth) <= 2e-6
+
+
+@in_halves
+def test_fp16_parts_of_keys_with_very_different_values() -> None:
+    """Scales are of 64 keys: what large values lie beside keeps 2^-38 of them, the others all."""
+    q, k, v = random_qkv(1, 256, 256, 2, head_dim=64, device="cuda", seed=6)
+    v[:, 128:] *= 1e12
+    out = jitattn.attention(q, k, v, mask=jitattn.Causal())[:, :128]
+    truth = jitattn.reference.reference(q, k, v, mask=jitattn.Causal())[:, :128]
+    assert rel_l2(out, truth) <= 2e-6
+
+
+@pytest.mark.real_gpu
+@in_halves
+def test_fp16_parts_can_be_captured() -> None:
+    qkv = random_qkv(1, 200, 300, 2, head_dim=64, device="cuda", seed=4)
+    jitattn.warmup(*qkv)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        expected = jitattn.attention(*qkv)
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            captured = jitattn.attention(*qkv)
+    for _ in range(3):
+        captured.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured, expected)

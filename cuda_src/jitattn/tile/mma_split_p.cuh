@@ -75,7 +75,7 @@ struct MmaSplitP : MmaF32Acc<kDtype> {
     }
   }
 
- private:
+  // Two neighbours of P as the sum of two parts.
   __device__ static void split(uint32_t& high, uint32_t& low, float left, float right) {
     using Element = Scalar<kDtype>;
     high = Base::pack(left, right);

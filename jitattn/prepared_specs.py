@@ -1,0 +1,69 @@
+"""Which problems have kernels whose operands others prepare, and which; without torch.
+
+Gear 4 brings Q and K to 8 bits, and fp32 inputs become pairs of fp16 parts. Neither is there for
+sequences of their own and pages, for whatever is done with scores but masks of positions, nor for
+other alignments than 16 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from jitattn.jit.enums import Access, BiasKind, Dtype, MaskKind, Numerics, Switch
+from jitattn.jit.spec import ChannelStatsSpec, QuantizeSpec, SplitHalvesSpec, arch_number
+
+if TYPE_CHECKING:
+    from jitattn.jit.spec import KernelSpec, Problem
+
+#: Head dims in 8 bits, and the largest as fp16 parts, which are multiples of 16.
+HEAD_DIMS: Final = (32, 64, 128, 256)
+LARGEST_IN_HALVES: Final = 128
+#: Rows of a CTA that looks at channels, and keys that share a scale.
+CHUNK_ROWS: Final = 512
+BLOCK_KEYS: Final = 64
+#: Below, exponentials and not products are what a step waits for: D=64 takes 1.02 of gear 2's time
+#: on an H200.
+_LEAST_ON_SM90: Final = 128
+_MASKS: Final = (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE)
+_TO_SCORES: Final = ("relative_bias", "alibi", "softcap", "sinks", "key_padding", "dense",
+                     "dropout", "fixed_shift")  # fmt: skip
+
+
+def problem_in_8_bits(problem: Problem, arch: str) -> Problem | None:
+    """Return the problem of the kernel for 8 bits, if there is one that pays on `arch`."""
+    if arch_number(arch) >= 90 and problem.head_dim < _LEAST_ON_SM90:
+        return None
+    fits = problem.head_dim in HEAD_DIMS and problem.dtype is not Dtype.FP32
+    return replace(problem, numerics=Numerics.INT8) if fits and _is_plain(problem) else None
+
+
+def specs_of_rounding(problem: Problem, arch: str) -> list[KernelSpec]:
+    """Return the kernels that bring q and k to 8 bits."""
+    dtype, dim = problem.dtype, problem.head_dim
+    return [
+        ChannelStatsSpec(dtype=dtype, head_dim=dim, chunk_rows=CHUNK_ROWS, arch=arch),
+        QuantizeSpec(dtype=dtype, head_dim=dim, arch=arch),
+    ]
+
+
+def problem_in_halves(problem: Problem) -> Problem | None:
+    """Return the problem of the kernel for fp16 parts, if there is one."""
+    dims = (problem.head_dim, problem.head_dim_v)
+    fits = all(dim % 16 == 0 and dim <= LARGEST_IN_HALVES for dim in dims)
+    fits = fits and problem.numerics is Numerics.TF32X3
+    return replace(problem, numerics=Numerics.F16X3) if fits and _is_plain(problem) else None
+
+
+def split_spec(problem: Problem, arch: str) -> SplitHalvesSpec:
+    """Return the kernel that makes the parts."""
+    return SplitHalvesSpec(
+        dtype=problem.dtype, head_dim=problem.head_dim, head_dim_v=problem.head_dim_v, arch=arch
+    )
+
+
+def _is_plain(problem: Problem) -> bool:
+    """Return whether positions alone decide, sequences are alike, and rows are aligned."""
+    fits = problem.is_uniform and problem.mask in _MASKS and problem.access is Access.VEC16
+    fits &= problem.bias is BiasKind.NONE
+    return fits and all(getattr(problem, name) is Switch.OFF for name in _TO_SCORES)

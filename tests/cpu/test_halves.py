@@ -1,0 +1,77 @@
+"""fp32 inputs as fp16 parts: which calls have them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import jitattn
+from jitattn import halves
+from jitattn.attention import bind
+from jitattn.jit.enums import Numerics
+from jitattn.layouts import parse
+
+
+@pytest.fixture(autouse=True)
+def _small_calls_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(halves, "LEAST_PRODUCTS", 1)
+
+
+def chosen(
+    dim: int = 64, dim_v: int = 64, len_q: int = 200, len_kv: int = 300, **given: Any
+) -> Any:
+    """The problem of a call as fp16 parts, or None."""
+    dtype = given.pop("dtype", torch.float32)
+    q, k = (torch.zeros(1, length, 2, dim, dtype=dtype) for length in (len_q, len_kv))
+    v = torch.zeros(1, len_kv, 2, dim_v, dtype=dtype)
+    _, call = bind(q, k, v, given)
+    problem, runtime = parse(q, k, v, call)
+    return halves.problem_of(problem, runtime, call)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"gear": 2},
+        {"dim": 128, "dim_v": 16},
+        {"mask": jitattn.Causal()},
+        {"mask": jitattn.Window(9, 0)},
+        {"mask": jitattn.LocalStride(64, 2, 3)},
+    ],
+    ids=str,
+)
+def test_calls_that_have_parts(given: dict[str, Any]) -> None:
+    assert chosen(**given).numerics is Numerics.F16X3
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"dtype": torch.float16},
+        {"gear": 3},
+        {"dim": 72},
+        {"dim": 144},
+        {"dim_v": 8},
+        {"len_q": 128},
+        {"len_kv": 0},
+        {"scale": -1.0},
+        {"softcap": 3.0},
+        {"sinks": torch.zeros(2)},
+        {"tile_rows": 64},
+        {"mask": jitattn.LocalStride(16, 2, 3)},
+        {"kv_seqs": jitattn.Padded(torch.tensor([200]))},
+    ],
+    ids=str,
+)
+def test_calls_that_take_three_tf32_products(given: dict[str, Any]) -> None:
+    assert chosen(**given) is None
+
+
+def test_small_calls_take_three_tf32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(len_q=200, len_kv=300) is not None
+    monkeypatch.setattr(halves, "LEAST_PRODUCTS", 2 * 200 * 300 * 64 + 1)
+    assert chosen(len_q=200, len_kv=300) is None
+    assert chosen(len_q=201, len_kv=300) is not None
