@@ -295,14 +295,14 @@ def _launch(
         if in_halves is not None:
             parts = halves.split(q, k, v, in_halves, runtime)
             q, k, v, problem = parts.q, parts.k, parts.v, in_halves
-            scales = tuple(scale.data_ptr() for scale in parts[3:])
+            scales = _scales_of(*parts[3:])
     elif call.gear == 4 or (call.gear is None and get_default_gear() == 4):
         arch = device(device_index).arch
         in_8_bits = quantized.problem_of(problem, runtime, call, arch)
         if in_8_bits is not None:
             made = quantized.quantize(q, k, in_8_bits, runtime)
             q, k, problem = made.q, made.k, in_8_bits
-            scales = (made.q_scale.data_ptr(), made.k_scale.data_ptr(), 0)
+            scales = _scales_of(made.q_scale, made.k_scale)
     if scales:
         runtime = runtime._replace(
             q_strides=quantized.strides_of(q), k_strides=quantized.strides_of(k)
@@ -372,7 +372,14 @@ def _launch(
         *scales,
     )
     if in_8_bits is not None and lse is not None:
-        lse.add_(made.along_mean, alpha=runtime.scale)
+        lse.add_(made.along_mean.view(lse.shape), alpha=runtime.scale)
+
+
+def _scales_of(q_scale: Tensor, k_scale: Tensor, v_scale: Tensor | None = None) -> tuple[int, ...]:
+    """Return the fields of `ScaledParams`."""
+    batch, _, head = quantized.strides_of(q_scale)
+    v_address = 0 if v_scale is None else v_scale.data_ptr()
+    return q_scale.data_ptr(), k_scale.data_ptr(), v_address, batch, head
 
 
 def _tail(runtime: Runtime) -> tuple[float, ...]:

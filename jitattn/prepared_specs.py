@@ -1,8 +1,8 @@
 """Which problems have kernels whose operands others prepare, and which; without torch.
 
 Gear 4 brings Q and K to 8 bits, and fp32 inputs become pairs of fp16 parts. Neither is there for
-sequences of their own and pages, for whatever is done with scores but masks of positions, nor for
-other alignments than 16 bytes.
+pages, for whatever is done with scores but masks of positions, nor for other alignments than 16
+bytes; fp16 parts not for sequences of their own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from jitattn.jit.enums import Access, BiasKind, Dtype, MaskKind, Numerics, Switch
+from jitattn.jit.enums import Access, BiasKind, Dtype, MaskKind, Numerics, SeqLayout, Switch
 from jitattn.jit.spec import ChannelStatsSpec, QuantizeSpec, SplitHalvesSpec, arch_number
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def problem_in_8_bits(problem: Problem, arch: str) -> Problem | None:
     if arch_number(arch) >= 90 and problem.head_dim < _LEAST_ON_SM90:
         return None
     fits = problem.head_dim in HEAD_DIMS and problem.dtype is not Dtype.FP32
+    fits &= problem.kv_layout in (SeqLayout.BATCHED, SeqLayout.RAGGED)
     return replace(problem, numerics=Numerics.INT8) if fits and _is_plain(problem) else None
 
 
@@ -51,7 +52,7 @@ def problem_in_halves(problem: Problem) -> Problem | None:
     """Return the problem of the kernel for fp16 parts, if there is one."""
     dims = (problem.head_dim, problem.head_dim_v)
     fits = all(dim % 16 == 0 and dim <= LARGEST_IN_HALVES for dim in dims)
-    fits = fits and problem.numerics is Numerics.TF32X3
+    fits = fits and problem.numerics is Numerics.TF32X3 and problem.is_uniform
     return replace(problem, numerics=Numerics.F16X3) if fits and _is_plain(problem) else None
 
 
@@ -63,7 +64,7 @@ def split_spec(problem: Problem, arch: str) -> SplitHalvesSpec:
 
 
 def _is_plain(problem: Problem) -> bool:
-    """Return whether positions alone decide, sequences are alike, and rows are aligned."""
-    fits = problem.is_uniform and problem.mask in _MASKS and problem.access is Access.VEC16
+    """Return whether positions alone decide, and rows are aligned."""
+    fits = problem.mask in _MASKS and problem.access is Access.VEC16
     fits &= problem.bias is BiasKind.NONE
     return fits and all(getattr(problem, name) is Switch.OFF for name in _TO_SCORES)

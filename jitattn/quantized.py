@@ -2,7 +2,8 @@
 
 Two kernels bring Q and K to 8 bits (cuda_src/jitattn/quantize.cuh), then the forward kernel reads
 these. Calls that this does not serve have the numerics of gear 3: short queries, which would wait
-for K to be read twice; and problems without a kernel for it (jitattn/prepared_specs.py).
+for K to be read twice; sequences that may share rows; and problems without a kernel for it
+(jitattn/prepared_specs.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jitattn.jit.device import device
 from jitattn.jit.enums import Dtype, RowClass
 from jitattn.loaded import loaded_kernel
 from jitattn.prepared_specs import BLOCK_KEYS, CHUNK_ROWS, problem_in_8_bits, specs_of_rounding
+from jitattn.sequences import Padded, Ragged
 from jitattn.workspace import arrivals
 
 if TYPE_CHECKING:
@@ -28,12 +30,12 @@ if TYPE_CHECKING:
 
 
 class Quantized(NamedTuple):
-    """Q and K in 8 bits, and their scales."""
+    """Q and K in 8 bits, and their scales. A flat tensor is a batch of one."""
 
     q: Tensor  #: [B, Hq, Lq, D]
     k: Tensor  #: [B, Hkv, Lkv, D]
     q_scale: Tensor  #: [B, Hq, Lq]
-    k_scale: Tensor  #: [B, Hkv, ceil(Lkv / 64)]
+    k_scale: Tensor  #: [B, Hkv, ceil(Lkv / 64)], of sequences
     along_mean: Tensor  #: [B, Hq, Lq]: q times the mean of K, which the LSE gets back
 
 
@@ -45,7 +47,16 @@ def problem_of(problem: Problem, runtime: Runtime, call: Call, arch: str) -> Pro
     is_short = rows <= RowClass.ROWS64 or call.tile_rows in (16, 64)
     if is_short or runtime.len_kv == 0 or runtime.scale < 0:
         return None
+    if not (_are_apart(call.q_seqs) and _are_apart(call.kv_seqs)):
+        return None
     return problem_in_8_bits(problem, arch)
+
+
+def _are_apart(seqs: object) -> bool:
+    """Whether no row is of two sequences, which would have its 8 bits twice."""
+    if isinstance(seqs, Ragged):
+        return not seqs.stop_is_length  # cumulative lengths
+    return seqs is None or (isinstance(seqs, Padded) and seqs.batch_idx is None)
 
 
 def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quantized:
@@ -61,23 +72,36 @@ def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quanti
     """
     index = q.get_device()
     stream = torch._C._cuda_getCurrentRawStream(index)
-    batch, dim = runtime.batch, problem.head_dim
-    sides = (
-        (runtime.heads_q, runtime.len_q),
-        (runtime.heads_kv, runtime.len_kv),
+    batch, dim, heads_q, heads_kv = (
+        runtime.batch,
+        problem.head_dim,
+        runtime.heads_q,
+        runtime.heads_kv,
     )
+    len_q, len_kv = runtime.len_q, runtime.len_kv
+    spans: tuple[int, ...] = (0, 0, 0, 0)
+    words: tuple[int, ...] = (1, 1, 1, 1)
+    rows_q, rows_kv, is_sparse = len_q, len_kv, runtime.indices is not None
+    if runtime.indices is not None:
+        counts = runtime.indices.counts
+        spans, words = runtime.indices.addresses[:4], (*counts[:2], *counts[3:5])
+        rows_q, rows_kv = counts[5:7]
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    (heads_q, len_q), (heads_kv, len_kv) = sides
+    flat = (q.dim() == 3, k.dim() == 3)
+    rows_of_q = (1 if flat[0] else batch, heads_q, rows_q)
     made = Quantized(
-        new(batch, heads_q, len_q, dim, dtype=torch.int8),
-        new(batch, heads_kv, len_kv, dim, dtype=torch.int8),
-        new(batch, heads_q, len_q),
+        new(*rows_of_q, dim, dtype=torch.int8),
+        new(1 if flat[1] else batch, heads_kv, rows_kv, dim, dtype=torch.int8),
+        new(*rows_of_q),
         new(batch, heads_kv, -(-len_kv // BLOCK_KEYS)),
-        new(batch, heads_q, len_q),
+        new(*rows_of_q),
     )
+    if is_sparse:
+        made.along_mean.zero_()  # it is added to the LSE of rows of no sequence too
+    sides = ((heads_q, len_q), (heads_kv, len_kv))
     channels = new(batch, heads_kv, 2, dim)
     chunks = sum(batch * heads * -(-length // CHUNK_ROWS) for heads, length in sides)
     partials = new(chunks, 3, dim)
@@ -98,6 +122,7 @@ def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quanti
             channels.data_ptr(),
             partials.data_ptr(),
             arrivals(batch * heads_kv, index, stream),
+            *spans,
             *runtime.q_strides,
             *runtime.k_strides,
             batch,
@@ -105,14 +130,18 @@ def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quanti
             len_kv,
             heads_q,
             heads_kv,
+            *flat,
+            *words,
+            rows_q,
+            rows_kv,
             0,
         )
     return made
 
 
 def strides_of(x: Tensor) -> tuple[int, int, int]:
-    """Return (batch, row, head) of a tensor [B, H, L, D]; nothing where an index cannot pass 0."""
-    batch, head, row, _ = x.stride()
+    """Return (batch, row, head) of a tensor [B, H, L, ...]; 0 where no index passes."""
+    batch, head, row = x.stride()[:3]
     sizes = x.shape
     return (
         batch if sizes[0] > 1 else 0,

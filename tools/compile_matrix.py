@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -240,6 +241,16 @@ def _gears(arch: str) -> Iterator[KernelSpec]:
         for mask in (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE):
             yield fwd_spec(_geared(Dtype.BF16, dim, Numerics.INT8, mask), arch, RowClass.MANY)
     yield fwd_spec(_geared(Dtype.FP16, 128, Numerics.INT8), arch, RowClass.MANY)
+    for dim, mask in itertools.product(DIMS_IN_8_BITS, (MaskKind.CAUSAL, MaskKind.WINDOW)):
+        own = _geared(
+            Dtype.BF16,
+            dim,
+            Numerics.INT8,
+            mask,
+            q_layout=SeqLayout.RAGGED,
+            kv_layout=SeqLayout.RAGGED,
+        )
+        yield fwd_spec(own, arch, RowClass.MANY)
     for dim in (16, 64, 80, 128):
         yield split_spec(problem(Dtype.FP32, dim), arch)
         for mask in (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE):

@@ -244,8 +244,12 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   };
 
   if constexpr (kIsScaled<Spec>) {
-    const int first_row = tile.q_tile_idx * Spec::kBlockQ + warp_first_row;
-    scale.load_rows(params, rows, batch_idx * params.heads_q + tile.head_idx, first_row, lane_idx);
+    if (ordinal >= range.begin) {  // else the tile may have no row
+      scale.load_rows(params, rows,
+                      params.q_scale + batch_idx * params.q_scale_stride_batch +
+                          tile.head_idx * params.q_scale_stride_head + sequence.q_start,
+                      tile.q_tile_idx * Spec::kBlockQ + warp_first_row, lane_idx);
+    }
   }
 
   // ---- Prologue: Q and the first kPrefetch blocks. Only the first one, the right-most, has a
@@ -370,7 +374,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
 
     const int block = block_at(ordinal);
     if constexpr (kIsScaled<Spec>) {
-      scale.load_keys(params, kv_batch_idx * (params.heads_q / params.heads_per_kv) + kv_head_idx,
+      scale.load_keys(params, batch_idx * (params.heads_q / params.heads_per_kv) + kv_head_idx,
                       block * kBlockKv + warp_first_key);
     }
     const bool sees_any = !kIsMasked || is_seen(block);

@@ -126,9 +126,11 @@ struct FwdListParams : FwdScoreParams {
 // or all three as fp16 parts, [B, H, L, 2, D].
 template <class Fwd>
 struct ScaledParams : Fwd {
-  const float* q_scale;  // [B, Hq, Lq]
+  const float* q_scale;  // as the LSE
   const float* k_scale;  // [B, Hkv, ceil(Lkv / 64)]
   const float* v_scale;  // as k_scale; not of 8 bits
+  int64_t q_scale_stride_batch;
+  int64_t q_scale_stride_head;
 };
 
 // What makes fp16 parts (split_halves.cuh).
@@ -161,16 +163,20 @@ struct SplitParams {
 
 // What makes them (quantize.cuh).
 struct QuantParams {
-  const void* q;      // [B, Lq, Hq, D]
-  const void* k;      // [B, Lkv, Hkv, D]
-  int8_t* q_out;      // [B, Hq, Lq, D], contiguous, as all that follow
-  int8_t* k_out;      // [B, Hkv, Lkv, D]
-  float* q_scale;     // [B, Hq, Lq]
-  float* k_scale;     // [B, Hkv, ceil(Lkv / 64)]
-  float* along_mean;  // [B, Hq, Lq]: q times the mean of K
-  float* channels;    // [B, Hkv, 2, D]: mean and c
-  float* partials;    // [chunks of all heads of q and of k, 3, D]
-  int32_t* arrivals;  // [B, Hkv], all 0, and so left behind
+  const void* q;           // [B, Lq, Hq, D] or, ragged, [total, Hq, D]; so is k
+  const void* k;           // [B, Lkv, Hkv, D]
+  int8_t* q_out;           // [B, Hq, Lq, D] or [Hq, total, D], contiguous, as all that follow
+  int8_t* k_out;           // [B, Hkv, Lkv, D] or [Hkv, total, D]
+  float* q_scale;          // [B, Hq, Lq] or [Hq, total]
+  float* k_scale;          // [B, Hkv, ceil(Lkv / 64)]
+  float* along_mean;       // as q_scale: q times the mean of K
+  float* channels;         // [B, Hkv, 2, D]: mean and c
+  float* partials;         // [chunks of all heads of q and of k, 3, D]
+  int32_t* arrivals;       // [B, Hkv], all 0, and so left behind
+  const int32_t* q_start;  // sequences that differ, as FwdSeqParams has them; null if alike
+  const int32_t* q_stop;
+  const int32_t* kv_start;
+  const int32_t* kv_stop;
   int64_t q_stride_batch;
   int64_t q_stride_row;
   int64_t q_stride_head;
@@ -178,10 +184,18 @@ struct QuantParams {
   int64_t k_stride_row;
   int64_t k_stride_head;
   int32_t batch;
-  int32_t len_q;
+  int32_t len_q;  // the largest
   int32_t len_kv;
   int32_t heads_q;
   int32_t heads_kv;
+  int32_t q_is_flat;  // 1: [total, Hq, D]
+  int32_t k_is_flat;
+  int32_t q_word;
+  int32_t kv_word;
+  int32_t q_stop_is_length;
+  int32_t kv_stop_is_length;
+  int32_t q_rows;  // of the tensor
+  int32_t kv_rows;
   int32_t reserved;  // keeps the size a multiple of 8
 };
 

@@ -20,6 +20,7 @@
 #include "jitattn/params.cuh"
 #include "jitattn/ptx/global.cuh"
 #include "jitattn/ptx/math.cuh"
+#include "jitattn/sequence.cuh"
 #include "jitattn/types.cuh"
 
 namespace jitattn {
@@ -32,9 +33,13 @@ struct QuantWork {
   int head;
   int batch;
   int block;
+  Span q;  // of the sequence
+  Span kv;
+
+  __device__ const Span& own() const { return is_k ? kv : q; }
 };
 
-// CTAs: blocks fastest, then heads, of q and then of k.
+// CTAs: blocks of the longest sequence fastest, then heads, of q and then of k.
 __device__ __forceinline__ QuantWork quant_work(const QuantParams& params, int rows_each) {
   const int blocks_q = ceil_div(params.len_q, rows_each);
   const int blocks_k = ceil_div(params.len_kv, rows_each);
@@ -45,7 +50,17 @@ __device__ __forceinline__ QuantWork quant_work(const QuantParams& params, int r
   const int blocks = is_k ? blocks_k : blocks_q, heads = is_k ? params.heads_kv : params.heads_q;
   const int block = static_cast<int>(rest % blocks);
   rest /= blocks;
-  return {is_k, static_cast<int>(rest % heads), static_cast<int>(rest / heads), block};
+  const int batch = static_cast<int>(rest / heads);
+  Span q = {0, params.len_q}, kv = {0, params.len_kv};
+  if (params.q_stop != nullptr) {
+    q = load_span(params.q_start, params.q_stop, batch, params.q_word, params.q_stop_is_length,
+                  params.len_q, params.q_rows);
+  }
+  if (params.kv_stop != nullptr) {
+    kv = load_span(params.kv_start, params.kv_stop, batch, params.kv_word, params.kv_stop_is_length,
+                   params.len_kv, params.kv_rows);
+  }
+  return {is_k, static_cast<int>(rest % heads), batch, block, q, kv};
 }
 
 // Eight neighbouring channels of a row, in fp32; lanes of kDim / 8 threads share a row.
@@ -62,7 +77,7 @@ struct QuantRow {
     const uint16_t* g_row =
         static_cast<const uint16_t*>(work.is_k ? params.k : params.q) +
         work.batch * (work.is_k ? params.k_stride_batch : params.q_stride_batch) +
-        row * (work.is_k ? params.k_stride_row : params.q_stride_row) +
+        (work.own().start + row) * (work.is_k ? params.k_stride_row : params.q_stride_row) +
         work.head * (work.is_k ? params.k_stride_head : params.q_stride_head);
     const Vec16 loaded = *reinterpret_cast<const Vec16*>(g_row + lane * 8);
 #pragma unroll
@@ -86,9 +101,12 @@ __device__ __forceinline__ void channel_stats(const QuantParams& params) {
 
   const QuantWork work = quant_work(params, Spec::kChunkRows);
   const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
-  const int len = work.is_k ? params.len_kv : params.len_q;
-  const int chunks_q = ceil_div(params.len_q, Spec::kChunkRows);
-  const int chunks_k = ceil_div(params.len_kv, Spec::kChunkRows);
+  const int len = work.own().length;
+  if (work.block * Spec::kChunkRows >= len) return;  // of a sequence that is shorter than others
+  const int most_chunks_q = ceil_div(params.len_q, Spec::kChunkRows);
+  const int most_chunks_k = ceil_div(params.len_kv, Spec::kChunkRows);
+  const int chunks_q = ceil_div(work.q.length, Spec::kChunkRows);
+  const int chunks_k = ceil_div(work.kv.length, Spec::kChunkRows);
   // ---- This chunk
   float sum[8], least[8], largest[8];
 #pragma unroll
@@ -124,11 +142,11 @@ __device__ __forceinline__ void channel_stats(const QuantParams& params) {
     s_stats[2][first][lane * 8 + i] = largest[i];
   }
   __syncthreads();
-  const int64_t chunks_before = static_cast<int64_t>(params.batch) * params.heads_q * chunks_q;
+  const int64_t chunks_before = static_cast<int64_t>(params.batch) * params.heads_q * most_chunks_q;
   const int64_t chunk =
-      work.is_k ? chunks_before +
-                      (static_cast<int64_t>(work.batch) * params.heads_kv + work.head) * chunks_k
-                : (static_cast<int64_t>(work.batch) * params.heads_q + work.head) * chunks_q;
+      work.is_k ? chunks_before + (static_cast<int64_t>(work.batch) * params.heads_kv + work.head) *
+                                      most_chunks_k
+                : (static_cast<int64_t>(work.batch) * params.heads_q + work.head) * most_chunks_q;
   float* g_chunk = params.partials + (chunk + work.block) * (3 * kDim);
   const int column = threadIdx.x;
   if (column < kDim) {
@@ -157,7 +175,8 @@ __device__ __forceinline__ void channel_stats(const QuantParams& params) {
   __syncthreads();
   if (!s_is_last || column >= kDim) return;
   __threadfence();
-  const float* g_k = params.partials + (chunks_before + of_head * chunks_k) * (3 * kDim) + column;
+  const float* g_k =
+      params.partials + (chunks_before + of_head * most_chunks_k) * (3 * kDim) + column;
   float total = 0.f, low = infinity(), high = -infinity();
 #pragma unroll 8
   for (int i = 0; i < chunks_k; ++i, g_k += 3 * kDim) {
@@ -165,14 +184,16 @@ __device__ __forceinline__ void channel_stats(const QuantParams& params) {
     low = fminf(low, __ldcg(g_k + kDim));
     high = fmaxf(high, __ldcg(g_k + 2 * kDim));
   }
-  const float mean = total / static_cast<float>(params.len_kv);
+  const float mean = chunks_k == 0 ? 0.f : total / static_cast<float>(work.kv.length);
   const float most_k = fmaxf(high - mean, mean - low);
   const int64_t first_head = static_cast<int64_t>(work.batch) * params.heads_q + kv_head * group;
-  const float* g_q = params.partials + first_head * chunks_q * (3 * kDim) + column;
   float most_q = 0.f;
+  for (int head = 0; head < group; ++head) {
+    const float* g_q = params.partials + (first_head + head) * most_chunks_q * (3 * kDim) + column;
 #pragma unroll 8
-  for (int i = 0; i < chunks_q * group; ++i, g_q += 3 * kDim) {
-    most_q = fmaxf(most_q, fmaxf(__ldcg(g_q + 2 * kDim), -__ldcg(g_q + kDim)));
+    for (int i = 0; i < chunks_q; ++i, g_q += 3 * kDim) {
+      most_q = fmaxf(most_q, fmaxf(__ldcg(g_q + 2 * kDim), -__ldcg(g_q + kDim)));
+    }
   }
   // A channel that is 0 on one side counts for nothing, whatever c.
   const bool is_used = most_k > 0.f && most_q > 0.f;
@@ -197,7 +218,8 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
 
   const QuantWork work = quant_work(params, kQuantKeys);
   const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
-  const int len = work.is_k ? params.len_kv : params.len_q;
+  const int len = work.own().length, start = work.own().start;
+  if (work.block * kQuantKeys >= len) return;  // of a sequence that is shorter than others
   const int heads = work.is_k ? params.heads_kv : params.heads_q;
   const int group = params.heads_q / params.heads_kv;
   const int kv_head = work.is_k ? work.head : work.head / group;
@@ -217,8 +239,12 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
       factor[i + j] = work.is_k ? ptx::rcp_approx(of_factor[j]) : of_factor[j];
     }
   }
-  const int64_t of_head = static_cast<int64_t>(work.batch) * heads + work.head;
-  int8_t* g_out = (work.is_k ? params.k_out : params.q_out) + of_head * len * kDim;
+  // Rows before those of this sequence and head, in what is written.
+  const bool is_flat = work.is_k ? params.k_is_flat : params.q_is_flat;
+  const int64_t rows_of_head = work.is_k ? params.kv_rows : params.q_rows;
+  const int64_t first_out =
+      ((is_flat ? 0 : static_cast<int64_t>(work.batch) * heads) + work.head) * rows_of_head + start;
+  int8_t* g_out = (work.is_k ? params.k_out : params.q_out) + first_out * kDim;
 
   float x[kPasses][8], most[kPasses];
   float most_of_all = 0.f;
@@ -245,8 +271,8 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
       along_mean += __shfl_xor_sync(0xffffffffu, along_mean, mask);
     }
     if (exists && lane == 0) {
-      params.q_scale[of_head * len + row] = fmaxf(most[pass], kLeast) / kLargest;
-      params.along_mean[of_head * len + row] = along_mean;
+      params.q_scale[first_out + row] = fmaxf(most[pass], kLeast) / kLargest;
+      params.along_mean[first_out + row] = along_mean;
     }
   }
   if (work.is_k) {
@@ -259,7 +285,8 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
 #pragma unroll
     for (int i = 0; i < Spec::kNumThreads / 32; ++i) most_of_all = fmaxf(most_of_all, s_most[i]);
     if (threadIdx.x == 0) {
-      params.k_scale[of_head * ceil_div(len, kQuantKeys) + work.block] =
+      const int64_t of_head = static_cast<int64_t>(work.batch) * heads + work.head;
+      params.k_scale[of_head * ceil_div(params.len_kv, kQuantKeys) + work.block] =
           fmaxf(most_of_all, kLeast) / kLargest;
     }
   }

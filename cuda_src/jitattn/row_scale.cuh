@@ -32,9 +32,9 @@ struct RowScale<Spec, kRowTiles, true> {
 
   __device__ explicit RowScale(const FwdParamsOf<Spec>&) : of_keys(1.f), of_values(1.f) {}
 
-  // first_head: of all sequences, that of the tile.
+  // g_scale: of the first query of the sequence, and the first head of the tile.
   template <class Rows>
-  __device__ void load_rows(const FwdParamsOf<Spec>& params, const Rows& rows, int64_t first_head,
+  __device__ void load_rows(const FwdParamsOf<Spec>& params, const Rows& rows, const float* g_scale,
                             int first_row, int lane_idx) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -43,10 +43,11 @@ struct RowScale<Spec, kRowTiles, true> {
         const int row =
             min_of(first_row + m * 16 + accumulator_row(lane_idx, half), rows.num_rows - 1);
         const int position = rows.position(row);
-        const float* g_scale =
-            params.q_scale + (first_head + rows.head(row, position)) * params.len_q;
+        const int64_t head = rows.head(row, position);
+        const float of_q = __ldg(g_scale + head * params.q_scale_stride_head + position);
+        of_row[m][half] = of_q * params.scale_log2;
         // Nor may the product with that of keys be 0 (quantize.cuh).
-        of_row[m][half] = fmaxf(__ldg(g_scale + position) * params.scale_log2, 1e-20f);
+        if constexpr (kIsQuantized<Spec>) of_row[m][half] = fmaxf(of_row[m][half], 1e-20f);
       }
     }
   }
@@ -58,7 +59,11 @@ struct RowScale<Spec, kRowTiles, true> {
     if constexpr (!kIsQuantized<Spec>) of_values = __ldg(params.v_scale + idx);
   }
 
-  __device__ float operator()(int m, int half) const { return of_row[m][half] * of_keys; }
+  __device__ float operator()(int m, int half) const {
+    const float product = of_row[m][half] * of_keys;
+    // Never 0, with which a hidden score, -inf, would become NaN.
+    return kIsQuantized<Spec> ? product : fmaxf(product, 0x1p-100f);
+  }
   __device__ float bare(float score) const { return score - kOffset; }
   __device__ float addend(int m, int half, float addend) const {
     if constexpr (!kIsQuantized<Spec>) return addend;

@@ -78,11 +78,15 @@ __device__ __forceinline__ Span q_span(const FwdParamsOf<Spec>& params, int batc
                    params.len_q, params.q_rows);
 }
 
+// Whether rows of the batch of k and v may be named. Those in 8 bits are of one sequence each.
+template <class Spec>
+constexpr bool kMayNameRows = Spec::kKvLayout == SeqLayout::kRagged && !kIsScaled<Spec>;
+
 // Row of the batch of k and v that holds sequence batch_idx. (A flat tensor has one for them all.)
 template <class Spec>
 __device__ __forceinline__ uint32_t kv_row(const FwdParamsOf<Spec>& params, int batch_idx) {
   if constexpr (kIsPaged<Spec>) return 0;
-  if constexpr (Spec::kKvLayout == SeqLayout::kRagged) {
+  if constexpr (kMayNameRows<Spec>) {
     if (params.block_table != nullptr) {
       return load_index(params.block_table, batch_idx, params.table_word);
     }
@@ -94,7 +98,7 @@ __device__ __forceinline__ uint32_t kv_row(const FwdParamsOf<Spec>& params, int 
 template <class Spec>
 __device__ __forceinline__ Span kv_span(const FwdParamsOf<Spec>& params, int batch_idx) {
   if constexpr (Spec::kKvLayout == SeqLayout::kBatched) return {0, params.len_kv};
-  if constexpr (Spec::kKvLayout == SeqLayout::kRagged) {
+  if constexpr (kMayNameRows<Spec>) {
     // A row that does not exist has no keys.
     const bool is_named = params.block_table != nullptr;
     if (is_named && kv_row<Spec>(params, batch_idx) >= params.num_pages) return {0, 0};

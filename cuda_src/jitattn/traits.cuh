@@ -70,7 +70,8 @@ struct FwdTraits {
   using Element = typename Mma::Element;  // of V; of Q and K, but for those in 8 bits
   using ElementQk = typename Conditional<kIsQuantized<Spec>, int8_t, Element>::type;
   static_assert(!kIsQuantized<Spec> ||
-                (kIsUniform<Spec> && Spec::kHeadDim % 32 == 0 && Spec::kAccess == Access::kVec16));
+                (!jitattn::kIsPaged<Spec> && !kHasLists<Spec> && Spec::kHeadDim % 32 == 0 &&
+                 Spec::kAccess == Access::kVec16));
   using ElementOut = typename Conditional<Spec::kOutDtype == Dtype::kFp32, float, uint16_t>::type;
 
   static constexpr int kNumWarps = Spec::kWarpsQ * Spec::kWarpsKv;

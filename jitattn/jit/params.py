@@ -335,6 +335,8 @@ SCALE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("q_scale", _POINTER),
     ("k_scale", _POINTER),
     ("v_scale", _POINTER),
+    ("q_scale_stride_batch", _INT64),
+    ("q_scale_stride_head", _INT64),
 )
 
 #: What makes fp16 parts of fp32 operands.
@@ -377,6 +379,10 @@ QUANT_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("channels", _POINTER),
     ("partials", _POINTER),
     ("arrivals", _POINTER),
+    ("q_start", _POINTER),
+    ("q_stop", _POINTER),
+    ("kv_start", _POINTER),
+    ("kv_stop", _POINTER),
     ("q_stride_batch", _INT64),
     ("q_stride_row", _INT64),
     ("q_stride_head", _INT64),
@@ -388,6 +394,14 @@ QUANT_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("len_kv", _INT32),
     ("heads_q", _INT32),
     ("heads_kv", _INT32),
+    ("q_is_flat", _INT32),
+    ("k_is_flat", _INT32),
+    ("q_word", _INT32),
+    ("kv_word", _INT32),
+    ("q_stop_is_length", _INT32),
+    ("kv_stop_is_length", _INT32),
+    ("q_rows", _INT32),
+    ("kv_rows", _INT32),
     ("reserved", _INT32),
 )
 
@@ -401,8 +415,7 @@ _FWD: Final = {
 FIELDS: Final = {
     **_FWD,
     **{name.replace("fwd", "bwd"): fields + BWD_FIELDS for name, fields in _FWD.items()},
-    "fwd_scaled": FWD_FIELDS + SCALE_FIELDS,
-    "fwd_score_scaled": FWD_FIELDS + FWD_SEQ_FIELDS + FWD_SCORE_FIELDS + SCALE_FIELDS,
+    **{f"{name}_scaled": fields + SCALE_FIELDS for name, fields in _FWD.items()},
     "quant": QUANT_FIELDS,
     "split": SPLIT_FIELDS,
     "stats": STATS_FIELDS,

@@ -64,7 +64,7 @@ def test_calls_that_have_parts(given: dict[str, Any]) -> None:
         {"mask": jitattn.LocalStride(16, 2, 3)},
         {"kv_seqs": jitattn.Padded(torch.tensor([200]))},
     ],
-    ids=str,
+    ids=lambda given: ", ".join(given) or "none",
 )
 def test_calls_that_take_three_tf32_products(given: dict[str, Any]) -> None:
     assert chosen(**given) is None

@@ -41,8 +41,9 @@ def chosen(
         {"tile_rows": 128},
         {"dim": 64, "arch": "sm_86"},
         {"dim": 32, "arch": "sm_80"},
+        {"kv_seqs": jitattn.Padded(torch.tensor([200]))},
     ],
-    ids=str,
+    ids=lambda given: ", ".join(given),
 )
 def test_calls_that_8_bits_serve(given: dict[str, Any]) -> None:
     problem = chosen(**given)
@@ -67,7 +68,7 @@ AS_WITH_GEAR_3: dict[str, dict[str, Any]] = {
     "stride in blocks of 16": {"mask": jitattn.LocalStride(16, 2, 3)},
     "key padding": {"mask": jitattn.KeyPadding(torch.ones(1, 300, dtype=torch.bool))},
     "tile_rows=64": {"tile_rows": 64},
-    "padded": {"kv_seqs": jitattn.Padded(torch.tensor([200]))},
+    "named rows": {"kv_seqs": jitattn.Padded(torch.tensor([200]), batch_idx=torch.tensor([0]))},
 }
 
 

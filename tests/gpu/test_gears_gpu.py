@@ -156,6 +156,63 @@ def test_8_bits(dtype: torch.dtype, dim: int, heads: tuple[int, int], name: str)
         assert torch.equal(again.transpose(1, 2), one)
 
 
+def index(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device="cuda")
+
+
+def in_sequences(layout: str, dtype: torch.dtype) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Four sequences, one without queries and one without keys; NaN in all rows of none."""
+    of_q, of_kv = (130, 1, 0, 69), (700, 65, 300, 0)
+    generator = torch.Generator().manual_seed(7)
+    given: dict[str, Any] = {}
+    found = []
+    for name, lengths, heads in (("q", of_q, 6), ("k", of_kv, 2), ("v", of_kv, 2)):
+        flat = torch.randn(sum(lengths) + 9, heads, 128, generator=generator)
+        if name == "k":
+            flat += torch.linspace(-3, 3, 128)
+        flat[sum(lengths) :] = float("nan")
+        if layout == "flat":
+            found.append(flat.to("cuda", dtype))
+            stops = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+            seqs: Any = jitattn.Ragged.from_cu_seqlens(index(*stops), max_length=max(lengths))
+        else:
+            # Left padding of 3, 0, 5 and 1 tokens.
+            starts, room = (3, 0, 5, 1), max(lengths) + 5
+            padded = torch.full((4, room, heads, 128), float("nan"))
+            for b, (start, own) in enumerate(
+                zip(starts, flat[: sum(lengths)].split(lengths), strict=True)
+            ):
+                padded[b, start : start + len(own)] = own
+            found.append(padded.to("cuda", dtype))
+            seqs = jitattn.Padded(index(*lengths), start=index(*starts))
+        given["q_seqs" if name == "q" else "kv_seqs"] = seqs
+    if layout == "batched q":
+        found[0] = torch.randn(4, 200, 6, 128, generator=generator).to("cuda", dtype)
+        del given["q_seqs"]
+    return found, given
+
+
+@pytest.mark.parametrize("name", ["full", "causal", "window", "splits"])
+@pytest.mark.parametrize("layout", ["flat", "padded", "batched q"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_8_bits_of_sequences(dtype: torch.dtype, layout: str, name: str) -> None:
+    qkv, seqs = in_sequences(layout, dtype)
+    given = {**MASKS[name], **seqs}
+    assert jitattn.explain(*qkv, gear=4, **given).kernel["numerics"] == Numerics.INT8
+    out = check(qkv, 4, factor=1.0, **given)
+    assert out.isfinite().all()
+
+
+def test_rows_of_several_sequences_are_as_with_gear_3() -> None:
+    q, k, v = (x[0] for x in tensors(torch.float16, 300, 300, (2, 2), 128))
+    for seqs in (
+        jitattn.Ragged(index(0, 0), index(300, 200)),
+        jitattn.Ragged(index(0, 150), index(150, 150)),
+    ):
+        given = {"q_seqs": seqs, "kv_seqs": seqs}
+        assert jitattn.explain(q, k, v, gear=4, **given).kernel["numerics"] == Numerics.F32_ACC
+
+
 def test_8_bits_with_channels_that_stand_out() -> None:
     q, k, v = tensors(torch.float16, 300, 2000, (2, 2), 128)
     k[..., ::32] *= 20.0
