@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BLOCK_ROWS: Final = 64
 #: Where K is read by one tile only, preparing it costs as much as it saves.
 _MOST_SHORT_ROWS: Final = 128
-#: Products of q and k, of two numbers each, that make up for a kernel more.
+#: Products of a sequence's q and k, of two numbers each, that make up for a kernel more.
 LEAST_PRODUCTS: Final = 1 << 30
 
 
@@ -48,7 +48,8 @@ def problem_of(problem: Problem, runtime: Runtime, call: Call) -> Problem | None
     rows = runtime.len_q * (runtime.heads_q // max(1, runtime.heads_kv))
     if rows <= _MOST_SHORT_ROWS or call.tile_rows in (16, 64):
         return None
-    scores = runtime.batch * runtime.heads_q * runtime.len_q * runtime.len_kv
+    # Not the batch: a sequence has the same bits in any, with a fixed number of splits.
+    scores = runtime.heads_q * runtime.len_q * runtime.len_kv
     if scores * problem.head_dim < LEAST_PRODUCTS or runtime.scale < 0:
         return None
     return problem_in_halves(problem)

@@ -24,7 +24,7 @@ template <class Spec>
 struct FwdEpilogue {
   using Traits = FwdTraits<Spec>;
   using Element = typename Traits::ElementOut;
-  using Softmax = OnlineSoftmax<Traits::kRowTiles, Traits::Mma::kMaxSlack>;
+  using Softmax = OnlineSoftmax<Traits::kRowTiles, Traits::Mma::kMaxSlack, Traits::Mma::kLift>;
   using Output = float[Traits::kRowTiles][Traits::kColumnTiles][4];
 
   static constexpr int kWarpFloats = Traits::kWarpRows * Traits::kDimV;

@@ -118,7 +118,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
 
   // ---- Register tiles
   float r_o[Traits::kRowTiles][Traits::kColumnTiles][4] = {};  // [kWarpRows, kDimV]
-  OnlineSoftmax<Traits::kRowTiles, Mma::kMaxSlack> softmax;
+  OnlineSoftmax<Traits::kRowTiles, Mma::kMaxSlack, Mma::kLift> softmax;
   if constexpr (Spec::kFixedShift == Switch::kOn) softmax.fix_max(params.neg_shift);
   RowScale<Spec, Traits::kRowTiles> scale(params);
 

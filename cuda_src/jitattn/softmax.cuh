@@ -3,7 +3,8 @@
 // PAPER: Milakov and Gimelshein, arXiv:1805.02867 (online softmax); Dao, arXiv:2307.08691, Alg. 1.
 // We differ in the maximum: it is raised only when a score exceeds it by more than kSlack powers of
 // two. Until then P may reach 2^kSlack = 256, which costs no accuracy in fp32 accumulators and fits
-// fp16, and the rescaling of the output is skipped.
+// fp16, and the rescaling of the output is skipped. Where P is kept in fp16 parts, the largest is
+// to be 2^kLift instead of 1, so that small ones keep their bits.
 #pragma once
 
 #include "jitattn/ptx/math.cuh"
@@ -11,12 +12,13 @@
 
 namespace jitattn {
 
-template <int kRowTiles, int kSlack>
+template <int kRowTiles, int kSlack, int kLift>
 struct OnlineSoftmax {
   // NOTE: finite, so that a row that has seen nothing gives exp2(-inf + kNoMax) = 0 and not NaN.
   static constexpr float kNoMax = 1e30f;
 
-  float neg_max[kRowTiles][2];  // -max * scale_log2 per row; kNoMax before the first visible score
+  // kLift - max * scale_log2 per row; kNoMax before the first visible score
+  float neg_max[kRowTiles][2];
   float row_sum[kRowTiles][2];  // of this lane's columns only; reduce() adds up the quad
 
   __device__ OnlineSoftmax() {
@@ -56,7 +58,7 @@ struct OnlineSoftmax {
         }
         lane_max[m][half] = highest;
         const float neg = scale.addend(m, half, neg_max[m][half]);
-        exceeds |= fmaf(highest, scale(m, half), neg) > kSlack;
+        exceeds |= fmaf(highest, scale(m, half), neg) > kLift + kSlack;
       }
     }
     if (!__any_sync(0xffffffffu, exceeds)) return;
@@ -67,7 +69,7 @@ struct OnlineSoftmax {
         float highest = lane_max[m][half];
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-        const float raised = fminf(neg_max[m][half], -scale.bare(highest) * scale(m, half));
+        const float raised = fminf(neg_max[m][half], kLift - scale.bare(highest) * scale(m, half));
         const float factor = ptx::exp2_approx(raised - neg_max[m][half]);
         neg_max[m][half] = raised;
         row_sum[m][half] *= factor;

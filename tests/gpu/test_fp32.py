@@ -126,6 +126,18 @@ def test_what_a_row_does_not_see_is_nothing_to_it(bad: float) -> None:
 
 
 @in_halves
+@pytest.mark.parametrize("scale", [None, 0.0])
+def test_fp16_parts_of_a_block_of_zeros(scale: float | None) -> None:
+    """Scales whose product is below every float, in a block with hidden keys."""
+    q, k, v = random_qkv(1, 300, 300, 2, head_dim=64, device="cuda", seed=7)
+    k[:, 256:] = 0.0
+    q[:, :5] = 0.0
+    given = {"mask": jitattn.Causal(), "scale": scale}
+    truth = jitattn.reference.reference(q, k, v, **given)
+    assert rel_l2(jitattn.attention(q, k, v, **given), truth) <= 2e-6
+
+
+@in_halves
 def test_fp16_parts_of_keys_with_very_different_values() -> None:
     """Scales are of 64 keys: what large values lie beside keeps 2^-38 of them, the others all."""
     q, k, v = random_qkv(1, 256, 256, 2, head_dim=64, device="cuda", seed=6)

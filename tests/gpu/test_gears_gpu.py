@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import jitattn
-from jitattn import problem
+from jitattn import halves, problem
 from jitattn.gears import GEARS
 from jitattn.jit.device import device
 from jitattn.jit.enums import Dtype, Numerics
@@ -154,6 +154,19 @@ def test_8_bits(dtype: torch.dtype, dim: int, heads: tuple[int, int], name: str)
         again = jitattn.attention(*turned, gear=4, layout="bhsd", **given)
         one = jitattn.attention(q, k, v, gear=4, **given)
         assert torch.equal(again.transpose(1, 2), one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("gear", [0, 1])
+def test_weights_far_below_the_largest_keep_their_bits(
+    gear: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last key outweighs each other one by 10 nats, and has nothing to give."""
+    monkeypatch.setattr(halves, "LEAST_PRODUCTS", 1)
+    q, k, v = (x / 2 for x in tensors(dtype, 200, 512, (2, 2), 64))
+    q[..., 0], k[..., 0] = 8.0, 0.0
+    k[:, -1, :, 0], v[:, -1] = 10.0, 0.0
+    check([q, k, v], gear)
 
 
 def index(*numbers: int) -> torch.Tensor:

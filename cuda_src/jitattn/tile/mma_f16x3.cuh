@@ -19,6 +19,7 @@ struct MmaF16x3 : MmaF32Acc<Dtype::kFp16> {
   using Base = MmaF32Acc<Dtype::kFp16>;
   using Split = MmaSplitP<Dtype::kFp16>;
   static constexpr int kPromoteSteps = 4;  // of 16 keys
+  static constexpr int kLift = Split::kLift, kMaxSlack = Split::kMaxSlack;
 
   // r_s += Q K^T over kDim columns of both parts.
   template <int kDim, int kRowTiles, int kKeyTiles>

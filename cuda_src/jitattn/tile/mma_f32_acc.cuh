@@ -15,6 +15,7 @@ template <Dtype kDtype>
 struct MmaF32Acc {
   using Element = uint16_t;
   static constexpr int kMaxSlack = 8;  // of the running maximum: OnlineSoftmax
+  static constexpr int kLift = 0;
 
   // Lane address in a V tile [keys][columns].
   template <int kChunks>

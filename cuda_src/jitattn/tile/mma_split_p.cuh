@@ -18,6 +18,9 @@ template <Dtype kDtype>
 struct MmaSplitP : MmaF32Acc<kDtype> {
   using Base = MmaF32Acc<kDtype>;
   static constexpr int kPromoteSteps = 4;  // of 16 keys
+  // fp16: P is up to 2^15, so that low parts of small weights stay above the end of fp16.
+  static constexpr int kLift = kDtype == Dtype::kFp16 ? 14 : 0;
+  static constexpr int kMaxSlack = kDtype == Dtype::kFp16 ? 1 : Base::kMaxSlack;
 
   // r_o += P V with P = exponentiate(r_s), as MmaF32Acc has it.
   template <int kRowTiles, int kKeyTiles, int kColumnTiles, int kChunks, class Exponentiate>

@@ -22,7 +22,8 @@ namespace jitattn {
 template <int kProducts>  // 3 or 1
 struct MmaTf32 {
   using Element = float;
-  static constexpr int kMaxSlack = 8;      // of the running maximum: OnlineSoftmax
+  static constexpr int kMaxSlack = 8;  // of the running maximum: OnlineSoftmax
+  static constexpr int kLift = 0;
   static constexpr int kPromoteSteps = 4;  // MMA steps (of depth 8) between promotions
 
   // Lane addresses in a V tile [keys][columns]: rows 2t and 2t + 1, column g (see add_output).
