@@ -38,14 +38,20 @@ LEFT_OUT: Final = ("cuda_src/notes",)
 #: through shared memory.
 #: (They run without torch's allocator, and without that nothing is allocated in a capture.)
 SANITIZERS: Final = {
-    "memcheck-edge": ("memcheck", "EDGE or merge"),
+    "memcheck-edge-fp16": ("memcheck", "(EDGE and fp16) or merge"),
+    "memcheck-edge-bf16": ("memcheck", "EDGE and bf16"),
+    "memcheck-edge-fp32": ("memcheck", "EDGE and fp32"),
     "memcheck-sequences": (
         "memcheck",
         "(sequences or kvcache) and not (many or graph or capture)",
     ),
     "memcheck-features": (
         "memcheck",
-        "(features or dropout or units or 8_bits) and not (many or graph or long or capture)",
+        "(features or dropout or units) and not (many or graph or long or capture)",
+    ),
+    "memcheck-gears": (
+        "memcheck",
+        "(8_bits and not capture) or fp16_parts_of or (as_fp16_parts and 80)",
     ),
     "memcheck-gradients": (
         "memcheck",
@@ -53,7 +59,8 @@ SANITIZERS: Final = {
     ),
     "racecheck-gradients": (
         "racecheck",
-        "(test_gradients_gpu and (head_dims or aligned)) or (test_8_bits and full and bfloat16)",
+        "(test_gradients_gpu and (head_dims or aligned)) or (test_8_bits and full and bfloat16) or "
+        "fp16_parts_of_a_block",
     ),
 }
 PARTS: Final = ("tests", "bench", *SANITIZERS)
@@ -153,7 +160,8 @@ def run_tests(root: Path, extra: Sequence[str], workers: int, out: Path | None) 
     command = [sys.executable, "-m", "pytest", "tests/gpu", *extra]
     environment = dict(os.environ)
     if workers > 1:
-        command += ["-n", str(workers), "--dist", "worksteal"]
+        # pytest-benchmark, where it happens to be installed, warns of xdist: an error here.
+        command += ["-n", str(workers), "--dist", "worksteal", "-p", "no:benchmark"]
         # References run on the processors: threads of all workers together are not to exceed them.
         threads = max(1, (os.cpu_count() or 1) // workers)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
