@@ -73,17 +73,18 @@ def attention(
         keys that positions hide from a tile of queries (all but KeyPadding and Dense) are not
         visited.
     scale : float, default 1 / sqrt(D), and 8 with `qk_norm`
-        Any finite number; negative and 0 too.
+        Any finite number; negative and 0 too. Scores beyond 1e9 have no fractions in fp32, and may
+        give NaN on a GPU.
     layout : "bshd" or "bhsd"
         With "bhsd", q is [B, Hq, Lq, D] and k, v and out likewise.
     gear : int from 0 to 4, default 2 for 16-bit inputs and 0 for fp32
         Precision against speed. 16-bit inputs: 0 and 1 split P (fp32-accurate), 2 is
         FlashAttention-2's numerics, 3 sums P V of fp16 in fp16 on the cards that are faster then
-        (GeForce of sm_86 and sm_89); fp32 inputs: 0 to 2 are fp32-accurate, 3 takes one TF32
-        product. 4 brings q and k to 8 bits, for more than 64 query rows of a kv head and masks
-        of positions (`jitattn.quantized` says which calls; a NaN in k reaches all rows of its
-        head then); other calls are as with 3. Gradients have the numerics of gear 2. See
-        `set_default_gear`.
+        (GeForce of sm_86 and sm_89); fp32 inputs: 0 to 2 are fp32-accurate, 3 takes one product
+        where these take three (`jitattn.halves` says of what). 4 brings q and k to 8 bits, for more
+        than 64 query rows of a kv head and masks of positions (`jitattn.quantized` says which
+        calls; a NaN in k reaches all rows of its head then); other calls are as with 3. Gradients
+        have the numerics of gear 2. See `set_default_gear`.
     out : Tensor, [B, Lq, Hq, Dv], optional
         Where to write the result; it may not overlap the inputs.
     out_dtype : torch.dtype, default the dtype of q

@@ -309,6 +309,8 @@ def _launch(
         )
         if in_8_bits is None:
             runtime = runtime._replace(v_strides=quantized.strides_of(v))
+        if not problem.has_scores:  # a bound of scores is not needed
+            runtime = runtime._replace(score_params=())
     kernel, _, packed, num_q_tiles, splits, num_slots, num_ctas, block_q = plan(
         problem, runtime, device_index, call.num_splits, call.tile_rows
     )

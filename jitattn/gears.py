@@ -33,7 +33,8 @@ GEARS: Final[dict[int, Gear]] = {
     for gear in (
         Gear(
             number=0,
-            what="every product split hi + lo (16-bit inputs, whose products are exact: P)",
+            what="every product split hi + lo, in fp16 parts where queries are long, else in TF32 "
+            "(16-bit inputs, whose products are exact: P)",
             rel_l2={Dtype.FP16: 2e-6, Dtype.BF16: 1e-5, Dtype.FP32: 2e-6},
         ),
         Gear(
@@ -49,7 +50,7 @@ GEARS: Final[dict[int, Gear]] = {
         Gear(
             number=3,
             what="fp16 inputs on GeForce cards of sm_86 and sm_89: P V in fp16, promoted every 64 "
-            "keys; else as 2 (fp32 inputs: one TF32 product)",
+            "keys; else as 2 (fp32 inputs: one product, of fp16 parts or TF32)",
             rel_l2={Dtype.FP16: 2e-3, Dtype.BF16: 4e-3, Dtype.FP32: 1e-3},
         ),
         Gear(

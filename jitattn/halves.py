@@ -1,9 +1,14 @@
-"""fp32 operands as two fp16 parts each, for long queries on a GPU: gears 0 to 2.
+"""fp32 operands as fp16 parts, for long queries on a GPU: two each, or one in gears 3 and 4.
 
 A kernel makes the parts (cuda_src/jitattn/split_halves.cuh), then the forward kernel multiplies
-these, at twice the rate of TF32. Calls that this does not serve take three TF32 products: short
+these, at twice the rate of TF32. Calls that this does not serve take TF32 products: short
 queries, sequences of their own and pages, whatever is done with scores but masks of positions, head
 dims that are no multiple of 16 or above 128, other alignments than 16 bytes.
+
+A scale is of one row of q, and of 64 rows of a head of k or v: beside a finite number that is 2^20
+times as large, others of these rows keep 18 bits, and 2^-38 of it is the least that is left,
+whether or not a query sees that number. The product of the largest of q and of k must be a number
+of fp32, and v below 1e28.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import torch
 from jitattn.errors import UnsupportedError
 from jitattn.jit import launch
 from jitattn.jit.device import device
+from jitattn.jit.enums import RowClass
 from jitattn.loaded import loaded_kernel
 from jitattn.prepared_specs import problem_in_halves, split_spec
 
@@ -26,18 +32,18 @@ if TYPE_CHECKING:
 
 #: Rows of a CTA, and keys that share a scale.
 BLOCK_ROWS: Final = 64
-#: Where K is read by one tile only, preparing it costs as much as it saves.
-_MOST_SHORT_ROWS: Final = 128
-#: Products of a sequence's q and k, of two numbers each, that make up for a kernel more.
-LEAST_PRODUCTS: Final = 1 << 30
+#: Products of a sequence's q and k, of two numbers each, that make up for a kernel more. us on an
+#: H200, 16 heads, D=64, parts and TF32: 256 rows on 4096 keys (2^30) 127 and 143, 128 rows (2^29)
+#: 91 and 89, 512 on 512 (2^28) 42 and 43.
+LEAST_PRODUCTS: Final = 1 << 29
 
 
 class Halves(NamedTuple):
     """q, k and v as fp16 parts, and what undoes their scales."""
 
-    q: Tensor  #: [B, Hq, Lq, 2 D]
-    k: Tensor  #: [B, Hkv, Lkv, 2 D]
-    v: Tensor  #: [B, Hkv, Lkv, 2 Dv]
+    q: Tensor  #: [B, Hq, Lq, parts * D]
+    k: Tensor  #: [B, Hkv, Lkv, parts * D]
+    v: Tensor  #: [B, Hkv, Lkv, parts * Dv]
     q_scale: Tensor  #: [B, Hq, Lq]
     k_scale: Tensor  #: [B, Hkv, ceil(Lkv / 64)]
     v_scale: Tensor  #: as k_scale
@@ -46,7 +52,7 @@ class Halves(NamedTuple):
 def problem_of(problem: Problem, runtime: Runtime, call: Call) -> Problem | None:
     """Return the problem of the kernel for fp16 parts, if that serves the call."""
     rows = runtime.len_q * (runtime.heads_q // max(1, runtime.heads_kv))
-    if rows <= _MOST_SHORT_ROWS or call.tile_rows in (16, 64):
+    if rows <= RowClass.ROWS64 or call.tile_rows in (16, 64):
         return None
     # Not the batch: a sequence has the same bits in any, with a fixed number of splits.
     scores = runtime.heads_q * runtime.len_q * runtime.len_kv
@@ -58,7 +64,8 @@ def problem_of(problem: Problem, runtime: Runtime, call: Call) -> Problem | None
 def split(q: Tensor, k: Tensor, v: Tensor, problem: Problem, runtime: Runtime) -> Halves:
     """Make the parts on the device of q, in the current stream.
 
-    They take as much memory as q, k and v.
+    They take as much memory as q, k and v; one part of each half of it. A tensor that is expanded
+    counts as if it were not.
 
     Raises
     ------
@@ -69,10 +76,11 @@ def split(q: Tensor, k: Tensor, v: Tensor, problem: Problem, runtime: Runtime) -
     stream = torch._C._cuda_getCurrentRawStream(index)
     batch, heads_q, heads_kv = runtime.batch, runtime.heads_q, runtime.heads_kv
     len_q, len_kv = runtime.len_q, runtime.len_kv
+    spec = split_spec(problem, device(index).arch)
     blocks_q, blocks_kv = -(-len_q // BLOCK_ROWS), -(-len_kv // BLOCK_ROWS)
 
     def halves(heads: int, length: int, dim: int) -> Tensor:
-        shape = (batch, heads, length, 2 * dim)
+        shape = (batch, heads, length, spec.num_parts * dim)
         return torch.empty(shape, dtype=torch.float16, device=q.device)
 
     def scales(*shape: int) -> Tensor:
@@ -92,7 +100,7 @@ def split(q: Tensor, k: Tensor, v: Tensor, problem: Problem, runtime: Runtime) -
             f"q, k and v need {num_ctas} CTAs to be split: a grid has at most 2**31 - 1; split the "
             "batch"
         )
-    loaded_kernel(split_spec(problem, device(index).arch), index).launch(
+    loaded_kernel(spec, index).launch(
         num_ctas,
         stream,
         q.data_ptr(),

@@ -1,7 +1,7 @@
 """Which problems have kernels whose operands others prepare, and which; without torch.
 
-Gear 4 brings Q and K to 8 bits, and fp32 inputs become pairs of fp16 parts. Neither is there for
-pages, for whatever is done with scores but masks of positions, nor for other alignments than 16
+Gear 4 brings Q and K to 8 bits, and fp32 inputs become one or two fp16 parts each. Neither is there
+for pages, for whatever is done with scores but masks of positions, nor for other alignments than 16
 bytes; fp16 parts not for sequences of their own.
 """
 
@@ -25,6 +25,8 @@ BLOCK_KEYS: Final = 64
 #: Below, exponentials and not products are what a step waits for: D=64 takes 1.02 of gear 2's time
 #: on an H200.
 _LEAST_ON_SM90: Final = 128
+#: What TF32 products are, of fp16 parts.
+_IN_HALVES: Final = {Numerics.TF32X3: Numerics.F16X3, Numerics.TF32: Numerics.F16X1}
 _MASKS: Final = (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE)
 _TO_SCORES: Final = ("relative_bias", "alibi", "softcap", "sinks", "key_padding", "dense",
                      "dropout", "fixed_shift")  # fmt: skip
@@ -52,14 +54,22 @@ def problem_in_halves(problem: Problem) -> Problem | None:
     """Return the problem of the kernel for fp16 parts, if there is one."""
     dims = (problem.head_dim, problem.head_dim_v)
     fits = all(dim % 16 == 0 and dim <= LARGEST_IN_HALVES for dim in dims)
-    fits = fits and problem.numerics is Numerics.TF32X3 and problem.is_uniform
-    return replace(problem, numerics=Numerics.F16X3) if fits and _is_plain(problem) else None
+    numerics = _IN_HALVES.get(problem.numerics)
+    if numerics is None or not (fits and problem.is_uniform):
+        return None
+    # A bound instead of the maximum saves little, and would leave small weights fewer bits.
+    problem = replace(problem, numerics=numerics, fixed_shift=Switch.OFF)
+    return problem if _is_plain(problem) else None
 
 
 def split_spec(problem: Problem, arch: str) -> SplitHalvesSpec:
-    """Return the kernel that makes the parts."""
+    """Return the kernel that makes the parts for what `problem_in_halves` returned."""
     return SplitHalvesSpec(
-        dtype=problem.dtype, head_dim=problem.head_dim, head_dim_v=problem.head_dim_v, arch=arch
+        dtype=problem.dtype,
+        head_dim=problem.head_dim,
+        head_dim_v=problem.head_dim_v,
+        num_parts=problem.numerics.num_parts,
+        arch=arch,
     )
 
 

@@ -63,7 +63,7 @@ def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quanti
     """Bring q and k to 8 bits, on their device, in the current stream.
 
     Beside the results, which take half the memory of q and k, and 8 bytes a row of q, this takes
-    12 bytes a channel for every 512 rows.
+    12 bytes a channel for every 512 rows and for every sequence.
 
     Raises
     ------
@@ -104,7 +104,11 @@ def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quanti
     sides = ((heads_q, len_q), (heads_kv, len_kv))
     channels = new(batch, heads_kv, 2, dim)
     chunks = sum(batch * heads * -(-length // CHUNK_ROWS) for heads, length in sides)
-    partials = new(chunks, 3, dim)
+    slots = sum(
+        heads * (rows // CHUNK_ROWS + batch if is_flat else batch * -(-length // CHUNK_ROWS))
+        for (heads, length), rows, is_flat in zip(sides, (rows_q, rows_kv), flat, strict=True)
+    )  # as ChunkSlots in quantize.cuh has them
+    partials = new(slots, 3, dim)
     blocks = sum(batch * heads * -(-length // BLOCK_KEYS) for heads, length in sides)
     if max(chunks, blocks) > launch.MAX_GRID:
         raise UnsupportedError(

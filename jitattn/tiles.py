@@ -86,9 +86,17 @@ _FP32: Final[_Table] = {
     256: (64, 16, 4, 1),
 }
 
-#: fp32 inputs as fp16 parts: 16 rows a warp, as both parts of P and promoted sums need registers.
-_HALVES: Final[_Table] = {64: (128, 64, 8, 1), 128: (128, 64, 8, 1)}
-_HALVES_SMALL_SMEM: Final[_Table] = {64: (128, 64, 8, 1), 128: (64, 32, 4, 1)}
+#: fp32 inputs as two fp16 parts: 16 rows a warp, as both parts of P and promoted sums need
+#: registers. ms at 16k keys, full / causal, H200: D=128 16.62 / 8.44, 128x64 with eight warps
+#: 16.73 / 8.51; D=64 8.75 / 4.38 and 8.97 / 4.43.
+_HALVES: Final[_Table] = {64: (64, 64, 4, 1), 128: (64, 64, 4, 1)}
+#: Where only one CTA fits at D=128: eight warps of it. Not measured.
+_HALVES_MEDIUM_SMEM: Final[_Table] = {**_HALVES, 128: (128, 64, 8, 1)}
+_HALVES_SMALL_SMEM: Final[_Table] = {**_HALVES, 128: (128, 32, 8, 1)}
+#: As one part. D=128 7.25 / 3.85 ms, 128x64 with eight warps 7.84 / 4.22, two stages 7.21 / 3.91;
+#: D=64 3.70 / 1.92, one stage 3.85 / 1.93, 64x64, which spills nothing, 3.76 / 2.12.
+_ROUNDED: Final[_Table] = {64: (128, 64, 4, 2), 128: (64, 64, 4, 1)}
+_ROUNDED_UNTUNED: Final[_Table] = {**_ROUNDED, 64: (64, 64, 4, 2)}
 
 #: Rows of the largest tile, by which packing is judged.
 _LARGEST_BLOCK_Q: Final = 128
@@ -126,8 +134,11 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
         return _largest_that_fits(problem, arch, _rows64(problem, limit))
     dim = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v))
     table = _TABLES.get(arch_number(arch), _SMALL_SMEM)
-    if problem.numerics is Numerics.F16X3:
-        table = _HALVES_SMALL_SMEM if limit < _MEDIUM_SMEM_BYTES else _HALVES
+    if problem.numerics is Numerics.F16X1:
+        table = _ROUNDED if limit > _SMALLEST_LARGE_SMEM else _ROUNDED_UNTUNED
+    elif problem.numerics is Numerics.F16X3:
+        table = _HALVES_MEDIUM_SMEM if limit >= _MEDIUM_SMEM_BYTES else _HALVES_SMALL_SMEM
+        table = _HALVES if limit > _SMALLEST_LARGE_SMEM else table
     elif problem.dtype is Dtype.FP32:
         table = _FP32
     elif problem.access is Access.ELEMENT:

@@ -174,7 +174,7 @@ def _warm_call(
         specs.append(fwd_spec(in_8_bits, arch, RowClass.MANY))
     in_halves = problem_in_halves(problem)
     if in_halves is not None:
-        specs.append(split_spec(problem, arch))
+        specs.append(split_spec(in_halves, arch))
         specs.append(fwd_spec(in_halves, arch, RowClass.MANY))
     if append:
         specs += [append_spec(q.dtype, rotary, access, arch) for access in Access]

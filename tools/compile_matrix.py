@@ -251,13 +251,13 @@ def _gears(arch: str) -> Iterator[KernelSpec]:
             kv_layout=SeqLayout.RAGGED,
         )
         yield fwd_spec(own, arch, RowClass.MANY)
-    for dim in (16, 64, 80, 128):
-        yield split_spec(problem(Dtype.FP32, dim), arch)
+    for numerics, dim in itertools.product((Numerics.F16X3, Numerics.F16X1), (16, 64, 80, 128)):
+        yield split_spec(_geared(Dtype.FP32, dim, numerics), arch)
         for mask in (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE):
-            yield fwd_spec(_geared(Dtype.FP32, dim, Numerics.F16X3, mask), arch, RowClass.MANY)
-    unequal = problem(Dtype.FP32, 128, head_dim_v=64)
+            yield fwd_spec(_geared(Dtype.FP32, dim, numerics, mask), arch, RowClass.MANY)
+    unequal = replace(problem(Dtype.FP32, 128, head_dim_v=64), numerics=Numerics.F16X3)
     yield split_spec(unequal, arch)
-    yield fwd_spec(replace(unequal, numerics=Numerics.F16X3), arch, RowClass.MANY)
+    yield fwd_spec(unequal, arch, RowClass.MANY)
 
 
 def _geared(

@@ -32,6 +32,7 @@ enum class Numerics {
   kF16Acc,  // fp16 operands, P V in fp16 accumulators, promoted every 64 keys
   kInt8,    // Q and K in 8 bits, scaled by rows and by blocks; P V as kF32Acc
   kF16x3,   // fp32 operands as two fp16 parts, scaled by rows and by blocks, three MMAs a product
+  kF16x1,   // the same, of which only the high parts
   kTf32x3,  // fp32 operands as two TF32 parts, three MMAs a product
   kTf32,    // fp32 operands rounded to TF32
 };

@@ -236,7 +236,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
       softmax.exponentiate(tile, m, scale);
       if constexpr (Spec::kDropout == Switch::kOn) kept.apply(tile, m, n);
     };
-    if constexpr (Spec::kNumerics == Numerics::kF16x3) {
+    if constexpr (kIsInHalves<Spec>) {
       Mma::add_output(r_o, r_s, stage_v, scale.of_values, exponentiate);
     } else {
       Mma::add_output(r_o, r_s, stage_v, exponentiate);
@@ -244,7 +244,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   };
 
   if constexpr (kIsScaled<Spec>) {
-    if (ordinal >= range.begin) {  // else the tile may have no row
+    if (kIsUniform<Spec> || ordinal >= range.begin) {  // else the tile may have no row
       scale.load_rows(params, rows,
                       params.q_scale + batch_idx * params.q_scale_stride_batch +
                           tile.head_idx * params.q_scale_stride_head + sequence.q_start,
@@ -374,7 +374,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
 
     const int block = block_at(ordinal);
     if constexpr (kIsScaled<Spec>) {
-      scale.load_keys(params, batch_idx * (params.heads_q / params.heads_per_kv) + kv_head_idx,
+      scale.load_keys(params, kv_batch_idx * (params.heads_q / params.heads_per_kv) + kv_head_idx,
                       block * kBlockKv + warp_first_key);
     }
     const bool sees_any = !kIsMasked || is_seen(block);

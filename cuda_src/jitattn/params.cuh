@@ -123,7 +123,7 @@ struct FwdListParams : FwdScoreParams {
 };
 
 // And the scales of operands that were made for the kernel, and are contiguous: Q and K in 8 bits,
-// or all three as fp16 parts, [B, H, L, 2, D].
+// or all three as fp16 parts, [B, H, L, parts, D].
 template <class Fwd>
 struct ScaledParams : Fwd {
   const float* q_scale;  // as the LSE
@@ -138,9 +138,9 @@ struct SplitParams {
   const float* q;   // [B, Lq, Hq, D]
   const float* k;   // [B, Lkv, Hkv, D]
   const float* v;   // [B, Lkv, Hkv, Dv]
-  uint16_t* q_out;  // [B, Hq, Lq, 2, D], contiguous, as all that follow
-  uint16_t* k_out;  // [B, Hkv, Lkv, 2, D]
-  uint16_t* v_out;  // [B, Hkv, Lkv, 2, Dv]
+  uint16_t* q_out;  // [B, Hq, Lq, parts, D], contiguous, as all that follow
+  uint16_t* k_out;  // [B, Hkv, Lkv, parts, D]
+  uint16_t* v_out;  // [B, Hkv, Lkv, parts, Dv]
   float* q_scale;   // [B, Hq, Lq]
   float* k_scale;   // [B, Hkv, ceil(Lkv / 64)]
   float* v_scale;   // [B, Hkv, ceil(Lkv / 64)]
@@ -171,7 +171,7 @@ struct QuantParams {
   float* k_scale;          // [B, Hkv, ceil(Lkv / 64)]
   float* along_mean;       // as q_scale: q times the mean of K
   float* channels;         // [B, Hkv, 2, D]: mean and c
-  float* partials;         // [chunks of all heads of q and of k, 3, D]
+  float* partials;         // [ChunkSlots of q and of k, 3, D]
   int32_t* arrivals;       // [B, Hkv], all 0, and so left behind
   const int32_t* q_start;  // sequences that differ, as FwdSeqParams has them; null if alike
   const int32_t* q_stop;

@@ -63,6 +63,31 @@ __device__ __forceinline__ QuantWork quant_work(const QuantParams& params, int r
   return {is_k, static_cast<int>(rest % heads), batch, block, q, kv};
 }
 
+// Where the results of chunks of q or of k lie. Sequences of one row have room for the chunks of
+// that row and for one each, so that none shares a chunk: room goes with the tensor, not with the
+// longest of its sequences.
+struct ChunkSlots {
+  int heads;
+  int chunk_rows;
+  bool is_flat;
+  int64_t of_head;  // of all sequences, if flat
+  int64_t count;
+
+  __device__ ChunkSlots(const QuantParams& params, bool is_k, int chunk_rows)
+      : heads(is_k ? params.heads_kv : params.heads_q),
+        chunk_rows(chunk_rows),
+        is_flat((is_k ? params.k_is_flat : params.q_is_flat) != 0) {
+    const int len = is_k ? params.len_kv : params.len_q;
+    const int rows = is_k ? params.kv_rows : params.q_rows;
+    of_head = is_flat ? rows / chunk_rows + params.batch : ceil_div(len, chunk_rows);
+    count = of_head * heads * (is_flat ? 1 : params.batch);
+  }
+  __device__ int64_t first(int batch, int head, const Span& span) const {
+    if (is_flat) return of_head * head + span.start / chunk_rows + batch;
+    return of_head * (static_cast<int64_t>(batch) * heads + head);
+  }
+};
+
 // Eight neighbouring channels of a row, in fp32; lanes of kDim / 8 threads share a row.
 template <class Spec>
 struct QuantRow {
@@ -88,7 +113,7 @@ struct QuantRow {
   }
 };
 
-// Leaves sum, least and largest of every channel: partials [B, heads_q | heads_kv, chunks, 3, D].
+// Leaves sum, least and largest of every channel: partials [ChunkSlots of q | of k, 3, D].
 template <class Spec>
 __device__ __forceinline__ void channel_stats(const QuantParams& params) {
   using Row = QuantRow<Spec>;
@@ -103,8 +128,6 @@ __device__ __forceinline__ void channel_stats(const QuantParams& params) {
   const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
   const int len = work.own().length;
   if (work.block * Spec::kChunkRows >= len) return;  // of a sequence that is shorter than others
-  const int most_chunks_q = ceil_div(params.len_q, Spec::kChunkRows);
-  const int most_chunks_k = ceil_div(params.len_kv, Spec::kChunkRows);
   const int chunks_q = ceil_div(work.q.length, Spec::kChunkRows);
   const int chunks_k = ceil_div(work.kv.length, Spec::kChunkRows);
   // ---- This chunk
@@ -142,11 +165,10 @@ __device__ __forceinline__ void channel_stats(const QuantParams& params) {
     s_stats[2][first][lane * 8 + i] = largest[i];
   }
   __syncthreads();
-  const int64_t chunks_before = static_cast<int64_t>(params.batch) * params.heads_q * most_chunks_q;
-  const int64_t chunk =
-      work.is_k ? chunks_before + (static_cast<int64_t>(work.batch) * params.heads_kv + work.head) *
-                                      most_chunks_k
-                : (static_cast<int64_t>(work.batch) * params.heads_q + work.head) * most_chunks_q;
+  const ChunkSlots slots_q(params, false, Spec::kChunkRows);
+  const ChunkSlots slots_k(params, true, Spec::kChunkRows);
+  const int64_t chunk = work.is_k ? slots_q.count + slots_k.first(work.batch, work.head, work.kv)
+                                  : slots_q.first(work.batch, work.head, work.q);
   float* g_chunk = params.partials + (chunk + work.block) * (3 * kDim);
   const int column = threadIdx.x;
   if (column < kDim) {
@@ -175,8 +197,8 @@ __device__ __forceinline__ void channel_stats(const QuantParams& params) {
   __syncthreads();
   if (!s_is_last || column >= kDim) return;
   __threadfence();
-  const float* g_k =
-      params.partials + (chunks_before + of_head * most_chunks_k) * (3 * kDim) + column;
+  const int64_t chunk_k = slots_q.count + slots_k.first(work.batch, kv_head, work.kv);
+  const float* g_k = params.partials + chunk_k * (3 * kDim) + column;
   float total = 0.f, low = infinity(), high = -infinity();
 #pragma unroll 8
   for (int i = 0; i < chunks_k; ++i, g_k += 3 * kDim) {
@@ -186,10 +208,10 @@ __device__ __forceinline__ void channel_stats(const QuantParams& params) {
   }
   const float mean = chunks_k == 0 ? 0.f : total / static_cast<float>(work.kv.length);
   const float most_k = fmaxf(high - mean, mean - low);
-  const int64_t first_head = static_cast<int64_t>(work.batch) * params.heads_q + kv_head * group;
   float most_q = 0.f;
   for (int head = 0; head < group; ++head) {
-    const float* g_q = params.partials + (first_head + head) * most_chunks_q * (3 * kDim) + column;
+    const int64_t chunk_q = slots_q.first(work.batch, kv_head * group + head, work.q);
+    const float* g_q = params.partials + chunk_q * (3 * kDim) + column;
 #pragma unroll 8
     for (int i = 0; i < chunks_q; ++i, g_q += 3 * kDim) {
       most_q = fmaxf(most_q, fmaxf(__ldcg(g_q + 2 * kDim), -__ldcg(g_q + kDim)));
@@ -272,7 +294,8 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
     }
     if (exists && lane == 0) {
       params.q_scale[first_out + row] = fmaxf(most[pass], kLeast) / kLargest;
-      params.along_mean[first_out + row] = along_mean;
+      // Without keys the LSE is -inf, whatever q.
+      params.along_mean[first_out + row] = work.kv.length == 0 ? 0.f : along_mean;
     }
   }
   if (work.is_k) {

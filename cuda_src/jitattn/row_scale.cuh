@@ -56,7 +56,7 @@ struct RowScale<Spec, kRowTiles, true> {
   __device__ void load_keys(const FwdParamsOf<Spec>& params, int64_t kv_head, int first_key) {
     const int64_t idx = kv_head * ceil_div(params.len_kv, kKeys) + first_key / kKeys;
     of_keys = __ldg(params.k_scale + idx);
-    if constexpr (!kIsQuantized<Spec>) of_values = __ldg(params.v_scale + idx);
+    if constexpr (kIsInHalves<Spec>) of_values = __ldg(params.v_scale + idx);
   }
 
   __device__ float operator()(int m, int half) const {

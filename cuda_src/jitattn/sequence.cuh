@@ -35,9 +35,14 @@ constexpr bool kHasScores = kHasGap<Spec> || kHasLists<Spec> || Spec::kBias != B
 template <class Spec>
 constexpr bool kIsQuantized = Spec::kNumerics == Numerics::kInt8;
 
+// Whether fp32 operands come as fp16 parts, V too.
+template <class Spec>
+constexpr bool kIsInHalves =
+    Spec::kNumerics == Numerics::kF16x3 || Spec::kNumerics == Numerics::kF16x1;
+
 // Whether rows of Q and blocks of K have scales of their own.
 template <class Spec>
-constexpr bool kIsScaled = kIsQuantized<Spec> || Spec::kNumerics == Numerics::kF16x3;
+constexpr bool kIsScaled = kIsQuantized<Spec> || kIsInHalves<Spec>;
 
 template <class Spec>
 using PlainParamsOf = typename Conditional<

@@ -16,8 +16,10 @@ template <int kRowTiles, int kSlack, int kLift>
 struct OnlineSoftmax {
   // NOTE: finite, so that a row that has seen nothing gives exp2(-inf + kNoMax) = 0 and not NaN.
   static constexpr float kNoMax = 1e30f;
+  static constexpr float kMostLifted = 0x1p22f;
 
-  // kLift - max * scale_log2 per row; kNoMax before the first visible score
+  // kLift (or 0, beyond kMostLifted) - max * scale_log2 per row; kNoMax before the first visible
+  // score
   float neg_max[kRowTiles][2];
   float row_sum[kRowTiles][2];  // of this lane's columns only; reduce() adds up the quad
 
@@ -69,7 +71,10 @@ struct OnlineSoftmax {
         float highest = lane_max[m][half];
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-        const float raised = fminf(neg_max[m][half], kLift - scale.bare(highest) * scale(m, half));
+        const float most = scale.bare(highest) * scale(m, half);
+        // The sum of both is rounded: far from 0, P would leave fp16.
+        const float lift = fabsf(most) < kMostLifted ? kLift : 0.f;
+        const float raised = fminf(neg_max[m][half], lift - most);
         const float factor = ptx::exp2_approx(raised - neg_max[m][half]);
         neg_max[m][half] = raised;
         row_sum[m][half] *= factor;
@@ -115,7 +120,9 @@ struct OnlineSoftmax {
   // Natural-log LSE of a row after reduce(); -inf for a row that saw nothing.
   __device__ float lse(int m, int half) const {
     const float sum = row_sum[m][half];
-    return sum == 0.f ? -infinity() : (ptx::log2_approx(sum) - neg_max[m][half]) * kLn2;
+    if (sum == 0.f) return -infinity();
+    constexpr float kDown = 1.f / (1 << kLift);  // a logarithm near 0 has the smaller error
+    return (ptx::log2_approx(sum * kDown) - (neg_max[m][half] - kLift)) * kLn2;
   }
 
   // 1 / (row_sum + sink) after reduce(); 0 for a row that saw nothing, so that its output is 0.

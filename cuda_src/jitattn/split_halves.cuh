@@ -1,9 +1,9 @@
-// What        fp32 operands as two fp16 parts each, for tile/mma_f16x3.cuh.
+// What        fp32 operands as two fp16 parts each, or one, for tile/mma_f16_parts.cuh.
 //
 // Math        x 2^e = high + low, both fp16, [high | low] in a row. 2^e brings the largest number
 //             of a row of Q, and of kSplitRows rows of K or V of a head, to 2^13 … 2^14. So of a
 //             number down to 2^-15 of that 22 bits are kept, of smaller ones what is above 2^-38
-//             of it. The scales undo 2^e.
+//             of it. The scales undo 2^e. One part is `high` alone.
 //
 // Work split  A CTA has kSplitRows rows of a head of Q, K or V: blocks fastest, then heads.
 #pragma once
@@ -32,6 +32,7 @@ struct PowerScale {
 // A block of kSplitRows rows of one head, and lanes of four columns that share a row.
 template <class Spec, int kDim>
 struct SplitBlock {
+  static constexpr int kParts = Spec::kNumParts;
   static constexpr int kLanes = kDim / 4;
   static constexpr int kLoads = ceil_div(kSplitRows * kLanes, Spec::kNumThreads);
 
@@ -72,19 +73,21 @@ struct SplitBlock {
     return largest;
   }
 
-  // Write row `row` of a head [len, 2, kDim]: four columns of both parts.
+  // Write row `row` of a head [len, kParts, kDim]: four columns of each part.
   __device__ static void store(uint16_t* g_head, int row, int column, const float4& v, float up) {
     const float of[4] = {v.x * up, v.y * up, v.z * up, v.w * up};
-    uint2 high, low;
+    uint2 high;
     high.x = ptx::pack_f16x2(of[0], of[1]);
     high.y = ptx::pack_f16x2(of[2], of[3]);
+    uint16_t* g_row = g_head + static_cast<int64_t>(row) * (kParts * kDim) + column;
+    *reinterpret_cast<uint2*>(g_row) = high;
+    if constexpr (kParts == 1) return;
     auto rest = [](float value, uint32_t bits) {
       return value - ptx::f16_to_f32(static_cast<uint16_t>(bits));
     };
+    uint2 low;
     low.x = ptx::pack_f16x2(rest(of[0], high.x), rest(of[1], high.x >> 16));
     low.y = ptx::pack_f16x2(rest(of[2], high.y), rest(of[3], high.y >> 16));
-    uint16_t* g_row = g_head + static_cast<int64_t>(row) * (2 * kDim) + column;
-    *reinterpret_cast<uint2*>(g_row) = high;
     *reinterpret_cast<uint2*>(g_row + kDim) = low;
   }
 };
@@ -93,7 +96,7 @@ template <class Spec>
 __device__ __forceinline__ void split_halves(const SplitParams& params) {
   static_assert(sizeof(SplitParams) == Spec::kParamsBytes, "host and device disagree");
   static_assert(Spec::kSmemBytes == 0);
-  constexpr int kDim = Spec::kHeadDim, kDimV = Spec::kHeadDimV;
+  constexpr int kDim = Spec::kHeadDim, kDimV = Spec::kHeadDimV, kParts = Spec::kNumParts;
   __shared__ float s_most[Spec::kNumThreads / 32];
   __shared__ uint32_t s_of_row[kSplitRows];
   const int blocks_q = ceil_div(params.len_q, kSplitRows);
@@ -117,7 +120,8 @@ __device__ __forceinline__ void split_halves(const SplitParams& params) {
       atomicMax(&s_of_row[idx / Block::kLanes], __float_as_uint(Block::most_of(own.x[i])));
     }
     __syncthreads();
-    uint16_t* g_head = params.q_out + static_cast<int64_t>(of_head) * params.len_q * (2 * kDim);
+    uint16_t* g_head =
+        params.q_out + static_cast<int64_t>(of_head) * params.len_q * (kParts * kDim);
 #pragma unroll
     for (int i = 0; i < Block::kLoads; ++i) {
       const int idx = i * Spec::kNumThreads + threadIdx.x, in_block = idx / Block::kLanes;
@@ -154,11 +158,11 @@ __device__ __forceinline__ void split_halves(const SplitParams& params) {
   if (is_v) {
     split(SplitBlock<Spec, kDimV>{},
           params.v + batch * params.v_stride_batch + head * params.v_stride_head,
-          params.v_stride_row, params.v_out + rows_before * (2 * kDimV), params.v_scale);
+          params.v_stride_row, params.v_out + rows_before * (kParts * kDimV), params.v_scale);
   } else {
     split(SplitBlock<Spec, kDim>{},
           params.k + batch * params.k_stride_batch + head * params.k_stride_head,
-          params.k_stride_row, params.k_out + rows_before * (2 * kDim), params.k_scale);
+          params.k_stride_row, params.k_out + rows_before * (kParts * kDim), params.k_scale);
   }
 }
 

@@ -7,7 +7,7 @@
 #include "jitattn/sequence.cuh"
 #include "jitattn/tile/copy.cuh"
 #include "jitattn/tile/mma_f16_acc.cuh"
-#include "jitattn/tile/mma_f16x3.cuh"
+#include "jitattn/tile/mma_f16_parts.cuh"
 #include "jitattn/tile/mma_f32_acc.cuh"
 #include "jitattn/tile/mma_int8.cuh"
 #include "jitattn/tile/mma_split_p.cuh"
@@ -49,7 +49,11 @@ struct MmaOf<Numerics::kInt8, kDtype> {
 };
 template <Dtype kDtype>
 struct MmaOf<Numerics::kF16x3, kDtype> {
-  using type = MmaF16x3;
+  using type = MmaF16Parts<3>;
+};
+template <Dtype kDtype>
+struct MmaOf<Numerics::kF16x1, kDtype> {
+  using type = MmaF16Parts<1>;
 };
 template <Dtype kDtype>
 struct MmaOf<Numerics::kTf32x3, kDtype> {
@@ -95,7 +99,7 @@ struct FwdTraits {
   // Elements of a row, and its 16-byte chunks in shared memory. Two parts lie side by side.
   static constexpr int kParts = Spec::kNumerics == Numerics::kF16x3 ? 2 : 1;
   static constexpr int kWidthQk = kParts * kDim, kWidthV = kParts * kDimV;
-  static_assert(kParts == 1 || (kDim == Spec::kHeadDim && kDimV == Spec::kHeadDimV));
+  static_assert(!kIsInHalves<Spec> || (kDim == Spec::kHeadDim && kDimV == Spec::kHeadDimV));
   static constexpr int kChunksQk = kWidthQk * sizeof(ElementQk) / 16;
   static constexpr int kChunksV = kWidthV * sizeof(Element) / 16;
 

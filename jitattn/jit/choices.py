@@ -301,7 +301,7 @@ def _forward_specs(
         yield fwd_spec(in_8_bits, arch, RowClass.MANY)
     in_halves = None if gear is None else problem_in_halves(problem)
     if in_halves is not None and RowClass.MANY in rows:
-        yield split_spec(problem, arch)
+        yield split_spec(in_halves, arch)
         yield fwd_spec(in_halves, arch, RowClass.MANY)
 
 

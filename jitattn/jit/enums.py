@@ -82,10 +82,17 @@ class Numerics(StrEnum):
     INT8 = "int8"
     #: fp32 operands split into two fp16 parts with scales, three MMAs a product.
     F16X3 = "f16x3"
+    #: The high of these parts only, one MMA a product.
+    F16X1 = "f16x1"
     #: fp32 operands split into two TF32 parts, three MMAs a product, fp32 accumulators.
     TF32X3 = "tf32x3"
     #: fp32 operands rounded to TF32, fp32 accumulators.
     TF32 = "tf32"
+
+    @property
+    def num_parts(self) -> int:
+        """Fp16 parts of an fp32 operand; 0 where it is none."""
+        return {Numerics.F16X3: 2, Numerics.F16X1: 1}.get(self, 0)
 
 
 class Access(StrEnum):

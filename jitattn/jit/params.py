@@ -330,7 +330,7 @@ APPEND_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("ctas_per_sequence", _INT32),
 )
 
-#: And the scales of Q and K in 8 bits.
+#: And the scales of Q and K in 8 bits, or of fp16 parts of Q, K and V.
 SCALE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("q_scale", _POINTER),
     ("k_scale", _POINTER),

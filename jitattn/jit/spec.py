@@ -184,8 +184,8 @@ class FwdSpec(_Spec):
     @property
     def params(self) -> str:
         """Name of the parameter struct (`jit/params.py`)."""
-        is_scaled = self.problem.numerics in (Numerics.INT8, Numerics.F16X3)
-        scaled = "_scaled" if is_scaled else ""
+        numerics = self.problem.numerics
+        scaled = "_scaled" if numerics is Numerics.INT8 or numerics.num_parts else ""
         return f"fwd{_params_suffix(self.problem)}{scaled}"
 
     @property
@@ -193,7 +193,7 @@ class FwdSpec(_Spec):
         """Dynamic shared memory of a CTA; `traits.cuh` asserts the same number."""
         problem, tile = self.problem, self.tile
         dim, dim_v = padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v)
-        size = problem.dtype.bytes
+        size = 2 * problem.numerics.num_parts or problem.dtype.bytes
         size_qk = 1 if problem.numerics is Numerics.INT8 else size
         s_q = tile.block_q * dim * size_qk
         s_kv = tile.stages * tile.block_kv * (dim * size_qk + dim_v * size)
@@ -438,7 +438,7 @@ class ChannelStatsSpec(_Spec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitHalvesSpec(_Spec):
-    """The kernel that makes two fp16 parts of q, k and v."""
+    """The kernel that makes fp16 parts of q, k and v."""
 
     family: ClassVar[str] = "split_halves"
     params: ClassVar[str] = "split"
@@ -447,6 +447,7 @@ class SplitHalvesSpec(_Spec):
     dtype: Dtype  #: of q, k and v: fp32
     head_dim: int
     head_dim_v: int
+    num_parts: int  #: 2, or 1: the high one
     arch: str
 
 

@@ -150,6 +150,7 @@ def numerics_of(choice: dict[str, Any]) -> set[tuple[str, str]]:
 
 HELPERS = {("channel_stats", ""), ("quantize", "")}
 HALVES = {("fwd", "f16x3"), ("split_halves", "")}
+ROUNDED = {("fwd", "f16x1"), ("split_halves", "")}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ HALVES = {("fwd", "f16x3"), ("split_halves", "")}
         ({"arch": 90, "gear": 4}, {("fwd", "f32_acc"), ("fwd", "int8"), *HELPERS}),
         ({"arch": 90, "gear": 4, "head_dim": 64}, {("fwd", "f32_acc")}),
         ({"arch": 90, "gear": 4, "rows": "rows16"}, {("fwd", "f32_acc")}),
-        ({"arch": 90, "gear": 4, "dtype": "fp32"}, {("fwd", "tf32")}),
+        ({"arch": 90, "gear": 4, "dtype": "fp32"}, {("fwd", "tf32"), *ROUNDED}),
         ({"arch": 90, "dtype": "fp32"}, {("fwd", "tf32x3"), *HALVES}),
         ({"arch": 90, "dtype": "fp32", "gear": 2}, {("fwd", "tf32x3"), *HALVES}),
         ({"arch": 90, "dtype": "fp32", "head_dim": 256}, {("fwd", "tf32x3")}),

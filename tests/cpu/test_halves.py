@@ -10,7 +10,7 @@ import torch
 import jitattn
 from jitattn import halves
 from jitattn.attention import bind
-from jitattn.jit.enums import Numerics
+from jitattn.jit.enums import Numerics, Switch
 from jitattn.layouts import parse
 
 
@@ -47,15 +47,29 @@ def test_calls_that_have_parts(given: dict[str, Any]) -> None:
     assert chosen(**given).numerics is Numerics.F16X3
 
 
+def test_gear_3_has_one_part() -> None:
+    assert chosen(gear=3).numerics is Numerics.F16X1
+    assert chosen(gear=4).numerics is Numerics.F16X1
+
+
+def test_cosine_attention_has_its_maximum_looked_for() -> None:
+    """Of weights far below the bound, parts would keep few bits."""
+    given = {"qk_norm": jitattn.L2Norm(), "scale": 8.0}
+    assert chosen(**given).fixed_shift is Switch.OFF
+    assert chosen(**given).numerics is Numerics.F16X3
+    q = torch.zeros(1, 200, 2, 64)
+    _, call = bind(q, q, q, given)
+    assert parse(q, q, q, call)[0].fixed_shift is Switch.ON
+
+
 @pytest.mark.parametrize(
     "given",
     [
         {"dtype": torch.float16},
-        {"gear": 3},
         {"dim": 72},
         {"dim": 144},
         {"dim_v": 8},
-        {"len_q": 128},
+        {"len_q": 64},
         {"len_kv": 0},
         {"scale": -1.0},
         {"softcap": 3.0},

@@ -169,6 +169,21 @@ def test_weights_far_below_the_largest_keep_their_bits(
     check([q, k, v], gear)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("gear", [0, 1, 3])
+@pytest.mark.parametrize("scale", [1e5, 1e6, 1e7])
+def test_scores_of_any_size(
+    dtype: torch.dtype, gear: int, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where scores have no fractions, weights are still weights."""
+    monkeypatch.setattr(halves, "LEAST_PRODUCTS", 1)
+    q, k, v = tensors(dtype, 130, 128, (2, 2), 64)
+    out, lse = jitattn.attention(q, k, v, gear=gear, scale=scale, return_lse=True)
+    assert (out.abs() <= v.abs().max() * 1.001).all()
+    _, truth = jitattn.reference.reference(q, k, v, scale=scale, return_lse=True)
+    assert ((lse - truth).abs() <= 1e-3 * truth.abs()).all()
+
+
 def index(*numbers: int) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.int32, device="cuda")
 
@@ -214,6 +229,19 @@ def test_8_bits_of_sequences(dtype: torch.dtype, layout: str, name: str) -> None
     assert jitattn.explain(*qkv, gear=4, **given).kernel["numerics"] == Numerics.INT8
     out = check(qkv, 4, factor=1.0, **given)
     assert out.isfinite().all()
+
+
+def test_8_bits_of_a_sequence_without_keys() -> None:
+    q, k, v = (x[0] for x in tensors(torch.float16, 200, 100, (2, 2), 128))
+    q[150] = float("inf")
+    given = {
+        "q_seqs": jitattn.Ragged.from_cu_seqlens(index(0, 100, 200), max_length=100),
+        "kv_seqs": jitattn.Ragged.from_cu_seqlens(index(0, 100, 100), max_length=100),
+    }
+    assert jitattn.explain(q, k, v, gear=4, **given).kernel["numerics"] == Numerics.INT8
+    out, lse = jitattn.attention(q, k, v, gear=4, return_lse=True, **given)
+    assert not out[100:].any()
+    assert torch.equal(lse[:, 100:], torch.full_like(lse[:, 100:], -float("inf")))
 
 
 def test_rows_of_several_sequences_are_as_with_gear_3() -> None:

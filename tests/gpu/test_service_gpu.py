@@ -154,8 +154,6 @@ def test_fork_after_cuda_was_initialised(tmp_path: Path) -> None:
 
 _RECORD = """
 import json, torch, jitattn
-
-pytestmark = pytest.mark.real_gpu
 q = torch.randn(2, 40, 2, 64, device="cuda", dtype=torch.bfloat16)
 with torch.no_grad():
     jitattn.attention(q, q, q)
