@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from jitattn import cosine, halves, lists, quantized, workspace
+from jitattn import cosine, lists, workspace
 from jitattn.autograd import ADDED, Attention, Normalize, apply
 from jitattn.backward import check_differentiable
 from jitattn.cpu import run_cpu
 from jitattn.errors import InternalError, LaunchError, UnsupportedError
-from jitattn.gears import get_default_gear
 from jitattn.jit import launch
 from jitattn.jit.device import device
-from jitattn.jit.enums import Dtype, MaskKind, RowClass, SeqLayout
+from jitattn.jit.enums import MaskKind, RowClass, SeqLayout
 from jitattn.jit.params import FWD_SCORE_FIELDS, FWD_SEQ_FIELDS, divisor
 from jitattn.layouts import parse
 from jitattn.loaded import loaded_kernel
+from jitattn.prepared import prepare
 from jitattn.problem import TILE_ROWS
 from jitattn.scores import NO_LEFT
 from jitattn.sequences import Ragged
@@ -288,29 +288,9 @@ def _launch(
     call: Call,
     device_index: int,
 ) -> None:
-    scales: tuple[int, ...] = ()
-    in_8_bits = None
-    if problem.dtype is Dtype.FP32:
-        in_halves = halves.problem_of(problem, runtime, call)
-        if in_halves is not None:
-            parts = halves.split(q, k, v, in_halves, runtime)
-            q, k, v, problem = parts.q, parts.k, parts.v, in_halves
-            scales = _scales_of(*parts[3:])
-    elif call.gear == 4 or (call.gear is None and get_default_gear() == 4):
-        arch = device(device_index).arch
-        in_8_bits = quantized.problem_of(problem, runtime, call, arch)
-        if in_8_bits is not None:
-            made = quantized.quantize(q, k, in_8_bits, runtime)
-            q, k, problem = made.q, made.k, in_8_bits
-            scales = _scales_of(made.q_scale, made.k_scale)
-    if scales:
-        runtime = runtime._replace(
-            q_strides=quantized.strides_of(q), k_strides=quantized.strides_of(k)
-        )
-        if in_8_bits is None:
-            runtime = runtime._replace(v_strides=quantized.strides_of(v))
-        if not problem.has_scores:  # a bound of scores is not needed
-            runtime = runtime._replace(score_params=())
+    prepared = prepare(q, k, v, problem, runtime, call, device_index)
+    if prepared is not None:
+        q, k, v, problem, runtime = prepared[:5]
     kernel, _, packed, num_q_tiles, splits, num_slots, num_ctas, block_q = plan(
         problem, runtime, device_index, call.num_splits, call.tile_rows
     )
@@ -371,17 +351,10 @@ def _launch(
         (abs(runtime.scale) or _TINY_SCALE) * _LOG2_E,
         *_tail(runtime),
         *_lists(runtime, q, block_q, packed),
-        *scales,
+        *(prepared.scale_params if prepared is not None else ()),
     )
-    if in_8_bits is not None and lse is not None:
-        lse.add_(made.along_mean.view(lse.shape), alpha=runtime.scale)
-
-
-def _scales_of(q_scale: Tensor, k_scale: Tensor, v_scale: Tensor | None = None) -> tuple[int, ...]:
-    """Return the fields of `ScaledParams`."""
-    batch, _, head = quantized.strides_of(q_scale)
-    v_address = 0 if v_scale is None else v_scale.data_ptr()
-    return q_scale.data_ptr(), k_scale.data_ptr(), v_address, batch, head
+    if lse is not None and prepared is not None and prepared.along_mean is not None:
+        lse.add_(prepared.along_mean.view(lse.shape), alpha=runtime.scale)
 
 
 def _tail(runtime: Runtime) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jitattn import cosine, halves, quantized
+from jitattn import cosine, prepared
 from jitattn.attention import bind
 from jitattn.bwd_tiles import bwd_spec
 from jitattn.dispatch import is_followed, plan
@@ -136,11 +136,9 @@ def explain(
             backward={},
             why=(why,),
         )
-    prepared = halves.problem_of(problem, runtime, call) or quantized.problem_of(
-        problem, runtime, call, device(q.device.index).arch
-    )
+    of_kernel = prepared.problem_of(problem, runtime, call, q.device.index) or problem
     with torch.cuda.device(q.device):
-        chosen = plan(prepared or problem, runtime, q.device.index, num_splits, call.tile_rows)
+        chosen = plan(of_kernel, runtime, q.device.index, num_splits, call.tile_rows)
     built = chosen.kernel.built
     backward: dict[str, str | int] = {}
     if is_followed(*inputs):
@@ -163,9 +161,7 @@ def explain(
         spill_bytes=built.metadata.spill_bytes,
         smem_bytes=built.metadata.smem_bytes,
         backward=backward,
-        why=_reasons(
-            prepared or problem, chosen.rows, chosen.heads_per_tile, chosen.num_splits, call
-        ),
+        why=_reasons(of_kernel, chosen.rows, chosen.heads_per_tile, chosen.num_splits, call),
     )
 
 

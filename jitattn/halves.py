@@ -22,7 +22,7 @@ from jitattn.jit import launch
 from jitattn.jit.device import device
 from jitattn.jit.enums import RowClass
 from jitattn.loaded import loaded_kernel
-from jitattn.prepared_specs import problem_in_halves, split_spec
+from jitattn.prepared_specs import BLOCK_KEYS, problem_in_halves, split_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from jitattn.jit.spec import Problem
     from jitattn.problem import Call, Runtime
 
-#: Rows of a CTA, and keys that share a scale.
-BLOCK_ROWS: Final = 64
 #: Products of a sequence's q and k, of two numbers each, that make up for a kernel more. us on an
 #: H200, 16 heads, D=64, parts and TF32: 256 rows on 4096 keys (2^30) 127 and 143, 128 rows (2^29)
 #: 91 and 89, 512 on 512 (2^28) 42 and 43.
@@ -77,7 +75,7 @@ def split(q: Tensor, k: Tensor, v: Tensor, problem: Problem, runtime: Runtime) -
     batch, heads_q, heads_kv = runtime.batch, runtime.heads_q, runtime.heads_kv
     len_q, len_kv = runtime.len_q, runtime.len_kv
     spec = split_spec(problem, device(index).arch)
-    blocks_q, blocks_kv = -(-len_q // BLOCK_ROWS), -(-len_kv // BLOCK_ROWS)
+    blocks_q, blocks_kv = -(-len_q // BLOCK_KEYS), -(-len_kv // BLOCK_KEYS)
 
     def halves(heads: int, length: int, dim: int) -> Tensor:
         shape = (batch, heads, length, spec.num_parts * dim)

@@ -7,11 +7,22 @@ bytes; fp16 parts not for sequences of their own.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from jitattn.jit.enums import Access, BiasKind, Dtype, MaskKind, Numerics, SeqLayout, Switch
+from jitattn.jit.enums import (
+    Access,
+    BiasKind,
+    Dtype,
+    MaskKind,
+    Numerics,
+    RowClass,
+    SeqLayout,
+    Switch,
+)
 from jitattn.jit.spec import ChannelStatsSpec, QuantizeSpec, SplitHalvesSpec, arch_number
+from jitattn.tiles import fwd_spec
 
 if TYPE_CHECKING:
     from jitattn.jit.spec import KernelSpec, Problem
@@ -19,7 +30,7 @@ if TYPE_CHECKING:
 #: Head dims in 8 bits, and the largest as fp16 parts, which are multiples of 16.
 HEAD_DIMS: Final = (32, 64, 128, 256)
 LARGEST_IN_HALVES: Final = 128
-#: Rows of a CTA that looks at channels, and keys that share a scale.
+#: Rows of a CTA that looks at channels; and of one that rounds or splits, whose keys share a scale.
 CHUNK_ROWS: Final = 512
 BLOCK_KEYS: Final = 64
 #: Below, exponentials and not products are what a step waits for: D=64 takes 1.02 of gear 2's time
@@ -32,6 +43,18 @@ _TO_SCORES: Final = ("relative_bias", "alibi", "softcap", "sinks", "key_padding"
                      "dropout", "fixed_shift")  # fmt: skip
 
 
+def specs_for_gear(problem: Problem, gear: int, arch: str) -> list[KernelSpec]:
+    """Return every kernel by which calls of a gear can have prepared operands: lengths decide."""
+    in_8_bits = problem_in_8_bits(problem, arch) if gear == 4 else None
+    if in_8_bits is not None:
+        return [*specs_of_rounding(problem, arch), fwd_spec(in_8_bits, arch, RowClass.MANY)]
+    in_halves = problem_in_halves(problem)
+    if in_halves is not None:
+        return [split_spec(in_halves, arch), fwd_spec(in_halves, arch, RowClass.MANY)]
+    return []
+
+
+@functools.cache
 def problem_in_8_bits(problem: Problem, arch: str) -> Problem | None:
     """Return the problem of the kernel for 8 bits, if there is one that pays on `arch`."""
     if arch_number(arch) >= 90 and problem.head_dim < _LEAST_ON_SM90:
@@ -50,6 +73,7 @@ def specs_of_rounding(problem: Problem, arch: str) -> list[KernelSpec]:
     ]
 
 
+@functools.cache
 def problem_in_halves(problem: Problem) -> Problem | None:
     """Return the problem of the kernel for fp16 parts, if there is one."""
     dims = (problem.head_dim, problem.head_dim_v)
@@ -62,6 +86,7 @@ def problem_in_halves(problem: Problem) -> Problem | None:
     return problem if _is_plain(problem) else None
 
 
+@functools.cache
 def split_spec(problem: Problem, arch: str) -> SplitHalvesSpec:
     """Return the kernel that makes the parts for what `problem_in_halves` returned."""
     return SplitHalvesSpec(

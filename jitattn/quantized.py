@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from jitattn.errors import UnsupportedError
-from jitattn.gears import gear_of
 from jitattn.jit import launch
 from jitattn.jit.device import device
-from jitattn.jit.enums import Dtype, RowClass
+from jitattn.jit.enums import RowClass
 from jitattn.loaded import loaded_kernel
 from jitattn.prepared_specs import BLOCK_KEYS, CHUNK_ROWS, problem_in_8_bits, specs_of_rounding
 from jitattn.sequences import Padded, Ragged
@@ -40,9 +39,7 @@ class Quantized(NamedTuple):
 
 
 def problem_of(problem: Problem, runtime: Runtime, call: Call, arch: str) -> Problem | None:
-    """Return the problem of the kernel for 8 bits, if the call has gear 4 and that serves it."""
-    if gear_of(call.gear, problem.dtype) != 4 or problem.dtype is Dtype.FP32:
-        return None
+    """Return the problem of the kernel for 8 bits, if that serves the call."""
     rows = runtime.len_q * (runtime.heads_q // max(1, runtime.heads_kv))
     is_short = rows <= RowClass.ROWS64 or call.tile_rows in (16, 64)
     if is_short or runtime.len_kv == 0 or runtime.scale < 0:
@@ -72,12 +69,8 @@ def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quanti
     """
     index = q.get_device()
     stream = torch._C._cuda_getCurrentRawStream(index)
-    batch, dim, heads_q, heads_kv = (
-        runtime.batch,
-        problem.head_dim,
-        runtime.heads_q,
-        runtime.heads_kv,
-    )
+    batch, dim = runtime.batch, problem.head_dim
+    heads_q, heads_kv = runtime.heads_q, runtime.heads_kv
     len_q, len_kv = runtime.len_q, runtime.len_kv
     spans: tuple[int, ...] = (0, 0, 0, 0)
     words: tuple[int, ...] = (1, 1, 1, 1)
@@ -141,14 +134,3 @@ def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quanti
             0,
         )
     return made
-
-
-def strides_of(x: Tensor) -> tuple[int, int, int]:
-    """Return (batch, row, head) of a tensor [B, H, L, ...]; 0 where no index passes."""
-    batch, head, row = x.stride()[:3]
-    sizes = x.shape
-    return (
-        batch if sizes[0] > 1 else 0,
-        row if sizes[2] > 1 else 0,
-        head if sizes[1] > 1 else 0,
-    )

@@ -19,16 +19,10 @@ from jitattn.jit import build, launch
 from jitattn.jit.choices import preset as preset_choices
 from jitattn.jit.choices import read_file, specs_of
 from jitattn.jit.device import device as device_of
-from jitattn.jit.enums import Access, RowClass
+from jitattn.jit.enums import Access
 from jitattn.jit.pool import build_all
 from jitattn.layouts import parse
-from jitattn.prepared_specs import (
-    problem_in_8_bits,
-    problem_in_halves,
-    specs_of_rounding,
-    split_spec,
-)
-from jitattn.tiles import fwd_spec
+from jitattn.prepared_specs import specs_for_gear
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -167,15 +161,7 @@ def _warm_call(
         problem, _ = parse(*cosine.like_normalized(q, k), v, call)
     if gradients:
         specs += specs_of_gradients(problem, call.scores, arch, deterministic=call.deterministic)
-    # Lengths decide whether a call has these.
-    in_8_bits = problem_in_8_bits(problem, arch) if gear_of(call.gear, problem.dtype) == 4 else None
-    if in_8_bits is not None:
-        specs += specs_of_rounding(problem, arch)
-        specs.append(fwd_spec(in_8_bits, arch, RowClass.MANY))
-    in_halves = problem_in_halves(problem)
-    if in_halves is not None:
-        specs.append(split_spec(in_halves, arch))
-        specs.append(fwd_spec(in_halves, arch, RowClass.MANY))
+    specs += specs_for_gear(problem, gear_of(call.gear, problem.dtype), arch)
     if append:
         specs += [append_spec(q.dtype, rotary, access, arch) for access in Access]
     return _warm([*specs, *specs_of_problem(problem, arch)], index, jobs)

@@ -44,12 +44,7 @@ from jitattn.jit.spec import (
     ScoreGradSpec,
     arch_number,
 )
-from jitattn.prepared_specs import (
-    problem_in_8_bits,
-    problem_in_halves,
-    specs_of_rounding,
-    split_spec,
-)
+from jitattn.prepared_specs import specs_for_gear
 from jitattn.tiles import fwd_spec
 
 _Word = TypeVar("_Word", bound=StrEnum)
@@ -295,14 +290,8 @@ def _forward_specs(
         numerics.add(resolve_numerics(gear, problem.dtype, has_fast_halves=True))
     for one, row in itertools.product(sorted(numerics), rows):
         yield fwd_spec(replace(problem, numerics=one), arch, row)
-    in_8_bits = problem_in_8_bits(problem, arch) if gear == 4 else None
-    if in_8_bits is not None and RowClass.MANY in rows:
-        yield from specs_of_rounding(problem, arch)
-        yield fwd_spec(in_8_bits, arch, RowClass.MANY)
-    in_halves = None if gear is None else problem_in_halves(problem)
-    if in_halves is not None and RowClass.MANY in rows:
-        yield split_spec(in_halves, arch)
-        yield fwd_spec(in_halves, arch, RowClass.MANY)
+    if gear is not None and RowClass.MANY in rows:
+        yield from specs_for_gear(problem, gear, arch)
 
 
 def _members(choice: Choice, name: str, kind: type[_Word], where: str) -> list[_Word]:

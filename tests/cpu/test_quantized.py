@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import jitattn
-from jitattn import prepared_specs, quantized
+from jitattn import prepared, prepared_specs
 from jitattn.attention import bind
 from jitattn.jit.enums import Numerics
 from jitattn.jit.spec import ChannelStatsSpec, QuantizeSpec
 from jitattn.layouts import parse
+from jitattn.problem import Call
 
 
 def chosen(
@@ -23,8 +25,15 @@ def chosen(
     q = torch.zeros(1, len_q, heads, dim, dtype=dtype)
     k = torch.zeros(1, arguments.pop("len_kv", 300), 2, dim, dtype=dtype)
     _, call = bind(q, k, k, {"gear": 4, **arguments})
+    return problem_of(q, k, call, arch)
+
+
+def problem_of(q: torch.Tensor, k: torch.Tensor, call: Call, arch: str) -> Any:
+    """What an architecture's call has prepared."""
     problem, runtime = parse(q, k, k, call)
-    return quantized.problem_of(problem, runtime, call, arch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepared, "device", lambda _: SimpleNamespace(arch=arch))
+        return prepared.problem_of(problem, runtime, call, 0)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +95,7 @@ def test_the_default_gear_counts() -> None:
 def test_rows_that_no_16_bytes_reach_are_as_with_gear_3() -> None:
     q = torch.zeros(1, 200, 2, 129, dtype=torch.float16)[..., 1:]
     _, call = bind(q, q, q, {"gear": 4})
-    problem, runtime = parse(q, q, q, call)
-    assert quantized.problem_of(problem, runtime, call, "sm_90") is None
+    assert problem_of(q, q, call, "sm_90") is None
 
 
 def test_kernels_that_bring_them_there() -> None:
@@ -102,5 +110,5 @@ def test_kernels_that_bring_them_there() -> None:
 
 
 def test_strides_where_there_is_one_of_a_kind() -> None:
-    assert quantized.strides_of(torch.zeros(2, 3, 4, 8)) == (96, 8, 32)
-    assert quantized.strides_of(torch.zeros(1, 1, 4, 8)) == (0, 8, 0)
+    assert prepared.strides_of(torch.zeros(2, 3, 4, 8)) == (96, 8, 32)
+    assert prepared.strides_of(torch.zeros(1, 1, 4, 8)) == (0, 8, 0)
