@@ -7,6 +7,7 @@ fp32 (4 bytes an element of q, rounded up to whole tiles). No tensor is Lq x Lkv
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from jitattn.jit.params import FWD_SEQ_FIELDS
 from jitattn.jit.spec import StatsSpec, padded_head_dim
 from jitattn.layouts import parse
 from jitattn.loaded import loaded_kernel
+from jitattn.masks import LocalStride
 from jitattn.sequences import Padded, Paged, overlaps
 from jitattn.tensors import DTYPES
 
@@ -30,11 +32,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jitattn.jit.spec import BwdSpec, BwdTile, KernelSpec, Problem, ScoreGradSpec
+    from jitattn.masks import Rule
     from jitattn.problem import Call, Runtime
     from jitattn.scores import Scores
 
 _LOG2_E: Final = math.log2(math.e)
 _TINY_SCALE: Final = 1e-30
+#: Blocks of local + stride patterns whose keys the kernel gathers.
+_FINE_BLOCKS: Final = (16, 32)
 _NO_SEQUENCES: Final = (0,) * len(FWD_SEQ_FIELDS)
 
 
@@ -106,12 +111,15 @@ class _Pass(NamedTuple):
     device_index: int
     stream: int
 
-    def num_tiles(self, tile: BwdTile) -> tuple[int, int]:
+    def num_tiles(self, problem: Problem, tile: BwdTile) -> tuple[int, int]:
         """Query tiles and key blocks of the longest sequence."""
         len_q = self.runtime.len_q
-        if self.problem.mask is MaskKind.BLOCK_LISTS:
+        if problem.mask is MaskKind.BLOCK_LISTS:
             len_q += tile.block_q - 1  # tiles begin where lists do
-        return -(-len_q // tile.block_q), -(-self.runtime.len_kv // tile.block_kv)
+        num_kv_tiles = -(-self.runtime.len_kv // tile.block_kv)
+        if problem.mask is MaskKind.FINE_STRIDE:
+            num_kv_tiles += 1  # either kind of keys may leave a block half empty
+        return -(-len_q // tile.block_q), num_kv_tiles
 
     @property
     def scale(self) -> float:
@@ -136,7 +144,7 @@ class _Pass(NamedTuple):
             )
         runtime, tile = self.runtime, spec.tile
         heads_q, heads_kv = runtime.heads_q, runtime.heads_kv
-        num_q_tiles, num_kv_tiles = self.num_tiles(tile)
+        num_q_tiles, num_kv_tiles = self.num_tiles(spec.problem, tile)
         indices = runtime.indices
         scores = runtime.score_params if spec.problem.has_scores else ()
         tail: tuple[float, ...] = (*_NO_SEQUENCES, *scores) if scores else ()
@@ -274,11 +282,25 @@ def run_backward(
     return found._replace(dk=-dk if negated else dk, **others)
 
 
+def kernel_problem(problem: Problem, rule: Rule | None, arch: str) -> Problem:
+    """Return the problem of the kernel for dq, dk and dv of a call whose lists are of `rule`.
+
+    It takes a causal local + stride pattern in blocks of 16 or 32 by its numbers.
+    """
+    if not (isinstance(rule, LocalStride) and rule.causal and rule.block_size in _FINE_BLOCKS):
+        return problem
+    whole = replace(problem, mask=MaskKind.LOCAL_STRIDE)
+    if bwd_spec(whole, arch).tile.block_kv <= rule.block_size:
+        return whole
+    return replace(problem, mask=MaskKind.FINE_STRIDE)
+
+
 def specs_of_gradients(
-    problem: Problem, scores: Scores, arch: str, *, deterministic: bool
+    problem: Problem, rule: Rule | None, scores: Scores, arch: str, *, deterministic: bool
 ) -> list[KernelSpec]:
-    """Return every kernel that the backward pass of a call can need."""
-    specs = specs_of_backward(problem, arch, deterministic=deterministic)
+    """Return every kernel that the backward pass of a call can need; `rule`: what is listed."""
+    own = kernel_problem(problem, rule, arch)
+    specs = specs_of_backward(own, arch, deterministic=deterministic)
     targets = [] if scores.bias is None else [_target_of(scores.bias)]
     if scores.relative_bias is not None or scores.alibi_slopes is not None:
         targets.append(ScoreTarget.DISTANCE)
@@ -349,9 +371,14 @@ def _row_stats(
 def _main(whole: _Pass, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Compute dq, dk and dv."""
     runtime, rows, call = whole.runtime, whole.rows, whole.call
-    spec = bwd_spec(whole.problem, whole.arch, deterministic=call.deterministic)
+    problem = kernel_problem(whole.problem, runtime.listed, whole.arch)
+    if problem is not whole.problem:  # without lists, whose sequences all count as different
+        corner = runtime.len_kv - runtime.len_q if problem.is_uniform else 0
+        runtime = runtime._replace(diagonal=corner, listed=None)
+        whole = whole._replace(problem=problem, runtime=runtime)
+    spec = bwd_spec(problem, whole.arch, deterministic=call.deterministic)
     tile = spec.tile
-    num_q_tiles, num_kv_tiles = whole.num_tiles(tile)
+    num_q_tiles, num_kv_tiles = whole.num_tiles(problem, tile)
     heads = runtime.batch * runtime.heads_q
     if spec.in_fragments:
         per_head = num_q_tiles * tile.block_q * spec.dq_columns
@@ -366,6 +393,12 @@ def _main(whole: _Pass, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     num_ctas = num_kv_tiles * runtime.heads_kv * runtime.batch
     whole.launch(spec, num_ctas, dq_sum, strides, (dk, dv), turns)
 
+    first_position = 0
+    if spec.in_fragments and runtime.listed is not None:  # tiles begin where lists do
+        corner = runtime.diagonal
+        if runtime.indices is not None and runtime.indices.bottom_right:
+            corner += runtime.len_kv - runtime.len_q
+        first_position = corner & (tile.block_q - 1)
     rounding = round_spec(spec)
     num_rows = rows.batch * rows.length * rows.heads
     num_threads = num_rows * -(-spec.problem.head_dim // 4)
@@ -383,7 +416,7 @@ def _main(whole: _Pass, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         rows.length,
         rows.heads,
         whole.scale,
-        0,
+        first_position,
     )
 
 
@@ -411,7 +444,7 @@ def _of_bias(whole: _Pass, bias: Tensor) -> Tensor:
     runtime = whole.runtime
     target = _target_of(bias)
     spec = score_grad_spec(whole.problem, whole.arch, target)
-    num_q_tiles, num_kv_tiles = whole.num_tiles(spec.tile)
+    num_q_tiles, num_kv_tiles = whole.num_tiles(spec.problem, spec.tile)
     batch, heads = bias.shape[:2]
     # Lists: tiles begin elsewhere in every sequence, so that each needs a gradient of its own.
     differ = runtime.listed is not None and target is ScoreTarget.MATRIX
@@ -431,7 +464,7 @@ def _by_distance(whole: _Pass) -> Tensor:
     """Return sums of dS by key - query + Lkv: [B, Hq, Lq + Lkv]."""
     runtime = whole.runtime
     spec = score_grad_spec(whole.problem, whole.arch, ScoreTarget.DISTANCE)
-    num_q_tiles, num_kv_tiles = whole.num_tiles(spec.tile)
+    num_q_tiles, num_kv_tiles = whole.num_tiles(spec.problem, spec.tile)
     batch, heads = runtime.batch, runtime.heads_q
     sums = torch.zeros(
         (2, batch, heads, runtime.len_q + runtime.len_kv),

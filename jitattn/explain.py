@@ -10,6 +10,7 @@ import torch
 
 from jitattn import cosine, prepared
 from jitattn.attention import bind
+from jitattn.backward import kernel_problem
 from jitattn.bwd_tiles import bwd_spec
 from jitattn.dispatch import is_followed, plan
 from jitattn.gears import gear_of
@@ -143,7 +144,8 @@ def explain(
     backward: dict[str, str | int] = {}
     if is_followed(*inputs):
         arch = device(q.device.index).arch
-        backward = bwd_spec(problem, arch, deterministic=call.deterministic).to_dict()
+        own = kernel_problem(problem, runtime.listed, arch)
+        backward = bwd_spec(own, arch, deterministic=call.deterministic).to_dict()
     return Explanation(
         path="cuda",
         device=device(q.device.index).name,

@@ -118,7 +118,8 @@ class LocalStride(_Mask):
     ----------
     block_size : 8, 16, 32, 64 or 128
         Queries and keys of a block. On a GPU, causal patterns in blocks of 64 and 128 are computed
-        where they are needed; others become lists of blocks, made by the first call.
+        where they are needed, and so are gradients of those in blocks of 16 and 32; others become
+        lists of blocks, made by the first call.
     local_blocks : int, or (int, int) if not causal
         Blocks around a query's own that it sees, its own among them; to the left and to the right.
     vert_stride : int

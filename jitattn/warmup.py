@@ -160,7 +160,9 @@ def _warm_call(
         call = cosine.call_of_normalized(call, runtime.scale)
         problem, _ = parse(*cosine.like_normalized(q, k), v, call)
     if gradients:
-        specs += specs_of_gradients(problem, call.scores, arch, deterministic=call.deterministic)
+        specs += specs_of_gradients(
+            problem, runtime.listed, call.scores, arch, deterministic=call.deterministic
+        )
     specs += specs_for_gear(problem, gear_of(call.gear, problem.dtype), arch)
     if append:
         specs += [append_spec(q.dtype, rotary, access, arch) for access in Access]

@@ -84,9 +84,9 @@ def attended_cases() -> dict[str, tuple[float, dict[str, Any]]]:
         seen = (left + 1) * _LENGTH - left * (left + 1) / 2 + kept * (_LENGTH - left - 1 - kept)
         name = f"window {left}, first {kept}" if kept else f"window {left}"
         cases[name] = (seen, {"mask": jitattn.Window(left, 0, keep_first=kept)})
-    for block, local, stride in ((64, 16, 8), (64, 32, 8), (32, 32, 8), (16, 64, 8), (16, 16, 8)):
-        rule = jitattn.LocalStride(block, local, stride, homo_head=True)
-        name = f"local {local}, stride {stride}, blocks of {block}"
+    for block, local in ((64, 16), (64, 32), (32, 16), (32, 32), (16, 64), (16, 16)):
+        rule = jitattn.LocalStride(block, local, 8, homo_head=True)
+        name = f"local {local}, stride 8, blocks of {block}"
         cases[name] = (_seen(_blocks_of(rule), block), {"mask": rule})
     blocks = _blocks_of(jitattn.LocalStride(_BLOCK, 16, 8, homo_head=True))
     cases["the first of these, as BlockSparse"] = (

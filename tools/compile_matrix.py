@@ -76,6 +76,7 @@ OPTIONAL: Final = (
 FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"mask": MaskKind.WINDOW},
     {"mask": MaskKind.LOCAL_STRIDE},
+    {"mask": MaskKind.FINE_STRIDE},
     {"mask": MaskKind.WINDOW, "sinks": Switch.ON},
     {"mask": MaskKind.WINDOW, "softcap": Switch.ON},
     {"mask": MaskKind.WINDOW, "kv_layout": SeqLayout.PAGED16},
@@ -102,6 +103,7 @@ FEATURES: Final[tuple[dict[str, Any], ...]] = (
 BACKWARD_FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"mask": MaskKind.WINDOW},
     {"mask": MaskKind.LOCAL_STRIDE},
+    {"mask": MaskKind.FINE_STRIDE},
     {"mask": MaskKind.BLOCK_LISTS},
     {"q_layout": SeqLayout.RAGGED, "kv_layout": SeqLayout.RAGGED},
     {"bias": BiasKind.SAME},

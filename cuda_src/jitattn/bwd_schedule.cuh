@@ -12,7 +12,11 @@ namespace jitattn {
 struct TileRange {
   int begin;
   int end;
+
+  __device__ bool has(int tile) const { return tile >= begin && tile < end; }
 };
+
+constexpr int kAllTiles = 0x7fffffff;
 
 struct KvTile {
   int tile;
@@ -39,6 +43,20 @@ __device__ __forceinline__ KvTile kv_tile_of(const BwdParamsOf<Spec>& params, ui
           static_cast<int>(head_and_batch / heads)};
 }
 
+// Local + stride: tiles of which every row sees the keys from first_key to before end_key, which
+// lie in blocks on the stride or in such that are not.
+template <class Spec>
+__device__ __forceinline__ TileRange free_of_stride(const Sequence& sequence,
+                                                    const LocalStride<Spec>& pattern, bool is_on,
+                                                    int first_key, int end_key) {
+  constexpr int kBlockQ = Spec::kBlockQ;
+  if (end_key > sequence.len_kv) return {0, 0};
+  const int begin = ceil_div(max_of(0, end_key - 1 - sequence.diagonal), kBlockQ);
+  if (is_on) return {begin, kAllTiles};
+  const int64_t end = pattern.end_of_local(first_key) - sequence.diagonal;  // in rows
+  return {begin, static_cast<int>(max_of<int64_t>(end, 0) / kBlockQ)};
+}
+
 // A key block of one sequence, as the query tiles see it.
 template <class Spec>
 struct KeyBlock {
@@ -49,6 +67,7 @@ struct KeyBlock {
   const int block;
   const int first_key;
   const int end_key;  // after its last key that exists
+  TileRange free;     // local + stride: tiles of which every row sees every key
 
   __device__ KeyBlock(const BwdParamsOf<Spec>& params, const Sequence& sequence, int head_idx,
                       int block)
@@ -57,7 +76,13 @@ struct KeyBlock {
         head_idx(head_idx),
         block(block),
         first_key(block * kBlockKv),
-        end_key(min_of(first_key + kBlockKv, sequence.len_kv)) {}
+        end_key(min_of(first_key + kBlockKv, sequence.len_kv)) {
+    if constexpr (Spec::kMask == MaskKind::kLocalStride) {
+      const LocalStride<Spec> pattern(params, head_idx);
+      const bool is_on = pattern.is_dense || pattern.is_on_stride(first_key);
+      free = free_of_stride<Spec>(sequence, pattern, is_on, first_key, first_key + kBlockKv);
+    }
+  }
 
   // Tiles of queries that see any of its keys; those of a list are searched for among them.
   __device__ TileRange tiles() const {
@@ -74,18 +99,14 @@ struct KeyBlock {
   // Whether every row of a tile sees every key.
   __device__ bool is_free(int tile) const {
     if constexpr (kHasLists<Spec>) return false;
+    if constexpr (Spec::kMask == MaskKind::kLocalStride) return free.has(tile);
     if (first_key + kBlockKv > sequence.len_kv) return false;
     if constexpr (Spec::kMask == MaskKind::kFull) return true;
     const int first_row = tile * kBlockQ, last_row = first_row + kBlockQ - 1;
     if (first_key + kBlockKv > first_row + sequence.diagonal + 1) return false;
-    if constexpr (kHasGap<Spec>) {
+    if constexpr (Spec::kMask == MaskKind::kWindow) {
       if (first_key >= jitattn::first_key<Spec>(params, sequence, head_idx, last_row)) return true;
-      if constexpr (Spec::kMask == MaskKind::kWindow) {
-        return first_key + kBlockKv <= params.keep_first;
-      } else {
-        const bool ends_kept = is_kept<Spec>(params, head_idx, first_key + kBlockKv - 1);
-        return is_kept<Spec>(params, head_idx, first_key) && ends_kept;
-      }
+      return first_key + kBlockKv <= params.keep_first;
     }
     return true;
   }
@@ -117,35 +138,18 @@ struct KeyBlock {
       return static_cast<int64_t>(end_key) - sequence.left;
     } else {
       const LocalStride<Spec> pattern(params, head_idx);
-      if (pattern.is_dense || has_stride(pattern)) return kAll;
-      const int64_t last_block = (end_key - 1) >> params.block_log2;
-      return ((last_block + params.local_blocks) << params.block_log2) - sequence.diagonal;
+      if (pattern.is_dense || pattern.is_on_stride(first_key)) return kAll;
+      return pattern.end_of_local(end_key - 1) - sequence.diagonal;
     }
   }
 
-  // A pattern's blocks are wider than this one, or several of them make it up.
-  __device__ bool has_stride(const LocalStride<Spec>& pattern) const {
-    const int step = min_of(kBlockKv, 1 << params.block_log2);
-    bool has = false;
-#pragma unroll 1
-    for (int key = first_key; key < end_key; key += step) has |= pattern.is_on_stride(key);
-    return has;
-  }
-
-  // Key blocks with keys on the stride, of the first `count`.
+  // Key blocks on the stride, of the first `count`.
   __device__ int kept_before(const LocalStride<Spec>& pattern, int count) const {
-    const int size = 1 << params.block_log2;
     auto columns = [&](int before) {  // on the stride, of the first `before`
       const int first = pattern.first_column();
       return before > first ? ceil_div(before - first, params.stride) : 0;
     };
-    if (kBlockKv >= size) {
-      // At stride 1 all of a block's columns are kept, else one at most: strides are no shorter
-      // than the columns of a block, or every block has one.
-      const int per_block = kBlockKv / size;
-      return params.stride <= per_block ? count : columns(count * per_block);
-    }
-    const int per_column = size / kBlockKv;
+    const int per_column = (1 << params.block_log2) / kBlockKv;
     const int column = count / per_column;
     const int part = pattern.is_on_stride(column << params.block_log2) ? count % per_column : 0;
     return columns(column) * per_column + part;

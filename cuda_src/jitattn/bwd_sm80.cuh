@@ -35,6 +35,7 @@
 #include "jitattn/dq_fragments.cuh"
 #include "jitattn/element.cuh"
 #include "jitattn/enums.cuh"
+#include "jitattn/fine_stride.cuh"
 #include "jitattn/key_lists.cuh"
 #include "jitattn/params.cuh"
 #include "jitattn/ptx/cp_async.cuh"
@@ -48,13 +49,13 @@
 
 namespace jitattn {
 
-// Writes a warp's part of dK or dV. g_tile: row 0, column 0 of the key block.
-template <class Spec, int kHeadDim, class Grid, int kRowTiles, int kColumnTiles>
+// Writes a warp's part of dK or dV: row `row` of the key block to row row_of(row) from g_first on.
+template <class Spec, int kHeadDim, class Grid, int kRowTiles, int kColumnTiles, class RowOf>
 __device__ __forceinline__ void store_gradient(const float (&r)[kRowTiles][kColumnTiles][4],
                                                const Grid& grid,
-                                               typename Scalar<Spec::kDtype>::type* g_tile,
-                                               int64_t row_stride, int num_rows, float scale,
-                                               int lane_idx) {
+                                               typename Scalar<Spec::kDtype>::type* g_first,
+                                               int64_t row_stride, int num_rows, RowOf row_of,
+                                               float scale, int lane_idx) {
   using Element = Scalar<Spec::kDtype>;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
@@ -62,7 +63,7 @@ __device__ __forceinline__ void store_gradient(const float (&r)[kRowTiles][kColu
     for (int half = 0; half < 2; ++half) {
       const int row = grid.first_row + m * 16 + accumulator_row(lane_idx, half);
       if (row >= num_rows) continue;
-      auto* g_row = g_tile + row * row_stride;
+      auto* g_row = g_first + static_cast<int64_t>(row_of(row)) * row_stride;
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
         const int column = grid.first_column + n * 8 + accumulator_column(lane_idx);
@@ -99,9 +100,15 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
   const KvTile tile_idx = kv_tile_of<Spec>(params, blockIdx.x);
   const int kv_tile = tile_idx.tile, kv_head_idx = tile_idx.kv_head, batch_idx = tile_idx.batch;
   const Sequence sequence = Sequence::of<Spec>(params, batch_idx);
-  const int first_key = kv_tile * kBlockKv;
-  const int num_keys = min_of(kBlockKv, sequence.len_kv - first_key);
+  const int first_key = kv_tile * kBlockKv;  // of neighbouring keys
+  using Keys = typename Conditional<kGathersKeys<Spec>, GatheredKeys<Spec>, KeyBlock<Spec>>::type;
+  int num_keys = min_of(kBlockKv, sequence.len_kv - first_key);
+  if constexpr (kGathersKeys<Spec>) {
+    num_keys = Keys(params, sequence, kv_head_idx * params.heads_per_kv, kv_tile).num_keys();
+  }
   if (num_keys <= 0) return;
+  // The row that those of the key block are counted from.
+  const int64_t kv_row_idx = sequence.kv_start + (kGathersKeys<Spec> ? 0 : first_key);
   const RowMap rows(sequence.len_q);
   const GridS grid_s(warp_idx);
   const typename Traits::GridDk grid_dk(warp_idx);
@@ -139,10 +146,19 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
 
   // ---- K and V
   {
-    const int64_t kv_row_idx = sequence.kv_start + first_key;
     auto start_of = [&](const void* tensor, int64_t batch, int64_t row, int64_t head) {
       return reinterpret_cast<const char*>(static_cast<const Element*>(tensor) + batch_idx * batch +
                                            kv_row_idx * row + kv_head_idx * head);
+    };
+    auto load_keys = [&](const auto& copy, uint32_t s_addr, const char* g_first, int64_t row) {
+      if constexpr (kGathersKeys<Spec>) {
+        const Keys keys(params, sequence, kv_head_idx * params.heads_per_kv, kv_tile);
+        copy.template load_rows<true, false>(s_addr, copy.lane(g_first), num_keys, [&](int skip) {
+          return keys.key_of(copy.row + skip) * row * static_cast<int64_t>(sizeof(Element));
+        });
+      } else {
+        copy.load_tail(s_addr, copy.share(g_first), num_keys);
+      }
     };
     const typename Traits::CopyK copy_k(threadIdx.x, params.k_stride_row);
     const typename Traits::CopyV copy_v(threadIdx.x, params.v_stride_row);
@@ -153,14 +169,12 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
       copy_q.zero_padding(s_q_addr + stage * Traits::kBytesQ);
       copy_do.zero_padding(s_do_addr + stage * Traits::kBytesDo);
     }
-    copy_k.load_tail(s_k_addr,
-                     copy_k.share(start_of(params.k, params.k_stride_batch, params.k_stride_row,
-                                           params.k_stride_head)),
-                     num_keys);
-    copy_v.load_tail(s_v_addr,
-                     copy_v.share(start_of(params.v, params.v_stride_batch, params.v_stride_row,
-                                           params.v_stride_head)),
-                     num_keys);
+    load_keys(copy_k, s_k_addr,
+              start_of(params.k, params.k_stride_batch, params.k_stride_row, params.k_stride_head),
+              params.k_stride_row);
+    load_keys(copy_v, s_v_addr,
+              start_of(params.v, params.v_stride_batch, params.v_stride_row, params.v_stride_head),
+              params.v_stride_row);
   }
 
   // ---- Register tiles
@@ -170,8 +184,17 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
 #pragma unroll 1
   for (int group_head = 0; group_head < params.heads_per_kv; ++group_head) {
     const int head_idx = kv_head_idx * params.heads_per_kv + group_head;
-    const KeyBlock<Spec> keys(params, sequence, head_idx, kv_tile);
+    const Keys keys(params, sequence, head_idx, kv_tile);
     const TileRange range = keys.tiles();
+    int first_keys[kGathersKeys<Spec> ? kKeyTiles / 2 : 1];  // of this warp's groups
+    bool is_on_stride = false;
+    if constexpr (kGathersKeys<Spec>) {
+      is_on_stride = keys.is_on;
+#pragma unroll
+      for (int i = 0; i < kKeyTiles / 2; ++i) {
+        first_keys[i] = keys.first_key_of_group(grid_s.first_column + i * 16);
+      }
+    }
     const char* g_q = reinterpret_cast<const char*>(
         static_cast<const Element*>(params.q) + batch_idx * params.q_stride_batch +
         static_cast<int64_t>(sequence.q_start) * params.q_stride_row +
@@ -241,15 +264,21 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
         return listed_span(params, sequence, list_head, tile * kBlockQ);
       }
     };
-    auto listed_at = [&](int tile, int chunk) {
-      return static_cast<int>(ptx::ld_shared_b32(s_found_addr + (tile - chunk) * 4));
+    // Tile `chunk + idx`: bit idx % 32 of word idx / 32 says whether its list has any of this key
+    // block, the same of s_free_addr whether all rows see all of it; then what the list says.
+    constexpr int kGroups = kBlockKv / 16;
+    const uint32_t s_free_addr = s_found_addr + Traits::kBytesAny;
+    auto s_bits_of = [&](int idx) {
+      return s_found_addr + 2 * Traits::kBytesAny + idx * kGroups * 4;
     };
-    // The groups of a tile's list that lie in this key block, as key_lists.cuh wants them.
+    // As key_lists.cuh wants it.
     auto keep_listed = [&](int stage, int tile, int chunk) {
       if constexpr (kHasLists<Spec>) {
-        if (static_cast<int>(threadIdx.x) >= kBlockKv / 16) return;
-        store_listed<kBlockKv>(s_listed_addr + stage * Traits::kBytesListed, span_of(tile),
-                               listed_at(tile, chunk), first_key);
+        const int group = threadIdx.x;
+        if (group >= kGroups) return;
+        const uint64_t bits = ptx::ld_shared_b32(s_bits_of(tile - chunk) + group * 4);
+        const int64_t entry = static_cast<int64_t>(bits << 32) | (first_key + group * 16);
+        ptx::st_shared_b64(s_listed_addr + stage * Traits::kBytesListed + group * 8, entry);
       }
     };
 
@@ -258,28 +287,50 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
       const int chunk_end = range.end - chunk > kChunk ? chunk + kChunk : range.end;
       if constexpr (kHasLists<Spec>) {
         const int tile = chunk + threadIdx.x;
-        int found = -1;
+        uint32_t bits[kGroups] = {};
+        bool is_listed = false, sees_all = false;
         if (tile < chunk_end) {
           const ListSpan span = span_of(tile);
-          const int idx = span.before(first_key);
-          const int end_key = first_key + num_keys;
           const int last = min_of((tile + 1) * kBlockQ, sequence.len_q) - 1 + sequence.diagonal;
           const int first = max_of(tile * kBlockQ, sequence.first_position) + sequence.diagonal;
-          const bool is_near = first_key <= last + list_head.y &&
-                               (end_key > first + list_head.z || first_key < list_head.w);
-          if (is_near && idx < span.count && __ldg(span.g_groups + idx).x * 16 < end_key) {
-            found = idx;
-          }
+          const bool is_near =
+              first_key <= last + list_head.y &&
+              (first_key + num_keys > first + list_head.z || first_key < list_head.w);
+          if (is_near) is_listed = load_listed_bits(bits, span, first_key, num_keys);
+          sees_all = is_listed && num_keys == kBlockKv &&
+                     first_key + kBlockKv - 1 <= first + list_head.y &&
+                     (first_key >= last + list_head.z || first_key + kBlockKv <= list_head.w) &&
+                     has_all_cells(bits, params.list_log2);
         }
+        const uint32_t any = __ballot_sync(0xffffffffu, is_listed);
+        const uint32_t all = __ballot_sync(0xffffffffu, sees_all);
         ptx::barrier_sync<Traits::kNumThreads>();  // the last chunk's are read
-        ptx::st_shared_b32(s_found_addr + threadIdx.x * 4, found);
+        if (lane_idx == 0) {
+          ptx::st_shared_b32(s_found_addr + warp_idx * 4, any);
+          ptx::st_shared_b32(s_free_addr + warp_idx * 4, all);
+        }
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+          ptx::st_shared_b32(s_bits_of(threadIdx.x) + i * 4, bits[i]);
+        }
         ptx::barrier_sync<Traits::kNumThreads>();
       }
       auto next_tile = [&](int tile) {
         if constexpr (kHasLists<Spec>) {
-          while (tile < chunk_end && listed_at(tile, chunk) < 0) ++tile;
+          for (int idx = tile - chunk; idx < chunk_end - chunk; idx = (idx / 32 + 1) * 32) {
+            const uint32_t any = ptx::ld_shared_b32(s_found_addr + idx / 32 * 4) >> idx % 32;
+            if (any != 0) return chunk + idx + __ffs(any) - 1;
+          }
+          return max_of(tile, chunk_end);
         }
         return tile;
+      };
+      auto is_free = [&](int tile) {
+        if constexpr (kHasLists<Spec>) {
+          const int idx = tile - chunk;
+          return (ptx::ld_shared_b32(s_free_addr + idx / 32 * 4) >> idx % 32 & 1) != 0;
+        }
+        return keys.is_free(tile);
       };
       // Key blocks that a list leaves out still take their turns.
       auto wait_turn = [&](int tile, int turn) {
@@ -331,16 +382,22 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
         // ---- P and dS
         const int warp_row = tile * kBlockQ + grid_s.first_row;
         const int warp_key = first_key + grid_s.first_column;
-        const uint32_t s_listed =
-            s_listed_addr + stage * Traits::kBytesListed + grid_s.first_column / 16 * 8;
-        const KeyColumns<Spec> columns = {
-            accumulator_column(lane_idx) + (kHasLists<Spec> ? 0 : warp_key), s_listed};
+        KeyColumns<Spec> columns = {accumulator_column(lane_idx) +
+                                    (kHasGroups<Spec> ? 0 : warp_key)};
+        if constexpr (kHasLists<Spec>) {
+          columns.s_listed =
+              s_listed_addr + stage * Traits::kBytesListed + grid_s.first_column / 16 * 8;
+        }
+        if constexpr (kGathersKeys<Spec>) {
+#pragma unroll
+          for (int i = 0; i < kKeyTiles / 2; ++i) columns.first_keys[i] = first_keys[i];
+        }
         const uint32_t s_lse = s_stats_addr + stage * Traits::kBytesStats + grid_s.first_row * 4;
         if (Traits::kNumScoreWarps == Traits::kNumWarps || warp_idx < Traits::kNumScoreWarps) {
           Scores r_p, r_dp;
           const ListHead window = {list_head.y, list_head.z, list_head.w};
           const typename Weights::Tile where = {batch_idx, head_idx, warp_row, warp_key,
-                                                columns,   lane_idx, window};
+                                                columns,   lane_idx, window,   is_on_stride};
           Weights weights(params, sequence, rows, where);
           weights.template compute<kIsMasked>(r_p, r_dp, lane_q_addr + buffer * Traits::kBytesQ,
                                               lane_k_addr, lane_do_addr + buffer * Traits::kBytesDo,
@@ -466,7 +523,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
 #pragma unroll 1
       while (tile < chunk_end) {
         const int next = next_tile(tile + 1);
-        if (keys.is_free(tile)) {
+        if (is_free(tile)) {
           step(tile, next, FalseType{});
         } else {
           step(tile, next, TrueType{});
@@ -484,19 +541,24 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
 
   // ---- Results
   using T = typename Scalar<Spec::kDtype>::type;
-  const int64_t kv_row_idx = sequence.kv_start + first_key;
+  auto row_of = [&](int row) {
+    if constexpr (kGathersKeys<Spec>) {
+      return Keys(params, sequence, kv_head_idx * params.heads_per_kv, kv_tile).key_of(row);
+    }
+    return row;
+  };
   store_gradient<Spec, Spec::kHeadDim>(
       r_dk, grid_dk,
       static_cast<T*>(params.dk) + batch_idx * params.dk_stride_batch +
           kv_row_idx * params.dk_stride_row + kv_head_idx * params.dk_stride_head,
-      params.dk_stride_row, num_keys, params.scale, lane_idx);
+      params.dk_stride_row, num_keys, row_of, params.scale, lane_idx);
   float dv_scale = 1.f;
   if constexpr (Spec::kDropout == Switch::kOn) dv_scale = params.dropout_scale;
   store_gradient<Spec, Spec::kHeadDimV>(
       r_dv, grid_dv,
       static_cast<T*>(params.dv) + batch_idx * params.dv_stride_batch +
           kv_row_idx * params.dv_stride_row + kv_head_idx * params.dv_stride_head,
-      params.dv_stride_row, num_keys, dv_scale, lane_idx);
+      params.dv_stride_row, num_keys, row_of, dv_scale, lane_idx);
 }
 
 }  // namespace jitattn

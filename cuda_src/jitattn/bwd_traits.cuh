@@ -69,14 +69,18 @@ struct BwdTraits {
   static constexpr int kOffsetDs = kOffsetP + kBytesP;
   static constexpr int kOffsetStats = kOffsetDs + kBytesP;
   static constexpr int kOffsetListed = kOffsetStats + 2 * kBytesStats;
-  // Where each query tile's list reaches this key block, for as many tiles as there are threads.
+  // Of as many query tiles as there are threads: whether the list has any of it, whether every row
+  // sees all of it, and what the list says.
   static constexpr int kOffsetFound = kOffsetListed + (kHasLists<Spec> ? 2 * kBytesListed : 0);
-  static constexpr int kSmemBytes = kOffsetFound + (kHasLists<Spec> ? kNumThreads * 4 : 0);
+  static constexpr int kBytesAny = kNumThreads / 8;
+  static constexpr int kBytesFound = 2 * kBytesAny + kNumThreads * (Spec::kBlockKv / 16) * 4;
+  static constexpr int kSmemBytes = kOffsetFound + (kHasLists<Spec> ? kBytesFound : 0);
   static_assert(kSmemBytes == Spec::kSmemBytes, "host and device disagree on shared memory");
 
   // Sums of dQ lie in fragment order where all sequences are alike: a tile is a block of its own
   // there, and a warp adds to neighbouring addresses. (notes/0006)
-  static constexpr bool kDqInFragments = kIsUniform<Spec>;
+  static constexpr bool kDqInFragments =
+      Spec::kQLayout == SeqLayout::kBatched && Spec::kKvLayout == SeqLayout::kBatched;
 };
 
 }  // namespace jitattn

@@ -5,6 +5,7 @@
 #include "jitattn/bwd_traits.cuh"
 #include "jitattn/dropout.cuh"
 #include "jitattn/enums.cuh"
+#include "jitattn/fine_stride.cuh"
 #include "jitattn/key_lists.cuh"
 #include "jitattn/mask.cuh"
 #include "jitattn/ptx/math.cuh"
@@ -36,7 +37,8 @@ struct TileWeights {
     int first_key;
     KeyColumns<Spec> columns;
     int lane_idx;
-    ListHead window;  // lists
+    ListHead window;            // lists
+    bool is_on_stride = false;  // gathered keys
   };
 
   const BwdParamsOf<Spec>& params;
@@ -143,6 +145,9 @@ struct TileWeights {
         mask_listed<Spec>(r_s, params, sequence, rows, tile.window, s_listed, tile.first_row,
                           tile.lane_idx);
       }
+    } else if constexpr (kGathersKeys<Spec>) {
+      mask_gathered<Spec>(r_s, params, sequence, rows, tile.columns, tile.is_on_stride,
+                          tile.first_row, tile.lane_idx);
     } else {
       mask_scores<Spec>(r_s, params, sequence, rows, tile.head_idx, tile.first_row, tile.first_key,
                         tile.lane_idx);

@@ -38,7 +38,7 @@ __device__ __forceinline__ void dq_round(const RoundParams& params) {
     int64_t rest = thread / 32;
     const int tile = static_cast<int>(rest % kTiles);
     rest /= kTiles;
-    const int q_tiles = ceil_div(params.len_q, Spec::kBlockQ);
+    const int q_tiles = ceil_div(params.first_position + params.len_q, Spec::kBlockQ);
     const int64_t q_tile = rest % q_tiles;
     rest /= q_tiles;
     const int64_t head = rest % params.heads_q, batch = rest / params.heads_q;
@@ -54,10 +54,10 @@ __device__ __forceinline__ void dq_round(const RoundParams& params) {
         ((warp_idx * Grid::kRowTiles + m) * Grid::kColumnTiles + n) * Fragments::kTile;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t position =
-          q_tile * Spec::kBlockQ + row_tile * 16 + accumulator_row(lane_idx, i / 2);
+      const int64_t position = q_tile * Spec::kBlockQ + row_tile * 16 +
+                               accumulator_row(lane_idx, i / 2) - params.first_position;
       const int column = column_tile * 8 + accumulator_column(lane_idx) + i % 2;
-      if (position < params.len_q) {
+      if (position >= 0 && position < params.len_q) {
         store(batch, position, head, column, g_tile[Fragments::offset(lane_idx, i)]);
       }
     }

@@ -49,7 +49,7 @@ struct KeptWeights {
     const uint64_t seed = __ldg(params.dropout_state);
     const uint32_t offset = static_cast<uint32_t>(__ldg(params.dropout_state + 1));
     // Whole spans of 32 keys, where a warp's keys begin at a multiple of 32; else halves of them.
-    constexpr bool kIsWhole = kKeyTiles % 4 == 0 && !kHasLists<Spec>;
+    constexpr bool kIsWhole = kKeyTiles % 4 == 0 && !kHasGroups<Spec>;
     constexpr int kTiles = kIsWhole ? 4 : 2;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {

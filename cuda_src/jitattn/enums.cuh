@@ -6,7 +6,14 @@ namespace jitattn {
 enum class Dtype { kFp16, kBf16, kFp32 };
 
 // Which rule decides what a query sees; its numbers are runtime parameters.
-enum class MaskKind { kFull, kCausal, kWindow, kLocalStride, kBlockLists };
+enum class MaskKind {
+  kFull,
+  kCausal,
+  kWindow,
+  kLocalStride,
+  kFineStride,  // the same, in blocks of fewer keys than a backward kernel's (fine_stride.cuh)
+  kBlockLists,
+};
 
 // Whether an optional input is there.
 enum class Switch { kOff, kOn };

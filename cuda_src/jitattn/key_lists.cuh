@@ -34,13 +34,47 @@ __device__ __forceinline__ void store_listed(uint32_t s_listed, const ListSpan& 
   ptx::st_shared_b64(s_listed + threadIdx.x * 8, entry);
 }
 
+// What a list says of the groups of the num_keys keys from first_key on; false: it has none.
+template <int kGroups>
+__device__ __forceinline__ bool load_listed_bits(uint32_t (&bits)[kGroups], const ListSpan& span,
+                                                 int first_key, int num_keys) {
+  const int begin = span.before(first_key);
+  bool is_listed = false;
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    if (begin + i >= span.count) continue;
+    const int2 group = __ldg(span.g_groups + begin + i);
+    const int idx = group.x - first_key / 16;
+    is_listed |= idx * 16 < num_keys;
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) bits[j] |= idx == j ? group.y : 0;
+  }
+  return is_listed;
+}
+
+// Whether every query of a list sees every key of these groups, its window aside.
+template <int kGroups>
+__device__ __forceinline__ bool has_all_cells(const uint32_t (&bits)[kGroups], int list_log2) {
+  const uint32_t low = (1u << (1 << (list_log2 - 3))) - 1, all = low | low << 16;
+  bool has_all = true;
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) has_all &= bits[i] == all;
+  return has_all;
+}
+
+// Whether a block's keys are groups of 16 that need not be neighbours.
+template <class Spec>
+constexpr bool kHasGroups = kHasLists<Spec> || kGathersKeys<Spec>;
+
 // The key of this lane's first column in n8 tile n of a warp's keys.
 template <class Spec>
 struct KeyColumns {
-  int first;          // of tile 0; lists: within a group
-  uint32_t s_listed;  // lists: the entries of the warp's groups
+  int first;               // of tile 0; groups: within one
+  uint32_t s_listed = 0;   // lists: the entries of the warp's groups
+  int first_keys[4] = {};  // gathered keys: those of the warp's groups
 
   __device__ int operator()(int n) const {
+    if constexpr (kGathersKeys<Spec>) return first_keys[n / 2] + n % 2 * 8 + first;
     if constexpr (kHasLists<Spec>) {
       return load_listed(s_listed, n / 2).first_key + n % 2 * 8 + first;
     }

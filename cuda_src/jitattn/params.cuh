@@ -272,7 +272,7 @@ struct RoundParams {
   int32_t len_q;
   int32_t heads_q;
   float scale;
-  int32_t reserved;  // keeps the size a multiple of 8
+  int32_t first_position;  // rows of the first tile before query 0
 };
 
 struct MergeParams {

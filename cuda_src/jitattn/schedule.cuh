@@ -223,6 +223,11 @@ struct LocalStride {
     if (is_dense) return 0;
     return max_of(0, (own >> params.block_log2) - params.local_blocks + 1) << params.block_log2;
   }
+  // After the last query, by its key position, to which the block of a key is local.
+  __device__ int64_t end_of_local(int key) const {
+    return static_cast<int64_t>((key >> params.block_log2) + params.local_blocks)
+           << params.block_log2;
+  }
   __device__ int first_column() const {
     const int past = shift % params.stride;
     return past == 0 ? 0 : params.stride - past;
@@ -238,7 +243,7 @@ __device__ __forceinline__ int first_key(const FwdParamsOf<Spec>& params, const 
                                          int head_idx, int position) {
   if constexpr (Spec::kMask == MaskKind::kWindow) {
     return max_of(0, position + (kIsUniform<Spec> ? left_of<Spec>(params, 0) : sequence.left));
-  } else if constexpr (Spec::kMask == MaskKind::kLocalStride) {
+  } else if constexpr (kHasStride<Spec>) {
     const int own = position + (kIsUniform<Spec> ? params.diagonal : sequence.diagonal);
     return LocalStride<Spec>(params, head_idx).first_local(max_of(0, own));
   }

@@ -20,9 +20,16 @@ template <class Spec>
 constexpr bool kIsPaged =
     Spec::kKvLayout == SeqLayout::kPaged || Spec::kKvLayout == SeqLayout::kPaged16;
 
+// Whether a kernel block is gathered of small blocks of a local + stride pattern.
+template <class Spec>
+constexpr bool kGathersKeys = Spec::kMask == MaskKind::kFineStride;
+
+template <class Spec>
+constexpr bool kHasStride = Spec::kMask == MaskKind::kLocalStride || kGathersKeys<Spec>;
+
 // Whether keys before a bound of their own are hidden, but for some.
 template <class Spec>
-constexpr bool kHasGap = Spec::kMask == MaskKind::kWindow || Spec::kMask == MaskKind::kLocalStride;
+constexpr bool kHasGap = Spec::kMask == MaskKind::kWindow || kHasStride<Spec>;
 
 // Whether the mask or anything else asks for more than q k^T, scaled.
 template <class Spec>

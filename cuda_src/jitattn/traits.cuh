@@ -66,6 +66,7 @@ struct MmaOf<Numerics::kTf32, kDtype> {
 
 template <class Spec>
 struct FwdTraits {
+  static_assert(!kGathersKeys<Spec>, "the forward kernel takes lists");
   static_assert(Spec::kArch >= 80, "the forward kernel needs sm_80 or newer");
   static_assert(sizeof(FwdParamsOf<Spec>) == Spec::kParamsBytes,
                 "host and device disagree on FwdParams");

@@ -32,7 +32,7 @@ from typing import Any, Final, TypeAlias, TypeVar, get_type_hints
 from jitattn.bwd_tiles import score_grad_spec, specs_of_backward
 from jitattn.errors import InvalidInputError, JitAttnError
 from jitattn.gears import DEFAULT_GEAR, FAST_HALVES_ARCHS, resolve_numerics
-from jitattn.jit.enums import Access, Dtype, RowClass, ScoreTarget, Switch
+from jitattn.jit.enums import Access, Dtype, MaskKind, RowClass, ScoreTarget, Switch
 from jitattn.jit.spec import (
     FAMILIES,
     PLAIN_FAMILIES,
@@ -266,15 +266,18 @@ def _expand(choice: Choice, archs: Sequence[str], where: str) -> list[KernelSpec
     deterministic = _members(choice, "deterministic", Switch, where) or [Switch.OFF]
     targets = _members(choice, "target", ScoreTarget, where) or list(ScoreTarget)
     for (problem, gear), arch in itertools.product(_problems(choice, allowed, where), named):
+        listed = problem
+        if problem.mask is MaskKind.FINE_STRIDE:  # a pattern that other kernels have lists of
+            listed = replace(problem, mask=MaskKind.BLOCK_LISTS)
         if FwdSpec.family in families:
-            specs.update(dict.fromkeys(_forward_specs(problem, gear, arch, rows or [*RowClass])))
+            specs.update(dict.fromkeys(_forward_specs(listed, gear, arch, rows or [*RowClass])))
         if BwdSpec.family in families:
             for switch in deterministic:
                 made = specs_of_backward(problem, arch, deterministic=switch is Switch.ON)
                 specs.update(dict.fromkeys(made))
         if ScoreGradSpec.family in families:
             for target in targets:
-                specs[score_grad_spec(problem, arch, target)] = None
+                specs[score_grad_spec(listed, arch, target)] = None
     return list(specs)
 
 

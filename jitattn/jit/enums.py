@@ -28,6 +28,7 @@ class MaskKind(StrEnum):
     CAUSAL = "causal"
     WINDOW = "window"  #: a bound on either side, and the first keys
     LOCAL_STRIDE = "local_stride"  #: causal; blocks nearby, and every so many-th before them
+    FINE_STRIDE = "fine_stride"  #: the same in blocks of 16 or 32, which backward kernels gather
     BLOCK_LISTS = "block_lists"  #: lists of blocks in memory, and a window, of each head
 
 

@@ -192,7 +192,7 @@ ROUND_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("len_q", _INT32),
     ("heads_q", _INT32),
     ("scale", _FLOAT),
-    ("reserved", _INT32),
+    ("first_position", _INT32),
 )
 
 MERGE_FIELDS: Final[tuple[tuple[str, str], ...]] = (

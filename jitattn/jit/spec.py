@@ -256,7 +256,8 @@ class _BackwardSpec(_Spec):
         size = (rows * dims + 2 * tile.block_q * tile.block_kv) * problem.dtype.bytes
         size += 2 * 8 * tile.block_q
         if problem.mask is MaskKind.BLOCK_LISTS:
-            size += 2 * tile.block_kv // 16 * 8 + 4 * self.num_threads
+            groups = tile.block_kv // 16
+            size += 2 * 8 * groups + 2 * (self.num_threads // 8) + self.num_threads * groups * 4
         return size
 
 
@@ -278,7 +279,7 @@ class BwdSpec(_BackwardSpec):
     @property
     def in_fragments(self) -> bool:
         """Whether the sums of dQ lie in fragment order."""
-        return self.problem.is_uniform
+        return self.problem.q_layout == self.problem.kv_layout == SeqLayout.BATCHED
 
     @property
     def dq_columns(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 
 import jitattn
+from jitattn.backward import kernel_problem
 from jitattn.bwd_tiles import score_grad_spec, specs_of_backward
 from jitattn.gears import resolve_numerics
 from jitattn.jit import build
@@ -26,6 +27,7 @@ from tests.support.gradients import (
     check_gradients,
     grad_cases,
 )
+from tests.support.patterns import on_device
 from tests.support.precompile import CompileOnce
 from tests.support.random_cases import cases, check_part, in_parts
 
@@ -33,6 +35,7 @@ from .test_features_gpu import problem_of
 
 BF16 = torch.bfloat16
 DIMS = ((1, 1), (5, 7), (16, 16), (40, 40), (80, 48), (100, 100), (192, 128), (256, 256))
+FINE = (jitattn.LocalStride(16, 2, 3), jitattn.LocalStride(32, 2, 3))
 DETERMINISTIC = ("full", "window sinks bias row", "block_lists bias dense")
 
 
@@ -53,9 +56,12 @@ def compiled(arch: str, compile_once: CompileOnce) -> None:
     for features, (dtype, dim), (q, kv) in itertools.product(GRAD_FEATURES, KINDS, GRAD_LAYOUTS):
         problem = problem_of(features, dtype, dim, q, kv)
         specs |= dict.fromkeys(fwd_spec(problem, arch, rows) for rows in RowClass)
-        specs |= dict.fromkeys(specs_of_backward(problem, arch))
-        if features in DETERMINISTIC:
-            specs |= dict.fromkeys(specs_of_backward(problem, arch, deterministic=True))
+        of_rules = {problem: None}
+        if problem.mask is MaskKind.BLOCK_LISTS:  # random rules are LocalStride, too
+            of_rules |= dict.fromkeys(kernel_problem(problem, rule, arch) for rule in FINE)
+        for own, switch in itertools.product(of_rules, (False, True)):
+            if not switch or features in DETERMINISTIC:
+                specs |= dict.fromkeys(specs_of_backward(own, arch, deterministic=switch))
         specs |= dict.fromkeys(
             score_grad_spec(problem, arch, target) for target in targets_of(problem)
         )
@@ -157,6 +163,29 @@ def test_head_dims(dtype: torch.dtype, dim: int, dim_v: int) -> None:
         assert rel_l2(got, true) < limit
 
 
+@pytest.mark.parametrize(
+    ("rule", "len_q", "len_kv"),
+    [
+        (jitattn.LocalStride(32, 2, 3), 300, 300),
+        (jitattn.LocalStride(16, 3, 4, 1, 1, num_dense_heads=1), 200, 333),
+        (jitattn.LocalStride(32, 1, 1), 130, 150),
+        (jitattn.LocalStride(16, 2, 5), 330, 130),  # queries before the first key
+        (jitattn.LocalStride(32, 3, 2, homo_head=True), 333, 333),
+        (jitattn.LocalStride(16, 1, 70), 150, 150),  # a stride beyond the last block
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_patterns_in_small_blocks(
+    rule: jitattn.LocalStride, len_q: int, len_kv: int, dtype: torch.dtype
+) -> None:
+    qkv = tensors(dtype, len_q=len_q, len_kv=len_kv)
+    limit = 6e-3 if dtype is BF16 else 3e-6
+    found = gradients(qkv, mask=rule, deterministic=True)
+    for got, true in zip(found, true_gradients(qkv, mask=rule), strict=True):
+        assert rel_l2(got, true) < limit
+
+
 @pytest.mark.parametrize("group", [1, 3, 8])
 @pytest.mark.real_gpu
 def test_dk_and_dv_are_reproducible(group: int) -> None:
@@ -176,12 +205,14 @@ def test_dk_and_dv_are_reproducible(group: int) -> None:
         jitattn.Window(100, 0, keep_first=70),
         jitattn.LocalStride(64, 2, 3),
         jitattn.LocalStride(16, 2, 3),
+        jitattn.BlockSparse(torch.ones(63, 63).tril().bool(), 16, causal=True),
     ],
-    ids=lambda mask: type(mask).__name__,
+    ids=lambda mask: f"{type(mask).__name__}{getattr(mask, 'block_size', '')}",
 )
 @pytest.mark.real_gpu
 def test_deterministic_means_the_same_bits(mask: Any) -> None:
     qkv = tensors(len_q=1000, len_kv=1000)
+    mask = on_device(mask, "cuda")
     first = gradients(qkv, mask=mask, deterministic=True)
     for got, true in zip(first, true_gradients(qkv, mask=mask), strict=True):
         assert rel_l2(got, true) < 6e-3
@@ -345,5 +376,5 @@ def test_zero_compiles_when_only_lengths_change() -> None:
 
 
 def test_kinds_of_masks_are_enumerated() -> None:
-    seen = {features.split()[0] for features in GRAD_FEATURES}
+    seen = {features.split()[0] for features in GRAD_FEATURES} | {"fine_stride"}  # in block_lists
     assert seen == {kind.value for kind in MaskKind}
