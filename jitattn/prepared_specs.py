@@ -1,8 +1,8 @@
 """Which problems have kernels whose operands others prepare, and which; without torch.
 
 Gear 4 brings Q and K to 8 bits, and fp32 inputs become one or two fp16 parts each. Neither is there
-for pages, for whatever is done with scores but masks of positions, nor for other alignments than 16
-bytes; fp16 parts not for sequences of their own.
+for whatever is done with scores but masks of positions, nor for other alignments than 16 bytes;
+fp16 parts not for sequences of their own, in pages or not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from jitattn.jit.enums import (
     MaskKind,
     Numerics,
     RowClass,
-    SeqLayout,
     Switch,
 )
 from jitattn.jit.spec import ChannelStatsSpec, QuantizeSpec, SplitHalvesSpec, arch_number
@@ -60,16 +59,16 @@ def problem_in_8_bits(problem: Problem, arch: str) -> Problem | None:
     if arch_number(arch) >= 90 and problem.head_dim < _LEAST_ON_SM90:
         return None
     fits = problem.head_dim in HEAD_DIMS and problem.dtype is not Dtype.FP32
-    fits &= problem.kv_layout in (SeqLayout.BATCHED, SeqLayout.RAGGED)
     return replace(problem, numerics=Numerics.INT8) if fits and _is_plain(problem) else None
 
 
 def specs_of_rounding(problem: Problem, arch: str) -> list[KernelSpec]:
     """Return the kernels that bring q and k to 8 bits."""
     dtype, dim = problem.dtype, problem.head_dim
+    paged = Switch.ON if problem.kv_layout.page_group else Switch.OFF
     return [
-        ChannelStatsSpec(dtype=dtype, head_dim=dim, chunk_rows=CHUNK_ROWS, arch=arch),
-        QuantizeSpec(dtype=dtype, head_dim=dim, arch=arch),
+        ChannelStatsSpec(dtype=dtype, head_dim=dim, chunk_rows=CHUNK_ROWS, paged=paged, arch=arch),
+        QuantizeSpec(dtype=dtype, head_dim=dim, paged=paged, arch=arch),
     ]
 
 

@@ -1,14 +1,18 @@
 """Gear 4: Q and K in 8 bits, for long queries on a GPU.
 
 Two kernels bring Q and K to 8 bits (cuda_src/jitattn/quantize.cuh), then the forward kernel reads
-these. Calls that this does not serve have the numerics of gear 3: short queries, which would wait
-for K to be read twice; sequences that may share rows; and problems without a kernel for it
-(jitattn/prepared_specs.py).
+these. Keys in pages come to 8 bits at every call, and outside the pages, which nothing writes to: a
+page that several sequences share comes once for each, as each has a mean of its own. Values stay
+where they are.
+
+Calls that this does not serve have the numerics of gear 3: short queries, a decoding step above
+all, which would wait for K to be read twice; sequences that may share rows of one tensor; and
+problems without a kernel for it (jitattn/prepared_specs.py).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
@@ -16,9 +20,10 @@ from jitattn.errors import UnsupportedError
 from jitattn.jit import launch
 from jitattn.jit.device import device
 from jitattn.jit.enums import RowClass
+from jitattn.jit.params import divisor
 from jitattn.loaded import loaded_kernel
 from jitattn.prepared_specs import BLOCK_KEYS, CHUNK_ROWS, problem_in_8_bits, specs_of_rounding
-from jitattn.sequences import Padded, Ragged
+from jitattn.sequences import Padded, Paged, Ragged
 from jitattn.workspace import arrivals
 
 if TYPE_CHECKING:
@@ -28,11 +33,15 @@ if TYPE_CHECKING:
     from jitattn.problem import Call, Runtime
 
 
+#: Starts, stops and block table of sequences that fill a batch.
+_NOWHERE: Final = (0,) * 6
+
+
 class Quantized(NamedTuple):
     """Q and K in 8 bits, and their scales. A flat tensor is a batch of one."""
 
     q: Tensor  #: [B, Hq, Lq, D]
-    k: Tensor  #: [B, Hkv, Lkv, D]
+    k: Tensor  #: [B, Hkv, Lkv, D]; of pages too, where Lkv is the bound on the lengths
     q_scale: Tensor  #: [B, Hq, Lq]
     k_scale: Tensor  #: [B, Hkv, ceil(Lkv / 64)], of sequences
     along_mean: Tensor  #: [B, Hq, Lq]: q times the mean of K, which the LSE gets back
@@ -50,17 +59,20 @@ def problem_of(problem: Problem, runtime: Runtime, call: Call, arch: str) -> Pro
 
 
 def _are_apart(seqs: object) -> bool:
-    """Whether no row is of two sequences, which would have its 8 bits twice."""
+    """Whether no row is of two sequences, or each has 8 bits of its own of such a row."""
     if isinstance(seqs, Ragged):
         return not seqs.stop_is_length  # cumulative lengths
-    return seqs is None or (isinstance(seqs, Padded) and seqs.batch_idx is None)
+    if isinstance(seqs, Padded):
+        return seqs.batch_idx is None
+    return seqs is None or isinstance(seqs, Paged)
 
 
 def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quantized:
     """Bring q and k to 8 bits, on their device, in the current stream.
 
     Beside the results, which take half the memory of q and k, and 8 bytes a row of q, this takes
-    12 bytes a channel for every 512 rows and for every sequence.
+    12 bytes a channel for every 512 rows and for every sequence. Of keys in pages, whose lengths
+    the device knows, they take what all sequences would have with the longest (`Paged` bounds it).
 
     Raises
     ------
@@ -72,13 +84,14 @@ def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quanti
     batch, dim = runtime.batch, problem.head_dim
     heads_q, heads_kv = runtime.heads_q, runtime.heads_kv
     len_q, len_kv = runtime.len_q, runtime.len_kv
-    spans: tuple[int, ...] = (0, 0, 0, 0)
-    words: tuple[int, ...] = (1, 1, 1, 1)
-    rows_q, rows_kv, is_sparse = len_q, len_kv, runtime.indices is not None
+    addresses: tuple[int, ...] = _NOWHERE
+    counts: tuple[int, ...] = (1, 1, 1, 1, 1, len_q, len_kv, 0, 1, *divisor(1))
+    is_sparse = runtime.indices is not None
     if runtime.indices is not None:
-        counts = runtime.indices.counts
-        spans, words = runtime.indices.addresses[:4], (*counts[:2], *counts[3:5])
-        rows_q, rows_kv = counts[5:7]
+        addresses, counts = runtime.indices.addresses, runtime.indices.counts
+    rows_q, rows_kv = counts[5:7]
+    if problem.kv_layout.page_group:
+        rows_kv = len_kv  # out of their pages
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
@@ -119,7 +132,7 @@ def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quanti
             channels.data_ptr(),
             partials.data_ptr(),
             arrivals(batch * heads_kv, index, stream),
-            *spans,
+            *addresses,
             *runtime.q_strides,
             *runtime.k_strides,
             batch,
@@ -128,9 +141,6 @@ def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quanti
             heads_q,
             heads_kv,
             *flat,
-            *words,
-            rows_q,
-            rows_kv,
-            0,
+            *counts,
         )
     return made

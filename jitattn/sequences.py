@@ -233,7 +233,7 @@ class Paged(_Spans):
     length : Tensor, [B], int32 or int64
         Number of keys of each sequence.
     max_length : int, default max_pages * page_size
-        A bound on the lengths. A smaller one saves work.
+        A bound on the lengths. A smaller one saves work and, with gear 4, memory.
     start : Tensor, [B], same dtype as length, optional
         Row of the first key of each sequence, where padding lies on the left; 0 if left out.
 

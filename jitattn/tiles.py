@@ -152,10 +152,17 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
         # 64 keys share a scale. us at 16k, full / causal: 128x64 with one stage 4509 / 2508, with
         # two 4661 / 2452, 128x32 4643 / 2374.
         is_small = table is _SMALL_SMEM
-        is_full = problem.mask is MaskKind.FULL and not is_small
+        is_full = problem.mask is MaskKind.FULL and not is_small and not problem.gather_group
         block_kv, stages = (64, 1) if is_full else (32, 1 if is_small else 2)
     elif problem.numerics is Numerics.INT8:
         block_kv = min(block_kv, 64)
+    if problem.numerics is Numerics.INT8 and problem.gather_group and problem.has_scores:
+        # Rows of V that are looked up beside two ranges of keys: 128 rows and 32 keys would spill
+        # 4 to 44 bytes at D=128, 64 keys 12 to 32 at D=256. Not measured.
+        if dim > 128:
+            block_kv = 32
+        elif dim > 64:
+            block_q, block_kv, stages = 64, 64, 1
     if problem.numerics in (Numerics.SPLIT_P, Numerics.F16_ACC):
         # Sums that are promoted, and with SPLIT_P both parts of P: half the rows a warp.
         if warps_q == 4 and block_q == 128:

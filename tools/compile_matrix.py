@@ -139,7 +139,8 @@ def kernel_name(fields: dict[str, str | int]) -> str:
     """'sm_90 fwd bf16 d128 causal 128x64' and the like, from a spec's flat fields."""
     if "mask" not in fields:
         first = ("arch", "family")
-        rest = [str(value) for name, value in fields.items() if name not in first]
+        shown = {name: name if value == "on" else value for name, value in fields.items()}
+        rest = [str(value) for name, value in shown.items() if name not in first and value != "off"]
         return " ".join([*(str(fields[name]) for name in first), *rest])
     dim, dim_v = fields["head_dim"], fields["head_dim_v"]
     parts = [
@@ -244,15 +245,11 @@ def _gears(arch: str) -> Iterator[KernelSpec]:
             yield fwd_spec(_geared(Dtype.BF16, dim, Numerics.INT8, mask), arch, RowClass.MANY)
     yield fwd_spec(_geared(Dtype.FP16, 128, Numerics.INT8), arch, RowClass.MANY)
     for dim, mask in itertools.product(DIMS_IN_8_BITS, (MaskKind.CAUSAL, MaskKind.WINDOW)):
-        own = _geared(
-            Dtype.BF16,
-            dim,
-            Numerics.INT8,
-            mask,
-            q_layout=SeqLayout.RAGGED,
-            kv_layout=SeqLayout.RAGGED,
-        )
-        yield fwd_spec(own, arch, RowClass.MANY)
+        yield fwd_spec(_in_8_bits(dim, mask, SeqLayout.RAGGED), arch, RowClass.MANY)
+    for dim, layout in itertools.product(DIMS_IN_8_BITS, (SeqLayout.PAGED, SeqLayout.PAGED16)):
+        yield from specs_of_rounding(_in_8_bits(dim, MaskKind.FULL, layout), arch)
+        for mask in (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE):
+            yield fwd_spec(_in_8_bits(dim, mask, layout), arch, RowClass.MANY)
     for numerics, dim in itertools.product((Numerics.F16X3, Numerics.F16X1), (16, 64, 80, 128)):
         yield split_spec(_geared(Dtype.FP32, dim, numerics), arch)
         for mask in (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE):
@@ -266,6 +263,11 @@ def _geared(
     dtype: Dtype, dim: int, numerics: Numerics, mask: MaskKind = MaskKind.CAUSAL, **other: Any
 ) -> Problem:
     return replace(problem(dtype, dim, mask, **other), numerics=numerics)
+
+
+def _in_8_bits(dim: int, mask: MaskKind, kv_layout: SeqLayout) -> Problem:
+    q_layout = SeqLayout.RAGGED
+    return _geared(Dtype.BF16, dim, Numerics.INT8, mask, q_layout=q_layout, kv_layout=kv_layout)
 
 
 def _backward(arch: str) -> Iterator[KernelSpec]:

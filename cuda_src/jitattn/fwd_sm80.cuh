@@ -79,12 +79,15 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   const int64_t kv_head_idx = tile.head_idx / params.heads_per_kv;
   const int64_t batch_idx = tile.batch_idx;
   const int64_t kv_batch_idx = kv_row<Spec>(params, tile.batch_idx);
+  // K in 8 bits is in no page: each sequence has a row of its own (quantize.cuh).
+  constexpr bool kIsOutOfPages = Traits::kIsGathered && !Traits::kGathersK;
+  const int64_t k_batch_idx = kIsOutOfPages ? batch_idx : kv_batch_idx;
   const int64_t kv_start = Traits::kIsPaged ? 0 : sequence.kv_start;
   const char* g_q = reinterpret_cast<const char*>(
       static_cast<const ElementQk*>(params.q) + batch_idx * params.q_stride_batch +
       sequence.q_start * params.q_stride_row + tile.head_idx * params.q_stride_head);
   const char* g_k = reinterpret_cast<const char*>(
-      static_cast<const ElementQk*>(params.k) + kv_batch_idx * params.k_stride_batch +
+      static_cast<const ElementQk*>(params.k) + k_batch_idx * params.k_stride_batch +
       kv_start * params.k_stride_row + kv_head_idx * params.k_stride_head);
   const char* g_v = reinterpret_cast<const char*>(
       static_cast<const Element*>(params.v) + kv_batch_idx * params.v_stride_batch +
@@ -124,7 +127,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
 
   // Copies of the next key block, from right to left, into buffer `stage`. The pointers walk: they
   // are this thread's share of the block to be copied next. Only the last block of a sequence has a
-  // tail. The rows of paged keys are looked up instead.
+  // tail. The rows of paged keys are looked up instead, but for those in 8 bits.
   int ordinal = range.end - 1;  // of the current step
   auto block_at = [&](int ordinal) { return range.template block_at<Spec>(ordinal); };
   const int64_t k_block_bytes = params.k_stride_row * (kBlockKv * kBytesOfQk);
@@ -138,7 +141,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   };
   const GatheredRows<Spec> gathered(params, sequence, tile.batch_idx, s_q_addr);
   if constexpr (Traits::kIsGathered) {
-    g_k = gathered.lane_k(copy_k.lane(g_k), copy_k.row);
+    if constexpr (Traits::kGathersK) g_k = gathered.lane_k(copy_k.lane(g_k), copy_k.row);
     g_v = gathered.lane_v(copy_v.lane(g_v), copy_v.row);
   }
   // The tiles of matrices that go with a block.
@@ -181,7 +184,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   auto load_k = [&](int stage, int ahead, auto is_first) {
     load_matrices(stage, block_at(ordinal - ahead));
     const uint32_t s_addr = s_k_addr + stage * Traits::kBytesK;
-    if constexpr (Traits::kIsGathered) {
+    if constexpr (Traits::kGathersK) {
       copy_k.template load_rows<decltype(is_first)::value, true>(
           s_addr, g_k, keys_left(ordinal),
           [&](int skip) { return gathered.offset_k(ordinal - ahead, copy_k.row, skip); });
@@ -190,7 +193,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     } else {
       copy_k.load_full(s_addr, g_k_next);
     }
-    if constexpr (Traits::kIsGathered) return;
+    if constexpr (Traits::kGathersK) return;
     const int next = ordinal - ahead - 1;
     g_k_next -= (kHasGap<Spec> ? block_at(next + 1) - block_at(next) : 1) * k_block_bytes;
   };
@@ -374,7 +377,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
 
     const int block = block_at(ordinal);
     if constexpr (kIsScaled<Spec>) {
-      scale.load_keys(params, kv_batch_idx * (params.heads_q / params.heads_per_kv) + kv_head_idx,
+      scale.load_keys(params, k_batch_idx * (params.heads_q / params.heads_per_kv) + kv_head_idx,
                       block * kBlockKv + warp_first_key);
     }
     const bool sees_any = !kIsMasked || is_seen(block);

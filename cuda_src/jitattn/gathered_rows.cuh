@@ -1,5 +1,6 @@
 // Where the rows of gathered keys and values lie, keys in pages or in lists of groups: byte
-// offsets, resolved well ahead of their copies.
+// offsets, resolved well ahead of their copies. Of keys in 8 bits, which lie in no page, the values
+// alone.
 //
 // Keys are looked up in groups that lie together: of 16 in lists, and where pages hold a multiple
 // of that, else one by one. Blocks come in batches of kBatch. In the first step of a batch, all
@@ -97,10 +98,16 @@ struct GatheredRows {
       const bool exists =
           Traits::kIsPaged && static_cast<uint32_t>(found.page[i]) < params.num_pages;
       const int64_t page = exists ? found.page[i] : 0, row = found.row[i];
-      ptx::st_shared_v2_b64(
-          slot_addr((batch & 1) * kBatch, group_of(i)),
-          (page * params.k_stride_batch + row * params.k_stride_row) * kElementBytes,
-          (page * params.v_stride_batch + row * params.v_stride_row) * kElementBytes);
+      const uint32_t slot = slot_addr((batch & 1) * kBatch, group_of(i));
+      const int64_t offset_v =
+          (page * params.v_stride_batch + row * params.v_stride_row) * kElementBytes;
+      if constexpr (Traits::kGathersK) {
+        ptx::st_shared_v2_b64(
+            slot, (page * params.k_stride_batch + row * params.k_stride_row) * kElementBytes,
+            offset_v);
+      } else {
+        ptx::st_shared_b64(slot + 8, offset_v);
+      }
       if constexpr (kHasLists<Spec>) {
         const uint32_t key = group_of(i) * kGroup;
         if (key % 16 != 0) continue;

@@ -164,9 +164,9 @@ struct SplitParams {
 // What makes them (quantize.cuh).
 struct QuantParams {
   const void* q;           // [B, Lq, Hq, D] or, ragged, [total, Hq, D]; so is k
-  const void* k;           // [B, Lkv, Hkv, D]
+  const void* k;           // [B, Lkv, Hkv, D] or, paged, [num_pages, page_size, Hkv, D]
   int8_t* q_out;           // [B, Hq, Lq, D] or [Hq, total, D], contiguous, as all that follow
-  int8_t* k_out;           // [B, Hkv, Lkv, D] or [Hkv, total, D]
+  int8_t* k_out;           // [B, Hkv, Lkv, D] or [Hkv, total, D]; paged: Lkv is the largest
   float* q_scale;          // [B, Hq, Lq] or [Hq, total]
   float* k_scale;          // [B, Hkv, ceil(Lkv / 64)]
   float* along_mean;       // as q_scale: q times the mean of K
@@ -177,10 +177,12 @@ struct QuantParams {
   const int32_t* q_stop;
   const int32_t* kv_start;
   const int32_t* kv_stop;
+  const int32_t* block_table;
+  int64_t table_stride;
   int64_t q_stride_batch;
   int64_t q_stride_row;
   int64_t q_stride_head;
-  int64_t k_stride_batch;
+  int64_t k_stride_batch;  // paged: of a page
   int64_t k_stride_row;
   int64_t k_stride_head;
   int32_t batch;
@@ -190,13 +192,17 @@ struct QuantParams {
   int32_t heads_kv;
   int32_t q_is_flat;  // 1: [total, Hq, D]
   int32_t k_is_flat;
-  int32_t q_word;
+  int32_t q_word;  // from here on as FwdSeqParams has them
   int32_t kv_word;
+  int32_t table_word;
   int32_t q_stop_is_length;
   int32_t kv_stop_is_length;
-  int32_t q_rows;  // of the tensor
+  int32_t q_rows;
   int32_t kv_rows;
-  int32_t reserved;  // keeps the size a multiple of 8
+  uint32_t num_pages;
+  int32_t page_size;
+  uint32_t page_div_mul;
+  uint32_t page_div_shift;
 };
 
 // What a backward kernel reads beside the parameters of its forward kernel, of which it leaves out

@@ -13,6 +13,10 @@
 // Work split  channel_stats: a CTA has kChunkRows rows of a head, of q or of k; the last one of a
 // kv
 //             head makes mean and c of what all have left. quantize: a CTA has kQuantKeys rows.
+//
+// Pages       K is read through the block table, and written as if batched, from the first key of
+//             each sequence on: a page that several share has as many results, each with the mean
+//             and the scales of its sequence. Rows of no sequence are not read.
 #pragma once
 
 #include "jitattn/element.cuh"
@@ -20,6 +24,7 @@
 #include "jitattn/params.cuh"
 #include "jitattn/ptx/global.cuh"
 #include "jitattn/ptx/math.cuh"
+#include "jitattn/rows.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/types.cuh"
 
@@ -95,15 +100,26 @@ struct QuantRow {
   static constexpr int kDim = Spec::kHeadDim;
   static constexpr int kLanes = kDim / 8;
   static constexpr int kRowsPerPass = Spec::kNumThreads / kLanes;
+  static constexpr bool kIsPaged = Spec::kPaged == Switch::kOn;
   static_assert((kLanes & (kLanes - 1)) == 0 && kLanes <= 32, "lanes of a row are in one warp");
 
   __device__ static void load(float (&x)[8], const QuantParams& params, const QuantWork& work,
                               int row, int lane) {
-    const uint16_t* g_row =
-        static_cast<const uint16_t*>(work.is_k ? params.k : params.q) +
-        work.batch * (work.is_k ? params.k_stride_batch : params.q_stride_batch) +
-        (work.own().start + row) * (work.is_k ? params.k_stride_row : params.q_stride_row) +
-        work.head * (work.is_k ? params.k_stride_head : params.q_stride_head);
+    int outer = work.batch, inner = work.own().start + row;
+    if constexpr (kIsPaged) {
+      if (work.is_k) {
+        const int idx = divide(inner, params.page_div_mul, params.page_div_shift);
+        const int page = load_index(params.block_table + work.batch * params.table_stride, idx,
+                                    params.table_word);
+        // Whatever the table says, no page is read but those that exist.
+        outer = static_cast<uint32_t>(page) < params.num_pages ? page : 0;
+        inner -= idx * params.page_size;
+      }
+    }
+    const uint16_t* g_row = static_cast<const uint16_t*>(work.is_k ? params.k : params.q) +
+                            outer * (work.is_k ? params.k_stride_batch : params.q_stride_batch) +
+                            inner * (work.is_k ? params.k_stride_row : params.q_stride_row) +
+                            work.head * (work.is_k ? params.k_stride_head : params.q_stride_head);
     const Vec16 loaded = *reinterpret_cast<const Vec16*>(g_row + lane * 8);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -240,7 +256,8 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
 
   const QuantWork work = quant_work(params, kQuantKeys);
   const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
-  const int len = work.own().length, start = work.own().start;
+  const bool is_in_pages = Row::kIsPaged && work.is_k;
+  const int len = work.own().length, start = is_in_pages ? 0 : work.own().start;
   if (work.block * kQuantKeys >= len) return;  // of a sequence that is shorter than others
   const int heads = work.is_k ? params.heads_kv : params.heads_q;
   const int group = params.heads_q / params.heads_kv;
@@ -263,7 +280,9 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
   }
   // Rows before those of this sequence and head, in what is written.
   const bool is_flat = work.is_k ? params.k_is_flat : params.q_is_flat;
-  const int64_t rows_of_head = work.is_k ? params.kv_rows : params.q_rows;
+  const int64_t rows_of_head = is_in_pages ? params.len_kv
+                               : work.is_k ? params.kv_rows
+                                           : params.q_rows;
   const int64_t first_out =
       ((is_flat ? 0 : static_cast<int64_t>(work.batch) * heads) + work.head) * rows_of_head + start;
   int8_t* g_out = (work.is_k ? params.k_out : params.q_out) + first_out * kDim;

@@ -75,8 +75,7 @@ struct FwdTraits {
   using Element = typename Mma::Element;  // of V; of Q and K, but for those in 8 bits
   using ElementQk = typename Conditional<kIsQuantized<Spec>, int8_t, Element>::type;
   static_assert(!kIsQuantized<Spec> ||
-                (!jitattn::kIsPaged<Spec> && !kHasLists<Spec> && Spec::kHeadDim % 32 == 0 &&
-                 Spec::kAccess == Access::kVec16));
+                (!kHasLists<Spec> && Spec::kHeadDim % 32 == 0 && Spec::kAccess == Access::kVec16));
   using ElementOut = typename Conditional<Spec::kOutDtype == Dtype::kFp32, float, uint16_t>::type;
 
   static constexpr int kNumWarps = Spec::kWarpsQ * Spec::kWarpsKv;
@@ -127,6 +126,8 @@ struct FwdTraits {
   // of the next blocks of keys that are gathered (gathered_rows.cuh).
   static constexpr bool kIsPaged = jitattn::kIsPaged<Spec>;
   static constexpr bool kIsGathered = kIsPaged || kHasLists<Spec>;
+  // K in 8 bits lies in no page: V alone is gathered then.
+  static constexpr bool kGathersK = kIsGathered && !kIsQuantized<Spec>;
   // A thread copies rows that lie whole groups apart: 128 threads copy 16 at a time.
   static constexpr int kGroup = Spec::kKvLayout == SeqLayout::kPaged || kNumThreads < 128 ? 1 : 16;
   static constexpr int kGatherBatch = kGroup == 16 ? 8 : 4;

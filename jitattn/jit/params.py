@@ -383,6 +383,8 @@ QUANT_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("q_stop", _POINTER),
     ("kv_start", _POINTER),
     ("kv_stop", _POINTER),
+    ("block_table", _POINTER),
+    ("table_stride", _INT64),
     ("q_stride_batch", _INT64),
     ("q_stride_row", _INT64),
     ("q_stride_head", _INT64),
@@ -398,11 +400,15 @@ QUANT_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("k_is_flat", _INT32),
     ("q_word", _INT32),
     ("kv_word", _INT32),
+    ("table_word", _INT32),
     ("q_stop_is_length", _INT32),
     ("kv_stop_is_length", _INT32),
     ("q_rows", _INT32),
     ("kv_rows", _INT32),
-    ("reserved", _INT32),
+    ("num_pages", _UINT32),
+    ("page_size", _INT32),
+    ("page_div_mul", _UINT32),
+    ("page_div_shift", _UINT32),
 )
 
 _FWD: Final = {

@@ -434,6 +434,7 @@ class ChannelStatsSpec(_Spec):
     dtype: Dtype
     head_dim: int
     chunk_rows: int  #: of a CTA
+    paged: Switch  #: whether k lies in pages
     arch: str
 
 
@@ -462,6 +463,7 @@ class QuantizeSpec(_Spec):
     smem_bytes: ClassVar[int] = 0
     dtype: Dtype
     head_dim: int
+    paged: Switch  #: as in `ChannelStatsSpec`
     arch: str
 
 

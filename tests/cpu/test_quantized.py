@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch
 import jitattn
 from jitattn import prepared, prepared_specs
 from jitattn.attention import bind
-from jitattn.jit.enums import Numerics
-from jitattn.jit.spec import ChannelStatsSpec, QuantizeSpec
+from jitattn.jit.enums import Numerics, RowClass, SeqLayout, Switch
+from jitattn.jit.spec import ChannelStatsSpec, FwdSpec, QuantizeSpec
 from jitattn.layouts import parse
 from jitattn.problem import Call
+from jitattn.tiles import fwd_spec
+
+MANY = RowClass.MANY
 
 
 def chosen(
@@ -36,6 +40,11 @@ def problem_of(q: torch.Tensor, k: torch.Tensor, call: Call, arch: str) -> Any:
         return prepared.problem_of(problem, runtime, call, 0)
 
 
+def in_pages(start: torch.Tensor | None = None) -> jitattn.Paged:
+    """One sequence in what `chosen` makes: a page of 300 rows."""
+    return jitattn.Paged(torch.tensor([[0]]), torch.tensor([200]), start=start)
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -51,6 +60,9 @@ def problem_of(q: torch.Tensor, k: torch.Tensor, call: Call, arch: str) -> Any:
         {"dim": 64, "arch": "sm_86"},
         {"dim": 32, "arch": "sm_80"},
         {"kv_seqs": jitattn.Padded(torch.tensor([200]))},
+        {"kv_seqs": in_pages()},
+        {"kv_seqs": in_pages(), "dim": 64, "arch": "sm_89", "mask": jitattn.Window(9, 0)},
+        {"kv_seqs": in_pages(start=torch.tensor([3]))},
     ],
     ids=lambda given: ", ".join(given),
 )
@@ -77,6 +89,9 @@ AS_WITH_GEAR_3: dict[str, dict[str, Any]] = {
     "stride in blocks of 16": {"mask": jitattn.LocalStride(16, 2, 3)},
     "key padding": {"mask": jitattn.KeyPadding(torch.ones(1, 300, dtype=torch.bool))},
     "tile_rows=64": {"tile_rows": 64},
+    "64 rows on pages": {"len_q": 64, "kv_seqs": in_pages()},
+    "softcap on pages": {"softcap": 3.0, "kv_seqs": in_pages()},
+    "D=64 on pages on sm_90": {"dim": 64, "kv_seqs": in_pages()},
     "named rows": {"kv_seqs": jitattn.Padded(torch.tensor([200]), batch_idx=torch.tensor([0]))},
 }
 
@@ -107,6 +122,35 @@ def test_kernels_that_bring_them_there() -> None:
         128,
         "sm_86",
     )
+
+
+@pytest.mark.parametrize(
+    ("layout", "paged"),
+    [
+        (SeqLayout.BATCHED, Switch.OFF),
+        (SeqLayout.RAGGED, Switch.OFF),
+        (SeqLayout.PAGED, Switch.ON),
+        (SeqLayout.PAGED16, Switch.ON),
+    ],
+)
+def test_kernels_for_pages(layout: SeqLayout, paged: Switch) -> None:
+    problem = replace(chosen(), numerics=Numerics.F32_ACC, kv_layout=layout)
+    stats, rounding, forward = prepared_specs.specs_for_gear(problem, 4, "sm_90")
+    assert isinstance(stats, ChannelStatsSpec)
+    assert isinstance(rounding, QuantizeSpec)
+    assert stats.paged is rounding.paged is paged
+    assert isinstance(forward, FwdSpec)
+    assert (forward.problem.numerics, forward.problem.kv_layout) == (Numerics.INT8, layout)
+
+
+def test_tiles_for_pages_that_are_those_outside() -> None:
+    """So that results are, bit for bit (tests/gpu/test_gears_gpu.py)."""
+    for arch in ("sm_80", "sm_86", "sm_89", "sm_90"):
+        tiles = {
+            fwd_spec(replace(chosen(mask=jitattn.Causal()), kv_layout=layout), arch, MANY).tile
+            for layout in (SeqLayout.RAGGED, SeqLayout.PAGED, SeqLayout.PAGED16)
+        }
+        assert len(tiles) == 1
 
 
 def test_strides_where_there_is_one_of_a_kind() -> None:
