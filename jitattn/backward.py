@@ -1,7 +1,8 @@
 """The backward pass on a GPU: row statistics, then dK, dV and the sums of dQ, then dQ.
 
 Memory beside the results: LSE and delta in fp32 (8 bytes a row and head), and the sums of dQ in
-fp32 (4 bytes an element of q, rounded up to whole tiles). No tensor is Lq x Lkv.
+fp32 (4 bytes an element of q, rounded up to whole tiles); where the kernel takes fp32 as fp16 parts
+(halves.py), as much again as q, k, v and dO. No tensor is Lq x Lkv.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from jitattn import lists
+from jitattn import halves, lists
 from jitattn.bwd_tiles import bwd_spec, round_spec, score_grad_spec, specs_of_backward
 from jitattn.errors import UnsupportedError
 from jitattn.jit import launch
 from jitattn.jit.device import device
-from jitattn.jit.enums import Access, MaskKind, ScoreTarget, SeqLayout
+from jitattn.jit.enums import Access, MaskKind, Numerics, ScoreTarget, SeqLayout
 from jitattn.jit.params import FWD_SEQ_FIELDS
 from jitattn.jit.spec import StatsSpec, padded_head_dim
 from jitattn.layouts import parse
 from jitattn.loaded import loaded_kernel
 from jitattn.masks import LocalStride
+from jitattn.prepared import strides_of
 from jitattn.sequences import Padded, Paged, overlaps
 from jitattn.tensors import DTYPES
 
@@ -31,9 +33,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from jitattn.halves import Halves
     from jitattn.jit.spec import BwdSpec, BwdTile, KernelSpec, Problem, ScoreGradSpec
     from jitattn.masks import Rule
-    from jitattn.problem import Call, Runtime
+    from jitattn.problem import Call, Runtime, Strides
     from jitattn.scores import Scores
 
 _LOG2_E: Final = math.log2(math.e)
@@ -110,6 +113,29 @@ class _Pass(NamedTuple):
     arch: str
     device_index: int
     stream: int
+    d_out_strides: Strides
+    parts: Halves | None = None  #: what q, k, v and d_out are then
+
+    def in_halves(self, problem: Problem) -> _Pass:
+        """Return the same pass on fp16 parts, for the problem of the kernel that takes them."""
+        parts = halves.split(
+            self.q, self.k, self.v, problem, self.runtime, self.d_out, self.d_out_strides
+        )
+        d_out = self.d_out if parts.d_out is None else parts.d_out
+        runtime = self.runtime._replace(
+            q_strides=strides_of(parts.q),
+            k_strides=strides_of(parts.k),
+            v_strides=strides_of(parts.v),
+        )
+        return self._replace(
+            q=parts.q,
+            k=parts.k,
+            v=parts.v,
+            d_out=d_out,
+            d_out_strides=strides_of(d_out),
+            runtime=runtime,
+            parts=parts,
+        )
 
     def num_tiles(self, problem: Problem, tile: BwdTile) -> tuple[int, int]:
         """Query tiles and key blocks of the longest sequence."""
@@ -155,6 +181,12 @@ class _Pass(NamedTuple):
             heads = (heads_q, heads_kv)
             made = lists.lists_of(runtime.listed, heads, longest, tile.block_q, self.q.device)
             tail = (*tail, *made.params, tile.block_q - 1, 0)
+        of_d_out: tuple[int, ...] = ()
+        if self.parts is not None:
+            parts = self.parts
+            scales = (parts.q_scale, parts.k_scale, parts.v_scale)
+            tail = (*tail, *(scale.data_ptr() for scale in scales), 0, 0)
+            of_d_out = () if parts.d_out_scale is None else (parts.d_out_scale.data_ptr(),)
         written: tuple[int, ...] = (0, 0)
         strides: tuple[int, ...] = (0,) * 6
         if kv_gradients is not None:
@@ -192,13 +224,14 @@ class _Pass(NamedTuple):
             target.data_ptr(),
             *written,
             0 if turns is None else turns.data_ptr(),
-            *self.rows.strides(self.d_out),
+            *self.d_out_strides,
             *strides,
             *target_strides,
             *self.rows.stat_strides(self.stats[0])[:2],
             num_kv_tiles,
             self.scale,
             *targets,
+            *of_d_out,
         )
 
     def _kv_strides(self, tensor: Tensor) -> tuple[int, int, int]:
@@ -276,17 +309,36 @@ def run_backward(
         index = q.get_device()
         stream = torch._C._cuda_getCurrentRawStream(index)
         arch = device(index).arch
-        whole = _Pass(q, k, v, d_out, stats, problem, runtime, call, rows, arch, index, stream)
+        whole = _Pass(
+            q,
+            k,
+            v,
+            d_out,
+            stats,
+            problem,
+            runtime,
+            call,
+            rows,
+            arch,
+            index,
+            stream,
+            rows.strides(d_out),
+        )
         _main(whole, dq, dk, dv)
         others = _of_scores(whole, wanted)
     return found._replace(dk=-dk if negated else dk, **others)
 
 
-def kernel_problem(problem: Problem, rule: Rule | None, arch: str) -> Problem:
-    """Return the problem of the kernel for dq, dk and dv of a call whose lists are of `rule`.
+def kernel_problem(problem: Problem, runtime: Runtime, arch: str) -> Problem:
+    """Return the problem of the kernel for dq, dk and dv of a call."""
+    own = without_lists(problem, runtime.listed, arch)
+    if own is not problem:
+        return own
+    return halves.backward_problem_of(problem, runtime) or problem
 
-    It takes a causal local + stride pattern in blocks of 16 or 32 by its numbers.
-    """
+
+def without_lists(problem: Problem, rule: Rule | None, arch: str) -> Problem:
+    """Return that of lists of `rule`; small blocks of a causal local + stride need no lists."""
     if not (isinstance(rule, LocalStride) and rule.causal and rule.block_size in _FINE_BLOCKS):
         return problem
     whole = replace(problem, mask=MaskKind.LOCAL_STRIDE)
@@ -299,7 +351,7 @@ def specs_of_gradients(
     problem: Problem, rule: Rule | None, scores: Scores, arch: str, *, deterministic: bool
 ) -> list[KernelSpec]:
     """Return every kernel that the backward pass of a call can need; `rule`: what is listed."""
-    own = kernel_problem(problem, rule, arch)
+    own = without_lists(problem, rule, arch)
     specs = specs_of_backward(own, arch, deterministic=deterministic)
     targets = [] if scores.bias is None else [_target_of(scores.bias)]
     if scores.relative_bias is not None or scores.alibi_slopes is not None:
@@ -371,8 +423,8 @@ def _row_stats(
 def _main(whole: _Pass, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Compute dq, dk and dv."""
     runtime, rows, call = whole.runtime, whole.rows, whole.call
-    problem = kernel_problem(whole.problem, runtime.listed, whole.arch)
-    if problem is not whole.problem:  # without lists, whose sequences all count as different
+    problem = kernel_problem(whole.problem, runtime, whole.arch)
+    if problem.mask is not whole.problem.mask:  # without lists, whose sequences count as different
         corner = runtime.len_kv - runtime.len_q if problem.is_uniform else 0
         runtime = runtime._replace(diagonal=corner, listed=None)
         whole = whole._replace(problem=problem, runtime=runtime)
@@ -391,7 +443,8 @@ def _main(whole: _Pass, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     if call.deterministic:
         turns = torch.zeros(heads * num_q_tiles, dtype=torch.int32, device=dq.device)
     num_ctas = num_kv_tiles * runtime.heads_kv * runtime.batch
-    whole.launch(spec, num_ctas, dq_sum, strides, (dk, dv), turns)
+    ours = whole.in_halves(problem) if problem.numerics is Numerics.F16X3 else whole
+    ours.launch(spec, num_ctas, dq_sum, strides, (dk, dv), turns)
 
     first_position = 0
     if spec.in_fragments and runtime.listed is not None:  # tiles begin where lists do

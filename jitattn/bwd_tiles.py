@@ -10,7 +10,16 @@ from typing import Final
 
 from jitattn.errors import InternalError
 from jitattn.gears import resolve_numerics
-from jitattn.jit.enums import Access, Dtype, MaskKind, ScoreTarget, Staging, Switch
+from jitattn.jit.enums import (
+    Access,
+    BiasKind,
+    Dtype,
+    MaskKind,
+    Numerics,
+    ScoreTarget,
+    Staging,
+    Switch,
+)
 from jitattn.jit.spec import (
     BwdSpec,
     BwdTile,
@@ -21,6 +30,7 @@ from jitattn.jit.spec import (
     StatsSpec,
     padded_head_dim,
 )
+from jitattn.prepared_specs import backward_in_halves, split_spec
 from jitattn.tiles import half_of, max_smem_bytes
 
 #: block_q, block_kv, num_warps, warps_q, warps_keys, warps_dq, stages: the first that fits is
@@ -61,6 +71,15 @@ _FP32: Final[_Table] = {
     128: ((32, 64, 8, 2, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
     256: ((32, 32, 8, 2, 2, 2, 1), (16, 16, 8, 1, 1, 1, 1)),
 }
+#: fp32 as fp16 parts, which take as much room. Two CTAs share a multiprocessor where they fit.
+_HALVES: Final[_Table] = {
+    64: ((64, 64, 8, 2, 2, 2, 1),),
+    112: ((32, 64, 8, 2, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
+    128: ((64, 64, 8, 2, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
+}
+#: The same with what needs further registers: whatever is done with scores but masks of positions
+#: and key padding.
+_HALVES_CHANGED: Final[_Table] = {64: _HALVES[64], 128: ((32, 32, 8, 2, 2, 2, 1),)}
 #: The same of the gradients of what is added to scores: square, one stage.
 _SQUARES: Final[tuple[_Row, ...]] = (
     (64, 64, 8, 4, 4, 4, 1),
@@ -73,12 +92,13 @@ def backward_problem(problem: Problem) -> Problem:
     """Return what a forward problem is to its backward kernel.
 
     Sinks are in the LSE, a fixed shift cancels, and matrices are read where they are. Whatever the
-    gear, gradients have the numerics of gear 2.
+    gear, gradients have the numerics of gear 2: of two classes for fp32 the one that is given.
     """
+    in_halves = problem.numerics is Numerics.F16X3
     return replace(
         problem,
         out_dtype=problem.dtype,
-        numerics=resolve_numerics(2, problem.dtype),
+        numerics=problem.numerics if in_halves else resolve_numerics(2, problem.dtype),
         sinks=Switch.OFF,
         fixed_shift=Switch.OFF,
         bias_staged=Staging.OFF,
@@ -98,7 +118,9 @@ def bwd_spec(problem: Problem, arch: str, *, deterministic: bool = False) -> Bwd
     limit = max_smem_bytes(arch)
     dim = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v))
     table = _TILES
-    if problem.dtype is Dtype.FP32:
+    if problem.numerics is Numerics.F16X3:
+        table = _HALVES_CHANGED if _changes_scores(problem) else _HALVES
+    elif problem.dtype is Dtype.FP32:
         table = _FP32
     elif problem.mask is MaskKind.WINDOW:
         table = _WINDOW
@@ -111,14 +133,23 @@ def bwd_spec(problem: Problem, arch: str, *, deterministic: bool = False) -> Bwd
     switch = Switch.ON if deterministic else Switch.OFF
     for row in next(rows for top, rows in table.items() if dim <= top):
         spec = BwdSpec(problem=problem, tile=_tile(row), deterministic=switch, arch=arch)
-        if spec.smem_bytes <= (half_of(limit) if spec.tile.num_warps == 4 else limit):
+        fits_twice = spec.smem_bytes <= half_of(limit)
+        if table is _HALVES and fits_twice and dim <= 64:
+            return replace(spec, tile=replace(spec.tile, min_blocks_per_sm=2))
+        if fits_twice or (spec.tile.num_warps != 4 and spec.smem_bytes <= limit):
             return spec
     raise InternalError(f"no backward tile fits {arch} for {problem}")
 
 
+def _changes_scores(problem: Problem) -> bool:
+    names = ("relative_bias", "alibi", "softcap", "dense", "dropout")
+    changes = any(getattr(problem, name) is Switch.ON for name in names)
+    return changes or problem.bias is not BiasKind.NONE
+
+
 def score_grad_spec(problem: Problem, arch: str, target: ScoreTarget) -> ScoreGradSpec:
     """Return the whole spec of a kernel for gradients of what is added to scores."""
-    problem = backward_problem(problem)
+    problem = replace(backward_problem(problem), numerics=resolve_numerics(2, problem.dtype))
     for row in _SQUARES:
         spec = ScoreGradSpec(problem=problem, tile=_tile(row), target=target, arch=arch)
         if spec.smem_bytes <= max_smem_bytes(arch):
@@ -159,11 +190,16 @@ def round_spec(spec: BwdSpec) -> RoundSpec:
 def specs_of_backward(
     problem: Problem, arch: str, *, deterministic: bool = False
 ) -> list[KernelSpec]:
-    """Return every kernel that the backward pass of a call needs."""
+    """Return every kernel that the backward pass of a call can need: lengths decide."""
     spec = bwd_spec(problem, arch, deterministic=deterministic)
     stats = [
         StatsSpec(dtype=problem.out_dtype, head_dim_v=problem.head_dim_v, access=access, arch=arch)
         for access in Access
         if access is Access.ELEMENT or problem.head_dim_v * problem.out_dtype.bytes % 16 == 0
     ]
-    return [spec, *stats, round_spec(spec)]
+    specs: list[KernelSpec] = [spec, *stats, round_spec(spec)]
+    in_halves = backward_in_halves(backward_problem(problem))
+    if in_halves is not None:
+        other = bwd_spec(in_halves, arch, deterministic=deterministic)
+        specs += [split_spec(in_halves, arch, gradients=True), other, round_spec(other)]
+    return list(dict.fromkeys(specs))

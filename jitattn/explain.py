@@ -144,7 +144,7 @@ def explain(
     backward: dict[str, str | int] = {}
     if is_followed(*inputs):
         arch = device(q.device.index).arch
-        own = kernel_problem(problem, runtime.listed, arch)
+        own = kernel_problem(problem, runtime, arch)
         backward = bwd_spec(own, arch, deterministic=call.deterministic).to_dict()
     return Explanation(
         path="cuda",

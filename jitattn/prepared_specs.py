@@ -86,13 +86,28 @@ def problem_in_halves(problem: Problem) -> Problem | None:
 
 
 @functools.cache
-def split_spec(problem: Problem, arch: str) -> SplitHalvesSpec:
-    """Return the kernel that makes the parts for what `problem_in_halves` returned."""
+def backward_in_halves(problem: Problem) -> Problem | None:
+    """Return the problem of the backward kernel for fp16 parts, if there is one.
+
+    `problem` is a backward kernel's. Whatever is done with scores, the parts of q and k are not.
+    """
+    dims = (problem.head_dim, problem.head_dim_v)
+    fits = all(dim % 16 == 0 and dim <= LARGEST_IN_HALVES for dim in dims)
+    fits &= problem.numerics in (Numerics.TF32X3, Numerics.F16X3)
+    fits &= problem.is_uniform and problem.access is Access.VEC16
+    fits &= problem.mask is not MaskKind.FINE_STRIDE  # a scale is of 64 neighbouring keys
+    return replace(problem, numerics=Numerics.F16X3) if fits else None
+
+
+@functools.cache
+def split_spec(problem: Problem, arch: str, *, gradients: bool = False) -> SplitHalvesSpec:
+    """Return the kernel that makes the parts for a problem that has them."""
     return SplitHalvesSpec(
         dtype=problem.dtype,
         head_dim=problem.head_dim,
         head_dim_v=problem.head_dim_v,
         num_parts=problem.numerics.num_parts,
+        gradients=Switch.ON if gradients else Switch.OFF,
         arch=arch,
     )
 

@@ -281,6 +281,7 @@ def _backward(arch: str) -> Iterator[KernelSpec]:
             yield bwd_spec(problem(bf16, dim, **features), arch)
     for dim in (64, 128, 256):
         yield bwd_spec(problem(fp32, dim), arch)
+    yield from _backward_in_halves(arch)
     yield bwd_spec(problem(bf16, 192, head_dim_v=128), arch)
     yield bwd_spec(problem(bf16, 100, access=Access.ELEMENT), arch)
     biased = problem(bf16, 128, bias=BiasKind.FP32, relative_bias=Switch.ON)
@@ -289,6 +290,20 @@ def _backward(arch: str) -> Iterator[KernelSpec]:
     yield score_grad_spec(problem(bf16, 256, bias=BiasKind.SAME), arch, ScoreTarget.MATRIX)
     listed = problem(bf16, 64, MaskKind.BLOCK_LISTS, bias=BiasKind.SAME)
     yield score_grad_spec(listed, arch, ScoreTarget.MATRIX)
+
+
+def _backward_in_halves(arch: str) -> Iterator[KernelSpec]:
+    for dim in (16, 64, 80, 128):
+        own = _geared(Dtype.FP32, dim, Numerics.F16X3)
+        yield split_spec(own, arch, gradients=True)
+        yield bwd_spec(own, arch)
+    for dim in (64, 128):
+        yield bwd_spec(_geared(Dtype.FP32, dim, Numerics.F16X3, MaskKind.FULL), arch)
+        yield bwd_spec(_geared(Dtype.FP32, dim, Numerics.F16X3), arch, deterministic=True)
+        for features in BACKWARD_FEATURES:
+            asked = replace(problem(Dtype.FP32, dim, **features), numerics=Numerics.F16X3)
+            if asked.is_uniform:
+                yield bwd_spec(asked, arch)
 
 
 def _short(arch: str) -> Iterator[KernelSpec]:

@@ -28,6 +28,7 @@
 //             blocks of a head are started in that order, so those waited for are running.
 #pragma once
 
+#include "jitattn/bwd_parts.cuh"
 #include "jitattn/bwd_schedule.cuh"
 #include "jitattn/bwd_traits.cuh"
 #include "jitattn/bwd_weights.cuh"
@@ -93,6 +94,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
   constexpr int kRowTiles = GridS::kRowTiles, kKeyTiles = GridS::kColumnTiles;
   constexpr int kStages = Spec::kStages;
   using Weights = TileWeights<Spec>;
+  using Products = TileProducts<Spec>;
   using Scores = typename Weights::Scores;
 
   // ---- Indices
@@ -127,6 +129,8 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
   const uint32_t s_listed_addr = s_k_addr + Traits::kOffsetListed;
   const uint32_t s_found_addr = s_k_addr + Traits::kOffsetFound;
   JITATTN_DEVICE_ASSERT(s_k_addr % 128 == 0);
+  const PartScales<Spec> scales(params, batch_idx, kv_head_idx, first_key,
+                                s_k_addr + Traits::kOffsetScales);
 
   // ---- Per-lane addresses
   const typename Traits::CopyQ copy_q(threadIdx.x, params.q_stride_row);
@@ -229,8 +233,10 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
       load_tile(copy_do, s_do_addr + stage * Traits::kBytesDo, g_do, params.d_out_stride_row, tile);
     };
 
-    // LSE and delta of a tile's rows: fetched a step ahead, kept in registers until there is room.
-    constexpr int kStatsPerThread = ceil_div(2 * kBlockQ, Traits::kNumThreads);
+    // LSE and delta of a tile's rows, and its scales: fetched a step ahead, kept in registers until
+    // there is room.
+    constexpr int kNumStats = 2 * kBlockQ + PartScales<Spec>::kPerTile;
+    constexpr int kStatsPerThread = ceil_div(kNumStats, Traits::kNumThreads);
     float r_stats[kStatsPerThread];
     auto fetch_stats = [&](int tile) {
 #pragma unroll
@@ -242,13 +248,16 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
             idx < 2 * kBlockQ && row < sequence.len_q && row >= sequence.first_position;
         const float* g_stats = (is_delta ? params.delta : params.lse_log2) + first_stat;
         r_stats[i] = exists ? __ldg(g_stats + row) : is_delta ? 0.f : infinity();
+        if (kNumStats > 2 * kBlockQ && idx >= 2 * kBlockQ && idx < kNumStats) {
+          r_stats[i] = scales.load(params, batch_idx, head_idx, tile, idx - 2 * kBlockQ);
+        }
       }
     };
     auto keep_stats = [&](int stage) {
 #pragma unroll
       for (int i = 0; i < kStatsPerThread; ++i) {
         const int idx = i * Traits::kNumThreads + threadIdx.x;
-        if (idx < 2 * kBlockQ) {
+        if (idx < kNumStats) {
           ptx::st_shared_b32(s_stats_addr + stage * Traits::kBytesStats + idx * 4,
                              __float_as_uint(r_stats[i]));
         }
@@ -392,16 +401,18 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
 #pragma unroll
           for (int i = 0; i < kKeyTiles / 2; ++i) columns.first_keys[i] = first_keys[i];
         }
-        const uint32_t s_lse = s_stats_addr + stage * Traits::kBytesStats + grid_s.first_row * 4;
+        const uint32_t s_stats_now = s_stats_addr + stage * Traits::kBytesStats;
+        const uint32_t s_lse = s_stats_now + grid_s.first_row * 4;
         if (Traits::kNumScoreWarps == Traits::kNumWarps || warp_idx < Traits::kNumScoreWarps) {
           Scores r_p, r_dp;
           const ListHead window = {list_head.y, list_head.z, list_head.w};
           const typename Weights::Tile where = {batch_idx, head_idx, warp_row, warp_key,
                                                 columns,   lane_idx, window,   is_on_stride};
           Weights weights(params, sequence, rows, where);
-          weights.template compute<kIsMasked>(r_p, r_dp, lane_q_addr + buffer * Traits::kBytesQ,
-                                              lane_k_addr, lane_do_addr + buffer * Traits::kBytesDo,
-                                              lane_v_addr, s_lse);
+          weights.template compute<kIsMasked>(
+              r_p, r_dp, lane_q_addr + buffer * Traits::kBytesQ, lane_k_addr,
+              lane_do_addr + buffer * Traits::kBytesDo, lane_v_addr, s_lse,
+              scales.of_q(s_stats_now) * scales.of_k, scales.of_d_out(s_stats_now) * scales.of_v);
 #pragma unroll
           for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -418,13 +429,24 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
                   d_s[i] = weights.d_score(whole, r_dp[m][n][2 * half + i], delta, m, half, n, i);
                   d_s[i] = weights.capped(d_s[i], m, half, n, i);
                 }
-                const int column = grid_s.first_column + n * 8 + accumulator_column(lane_idx);
-                Mma::template store_pair<LayoutP>(s_p_addr, grid_s.first_row + row, column, p[0],
-                                                  p[1]);
-                Mma::template store_pair<LayoutP>(s_ds_addr, grid_s.first_row + row, column, d_s[0],
-                                                  d_s[1]);
+                if constexpr (kIsInHalves<Spec>) {
+#pragma unroll
+                  for (int i = 0; i < 2; ++i) {
+                    r_p[m][n][2 * half + i] = p[i];
+                    r_dp[m][n][2 * half + i] = d_s[i];
+                  }
+                } else {
+                  const int column = grid_s.first_column + n * 8 + accumulator_column(lane_idx);
+                  Mma::template store_pair<LayoutP>(s_p_addr, grid_s.first_row + row, column, p[0],
+                                                    p[1]);
+                  Mma::template store_pair<LayoutP>(s_ds_addr, grid_s.first_row + row, column,
+                                                    d_s[0], d_s[1]);
+                }
               }
             }
+          }
+          if constexpr (kIsInHalves<Spec>) {
+            scales.store(r_p, r_dp, grid_s, s_p_addr, s_ds_addr, warp_idx, lane_idx);
           }
         }
         if (has_next) {
@@ -434,9 +456,9 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
         ptx::barrier_sync<Traits::kNumThreads>();  // P and dS are there
 
         // ---- dV, dQ, dK
-        Mma::template add_transposed_product<kBlockQ, LayoutP, LayoutV>(
-            r_dv, s_p_addr, grid_dv.first_row, s_do_now, grid_dv.first_column, grid_dv.num_tiles,
-            lane_idx);
+        const float scale_dv = scales.of_d_out(s_stats_now) / PartScales<Spec>::kLiftP;
+        Products::template add_transposed<LayoutV>(r_dv, s_p_addr, grid_dv, s_do_now, lane_idx,
+                                                   [&](int, int) { return scale_dv; });
         if constexpr (kStages == 1) {
           ptx::barrier_sync<Traits::kNumThreads>();  // dO is read
           if (has_next) load_do(0, next);
@@ -445,9 +467,10 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
         {
           using Grid = typename Traits::GridDq;
           float r_dq[Grid::kRowTiles][Grid::kColumnTiles][4] = {};
-          Mma::template add_product<kBlockKv, LayoutP, LayoutQk>(r_dq, s_ds_addr, grid_dq.first_row,
-                                                                 s_k_addr, grid_dq.first_column,
-                                                                 grid_dq.num_tiles, lane_idx);
+          Products::template add<LayoutQk>(
+              r_dq, s_ds_addr, grid_dq, s_k_addr, lane_idx, [&](int key, int m) {
+                return scales.of_ds(grid_dq.first_row + m * 16, key) * scales.of_k;
+              });
           wait_turn(tile, kHasLists<Spec> ? kv_tile : keys.turn(tile));
           float* g_dq =
               params.dq_sum + batch_idx * params.dq_stride_batch + head_idx * params.dq_stride_head;
@@ -492,9 +515,11 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
           }
           end_turn(tile);
         }
-        Mma::template add_transposed_product<kBlockQ, LayoutP, LayoutQk>(
-            r_dk, s_ds_addr, grid_dk.first_row, s_q_now, grid_dk.first_column, grid_dk.num_tiles,
-            lane_idx);
+        const float scale_q = scales.of_q(s_stats_now);
+        Products::template add_transposed<LayoutQk>(
+            r_dk, s_ds_addr, grid_dk, s_q_now, lane_idx, [&](int row, int m) {
+              return scales.of_ds(row, grid_dk.first_row + m * 16) * scale_q;
+            });
         if constexpr (kStages == 1) {
           ptx::barrier_sync<Traits::kNumThreads>();  // Q is read
           if (has_next) load_q(0, next);

@@ -4,8 +4,10 @@
 
 #include "jitattn/enums.cuh"
 #include "jitattn/params.cuh"
+#include "jitattn/power_scale.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/tile/copy.cuh"
+#include "jitattn/tile/mma_f16_parts.cuh"
 #include "jitattn/tile/mma_f32_acc.cuh"
 #include "jitattn/tile/mma_tf32.cuh"
 #include "jitattn/tile/warp_grid.cuh"
@@ -14,7 +16,22 @@
 namespace jitattn {
 
 template <class Spec>
-using BwdParamsOf = BwdParams<FwdParamsOf<Spec>>;
+using BwdParamsOf = typename Conditional<kIsInHalves<Spec>, BwdScaledParams<FwdParamsOf<Spec>>,
+                                         BwdParams<FwdParamsOf<Spec>>>::type;
+
+// The products of a backward kernel.
+template <Numerics kNumerics, Dtype kDtype>
+struct BwdMmaOf {
+  using type = MmaF32Acc<kDtype>;
+};
+template <Dtype kDtype>
+struct BwdMmaOf<Numerics::kF16x3, kDtype> {
+  using type = MmaF16Parts<3>;
+};
+template <Dtype kDtype>
+struct BwdMmaOf<Numerics::kTf32x3, kDtype> {
+  using type = MmaTf32<3>;
+};
 
 template <class Spec>
 struct BwdTraits {
@@ -22,8 +39,7 @@ struct BwdTraits {
   static_assert(sizeof(BwdParamsOf<Spec>) == Spec::kParamsBytes,
                 "host and device disagree on BwdParams");
 
-  using Mma = typename Conditional<Spec::kNumerics == Numerics::kF32Acc, MmaF32Acc<Spec::kDtype>,
-                                   MmaTf32<3>>::type;
+  using Mma = typename BwdMmaOf<Spec::kNumerics, Spec::kDtype>::type;
   using Element = typename Mma::Element;
   static constexpr int kSize = sizeof(Element);
   static constexpr int kNumThreads = Spec::kNumThreads;
@@ -32,6 +48,13 @@ struct BwdTraits {
   // Columns, padded to whole MMAs.
   static constexpr int kDim = ceil_div(Spec::kHeadDim, 16) * 16;
   static constexpr int kDimV = ceil_div(Spec::kHeadDimV, 16) * 16;
+
+  // Elements of a row. Two parts lie side by side; a tile has one scale, where rows have them.
+  static constexpr int kParts = kIsInHalves<Spec> ? 2 : 1;
+  static constexpr int kWidthQk = kParts * kDim, kWidthV = kParts * kDimV;
+  static_assert(!kIsInHalves<Spec> ||
+                (kDim == Spec::kHeadDim && kDimV == Spec::kHeadDimV && kIsUniform<Spec> &&
+                 kRowsPerScale % Spec::kBlockQ == 0 && kRowsPerScale % Spec::kBlockKv == 0));
 
   // Scores, by the first warps only where there are few of them.
   static constexpr int kNumScoreWarps = Spec::kWarpsScores;
@@ -42,25 +65,26 @@ struct BwdTraits {
   using GridDq = WarpGrid<Spec::kBlockQ, kDim, Spec::kWarpsDq, kNumWarps>;
   static_assert(GridS::kUnits % GridS::kWarpsAcross == 0, "every warp has keys");
 
-  using LayoutQk = Swizzle<kDim * kSize / 16>;
-  using LayoutV = Swizzle<kDimV * kSize / 16>;
-  using LayoutP = Swizzle<Spec::kBlockKv * kSize / 16>;
+  using LayoutQk = Swizzle<kWidthQk * kSize / 16>;
+  using LayoutV = Swizzle<kWidthV * kSize / 16>;
+  using LayoutP = Swizzle<kParts * Spec::kBlockKv * kSize / 16>;
 
   template <int kRows, int kHeadDim, int kPaddedDim>
   using Copy = TileCopy<Element, kRows, kHeadDim, kPaddedDim, kNumThreads, Spec::kAccess>;
-  using CopyQ = Copy<Spec::kBlockQ, Spec::kHeadDim, kDim>;
-  using CopyDo = Copy<Spec::kBlockQ, Spec::kHeadDimV, kDimV>;
-  using CopyK = Copy<Spec::kBlockKv, Spec::kHeadDim, kDim>;
-  using CopyV = Copy<Spec::kBlockKv, Spec::kHeadDimV, kDimV>;
+  using CopyQ = Copy<Spec::kBlockQ, kParts * Spec::kHeadDim, kWidthQk>;
+  using CopyDo = Copy<Spec::kBlockQ, kParts * Spec::kHeadDimV, kWidthV>;
+  using CopyK = Copy<Spec::kBlockKv, kParts * Spec::kHeadDim, kWidthQk>;
+  using CopyV = Copy<Spec::kBlockKv, kParts * Spec::kHeadDimV, kWidthV>;
 
   // Shared memory in bytes: K, V, the Q buffers, the dO buffers, P, dS, two buffers of LSE and
-  // delta of every row, and the groups that a list names of this key block, twice.
-  static constexpr int kBytesK = Spec::kBlockKv * kDim * kSize;
-  static constexpr int kBytesV = Spec::kBlockKv * kDimV * kSize;
-  static constexpr int kBytesQ = Spec::kBlockQ * kDim * kSize;
-  static constexpr int kBytesDo = Spec::kBlockQ * kDimV * kSize;
-  static constexpr int kBytesP = Spec::kBlockQ * Spec::kBlockKv * kSize;
-  static constexpr int kBytesStats = Spec::kBlockQ * 8;
+  // delta of every row and of the scales of Q and dO, those of dS, and the groups that a list names
+  // of this key block, twice.
+  static constexpr int kBytesK = Spec::kBlockKv * kWidthQk * kSize;
+  static constexpr int kBytesV = Spec::kBlockKv * kWidthV * kSize;
+  static constexpr int kBytesQ = Spec::kBlockQ * kWidthQk * kSize;
+  static constexpr int kBytesDo = Spec::kBlockQ * kWidthV * kSize;
+  static constexpr int kBytesP = Spec::kBlockQ * kParts * Spec::kBlockKv * kSize;
+  static constexpr int kBytesStats = Spec::kBlockQ * 8 + (kIsInHalves<Spec> ? 16 : 0);
   static constexpr int kBytesListed = Spec::kBlockKv / 16 * 8;
   static constexpr int kOffsetV = kBytesK;
   static constexpr int kOffsetQ = kOffsetV + kBytesV;
@@ -68,7 +92,8 @@ struct BwdTraits {
   static constexpr int kOffsetP = kOffsetDo + Spec::kStages * kBytesDo;
   static constexpr int kOffsetDs = kOffsetP + kBytesP;
   static constexpr int kOffsetStats = kOffsetDs + kBytesP;
-  static constexpr int kOffsetListed = kOffsetStats + 2 * kBytesStats;
+  static constexpr int kOffsetScales = kOffsetStats + 2 * kBytesStats;
+  static constexpr int kOffsetListed = kOffsetScales + (kIsInHalves<Spec> ? kNumScoreWarps * 4 : 0);
   // Of as many query tiles as there are threads: whether the list has any of it, whether every row
   // sees all of it, and what the list says.
   static constexpr int kOffsetFound = kOffsetListed + (kHasLists<Spec> ? 2 * kBytesListed : 0);

@@ -53,10 +53,11 @@ struct TileWeights {
       : params(params), sequence(sequence), rows(rows), tile(tile) {}
 
   // r_p: weights, dropped ones too; r_dp: dO V^T. Lane addresses as fragment.cuh gives them; s_lse:
-  // of the warp's first row.
+  // of the warp's first row. Scales undo those of operands in parts.
   template <bool kIsMasked>
   __device__ void compute(Scores& r_p, Scores& r_dp, uint32_t lane_q_addr, uint32_t lane_k_addr,
-                          uint32_t lane_do_addr, uint32_t lane_v_addr, uint32_t s_lse) {
+                          uint32_t lane_do_addr, uint32_t lane_v_addr, uint32_t s_lse,
+                          float scale_qk = 1.f, float scale_dov = 1.f) {
     // ---- Scores
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -67,7 +68,7 @@ struct TileWeights {
       }
     }
     if constexpr (!kIsCapped) change(r_p);
-    Mma::template add_scores<Traits::kDim>(r_p, lane_q_addr, lane_k_addr);
+    add_product<Traits::kDim>(r_p, lane_q_addr, lane_k_addr, scale_qk);
     if constexpr (kIsCapped) {
       cap_scores<Spec>(r_p, params);
       const float inverse = 1.f / params.softcap_out;
@@ -104,7 +105,7 @@ struct TileWeights {
     }
 
     // ---- Their gradients
-    Mma::template add_scores<Traits::kDimV>(r_dp, lane_do_addr, lane_v_addr);
+    add_product<Traits::kDimV>(r_dp, lane_do_addr, lane_v_addr, scale_dov);
     if constexpr (kDrops) {
       kept.draw(params, sequence, rows, tile.batch_idx, tile.head_idx, tile.first_row, tile.columns,
                 tile.lane_idx);
@@ -130,6 +131,16 @@ struct TileWeights {
   }
 
  private:
+  template <int kDim>
+  __device__ static void add_product(Scores& r, uint32_t lane_a_addr, uint32_t lane_b_addr,
+                                     float scale) {
+    if constexpr (kIsInHalves<Spec>) {
+      Mma::template add_scaled_scores<kDim>(r, lane_a_addr, lane_b_addr, scale);
+    } else {
+      Mma::template add_scores<kDim>(r, lane_a_addr, lane_b_addr);
+    }
+  }
+
   __device__ void change(Scores& r_s) const {
     if constexpr (kAddsToScores<Spec>) {
       add_to_scores<Spec>(r_s, params, sequence, rows, tile.batch_idx, tile.head_idx,

@@ -123,7 +123,7 @@ struct FwdListParams : FwdScoreParams {
 };
 
 // And the scales of operands that were made for the kernel, and are contiguous: Q and K in 8 bits,
-// or all three as fp16 parts, [B, H, L, parts, D].
+// or all three as fp16 parts, [B, H, L, parts, D]. Backward kernels have q_scale as d_out_scale.
 template <class Fwd>
 struct ScaledParams : Fwd {
   const float* q_scale;  // as the LSE
@@ -135,15 +135,19 @@ struct ScaledParams : Fwd {
 
 // What makes fp16 parts (split_halves.cuh).
 struct SplitParams {
-  const float* q;   // [B, Lq, Hq, D]
-  const float* k;   // [B, Lkv, Hkv, D]
-  const float* v;   // [B, Lkv, Hkv, Dv]
-  uint16_t* q_out;  // [B, Hq, Lq, parts, D], contiguous, as all that follow
-  uint16_t* k_out;  // [B, Hkv, Lkv, parts, D]
-  uint16_t* v_out;  // [B, Hkv, Lkv, parts, Dv]
-  float* q_scale;   // [B, Hq, Lq]
-  float* k_scale;   // [B, Hkv, ceil(Lkv / 64)]
-  float* v_scale;   // [B, Hkv, ceil(Lkv / 64)]
+  const float* q;              // [B, Lq, Hq, D]
+  const float* k;              // [B, Lkv, Hkv, D]
+  const float* v;              // [B, Lkv, Hkv, Dv]
+  const float* d_out;          // [B, Lq, Hq, Dv]; null: of a forward kernel
+  const uint8_t* key_padding;  // [B, Lkv], nonzero = attend; null: all. What is hidden becomes 0
+  uint16_t* q_out;             // [B, Hq, Lq, parts, D], contiguous, as all that follow
+  uint16_t* k_out;             // [B, Hkv, Lkv, parts, D]
+  uint16_t* v_out;             // [B, Hkv, Lkv, parts, Dv]
+  uint16_t* d_out_out;         // [B, Hq, Lq, parts, Dv]
+  float* q_scale;              // [B, Hq, Lq]; with dO as d_out_scale
+  float* k_scale;              // [B, Hkv, ceil(Lkv / 64)]
+  float* v_scale;              // [B, Hkv, ceil(Lkv / 64)]
+  float* d_out_scale;          // [B, Hq, ceil(Lq / 64)]
   int64_t q_stride_batch;
   int64_t q_stride_row;
   int64_t q_stride_head;
@@ -153,6 +157,10 @@ struct SplitParams {
   int64_t v_stride_batch;
   int64_t v_stride_row;
   int64_t v_stride_head;
+  int64_t d_out_stride_batch;
+  int64_t d_out_stride_row;
+  int64_t d_out_stride_head;
+  int64_t key_padding_stride;
   int32_t batch;
   int32_t len_q;
   int32_t len_kv;
@@ -235,6 +243,12 @@ struct BwdParams : Fwd {
   float scale;           // |scale|
   int32_t target_batch;  // bwd_scores.cuh: batches and heads of the gradient, 1 or B and 1 or Hq
   int32_t target_heads;
+};
+
+// And where operands are fp16 parts.
+template <class Fwd>
+struct BwdScaledParams : BwdParams<Fwd> {
+  const float* d_out_scale;  // [B, Hq, ceil(Lq / 64)], contiguous
 };
 
 // Row statistics for the backward kernels. A row is a query of one head.

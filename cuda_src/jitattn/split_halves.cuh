@@ -3,31 +3,23 @@
 // Math        x 2^e = high + low, both fp16, [high | low] in a row. 2^e brings the largest number
 //             of a row of Q, and of kSplitRows rows of K or V of a head, to 2^13 … 2^14. So of a
 //             number down to 2^-15 of that 22 bits are kept, of smaller ones what is above 2^-38
-//             of it. The scales undo 2^e. One part is `high` alone.
+//             of it. The scales undo 2^e. One part is `high` alone. Keys that key padding hides
+//             become zeros, whatever they hold.
 //
-// Work split  A CTA has kSplitRows rows of a head of Q, K or V: blocks fastest, then heads.
+//             Backward kernels sum over rows: rows of Q share scales too, and so do those of dO.
+//
+// Work split  A CTA has kSplitRows rows of a head of Q, dO, K or V: blocks fastest, then heads.
 #pragma once
 
 #include "jitattn/enums.cuh"
 #include "jitattn/params.cuh"
+#include "jitattn/power_scale.cuh"
 #include "jitattn/ptx/math.cuh"
 #include "jitattn/types.cuh"
 
 namespace jitattn {
 
-constexpr int kSplitRows = 64;
-
-// The power of two that brings numbers up to `most` to 2^13 … 2^14; and what undoes it.
-struct PowerScale {
-  float up;
-  float down;
-
-  __device__ explicit PowerScale(float most) {
-    const int exponent = max_of(-100, static_cast<int>(__float_as_uint(most) >> 23) - 127);
-    up = __int_as_float((13 - exponent + 127) << 23);
-    down = __int_as_float((exponent - 13 + 127) << 23);
-  }
-};
+constexpr int kSplitRows = kRowsPerScale;
 
 // A block of kSplitRows rows of one head, and lanes of four columns that share a row.
 template <class Spec, int kDim>
@@ -38,12 +30,14 @@ struct SplitBlock {
 
   float4 x[kLoads];
 
-  // g_head: row 0 of the head.
-  __device__ void load(const float* g_head, int64_t row_stride, int first_row, int len) {
+  // g_head: row 0 of the head. g_keeps: which rows are not 0, or null.
+  __device__ void load(const float* g_head, int64_t row_stride, int first_row, int len,
+                       const uint8_t* g_keeps) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int idx = i * Spec::kNumThreads + threadIdx.x, row = first_row + idx / kLanes;
-      const bool exists = idx < kSplitRows * kLanes && row < len;
+      bool exists = idx < kSplitRows * kLanes && row < len;
+      if (exists && g_keeps != nullptr) exists = __ldg(g_keeps + row) != 0;
       x[i] = make_float4(0.f, 0.f, 0.f, 0.f);
       if (exists) {
         x[i] = *reinterpret_cast<const float4*>(g_head + row * row_stride + idx % kLanes * 4);
@@ -103,14 +97,49 @@ __device__ __forceinline__ void split_halves(const SplitParams& params) {
   const int blocks_kv = ceil_div(params.len_kv, kSplitRows);
   const int num_q = blocks_q * params.heads_q * params.batch;
   const int num_kv = blocks_kv * params.heads_kv * params.batch;
+  constexpr bool kOfGradients = Spec::kGradients == Switch::kOn;
   int rest = blockIdx.x;
-  if (rest < num_q) {  // rows of Q, each with its own scale
+  // kSplitRows rows of a tensor with one scale.
+  auto split = [&](auto own, const float* g_in, int64_t row_stride, int block, int len,
+                   const uint8_t* g_keeps, uint16_t* g_out, float* g_scale) {
+    using Block = decltype(own);
+    own.load(g_in, row_stride, block * kSplitRows, len, g_keeps);
+    const PowerScale scale(own.most(s_most));
+    if (threadIdx.x == 0) *g_scale = scale.down;
+#pragma unroll
+    for (int i = 0; i < Block::kLoads; ++i) {
+      const int idx = i * Spec::kNumThreads + threadIdx.x, in_block = idx / Block::kLanes;
+      const int row = block * kSplitRows + in_block;
+      if (in_block >= kSplitRows || row >= len) continue;
+      Block::store(g_out, row, idx % Block::kLanes * 4, own.x[i], scale.up);
+    }
+  };
+  if (kOfGradients && rest < 2 * num_q) {
+    const bool is_d_out = rest >= num_q;
+    if (is_d_out) rest -= num_q;
+    const int block = rest % blocks_q, of_head = rest / blocks_q;
+    const int head = of_head % params.heads_q, batch = of_head / params.heads_q;
+    const int64_t rows_before = static_cast<int64_t>(of_head) * params.len_q;
+    if (is_d_out) {
+      split(SplitBlock<Spec, kDimV>{},
+            params.d_out + batch * params.d_out_stride_batch + head * params.d_out_stride_head,
+            params.d_out_stride_row, block, params.len_q, nullptr,
+            params.d_out_out + rows_before * (kParts * kDimV), params.d_out_scale + rest);
+    } else {
+      split(SplitBlock<Spec, kDim>{},
+            params.q + batch * params.q_stride_batch + head * params.q_stride_head,
+            params.q_stride_row, block, params.len_q, nullptr,
+            params.q_out + rows_before * (kParts * kDim), params.q_scale + rest);
+    }
+    return;
+  }
+  if (!kOfGradients && rest < num_q) {  // rows of Q, each with its own scale
     const int block = rest % blocks_q, of_head = rest / blocks_q;
     const int head = of_head % params.heads_q, batch = of_head / params.heads_q;
     using Block = SplitBlock<Spec, kDim>;
     Block own;
     own.load(params.q + batch * params.q_stride_batch + head * params.q_stride_head,
-             params.q_stride_row, block * kSplitRows, params.len_q);
+             params.q_stride_row, block * kSplitRows, params.len_q, nullptr);
     if (threadIdx.x < kSplitRows) s_of_row[threadIdx.x] = 0;
     __syncthreads();
 #pragma unroll
@@ -135,34 +164,24 @@ __device__ __forceinline__ void split_halves(const SplitParams& params) {
     }
     return;
   }
-  rest -= num_q;
+  rest -= kOfGradients ? 2 * num_q : num_q;
   const bool is_v = rest >= num_kv;
   if (is_v) rest -= num_kv;
   const int block = rest % blocks_kv, of_head = rest / blocks_kv;
   const int head = of_head % params.heads_kv, batch = of_head / params.heads_kv;
-  auto split = [&](auto own, const float* g_in, int64_t row_stride, uint16_t* g_out,
-                   float* g_scale) {
-    using Block = decltype(own);
-    own.load(g_in, row_stride, block * kSplitRows, params.len_kv);
-    const PowerScale scale(own.most(s_most));
-    if (threadIdx.x == 0) g_scale[static_cast<int64_t>(of_head) * blocks_kv + block] = scale.down;
-#pragma unroll
-    for (int i = 0; i < Block::kLoads; ++i) {
-      const int idx = i * Spec::kNumThreads + threadIdx.x, in_block = idx / Block::kLanes;
-      const int row = block * kSplitRows + in_block;
-      if (in_block >= kSplitRows || row >= params.len_kv) continue;
-      Block::store(g_out, row, idx % Block::kLanes * 4, own.x[i], scale.up);
-    }
-  };
+  const uint8_t* g_keeps = params.key_padding;
+  if (g_keeps != nullptr) g_keeps += batch * params.key_padding_stride;
   const int64_t rows_before = static_cast<int64_t>(of_head) * params.len_kv;
   if (is_v) {
     split(SplitBlock<Spec, kDimV>{},
           params.v + batch * params.v_stride_batch + head * params.v_stride_head,
-          params.v_stride_row, params.v_out + rows_before * (kParts * kDimV), params.v_scale);
+          params.v_stride_row, block, params.len_kv, g_keeps,
+          params.v_out + rows_before * (kParts * kDimV), params.v_scale + rest);
   } else {
     split(SplitBlock<Spec, kDim>{},
           params.k + batch * params.k_stride_batch + head * params.k_stride_head,
-          params.k_stride_row, params.k_out + rows_before * (kParts * kDim), params.k_scale);
+          params.k_stride_row, block, params.len_kv, g_keeps,
+          params.k_out + rows_before * (kParts * kDim), params.k_scale + rest);
   }
 }
 

@@ -339,17 +339,24 @@ SCALE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("q_scale_stride_head", _INT64),
 )
 
+#: What a backward kernel for fp16 parts reads at the end.
+_OF_D_OUT: Final = (("d_out_scale", _POINTER),)
+
 #: What makes fp16 parts of fp32 operands.
 SPLIT_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("q", _POINTER),
     ("k", _POINTER),
     ("v", _POINTER),
+    ("d_out", _POINTER),
+    ("key_padding", _POINTER),
     ("q_out", _POINTER),
     ("k_out", _POINTER),
     ("v_out", _POINTER),
+    ("d_out_out", _POINTER),
     ("q_scale", _POINTER),
     ("k_scale", _POINTER),
     ("v_scale", _POINTER),
+    ("d_out_scale", _POINTER),
     ("q_stride_batch", _INT64),
     ("q_stride_row", _INT64),
     ("q_stride_head", _INT64),
@@ -359,6 +366,10 @@ SPLIT_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("v_stride_batch", _INT64),
     ("v_stride_row", _INT64),
     ("v_stride_head", _INT64),
+    ("d_out_stride_batch", _INT64),
+    ("d_out_stride_row", _INT64),
+    ("d_out_stride_head", _INT64),
+    ("key_padding_stride", _INT64),
     ("batch", _INT32),
     ("len_q", _INT32),
     ("len_kv", _INT32),
@@ -422,6 +433,10 @@ FIELDS: Final = {
     **_FWD,
     **{name.replace("fwd", "bwd"): fields + BWD_FIELDS for name, fields in _FWD.items()},
     **{f"{name}_scaled": fields + SCALE_FIELDS for name, fields in _FWD.items()},
+    **{
+        f"{name.replace('fwd', 'bwd')}_scaled": fields + SCALE_FIELDS + BWD_FIELDS + _OF_D_OUT
+        for name, fields in _FWD.items()
+    },
     "quant": QUANT_FIELDS,
     "split": SPLIT_FIELDS,
     "stats": STATS_FIELDS,

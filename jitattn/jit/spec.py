@@ -245,7 +245,8 @@ class _BackwardSpec(_Spec):
     @property
     def params(self) -> str:
         """Name of the parameter struct (`jit/params.py`)."""
-        return f"bwd{_params_suffix(self.problem)}"
+        scaled = "_scaled" if self.problem.numerics.num_parts else ""
+        return f"bwd{_params_suffix(self.problem)}{scaled}"
 
     @property
     def smem_bytes(self) -> int:
@@ -255,6 +256,8 @@ class _BackwardSpec(_Spec):
         rows = tile.block_kv + tile.stages * tile.block_q
         size = (rows * dims + 2 * tile.block_q * tile.block_kv) * problem.dtype.bytes
         size += 2 * 8 * tile.block_q
+        if problem.numerics.num_parts:  # scales of Q, dO and dS
+            size += 2 * 16 + 4 * tile.warps_scores
         if problem.mask is MaskKind.BLOCK_LISTS:
             groups = tile.block_kv // 16
             size += 2 * 8 * groups + 2 * (self.num_threads // 8) + self.num_threads * groups * 4
@@ -440,7 +443,7 @@ class ChannelStatsSpec(_Spec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitHalvesSpec(_Spec):
-    """The kernel that makes fp16 parts of q, k and v."""
+    """The kernel that makes fp16 parts of q, k and v, and for a backward kernel of dO."""
 
     family: ClassVar[str] = "split_halves"
     params: ClassVar[str] = "split"
@@ -450,6 +453,7 @@ class SplitHalvesSpec(_Spec):
     head_dim: int
     head_dim_v: int
     num_parts: int  #: 2, or 1: the high one
+    gradients: Switch  #: dO too; q by blocks of rows, as all others
     arch: str
 
 

@@ -20,6 +20,7 @@ from jitattn.jit.enums import (
     BiasKind,
     Dtype,
     MaskKind,
+    Numerics,
     ScoreTarget,
     SeqLayout,
     Staging,
@@ -94,3 +95,29 @@ def test_training_is_one_choice() -> None:
     choice = {"family": ["fwd", "bwd"], "dtype": "bf16", "head_dim": 64, "mask": "causal"}
     families = {spec.family for spec in specs_of([choice], ["sm_90"])}
     assert families == {"fwd", "bwd", "stats", "round"}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_kernels_of_fp16_parts_are_among_those_of_a_backward_pass(deterministic: bool) -> None:
+    asked = problem(Dtype.FP32, key_padding=Switch.ON)
+    specs = specs_of_backward(asked, "sm_90", deterministic=deterministic)
+    kernels = [spec for spec in specs if spec.family == "bwd"]
+    assert [spec.problem.numerics for spec in kernels] == [Numerics.TF32X3, Numerics.F16X3]
+    assert [spec.gradients for spec in specs if spec.family == "split_halves"] == [Switch.ON]
+    assert {round_spec(spec) for spec in kernels} <= set(specs)
+    for spec in specs:
+        assert spec_from_dict(spec.to_dict()) == spec
+        assert spec in specs_of([to_choice(spec)])
+    ragged = problem(Dtype.FP32, q_layout=SeqLayout.RAGGED, kv_layout=SeqLayout.RAGGED)
+    assert {spec.family for spec in specs_of_backward(ragged, "sm_90")} == {"bwd", "stats", "round"}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tiles_of_fp16_parts_fit_in_the_rows_of_a_scale(arch: str) -> None:
+    limit = MAX_SMEM_BYTES[int(arch[3:])]
+    for dim, softcap in itertools.product(range(16, 129, 16), Switch):
+        asked = problem(Dtype.FP32, dim, dim, numerics=Numerics.F16X3, softcap=softcap)
+        spec = bwd_spec(asked, arch)
+        assert spec.tile.min_blocks_per_sm * (spec.smem_bytes + 1024) <= limit + 1024
+        assert 64 % spec.tile.block_q == 0 == 64 % spec.tile.block_kv
+        assert score_grad_spec(asked, arch, ScoreTarget.ROW).problem.numerics is Numerics.TF32X3

@@ -89,3 +89,65 @@ def test_small_calls_take_three_tf32_products(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(halves, "LEAST_PRODUCTS", 2 * 200 * 300 * 64 + 1)
     assert chosen(len_q=200, len_kv=300) is None
     assert chosen(len_q=201, len_kv=300) is not None
+
+
+def chosen_backward(**given: Any) -> Any:
+    """The same of the backward pass."""
+    dim, dim_v = given.pop("dim", 64), given.pop("dim_v", 64)
+    len_q, len_kv = given.pop("len_q", 200), given.pop("len_kv", 300)
+    dtype = given.pop("dtype", torch.float32)
+    q, k = (torch.zeros(1, length, 2, dim, dtype=dtype) for length in (len_q, len_kv))
+    v = torch.zeros(1, len_kv, 2, dim_v, dtype=dtype)
+    _, call = bind(q, k, v, given)
+    return halves.backward_problem_of(*parse(q, k, v, call))
+
+
+KEEP = jitattn.KeyPadding(torch.ones(1, 300, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"gear": 4},
+        {"dim": 128, "dim_v": 16},
+        {"mask": jitattn.Window(9, 0)},
+        {"mask": jitattn.LocalStride(64, 2, 3)},
+        {"mask": jitattn.Causal() & KEEP},
+        {"softcap": 3.0, "sinks": torch.zeros(2)},
+        {"alibi_slopes": torch.zeros(2)},
+        {"bias": torch.zeros(1, 1, 200, 300)},
+        {"dropout_p": 0.5, "dropout_state": torch.zeros(2, dtype=torch.int64)},
+    ],
+    ids=lambda given: ", ".join(given) or "none",
+)
+def test_backward_passes_that_have_parts(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(halves, "LEAST_BACKWARD_PRODUCTS", 1)
+    assert chosen_backward(**given).numerics is Numerics.F16X3
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"dtype": torch.float16},
+        {"dim": 72},
+        {"dim": 144},
+        {"dim_v": 8},
+        {"mask": jitattn.LocalStride(16, 2, 3)},
+        {"kv_seqs": jitattn.Padded(torch.tensor([200]))},
+    ],
+    ids=", ".join,
+)
+def test_backward_passes_that_take_three_tf32_products(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(halves, "LEAST_BACKWARD_PRODUCTS", 1)
+    assert chosen_backward(**given) is None
+
+
+def test_small_backward_passes_take_three_tf32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(halves, "LEAST_BACKWARD_PRODUCTS", 2 * 200 * 300 * 64 + 1)
+    assert chosen_backward(len_q=200, len_kv=300) is None
+    assert chosen_backward(len_q=201, len_kv=300) is not None

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 
 import jitattn
-from jitattn.backward import kernel_problem
+from jitattn.backward import without_lists
 from jitattn.bwd_tiles import score_grad_spec, specs_of_backward
 from jitattn.gears import resolve_numerics
 from jitattn.jit import build
@@ -58,7 +58,7 @@ def compiled(arch: str, compile_once: CompileOnce) -> None:
         specs |= dict.fromkeys(fwd_spec(problem, arch, rows) for rows in RowClass)
         of_rules = {problem: None}
         if problem.mask is MaskKind.BLOCK_LISTS:  # random rules are LocalStride, too
-            of_rules |= dict.fromkeys(kernel_problem(problem, rule, arch) for rule in FINE)
+            of_rules |= dict.fromkeys(without_lists(problem, rule, arch) for rule in FINE)
         for own, switch in itertools.product(of_rules, (False, True)):
             if not switch or features in DETERMINISTIC:
                 specs |= dict.fromkeys(specs_of_backward(own, arch, deterministic=switch))
