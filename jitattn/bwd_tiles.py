@@ -93,9 +93,9 @@ def backward_problem(problem: Problem) -> Problem:
     """Return what a forward problem is to its backward kernel.
 
     Sinks are in the LSE, a fixed shift cancels, and matrices are read where they are. Whatever the
-    gear, gradients have the numerics of gear 2: of two classes for fp32 the one that is given.
+    gear, gradients have the numerics of gear 2; fp16 parts are kept where a kernel takes them.
     """
-    in_halves = problem.numerics is Numerics.F16X3
+    in_halves = problem.numerics is Numerics.F16X3 and backward_in_halves(problem) is not None
     return replace(
         problem,
         out_dtype=problem.dtype,

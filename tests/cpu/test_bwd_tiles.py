@@ -121,3 +121,11 @@ def test_tiles_of_fp16_parts_fit_in_the_rows_of_a_scale(arch: str) -> None:
         assert spec.tile.min_blocks_per_sm * (spec.smem_bytes + 1024) <= limit + 1024
         assert 64 % spec.tile.block_q == 0 == 64 % spec.tile.block_kv
         assert score_grad_spec(asked, arch, ScoreTarget.ROW).problem.numerics is Numerics.TF32X3
+
+
+def test_only_problems_with_a_kernel_for_fp16_parts_keep_them() -> None:
+    asked = problem(Dtype.FP32, numerics=Numerics.F16X3)
+    assert backward_problem(asked).numerics is Numerics.F16X3
+    for other in ({"dim": 72}, {"dim": 256}, {"q_layout": SeqLayout.RAGGED}):
+        left = backward_problem(problem(Dtype.FP32, numerics=Numerics.F16X3, **other))  # type: ignore[arg-type]
+        assert left.numerics is Numerics.TF32X3
