@@ -2,16 +2,18 @@
 
 A kernel makes the parts (cuda_src/jitattn/split_halves.cuh), then the forward kernel multiplies
 these, at twice the rate of TF32. Calls that this does not serve take TF32 products: short
-queries, sequences of their own and pages, whatever is done with scores but masks of positions, head
-dims that are no multiple of 16 or above 128, other alignments than 16 bytes.
+queries, sequences of their own and pages, whatever is done with scores but masks of positions and
+key padding, head dims that are no multiple of 16 or above 128, other alignments than 16 bytes.
 
 A scale is of one row of q, and of 64 rows of a head of k or v: beside a finite number that is 2^20
 times as large, others of these rows keep 18 bits, and 2^-38 of it is the least that is left,
 whether or not a query sees that number. The product of the largest of q and of k must be a number
 of fp32, and v below 1e28.
 
+Keys that key padding hides become zeros, whatever they hold.
+
 The backward kernel has two parts of q, k, v and dO, whatever is done with scores. All scales are of
-64 rows there. Keys that key padding hides become zeros.
+64 rows there.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Which problems have kernels whose operands others prepare, and which; without torch.
 
 Gear 4 brings Q and K to 8 bits, and fp32 inputs become one or two fp16 parts each. Neither is there
-for whatever is done with scores but masks of positions, nor for other alignments than 16 bytes;
-fp16 parts not for sequences of their own, in pages or not.
+for whatever is done with scores but masks of positions and, with fp16 parts, key padding, nor for
+other alignments than 16 bytes; fp16 parts not for sequences of their own, in pages or not. Backward
+kernels have fp16 parts whatever is done with scores.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ _LEAST_ON_SM90: Final = 128
 #: What TF32 products are, of fp16 parts.
 _IN_HALVES: Final = {Numerics.TF32X3: Numerics.F16X3, Numerics.TF32: Numerics.F16X1}
 _MASKS: Final = (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE)
-_TO_SCORES: Final = ("relative_bias", "alibi", "softcap", "sinks", "key_padding", "dense",
-                     "dropout", "fixed_shift")  # fmt: skip
+_TO_SCORES: Final = ("relative_bias", "alibi", "softcap", "sinks", "dense", "dropout",
+                     "fixed_shift")  # fmt: skip
 
 
 def specs_for_gear(problem: Problem, gear: int, arch: str) -> list[KernelSpec]:
@@ -59,6 +60,7 @@ def problem_in_8_bits(problem: Problem, arch: str) -> Problem | None:
     if arch_number(arch) >= 90 and problem.head_dim < _LEAST_ON_SM90:
         return None
     fits = problem.head_dim in HEAD_DIMS and problem.dtype is not Dtype.FP32
+    fits &= problem.key_padding is Switch.OFF
     return replace(problem, numerics=Numerics.INT8) if fits and _is_plain(problem) else None
 
 
@@ -113,7 +115,7 @@ def split_spec(problem: Problem, arch: str, *, gradients: bool = False) -> Split
 
 
 def _is_plain(problem: Problem) -> bool:
-    """Return whether positions alone decide, and rows are aligned."""
+    """Return whether positions and key padding alone decide, and rows are aligned."""
     fits = problem.mask in _MASKS and problem.access is Access.VEC16
     fits &= problem.bias is BiasKind.NONE
     return fits and all(getattr(problem, name) is Switch.OFF for name in _TO_SCORES)

@@ -134,11 +134,8 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
         return _largest_that_fits(problem, arch, _rows64(problem, limit))
     dim = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v))
     table = _TABLES.get(arch_number(arch), _SMALL_SMEM)
-    if problem.numerics is Numerics.F16X1:
-        table = _ROUNDED if limit > _SMALLEST_LARGE_SMEM else _ROUNDED_UNTUNED
-    elif problem.numerics is Numerics.F16X3:
-        table = _HALVES_MEDIUM_SMEM if limit >= _MEDIUM_SMEM_BYTES else _HALVES_SMALL_SMEM
-        table = _HALVES if limit > _SMALLEST_LARGE_SMEM else table
+    if problem.numerics.num_parts:
+        table = _of_parts(problem, limit)
     elif problem.dtype is Dtype.FP32:
         table = _FP32
     elif problem.access is Access.ELEMENT:
@@ -185,6 +182,16 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
         ]
         return _largest_that_fits(problem, arch, candidates)
     return _tile(block_q, block_kv, warps_q, 1, stages)
+
+
+def _of_parts(problem: Problem, limit: int) -> _Table:
+    """Return the table for fp32 inputs as fp16 parts."""
+    is_padded = problem.key_padding is Switch.ON  # the larger tiles would spill 24 to 60 bytes
+    if problem.numerics is Numerics.F16X1:
+        return _ROUNDED if limit > _SMALLEST_LARGE_SMEM and not is_padded else _ROUNDED_UNTUNED
+    if is_padded or limit < _MEDIUM_SMEM_BYTES:
+        return _HALVES_SMALL_SMEM
+    return _HALVES if limit > _SMALLEST_LARGE_SMEM else _HALVES_MEDIUM_SMEM
 
 
 def _with_scores(problem: Problem, arch: int, plain: _Table) -> _Table:

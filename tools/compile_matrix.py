@@ -254,6 +254,9 @@ def _gears(arch: str) -> Iterator[KernelSpec]:
         yield split_spec(_geared(Dtype.FP32, dim, numerics), arch)
         for mask in (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE):
             yield fwd_spec(_geared(Dtype.FP32, dim, numerics, mask), arch, RowClass.MANY)
+    for numerics, dim in itertools.product((Numerics.F16X3, Numerics.F16X1), (64, 128)):
+        padded = _geared(Dtype.FP32, dim, numerics, MaskKind.FULL, key_padding=Switch.ON)
+        yield fwd_spec(padded, arch, RowClass.MANY)
     unequal = replace(problem(Dtype.FP32, 128, head_dim_v=64), numerics=Numerics.F16X3)
     yield split_spec(unequal, arch)
     yield fwd_spec(unequal, arch, RowClass.MANY)

@@ -40,6 +40,7 @@ def chosen(
         {"mask": jitattn.Causal()},
         {"mask": jitattn.Window(9, 0)},
         {"mask": jitattn.LocalStride(64, 2, 3)},
+        {"mask": jitattn.KeyPadding(torch.ones(1, 300, dtype=torch.bool))},
     ],
     ids=str,
 )

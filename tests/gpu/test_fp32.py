@@ -168,6 +168,27 @@ def test_fp16_parts_of_cosine_attention(scale: float) -> None:
     assert max_error(lse, lse_truth) <= 5e-6 * max(1.0, scale / 8)  # of a score's deviation
 
 
+@pytest.mark.parametrize("garbage", [1e38, float("nan")])
+@pytest.mark.parametrize("gear", [2, 3])
+@in_halves
+def test_fp16_parts_of_padded_keys(gear: int, garbage: float) -> None:
+    """What hidden keys hold is nothing to the others."""
+    q, k, v = random_qkv(2, 200, 300, 4, 2, head_dim=64, device="cuda", seed=11)
+    keep = torch.arange(300, device="cuda") < torch.tensor([[237], [70]], device="cuda")
+    keep[0, 20:29] = False
+    for mask in (jitattn.KeyPadding(keep), jitattn.Causal() & jitattn.KeyPadding(keep)):
+        truth, lse_truth = jitattn.reference.reference(q, k, v, mask=mask, return_lse=True)
+        hidden = (~keep)[..., None, None]
+        bad = k.masked_fill(hidden, garbage), v.masked_fill(hidden, -garbage)
+        numerics = "f16x3" if gear == 2 else "f16x1"
+        assert jitattn.explain(q, *bad, mask=mask, gear=gear).kernel["numerics"] == numerics
+        out, lse = jitattn.attention(q, *bad, mask=mask, gear=gear, return_lse=True)
+        assert rel_l2(out, truth) <= GEARS[gear].rel_l2[Dtype.FP32]
+        seen = lse_truth.isfinite()
+        assert torch.equal(lse.isfinite(), seen)
+        assert max_error(lse[seen], lse_truth[seen]) <= (5e-6 if gear == 2 else 2.5e-3)
+
+
 @in_halves
 def test_batch_does_not_change_bits_of_fp16_parts() -> None:
     q, k, v = random_qkv(3, 200, 300, 4, 2, head_dim=64, device="cuda", seed=10)
