@@ -7,6 +7,7 @@
 #pragma once
 
 #include "jitattn/bwd_traits.cuh"
+#include "jitattn/enums.cuh"
 #include "jitattn/power_scale.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/sequence.cuh"
@@ -111,7 +112,9 @@ struct PartScales {
                         uint32_t s_p_addr, uint32_t s_ds_addr, int warp_idx, int lane_idx) const {
     using Mma = typename Traits::Mma;
     using LayoutP = typename Traits::LayoutP;
-    asm volatile("" : "+r"(lane_idx));  // addresses are not kept in registers from step to step
+    if constexpr (Spec::kBias == BiasKind::kNone) {
+      asm volatile("" : "+r"(lane_idx));  // addresses are not kept in registers from step to step
+    }
     const PowerScale scale(most_of(r_ds));
     if (lane_idx == 0) {
       ptx::st_shared_b32(s_of_ds_addr + warp_idx * 4, __float_as_uint(scale.down));
