@@ -71,16 +71,22 @@ _FP32: Final[_Table] = {
     128: ((32, 64, 8, 2, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
     256: ((32, 32, 8, 2, 2, 2, 1), (16, 16, 8, 1, 1, 1, 1)),
 }
-#: fp32 as fp16 parts, which take as much room. At D=48 and 64 two CTAs share a multiprocessor where
-#: they fit; elsewhere 128 registers would spill 8 to 52 bytes. Not timed.
+#: fp32 as fp16 parts, which take as much room. us, full: D=64, 4 x 4k, 8 heads, 3343 (TF32 9837,
+#: 8 warps 3612 to 4371, two stages 4009, 32x64 3721 and more), D=128, 8k, 16 heads, 14834 (TF32
+#: 39451, 32x64 15185 and more, 32x32 16655 and more). Four warps of D=48 would spill.
 _HALVES: Final[_Table] = {
-    64: ((64, 64, 8, 2, 2, 2, 1),),
+    32: ((64, 64, 4, 2, 2, 2, 1), (64, 64, 8, 2, 2, 2, 1)),
+    48: ((64, 64, 8, 2, 2, 2, 1),),
+    64: ((64, 64, 4, 2, 2, 2, 1), (64, 64, 8, 2, 2, 2, 1)),
     112: ((32, 64, 8, 2, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
     128: ((64, 64, 8, 2, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
 }
 #: The same with what needs further registers: whatever is done with scores but masks of positions
 #: and key padding.
-_HALVES_CHANGED: Final[_Table] = {64: _HALVES[64], 128: ((32, 32, 8, 2, 2, 2, 1),)}
+_HALVES_CHANGED: Final[_Table] = {
+    64: ((64, 64, 8, 2, 2, 2, 1),),
+    128: ((32, 32, 8, 2, 2, 2, 1),),
+}
 #: The same of the gradients of what is added to scores: square, one stage.
 _SQUARES: Final[tuple[_Row, ...]] = (
     (64, 64, 8, 4, 4, 4, 1),
@@ -134,10 +140,7 @@ def bwd_spec(problem: Problem, arch: str, *, deterministic: bool = False) -> Bwd
     switch = Switch.ON if deterministic else Switch.OFF
     for row in next(rows for top, rows in table.items() if dim <= top):
         spec = BwdSpec(problem=problem, tile=_tile(row), deterministic=switch, arch=arch)
-        fits_twice = spec.smem_bytes <= half_of(limit)
-        if table is _HALVES and fits_twice and 32 < dim <= 64:
-            return replace(spec, tile=replace(spec.tile, min_blocks_per_sm=2))
-        if fits_twice or (spec.tile.num_warps != 4 and spec.smem_bytes <= limit):
+        if spec.smem_bytes <= (half_of(limit) if spec.tile.num_warps == 4 else limit):
             return spec
     raise InternalError(f"no backward tile fits {arch} for {problem}")
 

@@ -10,6 +10,7 @@
 #include "jitattn/enums.cuh"
 #include "jitattn/power_scale.cuh"
 #include "jitattn/ptx/shared.cuh"
+#include "jitattn/ptx/special.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
@@ -113,7 +114,8 @@ struct PartScales {
     using Mma = typename Traits::Mma;
     using LayoutP = typename Traits::LayoutP;
     if constexpr (Spec::kBias == BiasKind::kNone) {
-      asm volatile("" : "+r"(lane_idx));  // addresses are not kept in registers from step to step
+      // Addresses are not kept in registers from step to step then.
+      lane_idx = static_cast<int>(ptx::thread_idx() % 32);
     }
     const PowerScale scale(most_of(r_ds));
     if (lane_idx == 0) {

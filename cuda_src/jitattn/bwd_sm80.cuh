@@ -566,12 +566,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
 
   // ---- Results
   using T = typename Scalar<Spec::kDtype>::type;
-  auto row_of = [&](int row) {
-    if constexpr (kGathersKeys<Spec>) {
-      return Keys(params, sequence, kv_head_idx * params.heads_per_kv, kv_tile).key_of(row);
-    }
-    return row;
-  };
+  const auto row_of = rows_of_block<Spec>(params, sequence, kv_head_idx, kv_tile);
   store_gradient<Spec, Spec::kHeadDim>(
       r_dk, grid_dk,
       static_cast<T*>(params.dk) + batch_idx * params.dk_stride_batch +

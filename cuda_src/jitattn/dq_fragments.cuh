@@ -14,8 +14,14 @@ struct DqFragments {
   static constexpr bool kHasWideAdd = kArch >= 90;
   static constexpr int kTile = 128;
 
-  __device__ static int offset(int lane_idx, int i) {
-    return kHasWideAdd ? lane_idx * 4 + i : i * 32 + lane_idx;
+  __device__ static void load(float (&value)[4], const float* g_tile, int lane_idx) {
+    if constexpr (kHasWideAdd) {
+      const float4 all = *reinterpret_cast<const float4*>(g_tile + lane_idx * 4);
+      value[0] = all.x, value[1] = all.y, value[2] = all.z, value[3] = all.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) value[i] = g_tile[i * 32 + lane_idx];
+    }
   }
 
   __device__ static void add(float* g_tile, const float (&value)[4], int lane_idx) {

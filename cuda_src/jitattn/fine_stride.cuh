@@ -28,7 +28,7 @@ struct GatheredKeys {
   const int block;
   const int stride;       // dense heads: 1, so that all columns are on it
   const int first;        // column on the stride
-  const int per_block;    // columns of a kernel block
+  const int per_log2;     // columns of a kernel block, as a power of two
   const int num_on;       // columns on the stride,
   const int num_off;      // and others
   const int blocks_on;    // kernel blocks of those on the stride
@@ -45,13 +45,13 @@ struct GatheredKeys {
         block(block),
         stride(pattern.is_dense ? 1 : params.stride),
         first(pattern.is_dense ? 0 : pattern.first_column()),
-        per_block(kBlockKv >> params.block_log2),
+        per_log2(log2_of(kBlockKv) - params.block_log2),
         num_on(on_before(ceil_div(sequence.len_kv, 1 << params.block_log2))),
         num_off(ceil_div(sequence.len_kv, 1 << params.block_log2) - num_on),
-        blocks_on(ceil_div(num_on, per_block)),
+        blocks_on(blocks_of(num_on)),
         is_on(block < blocks_on),
-        first_idx((is_on ? block : block - blocks_on) * per_block),
-        num_columns(max_of(0, min_of(per_block, (is_on ? num_on : num_off) - first_idx))) {}
+        first_idx((is_on ? block : block - blocks_on) << per_log2),
+        num_columns(max_of(0, min_of(1 << per_log2, (is_on ? num_on : num_off) - first_idx))) {}
 
   // Keys of this block that exist: its first rows.
   __device__ int num_keys() const {
@@ -91,13 +91,16 @@ struct GatheredKeys {
     const int first_own = tile * kBlockQ + sequence.diagonal;
     const int last_row = min_of((tile + 1) * kBlockQ, sequence.len_q) - 1;
     const int columns = ((last_row + sequence.diagonal) >> params.block_log2) + 1;
-    const int on = ceil_div(min_of(num_on, on_before(columns)), per_block);
+    const int on = blocks_of(min_of(num_on, on_before(columns)));
     const int first_seen = max_of(0, (first_own >> params.block_log2) - params.local_blocks + 1);
-    const int passed = (first_seen - on_before(first_seen)) / per_block;
+    const int passed = (first_seen - on_before(first_seen)) >> per_log2;
     return on + block - blocks_on - passed;
   }
 
  private:
+  // Kernel blocks of so many columns.
+  __device__ int blocks_of(int count) const { return (count + (1 << per_log2) - 1) >> per_log2; }
+
   // Columns on the stride of the first `count`.
   __device__ int on_before(int count) const {
     return count > first ? ceil_div(count - first, stride) : 0;
@@ -114,6 +117,20 @@ struct GatheredKeys {
 
   __device__ int first_key_of(int idx) const { return column(idx) << params.block_log2; }
 };
+
+// Which row of K, V, dK and dV row `row` of a kernel block is, from key 0 on where keys are
+// gathered and else from its first one.
+template <class Spec>
+__device__ __forceinline__ auto rows_of_block(const BwdParamsOf<Spec>& params,
+                                              const Sequence& sequence, int kv_head_idx,
+                                              int block) {
+  if constexpr (kGathersKeys<Spec>) {
+    const GatheredKeys<Spec> keys(params, sequence, kv_head_idx * params.heads_per_kv, block);
+    return [keys](int row) { return keys.key_of(row); };
+  } else {
+    return [](int row) { return row; };
+  }
+}
 
 // r_s: scores of rows first_row .. and of the keys of this warp; hidden ones become -inf. is_on:
 // those of the block are on the stride.

@@ -151,8 +151,9 @@ __device__ __forceinline__ void l2norm_grad(const NormGradParams& params) {
   const int lane = static_cast<int>(thread % kLanes);
   const bool exists = slice < params.num_slices;
   const int64_t group = slice % Spec::kGroups, vector = slice / Spec::kGroups;
-  const int64_t head = vector % params.heads, row = vector / params.heads % params.len;
-  const int64_t batch = vector / params.heads / params.len;
+  const Division by_head = divide(vector, params.heads);
+  const Division by_row = divide(by_head.quotient, params.len);
+  const int64_t batch = by_row.quotient, row = by_row.rest, head = by_head.rest;
   Slice x, d_y;
   x.load(static_cast<const T*>(params.x) + batch * params.x_stride_batch +
              row * params.x_stride_row + head * params.x_stride_head + group * kSlice,

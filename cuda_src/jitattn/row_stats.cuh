@@ -35,8 +35,9 @@ __device__ __forceinline__ void row_stats(const StatsParams& params) {
   const int64_t idx = thread / kLanes;
   const int lane = static_cast<int>(thread % kLanes);
   const bool exists = idx < params.num_rows;
-  const int64_t head = idx % params.heads_q, position = idx / params.heads_q % params.len_q;
-  const int64_t batch = idx / params.heads_q / params.len_q;
+  const Division by_head = divide(idx, params.heads_q);
+  const Division by_row = divide(by_head.quotient, params.len_q);
+  const int64_t batch = by_row.quotient, position = by_row.rest, head = by_head.rest;
   const T* g_out = static_cast<const T*>(params.out) + batch * params.out_stride_batch +
                    position * params.out_stride_row + head * params.out_stride_head;
   const T* g_d_out = static_cast<const T*>(params.d_out) + batch * params.d_out_stride_batch +

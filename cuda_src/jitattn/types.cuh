@@ -41,6 +41,18 @@ __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
+struct Division {
+  int64_t quotient;
+  int64_t rest;
+};
+
+// In 32 bits where that is enough, in a fifth of the instructions. number >= 0.
+__device__ __forceinline__ Division divide(int64_t number, int32_t divisor) {
+  if (number >> 32 != 0) return {number / divisor, number % divisor};
+  const uint32_t low = static_cast<uint32_t>(number), by = static_cast<uint32_t>(divisor);
+  return {low / by, low % by};
+}
+
 // Of a power of two.
 __host__ __device__ constexpr int log2_of(int number) {
   return number <= 1 ? 0 : 1 + log2_of(number / 2);
