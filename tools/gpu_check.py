@@ -51,16 +51,22 @@ SANITIZERS: Final = {
     ),
     "memcheck-gears": (
         "memcheck",
-        "(8_bits and not capture) or fp16_parts_of or (as_fp16_parts and 80)",
+        "((8_bits or fp16_parts_of) and not (capture or in_pages or gradients)) or "
+        "(as_fp16_parts and 80)",
     ),
+    "memcheck-gears-paged": ("memcheck", "8_bits_in_pages and not outside"),
     "memcheck-gradients": (
         "memcheck",
-        "test_gradients_gpu and (random or head_dims or aligned) and not many",
+        "test_gradients_gpu and (random or head_dims or aligned or small_blocks) and not many",
+    ),
+    "memcheck-gradients-fp32": (
+        "memcheck",
+        "test_fp32_gradients and (head_dims or padded_keys or changed_scores)",
     ),
     "racecheck-gradients": (
         "racecheck",
-        "(test_gradients_gpu and (head_dims or aligned)) or (test_8_bits and full and bfloat16) or "
-        "fp16_parts_of_a_block",
+        "(test_gradients_gpu and (head_dims or aligned or small_blocks)) or "
+        "(test_8_bits and full and bfloat16 and not in_pages) or fp16_parts_of_a_block",
     ),
 }
 PARTS: Final = ("tests", "bench", *SANITIZERS)
@@ -300,7 +306,8 @@ def check(root: Path, parts: Sequence[str], arguments: argparse.Namespace) -> in
 
     # Sanitizers wait for the CPU's reference most of the time: all at once. The tests have compiled
     # what they need, and want the processors for themselves.
-    for at_once in (("tests",), tuple(SANITIZERS)):
+    groups = (("tests",), tuple(SANITIZERS))
+    for at_once in ((*groups[0], *groups[1]),) if arguments.at_once else groups:
         asked = [part for part in at_once if part in parts]
         with ThreadPoolExecutor(max(1, len(asked))) as pool:
             for done in as_completed([pool.submit(run_part, part) for part in asked]):
@@ -354,6 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", default="tests,bench", help=f"some of {','.join(PARTS)}")
     parser.add_argument("--out", type=Path, help="write the record into this folder as well")
     parser.add_argument("--workers", type=int, default=1, help="processes that share tests/gpu")
+    parser.add_argument("--at-once", action="store_true", help="sanitizers beside the tests")
     parser.add_argument("--root", type=Path, default=REPOSITORY, help="another checkout")
     parser.add_argument("pytest_args", nargs="*", help="after --, for pytest tests/gpu")
     arguments = parser.parse_args(argv)
