@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 #: H200, 16 heads, D=64, parts and TF32: 256 rows on 4096 keys (2^30) 127 and 143, 128 rows (2^29)
 #: 91 and 89, 512 on 512 (2^28) 42 and 43.
 LEAST_PRODUCTS: Final = 1 << 29
-#: The same of a backward pass, which has five products to the forward pass's two: 4 x 1024, 8 heads,
-#: D=64 (2^29) 456 us, TF32 673.
+#: The same of a backward pass, which has five products to the forward pass's two. us at 4 x 1024, 8
+#: heads, D=64 (2^29): 456, TF32 673.
 LEAST_BACKWARD_PRODUCTS: Final = 1 << 28
 _KEY_PADDING: Final = [name for name, _ in FWD_SCORE_FIELDS].index("key_padding")
 _PADDING_STRIDE: Final = [name for name, _ in FWD_SCORE_FIELDS].index("key_padding_stride")

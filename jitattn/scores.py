@@ -245,11 +245,22 @@ def _staged(
     if matrix is None:
         return Staging.OFF
     address, (batch, head, row) = where
-    if (address | (batch | head | row) * matrix.element_size()) & 15:
+    if (address | (batch | head | row) * matrix.element_size()) & 15 or not _ends_whole(matrix):
         return Staging.OFF
     if matrix.shape[2] > 1:
         return Staging.MATRIX
     return Staging.ROW if by_row and head == 0 else Staging.OFF
+
+
+def _ends_whole(matrix: Tensor) -> bool:
+    """Whether the last 16 bytes that a copy of the last row names are in memory of the tensor."""
+    size = matrix.element_size()
+    beyond = -matrix.shape[3] * size % 16
+    if beyond == 0:
+        return True
+    last = sum((n - 1) * step for n, step in zip(matrix.shape, matrix.stride(), strict=True))
+    end = (matrix.storage_offset() + last + 1) * size
+    return end + beyond <= matrix.untyped_storage().nbytes()
 
 
 def _address(name: str, tensor: Tensor | None) -> int:

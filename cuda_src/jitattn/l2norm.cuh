@@ -118,9 +118,10 @@ __device__ __forceinline__ void l2norm(const NormParams& params) {
   if (is_k) slice -= params.num_slices_q;
   const bool exists = slice < (is_k ? params.num_slices_k : params.num_slices_q);
   const int heads = is_k ? params.heads_k : params.heads_q;
-  const int len = is_k ? params.len_k : params.len_q;
+  const int len = max_of(1, is_k ? params.len_k : params.len_q);  // without keys: of no slice
   const int64_t group = slice % Spec::kGroups, vector = slice / Spec::kGroups;
-  const int64_t head = vector % heads, row = vector / heads % len, batch = vector / heads / len;
+  const Division by_head = divide(vector, heads), by_row = divide(by_head.quotient, len);
+  const int64_t batch = by_row.quotient, row = by_row.rest, head = by_head.rest;
   const int64_t from = batch * (is_k ? params.k_stride_batch : params.q_stride_batch) +
                        row * (is_k ? params.k_stride_row : params.q_stride_row) +
                        head * (is_k ? params.k_stride_head : params.q_stride_head) + group * kSlice;

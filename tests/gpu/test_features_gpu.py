@@ -208,3 +208,19 @@ def test_the_lowest_biases_hide(dtype: torch.dtype, lowest: float | None, room: 
     assert rel_l2(out[:, 1:], truth[:, 1:]) < 5e-3
     alike = torch.full((1, 1, 1, 40), lowest, device="cuda", dtype=dtype)
     assert torch.equal(jitattn.attention(q, k, v, bias=alike), torch.zeros_like(q))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 190), (2, 4, 130, 190)], ids=str)
+def test_a_bias_whose_last_row_ends_within_16_bytes(shape: tuple[int, ...]) -> None:
+    """No copy reads past the end of its memory, or names what is there (memcheck)."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (
+        torch.randn(2, length, 4, 64, generator=generator).to("cuda") for length in (130, 190, 190)
+    )
+    last = torch.randn(1, 1, 1, 190, generator=generator).to("cuda")
+    bias = last.expand(shape)
+    out = jitattn.attention(q, k, v, bias=bias)
+    truth = jitattn.reference.reference(q, k, v, bias=bias)
+    assert rel_l2(out, truth) < 2e-6
+    padded = torch.zeros(1, 1, 1, 192, device="cuda")[..., :190].copy_(last).expand(shape)
+    assert rel_l2(jitattn.attention(q, k, v, bias=padded), truth) < 2e-6
