@@ -186,6 +186,24 @@ def test_patterns_in_small_blocks(
         assert rel_l2(got, true) < limit
 
 
+@pytest.mark.parametrize("first_row", [0, 37])
+def test_lists_of_more_tiles_than_a_block_has_threads(first_row: int) -> None:
+    """What lists say is kept for as many query tiles at a time."""
+    generator = torch.Generator().manual_seed(7)
+    pattern = torch.rand(270, 3, generator=generator) < 0.3
+    pattern[::9] = True
+    mask = jitattn.BlockSparse(pattern.cuda(), 64, first_row=first_row)
+    qkv = [
+        torch.randn(1, length, 1, 16, generator=generator).to("cuda", BF16)
+        for length in (17000, 150, 150)
+    ]
+    true = true_gradients(qkv, mask=mask)
+    for deterministic in (False, True):
+        found = gradients(qkv, mask=mask, deterministic=deterministic)
+        for got, wanted in zip(found, true, strict=True):
+            assert rel_l2(got, wanted) < 6e-3
+
+
 @pytest.mark.parametrize("group", [1, 3, 8])
 @pytest.mark.real_gpu
 def test_dk_and_dv_are_reproducible(group: int) -> None:
