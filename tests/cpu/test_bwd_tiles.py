@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from jitattn.backward import without_lists
 from jitattn.bwd_tiles import (
     backward_problem,
     bwd_spec,
@@ -26,7 +27,15 @@ from jitattn.jit.enums import (
     Staging,
     Switch,
 )
-from jitattn.jit.spec import Problem, padded_head_dim, spec_from_dict
+from jitattn.jit.spec import (
+    BwdSpec,
+    FwdSpec,
+    Problem,
+    ScoreGradSpec,
+    padded_head_dim,
+    spec_from_dict,
+)
+from jitattn.masks import LocalStride
 from jitattn.tiles import MAX_SMEM_BYTES
 
 ARCHS = [f"sm_{number}" for number in MAX_SMEM_BYTES]
@@ -129,3 +138,30 @@ def test_only_problems_with_a_kernel_for_fp16_parts_keep_them() -> None:
     for other in ({"dim": 72}, {"dim": 256}, {"q_layout": SeqLayout.RAGGED}):
         left = backward_problem(problem(Dtype.FP32, numerics=Numerics.F16X3, **other))  # type: ignore[arg-type]
         assert left.numerics is Numerics.TF32X3
+
+
+def test_small_blocks_of_a_pattern_are_lists_to_other_kernels() -> None:
+    choice = {
+        "family": ["fwd", "bwd", "bwd_scores"],
+        "dtype": "bf16",
+        "head_dim": 64,
+        "mask": "fine_stride",
+    }
+    masks = {
+        spec.family: spec.problem.mask
+        for spec in specs_of([choice], ["sm_86"])
+        if isinstance(spec, FwdSpec | BwdSpec | ScoreGradSpec)
+    }
+    lists = MaskKind.BLOCK_LISTS
+    assert masks == {"fwd": lists, "bwd": MaskKind.FINE_STRIDE, "bwd_scores": lists}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_small_blocks_are_gathered_where_a_kernel_block_is_larger(arch: str) -> None:
+    for dtype, dim, size in itertools.product(Dtype, (64, 128, 256), (16, 32)):
+        listed = problem(dtype, dim, dim, mask=MaskKind.BLOCK_LISTS)
+        own = without_lists(listed, LocalStride(size, 2, 3), arch)
+        block_kv = bwd_spec(own, arch).tile.block_kv
+        assert own.mask is (MaskKind.FINE_STRIDE if block_kv > size else MaskKind.LOCAL_STRIDE)
+    for rule in (LocalStride(8, 2, 3), LocalStride(16, 2, 3, causal=False), None):
+        assert without_lists(listed, rule, arch) is listed

@@ -73,3 +73,13 @@ def test_result_without_elements_has_no_kernel() -> None:
     record = jitattn.explain(q, q, q)
     assert record.path == "none"
     assert record.kernel == {}
+
+
+def test_the_kernel_of_gradients_is_that_of_the_call() -> None:
+    q, k, v = (torch.randn(1, 64, 2, 64, device="cuda", requires_grad=True) for _ in range(3))
+    with torch.enable_grad():
+        small = jitattn.explain(q, k, v, mask=jitattn.LocalStride(16, 2, 3))
+        listed = jitattn.explain(q, k, v, mask=jitattn.LocalStride(8, 2, 3))
+    assert small.kernel["mask"] == listed.kernel["mask"] == "block_lists"
+    assert small.backward["mask"] == "fine_stride"
+    assert listed.backward["mask"] == "block_lists"
