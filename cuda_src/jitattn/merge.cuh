@@ -27,11 +27,10 @@ struct MergeRow {
 
   __device__ explicit MergeRow(const Params& params)
       : row(static_cast<int64_t>(blockIdx.x) * (Spec::kNumThreads / 32) + threadIdx.x / 32) {
-    const Division by_row = divide(row, params.len_q);
-    const Division by_head = divide(by_row.quotient, params.heads_q);
-    position = by_row.rest;
-    batch_idx = by_head.quotient;
-    head_idx = by_head.rest;
+    const int64_t batch_and_head = row / params.len_q;
+    position = row % params.len_q;
+    batch_idx = batch_and_head / params.heads_q;
+    head_idx = batch_and_head % params.heads_q;
     g_part = static_cast<const T*>(params.parts) + batch_idx * params.part_stride_batch +
              position * params.part_stride_row + head_idx * params.part_stride_head;
   }
