@@ -21,6 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--emulate", metavar="ARCH", help="run the GPU tests on the processor, as on sm_86, say"
     )
     parser.addoption(
+        "--watch", action="store_true", help="with --emulate: look at every access to memory, too"
+    )
+    parser.addoption(
         "--names-table", help="write the table of the five systems' names and their tests there"
     )
 

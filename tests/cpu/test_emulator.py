@@ -12,7 +12,7 @@ import torch
 
 import jitattn
 from tests.support.compare import rel_l2
-from tests.support.emulator import HERE, LIBRARY_FLAGS, emulated, missing
+from tests.support.emulator import HERE, build, emulated, missing
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "nothing is missing")
 
@@ -82,16 +82,12 @@ COPIES = """
 """
 
 
-def build(body: str, folder: Path) -> Path:
+def build_it(body: str, folder: Path, *, watched: bool = False) -> Path:
     """Compile a kernel of 64 threads and 1024 bytes of shared memory."""
     (folder / "it.cu").write_text(HEAD + body + "\n}\n")
     library = folder / "it.so"
-    headers = HERE.parents[1] / "cuda_src"
-    subprocess.run(
-        ["g++", *LIBRARY_FLAGS, f"-I{folder}", f"-I{HERE}", f"-I{headers}", '-DENTRY="it.cu"',
-         "-DKERNEL=jitattn_it", str(HERE / "main.cpp"), "-o", str(library)],
-        check=True,
-    )  # fmt: skip
+    headers = (folder, HERE.parents[1] / "cuda_src")
+    build("it.cu", "jitattn_it", headers, library, watched=watched)
     return library
 
 
@@ -100,30 +96,89 @@ import ctypes, sys
 data = (ctypes.c_float * 16)(*range(1, 17))
 start = ctypes.addressof(data) + -ctypes.addressof(data) % 16
 params = ctypes.c_void_p(start)
-options = (ctypes.c_int32 * 2)(int(sys.argv[2]), 0)
-function = ctypes.CDLL(sys.argv[1]).emulate
-function(ctypes.byref(params), 1, 64, 1024, options)
-print(ctypes.cast(start, ctypes.POINTER(ctypes.c_float))[4])
+options = (ctypes.c_int32 * 2)(int(sys.argv[2]), int(sys.argv[3]))
+library = ctypes.CDLL(sys.argv[1])
+if watched := hasattr(library, "emulate_with"):  # of 16 floats, 10 are a tensor's
+    library.emulate_with((ctypes.c_size_t * 2)(start, start + 40), 1)
+library.emulate(ctypes.byref(params), 1, 64, 1024, options)
+if watched:
+    library.emulate_found.restype = ctypes.c_char_p
+    print(library.emulate_found().decode())
+else:
+    print(ctypes.cast(start, ctypes.POINTER(ctypes.c_float))[4])
 """
 
 
-def run(library: Path, late: int) -> subprocess.CompletedProcess[str]:
+def run(library: Path, late: int, last_to_first: int = 0) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", RUN, str(library), str(late)],
+        [sys.executable, "-c", RUN, str(library), str(late), str(last_to_first)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("message", WRONG)
 def test_what_a_gpu_would_not_do_ends_the_process(message: str, tmp_path: Path) -> None:
-    done = run(build(WRONG[message], tmp_path), 1)
+    done = run(build_it(WRONG[message], tmp_path), 1)
     assert done.returncode != 0
     assert message in done.stderr
 
 
 def test_a_copy_that_is_not_waited_for_has_not_come(tmp_path: Path) -> None:
-    careless = build(COPIES.replace("WAIT", "ptx::cp_async_wait<1>();"), tmp_path)
+    careless = build_it(COPIES.replace("WAIT", "ptx::cp_async_wait<1>();"), tmp_path)
     assert run(careless, 1).stdout.strip() == "nan"
     assert float(run(careless, 0).stdout) >= 1.0
-    right = build(COPIES.replace("WAIT", "ptx::cp_async_wait<0>();"), tmp_path)
+    right = build_it(COPIES.replace("WAIT", "ptx::cp_async_wait<0>();"), tmp_path)
     assert float(run(right, 1).stdout) >= 1.0
+
+
+ONE_WRITES = "if (threadIdx.x == {writer}) ptx::st_shared_b32(64, 1);"
+ANOTHER_READS = "if (threadIdx.x == {reader}) ptx::ld_shared_b32(64);"
+ARRAY = "static float s_sums[64]; const emulator::SharedArray own(&s_sums, sizeof(s_sums));"
+#: What is found of a kernel; nothing, if that is empty.
+FOUND = [
+    ("outside: 4 bytes are read, 8 behind", "volatile float x = params.data[12];"),
+    ("", "volatile float x = params.data[9];"),
+    ("outside: 16 bytes are read", "ptx::cp_async_16B_zfill(0, params.data + 8, 8);"),
+    ("", "ptx::cp_async_16B_zfill(0, params.data + 4, 8);"),
+    ("", "ptx::cp_async_16B_zfill(0, params.data + 12, 0);"),
+    ("race", ONE_WRITES.format(writer=3) + ANOTHER_READS.format(reader=5)),
+    ("race", ONE_WRITES.format(writer=3) + "__syncwarp();" + ANOTHER_READS.format(reader=40)),
+    ("", ONE_WRITES.format(writer=3) + "__syncwarp();" + ANOTHER_READS.format(reader=5)),
+    ("", ONE_WRITES.format(writer=3) + "__syncthreads();" + ANOTHER_READS.format(reader=40)),
+    ("race", "ptx::ld_shared_b32(64); __syncwarp();" + ONE_WRITES.format(writer=40)),
+    ("race", "ptx::ld_shared_b32(64);" + ONE_WRITES.format(writer=3)),
+    ("", "ptx::ld_shared_b32(64); __syncthreads();" + ONE_WRITES.format(writer=40)),
+    ("race", "ptx::st_shared_b32(64, 1);"),
+    ("", "ptx::st_shared_b32(threadIdx.x * 4, 1);"),
+    ("race", ARRAY + "s_sums[threadIdx.x] = 1.f; volatile float x = s_sums[threadIdx.x ^ 1];"),
+    ("", ARRAY + "s_sums[threadIdx.x] = 1.f; volatile float x = s_sums[threadIdx.x];"),
+    ("", ARRAY + "atomicAdd(&s_sums[0], 1.f);"),
+    ("race", ARRAY + "atomicAdd(&s_sums[0], 1.f); volatile float x = s_sums[0];"),
+]
+
+
+@pytest.mark.parametrize(("found", "body"), FOUND)
+def test_watched_kernels(found: str, body: str, tmp_path: Path) -> None:
+    library = build_it(body, tmp_path, watched=True)
+    for last_to_first in (0, 1):
+        done = run(library, 1, last_to_first)
+        assert done.returncode == 0, done.stderr
+        assert found in done.stdout
+        if found:
+            assert "it.cu" in done.stdout  # where
+        else:
+            assert not done.stdout.strip()
+
+
+def test_a_write_to_memory_of_no_tensor_ends_the_process(tmp_path: Path) -> None:
+    done = run(build_it("params.data[12] = 1.f;", tmp_path, watched=True), 1)
+    assert done.returncode != 0
+    assert "4 bytes are written" in done.stderr
+
+
+def test_calls_that_are_watched() -> None:
+    q = torch.randn(1, 20, 2, 16)
+    with emulated("sm_86", watched=True) as emulator:
+        out = jitattn.attention(q, q, q)
+    assert emulator.launched
+    assert rel_l2(out, jitattn.reference.reference(q, q, q)) < 2e-6

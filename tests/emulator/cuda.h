@@ -71,8 +71,8 @@ inline void __nanosleep(unsigned) {}
 [[noreturn]] inline void __trap() { emulator::fail("a device-side check failed"); }
 
 // ---- Between threads. Masks are of all lanes that have not ended, as in the templates.
-inline void __syncthreads() { emulator::wait_at(emulator::cta.barrier); }
-inline void __syncwarp(unsigned = 0xffffffffu) { emulator::wait_at(emulator::own_warp().barrier); }
+inline void __syncthreads() { emulator::synchronize_cta(); }
+inline void __syncwarp(unsigned = 0xffffffffu) { emulator::synchronize_warp(); }
 inline int emulated_lane() { return emulator::cta.current % emulator::kWarpSize; }
 template <class T>
 T __shfl_sync(unsigned, T value, int lane, int = 32) {
@@ -103,12 +103,16 @@ inline int __reduce_add_sync(unsigned, int value) {
 
 template <class T>
 T atomicAdd(T* address, T value) {
+  const emulator::AtWork at_work;
+  emulator::watch(address, sizeof(T), emulator::Access::kAtomic);
   const T before = *address;
   *address += value;
   return before;
 }
 template <class T>
 T atomicMax(T* address, T value) {
+  const emulator::AtWork at_work;
+  emulator::watch(address, sizeof(T), emulator::Access::kAtomic);
   const T before = *address;
   *address = std::max(before, value);
   return before;
@@ -131,9 +135,29 @@ inline unsigned char* at_shared(uint32_t addr, int bytes) {
 
 template <class T>
 T load_shared(uint32_t addr) {
+  const AtWork at_work;
   T value;
-  std::memcpy(&value, at_shared(addr, sizeof(T)), sizeof(T));
+  const unsigned char* from = at_shared(addr, sizeof(T));
+  watch(from, sizeof(T), Access::kRead);
+  std::memcpy(&value, from, sizeof(T));
   return value;
 }
+
+template <class T>
+void store_shared(uint32_t addr, const T& value) {
+  const AtWork at_work;
+  unsigned char* to = at_shared(addr, sizeof(T));
+  watch(to, sizeof(T), Access::kWrite);
+  std::memcpy(to, &value, sizeof(T));
+}
+
+// An array of shared memory that a kernel declares. It begins as NaN, as the rest does.
+struct SharedArray {
+#ifdef WATCHED
+  SharedArray(void* begin, size_t bytes);
+#else
+  SharedArray(void*, size_t) {}
+#endif
+};
 
 }  // namespace emulator

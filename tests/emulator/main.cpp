@@ -7,8 +7,13 @@
 namespace {
 
 template <class Params>
-void call(void (*kernel)(Params), const void* params) {
-  kernel(*static_cast<const Params*>(params));
+__attribute__((no_sanitize("thread"))) void call(void (*kernel)(Params), const void* params) {
+  alignas(Params) unsigned char own[sizeof(Params)];
+  std::memcpy(own, params, sizeof(Params));
+#ifdef WATCHED
+  emulator::is_at_work = false;
+#endif
+  kernel(*reinterpret_cast<const Params*>(own));
 }
 
 }  // namespace
@@ -27,5 +32,6 @@ extern "C" void emulate(const void* params, unsigned num_ctas, int num_threads, 
     std::memset(jitattn::s_storage, 0xff, emulator::kLargestShared);
     emulator::run_cta(num_threads);
   }
+  emulator::release_stacks();
   _mm_setcsr(before);
 }

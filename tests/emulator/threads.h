@@ -30,6 +30,20 @@ struct Options {
   std::abort();
 }
 
+// In here the emulator is at work, and not the kernel whose accesses watch.cpp looks at.
+#ifdef WATCHED
+inline bool is_at_work = true;
+struct AtWork {
+  bool before;
+  __attribute__((no_sanitize("thread"))) AtWork() : before(is_at_work) { is_at_work = true; }
+  __attribute__((no_sanitize("thread"))) ~AtWork() { is_at_work = before; }
+};
+#else
+struct AtWork {
+  AtWork() {}
+};
+#endif
+
 // Where some threads wait for each other.
 struct Barrier {
   int expected = 0;
@@ -70,6 +84,8 @@ struct Thread {
   bool has_ended;
   const Barrier* waits_for;
   uint64_t generation;
+  uint32_t cta_syncs;  // that it has come through
+  uint32_t warp_syncs;
   std::vector<Copy> copies;               // not committed
   std::vector<std::vector<Copy>> groups;  // committed, the oldest first
 };
@@ -84,6 +100,7 @@ struct Cta {
   int current = 0;
   unsigned idx = 0;
   int smem_bytes = 0;
+  uint64_t runs = 0;  // CTAs so far
   void (*body)(const void*) = nullptr;
   const void* params = nullptr;
 };
@@ -94,6 +111,7 @@ inline Thread& self() { return cta.threads[cta.current]; }
 inline Warp& own_warp() { return cta.warps[cta.current / kWarpSize]; }
 
 inline void wait_at(Barrier& barrier) {
+  const AtWork at_work;
   Thread& thread = self();
   if (++barrier.arrived == barrier.expected) {
     barrier.open();
@@ -108,6 +126,7 @@ inline void wait_at(Barrier& barrier) {
 template <class T>
 const Slot* exchange(const T& mine) {
   static_assert(sizeof(T) <= sizeof(Slot));
+  const AtWork at_work;
   Warp& warp = own_warp();
   const int lane = cta.current % kWarpSize;
   int& parity = warp.parity[lane];
@@ -120,13 +139,38 @@ const Slot* exchange(const T& mine) {
 
 template <class T>
 T shown(const Slot* slots, int lane) {
+  const AtWork at_work;
   T value;
   std::memcpy(&value, slots[lane].bytes, sizeof(T));
   return value;
 }
 
+// Orders what the CTA does, or, where a warp alone waits, what that does.
+inline void synchronize_cta() {
+  wait_at(cta.barrier);
+  const AtWork at_work;
+  ++self().cta_syncs;
+}
+inline void synchronize_warp() {
+  const AtWork at_work;
+  wait_at(own_warp().barrier);
+  ++self().warp_syncs;
+}
+
+// What the accesses of a thread are. Atomics do not race with each other.
+enum class Access { kRead, kWrite, kAtomic };
+
+// Note an access to memory that the compiler does not show to watch.cpp.
+#ifdef WATCHED
+void watch(const void* address, int bytes, Access access);
+#else
+inline void watch(const void*, int, Access) {}
+#endif
+
 inline void carry_out(std::vector<Copy>& copies) {
+  const AtWork at_work;
   for (const Copy& copy : copies) {
+    watch(copy.to, 16, Access::kWrite);
     std::memset(copy.to, 0, 16);
     if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
   }
@@ -134,12 +178,14 @@ inline void carry_out(std::vector<Copy>& copies) {
 }
 
 inline void commit() {
+  const AtWork at_work;
   Thread& thread = self();
   thread.groups.push_back(std::move(thread.copies));
   thread.copies.clear();
 }
 
 inline void wait_for_copies(size_t pending) {
+  const AtWork at_work;
   auto& groups = self().groups;
   while (groups.size() > pending) {
     carry_out(groups.front());
@@ -149,6 +195,7 @@ inline void wait_for_copies(size_t pending) {
 
 inline void begin() {
   cta.body(cta.params);
+  const AtWork at_work;
   self().has_ended = true;
   own_warp().barrier.leave();
   cta.barrier.leave();
@@ -176,6 +223,7 @@ inline void resume(int idx) {
 }
 
 inline void run_cta(int num_threads) {
+  ++cta.runs;
   while (static_cast<int>(cta.stacks.size()) < num_threads) {
     void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -197,6 +245,12 @@ inline void run_cta(int num_threads) {
     }
     if (!has_run) fail("all threads wait, and nothing will wake them");
   }
+}
+
+// Hundreds of kernels are loaded in a run of the tests, each with its own.
+inline void release_stacks() {
+  for (unsigned char* stack : cta.stacks) munmap(stack, kStackBytes);
+  cta.stacks.clear();
 }
 
 }  // namespace emulator

@@ -21,7 +21,7 @@ def _emulated(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     if missing():
         pytest.fail(f"--emulate: {missing()}")
-    with emulated(arch):
+    with emulated(arch, watched=request.config.getoption("--watch")):
         yield
 
 

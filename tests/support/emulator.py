@@ -6,7 +6,9 @@ is what a GPU runs. It ends the process where a GPU would stop or go astray: at 
 not aligned or lead out of shared memory, and where threads wait in vain. What this cannot see:
 speed, races between CTAs, what tensor cores truncate.
 
-`pytest tests/gpu --emulate sm_86` runs the GPU tests this way.
+`pytest tests/gpu --emulate sm_86` runs the GPU tests this way. With `--watch` as well, every access
+of a kernel is looked at (tests/emulator/watch.cpp): one to memory of no tensor, or to shared memory
+that another thread has written or read and no barrier is between the two, is an error.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from jitattn import dispatch, workspace
@@ -42,13 +45,18 @@ HERE = Path(__file__).parents[1] / "emulator"
 LIBRARY_FLAGS = (
     "-std=c++20",
     "-O1",
-    "-shared",
     "-fPIC",
     "-mf16c",
     "-mfma",
     "-w",
     "-fno-strict-aliasing",
+    "-fno-gnu-unique",  # kernels share nothing, though names in them are the same
 )
+#: What has each access of a kernel call watch.cpp, with lines of code to report.
+WATCH_FLAGS = ("-fsanitize=thread", "-DWATCHED", "-g1", "-gdwarf-4")
+#: `__shared__ float s_sums[32];`
+_SHARED_ARRAY = re.compile(r"\b__shared__\s+([^;]*?\b(\w+)(?:\[[^;]*\])*);")
+_AS_STATIC = r"static \1; const emulator::SharedArray \2_is_shared(&\2, sizeof(\2));"
 #: Of a made-up GPU: few, so that long queries are balanced too.
 _NUM_SMS = 4
 _BLOCKS_PER_SM = 2
@@ -67,15 +75,39 @@ def missing() -> str:
     return "" if " f16c" in flags and " fma" in flags else "needs a processor with F16C and FMA"
 
 
+class Memory:
+    """Memory of the tensors whose addresses were asked for."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[int, StorageWeakRef]] = {}
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Note all memory that a tensor is a view of."""
+        storage = tensor.untyped_storage()
+        self._found[storage.data_ptr()] = (storage.nbytes(), StorageWeakRef(storage))
+
+    def pairs(self) -> list[int]:
+        """Return begins and ends of what is there still, in order."""
+        self._found = {
+            begin: (size, kept) for begin, (size, kept) in self._found.items() if not kept.expired()
+        }
+        return [
+            address
+            for begin, (size, _) in sorted(self._found.items())
+            for address in (begin, begin + size)
+        ]
+
+
 class _Options(ctypes.Structure):
     _fields_ = (("late_copies", ctypes.c_int32), ("last_to_first", ctypes.c_int32))
 
 
 @dataclass
 class Emulator:
-    """Which kernels were run."""
+    """Which kernels were run, and which memory they may touch, where they are watched."""
 
     launched: list[KernelSpec] = field(default_factory=list)
+    memory: Memory | None = None
 
     def kernel(self, spec: KernelSpec, device_index: int) -> EmulatedKernel:
         """Stand in for `launch.kernel`."""
@@ -105,7 +137,15 @@ class EmulatedKernel:
         # A kernel gives the same in any order; each kernel and grid is run in one of four.
         order = zlib.crc32(f"{spec.to_key()} {grid}".encode())
         options = _Options(order & 1, order >> 1 & 1)
-        _library(spec)(given, grid, spec.num_threads, spec.smem_bytes, ctypes.byref(options))
+        memory = self.emulator.memory
+        library = _library(spec, memory is not None)
+        if memory is not None:
+            pairs = memory.pairs()
+            library.emulate_with((ctypes.c_size_t * len(pairs))(*pairs), len(pairs) // 2)
+        library.emulate(given, grid, spec.num_threads, spec.smem_bytes, ctypes.byref(options))
+        found = b"" if memory is None else library.emulate_found()
+        if found:
+            raise AssertionError(f"{spec.to_key()}\n{found.decode()}")
 
 
 @functools.cache
@@ -115,7 +155,7 @@ def _sources(family: str) -> Path:
     It is of these very sources, and of the user, whose later runs and other processes find it.
     """
     found = sources.closure(family)
-    checksum = hashlib.sha256(f"{found.digest} {LIBRARY_FLAGS}".encode())
+    checksum = hashlib.sha256(f"{found.digest} {LIBRARY_FLAGS} {WATCH_FLAGS}".encode())
     for path in sorted(path for path in HERE.rglob("*") if path.is_file()):
         checksum.update(path.read_bytes())
     parent = Path(tempfile.gettempdir()) / f"jitattn-emulator-{os.getuid()}"
@@ -135,7 +175,7 @@ def _sources(family: str) -> Path:
         path = new / name
         path.parent.mkdir(parents=True, exist_ok=True)
         text = text.replace("extern __shared__", "extern")
-        path.write_text(re.sub(r"\b__shared__\b", "static", text))
+        path.write_text(_SHARED_ARRAY.sub(_AS_STATIC, text))
     try:
         new.rename(folder)
     except OSError:  # another process was faster
@@ -144,30 +184,54 @@ def _sources(family: str) -> Path:
 
 
 @functools.cache
-def _library(spec: KernelSpec) -> Any:
+def _library(spec: KernelSpec, watched: bool) -> Any:
     """Compile a kernel, which takes some seconds, or find it."""
     folder = _sources(spec.family)
-    library = folder / f"{hashlib.sha256(spec.to_key().encode()).hexdigest()[:24]}.so"
+    name = hashlib.sha256(spec.to_key().encode()).hexdigest()[:24]
+    library = folder / f"{name}{'-watched' if watched else ''}.so"
     if not library.exists():
-        _compile(spec, folder, library)
-    function = ctypes.CDLL(str(library)).emulate
-    function.argtypes = [
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            (Path(own) / HEADER_NAME).write_text(render(spec))
+            build(
+                f"entry/{spec.family}.cu",
+                entry_symbol(spec),
+                (Path(own), folder),
+                Path(own, "kernel.so"),
+                watched=watched,
+            )
+            Path(own, "kernel.so").replace(library)
+    found = ctypes.CDLL(str(library))
+    found.emulate.argtypes = [
         ctypes.c_char_p, ctypes.c_uint, ctypes.c_int, ctypes.c_int, ctypes.c_void_p
     ]  # fmt: skip
-    function.restype = None
-    return function
+    found.emulate.restype = None
+    if watched:
+        found.emulate_with.restype = None
+        found.emulate_found.restype = ctypes.c_char_p
+    return found
 
 
-def _compile(spec: KernelSpec, folder: Path, library: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder) as own:
-        (Path(own) / HEADER_NAME).write_text(render(spec))
-        command = ["g++", *LIBRARY_FLAGS, f"-I{own}", f"-I{HERE}", f"-I{folder}"]
-        command += [f'-DENTRY="entry/{spec.family}.cu"', f"-DKERNEL={entry_symbol(spec)}"]
-        command += [str(HERE / "main.cpp"), "-o", f"{own}/kernel.so"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise AssertionError(f"{spec.to_key()}\n{done.stderr[:4000]}")
-        Path(own, "kernel.so").replace(library)
+def build(
+    entry: str, kernel: str, headers: tuple[Path, ...], library: Path, *, watched: bool
+) -> None:
+    """Compile a kernel as C++; its header paths come behind the emulator's own."""
+    flags = [*LIBRARY_FLAGS, f"-I{HERE}", *(f"-I{folder}" for folder in headers)]
+    defined = [f'-DENTRY="{entry}"', f"-DKERNEL={kernel}"]
+    if not watched:
+        _run("g++", *flags, *defined, "-shared", str(HERE / "main.cpp"), "-o", str(library))
+        return
+    # The calls that the compiler makes go to watch.cpp and not to its own library.
+    parts = [library.with_suffix(".main.o"), library.with_suffix(".watch.o")]
+    main, watch = (str(HERE / name) for name in ("main.cpp", "watch.cpp"))
+    _run("g++", *flags, *WATCH_FLAGS, *defined, "-c", main, "-o", str(parts[0]))
+    _run("g++", *flags, "-DWATCHED", "-c", watch, "-o", str(parts[1]))
+    _run("g++", "-shared", *map(str, parts), "-o", str(library))
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise AssertionError(f"{' '.join(command)}\n{done.stderr[:4000]}")
 
 
 def _zeros(count: int, device_index: int) -> torch.Tensor:
@@ -194,9 +258,16 @@ def _moved(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def emulated(arch: str) -> Iterator[Emulator]:
+def emulated(arch: str, *, watched: bool = False) -> Iterator[Emulator]:
     """Let calls believe in a GPU of an architecture, whose kernels are emulated."""
-    emulator = Emulator()
+    emulator = Emulator(memory=Memory() if watched else None)
+    data_ptr = torch.Tensor.data_ptr
+
+    def noted_data_ptr(tensor: torch.Tensor) -> int:
+        if emulator.memory is not None:
+            emulator.memory.add(tensor)
+        return data_ptr(tensor)
+
     number = int(arch.removeprefix("sm_"))
     properties = SimpleNamespace(
         name="emulated", major=number // 10, minor=number % 10, multi_processor_count=_NUM_SMS
@@ -205,6 +276,7 @@ def emulated(arch: str) -> Iterator[Emulator]:
         for target, attribute, value in (
             (torch.Tensor, "is_cuda", property(lambda _: True)),
             (torch.Tensor, "get_device", lambda _: 0),
+            (torch.Tensor, "data_ptr", noted_data_ptr),
             (torch.cuda, "is_available", lambda: True),
             (torch.cuda, "device_count", lambda: 1),
             (torch.cuda, "current_device", lambda: 0),

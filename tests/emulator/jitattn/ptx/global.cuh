@@ -19,6 +19,8 @@ inline void red_add_v4(float* g_sum, const float (&value)[4]) {
 
 // CTAs run one after another: what is waited for must have come from one before.
 inline int32_t ld_acquire(const int32_t* g_flag) {
+  emulator::watch(g_flag, 4, emulator::Access::kRead);
+  const emulator::AtWork at_work;
   static const int32_t* last = nullptr;
   static long looks = 0;
   looks = last == g_flag ? looks + 1 : 0;

@@ -17,18 +17,14 @@ inline Vec16 ld_shared_v4(uint32_t addr) { return emulator::load_shared<Vec16>(a
 inline int64_t ld_shared_b64(uint32_t addr) { return emulator::load_shared<int64_t>(addr); }
 inline float ld_shared_f32(uint32_t addr) { return emulator::load_shared<float>(addr); }
 
-template <class T>
-void store_shared(uint32_t addr, const T& value) {
-  std::memcpy(emulator::at_shared(addr, sizeof(T)), &value, sizeof(T));
-}
-inline void st_shared_b64(uint32_t addr, int64_t value) { store_shared(addr, value); }
+inline void st_shared_b64(uint32_t addr, int64_t value) { emulator::store_shared(addr, value); }
 inline void st_shared_v2_b64(uint32_t addr, int64_t first, int64_t second) {
   emulator::at_shared(addr, 16);
-  store_shared(addr, first);
-  store_shared(addr + 8, second);
+  emulator::store_shared(addr, first);
+  emulator::store_shared(addr + 8, second);
 }
-inline void st_shared_b32(uint32_t addr, uint32_t value) { store_shared(addr, value); }
-inline void st_shared_v4(uint32_t addr, const Vec16& v) { store_shared(addr, v); }
+inline void st_shared_b32(uint32_t addr, uint32_t value) { emulator::store_shared(addr, value); }
+inline void st_shared_v4(uint32_t addr, const Vec16& v) { emulator::store_shared(addr, v); }
 
 template <int kNumThreads>
 void barrier_sync() {

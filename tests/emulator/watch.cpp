@@ -1,0 +1,258 @@
+// What a kernel touches: the compiler, told to look for races, has each of its accesses call what
+// is here. Found are accesses to memory that is of no tensor of the launch, and shared memory of
+// which one thread reads or writes what another has written, or writes what another has read, with
+// no barrier between the two. This file itself is compiled without such calls.
+#include <dlfcn.h>
+#include <execinfo.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <set>
+#include <string>
+
+#include "cuda.h"
+
+extern "C" {
+extern char __ehdr_start __attribute__((visibility("hidden")));  // of this library
+extern char _end __attribute__((visibility("hidden")));
+}
+
+namespace emulator {
+namespace {
+
+struct Region {
+  uintptr_t begin;
+  uintptr_t end;
+
+  bool holds(uintptr_t address, int bytes) const {
+    return address >= begin && address + bytes <= end;
+  }
+};
+
+// When a thread did something, in barriers that it had come through.
+struct Moment {
+  uint64_t run;
+  uint32_t cta_syncs;
+  uint32_t warp_syncs;
+  int thread;
+};
+
+// What was done last to bytes of shared memory.
+struct Touched {
+  Moment write;
+  bool is_atomic;
+  Moment read;
+  Moment other_read;    // by another thread of that warp
+  uint64_t read_warps;  // since that barrier of the CTA
+};
+
+constexpr uintptr_t kGranule = 2;  // bytes that are looked at together
+constexpr size_t kMostArrays = 64 * 1024;
+constexpr int kMostReports = 10;
+constexpr int kMostFrames = 24;
+
+std::vector<Region> tensors;  // sorted
+std::vector<Region> arrays;   // those that kernels declare shared
+std::vector<uint64_t> begun;  // the CTA in which each of them became NaN
+std::vector<Touched> touched;
+std::set<std::string> found;
+std::string reports;
+
+Moment now() {
+  const Thread& thread = self();
+  return {cta.runs, thread.cta_syncs, thread.warp_syncs, cta.current};
+}
+
+// `before` was done by another thread, and nothing orders the two.
+bool is_race(const Moment& before, const Moment& after) {
+  if (before.run != after.run || before.thread == after.thread) return false;
+  if (before.cta_syncs != after.cta_syncs) return false;
+  const bool is_same_warp = before.thread / kWarpSize == after.thread / kWarpSize;
+  return !is_same_warp || before.warp_syncs == after.warp_syncs;
+}
+
+// Where the kernel is, as arguments of addr2line: its calls, the innermost first.
+std::string calls() {
+  void* frames[kMostFrames];
+  const int count = backtrace(frames, kMostFrames);
+  Dl_info own, info;
+  dladdr(reinterpret_cast<void*>(&calls), &own);
+  std::string codes = std::string("'") + own.dli_fname + "'";
+  for (int i = 0; i < count; ++i) {
+    if (dladdr(frames[i], &info) == 0 || info.dli_fbase != own.dli_fbase) continue;
+    char code[32];
+    std::snprintf(code, sizeof(code), " %#lx",
+                  static_cast<char*>(frames[i]) - static_cast<char*>(own.dli_fbase) - 1);
+    codes += code;
+  }
+  return codes;
+}
+
+std::string lines_of(const std::string& calls) {
+  std::string lines;
+  FILE* told = popen(("addr2line -sfipCe " + calls + " 2>/dev/null").c_str(), "r");
+  if (told == nullptr) return lines;
+  char line[1024];
+  while (std::fgets(line, sizeof(line), told)) {
+    const std::string text = line;
+    if (text.find(".cu") != std::string::npos) lines += "    " + text;
+  }
+  pclose(told);
+  return lines;
+}
+
+// One report of each place.
+void report(const char* what, const char* format, ...) {
+  if (found.size() >= kMostReports) return;
+  const std::string place = calls();
+  if (!found.insert(what + place).second) return;
+  char text[512];
+  va_list values;
+  va_start(values, format);
+  std::vsnprintf(text, sizeof(text), format, values);
+  va_end(values);
+  reports += std::string(what) + ": " + text + "\n" + lines_of(place);
+}
+
+void check_shared(size_t offset, int bytes, Access access) {
+  const Moment moment = now();
+  const uint64_t warp = uint64_t{1} << moment.thread / kWarpSize;
+  for (size_t i = offset / kGranule; i <= (offset + bytes - 1) / kGranule; ++i) {
+    Touched& last = touched[i];
+    auto meets = [&](const Moment& other, const char* how) {
+      if (!is_race(other, moment)) return;
+      report("race", "byte %zu of shared memory: thread %d %s what thread %d had %s, CTA %u",
+             i * kGranule, moment.thread, access == Access::kRead ? "reads" : "writes",
+             other.thread, how, cta.idx);
+    };
+    if (access != Access::kAtomic || !last.is_atomic) meets(last.write, "written");
+    const bool is_new = last.read.run != moment.run || last.read.cta_syncs != moment.cta_syncs;
+    if (access == Access::kRead) {
+      if (is_new) last.read_warps = 0;
+      last.read_warps |= warp;
+      if (last.read.thread != moment.thread) last.other_read = last.read;
+      last.read = moment;
+      continue;
+    }
+    meets(last.read, "read");
+    meets(last.other_read, "read");
+    if (!is_new && (last.read_warps & ~warp) != 0) {
+      Moment other = last.read;
+      other.thread = __builtin_ctzll(last.read_warps & ~warp) * kWarpSize;
+      meets(other, "read (or its warp)");
+    }
+    last.write = moment;
+    last.is_atomic = access == Access::kAtomic;
+  }
+}
+
+void check(const void* pointer, int bytes, Access access) {
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  const auto stack = reinterpret_cast<uintptr_t>(cta.stacks[cta.current]);
+  if (address - stack < kStackBytes) return;
+  const auto shared = reinterpret_cast<uintptr_t>(jitattn::s_storage);
+  if (address - shared < kLargestShared) {
+    if (address + bytes > shared + cta.smem_bytes) {
+      report("outside", "%d bytes at %zu of %d of shared memory", bytes, address - shared,
+             cta.smem_bytes);
+    }
+    return check_shared(address - shared, bytes, access);
+  }
+  size_t offset = kLargestShared;
+  for (const Region& array : arrays) {
+    if (array.holds(address, bytes)) {
+      return check_shared(offset + address - array.begin, bytes, access);
+    }
+    offset += (array.end - array.begin + kGranule - 1) / kGranule * kGranule;
+  }
+  const Region image = {reinterpret_cast<uintptr_t>(&__ehdr_start),
+                        reinterpret_cast<uintptr_t>(&_end)};
+  if (access == Access::kRead && image.holds(address, bytes)) return;  // constants
+  static Region latest;
+  if (latest.holds(address, bytes)) return;
+  auto next = std::upper_bound(tensors.begin(), tensors.end(), address,
+                               [](uintptr_t value, const Region& r) { return value < r.begin; });
+  if (next != tensors.begin() && (next - 1)->holds(address, bytes)) {
+    latest = *(next - 1);
+    return;
+  }
+  long before = -1, behind = -1;
+  if (next != tensors.end()) before = next->begin - address;
+  if (next != tensors.begin()) behind = address - (next - 1)->end;
+  const char* how = access == Access::kRead ? "read" : "written";
+  report("outside",
+         "%d bytes are %s, %ld behind the end of a tensor, %ld before the begin of the next; "
+         "thread %d, CTA %u",
+         bytes, how, behind, before, cta.current, cta.idx);
+  if (access != Access::kRead) {  // would destroy what is there
+    std::fputs(reports.c_str(), stderr);
+    fail("a kernel writes to memory of no tensor");
+  }
+}
+
+}  // namespace
+
+void watch(const void* address, int bytes, Access access) { check(address, bytes, access); }
+
+SharedArray::SharedArray(void* begin, size_t bytes) {
+  const AtWork at_work;
+  const auto address = reinterpret_cast<uintptr_t>(begin);
+  size_t i = 0;
+  while (i < arrays.size() && arrays[i].begin != address) ++i;
+  if (i == arrays.size()) {
+    arrays.push_back({address, address + bytes});
+    begun.push_back(0);
+  }
+  if (begun[i] == cta.runs) return;
+  begun[i] = cta.runs;
+  std::memset(begin, 0xff, bytes);
+}
+
+}  // namespace emulator
+
+// Before a launch: the memory of all tensors, as pairs of an address and the one behind the end.
+extern "C" void emulate_with(const uintptr_t* pairs, int count) {
+  auto& tensors = emulator::tensors;
+  tensors.clear();
+  for (int i = 0; i < count; ++i) tensors.push_back({pairs[2 * i], pairs[2 * i + 1]});
+  emulator::touched.resize((emulator::kLargestShared + emulator::kMostArrays) / emulator::kGranule);
+  emulator::found.clear();
+  emulator::reports.clear();
+}
+
+// After it: what was found.
+extern "C" const char* emulate_found() {
+  std::vector<emulator::Touched>().swap(emulator::touched);  // some MB for each kernel
+  return emulator::reports.c_str();
+}
+
+// ---- What the compiler calls
+#define ACCESS(name, bytes, access)                            \
+  extern "C" void __tsan_##name(const void* address) {         \
+    if (emulator::is_at_work) return;                          \
+    emulator::check(address, bytes, emulator::Access::access); \
+  }
+#define ACCESSES(bytes)                         \
+  ACCESS(read##bytes, bytes, kRead)             \
+  ACCESS(write##bytes, bytes, kWrite)           \
+  ACCESS(unaligned_read##bytes, bytes, kRead)   \
+  ACCESS(unaligned_write##bytes, bytes, kWrite) \
+  ACCESS(volatile_read##bytes, bytes, kRead)    \
+  ACCESS(volatile_write##bytes, bytes, kWrite)
+ACCESSES(1)
+ACCESSES(2)
+ACCESSES(4)
+ACCESSES(8)
+ACCESSES(16)
+extern "C" void __tsan_read_range(const void* address, long bytes) {
+  if (emulator::is_at_work) return;
+  emulator::check(address, bytes, emulator::Access::kRead);
+}
+extern "C" void __tsan_write_range(const void* address, long bytes) {
+  if (emulator::is_at_work) return;
+  emulator::check(address, bytes, emulator::Access::kWrite);
+}
+extern "C" void __tsan_func_entry(void*) {}
+extern "C" void __tsan_func_exit() {}
+extern "C" void __tsan_init() {}
+extern "C" void __tsan_vptr_update(void**, void*) {}
