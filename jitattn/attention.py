@@ -160,7 +160,9 @@ def attention(
     Gradients, on a GPU: of q, k, v, `bias` (summed over the dimensions in which it is broadcast),
     `relative_bias`, `alibi_slopes`, `sinks` and ``L2Norm(head_scale)``, and through the LSE. The
     backward pass needs 4 bytes for each element of q and 8 for each of its rows and heads, beside
-    the gradients. First derivatives only; the CPU path has every order, and forward mode.
+    the gradients; of long fp32 sequences also as much as q, k, v and the gradient of `out`
+    (`jitattn.halves` says of which). First derivatives only; the CPU path has every order, and
+    forward mode.
 
     Bitwise reproducible: two runs on the same inputs give the same bits. A NaN in q or k reaches
     the rows that see it; one in v may also reach rows to which it is hidden, as 0 * NaN. Papers:

@@ -12,8 +12,9 @@ of fp32, and v below 1e28.
 
 Keys that key padding hides become zeros, whatever they hold.
 
-The backward kernel has two parts of q, k, v and dO, whatever is done with scores. All scales are of
-64 rows there.
+The backward kernel has two parts of q, k, v and dO, whatever is done with scores but biases and
+dense masks, which may hide keys that hold anything. All scales are of 64 rows there, of q and dO
+too: beside a row of dO that is 2^20 times as large, dq of another keeps 18 bits.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Gear 4 brings Q and K to 8 bits, and fp32 inputs become one or two fp16 parts each. Neither is there
 for whatever is done with scores but masks of positions and, with fp16 parts, key padding, nor for
 other alignments than 16 bytes; fp16 parts not for sequences of their own, in pages or not. Backward
-kernels have fp16 parts whatever is done with scores.
+kernels have fp16 parts whatever is done with scores but biases and dense masks.
 """
 
 from __future__ import annotations
@@ -91,12 +91,14 @@ def problem_in_halves(problem: Problem) -> Problem | None:
 def backward_in_halves(problem: Problem) -> Problem | None:
     """Return the problem of the backward kernel for fp16 parts, if there is one.
 
-    `problem` is a backward kernel's. Whatever is done with scores, the parts of q and k are not.
+    `problem` is a backward kernel's. A bias or a dense mask may hide keys whatever they hold, and
+    numbers of any size have no place beside others of the same scale.
     """
     dims = (problem.head_dim, problem.head_dim_v)
     fits = all(dim % 16 == 0 and dim <= LARGEST_IN_HALVES for dim in dims)
     fits &= problem.numerics in (Numerics.TF32X3, Numerics.F16X3)
     fits &= problem.is_uniform and problem.access is Access.VEC16
+    fits &= problem.bias is BiasKind.NONE and problem.dense is Switch.OFF
     fits &= problem.mask is not MaskKind.FINE_STRIDE  # a scale is of 64 neighbouring keys
     return replace(problem, numerics=Numerics.F16X3) if fits else None
 

@@ -41,7 +41,7 @@ from jitattn.jit.enums import (
 )
 from jitattn.jit.spec import KernelSpec, MergeGradSpec, MergeSpec, Problem
 from jitattn.prepared_specs import HEAD_DIMS as DIMS_IN_8_BITS
-from jitattn.prepared_specs import specs_of_rounding, split_spec
+from jitattn.prepared_specs import backward_in_halves, specs_of_rounding, split_spec
 from jitattn.tiles import fwd_spec
 
 if TYPE_CHECKING:
@@ -76,7 +76,6 @@ OPTIONAL: Final = (
 FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"mask": MaskKind.WINDOW},
     {"mask": MaskKind.LOCAL_STRIDE},
-    {"mask": MaskKind.FINE_STRIDE},
     {"mask": MaskKind.WINDOW, "sinks": Switch.ON},
     {"mask": MaskKind.WINDOW, "softcap": Switch.ON},
     {"mask": MaskKind.WINDOW, "kv_layout": SeqLayout.PAGED16},
@@ -304,8 +303,8 @@ def _backward_in_halves(arch: str) -> Iterator[KernelSpec]:
         yield bwd_spec(_geared(Dtype.FP32, dim, Numerics.F16X3, MaskKind.FULL), arch)
         yield bwd_spec(_geared(Dtype.FP32, dim, Numerics.F16X3), arch, deterministic=True)
         for features in BACKWARD_FEATURES:
-            asked = replace(problem(Dtype.FP32, dim, **features), numerics=Numerics.F16X3)
-            if asked.is_uniform:
+            asked = backward_in_halves(problem(Dtype.FP32, dim, **features))
+            if asked is not None:
                 yield bwd_spec(asked, arch)
 
 

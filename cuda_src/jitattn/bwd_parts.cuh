@@ -1,7 +1,8 @@
 // What a backward kernel does where operands are fp16 parts (tile/mma_f16_parts.cuh): scales.
 //
 //   Q, K, V, dO   one for each tile, of the kernel that made the parts
-//   P             2^14, as in the forward kernel
+//   P             2^14, as in the forward kernel. It is 1 at most, but for the rounding of scores
+//                 and LSE: where these are 1e7, it may pass what fp16 holds, and is cut
 //   dS            nothing bounds it: each warp of the grid of scores brings the largest of its own
 //                 to 2^13 … 2^14, and leaves in shared memory what undoes that
 #pragma once
@@ -9,6 +10,7 @@
 #include "jitattn/bwd_traits.cuh"
 #include "jitattn/enums.cuh"
 #include "jitattn/power_scale.cuh"
+#include "jitattn/ptx/math.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/ptx/special.cuh"
 #include "jitattn/sequence.cuh"
@@ -63,6 +65,7 @@ struct PartScales {
   using GridS = typename Traits::GridS;
   using Products = TileProducts<Spec>;
   static constexpr float kLiftP = 16384.f;
+  static constexpr float kMostP = 2.f;
   static constexpr int kPerTile = kIsInHalves<Spec> ? 2 : 0;  // of Q, of dO
 
   uint32_t s_of_ds_addr;
@@ -113,10 +116,8 @@ struct PartScales {
                         uint32_t s_p_addr, uint32_t s_ds_addr, int warp_idx, int lane_idx) const {
     using Mma = typename Traits::Mma;
     using LayoutP = typename Traits::LayoutP;
-    if constexpr (Spec::kBias == BiasKind::kNone) {
-      // Addresses are not kept in registers from step to step then.
-      lane_idx = static_cast<int>(ptx::thread_idx() % 32);
-    }
+    // Addresses are not kept in registers from step to step then.
+    lane_idx = static_cast<int>(ptx::thread_idx() % 32);
     const PowerScale scale(most_of(r_ds));
     if (lane_idx == 0) {
       ptx::st_shared_b32(s_of_ds_addr + warp_idx * 4, __float_as_uint(scale.down));
@@ -129,9 +130,9 @@ struct PartScales {
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n) {
           const int column = grid.first_column + n * 8 + accumulator_column(lane_idx);
-          const float (&p)[4] = r_p[m][n], (&d_s)[4] = r_ds[m][n];
-          Mma::template store_pair<LayoutP>(s_p_addr, row, column, p[2 * half], p[2 * half + 1],
-                                            kLiftP);
+          const float (&d_s)[4] = r_ds[m][n];
+          auto p = [&](int i) { return ptx::min_or_nan(r_p[m][n][2 * half + i], kMostP); };
+          Mma::template store_pair<LayoutP>(s_p_addr, row, column, p(0), p(1), kLiftP);
           Mma::template store_pair<LayoutP>(s_ds_addr, row, column, d_s[2 * half],
                                             d_s[2 * half + 1], scale.up);
         }

@@ -26,6 +26,13 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return y;
 }
 
+// min.NaN.f32: the smaller one; NaN if either is
+__device__ __forceinline__ float min_or_nan(float x, float y) {
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
 // cvt.f32.f16
 __device__ __forceinline__ float f16_to_f32(uint16_t bits) {
   float value;

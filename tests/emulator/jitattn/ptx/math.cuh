@@ -10,6 +10,8 @@ inline float exp2_approx(float x) { return std::exp2(x); }
 inline float log2_approx(float x) { return std::log2(x); }
 inline float rcp_approx(float x) { return 1.f / x; }
 
+inline float min_or_nan(float x, float y) { return x != x || x < y ? x : y; }
+
 inline float f16_to_f32(uint16_t bits) { return _cvtsh_ss(bits); }
 inline uint16_t f32_to_f16(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 
