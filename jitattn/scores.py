@@ -6,6 +6,7 @@ addresses that a kernel reads (`FwdScoreParams`).
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -250,6 +251,26 @@ def _staged(
     if matrix.shape[2] > 1:
         return Staging.MATRIX
     return Staging.ROW if by_row and head == 0 else Staging.OFF
+
+
+def stagings(call: Call) -> list[tuple[Staging, Staging]]:
+    """Return how bias and dense mask may come in calls like this, whatever their lengths.
+
+    Lengths decide whether rows lie at multiples of 16 bytes.
+    """
+    dense = parts_of(call.mask).dense
+    found = []
+    for matrix, by_row in (
+        (call.scores.bias, True),
+        (None if dense is None else dense.keep, False),
+    ):
+        ways = [Staging.OFF]
+        if matrix is not None and matrix.shape[2] > 1:
+            ways.append(Staging.MATRIX)
+        elif matrix is not None and by_row:
+            ways.append(Staging.ROW)
+        found.append(ways)
+    return list(itertools.product(*found))
 
 
 def _ends_whole(matrix: Tensor) -> bool:

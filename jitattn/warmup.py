@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from jitattn.jit.enums import Access
 from jitattn.jit.pool import build_all
 from jitattn.layouts import parse
 from jitattn.prepared_specs import specs_for_gear
+from jitattn.scores import stagings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -163,10 +164,13 @@ def _warm_call(
         specs += specs_of_gradients(
             problem, runtime.listed, call.scores, arch, deterministic=call.deterministic
         )
-    specs += specs_for_gear(problem, gear_of(call.gear, problem.dtype), arch)
+    for bias_staged, dense_staged in stagings(call):
+        alike = replace(problem, bias_staged=bias_staged, dense_staged=dense_staged)
+        specs += specs_for_gear(alike, gear_of(call.gear, problem.dtype), arch)
+        specs += specs_of_problem(alike, arch)
     if append:
         specs += [append_spec(q.dtype, rotary, access, arch) for access in Access]
-    return _warm([*specs, *specs_of_problem(problem, arch)], index, jobs)
+    return _warm(list(dict.fromkeys(specs)), index, jobs)
 
 
 def _index(device: torch.device | int | str | None) -> int:

@@ -14,6 +14,7 @@ from jitattn.attention import bind
 from jitattn.jit.spec import Problem
 from jitattn.layouts import parse
 from jitattn.masks import Both
+from jitattn.scores import stagings
 from tests.support.inputs import random_qkv
 
 KEEP = torch.ones(2, 8, dtype=torch.bool)
@@ -218,3 +219,21 @@ def test_contents_and_sizes_pick_no_other_kernel() -> None:
         for p, cap in ((0.1, 2.0), (0.7, 30.0))
     ]
     assert dropped[0] is dropped[1]
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_warmup_knows_how_a_matrix_comes_at_other_lengths(rows: int, batch: int) -> None:
+    found = set()
+    for len_kv in (64, 63, 60):
+        q, k, v = random_qkv(batch, 8, len_kv, 4, 2, 16)
+        given: dict[str, Any] = {
+            "bias": torch.zeros(batch, 1, rows, len_kv),
+            "mask": Dense(torch.ones(1, 1, rows, len_kv, dtype=torch.bool)),
+        }
+        _, call = bind(q, k, v, given)
+        problem, _ = parse(q, k, v, call)
+        ways = stagings(call)
+        assert (problem.bias_staged, problem.dense_staged) in ways
+        found.add(tuple(ways))
+    assert len(found) == 1
