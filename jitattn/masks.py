@@ -264,6 +264,8 @@ class PerHead(_Mask):
 class KeyPadding(_Mask):
     """Keys that no query of their sequence sees.
 
+    Hidden keys and values must be finite all the same: a NaN or an infinity may reach results.
+
     Parameters
     ----------
     keep : Tensor, [B, Lkv], bool

@@ -122,6 +122,7 @@ def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quanti
             "split the batch"
         )
     stats, rounding = specs_of_rounding(problem, device(index).arch)
+    counters = arrivals(batch * heads_kv, index, stream)  # of the first
     for spec, num_ctas in ((stats, chunks), (rounding, blocks)):
         loaded_kernel(spec, index).launch(
             num_ctas,
@@ -131,7 +132,7 @@ def quantize(q: Tensor, k: Tensor, problem: Problem, runtime: Runtime) -> Quanti
             *(tensor.data_ptr() for tensor in made),
             channels.data_ptr(),
             partials.data_ptr(),
-            arrivals(batch * heads_kv, index, stream),
+            counters,
             *addresses,
             *runtime.q_strides,
             *runtime.k_strides,
