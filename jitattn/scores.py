@@ -259,18 +259,15 @@ def stagings(call: Call) -> list[tuple[Staging, Staging]]:
     Lengths decide whether rows lie at multiples of 16 bytes.
     """
     dense = parts_of(call.mask).dense
-    found = []
-    for matrix, by_row in (
-        (call.scores.bias, True),
-        (None if dense is None else dense.keep, False),
-    ):
-        ways = [Staging.OFF]
+
+    def ways(matrix: Tensor | None, *, by_row: bool) -> list[Staging]:
         if matrix is not None and matrix.shape[2] > 1:
-            ways.append(Staging.MATRIX)
-        elif matrix is not None and by_row:
-            ways.append(Staging.ROW)
-        found.append(ways)
-    return list(itertools.product(*found))
+            return [Staging.OFF, Staging.MATRIX]
+        return [Staging.OFF, Staging.ROW] if matrix is not None and by_row else [Staging.OFF]
+
+    of_bias = ways(call.scores.bias, by_row=True)
+    of_dense = ways(None if dense is None else dense.keep, by_row=False)
+    return list(itertools.product(of_bias, of_dense))
 
 
 def _ends_whole(matrix: Tensor) -> bool:

@@ -11,7 +11,9 @@ from torch import Tensor
 import jitattn
 from jitattn import Causal, Full, LocalStride, PerHead, Ragged, Window
 from jitattn.attention import bind
-from jitattn.ops import decode, encode
+from jitattn.encoding import decode, encode
+from jitattn.kvcache_call import KvCache
+from jitattn.kvcache_ops import encode_with_kvcache
 from tests.support.compiled import CASES, H, L, extra, inputs
 
 
@@ -72,6 +74,51 @@ def test_the_operators_keep_the_rules_of_operators() -> None:
     _, call = bind(q, k, v, {"bias": bias, "mask": Causal()})
     done = torch.library.opcheck(torch.ops.jitattn.attention.default, (q, k, v, *encode(call)))
     assert set(done.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("kind", ["int", "tensor", "rows", "pages", "nothing new"])
+def test_appending_to_a_cache(kind: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    k_cache, v_cache = torch.randn(2, 3, 16, 2, 8, generator=generator)
+    q, k, v = (torch.randn(2, 3, 2, 8, generator=generator) for _ in range(3))
+    tables = torch.randn(2, 48, 4, generator=generator)
+    length = torch.tensor([4, 9], dtype=torch.int32)
+    given: dict[str, Any] = {
+        "int": {"length": 5},
+        "tensor": {"length": length, "rotary": jitattn.Rotary(*tables, interleaved=True)},
+        "rows": {"length": length, "batch_idx": torch.tensor([2, 0]), "softcap": 2.0},
+        "pages": {"length": length, "block_table": torch.tensor([[2], [0]])},
+        "nothing new": {"length": length, "left_pad": torch.tensor([1, 2], dtype=torch.int32)},
+    }[kind]
+    rows = 3 if "batch_idx" in given or kind == "pages" else 2
+
+    def function(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor) -> Any:
+        more = (k, v) if kind != "nothing new" else ()
+        found = jitattn.attention_with_kvcache(
+            q, k_cache, v_cache, *more, mask=Window(5, 0), return_lse=True, **given
+        )
+        return *found, k_cache[0] + 1.0
+
+    results = []
+    for run in (torch.compile(function, fullgraph=True, backend="aot_eager"), function):
+        torch._dynamo.reset()
+        caches = [k_cache[:rows].clone(), v_cache[:rows].clone()]
+        results.append([*run(q, *caches, k, v), *caches])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_the_operator_that_appends_keeps_the_rules_of_operators() -> None:
+    generator = torch.Generator().manual_seed(1)
+    k_cache, v_cache = torch.randn(2, 2, 16, 2, 8, generator=generator)
+    q, k, v = (torch.randn(2, 3, 2, 8, generator=generator) for _ in range(3))
+    rotary = jitattn.Rotary(*torch.randn(2, 16, 4, generator=generator), interleaved=False)
+    length = torch.tensor([4, 9], dtype=torch.int32)
+    cache = KvCache(k, v, length, rotary, None, None, None, 16)
+    _, call = bind(q, k_cache, v_cache, {"mask": Causal()})
+    arguments = (q, k_cache, v_cache, *encode_with_kvcache(cache, call))
+    operator = torch.ops.jitattn.attention_with_kvcache.default
+    assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
 
 
 def test_a_call_comes_back_as_it_was() -> None:

@@ -25,9 +25,9 @@ from jitattn.compat.flash_attn._translate import (
     their_lse,
 )
 from jitattn.dropout import dropout_state
+from jitattn.encoding import encode
 from jitattn.errors import InvalidInputError
 from jitattn.kvcache import attention_with_kvcache
-from jitattn.ops import encode
 from jitattn.rotary import Rotary
 from jitattn.sequences import Ragged
 
