@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -40,9 +42,10 @@ def test_values_and_gradients(name: str, function: object) -> None:
         assert rel_l2(one, other) < 1e-4
 
 
-def test_the_gradient_of_a_bias() -> None:
+@pytest.mark.parametrize("by_distance", [False, True])
+def test_the_gradient_of_a_bias(by_distance: bool) -> None:
     own = tensors()
-    bias = BIAS[:H].clone().requires_grad_()
+    bias = (BIAS[0, :H, :21] if by_distance else BIAS[:H]).clone().requires_grad_()
     ends = [f(*own, attn_bias=bias) for f in (flash_cosine_sim_attention, dense)]
     got, wanted = (torch.autograd.grad(end.sum(), bias)[0] for end in ends)
     assert got.shape == bias.shape
@@ -73,6 +76,23 @@ def test_wrong_shapes_are_named() -> None:
         flash_cosine_sim_attention(q[0, 0], k, v)
     with pytest.raises(jitattn.InvalidInputError, match="attn_bias has shape"):
         flash_cosine_sim_attention(q, k, v, attn_bias=BIAS[:H][None])
+
+
+@pytest.mark.parametrize("function", [flash_cosine_sim_attention, plain_cosine_sim_attention])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("groups", 3),
+        ("scale", float("nan")),
+        ("mask", torch.ones(B, LK)),
+        ("mask", torch.ones(B, LK + 1, dtype=torch.bool)),
+        ("attn_bias", BIAS[:H].half()),
+        ("attn_bias", BIAS[0, :H, :20]),
+    ],
+)
+def test_both_refuse_the_same(function: Any, name: str, value: object) -> None:
+    with pytest.raises(jitattn.InvalidInputError):
+        function(*tensors(), **{name: value})
 
 
 def test_the_timer() -> None:

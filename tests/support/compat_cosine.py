@@ -31,8 +31,15 @@ def dense(
             torch.nn.functional.normalize(x.unflatten(3, (groups, -1)), dim=-1).flatten(3)
             for x in (q, k)
         )
+    group = q.shape[1] // k.shape[1] if k.shape[1] > 1 else 1
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(q.shape[1] // v.shape[1], 1)
     scores = scale * q @ k.transpose(2, 3)
-    if attn_bias is not None:
+    if attn_bias is not None and attn_bias.dim() == 2:
+        rows, columns = (torch.arange(size, device=q.device) for size in scores.shape[2:])
+        reach = attn_bias.shape[1] // 2
+        distance = columns - (rows[:, None] + len(columns) - len(rows))
+        scores = scores + attn_bias.double()[:, distance.clamp(-reach, reach) + reach]
+    elif attn_bias is not None:
         scores = scores + (attn_bias[:, None] if attn_bias_batch_dim else attn_bias[None])
     hidden = torch.zeros_like(scores, dtype=torch.bool)
     if causal:
@@ -63,6 +70,8 @@ CASES: dict[str, tuple[dict[str, object], dict[str, bool]]] = {
     "mask and causal": ({"mask": MASK, "causal": True}, {}),
     "bias": ({"attn_bias": BIAS[:H]}, {}),
     "bias of batches": ({"attn_bias": BIAS[:B], "attn_bias_batch_dim": True}, {}),
+    "bias by distance": ({"attn_bias": BIAS[0, :H, :21].contiguous(), "causal": True}, {}),
+    "bias by distance, of all heads": ({"attn_bias": BIAS[0, :1, :9].contiguous()}, {}),
     "scale and groups": ({"scale": 10, "groups": 4}, {}),
     "large scale": ({"scale": 100.0}, {}),
     "as they are": ({"l2norm_qk": False, "scale": 0.3}, {}),

@@ -4,16 +4,18 @@ Where it differs from the original, on purpose: rows that see nothing are 0 ever
 and `causal` go together; results are those of the softmax, whatever the scale, with and without
 l2norm (the original's constant shift overflows or underflows for some); fp16 vectors of zeros are
 normalised to zeros, not NaN; nothing synchronises the device. Its limits are lifted: head dims from
-1 to 256, bf16, v of another head dim, any number of kv heads that divides that of q.
+1 to 256, bf16, v of another head dim, any number of kv heads that divides that of q, and a bias by
+distance alone (the "1d dynamic positional bias" of its wishes).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jitattn.attention import attention
+from jitattn.attention import attention, bind
 from jitattn.cosine import L2Norm, l2norm
 from jitattn.errors import InvalidInputError
+from jitattn.layouts import parse
 from jitattn.masks import Causal, Full, KeyPadding
 from jitattn.reference import reference
 
@@ -51,7 +53,9 @@ def flash_cosine_sim_attention(
     mask : Tensor, [B, Lkv], bool, optional
         True = attend. (With a merged q, [B * H, Lkv].)
     attn_bias : Tensor, [Hq, Lq, Lkv], or [B, Lq, Lkv] with `attn_bias_batch_dim`, optional
-        Added to the scaled scores. Dtype of q, or fp32.
+        Added to the scaled scores. Dtype of q, or fp32. Or [Hq or 1, 2 R + 1]: one value for each
+        distance, entry d + R, where d is key - query (aligned to the bottom right), held between -R
+        and R; it takes no Lq x Lkv memory, nor does its gradient.
     scale : float
         Factor of the cosines.
     groups : int
@@ -97,6 +101,9 @@ def plain_cosine_sim_attention(
     arguments = _translate(
         q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk, attn_bias_batch_dim
     )
+    others = dict(arguments)
+    checked, call = bind(others.pop("q"), others.pop("k"), others.pop("v"), others)
+    parse(checked["q"], checked["k"], checked["v"], call)  # refuses what the other refuses
     out: Tensor = reference(**arguments).to(q.dtype)
     return out.squeeze(1) if q.dim() == 3 else out
 
@@ -141,14 +148,16 @@ def _translate(
         k = k[:, None]
     if v.dim() == 3:
         v = v[:, None]
-    bias = attn_bias
-    if bias is not None:
-        if bias.dim() != 3:
+    bias = by_distance = None
+    if attn_bias is not None and attn_bias.dim() == 2:
+        by_distance = attn_bias.float()
+    elif attn_bias is not None:
+        if attn_bias.dim() != 3:
             raise InvalidInputError(
-                f"attn_bias has shape {list(bias.shape)}: it must be [H, Lq, Lkv], or "
-                "[B, Lq, Lkv] with attn_bias_batch_dim=True"
+                f"attn_bias has shape {list(attn_bias.shape)}: it must be [H, Lq, Lkv], or "
+                "[B, Lq, Lkv] with attn_bias_batch_dim=True, or [H or 1, 2 R + 1] by distance"
             )
-        bias = bias[:, None] if attn_bias_batch_dim else bias[None]
+        bias = attn_bias[:, None] if attn_bias_batch_dim else attn_bias[None]
     seen: Mask = Causal() if causal else Full()
     if mask is not None:
         seen = seen & KeyPadding(mask)
@@ -158,6 +167,7 @@ def _translate(
         "v": v,
         "mask": seen,
         "bias": bias,
+        "relative_bias": by_distance,
         "scale": scale,
         "layout": "bhsd",
         "qk_norm": L2Norm(groups) if l2norm_qk else None,
