@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -206,3 +207,37 @@ def test_padding_and_back() -> None:
     _, _, wider, _, still = unpad_input(x, mask, room)
     assert wider.tolist() == [0, 4, 10, 11]
     assert still.tolist() == [3, 6, 1]
+
+
+@pytest.mark.parametrize("window", [(2, 2), (-1, 2), (0, 5), (5, 0)])
+def test_a_reach_over_all_keys_is_none(window: tuple[int, int]) -> None:
+    """It matters where there are more queries than keys."""
+    (q,), (k, v) = sequences((20,), H, 1), sequences((2, 2), HKV, 2)
+    wanted, wanted_lse = dense(q, k, v, window=window)
+    batch = (q[None], k[None], v[None])
+    out, lse, _ = flash_attn_func(*batch, window_size=window, return_attn_probs=True)
+    torch.testing.assert_close(out[0].double(), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse[0].double(), wanted_lse, atol=1e-5, rtol=1e-5)
+    starts = [torch.tensor([0, len(x)], dtype=torch.int32) for x in (q, k)]
+    out = flash_attn_varlen_func(q, k, v, *starts, len(q), len(k), window_size=window)
+    torch.testing.assert_close(out.double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cache_has_no_gradient_and_asks_for_none_to_be_wanted() -> None:
+    (q,), (k, v) = sequences((1,), H, 1), sequences((9, 9), HKV, 2)
+    wanted = flash_attn_with_kvcache(q[None], k[None], v[None])
+    q.requires_grad_()
+    out = flash_attn_with_kvcache(q[None], k[None], v[None], cache_seqlens=np.int64(9))
+    assert not out.requires_grad
+    assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("window_size", None), ("window_size", (1,)), ("window_size", (1.5, 0)), ("keep_first", -1),
+     ("keep_first", 2.5)],
+)  # fmt: skip
+def test_windows_of_another_kind_are_refused(name: str, value: object) -> None:
+    q = torch.randn(1, 3, H, D)
+    with pytest.raises(ValueError, match=f"{name}="):
+        flash_attn_func(q, q, q, causal=True, **{name: value})

@@ -21,12 +21,18 @@ def dense(
     slopes: Tensor | None = None,
     stays: Tensor | None = None,
     dropout_p: float = 0.0,
+    longest: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out [Lq, H, D], lse [H, Lq]) of q [Lq, H, D], k and v [Lkv, Hkv, D]; stays: [H, Lq, Lkv]."""
+    """(out [Lq, H, D], lse [H, Lq]) of q [Lq, H, D], k and v [Lkv, Hkv, D]; stays: [H, Lq, Lkv].
+
+    `longest`: the largest Lkv of the call.
+    """
     len_q, len_kv, device = len(q), len(k), q.device
     left, right = window
     if causal:
         right = 0
+    bound = len_kv if longest is None else longest
+    left, right = (-1 if reach >= bound else reach for reach in (left, right))
     if force and len_q == 1 and left >= 0:
         left = len_kv
     i = torch.arange(len_q, device=device)[:, None] + len_kv - len_q
@@ -51,6 +57,21 @@ def dense(
     lse = torch.logsumexp(scores, 2)
     lse = lse.masked_fill(torch.isneginf(lse), float("inf"))
     return (weights @ wide_v).transpose(0, 1), lse
+
+
+def turned(x: Tensor, places: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x [L, H, D] in fp64, row i (or each) turned by the tables' row places[i]."""
+    own_cos, own_sin = (table.double()[places.to(table.device)][:, None] for table in (cos, sin))
+    count = cos.shape[1]
+    result = x.detach().double().clone()
+    columns = torch.arange(2 * count, device=x.device)
+    first, second = (
+        (columns[0::2], columns[1::2]) if interleaved else (columns[:count], columns[count:])
+    )
+    a, b = x.detach().double()[..., first], x.detach().double()[..., second]
+    result[..., first] = a * own_cos - b * own_sin
+    result[..., second] = b * own_cos + a * own_sin
+    return result
 
 
 def sequences(lengths: tuple[int, ...], heads: int, seed: int) -> list[Tensor]:

@@ -114,8 +114,9 @@ def check_flash(name: str, seed: int, dtype: torch.dtype, device: str) -> None:
             stays = dmask[b, :, : len_q[b], : part.stop - part.start] >= 0
         own_slopes = slopes if slopes is None or slopes.dim() == 1 else slopes[b]
         one, own_lse = compat_flash_attn.dense(
-            q[rows], k[keys], v[keys], **ours, slopes=own_slopes, stays=stays, dropout_p=dropout_p
-        )
+            q[rows], k[keys], v[keys], **ours, slopes=own_slopes, stays=stays, dropout_p=dropout_p,
+            longest=max(len_kv),
+        )  # fmt: skip
         outs.append(one)
         lses.append(own_lse)
     truth = torch.cat(outs)
@@ -145,9 +146,12 @@ def check_flash_cache(seed: int, dtype: torch.dtype, device: str) -> None:
 
     q = normal(batch, len_q, heads)
     new = [normal(batch, num_new, heads_kv) for _ in range(2)]
+    is_number = chance.random() < 0.2
     used = [chance.randint(0, room - num_new) for _ in range(batch)]
+    used = used[:1] * batch if is_number else used
     is_paged = chance.random() < 0.4
-    given: dict[str, Any] = {"cache_seqlens": torch.tensor(used, dtype=torch.int32, device=device)}
+    lengths = torch.tensor(used, dtype=torch.int32, device=device)
+    given: dict[str, Any] = {"cache_seqlens": used[0] if is_number else lengths}
     left = [0] * batch
     if is_paged:
         page = chance.choice((4, 16))
@@ -181,20 +185,40 @@ def check_flash_cache(seed: int, dtype: torch.dtype, device: str) -> None:
         "force": chance.random() < 0.5,
     }
     histories = [[own(cache, b).clone() for b in range(batch)] for cache in caches]
+    slopes = None
+    if chance.random() < 0.3:
+        shape = (batch, heads) if seed % 2 else (heads,)
+        slopes = given["alibi_slopes"] = torch.rand(shape, generator=generator).to(device)
+    turns = None
     if num_new:
         given |= {"k": new[0], "v": new[1]}
+        if chance.random() < 0.5:
+            columns, interleaved = chance.choice((16, dim)), chance.random() < 0.5
+            angles = torch.rand(room, columns // 2, generator=generator) * 6.0
+            tables = [table.to(device, dtype) for table in (angles.cos(), angles.sin())]
+            given |= dict(zip(("rotary_cos", "rotary_sin"), tables, strict=True))
+            given["rotary_interleaved"] = interleaved
+            turns = (*tables, interleaved)
     names = ("softmax_scale", "causal", "window_size", "softcap", "keep_first", "force_fa_decode")
     out, lse = flash.flash_attn_with_kvcache(
         q, *caches, **given, **dict(zip(names, ours.values(), strict=True)),
         num_splits=chance.choice((0, 2)), return_softmax_lse=True,
     )  # fmt: skip
     for b in range(batch):
-        stop = used[b] + num_new
-        for history, added, cache in zip(histories, new, caches, strict=True):
-            history[b][used[b] : stop] = added[b]
-            assert torch.equal(own(cache, b), history[b])
+        stop, own_q, added = used[b] + num_new, q[b], [x[b] for x in new]
+        if turns is not None:
+            places = torch.arange(used[b], used[b] + len_q)
+            is_local = ours["causal"] or max(ours["window"]) >= 0
+            own_q = compat_flash_attn.turned(own_q, places if is_local else places[:1], *turns)
+            added[0] = compat_flash_attn.turned(added[0], places[:num_new], *turns).to(dtype)
+        for history, own_new, cache in zip(histories, added, caches, strict=True):
+            history[b][used[b] : stop] = own_new
+            near(own(cache, b), history[b], LIMITS[dtype])
         keys = [history[b][left[b] : stop] for history in histories]
-        truth, true_lse = compat_flash_attn.dense(q[b], *keys, **ours)
+        own_slopes = slopes if slopes is None or slopes.dim() == 1 else slopes[b]
+        truth, true_lse = compat_flash_attn.dense(
+            own_q, *keys, **ours, slopes=own_slopes, longest=room
+        )
         near(out[b], truth, LIMITS[dtype])
         limit = 1e-4 if dtype is torch.float32 else 2e-2
         torch.testing.assert_close(lse[b], true_lse.float(), rtol=limit, atol=limit)
@@ -204,16 +228,19 @@ def check_cosine(seed: int, dtype: torch.dtype, device: str) -> None:
     """`flash_cosine_sim_attention` and its plain twin."""
     chance = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    batch, heads, dim = chance.choice((1, 3)), chance.choice((1, 4)), chance.choice((16, 40, 64))
+    batch, heads, dim = chance.choice((1, 3)), chance.choice((1, 4)), chance.choice((16, 40, 80))
     len_q, len_kv = chance.choice((1, 33, 70)), chance.choice((20, 70))
-    kind = chance.choice(("split", "single", "merged"))
+    kind = chance.choice(("split", "single", "single v", "grouped", "merged"))
     front = (batch * heads,) if kind == "merged" else (batch, heads)
-    kv_front = (batch,) if kind == "single" else front
+    kv_front = {
+        "single": (batch,), "single v": (batch, 1), "grouped": (batch, max(1, heads // 2))
+    }.get(kind, front)  # fmt: skip
+    v_front = (batch,) if kind == "single v" else kv_front
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
 
-    leaves = [leaf(*front, len_q, dim), leaf(*kv_front, len_kv, dim), leaf(*kv_front, len_kv, dim)]
+    leaves = [leaf(*front, len_q, dim), leaf(*kv_front, len_kv, dim), leaf(*v_front, len_kv, dim)]
     given: dict[str, Any] = {
         "scale": chance.choice((8, 3.5)),
         "groups": chance.choice((1, 4)),
@@ -222,7 +249,11 @@ def check_cosine(seed: int, dtype: torch.dtype, device: str) -> None:
     }
     if not given["l2norm_qk"]:
         given |= {"scale": 0.3, "groups": 1}
-    if chance.random() < 0.5:
+    if chance.random() < 0.2:
+        rows = chance.choice((1, 1 if kind == "merged" else heads))
+        given["attn_bias"] = leaf(rows, 2 * chance.choice((0, 9, 100)) + 1)
+        leaves.append(given["attn_bias"])
+    elif chance.random() < 0.5:
         per_batch = kind == "merged" or chance.random() < 0.5
         rows = (batch * heads if kind == "merged" else batch) if per_batch else heads
         given["attn_bias"] = leaf(rows, len_q, len_kv)

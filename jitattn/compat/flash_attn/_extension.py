@@ -17,6 +17,7 @@ import jitattn.ops  # noqa: F401 - registers the operators
 from jitattn.attention import attention, bind
 from jitattn.compat.flash_attn._translate import (
     keys_of,
+    lengths_of,
     mask_of,
     our_lse,
     parts_of,
@@ -62,7 +63,7 @@ def fwd(
         S_dmask is empty unless `return_softmax`, which needs a dropout.
     """
     window = (window_size_left, window_size_right)
-    mask = mask_of(is_causal, window, keep_first, force_fa_decode)
+    mask = mask_of(is_causal, window, keep_first, force_fa_decode, lengths_of(q, k))
     given = _given(mask, softmax_scale, softcap, alibi_slopes)
     return _forward(q, k, v, out, given, p_dropout, return_softmax, gen)
 
@@ -103,7 +104,8 @@ def varlen_fwd(
     [out, lse, S_dmask, rng_state]
     """
     window = (window_size_left, window_size_right)
-    mask = mask_of(is_causal, window, keep_first, force_fa_decode)
+    longest = (int(max_seqlen_q), int(max_seqlen_k))
+    mask = mask_of(is_causal, window, keep_first, force_fa_decode, longest)
     given = _given(mask, softmax_scale, softcap, alibi_slopes)
     if zero_tensors and out is not None:
         out.zero_()
@@ -144,7 +146,7 @@ def bwd(
     """
     del gen
     window = (window_size_left, window_size_right)
-    mask = mask_of(is_causal, window, keep_first, force_fa_decode)
+    mask = mask_of(is_causal, window, keep_first, force_fa_decode, lengths_of(q, k))
     given = _given(mask, softmax_scale, softcap, alibi_slopes)
     given["deterministic"] = deterministic
     results = _backward(dout, q, k, v, out, softmax_lse, given, p_dropout, rng_state)
@@ -190,7 +192,8 @@ def varlen_bwd(
     """
     del gen, zero_tensors
     window = (window_size_left, window_size_right)
-    mask = mask_of(is_causal, window, keep_first, force_fa_decode)
+    longest = (int(max_seqlen_q), int(max_seqlen_k))
+    mask = mask_of(is_causal, window, keep_first, force_fa_decode, longest)
     given = _given(mask, softmax_scale, softcap, alibi_slopes)
     given["deterministic"] = deterministic
     given["q_seqs"] = Ragged.from_cu_seqlens(cu_seqlens_q, int(max_seqlen_q))
@@ -231,6 +234,8 @@ def fwd_kvcache(
 ) -> list[Tensor]:
     """Append k and v to a cache in place and attend to it, as `flash_attn_with_kvcache` does.
 
+    The result has no gradient, as there.
+
     Returns
     -------
     [out, lse]
@@ -240,26 +245,25 @@ def fwd_kvcache(
     rotary = None
     if rotary_cos is not None and rotary_sin is not None:
         rotary = Rotary(rotary_cos, rotary_sin, interleaved=bool(is_rotary_interleaved))
+    room = kcache.shape[1] * (1 if block_table is None else block_table.shape[1])
     length: Tensor | int | None = seqlens_k
     if length is None:
         if k is not None:
             raise InvalidInputError("k and v need cache_seqlens: where in the cache do they go?")
-        length = kcache.shape[1]
-        if block_table is not None:
-            length *= block_table.shape[1]
+        length = room
     window = (window_size_left, window_size_right)
     result, lse = attention_with_kvcache(
-        q,
-        kcache,
-        vcache,
-        k,
-        v,
+        q.detach(),
+        kcache.detach(),
+        vcache.detach(),
+        None if k is None else k.detach(),
+        None if v is None else v.detach(),
         length=length,
         rotary=rotary,
         left_pad=leftpad_k,
         batch_idx=cache_batch_idx,
         block_table=block_table,
-        mask=mask_of(is_causal, window, keep_first, force_fa_decode),
+        mask=mask_of(is_causal, window, keep_first, force_fa_decode, (q.shape[1], room)),
         scale=softmax_scale,
         out=out,
         num_splits=num_splits or None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -26,17 +27,48 @@ _DMASK_UNIT: Final = 128
 
 
 def mask_of(
-    causal: bool, window_size: Sequence[int], keep_first: int, force_fa_decode: bool
+    causal: bool,
+    window_size: Sequence[int],
+    keep_first: int,
+    force_fa_decode: bool,
+    longest: tuple[int, int],
 ) -> Mask:
-    """Return the rule; without a bound on the left, `keep_first` and the like mean nothing."""
-    left, right = (int(reach) for reach in window_size)
+    """Return the rule; without a bound on the left, `keep_first` and the like mean nothing.
+
+    Parameters
+    ----------
+    longest : (int, int)
+        Largest lengths of queries and of keys: with more queries than keys, a reach to the right
+        over all keys is no bound there.
+
+    Raises
+    ------
+    InvalidInputError
+        `window_size` or `keep_first` is of another kind.
+    """
+    try:
+        left, right = (operator.index(reach) for reach in window_size)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(
+            f"window_size={window_size!r}: it must be two ints (left, right), -1 for no bound"
+        ) from error
+    if not isinstance(keep_first, int) or keep_first < 0:
+        raise InvalidInputError(f"keep_first={keep_first!r}: it must be an int, 0 for none")
+    len_q, len_kv = longest
     if causal:
         right = 0
+    elif right >= len_kv and len_q > len_kv:
+        right = -1
     if left < 0:
         if right < 0:
             return Full()
         return Causal() if right == 0 else Window(None, right)
     return Window(left, None if right < 0 else right, int(keep_first), bool(force_fa_decode))
+
+
+def lengths_of(q: Tensor, k: Tensor) -> tuple[int, int]:
+    """Return Lq and Lkv of a batch; what is none is refused later."""
+    return (q.shape[1], k.shape[1]) if q.dim() == k.dim() == 4 else (0, 0)
 
 
 def keys_of(

@@ -9,6 +9,7 @@ want it; without dropout it is empty.
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,13 @@ from jitattn.compat.flash_attn._operators import (
     _wrapped_flash_attn_varlen_backward,
     _wrapped_flash_attn_varlen_forward,
 )
-from jitattn.compat.flash_attn._translate import DMASK_BLOCK, keys_of, mask_of, their_lse
+from jitattn.compat.flash_attn._translate import (
+    DMASK_BLOCK,
+    keys_of,
+    lengths_of,
+    mask_of,
+    their_lse,
+)
 from jitattn.dropout import dropout_state
 from jitattn.sequences import Ragged
 
@@ -95,7 +102,7 @@ def flash_attn_func(
     -------
     Tensor, [B, Lq, Hq, D], or three with `return_attn_probs`
     """
-    rule = mask_of(causal, window_size, keep_first, force_fa_decode)
+    rule = mask_of(causal, window_size, keep_first, force_fa_decode, lengths_of(q, k))
     given = _arguments(
         rule, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, return_attn_probs, q
     )
@@ -207,7 +214,8 @@ def flash_attn_varlen_func(
 
     The others, and the result, are those of `flash_attn_func`.
     """
-    rule = mask_of(causal, window_size, keep_first, force_fa_decode)
+    longest = (int(max_seqlen_q), int(max_seqlen_k))
+    rule = mask_of(causal, window_size, keep_first, force_fa_decode, longest)
     given = _arguments(
         rule, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, return_attn_probs, q
     )
@@ -344,8 +352,9 @@ def flash_attn_with_kvcache(
     -------
     Tensor, [B, Lq, Hq, D], or (out, lse)
     """
-    if isinstance(cache_seqlens, int):
-        cache_seqlens = torch.full(q.shape[:1], cache_seqlens, dtype=torch.int32, device=q.device)
+    if cache_seqlens is not None and not isinstance(cache_seqlens, torch.Tensor):
+        used = operator.index(cache_seqlens)
+        cache_seqlens = torch.full(q.shape[:1], used, dtype=torch.int32, device=q.device)
     out, lse = fwd_kvcache(
         q,
         k_cache,
