@@ -21,6 +21,14 @@ from jitattn.compat.flash_attn import (
     flash_attn_with_kvcache,
 )
 from jitattn.compat.flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
+from jitattn.compat.flash_attn.utils.benchmark import (
+    benchmark_all,
+    benchmark_backward,
+    benchmark_combined,
+    benchmark_forward,
+    benchmark_fwd_bwd,
+    benchmark_memory,
+)
 from tests.support.compare import rel_l2
 from tests.support.compat_flash_attn import CASES, HKV, D, H, dense, sequences
 
@@ -241,3 +249,28 @@ def test_windows_of_another_kind_are_refused(name: str, value: object) -> None:
     q = torch.randn(1, 3, H, D)
     with pytest.raises(ValueError, match=f"{name}="):
         flash_attn_func(q, q, q, causal=True, **{name: value})
+
+
+def test_timers(capsys: pytest.CaptureFixture[str]) -> None:
+    q, k, v = (torch.randn(1, 9, H, D, requires_grad=True) for _ in range(3))
+    own = (flash_attn_func, q, k, v)
+    timed = [
+        *benchmark_all(*own, repeats=2, desc="it", causal=True),
+        *benchmark_fwd_bwd(*own, repeats=1, desc="it"),
+    ]
+    assert q.grad is not None
+    assert capsys.readouterr().out.count("it - ") == 5
+    quiet: dict[str, Any] = {
+        "repeats": 1,
+        "verbose": False,
+        "amp": True,
+        "amp_dtype": torch.bfloat16,
+    }
+    timed += [f(*own, **quiet) for f in (benchmark_forward, benchmark_backward, benchmark_combined)]
+    assert all(measured.mean > 0 for _, measured in timed)
+    with pytest.raises(ValueError, match="must be alike"):
+        benchmark_backward(*own, grad=q[:, :1])
+    assert not capsys.readouterr().out
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="torch sees no GPU"):
+            benchmark_memory(*own)

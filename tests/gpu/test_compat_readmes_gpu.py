@@ -184,3 +184,16 @@ def test_the_extension_over_small_pages(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         theirs.varlen_fwd(q, k, v, None, *given, *tail)
+
+
+@pytest.mark.real_gpu
+def test_the_memory_of_a_call() -> None:
+    """q, k, v and out, and nothing as large as the scores."""
+    with jitattn.compat.alias("flash_attn"):
+        theirs = importlib.import_module("flash_attn")
+        timers = importlib.import_module("flash_attn.utils.benchmark")
+    q, k, v = (torch.randn(1, 4096, 8, 64, **BF16) for _ in range(3))
+    most = timers.benchmark_memory(theirs.flash_attn_func, q, k, v, verbose=False)
+    assert 4 * q.nbytes <= most * 1e9
+    before = torch.cuda.memory_allocated()
+    assert most * 1e9 < before + 2 * q.nbytes
