@@ -35,7 +35,7 @@ struct GatheredKeys {
   const bool is_on;       // of this block's columns
   const int first_idx;    // of this block's columns among those of their kind
   const int num_columns;  // of this block; none: it has no keys
-  TileRange free = {};    // tiles of which every row sees every key
+  TileRange free;         // tiles of which every row sees every key
 
   __device__ GatheredKeys(const BwdParamsOf<Spec>& params, const Sequence& sequence, int head_idx,
                           int block)
@@ -51,7 +51,10 @@ struct GatheredKeys {
         blocks_on(blocks_of(num_on)),
         is_on(block < blocks_on),
         first_idx((is_on ? block : block - blocks_on) << per_log2),
-        num_columns(max_of(0, min_of(1 << per_log2, (is_on ? num_on : num_off) - first_idx))) {}
+        num_columns(max_of(0, min_of(1 << per_log2, (is_on ? num_on : num_off) - first_idx))),
+        free(num_keys() < kBlockKv ? TileRange{0, 0}
+                                   : free_of_stride<Spec>(sequence, pattern, is_on, key_of(0),
+                                                          key_of(kBlockKv - 1) + 1)) {}
 
   // Keys of this block that exist: its first rows.
   __device__ int num_keys() const {
