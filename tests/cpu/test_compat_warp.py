@@ -80,6 +80,44 @@ def test_gears() -> None:
             forward(q, q, q, version=version)
 
 
+def sides(rows: int = 6) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(1, rows, 2, 16) for name in ("query", "key", "value")}
+
+
+FLAT = {"key": torch.randn(6, 2, 16), "value": torch.randn(6, 2, 16)}
+ONE = torch.tensor([0])
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"key": torch.randn(1, 6, 2, 8)}, r"key has head_dim 8 but query has 16.*\[B, L, H, D\]"),
+        ({"value": torch.randn(1, 6, 2, 16).double()}, "value is float64"),
+        ({"query": torch.randn(1, 6, 16, 2).mT}, r"query has strides .* call query\.contiguous"),
+        ({"query": torch.randn(6, 2)}, "query, key and value must have 4 dimensions.*q_seq_start"),
+        ({"out": torch.randn(1, 2, 2, 16)}, "like query"),
+        ({**FLAT, "kv_seq_start": ONE, "kv_seq_len": ONE.float()}, "kv_seq_len is torch.float32"),
+        (
+            {**FLAT, "kv_seq_start": ONE, "kv_seq_len": ONE.int()},
+            "key: kv_seq_start is torch.int64",
+        ),
+        ({**FLAT, "kv_seq_start": ONE, "kv_seq_len": ONE, "kv_max_seq_len": 2**31}, "kv_max_seq_l"),
+    ],
+    ids=str,
+)
+def test_what_the_binding_refuses_is_a_runtime_error(given: dict[str, object], match: str) -> None:
+    with pytest.raises(RuntimeError, match=match) as found:
+        forward(**{**sides(), **given})
+    assert isinstance(found.value, jitattn.InvalidInputError)
+    assert not isinstance(found.value, AssertionError)
+
+
+def test_a_batched_value_beside_flat_keys_is_asserted() -> None:
+    given = {**sides(), "key": FLAT["key"], "kv_seq_start": ONE, "kv_seq_len": ONE}
+    with pytest.raises(AssertionError, match=r"value has shape \[1, 6, 2, 16\], and key"):
+        forward(**given)
+
+
 def test_sequences_must_be_named() -> None:
     flat, batched = torch.randn(6, 2, 16), torch.randn(1, 6, 2, 16)
     with pytest.raises(AssertionError, match="q_seq_start"):
@@ -114,6 +152,13 @@ def test_log_levels() -> None:
     with pytest.raises(AssertionError, match="level"):
         warp_attention.set_log_level(6)
     logger.setLevel(before)
+
+
+def test_a_compiled_call_translates_too() -> None:
+    tensors = sides()
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**tensors), forward(**tensors))
 
 
 def test_scripts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ guarantees (`jitattn.gears`). `version` picks the tile: 0 is for up to 16 query 
 for up to 64, 2 for more, and -1 (the default) the one that fits; the split of the keys follows from
 their number. The gear is 4 until `set_default_gear` here says otherwise, whatever
 `jitattn.set_default_gear` says. Sequences without keys give 0.
+
+Errors are of the original's kinds: an AssertionError for gear, version and missing sequence
+tensors, a RuntimeError for what its binding checks; each of them is an `InvalidInputError` too.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from jitattn import __version__
 from jitattn.attention import attention
-from jitattn.compat._errors import CheckFailedError, check
+from jitattn.compat._errors import CheckFailedError, ExtensionError, check, errors_as, in_words
+from jitattn.errors import InvalidInputError
 from jitattn.gears import GEARS
 from jitattn.masks import Causal, Full
 from jitattn.sequences import Ragged
@@ -52,9 +56,19 @@ _LEVELS: Final = (
     logging.DEBUG,
     1,
 )
+#: What the core says, and what this door does.
+_WORDS: Final = {
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "q_seqs": "q_seq_start and q_seq_len",
+    "kv_seqs": "kv_seq_start and kv_seq_len",
+    "check the layout argument": "the layout is [B, L, H, D]",
+}
 _settings = {"gear": 4, "log_level": 2}
 
 
+@errors_as(ExtensionError, _WORDS)
 def warp_attention_forward(
     query: Tensor,
     key: Tensor,
@@ -100,9 +114,10 @@ def warp_attention_forward(
     Raises
     ------
     CheckFailedError
-        Gear or version is none, or a 3-D tensor comes without its sequences.
-    InvalidInputError
-        Tensors do not fit together.
+        Gear or version is none, a 3-D tensor comes without its sequences, or only one of key and
+        value is 3-D; an AssertionError.
+    ExtensionError
+        Tensors do not fit together; a RuntimeError.
     """
     if gear is None:
         gear = _settings["gear"]
@@ -113,18 +128,21 @@ def warp_attention_forward(
     )
     q_seqs = _sequences("query", query, q_seq_start, q_seq_len, q_max_seq_len)
     kv_seqs = _sequences("key", key, kv_seq_start, kv_seq_len, kv_max_seq_len)
-    return attention(
-        query,
-        key,
-        value,
-        mask=Causal() if is_causal else Full(),
-        scale=scale,
-        gear=gear,
-        out=out,
-        q_seqs=q_seqs,
-        kv_seqs=kv_seqs,
-        tile_rows=None if version < 0 else _TILE_ROWS[version],
+    check(
+        kv_seqs is None or value.ndim == 3,
+        f"value has shape {list(value.shape)}, and key {list(key.shape)}: with sequences of their "
+        "own, both must have 3 dimensions; flatten value with value.flatten(0, 1)",
     )
+    arguments: dict[str, Any] = {
+        "mask": Causal() if is_causal else Full(),
+        "scale": scale,
+        "gear": gear,
+        "out": out,
+        "q_seqs": q_seqs,
+        "kv_seqs": kv_seqs,
+        "tile_rows": None if version < 0 else _TILE_ROWS[version],
+    }
+    return attention(query, key, value, **arguments)
 
 
 _warp_attention_forward = warp_attention_forward
@@ -175,7 +193,7 @@ def _check_gear(gear: int) -> None:
 def _sequences(
     name: str, tensor: Tensor, start: Tensor | None, length: Tensor | None, longest: int
 ) -> Ragged | None:
-    if tensor.dim() != 3:
+    if tensor.ndim != 3:
         return None
     side = "q" if name == "query" else "kv"
     if start is None or length is None:
@@ -183,4 +201,15 @@ def _sequences(
             f"{name} has shape {list(tensor.shape)}: with 3 dimensions, {side}_seq_start and "
             f"{side}_seq_len must say where its sequences lie"
         )
-    return Ragged(start, length, None if longest < 0 else int(longest))
+    try:
+        return Ragged(start, length, None if longest < 0 else int(longest))
+    except InvalidInputError as error:
+        names = {
+            "Ragged(start=...)": f"{side}_seq_start",
+            "Ragged(length=...)": f"{side}_seq_len",
+            "start": f"{side}_seq_start",
+            "length": f"{side}_seq_len",
+            "Ragged": name,
+            "max_length": f"{side}_max_seq_len",
+        }
+        raise ExtensionError(in_words(error, names)) from error
