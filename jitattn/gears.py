@@ -9,11 +9,15 @@ This module imports no torch and no CuPy.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from jitattn.errors import InvalidInputError
 from jitattn.jit.enums import Dtype, Numerics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,15 +96,15 @@ _default: int | None = None
 class DefaultGear:
     """What `set_default_gear` returns: a context that gives the default before it back."""
 
-    def __init__(self, before: int | None) -> None:
-        self._before = before
+    def __init__(self, give_back: Callable[[], object]) -> None:
+        self._give_back = give_back
 
     def __enter__(self) -> None:
         """Nothing is left to do."""
 
     def __exit__(self, *error: object) -> None:
         """Give the default back."""
-        set_default_gear(self._before)
+        self._give_back()
 
 
 def set_default_gear(gear: int | None) -> DefaultGear:
@@ -134,7 +138,7 @@ def set_default_gear(gear: int | None) -> DefaultGear:
     if gear is not None:
         _check(gear, None)
     before, _default = _default, gear
-    return DefaultGear(before)
+    return DefaultGear(functools.partial(set_default_gear, before))
 
 
 def get_default_gear() -> int | None:

@@ -80,6 +80,19 @@ def test_gears() -> None:
             forward(q, q, q, version=version)
 
 
+def test_the_gear_is_given_back() -> None:
+    with warp_attention.set_default_gear(2):
+        assert warp_attention.get_default_gear() == 2
+        with warp_attention.set_default_gear(0):
+            assert warp_attention.get_default_gear() == 0
+        assert warp_attention.get_default_gear() == 2
+    assert warp_attention.get_default_gear() == 4
+    with pytest.raises(KeyError), warp_attention.set_default_gear(1):
+        raise KeyError
+    assert warp_attention.get_default_gear() == 4
+    assert jitattn.get_default_gear() is None
+
+
 def sides(rows: int = 6) -> dict[str, torch.Tensor]:
     return {name: torch.randn(1, rows, 2, 16) for name in ("query", "key", "value")}
 

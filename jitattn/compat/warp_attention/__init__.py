@@ -9,7 +9,7 @@ sequences of their own are aligned to the bottom right, each by its lengths; gea
 guarantees (`jitattn.gears`). `version` picks the tile: 0 is for up to 16 query rows of a kv head, 1
 for up to 64, 2 for more, and -1 (the default) the one that fits; the split of the keys follows from
 their number. The gear is 4 until `set_default_gear` here says otherwise, whatever
-`jitattn.set_default_gear` says. Sequences without keys give 0.
+`jitattn.set_default_gear` says; as a context, it is so within. Sequences without keys give 0.
 
 Errors are of the original's kinds: an AssertionError for gear, version and missing sequence
 tensors, a RuntimeError for what its binding checks; each of them is an `InvalidInputError` too.
@@ -17,6 +17,7 @@ tensors, a RuntimeError for what its binding checks; each of them is an `Invalid
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,7 +25,7 @@ from jitattn import __version__
 from jitattn.attention import attention
 from jitattn.compat._errors import CheckFailedError, ExtensionError, check, errors_as, in_words
 from jitattn.errors import InvalidInputError
-from jitattn.gears import GEARS
+from jitattn.gears import GEARS, DefaultGear
 from jitattn.masks import Causal, Full
 from jitattn.sequences import Ragged
 
@@ -148,8 +149,13 @@ def warp_attention_forward(
 _warp_attention_forward = warp_attention_forward
 
 
-def set_default_gear(new_gear: int) -> None:
+def set_default_gear(new_gear: int) -> DefaultGear:
     """Set the gear of calls through this door that name none.
+
+    Returns
+    -------
+    DefaultGear
+        To be used as a context, which gives the gear before back, or to be dropped.
 
     Raises
     ------
@@ -157,7 +163,8 @@ def set_default_gear(new_gear: int) -> None:
         It is no gear.
     """
     _check_gear(new_gear)
-    _settings["gear"] = new_gear
+    before, _settings["gear"] = _settings["gear"], new_gear
+    return DefaultGear(functools.partial(set_default_gear, before))
 
 
 def get_default_gear() -> int:
