@@ -162,9 +162,35 @@ def test_log_levels() -> None:
     warp_attention.set_log_level(5)
     assert logger.isEnabledFor(logging.DEBUG)
     assert warp_attention.get_log_level() == 5
-    with pytest.raises(AssertionError, match="level"):
-        warp_attention.set_log_level(6)
+    for level in (6, -1, "3"):
+        with pytest.raises(AssertionError, match="level"):
+            warp_attention.set_log_level(level)  # type: ignore[arg-type]
     logger.setLevel(before)
+
+
+def test_calls_say_which_kernel_they_take(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("jitattn")
+    before = logger.level
+    tensors = sides()
+    try:
+        warp_attention.set_log_level(3)
+        with monkeypatch.context() as patch:
+            patch.setattr(warp_attention, "explain", None)  # is not asked
+            forward(**tensors)
+        assert not caplog.records
+        warp_attention.set_log_level(4)
+        forward(**tensors, gear=3)
+        (record,) = caplog.records
+        assert record.levelno == logging.DEBUG
+        assert "query [1, 6, 2, 16]" in record.getMessage()
+        assert "gear 3, path cpu" in record.getMessage()
+        warp_attention.set_log_level(5)
+        forward(**tensors)
+        assert "because      q is on the CPU" in caplog.records[-1].getMessage()
+    finally:
+        logger.setLevel(before)
 
 
 def test_a_compiled_call_translates_too() -> None:

@@ -21,10 +21,13 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
+
 from jitattn import __version__
 from jitattn.attention import attention
 from jitattn.compat._errors import CheckFailedError, ExtensionError, check, errors_as, in_words
 from jitattn.errors import InvalidInputError
+from jitattn.explain import explain
 from jitattn.gears import GEARS, DefaultGear
 from jitattn.masks import Causal, Full
 from jitattn.sequences import Ragged
@@ -57,6 +60,9 @@ _LEVELS: Final = (
     logging.DEBUG,
     1,
 )
+#: From this level on, calls say which kernel they take; from the next one on, all of it.
+_KERNELS, _EVERYTHING = 4, 5
+_LOG: Final = logging.getLogger("jitattn.compat.warp_attention")
 #: What the core says, and what this door does.
 _WORDS: Final = {
     "q": "query",
@@ -143,6 +149,8 @@ def warp_attention_forward(
         "kv_seqs": kv_seqs,
         "tile_rows": None if version < 0 else _TILE_ROWS[version],
     }
+    if _settings["log_level"] >= _KERNELS and not torch.compiler.is_compiling():
+        _log_kernel(query, key, value, arguments)
     return attention(query, key, value, **arguments)
 
 
@@ -173,14 +181,23 @@ def get_default_gear() -> int:
 
 
 def set_log_level(level: int) -> None:
-    """Set how much jitattn logs: from 0, silent, to 5.
+    """Set how much Python's logger ``jitattn`` lets through, for all of jitattn.
+
+    0 is silent, 1 for errors, 2 for warnings (a cache directory that cannot be used), 3 for what
+    is compiled and how the cache fares besides. From 4 on, each call through this door says which
+    kernel it takes, and with 5, everything that `jitattn.explain` knows of it: both are for
+    looking, and make calls slow. Up to 3, calls cost nothing more. What is below a warning shows
+    once the program has set logging up, as with ``logging.basicConfig()``.
 
     Raises
     ------
     CheckFailedError
         It is no level.
     """
-    check(0 <= level < len(_LEVELS), f"level={level}: it must be from 0 (silent) to 5")
+    check(
+        type(level) is int and 0 <= level < len(_LEVELS),
+        f"level={level!r}: it must be an int from 0 (silent) to {len(_LEVELS) - 1} (everything)",
+    )
     _settings["log_level"] = level
     logging.getLogger("jitattn").setLevel(_LEVELS[level])
 
@@ -194,6 +211,28 @@ def _check_gear(gear: int) -> None:
     check(
         type(gear) is int and 0 <= gear < num_gears,
         f"gear={gear!r}: it must be an int from 0 (most accurate) to {num_gears - 1} (fastest)",
+    )
+
+
+def _log_kernel(query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> None:
+    found = explain(query, key, value, **arguments)
+    if _settings["log_level"] >= _EVERYTHING:
+        _LOG.log(_LEVELS[_EVERYTHING], "warp_attention_forward:\n%s", found)
+        return
+    kernel = "no kernel"
+    if found.kernel:
+        tile = found.kernel
+        kernel = (
+            f"{tile['family']} for {tile['arch']} in numerics {tile['numerics']}, tile "
+            f"{tile['block_q']} x {tile['block_kv']}, {found.num_splits} splits, {found.key[:16]}"
+        )
+    _LOG.debug(
+        "warp_attention_forward: query %s, key %s, gear %d, path %s: %s",
+        list(query.shape),
+        list(key.shape),
+        found.gear,
+        found.path,
+        kernel,
     )
 
 
