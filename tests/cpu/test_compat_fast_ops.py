@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import jitattn
 from jitattn.compat.fast_ops.flash_attention.attention_ref import attention_ref
@@ -19,6 +20,7 @@ from tests.support.compare import rel_l2
 from tests.support.compat_fast_ops import (
     LENGTHS_KV,
     LENGTHS_Q,
+    D,
     H,
     dense_inputs,
     nested,
@@ -67,6 +69,47 @@ def test_scale_and_arguments_by_position_only() -> None:
     assert rel_l2(other, jitattn.reference.reference(*own, scale=0.5)) < 1e-5
     with pytest.raises(TypeError):
         flash_attn_triton(*own, causal=True)  # type: ignore[call-arg]
+
+
+def test_errors_are_the_originals() -> None:
+    q, k, v = dense_inputs(FP32, "cpu")
+    state = torch.get_rng_state()
+    for given, kind, match in (
+        ((q[0], k, v), AssertionError, r"q is nested or has 3 dimensions"),
+        ((q, k, nested(parts((3, 4), FP32, "cpu", 1), torch.strided)), AssertionError, "v is nest"),
+        ((q, k, v, bias(33, 50)), AssertionError, "bias is nested or has 2 dim"),
+        ((q, k, v, bias(1, 1, 33, 1)), RuntimeError, r"bias has shape .* \(1, 50\) or \(33, 50\)"),
+    ):
+        with pytest.raises(kind, match=match) as found:
+            flash_attn_triton(*given)
+        assert isinstance(found.value, jitattn.InvalidInputError)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing was drawn
+    for given, match in (
+        ((q, k[..., :8], v), r"k has head_dim 8 .* the layout is \[B, L, H, D\]"),
+        ((q, k.double(), v), "k is float64"),
+        ((q, k, v, None, False, 0.0, float("nan")), "softmax_scale=nan"),
+        ((q, k, v, bias(5, 1, 33, 50)), "bias"),
+        ((q, k, v, None, False, 1.5), "dropout_p"),
+    ):
+        with pytest.raises(AssertionError, match=match):
+            flash_attn_triton(*given)
+    with pytest.raises(AssertionError, match="dropout_p"):
+        triton_dropout_mask(1.5, 2, H, 33, 50, "cpu")
+
+
+def test_errors_of_the_class_are_runtime_errors() -> None:
+    own = [x.transpose(1, 2) for x in dense_inputs(FP32, "cpu")]
+    sides = [nested(parts((3, 4), FP32, "cpu", 1), torch.jagged)] * 3
+    for given, match in (
+        ((own[0], own[1][..., :8], own[2]), r"K has head_dim 8 but Q has 24.*\[B, H, L, D\]"),
+        ((*own, bias(2, H, 5, 50)), "attn_bias has shape"),
+        ((*sides, bias(2, H, 4, 2)), "attn_bias has shape"),
+        ((*sides, sides[0]), "attn_bias is nested"),
+        ((sides[0], *[x.double() for x in sides[1:]]), "Q is float32, K is float64"),
+    ):
+        with pytest.raises(RuntimeError, match=match) as found:
+            FlashAttentionFunction.apply(*given)
+        assert isinstance(found.value, jitattn.InvalidInputError)
 
 
 def test_the_mask_is_the_one_used() -> None:
@@ -136,5 +179,172 @@ def test_dense_heads_first() -> None:
     out = multi_head_attention(*own)
     truth, _ = attention_ref(*(x.transpose(1, 2) for x in own))
     assert rel_l2(out, truth.transpose(1, 2)) < 1e-5
-    with pytest.raises(jitattn.InvalidInputError, match="all of them must be nested"):
+    with pytest.raises(jitattn.InvalidInputError, match="must all be nested"):
         FlashAttentionFunction.apply(nested(parts((3, 4), FP32, "cpu", 1), torch.strided), *own[1:])
+
+
+def jagged(
+    lengths: tuple[int, ...], like: torch.Tensor | None = None, seed: int = 0, dim: int = D
+) -> torch.Tensor:
+    """A leaf [B, j, H, D], with offsets of its own or of another."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(sum(lengths), H, dim, generator=generator)
+    offsets = torch.tensor([0, *lengths]).cumsum(0) if like is None else like.offsets()
+    return torch.nested.nested_tensor_from_jagged(values, offsets).detach().requires_grad_()
+
+
+def turned(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [x.transpose(1, 2) for x in tensors]
+
+
+def dense_by_sequence(*sides: torch.Tensor, causal: bool = False) -> list[torch.Tensor]:
+    """[L, H, D] of each."""
+    parts = zip(*(x.unbind() for x in sides), strict=True)
+    return [attention_ref(*(x[None] for x in one), causal=causal)[0][0] for one in parts]
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_keys_and_values_of_other_lengths_are_refused(layout: torch.layout) -> None:
+    """With the same total: nothing else would tell."""
+    q, k, v = (
+        nested(parts(lengths, FP32, "cpu", seed), layout)
+        for seed, lengths in enumerate(((2, 5), (3, 4), (4, 3)))
+    )
+    with pytest.raises(RuntimeError, match="sequence 0 has length 3 in K and 4 in V") as found:
+        FlashAttentionFunction.apply(q, k, v)
+    assert isinstance(found.value, jitattn.InvalidInputError)
+
+
+def test_offsets_are_compared_only_if_they_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = jagged((2, 5)), jagged((4, 3), seed=1)
+    shared, own = jagged((4, 3), like=y, seed=2), jagged((4, 3), seed=2)
+    wanted = FlashAttentionFunction.apply(*turned(x, y, own))
+    monkeypatch.setattr(torch, "equal", None)
+    out = FlashAttentionFunction.apply(*turned(x, y, shared))
+    torch.testing.assert_close(out.values(), wanted.values())
+    with pytest.raises(TypeError):  # asks
+        FlashAttentionFunction.apply(*turned(x, y, own))
+
+
+def test_a_jagged_result_is_added_to_its_input() -> None:
+    """A layer with a residual connection, its gradients, and another one on top."""
+    x, y = jagged((5, 33, 1)), jagged((4, 30, 7), seed=1)
+    out = FlashAttentionFunction.apply(*turned(x, y, y), None, True)
+    assert out.shape == x.transpose(1, 2).shape
+    layer = out.transpose(1, 2) + x
+    again = FlashAttentionFunction.apply(*turned(layer, y, y)).transpose(1, 2) + layer
+    wanted = [
+        one + own
+        for one, own in zip(dense_by_sequence(x, y, y, causal=True), x.unbind(), strict=True)
+    ]
+    for one, own in zip(layer.unbind(), wanted, strict=True):
+        assert rel_l2(one, own) < 1e-5
+    twice = [
+        attention_ref(one[None], own[None], own[None])[0][0] + one
+        for one, own in zip(wanted, y.unbind(), strict=True)
+    ]
+    torch.testing.assert_close(again.values(), torch.cat(twice))
+    got = torch.autograd.grad(again.values().square().sum(), [x, y])
+    true = torch.autograd.grad(torch.cat(twice).square().sum(), [x, y])
+    for one, other in zip(got, true, strict=True):
+        assert rel_l2(one.values(), other.values()) < 1e-4
+
+
+def test_a_jagged_result_with_another_head_dim_keeps_the_lengths() -> None:
+    x, v = jagged((5, 3)), jagged((5, 3), dim=8)
+    out = FlashAttentionFunction.apply(*turned(x, x, v)).transpose(1, 2)
+    assert out.shape[1] == x.shape[1]
+    assert out.values().shape == (8, H, 8)
+
+
+def test_the_largest_length_is_known_from_then_on() -> None:
+    x = jagged((5, 33, 1))
+    q, k, v = turned(x, x, x)
+    out = FlashAttentionFunction.apply(q, k, v)
+    assert v._maybe_max_seqlen is None  # nobody needs it
+    assert q._maybe_max_seqlen == out._maybe_max_seqlen == 33
+    assert (out.transpose(1, 2) + x)._maybe_max_seqlen == 33
+
+
+def test_gaps_between_sequences() -> None:
+    offsets, lengths = torch.tensor([0, 6, 12]), torch.tensor([4, 6])
+    values = torch.randn(3, 12, H, D)
+
+    def gapped(idx: int, *where: torch.Tensor) -> torch.Tensor:
+        return torch.nested.nested_tensor_from_jagged(values[idx], *where)
+
+    q, k, v = (gapped(idx, offsets, lengths) for idx in range(3))
+    out = FlashAttentionFunction.apply(*turned(q, k, v)).transpose(1, 2)
+    for one, own in zip(out.unbind(), dense_by_sequence(q, k, v), strict=True):
+        assert rel_l2(one, own) < 1e-5
+    assert (out + q).shape == q.shape
+    elsewhere = gapped(2, torch.tensor([2, 6, 12]), lengths)
+    with pytest.raises(RuntimeError, match="other gaps"):
+        FlashAttentionFunction.apply(*turned(q, k, elsewhere))
+    with pytest.raises(RuntimeError, match="sequence 0 has length 4 in K and 6 in V"):
+        FlashAttentionFunction.apply(*turned(q, k, gapped(2, offsets)))
+
+
+@pytest.mark.parametrize("lengths", [(5, 3), (4, 4)])
+def test_a_jagged_tensor_that_is_not_turned_is_refused(lengths: tuple[int, ...]) -> None:
+    """With equal lengths, too, which torch's sequences do not tell from heads."""
+    x = jagged(lengths)
+    with pytest.raises(
+        RuntimeError, match=r"Q is a jagged tensor \[2, j, 3, 24\].*transpose\(1, 2\)"
+    ):
+        FlashAttentionFunction.apply(x, x, x)
+    (q,) = turned(x)
+    with pytest.raises(RuntimeError, match="V is a jagged tensor"):
+        FlashAttentionFunction.apply(q, q, x)
+
+
+def test_nested_tensors_that_do_not_fit_are_refused() -> None:
+    apply = FlashAttentionFunction.apply
+    x = nested(parts((3, 4), FP32, "cpu", 1), torch.strided)
+    three = nested(parts((3, 4, 5), FP32, "cpu", 1), torch.strided)
+    other = nested(parts((3, 4), FP32, "cpu", 1), torch.jagged)
+    untransposed = torch.nested.as_nested_tensor([torch.randn(n, H, D) for n in (3, 4)])
+    flat = torch.nested.as_nested_tensor([torch.randn(n, D) for n in (3, 4)])
+    empty = torch.nested.as_nested_tensor([], layout=torch.strided)
+    for given, match in (
+        ((x, three, three), "2, 3 and 3 sequences"),
+        ((x, x, other), "K is nested as torch.strided and V as torch.jagged"),
+        ((untransposed, x, x), r"Q has sequences of shapes \[3, 3, 24\], \[4, 3, 24\]"),
+        ((flat, flat, flat), "3 dimensions"),
+        ((empty, empty, empty), "dimensions"),
+        ((x, x, x.to_padded_tensor(0.0)), "V is not nested"),
+    ):
+        with pytest.raises(RuntimeError, match=match) as found:
+            apply(*given)
+        assert isinstance(found.value, jitattn.InvalidInputError)
+    out = apply(other, x, x)  # Q may be of the other layout
+    assert out.layout is torch.jagged
+    assert rel_l2(out.values(), apply(other, other, other).values()) < 1e-5
+
+
+def test_jagged_tensors_compile() -> None:
+    def layer(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        out = FlashAttentionFunction.apply(*turned(x, y, y), None, True)
+        return out.transpose(1, 2) + x
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for lengths in ((5, 33, 1), (7, 2, 20), (9, 9, 9), (1, 50, 3)):
+        x, y = jagged(lengths), jagged((4, 30, 7), seed=1)
+        out, wanted = compiled(x, y), layer(x, y)
+        assert out.shape == x.shape
+        torch.testing.assert_close(out.values(), wanted.values())
+        got = torch.autograd.grad(out.values().square().sum(), [x, y])
+        true = torch.autograd.grad(wanted.values().square().sum(), [x, y])
+        for one, other in zip(got, true, strict=True):
+            torch.testing.assert_close(one.values(), other.values())
+    assert counter.frame_count <= 2
+
+
+def test_compiled_calls_cannot_compare_offsets() -> None:
+    q, k, v = (x.detach() for x in turned(jagged((2, 5)), jagged((4, 3)), jagged((4, 3))))
+    torch._dynamo.reset()
+    compiled = torch.compile(FlashAttentionFunction.apply, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="share one tensor"):
+        compiled(q, k, v)

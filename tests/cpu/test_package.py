@@ -15,6 +15,7 @@ PACKAGE = ROOT / "jitattn"
 MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 TORCH_MAY = {
     "append.py", "append_cpu.py", "attention.py", "autograd.py", "backward.py",
+    "compat/fast_ops/flash_attention/_nested.py",
     "compat/fast_ops/flash_attention/attention_ref.py",
     "compat/fast_ops/flash_attention/flash_attention.py",
     "compat/fast_ops/flash_attention/flash_attention_triton.py",

@@ -168,6 +168,29 @@ def test_fast_ops_nested(layout: torch.layout) -> None:
 
 
 @pytest.mark.real_gpu
+def test_a_jagged_layer_waits_for_nothing() -> None:
+    """Where offsets are shared and the largest length is known; with a residual connection."""
+    lengths = (5, 33, 1, 20)
+    offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0)
+    values = torch.randn(sum(lengths), 3 * H, 64, dtype=torch.float16, device="cuda")
+    x = torch.nested.nested_tensor_from_jagged(values, offsets, max_seqlen=max(lengths))
+    apply = FlashAttentionFunction.apply
+
+    def layer() -> torch.Tensor:
+        q, k, v = (part.transpose(1, 2) for part in x.chunk(3, 2))
+        out = apply(q, k, v, None, True)
+        return apply(out + q, k, v) + out + q
+
+    wanted = layer()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = layer()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(out.values(), wanted.values())
+
+
+@pytest.mark.real_gpu
 def test_the_call_of_fast_ops_readme() -> None:
     q, k, v = (torch.rand(1, 12, 4096, 128, dtype=torch.bfloat16, device="cuda") for _ in range(3))
     with jitattn.compat.alias("fast_ops"):

@@ -7,25 +7,38 @@ fp32, and other head dims for V.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
+from typing import TYPE_CHECKING, Final
 
 from jitattn.attention import attention
-from jitattn.errors import InvalidInputError
+from jitattn.compat._errors import ExtensionError, errors_as
+from jitattn.compat.fast_ops.flash_attention._nested import flattened
 from jitattn.masks import Causal, Full
-from jitattn.sequences import Ragged
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
+
+#: What the core says, and what this door does.
+_WORDS: Final = {
+    "q": "Q",
+    "k": "K",
+    "v": "V",
+    "q_seqs": "Q",
+    "kv_seqs": "K",
+    "bias": "attn_bias",
+    "max_length": "max_seqlen to torch.nested.nested_tensor_from_jagged",
+    "check the layout argument": "the layout is [B, H, L, D]",
+}
 
 
 class FlashAttentionFunction:
-    """Attention with the calling convention of an autograd function."""
+    """Attention with the calling convention of an autograd function.
+
+    It is none: `apply` is a function, and differentiable as one; there are no `forward`, `backward`
+    and `setup_context`.
+    """
 
     @staticmethod
+    @errors_as(ExtensionError, _WORDS)
     def apply(
         Q: Tensor,  # noqa: N803 - the original's names
         K: Tensor,  # noqa: N803
@@ -40,7 +53,9 @@ class FlashAttentionFunction:
         Q : Tensor, [B, H, M, D]
             Or nested: B sequences [H, M_b, D], strided or jagged (then [B, H, j, D]).
         K, V : Tensor, [B, H, N, D]
-            Nested if Q is. Fewer heads that divide H are fine.
+            Nested if Q is, with lengths of their own that K and V share. Jagged ones that share
+            their offsets too are told to without waiting for the device. Fewer heads that divide
+            H are fine.
         attn_bias : Tensor, [B or 1, H or 1, M or 1, N], optional
             Added to the scores; dtype of Q, or fp32. With nested tensors, of their largest lengths.
         causal : bool
@@ -49,63 +64,37 @@ class FlashAttentionFunction:
         Returns
         -------
         Tensor, as Q
-            Rows that see nothing are 0.
+            Rows that see nothing are 0. A jagged one has the offsets of Q, and so can be added to
+            it.
 
         Raises
         ------
-        InvalidInputError
+        ExtensionError
+            Tensors do not fit together; a RuntimeError, and an InvalidInputError.
         """
         mask = Causal("top_left") if causal else Full()
-        are_nested = [x.is_nested for x in (Q, K, V)]
-        if not any(are_nested):
+        if attn_bias is not None and attn_bias.is_nested:
+            raise ExtensionError(
+                "attn_bias is nested: it must be a dense tensor [B, H, M, N] of the largest "
+                "lengths; call torch.nested.to_padded_tensor(attn_bias, 0.0)"
+            )
+        if not (Q.is_nested or K.is_nested or V.is_nested):
             out: Tensor = attention(Q, K, V, mask=mask, layout="bhsd", bias=attn_bias)
             return out
-        if not all(are_nested):
-            raise InvalidInputError(
-                "Q, K and V: all of them must be nested tensors, or none; make the others nested "
-                "with torch.nested.as_nested_tensor(list(tensor))"
-            )
-        ours, theirs = _Flat(Q), _Flat(K)
+        q, k, v = flattened(Q, K, V)
         out = attention(
-            ours.values,
-            theirs.values,
-            _Flat(V).values,
+            q.values,
+            k.values,
+            v.values,
             mask=mask,
             bias=attn_bias,
-            q_seqs=ours.sequences,
-            kv_seqs=theirs.sequences,
+            q_seqs=q.sequences(),
+            kv_seqs=k.sequences(),
         )
-        return ours.nest(out)
+        nested: Tensor = q.nest(out)
+        return nested
 
 
 def multi_head_attention(Q: Tensor, K: Tensor, V: Tensor) -> Tensor:  # noqa: N803
     """Compute attention of [B, H, L, D]; as `FlashAttentionFunction.apply`."""
     return FlashAttentionFunction.apply(Q, K, V)
-
-
-class _Flat:
-    """The sequences of a nested tensor, one after another: [total, H, D]."""
-
-    def __init__(self, nested: Tensor) -> None:
-        self._layout = nested.layout
-        if nested.dim() != 4:
-            raise InvalidInputError(
-                f"a nested tensor has {nested.dim()} dimensions: it must be B sequences [H, L, D]"
-            )
-        parts: Sequence[Tensor] = nested.unbind()
-        self._lengths = [part.shape[1] for part in parts]
-        if not parts:
-            raise InvalidInputError("a nested tensor has no sequences: there must be at least one")
-        self.values = torch.cat([part.transpose(0, 1) for part in parts])
-        cumulative = torch.tensor([0, *self._lengths]).cumsum(0).to(torch.int32)
-        self.sequences = Ragged.from_cu_seqlens(
-            cumulative.to(nested.device), max_length=max(self._lengths)
-        )
-
-    def nest(self, flat: Tensor) -> Tensor:
-        """Make a result of these sequences nested in the same way."""
-        parts = torch.split(flat, self._lengths)
-        if self._layout is torch.jagged:
-            joined = torch.nested.as_nested_tensor(list(parts), layout=torch.jagged)
-            return joined.transpose(1, 2)
-        return torch.nested.as_nested_tensor([part.transpose(0, 1) for part in parts])

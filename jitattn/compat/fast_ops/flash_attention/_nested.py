@@ -1,0 +1,167 @@
+"""Nested tensors of [B, H, L, D] as sequences one after another, [total, H, D], and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from jitattn.compat._errors import ExtensionError
+from jitattn.sequences import Ragged
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Jagged:
+    """A jagged tensor [B, H, j, D]: its own values, offsets and lengths, wherever they are.
+
+    Attributes
+    ----------
+    values : Tensor, [total, H, D]
+        A view.
+    """
+
+    def __init__(self, name: str, nested: Any) -> None:  # noqa: ANN401 - with more than a Tensor has
+        ragged = nested._ragged_idx
+        if ragged != 2:
+            sizes = ["j" if idx == ragged else str(size) for idx, size in enumerate(nested.shape)]
+            raise ExtensionError(
+                f"{name} is a jagged tensor [{', '.join(sizes)}]: it must be [B, H, j, D], where "
+                f"lengths differ in dimension 2; call {name}.transpose(1, 2) on [B, j, H, D]"
+            )
+        self._offsets, self._lengths = nested.offsets(), nested.lengths()
+        self._nested = nested
+        self.values: Tensor = nested.values().transpose(0, 1)
+
+    def sequences(self) -> Ragged:
+        """Return where they lie in `values`; reads the largest length if torch does not know it."""
+        longest = _longest(self._nested)
+        if self._lengths is None:
+            return Ragged.from_cu_seqlens(self._offsets, longest)
+        return Ragged(self._offsets[:-1], self._lengths, longest)  # with gaps between them
+
+    def check_like(self, other: Jagged) -> None:
+        """Refuse values in other rows than these keys.
+
+        Tensors that share offsets are told by that alone. Others are compared, which waits for the
+        device; where that cannot be, they are refused.
+        """
+        pairs = ((self._offsets, other._offsets), (self._lengths, other._lengths))
+        own = [(one, two) for one, two in pairs if one is not two]
+        if not own or self.values.device != other.values.device:
+            return  # the core says what is wrong with devices
+        way_out = "make V with torch.nested.nested_tensor_from_jagged(values, K.offsets(), ...)"
+        is_capturing = self.values.is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch.compiler.is_compiling() or is_capturing:
+            where = "torch.compile" if torch.compiler.is_compiling() else "a CUDA graph capture"
+            raise ExtensionError(
+                f"K and V have offsets of their own, which {where} cannot compare: they must share "
+                f"one tensor of them; {way_out}"
+            )
+        if all(one is not None and two is not None and torch.equal(one, two) for one, two in own):
+            return
+        check_lengths(self._host_lengths(), other._host_lengths(), way_out)
+        raise ExtensionError(
+            "K and V have sequences of the same lengths, with other gaps between them: they must "
+            "lie alike; call .contiguous() on both"
+        )
+
+    def _host_lengths(self) -> list[int]:
+        lengths = self._offsets.diff() if self._lengths is None else self._lengths
+        return [int(length) for length in lengths.tolist()]
+
+    def nest(self, flat: Tensor) -> Tensor:
+        """Make a result [total, H, Dv] nested, by this tensor's own offsets: j is the same."""
+        longest = _longest(self._nested)
+        known = {} if longest is None else {"max_seqlen": longest}
+        return torch.nested.nested_tensor_from_jagged(
+            flat.transpose(0, 1), self._offsets, self._lengths, jagged_dim=2, **known
+        )
+
+
+class Strided:
+    """A strided nested tensor of B sequences [H, L, D], copied one after another."""
+
+    def __init__(self, name: str, nested: Tensor) -> None:
+        parts = nested.unbind()
+        self._lengths = [part.shape[1] for part in parts]
+        if len({(part.shape[0], part.shape[2]) for part in parts}) != 1:
+            shapes = ", ".join(str(list(part.shape)) for part in parts[:4])
+            raise ExtensionError(
+                f"{name} has sequences of shapes {shapes}, ...: they must be [H, L, D], with one H "
+                "and one D; turn sequences [L, H, D] with .transpose(0, 1) before nesting them"
+            )
+        self.values = torch.cat([part.transpose(0, 1) for part in parts])
+
+    def sequences(self) -> Ragged:
+        """Return where they lie in `values`."""
+        cumulative = torch.tensor([0, *self._lengths]).cumsum(0).to(torch.int32)
+        return Ragged.from_cu_seqlens(cumulative.to(self.values.device), max(self._lengths))
+
+    def check_like(self, other: Strided) -> None:
+        """Refuse values of other lengths than these keys; torch has lengths on the host."""
+        check_lengths(self._lengths, other._lengths, "nest them by one list of lengths")
+
+    def nest(self, flat: Tensor) -> Tensor:
+        """Make a result [total, H, Dv] nested in the same way."""
+        parts = torch.split(flat, self._lengths)
+        return torch.nested.as_nested_tensor([part.transpose(0, 1) for part in parts])
+
+
+def flattened(Q: Tensor, K: Tensor, V: Tensor) -> list[Any]:  # noqa: N803 - the door's names
+    """Return Q, K and V as `Jagged` or `Strided`.
+
+    Raises
+    ------
+    ExtensionError
+        One is not nested, or not as [B, H, L, D], or they do not fit together.
+    """
+    named = {"Q": Q, "K": K, "V": V}
+    for name, tensor in named.items():
+        if not tensor.is_nested:
+            raise ExtensionError(
+                f"{name} is not nested: Q, K and V must all be nested tensors, or none; nest it in "
+                "the layout of the others (torch.nested)"
+            )
+        if tensor.dim() != 4:
+            raise ExtensionError(
+                f"{name} is nested, with {tensor.dim()} dimensions: it must have 4, as B sequences "
+                "[H, L, D]"
+            )
+    counts = [tensor.size(0) for tensor in named.values()]
+    if 0 in counts or len(set(counts)) != 1:
+        raise ExtensionError(
+            f"Q, K and V have {counts[0]}, {counts[1]} and {counts[2]} sequences: they must have "
+            "as many, and at least one"
+        )
+    if K.layout != V.layout:
+        raise ExtensionError(
+            f"K is nested as {K.layout} and V as {V.layout}: both must be of one layout; pass "
+            "layout=torch.jagged where the other one is nested"
+        )
+    q, k, v = (
+        Jagged(name, tensor) if tensor.layout == torch.jagged else Strided(name, tensor)
+        for name, tensor in named.items()
+    )
+    k.check_like(v)  # type: ignore[arg-type]
+    return [q, k, v]
+
+
+def check_lengths(keys: list[int], values: list[int], way_out: str) -> None:
+    """Refuse sequences that have not as many values as keys."""
+    for idx, (own, other) in enumerate(zip(keys, values, strict=True)):
+        if own != other:
+            raise ExtensionError(
+                f"sequence {idx} has length {own} in K and {other} in V: every key needs a value; "
+                f"{way_out}"
+            )
+
+
+def _longest(nested: Any) -> int | None:  # noqa: ANN401
+    """Return the largest length if it may be asked for; torch keeps it then, from 2.5 on."""
+    if torch.compiler.is_compiling() or not hasattr(nested, "_maybe_max_seqlen"):
+        return None  # of a compiled call it is read when that runs: no graph depends on it
+    known: int | None = nested._maybe_max_seqlen
+    is_capturing = nested.is_cuda and torch.cuda.is_current_stream_capturing()
+    return nested._max_seqlen if known is None and not is_capturing else known
