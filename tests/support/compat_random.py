@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -303,15 +304,41 @@ def check_fast_ops(seed: int, dtype: torch.dtype, device: str) -> None:
     whole = FlashAttentionFunction.apply(*turned, bias, causal)
     compare(whole.transpose(1, 2), truth, leaves, dtype)
 
+    _check_nested(chance, leaf, batch, heads, dim, dtype)
+
+
+def _check_nested(
+    chance: random.Random,
+    leaf: Callable[..., Tensor],
+    batch: int,
+    heads: int,
+    dim: int,
+    dtype: torch.dtype,
+) -> None:
+    """The class over nested tensors, with a bias of the largest lengths and all gradients."""
     lengths = [[chance.choice((1, 7, 40)) for _ in range(batch)] for _ in range(2)]
     sides = [
         [leaf(heads, length, dim) for length in own] for own in (lengths[0], lengths[1], lengths[1])
     ]
-    layout = chance.choice((torch.strided, torch.jagged))
+    causal, layout = chance.random() < 0.5, chance.choice((torch.strided, torch.jagged))
+    leaves, bias = [part for side in sides for part in side], None
+    if chance.random() < 0.6:
+        shape = (chance.choice((1, batch)), chance.choice((1, heads)))
+        rows = chance.choice((1, max(lengths[0])))
+        of = chance.choice((dtype, torch.float32))
+        bias = leaf(*shape, rows, max(lengths[1]), of=of)
+        leaves.append(bias)
     made = FlashAttentionFunction.apply(
-        *(compat_fast_ops.nested(side, layout) for side in sides), None, causal
+        *(compat_fast_ops.nested(side, layout) for side in sides), bias, causal
     )
-    for result, *one in zip(made.unbind(), *sides, strict=True):
+    assert made.layout is layout
+    truths = []
+    for b, one in enumerate(zip(*sides, strict=True)):
         wide = [x.double().transpose(0, 1)[None] for x in one]
-        truth, _ = attention_ref(*wide, causal=causal, upcast=False)
-        near(result, truth[0].transpose(0, 1), LIMITS[dtype])
+        own = None
+        if bias is not None:
+            own = bias[b % bias.shape[0]][None, :, : lengths[0][b], : lengths[1][b]]
+        truth, _ = attention_ref(*wide, causal=causal, bias=own, upcast=False)
+        truths.append(truth[0])
+    results = [part.transpose(0, 1) for part in made.unbind()]
+    compare(torch.cat(results), torch.cat(truths), leaves, dtype)
