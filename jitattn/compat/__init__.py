@@ -10,17 +10,19 @@ They translate, and compute nothing themselves.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
-import importlib.util
 import sys
+import threading
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import TYPE_CHECKING, Final
 
 from jitattn.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from importlib.machinery import ModuleSpec
     from types import ModuleType, TracebackType
 
 #: Names that programs import, and the modules of ours that answer to them.
@@ -36,22 +38,23 @@ DOORS: Final = {
 }
 
 
-class Alias(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """A name that finds one of our modules, and its submodules, until it is undone.
+@dataclass(slots=True)
+class _Held:
+    """A name that aliases hold."""
 
-    A context manager; `undo` does the same once and for all. Modules that were imported under the
-    name meanwhile stay with those who hold them.
+    before: dict[str, ModuleType]  #: what had the name, and names below it
+    count: int = 0  #: of aliases that stand
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Lets names that are held, and what is below them, lead to modules of ours.
+
+    Our modules themselves are what is imported, and nothing of them changes: they keep their names,
+    specs and loaders, so that they can be reloaded and what is in them pickled.
+
+    Once there, it stays: where `sys.meta_path` gets shorter, other threads, which walk along it
+    while they import, miss a finder.
     """
-
-    def __init__(self, name: str, target: str) -> None:
-        self.name, self.target = name, target
-        self._before = {key: module for key, module in sys.modules.items() if self._is_ours(key)}
-        for key in self._before:
-            del sys.modules[key]
-        sys.meta_path.insert(0, self)
-
-    def _is_ours(self, fullname: str) -> bool:
-        return fullname == self.name or fullname.startswith(f"{self.name}.")
 
     def find_spec(
         self,
@@ -59,31 +62,87 @@ class Alias(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         path: Sequence[str] | None = None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        """Answer to the name and to what is below it."""
-        del path, target
-        if not self._is_ours(fullname):
-            return None
-        ours = self.target + fullname.removeprefix(self.name)
-        if importlib.util.find_spec(ours) is None:
-            return None
-        return importlib.util.spec_from_loader(fullname, self)
+        """Answer to a name that is held, and to what is below it.
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """Return our module itself, so that both names mean one thing."""
-        return importlib.import_module(self.target + spec.name.removeprefix(self.name))
+        Imports nothing: Python holds the lock of all imports meanwhile.
+        """
+        del target
+        name, _, below = fullname.partition(".")
+        if name not in _held:
+            return None
+        where = path if below else __path__
+        ours = None if where is None else PathFinder.find_spec(_ours(fullname), where)
+        if ours is None:
+            return None
+        spec = ModuleSpec(fullname, self, origin=ours.origin)
+        # Another thread may look below the empty module before ours is in its place.
+        spec.submodule_search_locations = ours.submodule_search_locations
+        return spec
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing is left to do; the import system has put another spec on it."""
-        module.__spec__ = importlib.util.find_spec(module.__name__) or module.__spec__
+        """Put our module in the place of the empty one that the import system has made.
+
+        To return ours from `create_module` would let the import system put the alias's spec on it.
+        """
+        fullname = module.__name__
+        ours = importlib.import_module(_ours(fullname))
+        # For those who make a module by hand, and look at no other.
+        vars(module)["__getattr__"] = functools.partial(getattr, ours)
+        with _lock:
+            if fullname.partition(".")[0] not in _held:
+                raise ImportError(f"the alias of {fullname} was undone meanwhile", name=fullname)
+            sys.modules[fullname] = ours
+
+
+_FINDER: Final = _Finder()
+_lock: Final = threading.RLock()
+_held: Final[dict[str, _Held]] = {}
+
+
+def _ours(fullname: str) -> str:
+    name, dot, below = fullname.partition(".")
+    return DOORS[name] + dot + below
+
+
+def _taken_out(name: str) -> dict[str, ModuleType]:
+    """Take a name and those below it from the modules."""
+    every = sys.modules.copy()  # other threads import meanwhile
+    found = {key: every[key] for key in every if key.partition(".")[0] == name}
+    for key in found:
+        sys.modules.pop(key, None)
+    return found
+
+
+class Alias:
+    """A name that finds one of our modules, and its submodules, until it is undone.
+
+    A context manager; `undo` does the same once and for all. A name may have several, undone in any
+    order: it is given back with the last. Modules that were imported under the name meanwhile stay
+    with those who hold them.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._stands = True
+        with _lock:
+            if name not in _held:
+                _held[name] = _Held(_taken_out(name))
+            _held[name].count += 1
+            if not sys.meta_path or sys.meta_path[0] is not _FINDER:
+                sys.meta_path.insert(0, _FINDER)
 
     def undo(self) -> None:
-        """Give the name back."""
-        if self not in sys.meta_path:
-            return
-        sys.meta_path.remove(self)
-        for key in [key for key in sys.modules if self._is_ours(key)]:
-            del sys.modules[key]
-        sys.modules.update(self._before)
+        """Give the name back, if no other alias has it."""
+        with _lock:
+            if not self._stands:
+                return
+            self._stands = False
+            held = _held[self.name]
+            held.count -= 1
+            if held.count == 0:
+                del _held[self.name]
+                _taken_out(self.name)
+                sys.modules.update(held.before)
 
     def __enter__(self) -> Alias:
         return self
@@ -105,7 +164,7 @@ def alias(name: str, *, shadow: bool = False) -> Alias:
     name : str
         One of `DOORS`.
     shadow : bool
-        Do so even if a package of that name is installed.
+        Do so even if a package of that name is installed, or a module of that name imported.
 
     Returns
     -------
@@ -115,7 +174,7 @@ def alias(name: str, *, shadow: bool = False) -> Alias:
     Raises
     ------
     InvalidInputError
-        We have no such door, or a package of that name is installed.
+        We have no such door, or a package of that name is installed or imported.
 
     Examples
     --------
@@ -129,18 +188,19 @@ def alias(name: str, *, shadow: bool = False) -> Alias:
         raise InvalidInputError(f"alias({name!r}): it must be one of {', '.join(DOORS)}")
     if not shadow and is_installed(name):
         raise InvalidInputError(
-            f"alias({name!r}): a package of that name is installed; pass shadow=True to be found "
-            "before it"
+            f"alias({name!r}): a package of that name is installed or imported; pass shadow=True "
+            "to be found before it"
         )
-    return Alias(name, DOORS[name])
+    return Alias(name)
 
 
 def is_installed(name: str) -> bool:
     """Return whether the name leads to a module that is not one of ours."""
-    for finder in sys.meta_path:
-        if isinstance(finder, Alias):
-            continue
-        found = finder.find_spec(name, None)
-        if found is not None:
+    if name not in _held:
+        loaded = sys.modules.get(name)
+        if loaded is not None and loaded is not sys.modules.get(DOORS.get(name, "")):
+            return True
+    for finder in list(sys.meta_path):
+        if not isinstance(finder, _Finder) and finder.find_spec(name, None) is not None:
             return True
     return False
