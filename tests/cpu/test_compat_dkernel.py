@@ -19,7 +19,7 @@ from jitattn.compat.dkernel import (
     utils,
 )
 from tests.support.compare import rel_l2
-from tests.support.compat_dkernel import blocks, dense
+from tests.support.compat_dkernel import blocks, dense, first_row
 
 D, SIZE = 16, 16
 
@@ -32,13 +32,21 @@ def tensors(
     return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
 
 
-def check(result: Tensor, truth: Tensor, leaves: list[Tensor]) -> None:
-    """Values, and gradients of all leaves."""
+def check(
+    result: Tensor, truth: Tensor, leaves: list[Tensor], lses: tuple[Tensor, Tensor] | None = None
+) -> None:
+    """Values, and gradients of all leaves; with LSEs, ours and true ones, through both."""
     assert result.shape == truth.shape
     assert rel_l2(result, truth) < 1e-5
-    d_out = torch.randn(truth.shape, generator=torch.Generator().manual_seed(7))
-    got = torch.autograd.grad(result, leaves, d_out)
-    wanted = torch.autograd.grad(truth, leaves, d_out.double())
+    results, truths = [result], [truth]
+    if lses is not None:
+        torch.testing.assert_close(lses[0], lses[1].float())
+        results.append(lses[0])
+        truths.append(lses[1])
+    generator = torch.Generator().manual_seed(7)
+    given = [torch.randn(x.shape, generator=generator) for x in truths]
+    got = torch.autograd.grad(results, leaves, given)
+    wanted = torch.autograd.grad(truths, leaves, [x.double() for x in given])
     for one, other in zip(got, wanted, strict=True):
         assert rel_l2(one, other) < 1e-4
 
@@ -170,10 +178,77 @@ def test_a_pattern_of_the_last_queries() -> None:
         dense(*one, pattern.bool(), SIZE, first_row=64)[0] for one in zip(q, k, v, strict=True)
     ]
     check(layer(q, k, v), torch.stack(truth), [q, k, v])
-    with pytest.raises(AssertionError, match="multiple of the block size"):
-        layer(q[:, :47], k, v)
-    with pytest.raises(jitattn.InvalidInputError, match="one length"):
+    # One query fewer: now it is the rows of queries that count, whatever blocks their keys are in.
+    truth = [
+        dense(*one, pattern.bool(), SIZE, first_row=65)[0]
+        for one in zip(q[:, :47], k, v, strict=True)
+    ]
+    check(layer(q[:, :47], k, v), torch.stack(truth), [q, k, v])
+    with pytest.raises(jitattn.InvalidInputError, match="as many rows as columns"):
         layer(q, k, v, seqlens=torch.tensor([100, 90]))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shape", [(8, 4), (4, 8), (8, 8), (1, 4)], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [(16, 50), (64, 64), (64, 40), (100, 64), (128, 48), (1, 40)], ids=str
+)
+def test_any_lengths_on_any_pattern(
+    shape: tuple[int, int], lengths: tuple[int, int], causal: bool
+) -> None:
+    len_q, len_kv = lengths
+    generator = torch.Generator().manual_seed(len_q)
+    for heads, seq_dim in ((4, 1), (1, 2)):
+        pattern = torch.rand(heads, *shape, generator=generator) < 0.6
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            layer = SparseAttention(SIZE, pattern, causal=causal, seq_dim=seq_dim)
+        q, k, v = tensors(len_q, len_kv)
+        moved = [x if seq_dim == 1 else x.transpose(1, 2) for x in (q, k, v)]
+        begin = first_row(shape, len_q, len_kv, causal)
+        if len_kv - begin > shape[0] * SIZE:  # the last query has no row
+            with pytest.raises(AssertionError, match="a row for every block"):
+                layer(*moved)
+            continue
+        out, lse = layer(*moved, return_lse=True)
+        truths = [
+            dense(*one, pattern, SIZE, causal, first_row=begin) for one in zip(q, k, v, strict=True)
+        ]
+        wanted, wanted_lse = (torch.stack(part) for part in zip(*truths, strict=True))
+        out = out if seq_dim == 1 else out.transpose(1, 2)
+        check(out, wanted, [q, k, v], (lse, wanted_lse))
+
+
+def test_more_queries_than_keys() -> None:
+    q, k, v = (x.detach() for x in tensors(64, 32))
+    whole = jitattn.attention(q, k, v)
+    torch.testing.assert_close(
+        SparseAttention(SIZE, torch.ones(4, 4), causal=False)(q, k, v), whole
+    )
+    for given in ({}, {"homo_head": True}):
+        layer = LocalStrideSparseAttention(4, 64, SIZE, 1, 1, causal=False, **given)
+        torch.testing.assert_close(layer(q, k, v), whole)
+    # Causal, they are the last ones: those before the first key see nothing.
+    layer = LocalStrideSparseAttention(4, 64, SIZE, 2, 3, num_kv_heads=2)
+    out = layer(q, k, v)
+    torch.testing.assert_close(out[:, 32:], layer(q[:, 32:], k, v))
+    assert not out[:, :32].any()
+    for given in ({"seqlens": torch.tensor([30, 32])}, {"left_paddings": torch.tensor([3, 0])}):
+        with pytest.raises(AssertionError, match="there must be as many"):
+            layer(q, k, v, **given)
+    cu_q, cu_k = torch.tensor([0, 4, 64]), torch.tensor([0, 2, 64])
+    packed = torch.cat([q[0], k[0].repeat(2, 2, 1), v[0].repeat(2, 2, 1)], 1)
+    with pytest.raises(AssertionError, match="sequence 0 has 4 queries and 2 keys"):
+        layer(*packed.split(4, 1), cu_seqlen_q=cu_q, cu_seqlen_k=cu_k)
+
+
+def test_room_for_the_result_of_two_calls() -> None:
+    q, k, v = (x.detach() for x in tensors(20, 60))
+    room = torch.empty_like(q)
+    pattern = torch.ones(2, 4)
+    out = SparseAttention(SIZE, pattern, out=room)(q, k, v)
+    assert out is room
+    torch.testing.assert_close(out, SparseAttention(SIZE, pattern)(q, k, v))
 
 
 @pytest.mark.parametrize("kind", ["left", "right", "both"])

@@ -58,12 +58,16 @@ def dense(
     """(out [Lq, H, D], lse [H, Lq]) of q [Lq, H, D], k and v [Lkv, Hkv, D].
 
     pattern: [1 or H, rows, columns]; row 0 is the block of position `first_row`, 0 if left out.
+    Blocks that the pattern does not have are not seen.
     """
     (len_q, heads, dim), (len_kv, heads_kv) = q.shape, k.shape[:2]
     position = torch.arange(len_q, device=q.device) + len_kv - len_q
     row = (position - (first_row or 0)) // size
     key = torch.arange(len_kv, device=q.device)
-    seen = pattern.to(q.device)[:, row][:, :, key // size]
+    rows, columns = pattern.shape[1:]
+    inside = ((row >= 0) & (row < rows))[:, None] & (key // size < columns)
+    seen = pattern.to(q.device)[:, row.clamp(0, rows - 1)]
+    seen = seen[:, :, (key // size).clamp(max=columns - 1)] & inside
     if causal:
         seen = seen & (key <= position[:, None])
     wide = [x.double().transpose(0, 1).repeat_interleave(heads // heads_kv, 0) for x in (k, v)]
@@ -72,3 +76,16 @@ def dense(
     scores = scores.masked_fill(~seen.to(q.device), float("-inf"))
     weights = torch.softmax(scores, 2).nan_to_num(0.0)
     return (weights @ wide[1]).transpose(0, 1), torch.logsumexp(scores, 2)
+
+
+def first_row(shape: tuple[int, int], len_q: int, len_kv: int, causal: bool) -> int:
+    """Position among the keys at which row 0 of a pattern [rows, columns] begins.
+
+    Square patterns count from the first key. All others from query 0; one query alone has the row
+    of its position, if there is more than one. So has query 0 of a square pattern that is not
+    causal, if there are more queries than keys.
+    """
+    past = len_kv - len_q
+    if shape[0] == shape[1]:
+        return past if past < 0 and not causal else 0
+    return min(past, 0) if len_q == 1 and shape[0] > 1 else past

@@ -5,9 +5,9 @@ sequences), any number of queries on a longer history, LSEs in every mode, and e
 that is asked for, whatever `block_m` and `block_n` say: they, `d_splits` and `inference` are hints
 that nothing needs. What differs, on purpose:
 
-- Rows of a pattern count by the positions of queries among the keys, so that a square pattern is
-  right for chunks of a prompt too. A pattern with fewer rows than columns is of the last queries
-  (as `get_sparse_attn_mask` makes it for a part of them): its row 0 is the block of query 0.
+- Rows of a square pattern count by the positions of queries among the keys, so that it is right
+  for chunks of a prompt too. As in the original, any other is of the queries of the call (as
+  `get_sparse_attn_mask` makes it for a part of them): its row 0 is the block of query 0.
 - `causal` counts in every mode; the original is always causal with paddings and packed sequences.
 - A row that sees nothing is 0, with an LSE of -inf.
 - `LocalStrideSparseAttention` is a class, and every call makes a module of its own.

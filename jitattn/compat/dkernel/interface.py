@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from jitattn.masks import Mask
 
 _LARGEST_BLOCK: Final = 128
+_MOST_MASKS: Final = 16
 _HINTS: Final = ("out", "d_splits", "inference")
 
 
@@ -39,7 +41,13 @@ class SparseAttention(torch.nn.Module):
     block_size : int
         A power of two from 16: queries and keys of a block.
     sparse_pattern : Tensor, [rows, columns] or [heads, rows, columns]
-        Nonzero = attend. One for all heads, one for each kv head or for each query head.
+        Nonzero = attend. One for all heads, one for each kv head or for each query head. A square
+        pattern counts rows by the positions of queries among the keys, of which the last query is
+        at the last one; not causal and with more queries than keys, from query 0. Any other is of
+        the queries of a call, the first of which is at the top; but one query alone has the row of
+        its position, if there are several. Where a causal one of those has queries after a number
+        of keys that is no multiple of the block size, a call computes twice, and takes its rows
+        from both.
     causal : bool
         Let no query see keys after its own position, within blocks too.
     seq_dim : 1 or 2, optional
@@ -115,7 +123,8 @@ class SparseAttention(torch.nn.Module):
             f"block_n={block_n}: it must divide the block size {block_size}",
         )
         self.kwargs = kwargs
-        self._masks: dict[tuple[Any, ...], Mask] = {}
+        #: By how they were made: the pattern, its version, and the mask.
+        self._masks: dict[tuple[Any, ...], tuple[Tensor, int, Mask]] = {}
 
     def forward(
         self,
@@ -160,17 +169,20 @@ class SparseAttention(torch.nn.Module):
         """
         q, k, v = _unpacked(q, k, v, split_qkv)
         arguments: dict[str, Any] = {"scale": sm_scale or None, "return_lse": return_lse}
+        shift = 0
         if q.dim() == 3:
-            past = self._packed(q, k, cu_seqlen_q, cu_seqlen_k, arguments)
+            self._packed(q, k, cu_seqlen_q, cu_seqlen_k, arguments)
         else:
-            past = self._padded(q, k, left_paddings, seqlens, arguments)
+            shift = self._padded(q, k, left_paddings, seqlens, arguments)
         head_dim = 1 if q.dim() == 3 or self.seq_dim == 2 else 2
-        heads = (q.shape[head_dim], k.shape[head_dim])
-        arguments["mask"] = self._mask(heads, past, q.device)
+        masks = self._masks_of((q.shape[head_dim], k.shape[head_dim]), shift, q.device)
         out = self.kwargs.get("out")
-        if out is not None and not (torch.is_grad_enabled() and any(map(_wants, (q, k, v)))):
-            arguments["out"] = out
-        return attention(q, k, v, **arguments)
+        if torch.is_grad_enabled() and any(map(_wants, (q, k, v))):
+            out = None
+        if len(masks) == 1:
+            return attention(q, k, v, mask=masks[0], out=out, **arguments)
+        both = [attention(q, k, v, mask=mask, **arguments) for mask in masks]
+        return self._joined(both, shift % self.block_size, return_lse, out)
 
     def _packed(
         self,
@@ -179,24 +191,55 @@ class SparseAttention(torch.nn.Module):
         cu_seqlen_q: Tensor | None,
         cu_seqlen_k: Tensor | None,
         arguments: dict[str, Any],
-    ) -> int | None:
+    ) -> None:
         if cu_seqlen_k is None:
             raise CheckFailedError("cu_seqlen_k is None: 3-D tensors need it")
-        arguments["kv_seqs"] = keys = Ragged.from_cu_seqlens(cu_seqlen_k)
         batch = len(cu_seqlen_k) - 1
+        cu_k = cu_seqlen_k.to(q.device)
         if cu_seqlen_q is not None:
-            arguments["q_seqs"] = Ragged.from_cu_seqlens(cu_seqlen_q)
+            cu_q = cu_seqlen_q.to(q.device)
         elif len(q) == batch:
-            row = torch.arange(batch, dtype=cu_seqlen_k.dtype, device=q.device)
-            arguments["q_seqs"] = Ragged(row, torch.ones_like(row), 1)
+            cu_q = torch.arange(batch + 1, dtype=cu_k.dtype, device=q.device)
         elif len(q) == len(k):
-            arguments["q_seqs"] = keys
+            cu_q = cu_k
         else:
             raise InvalidInputError(
                 f"q has {len(q)} rows: without cu_seqlen_q it must have one for each of the "
                 f"{batch} sequences, or as many as k, {len(k)}"
             )
-        return None
+        longest_q, longest_kv = self._longest(cu_q, cu_k)
+        arguments["kv_seqs"] = keys = Ragged.from_cu_seqlens(cu_k, longest_kv)
+        arguments["q_seqs"] = keys if cu_q is cu_k else Ragged.from_cu_seqlens(cu_q, longest_q)
+
+    def _longest(self, cu_q: Tensor, cu_k: Tensor) -> tuple[int | None, int | None]:
+        """Read the lengths of sequences and check them; return the longest ones.
+
+        Operators of torch.compile read them themselves, unchecked: None.
+        """
+        if torch.compiler.is_compiling():
+            return None, None
+        if cu_k.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise InvalidInputError(
+                "cu_seqlen_k is given while a CUDA graph is captured: lengths of packed sequences "
+                "must be read then; capture calls of 4-D tensors, with seqlens"
+            )
+        ends_q, ends_kv = torch.stack((cu_q.long(), cu_k.long())).tolist()
+        lengths_q = [stop - start for start, stop in pairwise(ends_q)]
+        lengths_kv = [stop - start for start, stop in pairwise(ends_kv)]
+        longest_kv = max(lengths_kv, default=0)
+        if longest_kv > self.max_seqlen:
+            raise CheckFailedError(
+                f"cu_seqlen_k has a sequence of {longest_kv} tokens: the pattern has room for "
+                f"{self.max_seqlen}"
+            )
+        self._check_positions(longest_kv)
+        for idx, (len_q, len_kv) in enumerate(zip(lengths_q, lengths_kv, strict=True)):
+            if len_q > max(1, len_kv):
+                raise CheckFailedError(
+                    f"sequence {idx} has {len_q} queries and {len_kv} keys: packed queries are the "
+                    "last tokens of their sequence, of which there must be as many"
+                )
+        return max((0, *lengths_q)), max(0, longest_kv)
 
     def _padded(
         self,
@@ -205,17 +248,23 @@ class SparseAttention(torch.nn.Module):
         left_paddings: Tensor | None,
         seqlens: Tensor | None,
         arguments: dict[str, Any],
-    ) -> int | None:
-        """Return how many keys there are before the first query, where that is known."""
+    ) -> int:
+        """Return by how many tokens positions are ahead of the rows of the pattern."""
         seq_dim = self.seq_dim or 1
         len_q, len_kv = q.shape[seq_dim], k.shape[seq_dim]
         arguments["layout"] = "bshd" if seq_dim == 1 else "bhsd"
-        check(
-            len_kv <= self.max_seqlen,
-            f"k has {len_kv} tokens: the pattern has room for {self.max_seqlen}",
-        )
+        if len_kv > self.max_seqlen:
+            raise CheckFailedError(
+                f"k has {len_kv} tokens: the pattern has room for {self.max_seqlen}"
+            )
         if left_paddings is None and seqlens is None:
-            return len_kv - len_q
+            return len_kv - len_q - self._first_row(len_q, len_kv)
+        if len_q > max(1, len_kv):
+            raise CheckFailedError(
+                f"q has {len_q} tokens and k {len_kv}: with left_paddings or seqlens, queries are "
+                "the last tokens of their sequences, of which there must be as many"
+            )
+        self._check_positions(len_kv)
         left = None if left_paddings is None else left_paddings.to(q.device)
         if seqlens is not None:
             length = seqlens.to(q.device)
@@ -225,44 +274,105 @@ class SparseAttention(torch.nn.Module):
         arguments["kv_seqs"] = Padded(length, left)
         if len_q == len_kv:
             arguments["q_seqs"] = arguments["kv_seqs"]
-        return None
+        return 0
 
-    def _mask(self, heads: tuple[int, int], past: int | None, device: torch.device) -> Mask:
-        """Return the mask of a call; `past` is None where sequences differ."""
-        pattern = self.get_buffer("sparse_pattern")
-        if pattern.device != device:
-            self.sparse_pattern = pattern = pattern.to(device)
+    @property
+    def _size(self) -> tuple[int, int]:
+        """Rows and columns of the pattern."""
+        rows, columns = self.get_buffer("sparse_pattern").shape[1:]
+        return rows, columns
+
+    def _first_row(self, len_q: int, len_kv: int) -> int:
+        """Return where query 0 is among the rows of the pattern, in tokens."""
+        rows, columns = self._size
+        past = len_kv - len_q
+        if rows == columns:
+            # What is before the first key sees nothing if causal; else it is no position at all.
+            first = past if self.causal or past >= 0 else 0
+        elif len_q == 1 and rows > 1:
+            first = max(0, past)  # as the original has it
+        else:
+            first = 0
+        if first + len_q > rows * self.block_size:
+            raise CheckFailedError(
+                f"q has {len_q} tokens and k {len_kv}: queries begin at row "
+                f"{first // self.block_size} of the pattern, which has {rows} rows of "
+                f"{self.block_size} tokens; give it a row for every block of queries"
+            )
+        return first
+
+    def _check_positions(self, len_kv: int) -> None:
+        """Refuse a pattern without rows for all positions: paddings and packing count by them."""
+        rows, columns = self._size
+        if rows < columns and len_kv > rows * self.block_size:
+            raise CheckFailedError(
+                f"sequences of up to {len_kv} tokens, padded or packed: rows of the pattern count "
+                f"by positions there, and it has {rows} of {self.block_size} tokens; give it as "
+                "many rows as columns"
+            )
+
+    def _masks_of(self, heads: tuple[int, int], shift: int, device: torch.device) -> list[Mask]:
+        """Return the mask of a call, or two of which each query takes one (see `_joined`)."""
+        pattern = self._pattern_on(device)
         check(
             len(pattern) in (1, *heads),
             f"the pattern has {len(pattern)} heads: q has {heads[0]} and k {heads[1]}",
         )
-        return self._of_blocks(pattern, past)
+        if shift == 0:
+            return [self._of_blocks(pattern)]
+        if not self.causal:
+            return [self._of_blocks(pattern, first_row=0)]
+        moved, rest = shift // self.block_size, shift % self.block_size
+        return [self._of_blocks(pattern, moved + i) for i in range(1 if rest == 0 else 2)]
 
-    def _of_blocks(self, pattern: Tensor, past: int | None) -> Mask:
-        """Return the mask of a pattern, the same value as long as the pattern is the same."""
-        before = 0
-        if pattern.shape[1] < pattern.shape[2]:  # of the last queries
-            if past is None:
-                raise CheckFailedError(
-                    "a pattern with fewer rows than columns: queries must have one length, 4-D and "
-                    "unpadded"
-                )
-            check(
-                past % self.block_size == 0,
-                f"{past} keys before the first query: with fewer rows than columns in the pattern, "
-                f"that must be a multiple of the block size {self.block_size}",
-            )
-            before = past // self.block_size
-        key = (pattern.data_ptr(), pattern._version, tuple(pattern.shape), pattern.device, before)
-        found = self._masks.get(key)
-        if found is None:
-            factor = max(1, self.block_size // _LARGEST_BLOCK)
-            whole = torch.nn.functional.pad(pattern, (0, 0, before, 0))
-            if factor > 1:
-                whole = whole.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-            found = BlockSparse(whole, self.block_size // factor, causal=self.causal)
-            self._masks = {key: found}
+    def _pattern_on(self, device: torch.device) -> Tensor:
+        pattern = self.get_buffer("sparse_pattern")
+        if pattern.device != device:
+            self.sparse_pattern = pattern = pattern.to(device)
+        return pattern
+
+    def _of_blocks(self, pattern: Tensor, moved: int = 0, first_row: int | None = None) -> Mask:
+        """Return the mask of a pattern, the same value as long as the pattern is the same.
+
+        `moved` is by how many rows it is moved down: new rows are empty, those above the top go.
+        """
+        key = (moved, first_row, pattern.device)
+        version = 0 if pattern.is_inference() else pattern._version
+        source, known_version, found = self._masks.get(key, (None, 0, None))
+        if found is None or source is not pattern or known_version != version:
+            whole = self._cut(pattern, moved)
+            size = min(self.block_size, _LARGEST_BLOCK)
+            found = BlockSparse(whole, size, self.causal, first_row)
+            if len(self._masks) >= _MOST_MASKS:
+                self._masks.clear()
+            self._masks[key] = (pattern, version, found)
         return found
+
+    def _cut(self, pattern: Tensor, moved: int) -> Tensor:
+        """Return the pattern moved down, in blocks that kernels take."""
+        if moved > 0:
+            pattern = torch.nn.functional.pad(pattern, (0, 0, moved, 0))
+        elif moved < 0:
+            pattern = pattern[:, -moved:]
+        factor = self.block_size // _LARGEST_BLOCK
+        if factor > 1:
+            pattern = pattern.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        return pattern
+
+    def _joined(self, both: list[Any], rest: int, return_lse: bool, out: Tensor | None) -> Any:  # noqa: ANN401
+        """Return for each query the result that its row is right in.
+
+        Causal, with rows that count from query 0 and `rest` more keys before it than whole blocks:
+        a block of queries lies in two blocks of positions. Its first queries take the result of
+        the pattern moved by whole blocks, its last ones that of one row more.
+        """
+        seq_dim = self.seq_dim or 1
+        values = [result[0] if return_lse else result for result in both]
+        number = torch.arange(values[0].shape[seq_dim], device=values[0].device)
+        is_early = number % self.block_size < self.block_size - rest
+        rows = is_early[:, None, None] if seq_dim == 1 else is_early[:, None]
+        result = torch.where(rows, *values) if out is None else torch.where(rows, *values, out=out)
+        return (result, torch.where(is_early, both[0][1], both[1][1])) if return_lse else result
 
 
 class LocalStrideSparseAttention(SparseAttention):
@@ -326,6 +436,7 @@ class LocalStrideSparseAttention(SparseAttention):
         self.head_sliding_offset = head_sliding_offset
         self.active_head_range = None if homo_head else active_head_range
         self._patterns: dict[torch.device, Tensor] = {}
+        self._rules: dict[tuple[int, int], LocalStride | None] = {}
         self._written(1)  # refuses what is no pattern
 
     @property
@@ -357,20 +468,19 @@ class LocalStrideSparseAttention(SparseAttention):
             self._patterns[device] = self._written(self.max_seqlen // self.block_size, device)
         return self._patterns[device]
 
-    def _mask(self, heads: tuple[int, int], past: int | None, device: torch.device) -> Mask:
-        found = self._masks.get(heads)
-        if found is not None:
-            return found
-        rule = self._closed_form(heads)
-        if rule is None:
-            pattern = self._pattern_on(device)
-            check(
-                len(pattern) in (1, *heads),
-                f"the pattern has {len(pattern)} heads: q has {heads[0]} and k {heads[1]}",
-            )
-            return self._of_blocks(pattern, past)
-        self._masks[heads] = rule
-        return rule
+    @property
+    def _size(self) -> tuple[int, int]:
+        count = self.max_seqlen // self.block_size
+        return count, count
+
+    def _masks_of(self, heads: tuple[int, int], shift: int, device: torch.device) -> list[Mask]:
+        if heads not in self._rules:
+            self._rules[heads] = self._closed_form(heads)
+        rule = self._rules[heads]
+        # Positions count, so not where rows of the pattern do.
+        if rule is None or shift != 0:
+            return super()._masks_of(heads, shift, device)
+        return [rule]
 
     def _closed_form(self, heads: tuple[int, int]) -> LocalStride | None:
         """Return the pattern as a rule of positions, if it is one of these heads."""
