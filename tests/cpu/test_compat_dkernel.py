@@ -372,18 +372,60 @@ def test_what_the_original_asserts() -> None:
         SparseAttention(
             SIZE, torch.eye(4) + torch.tensor([[0.0], [0], [1], [0]]) * (torch.arange(4) == 0)
         )
-    for wrong in ({"vert_stride": 0}, {"local_blocks": 0}, {"active_head_range": (1, 2, 3)},
-                  {"homo_head": True, "num_dense_heads": 1}):  # fmt: skip
+    wrongs: tuple[dict[str, Any], ...] = (
+        {"vert_stride": 0},
+        {"vert_stride": 2.0},
+        {"local_blocks": 0},
+        {"local_blocks": (1, 1)},
+        {"local_blocks": -1, "vert_stride": 1},
+        {"num_kv_heads": 3},
+        {"num_kv_heads": 8},
+        {"num_kv_heads": -2},
+        {"num_dense_heads": -1},
+        {"num_dense_heads": 1, "homo_head": True},
+        {"local_blocks": -1, "causal": False},
+        {"local_blocks": (1, 0), "causal": False},
+    )
+    for wrong in wrongs:
         given = {"local_blocks": 2, "vert_stride": 3} | wrong
-        with pytest.raises(AssertionError):
-            LocalStrideSparseAttention(4, 128, SIZE, **given)
-    with pytest.raises(AssertionError, match="hdim"):
-        combine_attn_partitions(hdim=3)
+        for make in (
+            lambda given=given: LocalStrideSparseAttention(4, 128, SIZE, **given),
+            lambda given=given: get_sparse_attn_mask(4, 128, SIZE, **given),
+        ):
+            with pytest.raises(AssertionError, match=f"{next(iter(wrong))}="):
+                make()
+    for part in ((1, 2, 3), (2, 2), (-1, 2), (2, 5)):
+        with pytest.raises(AssertionError, match="active_head_range="):
+            LocalStrideSparseAttention(4, 128, SIZE, 2, 3, active_head_range=part)
     for given in ({"vert_position_type": "up"}, {"past_len": 5, "q_start_position": 16},
-                  {"q_start_position": 5}, {"local_blocks": (1, 0), "causal": False},
-                  {"local_blocks": -1, "causal": False}):  # fmt: skip
-        with pytest.raises(AssertionError):
+                  {"q_start_position": 5}, {"past_len": 65}, {"past_len": -1}):  # fmt: skip
+        with pytest.raises(AssertionError, match=f"{next(iter(given))}="):
             get_sparse_attn_mask(4, 64, SIZE, **given)
+
+
+def test_what_cannot_be_combined() -> None:
+    out, lse = torch.zeros(2, 30, 4, D), torch.zeros(2, 4, 30)
+    assert combine_attn_partitions((out, lse), hdim=2).shape == out.shape
+    for wrong, what in (
+        ((), "no parts"),
+        ((out, lse), "part 0 is a Tensor"),
+        (((out.transpose(1, 2), lse), (out, None)), "part 1 is a tuple"),
+        (((out, lse),), "results of seq_dim=1 need hdim=2"),
+    ):
+        with pytest.raises(AssertionError, match=what):
+            combine_attn_partitions(*wrong)
+    with pytest.raises(AssertionError, match="hdim=3"):
+        combine_attn_partitions((out, lse), hdim=3)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_dense_without_local_blocks(causal: bool) -> None:
+    q, k, v = (x.detach() for x in tensors(50, 50))
+    mask: jitattn.Mask = jitattn.Causal() if causal else jitattn.Full()
+    layer = LocalStrideSparseAttention(4, 64, SIZE, 0, 1, num_kv_heads=2, causal=causal)
+    torch.testing.assert_close(layer(q, k, v), jitattn.attention(q, k, v, mask=mask))
+    assert torch.equal(layer.sparse_pattern[0], layer.sparse_pattern[0].new_ones(4, 4).tril()
+                       if causal else layer.sparse_pattern[0].new_ones(4, 4))  # fmt: skip
 
 
 def test_utilities() -> None:

@@ -418,15 +418,10 @@ class LocalStrideSparseAttention(SparseAttention):
     ) -> None:
         torch.nn.Module.__init__(self)
         self._set_up(block_size, causal, seq_dim, block_m, block_n, kwargs)
-        check(vert_stride >= 1, f"vert_stride={vert_stride}: it must be at least 1, which is dense")
-        sizes = local_blocks if isinstance(local_blocks, tuple) else (local_blocks,)
+        part = active_head_range
         check(
-            vert_stride == 1 or not causal or min(sizes) >= 1,
-            f"local_blocks={local_blocks}: it must be at least 1",
-        )
-        check(
-            active_head_range is None or len(active_head_range) == 2,
-            f"active_head_range={active_head_range!r}: it must be (first, after the last)",
+            part is None or (len(part) == 2 and 0 <= part[0] < part[1] <= num_heads),
+            f"active_head_range={part!r}: it must be (first, after the last) of {num_heads} heads",
         )
         self.max_seq_len = multiple_of(max_seq_len, max(block_size, block_m or 1, block_n or 1, 64))
         self.max_seqlen = self.max_seq_len
@@ -484,14 +479,15 @@ class LocalStrideSparseAttention(SparseAttention):
 
     def _closed_form(self, heads: tuple[int, int]) -> LocalStride | None:
         """Return the pattern as a rule of positions, if it is one of these heads."""
-        sizes = self.local_blocks if isinstance(self.local_blocks, tuple) else (self.local_blocks,)
-        if self.block_size > _LARGEST_BLOCK or min(sizes) < 1:
+        # Dense, it does not matter which blocks are local.
+        local = 1 if self.vert_stride == 1 else self.local_blocks
+        if self.block_size > _LARGEST_BLOCK or local == 0:
             return None
         if self.homo_head:
             # The original takes the one head for head 0 of one.
             return LocalStride(
                 self.block_size,
-                self.local_blocks,
+                local,
                 self.vert_stride,
                 head_offset=self.head_sliding_offset % self.vert_stride,
                 homo_head=True,
@@ -509,7 +505,7 @@ class LocalStrideSparseAttention(SparseAttention):
         dense = max(0, last // group - max(first // group, heads_kv - self.num_dense_heads))
         return LocalStride(
             self.block_size,
-            self.local_blocks,
+            local,
             self.vert_stride,
             head_step=step,
             head_offset=(first // group * step + self.head_sliding_offset) % self.vert_stride,
@@ -532,10 +528,37 @@ def combine_attn_partitions(*x: tuple[Tensor, Tensor], hdim: int = 1) -> Tensor:
     -------
     Tensor, as the results
         0 where no part saw anything.
+
+    Raises
+    ------
+    CheckFailedError
+        Without parts, or where one is no result with its LSE.
     """
     check(hdim in (1, 2), f"hdim={hdim}: it must be 1 ([B, H, L, D]) or 2 ([B, L, H, D])")
+    check(len(x) > 0, "no parts are given: there must be at least one pair (out, lse)")
+    for idx, part in enumerate(x):
+        check(
+            isinstance(part, tuple | list)
+            and len(part) == 2
+            and all(isinstance(one, torch.Tensor) for one in part),
+            f"part {idx} is a {type(part).__name__}: it must be a pair of tensors, (out, lse), as "
+            "attention gives it with return_lse=True",
+        )
+        _check_lse(idx, *part, hdim)
     outs, lses = zip(*x, strict=True)
     return merge(outs, lses, layout="bhsd" if hdim == 1 else "bshd")[0]
+
+
+def _check_lse(idx: int, out: Tensor, lse: Tensor, hdim: int) -> None:
+    """Refuse an LSE that is not of this result."""
+    if out.dim() != 4:
+        return
+    shape = [len(out), out.shape[hdim], out.shape[3 - hdim]]
+    check(
+        list(lse.shape) == shape,
+        f"part {idx} has lse {list(lse.shape)} and out {list(out.shape)}: with hdim={hdim} the "
+        f"lse must be {shape}; results of seq_dim=1 need hdim=2",
+    )
 
 
 def _unpacked(

@@ -53,6 +53,7 @@ def get_sparse_attn_mask(
     homo_head : bool
         One pattern for all heads.
     num_kv_heads : int, default num_heads
+        It divides `num_heads`.
     past_len : int, optional
         Leave out the rows of the blocks before the one that this token is in.
     dtype : torch.dtype
@@ -93,7 +94,12 @@ def get_sparse_attn_mask(
     if isinstance(device, int):
         device = torch.device("cuda", device)
     past, len_kv = past_len or 0, seqlen if kv_seqlen is None else kv_seqlen
-    left, right = _local(local_blocks, causal)
+    check_rule(
+        num_heads, block_size, local_blocks, vert_stride, num_kv_heads, num_dense_heads, causal
+    )
+    left, right = local_blocks if isinstance(local_blocks, tuple) else (local_blocks, local_blocks)
+    if causal:
+        right = 1
     kind = vert_position_type or ("absolute" if causal else "relative")
     check(kind in ("absolute", "relative"), f"vert_position_type={vert_position_type!r}: absolute "
           "or relative")  # fmt: skip
@@ -105,6 +111,7 @@ def get_sparse_attn_mask(
         past == 0 or q_start_position is None,
         f"past_len={past_len} with q_start_position={q_start_position}: give one of them",
     )
+    check(0 <= past <= seqlen, f"past_len={past_len}: it must be from 0 to seqlen, {seqlen}")
     starts = (q_start_position or 0, kv_start_position or 0)
     for name, start in zip(("q", "kv"), starts, strict=True):
         check(
@@ -143,21 +150,49 @@ def get_sparse_attn_mask(
     return dense_to_crow_col(mask), mask, dense
 
 
-def _local(local_blocks: int | tuple[int, int], causal: bool) -> tuple[int, int]:
-    if causal:
+def check_rule(
+    num_heads: int,
+    block_size: int,
+    local_blocks: int | tuple[int, int],
+    vert_stride: int,
+    num_kv_heads: int | None,
+    num_dense_heads: int,
+    causal: bool,
+) -> None:
+    """Refuse what is no local + stride pattern; as `get_sparse_attn_mask` has the arguments.
+
+    Raises
+    ------
+    CheckFailedError
+    """
+    for name, value, least in (
+        ("num_heads", num_heads, 1),
+        ("block_size", block_size, 1),
+        ("vert_stride", vert_stride, 1),
+        ("num_dense_heads", num_dense_heads, 0),
+    ):
         check(
-            isinstance(local_blocks, int) and local_blocks >= 1,
-            f"local_blocks={local_blocks!r}: causal, it must be an int from 1",
+            isinstance(value, int) and value >= least,
+            f"{name}={value!r}: it must be an int from {least}"
+            + (", which is dense" if name == "vert_stride" else ""),
         )
-        return local_blocks, 1  # type: ignore[return-value]
-    if isinstance(local_blocks, int):
-        check(local_blocks >= 0, f"local_blocks={local_blocks!r}: it must not be negative")
-        return local_blocks, local_blocks
+    heads_kv = num_kv_heads or num_heads
     check(
-        len(local_blocks) == 2 and min(local_blocks) > 0,
-        f"local_blocks={local_blocks!r}: it must be two ints from 1, to the left and the right",
+        isinstance(heads_kv, int) and heads_kv > 0 and num_heads % heads_kv == 0,
+        f"num_kv_heads={num_kv_heads!r}: it must divide num_heads, {num_heads}",
     )
-    return local_blocks
+    if isinstance(local_blocks, int):
+        least = 1 if causal and vert_stride > 1 else 0
+        check(local_blocks >= least, f"local_blocks={local_blocks!r}: it must be at least {least}")
+        return
+    check(
+        not causal
+        and isinstance(local_blocks, tuple)
+        and len(local_blocks) == 2
+        and min(local_blocks) > 0,
+        f"local_blocks={local_blocks!r}: it must be an int, or, not causal, two from 1, to the "
+        "left and to the right",
+    )
 
 
 def dense_to_crow_col(x: Tensor, include_values: bool = False) -> tuple[Tensor, Tensor]:
