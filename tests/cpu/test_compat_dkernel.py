@@ -350,11 +350,13 @@ def test_modules_move_and_cast() -> None:
 
 def test_what_the_original_asserts() -> None:
     pattern = torch.ones(4, 4).tril()
-    for size in (8, 24):
+    for size in (8, 24, 16.0, 0):
         with pytest.raises(AssertionError, match="power of two"):
             SparseAttention(size, pattern)
     with pytest.raises(AssertionError, match="rows, columns"):
         SparseAttention(SIZE, pattern[0])
+    with pytest.raises(AssertionError, match="sparse_pattern is a list"):
+        SparseAttention(SIZE, [[1]])
     with pytest.raises(AssertionError, match="not causal"):
         SparseAttention(SIZE, pattern, causal=False, block_m=64)
     with pytest.raises(AssertionError, match="divide"):
@@ -401,6 +403,53 @@ def test_what_the_original_asserts() -> None:
                   {"q_start_position": 5}, {"past_len": 65}, {"past_len": -1}):  # fmt: skip
         with pytest.raises(AssertionError, match=f"{next(iter(given))}="):
             get_sparse_attn_mask(4, 64, SIZE, **given)
+
+
+def test_calls_that_do_not_fit() -> None:
+    layer = SparseAttention(SIZE, torch.ones(4, 4).tril())
+    q, k, v = (x.detach() for x in tensors(50, 50))
+    flat = (q[0], k[0], v[0])
+    ends = torch.tensor([0, 20, 50])
+
+    def one(*values: int) -> Tensor:
+        return torch.tensor(values)
+
+    cases: list[tuple[tuple[Tensor, ...], dict[str, Any], str]] = [
+        ((q, k, v[:, :40]), {}, "same batch, length and heads"),
+        ((q, k[:1], v[:1]), {}, "same batch and head dim"),
+        ((q, k[..., :8], v), {}, "same batch and head dim"),
+        ((q[:, :, :3], k, v), {}, "check seq_dim"),
+        ((q[0], k, v), {}, "must be 4-D, or 3-D"),
+        ((q, k, v), {"cu_seqlen_k": ends}, "cu_seqlen_k is given and q is 4-D"),
+        (flat, {"cu_seqlen_k": ends, "seqlens": ends}, "seqlens is given and q is 3-D"),
+        (flat, {"cu_seqlen_k": ends, "cu_seqlen_q": ends[:2]}, "cu_seqlen_q has 2 entries"),
+        (flat, {"cu_seqlen_k": ends[:0]}, "cu_seqlen_k has 0 entries"),
+        (flat, {"cu_seqlen_k": one(0, 70)}, "a sequence of 70 tokens"),
+        ((q, k, v), {"seqlens": ends}, "seqlens has 3 entries"),
+        ((q, k, v), {"seqlens": one(50, 51)}, r"^seqlens\[1\]=51: "),
+        ((q, k, v), {"seqlens": one(-1, 50)}, r"^seqlens\[0\]=-1: "),
+        ((q, k, v), {"left_paddings": one(5, 51)}, r"^left_paddings\[1\]=51: "),
+        (
+            (q, k, v),
+            {"left_paddings": one(5, 3).int(), "seqlens": one(45, 48)},
+            r"^left_paddings\[1\]=3 and seqlens\[1\]=48: ",
+        ),
+    ]
+    for given, arguments, message in cases:
+        with pytest.raises(AssertionError, match=message) as caught:
+            layer(*given, **arguments)
+        assert isinstance(caught.value, jitattn.InvalidInputError)
+    for given, arguments, message in (
+        (flat, {"cu_seqlen_k": ends.float()}, "cu_seqlen_k is torch.float32"),
+        (flat, {"cu_seqlen_k": [0, 50]}, "cu_seqlen_k is a list"),
+        ((q, k, v), {"left_paddings": ends[None]}, "left_paddings has shape"),
+        ((q, k, v), {"sm_scale": torch.tensor(0.3)}, "sm_scale is a Tensor"),
+        ((q.numpy(), k, v), {}, "q is a ndarray"),
+        ((q, k.half(), v), {}, "must have one dtype"),
+    ):
+        with pytest.raises(jitattn.InvalidInputError, match=message):
+            layer(*given, **arguments)
+    assert layer(q, k, torch.randn(2, 50, 2, 24)).shape == (2, 50, 4, 24)
 
 
 def test_what_cannot_be_combined() -> None:

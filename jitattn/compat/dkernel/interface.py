@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
@@ -19,7 +20,7 @@ from jitattn.compat.dkernel.utils import (
 from jitattn.errors import InvalidInputError
 from jitattn.masks import BlockSparse, LocalStride
 from jitattn.merge import merge
-from jitattn.sequences import Padded, Ragged
+from jitattn.sequences import Padded, Ragged, check_index
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,8 +106,8 @@ class SparseAttention(torch.nn.Module):
         kwargs: dict[str, Any],
     ) -> None:
         for name, size in (("block_size", block_size), ("block_m", block_m), ("block_n", block_n)):
-            is_fine = size is None or (size >= 16 and size & (size - 1) == 0)
-            check(is_fine, f"{name}={size}: it must be a power of two from 16")
+            is_fine = size is None or (type(size) is int and size >= 16 and size.bit_count() == 1)
+            check(is_fine, f"{name}={size!r}: it must be a power of two from 16")
         check(seq_dim in (None, 1, 2), f"seq_dim={seq_dim!r}: it must be 1, 2 or None")
         unknown = sorted(set(kwargs) - set(_HINTS))
         if unknown:
@@ -164,10 +165,27 @@ class SparseAttention(torch.nn.Module):
 
         Raises
         ------
-        CheckFailedError, ValueError
-            As the original's.
+        CheckFailedError
+            What the original asserts: shapes that do not fit together, a sequence that the pattern
+            has no room for, paddings beyond the end of k. Contents of `left_paddings` and `seqlens`
+            on a GPU are not waited for: what lies beyond the end is left out.
+        InvalidInputError
+            Anything else that breaks a rule; it is a `ValueError`.
         """
         q, k, v = _unpacked(q, k, v, split_qkv)
+        self._check_shapes(q, k, v)
+        where = {
+            "cu_seqlen_k": cu_seqlen_k,
+            "cu_seqlen_q": cu_seqlen_q,
+            "left_paddings": left_paddings,
+            "seqlens": seqlens,
+        }
+        _check_indices(where, q)
+        if not (sm_scale is None or isinstance(sm_scale, numbers.Real)):
+            raise InvalidInputError(
+                f"sm_scale is a {type(sm_scale).__name__}: it must be a number; pass a float, or "
+                "leave it out for 1 / sqrt(head dim)"
+            )
         arguments: dict[str, Any] = {"scale": sm_scale or None, "return_lse": return_lse}
         shift = 0
         if q.dim() == 3:
@@ -184,6 +202,28 @@ class SparseAttention(torch.nn.Module):
         both = [attention(q, k, v, mask=mask, **arguments) for mask in masks]
         return self._joined(both, shift % self.block_size, return_lse, out)
 
+    def _check_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if not isinstance(x, torch.Tensor):
+                raise InvalidInputError(f"{name} is a {type(x).__name__}: it must be a tensor")
+        head = 1 if q.dim() == 3 or self.seq_dim == 2 else 2
+        if q.dim() not in (3, 4) or k.dim() != q.dim():
+            rule = "they must be 4-D, or 3-D with cu_seqlen_k"
+        elif k.shape[:-1] != v.shape[:-1]:
+            rule = "k and v must have the same batch, length and heads"
+        elif q.shape[-1] != k.shape[-1] or (q.dim() == 4 and len(q) != len(k)):
+            rule = "q and k must have the same batch and head dim"
+        elif q.shape[head] % max(1, k.shape[head]):
+            rule = (
+                f"the heads of q, {q.shape[head]}, must be a multiple of those of k, "
+                f"{k.shape[head]}; check seq_dim, which is {self.seq_dim}"
+            )
+        else:
+            return
+        raise CheckFailedError(
+            f"q has shape {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)}: {rule}"
+        )
+
     def _packed(
         self,
         q: Tensor,
@@ -195,6 +235,11 @@ class SparseAttention(torch.nn.Module):
         if cu_seqlen_k is None:
             raise CheckFailedError("cu_seqlen_k is None: 3-D tensors need it")
         batch = len(cu_seqlen_k) - 1
+        if cu_seqlen_q is not None and len(cu_seqlen_q) != batch + 1:
+            raise CheckFailedError(
+                f"cu_seqlen_q has {len(cu_seqlen_q)} entries and cu_seqlen_k {batch + 1}: both "
+                "need one more than there are sequences"
+            )
         cu_k = cu_seqlen_k.to(q.device)
         if cu_seqlen_q is not None:
             cu_q = cu_seqlen_q.to(q.device)
@@ -265,6 +310,7 @@ class SparseAttention(torch.nn.Module):
                 "the last tokens of their sequences, of which there must be as many"
             )
         self._check_positions(len_kv)
+        _check_paddings(left_paddings, seqlens, len_kv)
         left = None if left_paddings is None else left_paddings.to(q.device)
         if seqlens is not None:
             length = seqlens.to(q.device)
@@ -576,6 +622,42 @@ def _unpacked(
     else:
         k, v = split_qkv(k)
     return q, k, v
+
+
+def _check_indices(where: dict[str, Tensor | None], q: Tensor) -> None:
+    """Check what says where sequences lie."""
+    for name, index in where.items():
+        if index is None:
+            continue
+        check_index(name, index, 1)
+        is_packed = name.startswith("cu_")
+        if is_packed != (q.dim() == 3):
+            raise CheckFailedError(
+                f"{name} is given and q is {q.dim()}-D: cu_seqlen_k and cu_seqlen_q go with 3-D "
+                "tensors, left_paddings and seqlens with 4-D ones"
+            )
+        if len(index) == 0 if is_packed else len(index) != len(q):
+            count = "one more than there are sequences" if is_packed else f"{len(q)}, as q has rows"
+            raise CheckFailedError(f"{name} has {len(index)} entries: it must have {count}")
+
+
+def _check_paddings(left: Tensor | None, seqlens: Tensor | None, len_kv: int) -> None:
+    """Check the numbers that need not be waited for, those that are not on a GPU."""
+    here = [x for x in (left, seqlens) if x is not None and x.device.type == "cpu"]
+    if torch.compiler.is_compiling() or not here:
+        return
+    ends = here[0].long() + here[1] if len(here) == 2 else here[0]
+    is_wrong = ends > len_kv
+    for x in here:
+        is_wrong = is_wrong | (x < 0)
+    if bool(is_wrong.any()):
+        idx = int(is_wrong.nonzero()[0])
+        found = " and ".join(
+            f"{name}[{idx}]={int(x[idx])}"
+            for name, x in (("left_paddings", left), ("seqlens", seqlens))
+            if x is not None and x.device.type == "cpu"
+        )
+        raise CheckFailedError(f"{found}: it must be from 0 to the {len_kv} tokens of k, in all")
 
 
 def _wants(x: Tensor) -> bool:

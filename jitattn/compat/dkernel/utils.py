@@ -268,8 +268,12 @@ def verify_sparse_pattern(sparse_pattern: Tensor) -> None:
     Raises
     ------
     CheckFailedError
-        It has neither 2 nor 3 dimensions.
+        It is no tensor, or has neither 2 nor 3 dimensions.
     """
+    check(
+        isinstance(sparse_pattern, torch.Tensor),
+        f"sparse_pattern is a {type(sparse_pattern).__name__}: it must be a tensor",
+    )
     check(
         sparse_pattern.dim() in (2, 3),
         f"sparse_pattern has shape {list(sparse_pattern.shape)}: it must be [rows, columns] or "
