@@ -332,6 +332,74 @@ def test_partitions_of_a_sequence(seq_dim: int) -> None:
     check(out if seq_dim == 1 else out.transpose(1, 2), whole.double(), [q, k, v])
 
 
+def _compile_cases() -> dict[str, tuple[SparseAttention, tuple[int, int], dict[str, Any]]]:
+    pattern = torch.rand(4, 4, 4, generator=torch.Generator().manual_seed(2)) < 0.7
+    paddings = {"left_paddings": torch.tensor([0, 9]), "seqlens": torch.tensor([60, 40])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        square = SparseAttention(SIZE, pattern)
+        return {
+            "square": (square, (60, 60), {"return_lse": True}),
+            "padded": (square, (60, 60), paddings),
+            "more queries": (
+                SparseAttention(SIZE, pattern, causal=False),
+                (60, 20),
+                {"sm_scale": 0.3},
+            ),
+            "moved": (SparseAttention(SIZE, pattern[:, :2]), (30, 60), {"return_lse": True}),
+            "cut": (SparseAttention(256, pattern[:, :2, :2]), (300, 300), {}),
+            "closed": (LocalStrideSparseAttention(4, 64, SIZE, 1, 3, num_kv_heads=2), (60, 60), {}),
+            "written": (LocalStrideSparseAttention(4, 64, SIZE, 1, 3), (60, 60), {}),
+        }
+
+
+@pytest.mark.parametrize("name", list(_compile_cases()))
+def test_one_graph_with_the_same_results(name: str) -> None:
+    layers = [_compile_cases()[name][0] for _ in range(2)]  # of one kind, as in a model
+    _, (len_q, len_kv), given = _compile_cases()[name]
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        found = [layer(q, k, v, **given) for layer in layers]
+        return tuple(x for one in found for x in (one if isinstance(one, tuple) else (one,)))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    # Again with what the first call made, or with other lengths.
+    for fewer in (0, 0 if name in ("padded", "cut", "written") else 5):
+        leaves = tensors(len_q - fewer, len_kv - fewer)
+        results = []
+        for call in (compiled, function):
+            values = call(*leaves)
+            weights = [torch.cos(torch.arange(x.numel()) / 7).view(x.shape) for x in values]
+            results.append((*values, *torch.autograd.grad(values, leaves, weights)))
+        for got, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
+def test_one_graph_of_packed_sequences() -> None:
+    layer = SparseAttention(SIZE, torch.ones(4, 4).tril())
+    q, k, v = (x[0].detach().requires_grad_() for x in tensors(50, 50))
+    ends = torch.tensor([0, 20, 50])
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    got, wanted = (call(q, k, v, cu_seqlen_k=ends) for call in (compiled, layer))
+    torch.testing.assert_close(got, wanted)
+    gradients = [torch.autograd.grad(x.sum(), (q, k, v)) for x in (got, wanted)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_pattern_that_is_written_to() -> None:
+    for pattern, lengths in ((torch.ones(4, 4).tril(), (60, 60)), (torch.ones(2, 4), (30, 60))):
+        layer = SparseAttention(SIZE, pattern)
+        leaves = [x.detach() for x in tensors(*lengths)]
+        layer(*leaves)
+        layer.sparse_pattern[:, :, 0] = False
+        torch.testing.assert_close(
+            layer(*leaves), SparseAttention(SIZE, layer.sparse_pattern)(*leaves)
+        )
+
+
 def test_modules_move_and_cast() -> None:
     layer = SparseAttention(SIZE, torch.ones(2, 2).tril())
     layer.to(torch.float16)
@@ -376,7 +444,7 @@ def test_what_the_original_asserts() -> None:
         )
     wrongs: tuple[dict[str, Any], ...] = (
         {"vert_stride": 0},
-        {"vert_stride": 2.0},
+        {"vert_stride": 2.5},
         {"local_blocks": 0},
         {"local_blocks": (1, 1)},
         {"local_blocks": -1, "vert_stride": 1},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import operator
 import warnings
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
@@ -12,8 +13,8 @@ import torch
 from jitattn.attention import attention
 from jitattn.compat._errors import CheckFailedError, check
 from jitattn.compat.dkernel.utils import (
-    get_sparse_attn_mask,
     is_kv_cache_efficient,
+    local_stride_blocks,
     multiple_of,
     verify_sparse_pattern,
 )
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 _LARGEST_BLOCK: Final = 128
 _MOST_MASKS: Final = 16
+#: Stands for the version of a pattern that a graph has read.
+_MADE_IN_GRAPH: Final = -1
 _HINTS: Final = ("out", "d_splits", "inference")
 
 
@@ -57,6 +60,12 @@ class SparseAttention(torch.nn.Module):
         Hints, checked and otherwise ignored. So are `d_splits` and `inference`.
     out : Tensor, optional
         Where to write the result of calls without gradients.
+
+    Notes
+    -----
+    Under torch.compile, blocks over 128 and patterns that must be moved are made by the first call,
+    and the second is traced anew with them: one call before it spares that. A compiled call takes
+    them as they were; written to, other patterns count at once.
 
     Raises
     ------
@@ -125,7 +134,9 @@ class SparseAttention(torch.nn.Module):
         )
         self.kwargs = kwargs
         #: By how they were made: the pattern, its version, and the mask.
-        self._masks: dict[tuple[Any, ...], tuple[Tensor, int, Mask]] = {}
+        self._masks: dict[tuple[Any, ...], tuple[Tensor, int, BlockSparse]] = {}
+        #: The pattern, its version, and itself in blocks of kernels, with room to be moved in.
+        self._wholes: dict[torch.device, tuple[Tensor, int, Tensor]] = {}
 
     def forward(
         self,
@@ -377,33 +388,46 @@ class SparseAttention(torch.nn.Module):
             self.sparse_pattern = pattern = pattern.to(device)
         return pattern
 
-    def _of_blocks(self, pattern: Tensor, moved: int = 0, first_row: int | None = None) -> Mask:
+    def _of_blocks(
+        self, pattern: Tensor, moved: int = 0, first_row: int | None = None
+    ) -> BlockSparse:
         """Return the mask of a pattern, the same value as long as the pattern is the same.
 
         `moved` is by how many rows it is moved down: new rows are empty, those above the top go.
         """
+        size = min(self.block_size, _LARGEST_BLOCK)
+        if torch.compiler.is_compiling():  # operators know a mask by the memory of its pattern
+            # An index, not a symbol: shapes of patterns are facts of a graph.
+            blocks = self._moved(pattern, operator.index(moved))
+            return BlockSparse(blocks, size, self.causal, first_row)
         key = (moved, first_row, pattern.device)
-        version = 0 if pattern.is_inference() else pattern._version
+        version = _version(pattern)
         source, known_version, found = self._masks.get(key, (None, 0, None))
         if found is None or source is not pattern or known_version != version:
-            whole = self._cut(pattern, moved)
-            size = min(self.block_size, _LARGEST_BLOCK)
-            found = BlockSparse(whole, size, self.causal, first_row)
+            blocks = self._moved(pattern, moved)
+            found = BlockSparse(blocks, size, self.causal, first_row)
             if len(self._masks) >= _MOST_MASKS:
                 self._masks.clear()
             self._masks[key] = (pattern, version, found)
         return found
 
-    def _cut(self, pattern: Tensor, moved: int) -> Tensor:
-        """Return the pattern moved down, in blocks that kernels take."""
-        if moved > 0:
-            pattern = torch.nn.functional.pad(pattern, (0, 0, moved, 0))
-        elif moved < 0:
-            pattern = pattern[:, -moved:]
-        factor = self.block_size // _LARGEST_BLOCK
-        if factor > 1:
-            pattern = pattern.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-        return pattern
+    def _moved(self, pattern: Tensor, moved: int) -> Tensor:
+        """Return the pattern moved down, in blocks that kernels take; a part of what is kept."""
+        factor = max(1, self.block_size // _LARGEST_BLOCK)
+        if moved == 0 and factor == 1:
+            return pattern
+        above = (
+            max(pattern.shape[1:]) if self.causal and pattern.shape[1] != pattern.shape[2] else 0
+        )
+        source, version, whole = self._wholes.get(pattern.device, (None, 0, None))
+        # torch.compile cannot ask for versions.
+        now = _MADE_IN_GRAPH if torch.compiler.is_compiling() else _version(pattern)
+        if whole is None or source is not pattern or now not in (version, _MADE_IN_GRAPH):
+            whole = torch.nn.functional.pad(pattern, (0, 0, above, 0))
+            if factor > 1:
+                whole = whole.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+            self._wholes[pattern.device] = (pattern, now, whole)
+        return whole[:, (above - moved) * factor :]
 
     def _joined(self, both: list[Any], rest: int, return_lse: bool, out: Tensor | None) -> Any:  # noqa: ANN401
         """Return for each query the result that its row is right in.
@@ -486,19 +510,18 @@ class LocalStrideSparseAttention(SparseAttention):
         return self._pattern_on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def _written(self, num_blocks: int, device: torch.device | None = None) -> Tensor:
-        _, mask, _ = get_sparse_attn_mask(
+        mask = local_stride_blocks(
             self.num_heads,
-            num_blocks * self.block_size,
-            self.block_size,
+            range(num_blocks),
+            range(num_blocks),
             self.local_blocks,
             self.vert_stride,
             self.homo_head,
             self.num_kv_heads,
-            dtype=torch.bool,
-            device="cpu" if device is None else device,
             head_sliding_offset=self.head_sliding_offset,
             num_dense_heads=self.num_dense_heads,
             causal=self.causal,
+            device=device,
         )
         if self.active_head_range is not None and len(mask) > 1:
             mask = mask[slice(*self.active_head_range)]
@@ -515,9 +538,12 @@ class LocalStrideSparseAttention(SparseAttention):
         return count, count
 
     def _masks_of(self, heads: tuple[int, int], shift: int, device: torch.device) -> list[Mask]:
-        if heads not in self._rules:
-            self._rules[heads] = self._closed_form(heads)
-        rule = self._rules[heads]
+        if torch.compiler.is_compiling():
+            rule = self._closed_form(heads)
+        else:
+            if heads not in self._rules:
+                self._rules[heads] = self._closed_form(heads)
+            rule = self._rules[heads]
         # Positions count, so not where rows of the pattern do.
         if rule is None or shift != 0:
             return super()._masks_of(heads, shift, device)
@@ -658,6 +684,10 @@ def _check_paddings(left: Tensor | None, seqlens: Tensor | None, len_kv: int) ->
             if x is not None and x.device.type == "cpu"
         )
         raise CheckFailedError(f"{found}: it must be from 0 to the {len_kv} tokens of k, in all")
+
+
+def _version(pattern: Tensor) -> int:
+    return 0 if pattern.is_inference() else pattern._version
 
 
 def _wants(x: Tensor) -> bool:

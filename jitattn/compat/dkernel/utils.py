@@ -94,19 +94,7 @@ def get_sparse_attn_mask(
     if isinstance(device, int):
         device = torch.device("cuda", device)
     past, len_kv = past_len or 0, seqlen if kv_seqlen is None else kv_seqlen
-    check_rule(
-        num_heads, block_size, local_blocks, vert_stride, num_kv_heads, num_dense_heads, causal
-    )
-    left, right = local_blocks if isinstance(local_blocks, tuple) else (local_blocks, local_blocks)
-    if causal:
-        right = 1
-    kind = vert_position_type or ("absolute" if causal else "relative")
-    check(kind in ("absolute", "relative"), f"vert_position_type={vert_position_type!r}: absolute "
-          "or relative")  # fmt: skip
-    check(
-        not (homo_head and num_dense_heads),
-        f"num_dense_heads={num_dense_heads} with homo_head: heads that are alike are all sparse",
-    )
+    check(block_size >= 1, f"block_size={block_size}: it must be at least 1")
     check(
         past == 0 or q_start_position is None,
         f"past_len={past_len} with q_start_position={q_start_position}: give one of them",
@@ -118,26 +106,25 @@ def get_sparse_attn_mask(
             start % block_size == 0,
             f"{name}_start_position={start}: it must be a multiple of the block size {block_size}",
         )
-    heads_kv = num_kv_heads or num_heads
-    group = num_heads // heads_kv
-    count = 1 if homo_head else num_heads
-    step = head_sliding_step
-    if step is None:
-        step = max(1, vert_stride // count)
-    rows, columns = -(-seqlen // block_size), -(-len_kv // block_size)
-    i = starts[0] // block_size + torch.arange(rows, device=device)[:, None]
-    j = starts[1] // block_size + torch.arange(columns, device=device)[None, :]
-    head = torch.arange(count, device=device)[:, None, None] // group
-    if kind == "absolute":
-        seen = (i - j < left) & (j - i < right)
-        seen = seen | ((j + head * step + head_sliding_offset) % vert_stride == 0)
-    else:
-        outside = (i - j - left + 1).clamp(min=0) + (j - i - right + 1).clamp(min=0)
-        seen = (outside % vert_stride == 0)[None]
-    if num_dense_heads:
-        seen = seen | (head >= heads_kv - num_dense_heads)
-    if causal:
-        seen = seen & (j <= i)
+    rows, columns = (
+        range(start // block_size, start // block_size - (-length // block_size))
+        for start, length in zip(starts, (seqlen, len_kv), strict=True)
+    )
+    seen = local_stride_blocks(
+        num_heads,
+        rows,
+        columns,
+        local_blocks,
+        vert_stride,
+        homo_head,
+        num_kv_heads,
+        head_sliding_step=head_sliding_step,
+        head_sliding_offset=head_sliding_offset,
+        num_dense_heads=num_dense_heads,
+        vert_position_type=vert_position_type,
+        causal=causal,
+        device=device,
+    )
     mask = seen[:, past // block_size :].to(dtype)
     dense = None
     if return_dense:
@@ -150,16 +137,25 @@ def get_sparse_attn_mask(
     return dense_to_crow_col(mask), mask, dense
 
 
-def check_rule(
+def local_stride_blocks(
     num_heads: int,
-    block_size: int,
+    rows: range,
+    columns: range,
     local_blocks: int | tuple[int, int],
     vert_stride: int,
-    num_kv_heads: int | None,
-    num_dense_heads: int,
-    causal: bool,
-) -> None:
-    """Refuse what is no local + stride pattern; as `get_sparse_attn_mask` has the arguments.
+    homo_head: bool = False,
+    num_kv_heads: int | None = None,
+    *,
+    head_sliding_step: int | None = None,
+    head_sliding_offset: int = 0,
+    num_dense_heads: int = 0,
+    vert_position_type: str | None = None,
+    causal: bool = True,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Write these blocks of a local + stride pattern out, [heads or 1, rows, columns], bool.
+
+    As `get_sparse_attn_mask` has the arguments. Nothing here waits for a device.
 
     Raises
     ------
@@ -167,24 +163,51 @@ def check_rule(
     """
     for name, value, least in (
         ("num_heads", num_heads, 1),
-        ("block_size", block_size, 1),
         ("vert_stride", vert_stride, 1),
         ("num_dense_heads", num_dense_heads, 0),
     ):
         check(
             isinstance(value, int) and value >= least,
-            f"{name}={value!r}: it must be an int from {least}"
-            + (", which is dense" if name == "vert_stride" else ""),
+            f"{name}={value!r}: it must be an int from {least}",
         )
     heads_kv = num_kv_heads or num_heads
     check(
         isinstance(heads_kv, int) and heads_kv > 0 and num_heads % heads_kv == 0,
         f"num_kv_heads={num_kv_heads!r}: it must divide num_heads, {num_heads}",
     )
+    kind = vert_position_type or ("absolute" if causal else "relative")
+    check(
+        kind in ("absolute", "relative"),
+        f"vert_position_type={vert_position_type!r}: it must be 'absolute' or 'relative'",
+    )
+    check(
+        not (homo_head and num_dense_heads),
+        f"num_dense_heads={num_dense_heads} with homo_head: heads that are alike are all sparse",
+    )
+    left, right = _local(local_blocks, vert_stride, causal)
+    count = 1 if homo_head else num_heads
+    step = head_sliding_step
+    if step is None:
+        step = max(1, vert_stride // count)
+    i = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    j = torch.arange(columns.start, columns.stop, device=device)[None, :]
+    head = torch.arange(count, device=device)[:, None, None] // (num_heads // heads_kv)
+    if kind == "absolute":
+        seen = (i - j < left) & (j - i < right)
+        seen = seen | ((j + head * step + head_sliding_offset) % vert_stride == 0)
+    else:
+        outside = (i - j - left + 1).clamp(min=0) + (j - i - right + 1).clamp(min=0)
+        seen = (outside % vert_stride == 0)[None]
+    if num_dense_heads:
+        seen = seen | (head >= heads_kv - num_dense_heads)
+    return seen & (j <= i) if causal else seen
+
+
+def _local(local_blocks: int | tuple[int, int], vert_stride: int, causal: bool) -> tuple[int, int]:
     if isinstance(local_blocks, int):
         least = 1 if causal and vert_stride > 1 else 0
-        check(local_blocks >= least, f"local_blocks={local_blocks!r}: it must be at least {least}")
-        return
+        check(local_blocks >= least, f"local_blocks={local_blocks}: it must be at least {least}")
+        return local_blocks, 1 if causal else local_blocks
     check(
         not causal
         and isinstance(local_blocks, tuple)
@@ -193,6 +216,7 @@ def check_rule(
         f"local_blocks={local_blocks!r}: it must be an int, or, not causal, two from 1, to the "
         "left and to the right",
     )
+    return local_blocks
 
 
 def dense_to_crow_col(x: Tensor, include_values: bool = False) -> tuple[Tensor, Tensor]:
