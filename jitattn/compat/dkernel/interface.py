@@ -18,9 +18,10 @@ from jitattn.compat.dkernel.utils import (
     multiple_of,
     verify_sparse_pattern,
 )
-from jitattn.errors import InvalidInputError
+from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.masks import BlockSparse, LocalStride
 from jitattn.merge import merge
+from jitattn.problem import check_out
 from jitattn.sequences import Padded, Ragged, check_index
 
 if TYPE_CHECKING:
@@ -208,6 +209,12 @@ class SparseAttention(torch.nn.Module):
         out = self.kwargs.get("out")
         if torch.is_grad_enabled() and any(map(_wants, (q, k, v))):
             out = None
+        if out is not None and "q_seqs" in arguments and q.dim() == 4:
+            if torch.compiler.is_compiling():
+                raise UnsupportedError("out is given under torch.compile: make the module without")
+            # What belongs to no sequence is left as it is in room that is given.
+            check_out(out, (q, k, v), (*q.shape[:-1], v.shape[-1]), q.dtype)
+            out.zero_()
         if len(masks) == 1:
             return attention(q, k, v, mask=masks[0], out=out, **arguments)
         both = [attention(q, k, v, mask=mask, **arguments) for mask in masks]
