@@ -30,3 +30,9 @@ def test_cosine_sim(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(25))
 def test_fast_ops(seed: int) -> None:
     drawn.check_fast_ops(seed, FP32, "cpu")
+
+
+@pytest.mark.parametrize("where", drawn.DKERNEL)
+@pytest.mark.parametrize("seed", range(6))
+def test_dkernel(where: str, seed: int) -> None:
+    drawn.check_dkernel(where, seed, FP32, "cpu")

@@ -42,3 +42,10 @@ def test_cosine_sim(seed: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_fast_ops(seed: int, dtype: torch.dtype) -> None:
     drawn.check_fast_ops(seed, dtype, "cuda")
+
+
+@DTYPES
+@pytest.mark.parametrize("where", drawn.DKERNEL)
+@pytest.mark.parametrize("seed", range(4))
+def test_dkernel(where: str, seed: int, dtype: torch.dtype) -> None:
+    drawn.check_dkernel(where, seed, dtype, "cuda")
