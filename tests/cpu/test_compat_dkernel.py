@@ -249,6 +249,8 @@ def test_room_for_the_result_of_two_calls() -> None:
     out = SparseAttention(SIZE, pattern, out=room)(q, k, v)
     assert out is room
     torch.testing.assert_close(out, SparseAttention(SIZE, pattern)(q, k, v))
+    with pytest.raises(jitattn.InvalidInputError, match="out has shape"):
+        SparseAttention(SIZE, pattern, out=room[:, :1])(q, k, v)
 
 
 @pytest.mark.parametrize("kind", ["left", "right", "both"])
@@ -330,6 +332,20 @@ def test_partitions_of_a_sequence(seq_dim: int) -> None:
         combined.append(combine_attn_partitions(*results, hdim=3 - seq_dim))
     out = torch.cat(combined, dim=seq_dim)
     check(out if seq_dim == 1 else out.transpose(1, 2), whole.double(), [q, k, v])
+
+
+def test_partitions_of_unequal_length() -> None:
+    """The last queries against two short parts of what is before them, and against themselves."""
+    q, k, v = tensors(128, 128, (3, 3))
+    whole = LocalStrideSparseAttention(3, 128, SIZE, 2, 4)(q, k, v)[:, 64:]
+    results = []
+    for first, last in ((0, 32), (32, 64), (64, 128)):
+        mask = get_sparse_attn_mask(3, 64, SIZE, 2, 4, kv_seqlen=last - first, q_start_position=64,
+                                    kv_start_position=first)[1]  # fmt: skip
+        layer = SparseAttention(SIZE, mask, causal=first == 64)
+        parts = (q[:, 64:], k[:, first:last], v[:, first:last])
+        results.append(layer(*parts, return_lse=True))
+    check(combine_attn_partitions(*results, hdim=2), whole.double(), [q, k, v])
 
 
 def _compile_cases() -> dict[str, tuple[SparseAttention, tuple[int, int], dict[str, Any]]]:
@@ -418,7 +434,7 @@ def test_modules_move_and_cast() -> None:
 
 def test_what_the_original_asserts() -> None:
     pattern = torch.ones(4, 4).tril()
-    for size in (8, 24, 16.0, 0):
+    for size in (8, 24, 16.0, 0, None):
         with pytest.raises(AssertionError, match="power of two"):
             SparseAttention(size, pattern)
     with pytest.raises(AssertionError, match="rows, columns"):

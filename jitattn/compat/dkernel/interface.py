@@ -35,6 +35,7 @@ _LARGEST_BLOCK: Final = 128
 _MOST_MASKS: Final = 16
 #: Stands for the version of a pattern that a graph has read.
 _MADE_IN_GRAPH: Final = -1
+_INDICES: Final = ("cu_seqlen_k", "cu_seqlen_q", "left_paddings", "seqlens")
 _HINTS: Final = ("out", "d_splits", "inference")
 
 
@@ -66,7 +67,8 @@ class SparseAttention(torch.nn.Module):
     -----
     Under torch.compile, blocks over 128 and patterns that must be moved are made by the first call,
     and the second is traced anew with them: one call before it spares that. A compiled call takes
-    them as they were; written to, other patterns count at once.
+    them as they were; written to, other patterns count at once. Contents of tensors of indices are
+    not checked in a graph.
 
     Raises
     ------
@@ -116,7 +118,8 @@ class SparseAttention(torch.nn.Module):
         kwargs: dict[str, Any],
     ) -> None:
         for name, size in (("block_size", block_size), ("block_m", block_m), ("block_n", block_n)):
-            is_fine = size is None or (type(size) is int and size >= 16 and size.bit_count() == 1)
+            is_size = type(size) is int and size >= 16 and size & (size - 1) == 0
+            is_fine = is_size or (size is None and name != "block_size")
             check(is_fine, f"{name}={size!r}: it must be a power of two from 16")
         check(seq_dim in (None, 1, 2), f"seq_dim={seq_dim!r}: it must be 1, 2 or None")
         unknown = sorted(set(kwargs) - set(_HINTS))
@@ -186,13 +189,9 @@ class SparseAttention(torch.nn.Module):
         """
         q, k, v = _unpacked(q, k, v, split_qkv)
         self._check_shapes(q, k, v)
-        where = {
-            "cu_seqlen_k": cu_seqlen_k,
-            "cu_seqlen_q": cu_seqlen_q,
-            "left_paddings": left_paddings,
-            "seqlens": seqlens,
-        }
-        _check_indices(where, q)
+        where = (cu_seqlen_k, cu_seqlen_q, left_paddings, seqlens)
+        if q.dim() == 3 or not (cu_seqlen_k is cu_seqlen_q is left_paddings is seqlens is None):
+            _check_indices(where, q)
         if not (sm_scale is None or isinstance(sm_scale, numbers.Real)):
             raise InvalidInputError(
                 f"sm_scale is a {type(sm_scale).__name__}: it must be a number; pass a float, or "
@@ -207,14 +206,13 @@ class SparseAttention(torch.nn.Module):
         head_dim = 1 if q.dim() == 3 or self.seq_dim == 2 else 2
         masks = self._masks_of((q.shape[head_dim], k.shape[head_dim]), shift, q.device)
         out = self.kwargs.get("out")
-        if torch.is_grad_enabled() and any(map(_wants, (q, k, v))):
+        if out is not None and torch.is_grad_enabled() and any(map(_wants, (q, k, v))):
             out = None
-        if out is not None and "q_seqs" in arguments and q.dim() == 4:
+        if out is not None and (len(masks) > 1 or (q.dim() == 4 and "q_seqs" in arguments)):
             if torch.compiler.is_compiling():
                 raise UnsupportedError("out is given under torch.compile: make the module without")
-            # What belongs to no sequence is left as it is in room that is given.
             check_out(out, (q, k, v), (*q.shape[:-1], v.shape[-1]), q.dtype)
-            out.zero_()
+            out.zero_()  # attention leaves rows of the caller's room that are padding as they are
         if len(masks) == 1:
             return attention(q, k, v, mask=masks[0], out=out, **arguments)
         both = [attention(q, k, v, mask=mask, **arguments) for mask in masks]
@@ -224,22 +222,24 @@ class SparseAttention(torch.nn.Module):
         for name, x in (("q", q), ("k", k), ("v", v)):
             if not isinstance(x, torch.Tensor):
                 raise InvalidInputError(f"{name} is a {type(x).__name__}: it must be a tensor")
-        head = 1 if q.dim() == 3 or self.seq_dim == 2 else 2
-        if q.dim() not in (3, 4) or k.dim() != q.dim():
+        shape_q, shape_k, shape_v = q.shape, k.shape, v.shape
+        dims = len(shape_q)
+        head = 1 if dims == 3 or self.seq_dim == 2 else 2
+        if dims not in (3, 4) or len(shape_k) != dims:
             rule = "they must be 4-D, or 3-D with cu_seqlen_k"
-        elif k.shape[:-1] != v.shape[:-1]:
+        elif shape_k[:-1] != shape_v[:-1]:
             rule = "k and v must have the same batch, length and heads"
-        elif q.shape[-1] != k.shape[-1] or (q.dim() == 4 and len(q) != len(k)):
+        elif shape_q[-1] != shape_k[-1] or (dims == 4 and shape_q[0] != shape_k[0]):
             rule = "q and k must have the same batch and head dim"
-        elif q.shape[head] % max(1, k.shape[head]):
+        elif shape_q[head] % max(1, shape_k[head]):
             rule = (
-                f"the heads of q, {q.shape[head]}, must be a multiple of those of k, "
-                f"{k.shape[head]}; check seq_dim, which is {self.seq_dim}"
+                f"the heads of q, {shape_q[head]}, must be a multiple of those of k, "
+                f"{shape_k[head]}; check seq_dim, which is {self.seq_dim}"
             )
         else:
             return
         raise CheckFailedError(
-            f"q has shape {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)}: {rule}"
+            f"q has shape {list(shape_q)}, k {list(shape_k)} and v {list(shape_v)}: {rule}"
         )
 
     def _packed(
@@ -280,6 +280,7 @@ class SparseAttention(torch.nn.Module):
         Operators of torch.compile read them themselves, unchecked: None.
         """
         if torch.compiler.is_compiling():
+            self._check_positions(self.max_seqlen)
             return None, None
         if cu_k.is_cuda and torch.cuda.is_current_stream_capturing():
             raise InvalidInputError(
@@ -343,7 +344,8 @@ class SparseAttention(torch.nn.Module):
     @property
     def _size(self) -> tuple[int, int]:
         """Rows and columns of the pattern."""
-        rows, columns = self.get_buffer("sparse_pattern").shape[1:]
+        pattern: Tensor = self._buffers["sparse_pattern"]  # type: ignore[assignment]
+        rows, columns = pattern.shape[1:]
         return rows, columns
 
     def _first_row(self, len_q: int, len_kv: int) -> int:
@@ -378,10 +380,10 @@ class SparseAttention(torch.nn.Module):
     def _masks_of(self, heads: tuple[int, int], shift: int, device: torch.device) -> list[Mask]:
         """Return the mask of a call, or two of which each query takes one (see `_joined`)."""
         pattern = self._pattern_on(device)
-        check(
-            len(pattern) in (1, *heads),
-            f"the pattern has {len(pattern)} heads: q has {heads[0]} and k {heads[1]}",
-        )
+        if len(pattern) not in (1, *heads):
+            raise CheckFailedError(
+                f"the pattern has {len(pattern)} heads: q has {heads[0]} and k {heads[1]}"
+            )
         if shift == 0:
             return [self._of_blocks(pattern)]
         if not self.causal:
@@ -390,7 +392,7 @@ class SparseAttention(torch.nn.Module):
         return [self._of_blocks(pattern, moved + i) for i in range(1 if rest == 0 else 2)]
 
     def _pattern_on(self, device: torch.device) -> Tensor:
-        pattern = self.get_buffer("sparse_pattern")
+        pattern: Tensor = self._buffers["sparse_pattern"]  # type: ignore[assignment]
         if pattern.device != device:
             self.sparse_pattern = pattern = pattern.to(device)
         return pattern
@@ -455,8 +457,9 @@ class SparseAttention(torch.nn.Module):
 class LocalStrideSparseAttention(SparseAttention):
     """Attention to the blocks nearby, and to every so many-th of the others (phi-3-small).
 
-    The pattern is computed where it is needed, not stored, where its heads are those of the tensors
-    and blocks are of 128 or fewer; `sparse_pattern` writes it out.
+    The pattern is a rule, not stored, where its heads are those of the tensors, blocks are of 128
+    or fewer, and, not causal, no heads are dense and there are no more queries than keys.
+    `sparse_pattern` writes it out.
 
     Parameters
     ----------
@@ -657,9 +660,9 @@ def _unpacked(
     return q, k, v
 
 
-def _check_indices(where: dict[str, Tensor | None], q: Tensor) -> None:
+def _check_indices(where: tuple[Tensor | None, ...], q: Tensor) -> None:
     """Check what says where sequences lie."""
-    for name, index in where.items():
+    for name, index in zip(_INDICES, where, strict=True):
         if index is None:
             continue
         check_index(name, index, 1)
