@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -274,3 +275,24 @@ def test_timers(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="torch sees no GPU"):
             benchmark_memory(*own)
+
+
+def test_refusals_are_runtime_errors_in_the_words_of_the_door() -> None:
+    q, k = torch.randn(1, 3, H, D), torch.randn(1, 9, HKV, D)
+    cu = cumulative((3,))
+    calls: dict[str, Callable[[], object]] = {
+        r"^softmax_scale=": lambda: flash_attn_func(q, k, k, softmax_scale=float("nan")),
+        r"heads": lambda: flash_attn_func(q, k[:, :, :1].expand(1, 9, 3, D), k),
+        r"sequences differ": lambda: flash_attn_varlen_func(q[0], k[0], k[0], cu, cu[:1], 3, 9),
+        r"cache_batch_idx and block_table": lambda: flash_attn_with_kvcache(
+            q, k, k, cache_seqlens=3, cache_batch_idx=cu, block_table=cu[None]
+        ),
+        r"^cache_seqlens has 2 entries": lambda: flash_attn_with_kvcache(q, k, k, cache_seqlens=cu),
+        r"rotary_cos and rotary_sin": lambda: flash_attn_with_kvcache(
+            q, k, k, k[:, :3], k[:, :3], q[0, :, 0], cache_seqlens=3
+        ),
+    }
+    for message, call in calls.items():
+        with pytest.raises(RuntimeError, match=message) as caught:
+            call()
+        assert isinstance(caught.value, jitattn.InvalidInputError)

@@ -15,7 +15,10 @@ import torch
 
 import jitattn.ops  # noqa: F401 - registers the operators
 from jitattn.attention import attention, bind
+from jitattn.compat._errors import ExtensionError, errors_as
 from jitattn.compat.flash_attn._translate import (
+    CACHE_WORDS,
+    WORDS,
     keys_of,
     lengths_of,
     mask_of,
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from jitattn.sequences import Paged
 
 
+@errors_as(ExtensionError, WORDS)
 def fwd(
     q: Tensor,
     k: Tensor,
@@ -68,6 +72,7 @@ def fwd(
     return _forward(q, k, v, out, given, p_dropout, return_softmax, gen)
 
 
+@errors_as(ExtensionError, WORDS)
 def varlen_fwd(
     q: Tensor,
     k: Tensor,
@@ -114,6 +119,7 @@ def varlen_fwd(
     return _forward(q, k, v, out, given, p_dropout, return_softmax, gen)
 
 
+@errors_as(ExtensionError, WORDS)
 def bwd(
     dout: Tensor,
     q: Tensor,
@@ -155,6 +161,7 @@ def bwd(
     return [*_into((dq, dk, dv), results), softmax_d.contiguous()]
 
 
+@errors_as(ExtensionError, WORDS)
 def varlen_bwd(
     dout: Tensor,
     q: Tensor,
@@ -208,6 +215,7 @@ def varlen_bwd(
     return [*_into((dq, dk, dv), results), softmax_d]
 
 
+@errors_as(ExtensionError, CACHE_WORDS)
 def fwd_kvcache(
     q: Tensor,
     kcache: Tensor,

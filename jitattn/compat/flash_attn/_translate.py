@@ -20,6 +20,20 @@ if TYPE_CHECKING:
 
     from jitattn.masks import Mask
 
+#: What the core says, and what these functions do.
+WORDS: Final = {
+    "scale": "softmax_scale",
+    "q_seqs": "cu_seqlens_q",
+    "kv_seqs": "cu_seqlens_k",
+    "check the layout argument": "the layout is [B, L, H, D]",
+}
+CACHE_WORDS: Final = {
+    **WORDS,
+    "length": "cache_seqlens",
+    "batch_idx": "cache_batch_idx",
+    "left_pad": "cache_leftpad",
+    "Rotary": "rotary_cos and rotary_sin",
+}
 #: Keys between two updates of the running maximum that S_dmask is relative to.
 DMASK_BLOCK: Final = 64
 #: Lq and Lkv of S_dmask are multiples of this.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jitattn.attention import attention
+from jitattn.compat._errors import ExtensionError, errors_as
 from jitattn.compat.flash_attn._extension import dmask_of, fwd_kvcache
 from jitattn.compat.flash_attn._operators import (
     _flash_attn_backward,
@@ -28,7 +29,9 @@ from jitattn.compat.flash_attn._operators import (
     _wrapped_flash_attn_varlen_forward,
 )
 from jitattn.compat.flash_attn._translate import (
+    CACHE_WORDS,
     DMASK_BLOCK,
+    WORDS,
     keys_of,
     lengths_of,
     mask_of,
@@ -63,6 +66,7 @@ __all__ = [
 ]
 
 
+@errors_as(ExtensionError, WORDS)
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -174,6 +178,7 @@ def flash_attn_qkvpacked_func(
     )
 
 
+@errors_as(ExtensionError, WORDS)
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -303,6 +308,7 @@ def flash_attn_varlen_qkvpacked_func(
     )
 
 
+@errors_as(ExtensionError, CACHE_WORDS)
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
