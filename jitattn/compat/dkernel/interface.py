@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-import operator
 import warnings
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
@@ -12,6 +11,13 @@ import torch
 
 from jitattn.attention import attention
 from jitattn.compat._errors import CheckFailedError, check
+from jitattn.compat.dkernel._checks import (
+    check_indices,
+    check_lse,
+    check_paddings,
+    check_shapes,
+)
+from jitattn.compat.dkernel._kept import LARGEST_BLOCK, KeptMasks
 from jitattn.compat.dkernel.utils import (
     is_kv_cache_efficient,
     local_stride_blocks,
@@ -19,10 +25,10 @@ from jitattn.compat.dkernel.utils import (
     verify_sparse_pattern,
 )
 from jitattn.errors import InvalidInputError, UnsupportedError
-from jitattn.masks import BlockSparse, LocalStride
+from jitattn.masks import LocalStride
 from jitattn.merge import merge
 from jitattn.problem import check_out
-from jitattn.sequences import Padded, Ragged, check_index
+from jitattn.sequences import Padded, Ragged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,11 +37,6 @@ if TYPE_CHECKING:
 
     from jitattn.masks import Mask
 
-_LARGEST_BLOCK: Final = 128
-_MOST_MASKS: Final = 16
-#: Stands for the version of a pattern that a graph has read.
-_MADE_IN_GRAPH: Final = -1
-_INDICES: Final = ("cu_seqlen_k", "cu_seqlen_q", "left_paddings", "seqlens")
 _HINTS: Final = ("out", "d_splits", "inference")
 
 
@@ -137,10 +138,7 @@ class SparseAttention(torch.nn.Module):
             f"block_n={block_n}: it must divide the block size {block_size}",
         )
         self.kwargs = kwargs
-        #: By how they were made: the pattern, its version, and the mask.
-        self._masks: dict[tuple[Any, ...], tuple[Tensor, int, BlockSparse]] = {}
-        #: The pattern, its version, and itself in blocks of kernels, with room to be moved in.
-        self._wholes: dict[torch.device, tuple[Tensor, int, Tensor]] = {}
+        self._kept = KeptMasks(block_size, causal)
 
     def forward(
         self,
@@ -188,10 +186,10 @@ class SparseAttention(torch.nn.Module):
             Anything else that breaks a rule; it is a `ValueError`.
         """
         q, k, v = _unpacked(q, k, v, split_qkv)
-        self._check_shapes(q, k, v)
+        check_shapes(q, k, v, self.seq_dim)
         where = (cu_seqlen_k, cu_seqlen_q, left_paddings, seqlens)
         if q.dim() == 3 or not (cu_seqlen_k is cu_seqlen_q is left_paddings is seqlens is None):
-            _check_indices(where, q)
+            check_indices(where, q)
         if not (sm_scale is None or isinstance(sm_scale, numbers.Real)):
             raise InvalidInputError(
                 f"sm_scale is a {type(sm_scale).__name__}: it must be a number; pass a float, or "
@@ -217,30 +215,6 @@ class SparseAttention(torch.nn.Module):
             return attention(q, k, v, mask=masks[0], out=out, **arguments)
         both = [attention(q, k, v, mask=mask, **arguments) for mask in masks]
         return self._joined(both, shift % self.block_size, return_lse, out)
-
-    def _check_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if not isinstance(x, torch.Tensor):
-                raise InvalidInputError(f"{name} is a {type(x).__name__}: it must be a tensor")
-        shape_q, shape_k, shape_v = q.shape, k.shape, v.shape
-        dims = len(shape_q)
-        head = 1 if dims == 3 or self.seq_dim == 2 else 2
-        if dims not in (3, 4) or len(shape_k) != dims:
-            rule = "they must be 4-D, or 3-D with cu_seqlen_k"
-        elif shape_k[:-1] != shape_v[:-1]:
-            rule = "k and v must have the same batch, length and heads"
-        elif shape_q[-1] != shape_k[-1] or (dims == 4 and shape_q[0] != shape_k[0]):
-            rule = "q and k must have the same batch and head dim"
-        elif shape_q[head] % max(1, shape_k[head]):
-            rule = (
-                f"the heads of q, {shape_q[head]}, must be a multiple of those of k, "
-                f"{shape_k[head]}; check seq_dim, which is {self.seq_dim}"
-            )
-        else:
-            return
-        raise CheckFailedError(
-            f"q has shape {list(shape_q)}, k {list(shape_k)} and v {list(shape_v)}: {rule}"
-        )
 
     def _packed(
         self,
@@ -329,7 +303,7 @@ class SparseAttention(torch.nn.Module):
                 "the last tokens of their sequences, of which there must be as many"
             )
         self._check_positions(len_kv)
-        _check_paddings(left_paddings, seqlens, len_kv)
+        check_paddings(left_paddings, seqlens, len_kv)
         left = None if left_paddings is None else left_paddings.to(q.device)
         if seqlens is not None:
             length = seqlens.to(q.device)
@@ -385,58 +359,17 @@ class SparseAttention(torch.nn.Module):
                 f"the pattern has {len(pattern)} heads: q has {heads[0]} and k {heads[1]}"
             )
         if shift == 0:
-            return [self._of_blocks(pattern)]
+            return [self._kept.mask(pattern)]
         if not self.causal:
-            return [self._of_blocks(pattern, first_row=0)]
+            return [self._kept.mask(pattern, first_row=0)]
         moved, rest = shift // self.block_size, shift % self.block_size
-        return [self._of_blocks(pattern, moved + i) for i in range(1 if rest == 0 else 2)]
+        return [self._kept.mask(pattern, moved + i) for i in range(1 if rest == 0 else 2)]
 
     def _pattern_on(self, device: torch.device) -> Tensor:
         pattern: Tensor = self._buffers["sparse_pattern"]  # type: ignore[assignment]
         if pattern.device != device:
             self.sparse_pattern = pattern = pattern.to(device)
         return pattern
-
-    def _of_blocks(
-        self, pattern: Tensor, moved: int = 0, first_row: int | None = None
-    ) -> BlockSparse:
-        """Return the mask of a pattern, the same value as long as the pattern is the same.
-
-        `moved` is by how many rows it is moved down: new rows are empty, those above the top go.
-        """
-        size = min(self.block_size, _LARGEST_BLOCK)
-        if torch.compiler.is_compiling():  # operators know a mask by the memory of its pattern
-            # An index, not a symbol: shapes of patterns are facts of a graph.
-            blocks = self._moved(pattern, operator.index(moved))
-            return BlockSparse(blocks, size, self.causal, first_row)
-        key = (moved, first_row, pattern.device)
-        version = _version(pattern)
-        source, known_version, found = self._masks.get(key, (None, 0, None))
-        if found is None or source is not pattern or known_version != version:
-            blocks = self._moved(pattern, moved)
-            found = BlockSparse(blocks, size, self.causal, first_row)
-            if len(self._masks) >= _MOST_MASKS:
-                self._masks.clear()
-            self._masks[key] = (pattern, version, found)
-        return found
-
-    def _moved(self, pattern: Tensor, moved: int) -> Tensor:
-        """Return the pattern moved down, in blocks that kernels take; a part of what is kept."""
-        factor = max(1, self.block_size // _LARGEST_BLOCK)
-        if moved == 0 and factor == 1:
-            return pattern
-        above = (
-            max(pattern.shape[1:]) if self.causal and pattern.shape[1] != pattern.shape[2] else 0
-        )
-        source, version, whole = self._wholes.get(pattern.device, (None, 0, None))
-        # torch.compile cannot ask for versions.
-        now = _MADE_IN_GRAPH if torch.compiler.is_compiling() else _version(pattern)
-        if whole is None or source is not pattern or now not in (version, _MADE_IN_GRAPH):
-            whole = torch.nn.functional.pad(pattern, (0, 0, above, 0))
-            if factor > 1:
-                whole = whole.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-            self._wholes[pattern.device] = (pattern, now, whole)
-        return whole[:, (above - moved) * factor :]
 
     def _joined(self, both: list[Any], rest: int, return_lse: bool, out: Tensor | None) -> Any:  # noqa: ANN401
         """Return for each query the result that its row is right in.
@@ -563,7 +496,7 @@ class LocalStrideSparseAttention(SparseAttention):
         """Return the pattern as a rule of positions, if it is one of these heads."""
         # Dense, it does not matter which blocks are local.
         local = 1 if self.vert_stride == 1 else self.local_blocks
-        if self.block_size > _LARGEST_BLOCK or local == 0:
+        if self.block_size > LARGEST_BLOCK or local == 0:
             return None
         if self.homo_head:
             # The original takes the one head for head 0 of one.
@@ -626,21 +559,9 @@ def combine_attn_partitions(*x: tuple[Tensor, Tensor], hdim: int = 1) -> Tensor:
             f"part {idx} is a {type(part).__name__}: it must be a pair of tensors, (out, lse), as "
             "attention gives it with return_lse=True",
         )
-        _check_lse(idx, *part, hdim)
+        check_lse(idx, *part, hdim)
     outs, lses = zip(*x, strict=True)
     return merge(outs, lses, layout="bhsd" if hdim == 1 else "bshd")[0]
-
-
-def _check_lse(idx: int, out: Tensor, lse: Tensor, hdim: int) -> None:
-    """Refuse an LSE that is not of this result."""
-    if out.dim() != 4:
-        return
-    shape = [len(out), out.shape[hdim], out.shape[3 - hdim]]
-    check(
-        list(lse.shape) == shape,
-        f"part {idx} has lse {list(lse.shape)} and out {list(out.shape)}: with hdim={hdim} the "
-        f"lse must be {shape}; results of seq_dim=1 need hdim=2",
-    )
 
 
 def _unpacked(
@@ -658,46 +579,6 @@ def _unpacked(
     else:
         k, v = split_qkv(k)
     return q, k, v
-
-
-def _check_indices(where: tuple[Tensor | None, ...], q: Tensor) -> None:
-    """Check what says where sequences lie."""
-    for name, index in zip(_INDICES, where, strict=True):
-        if index is None:
-            continue
-        check_index(name, index, 1)
-        is_packed = name.startswith("cu_")
-        if is_packed != (q.dim() == 3):
-            raise CheckFailedError(
-                f"{name} is given and q is {q.dim()}-D: cu_seqlen_k and cu_seqlen_q go with 3-D "
-                "tensors, left_paddings and seqlens with 4-D ones"
-            )
-        if len(index) == 0 if is_packed else len(index) != len(q):
-            count = "one more than there are sequences" if is_packed else f"{len(q)}, as q has rows"
-            raise CheckFailedError(f"{name} has {len(index)} entries: it must have {count}")
-
-
-def _check_paddings(left: Tensor | None, seqlens: Tensor | None, len_kv: int) -> None:
-    """Check the numbers that need not be waited for, those that are not on a GPU."""
-    here = [x for x in (left, seqlens) if x is not None and x.device.type == "cpu"]
-    if torch.compiler.is_compiling() or not here:
-        return
-    ends = here[0].long() + here[1] if len(here) == 2 else here[0]
-    is_wrong = ends > len_kv
-    for x in here:
-        is_wrong = is_wrong | (x < 0)
-    if bool(is_wrong.any()):
-        idx = int(is_wrong.nonzero()[0])
-        found = " and ".join(
-            f"{name}[{idx}]={int(x[idx])}"
-            for name, x in (("left_paddings", left), ("seqlens", seqlens))
-            if x is not None and x.device.type == "cpu"
-        )
-        raise CheckFailedError(f"{found}: it must be from 0 to the {len_kv} tokens of k, in all")
-
-
-def _version(pattern: Tensor) -> int:
-    return 0 if pattern.is_inference() else pattern._version
 
 
 def _wants(x: Tensor) -> bool:

@@ -1,0 +1,90 @@
+"""What calls of the modules refuse before anything is launched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from jitattn.compat._errors import CheckFailedError, check
+from jitattn.errors import InvalidInputError
+from jitattn.sequences import check_index
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_INDICES: Final = ("cu_seqlen_k", "cu_seqlen_q", "left_paddings", "seqlens")
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, seq_dim: int | None) -> None:
+    """Check that q, k and v go together."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise InvalidInputError(f"{name} is a {type(x).__name__}: it must be a tensor")
+    shape_q, shape_k, shape_v = q.shape, k.shape, v.shape
+    dims = len(shape_q)
+    head = 1 if dims == 3 or seq_dim == 2 else 2
+    if dims not in (3, 4) or len(shape_k) != dims:
+        rule = "they must be 4-D, or 3-D with cu_seqlen_k"
+    elif shape_k[:-1] != shape_v[:-1]:
+        rule = "k and v must have the same batch, length and heads"
+    elif shape_q[-1] != shape_k[-1] or (dims == 4 and shape_q[0] != shape_k[0]):
+        rule = "q and k must have the same batch and head dim"
+    elif shape_q[head] % max(1, shape_k[head]):
+        rule = (
+            f"the heads of q, {shape_q[head]}, must be a multiple of those of k, "
+            f"{shape_k[head]}; check seq_dim, which is {seq_dim}"
+        )
+    else:
+        return
+    raise CheckFailedError(
+        f"q has shape {list(shape_q)}, k {list(shape_k)} and v {list(shape_v)}: {rule}"
+    )
+
+
+def check_indices(where: tuple[Tensor | None, ...], q: Tensor) -> None:
+    """Check what says where sequences lie."""
+    for name, index in zip(_INDICES, where, strict=True):
+        if index is None:
+            continue
+        check_index(name, index, 1)
+        is_packed = name.startswith("cu_")
+        if is_packed != (q.dim() == 3):
+            raise CheckFailedError(
+                f"{name} is given and q is {q.dim()}-D: cu_seqlen_k and cu_seqlen_q go with 3-D "
+                "tensors, left_paddings and seqlens with 4-D ones"
+            )
+        if len(index) == 0 if is_packed else len(index) != len(q):
+            count = "one more than there are sequences" if is_packed else f"{len(q)}, as q has rows"
+            raise CheckFailedError(f"{name} has {len(index)} entries: it must have {count}")
+
+
+def check_paddings(left: Tensor | None, seqlens: Tensor | None, len_kv: int) -> None:
+    """Check the numbers that need not be waited for, those that are not on a GPU."""
+    here = [x for x in (left, seqlens) if x is not None and x.device.type == "cpu"]
+    if torch.compiler.is_compiling() or not here:
+        return
+    ends = here[0].long() + here[1] if len(here) == 2 else here[0]
+    is_wrong = ends > len_kv
+    for x in here:
+        is_wrong = is_wrong | (x < 0)
+    if bool(is_wrong.any()):
+        idx = int(is_wrong.nonzero()[0])
+        found = " and ".join(
+            f"{name}[{idx}]={int(x[idx])}"
+            for name, x in (("left_paddings", left), ("seqlens", seqlens))
+            if x is not None and x.device.type == "cpu"
+        )
+        raise CheckFailedError(f"{found}: it must be from 0 to the {len_kv} tokens of k, in all")
+
+
+def check_lse(idx: int, out: Tensor, lse: Tensor, hdim: int) -> None:
+    """Refuse an LSE that is not of this result."""
+    if out.dim() != 4:
+        return
+    shape = [len(out), out.shape[hdim], out.shape[3 - hdim]]
+    check(
+        list(lse.shape) == shape,
+        f"part {idx} has lse {list(lse.shape)} and out {list(out.shape)}: with hdim={hdim} the "
+        f"lse must be {shape}; results of seq_dim=1 need hdim=2",
+    )
