@@ -193,7 +193,8 @@ def _sequence_by_sequence(
     if not out.requires_grad and torch.is_grad_enabled() and _any_requires_grad(q, k, v):
         # All sequences are empty: autograd is to find gradients of 0, as everywhere.
         for x in (q, k, v):
-            out = out + (x * 0).nan_to_num().sum().to(out.dtype)
+            nothing = (x * 0).nan_to_num().sum()
+            out, lse = out + nothing.to(out.dtype), lse + nothing.to(lse.dtype)
     return (out.transpose(1, 2) if call.layout == "bhsd" and not is_flat else out), lse
 
 
