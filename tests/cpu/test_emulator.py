@@ -170,6 +170,27 @@ def test_watched_kernels(found: str, body: str, tmp_path: Path) -> None:
             assert not done.stdout.strip()
 
 
+AGAIN = """
+import ctypes, sys
+data = (ctypes.c_float * 16)()
+start = ctypes.addressof(data)
+library = ctypes.CDLL(sys.argv[1])
+library.emulate_found.restype = ctypes.c_char_p
+for size in (64, 40, 64):
+    library.emulate_with((ctypes.c_size_t * 2)(start, start + size), 1)
+    library.emulate(ctypes.byref(ctypes.c_void_p(start)), 1, 64, 1024, (ctypes.c_int32 * 2)())
+    print(len(library.emulate_found().decode().splitlines()) > 0)
+"""
+
+
+def test_memory_of_an_earlier_launch_is_nobodys(tmp_path: Path) -> None:
+    library = build_it("volatile float x = params.data[12];", tmp_path, watched=True)
+    done = subprocess.run(
+        [sys.executable, "-c", AGAIN, str(library)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "True", "False"]
+
+
 def test_a_write_to_memory_of_no_tensor_ends_the_process(tmp_path: Path) -> None:
     done = run(build_it("params.data[12] = 1.f;", tmp_path, watched=True), 1)
     assert done.returncode != 0

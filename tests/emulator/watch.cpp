@@ -52,6 +52,7 @@ constexpr int kMostReports = 10;
 constexpr int kMostFrames = 24;
 
 std::vector<Region> tensors;  // sorted
+Region latest;                // of them: where the last access was
 std::vector<Region> arrays;   // those that kernels declare shared
 std::vector<uint64_t> begun;  // the CTA in which each of them became NaN
 std::vector<Touched> touched;
@@ -168,7 +169,6 @@ void check(const void* pointer, int bytes, Access access) {
   const Region image = {reinterpret_cast<uintptr_t>(&__ehdr_start),
                         reinterpret_cast<uintptr_t>(&_end)};
   if (access == Access::kRead && image.holds(address, bytes)) return;  // constants
-  static Region latest;
   if (latest.holds(address, bytes)) return;
   auto next = std::upper_bound(tensors.begin(), tensors.end(), address,
                                [](uintptr_t value, const Region& r) { return value < r.begin; });
@@ -214,6 +214,7 @@ SharedArray::SharedArray(void* begin, size_t bytes) {
 extern "C" void emulate_with(const uintptr_t* pairs, int count) {
   auto& tensors = emulator::tensors;
   tensors.clear();
+  emulator::latest = {};
   for (int i = 0; i < count; ++i) tensors.push_back({pairs[2 * i], pairs[2 * i + 1]});
   emulator::touched.resize((emulator::kLargestShared + emulator::kMostArrays) / emulator::kGranule);
   emulator::found.clear();
