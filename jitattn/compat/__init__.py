@@ -85,8 +85,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         To return ours from `create_module` would let the import system put the alias's spec on it.
         """
         fullname = module.__name__
-        ours = importlib.import_module(_ours(fullname))
-        # For those who make a module by hand, and look at no other.
+        ours = _imported(_ours(fullname))
+        # For those who make a module by hand, and look at no other, and for threads that asked
+        # meanwhile: Python may hand them the module that was there when they asked.
         vars(module)["__getattr__"] = functools.partial(getattr, ours)
         with _lock:
             if fullname.partition(".")[0] not in _held:
@@ -102,6 +103,18 @@ _held: Final[dict[str, _Held]] = {}
 def _ours(fullname: str) -> str:
     name, dot, below = fullname.partition(".")
     return DOORS[name] + dot + below
+
+
+def _imported(name: str) -> ModuleType:
+    """Import a module, packages that it is in first.
+
+    Asked for the module at once, Python takes its lock and then those of its packages; a thread
+    that imports such a package meanwhile, and with it the module, takes them the other way round.
+    """
+    package = name.rpartition(".")[0]
+    if package:
+        _imported(package)
+    return importlib.import_module(name)
 
 
 def _taken_out(name: str) -> dict[str, ModuleType]:

@@ -145,26 +145,32 @@ def test_a_module_that_was_imported_before_comes_back(monkeypatch: pytest.Monkey
 def test_threads_import_at_once() -> None:
     """In a process where no door is, and aliases come and go meanwhile.
 
-    What the doors import is there: threads that import it at once are Python's own affair, which
-    says "deadlock detected" now and then.
+    A thread that asks while another imports may be handed the module that stands for ours, whose
+    names are ours. What the doors import is there: threads that import it at once are Python's own
+    affair, which says "deadlock detected" now and then.
     """
     done = run(
         "import importlib, sys, threading, jitattn.compat\n"
         "from jitattn import attention, attention_with_kvcache, explain, merge, reference\n"
         "sys.setswitchinterval(1e-5)\n"
-        "names = ['dkernel.utils', 'fast_ops.flash_attention.flash_attention', 'dkernel',\n"
-        "         'flash_attn.bert_padding', 'flash_attn_vllm.bert_padding', 'warp_attention']\n"
+        "names = ['dkernel.utils:get_sparse_attn_mask', 'dkernel:SparseAttention',\n"
+        "         'fast_ops.flash_attention.flash_attention:FlashAttentionFunction',\n"
+        "         'flash_attn.bert_padding:pad_input', 'flash_attn_vllm.bert_padding:pad_input',\n"
+        "         'warp_attention:set_default_gear']\n"
         "doors, wrong, start = jitattn.compat.DOORS, [], threading.Barrier(12)\n"
+        "statement = lambda name: __import__(name, fromlist=['x'])\n"
         "def work(idx):\n"
         "    start.wait()\n"
         "    for turn in range(20):\n"
-        "        name = names[(idx + turn) % len(names)]\n"
+        "        name, _, symbol = names[(idx + turn) % len(names)].partition(':')\n"
         "        door, _, rest = name.partition('.')\n"
         "        ours = doors[door] + ('.' + rest if rest else '')\n"
         "        with jitattn.compat.alias(door):\n"
-        "            try: found = importlib.import_module(name)\n"
+        "            load = importlib.import_module if turn % 2 else statement\n"
+        "            try: found = getattr(load(name), symbol)\n"
         "            except BaseException as error: wrong.append(repr(error)); continue\n"
-        "            if found.__spec__.name != ours or found is not sys.modules[ours]:\n"
+        "            module = sys.modules[ours]\n"
+        "            if module.__spec__.name != ours or found is not getattr(module, symbol):\n"
         "                wrong.append(name)\n"
         "threads = [threading.Thread(target=work, args=(idx,)) for idx in range(12)]\n"
         "for one in threads: one.start()\n"
