@@ -456,7 +456,7 @@ def _main(whole: _Pass, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     num_rows = rows.batch * rows.length * rows.heads
     num_threads = num_rows * -(-spec.problem.head_dim // 4)
     if spec.in_fragments:
-        columns = padded_head_dim(spec.problem.head_dim)
+        columns = padded_head_dim(spec.problem.head_dim) // rounding.column_tiles
         num_threads = heads * num_q_tiles * tile.block_q * columns // 4
     loaded_kernel(rounding, whole.device_index).launch(
         -(-num_threads // rounding.num_threads),

@@ -32,6 +32,11 @@ struct Scalar {
     }
     return static_cast<uint16_t>(ptx::pack_f16x2(value, 0.f));
   }
+  // Two neighbours.
+  __device__ static uint32_t round_pair(float left, float right) {
+    if constexpr (kDtype == Dtype::kBf16) return ptx::pack_bf16x2(left, right);
+    return ptx::pack_f16x2(left, right);
+  }
 };
 template <>
 struct Scalar<Dtype::kFp32> {

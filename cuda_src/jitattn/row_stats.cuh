@@ -30,22 +30,32 @@ __device__ __forceinline__ void row_stats(const StatsParams& params) {
   constexpr int kLanes = Spec::kLanes;
   constexpr float kLog2e = 1.4426950408889634f;
 
-  const int64_t thread =
-      static_cast<int64_t>(blockIdx.x) * Spec::kNumThreads + static_cast<int>(threadIdx.x);
-  const int64_t idx = thread / kLanes;
-  const int lane = static_cast<int>(thread % kLanes);
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const int64_t idx = static_cast<int64_t>(blockIdx.x) * (Spec::kNumThreads / kLanes) +
+                      static_cast<int>(threadIdx.x) / kLanes;
   const bool exists = idx < params.num_rows;
   const Division by_head = divide(idx, params.heads_q);
   const Division by_row = divide(by_head.quotient, params.len_q);
   const int64_t batch = by_row.quotient, position = by_row.rest, head = by_head.rest;
+  // Asked for at once with the columns: a second wait would halve the bytes that are under way.
+  float lse = 0.f, d_lse = 0.f;
+  if (exists) {
+    lse = params.lse[batch * params.lse_stride_batch + head * params.lse_stride_head +
+                     position * params.lse_stride_row];
+    if (params.d_lse != nullptr) {
+      d_lse = params.d_lse[batch * params.d_lse_stride_batch + head * params.d_lse_stride_head +
+                           position * params.d_lse_stride_row];
+    }
+  }
   const T* g_out = static_cast<const T*>(params.out) + batch * params.out_stride_batch +
                    position * params.out_stride_row + head * params.out_stride_head;
   const T* g_d_out = static_cast<const T*>(params.d_out) + batch * params.d_out_stride_batch +
                      position * params.d_out_stride_row + head * params.d_out_stride_head;
   float sum = 0.f;
 #pragma unroll
-  for (int chunk = lane; chunk < kChunks; chunk += kLanes) {
-    if (!exists) break;
+  for (int pass = 0; pass < ceil_div(kChunks, kLanes); ++pass) {
+    const int chunk = pass * kLanes + lane;
+    if (!exists || (kChunks % kLanes != 0 && chunk >= kChunks)) break;
     if constexpr (kVec > 1) {
       union {
         Vec16 vec;
@@ -67,8 +77,6 @@ __device__ __forceinline__ void row_stats(const StatsParams& params) {
   }
   if (!exists || lane != 0) return;
   const int64_t to = (batch * params.heads_q + head) * params.len_q + position;
-  const float lse = params.lse[batch * params.lse_stride_batch + head * params.lse_stride_head +
-                               position * params.lse_stride_row];
   const bool is_blind = lse == -infinity();
   float lse_log2 = is_blind ? infinity() : lse * kLog2e;
   float rest = 1.f;  // what a sink leaves of the weights
@@ -83,12 +91,7 @@ __device__ __forceinline__ void row_stats(const StatsParams& params) {
       lse_log2 = high + ptx::log2_approx(1.f + ptx::exp2_approx(low - high));
     }
   }
-  if (params.d_lse != nullptr && !is_blind) {
-    const float d_lse =
-        params.d_lse[batch * params.d_lse_stride_batch + head * params.d_lse_stride_head +
-                     position * params.d_lse_stride_row];
-    if (d_lse != 0.f) sum -= d_lse / rest;
-  }
+  if (d_lse != 0.f && !is_blind) sum -= d_lse / rest;
   params.lse_log2[to] = lse_log2;
   params.delta[to] = is_blind ? 0.f : sum;
 }

@@ -38,7 +38,6 @@ def camel(name: str) -> str:
 
 
 def _members(spec: KernelSpec) -> list[str]:
-    lanes = getattr(spec, "lanes", None)
     members = [
         _member(field.name, getattr(part, field.name))
         for part in spec.parts
@@ -48,7 +47,7 @@ def _members(spec: KernelSpec) -> list[str]:
     return [
         _member("arch", arch_number(spec.arch)),
         *members,
-        *([] if lanes is None else [_member("lanes", lanes)]),
+        *(_member(name, getattr(spec, name)) for name in spec.derived),
         _member("num_threads", spec.num_threads),
         _member("smem_bytes", spec.smem_bytes),
         _member("params_bytes", STRUCTS[spec.params].size),

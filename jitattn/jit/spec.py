@@ -141,6 +141,7 @@ class _Spec:
 
     __slots__ = ()
     family: ClassVar[str]
+    derived: ClassVar[tuple[str, ...]] = ()  #: properties that the kernel needs beside the fields
     arch: str
 
     @property
@@ -314,6 +315,7 @@ class StatsSpec(_Spec):
 
     family: ClassVar[str] = "stats"
     params: ClassVar[str] = "stats"
+    derived: ClassVar[tuple[str, ...]] = ("lanes",)
     num_threads: ClassVar[int] = 256
     smem_bytes: ClassVar[int] = 0
     dtype: Dtype  #: of out and dO
@@ -323,9 +325,10 @@ class StatsSpec(_Spec):
 
     @property
     def lanes(self) -> int:
-        """Lanes that share a row: a power of two, with at least one access each."""
+        """Lanes that share a row: a power of two, with two accesses each where there are any."""
         wide = 16 // self.dtype.bytes if self.access is Access.VEC16 else 1
-        return min(32, 1 << ((self.head_dim_v // wide).bit_length() - 1))
+        accesses = self.head_dim_v // wide
+        return min(32, 1 << (max(accesses // 2, 1).bit_length() - 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,6 +337,7 @@ class RoundSpec(_Spec):
 
     family: ClassVar[str] = "round"
     params: ClassVar[str] = "round"
+    derived: ClassVar[tuple[str, ...]] = ("column_tiles",)
     num_threads: ClassVar[int] = 256
     smem_bytes: ClassVar[int] = 0
     dtype: Dtype
@@ -343,6 +347,11 @@ class RoundSpec(_Spec):
     num_warps: int
     warps_dq: int
     arch: str
+
+    @property
+    def column_tiles(self) -> int:
+        """Tiles of 16 rows and 8 columns that a warp rounds, where sums are in fragment order."""
+        return 4 if padded_head_dim(self.head_dim) % 32 == 0 else 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -392,6 +401,7 @@ class AppendSpec(_Spec):
 class _OfSlices(_Spec):
     """What the kernels over slices of vectors have in common."""
 
+    derived: ClassVar[tuple[str, ...]] = ("lanes",)
     num_threads: ClassVar[int] = 256
     smem_bytes: ClassVar[int] = 0
     dtype: Dtype

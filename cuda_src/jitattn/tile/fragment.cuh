@@ -21,6 +21,23 @@ __device__ __forceinline__ int accumulator_row(int lane_idx, int half) {
 // Column of c[0] and c[2] within the 8 columns of a tile; c[1] and c[3] are the next one.
 __device__ __forceinline__ int accumulator_column(int lane_idx) { return (lane_idx & 3) * 2; }
 
+// Four neighbouring lanes have a word each of four tiles: lane j gets the words of tile j, in the
+// order of the lanes.
+__device__ __forceinline__ void transpose_in_fours(uint32_t (&word)[4], int lane_idx) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool is_high = (lane_idx & bit) != 0;
+#pragma unroll
+    for (int low = 0; low < 4; ++low) {
+      if ((low & bit) != 0) continue;
+      const int high = low + bit;
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, is_high ? word[low] : word[high], bit);
+      word[low] = is_high ? got : word[low];
+      word[high] = is_high ? word[high] : got;
+    }
+  }
+}
+
 // The four 8x8 blocks of an ldmatrix.x4 lie as [rows 0-7 | rows 8-15] x [chunk 0 | chunk 1]. The
 // operand decides which of the two varies first from register to register.
 
