@@ -244,7 +244,8 @@ template <class Spec>
 __device__ __forceinline__ void quantize(const QuantParams& params) {
   using Row = QuantRow<Spec>;
   constexpr int kDim = Row::kDim, kLanes = Row::kLanes, kRowsPerPass = Row::kRowsPerPass;
-  constexpr int kPasses = ceil_div(kQuantKeys, kRowsPerPass);
+  constexpr int kPasses = kQuantKeys / kRowsPerPass;
+  static_assert(kPasses * kRowsPerPass == kQuantKeys, "no row of the next block");
   constexpr float kLargest = 127.f;
   // c has made both alike: where one is below this, scores are 0 for every purpose. And the product
   // of two scales must not be 0, with which a hidden score, -inf, would become NaN.
@@ -265,6 +266,13 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
   const float* g_channels =
       params.channels +
       (static_cast<int64_t>(work.batch) * params.heads_kv + kv_head) * (2 * kDim) + lane * 8;
+  // All rows are under way at once; past the end it is the last one again, which has been counted.
+  float x[kPasses][8];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int row = work.block * kQuantKeys + first + pass * kRowsPerPass;
+    Row::load(x[pass], params, work, min_of(row, len - 1), lane);
+  }
   float mean[8], factor[8];
 #pragma unroll
   for (int i = 0; i < 8; i += 4) {
@@ -287,22 +295,19 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
       ((is_flat ? 0 : static_cast<int64_t>(work.batch) * heads) + work.head) * rows_of_head + start;
   int8_t* g_out = (work.is_k ? params.k_out : params.q_out) + first_out * kDim;
 
-  float x[kPasses][8], most[kPasses];
+  float most[kPasses];
   float most_of_all = 0.f;
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     const int row = work.block * kQuantKeys + first + pass * kRowsPerPass;
-    const bool exists = row < len && first + pass * kRowsPerPass < kQuantKeys;
+    const bool exists = row < len;
     most[pass] = 0.f;
     float along_mean = 0.f;
-    if (exists) {
-      Row::load(x[pass], params, work, row, lane);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        along_mean = fmaf(x[pass][i], mean[i], along_mean);
-        x[pass][i] = (work.is_k ? x[pass][i] - mean[i] : x[pass][i]) * factor[i];
-        most[pass] = fmaxf(most[pass], fabsf(x[pass][i]));
-      }
+    for (int i = 0; i < 8; ++i) {
+      if (!work.is_k) along_mean = fmaf(x[pass][i], mean[i], along_mean);
+      x[pass][i] = (work.is_k ? x[pass][i] - mean[i] : x[pass][i]) * factor[i];
+      most[pass] = fmaxf(most[pass], fabsf(x[pass][i]));
     }
     most_of_all = fmaxf(most_of_all, most[pass]);
     if (work.is_k) continue;
@@ -335,7 +340,7 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     const int row = work.block * kQuantKeys + first + pass * kRowsPerPass;
-    if (row >= len || first + pass * kRowsPerPass >= kQuantKeys) continue;
+    if (row >= len) continue;
     const float inverse = kLargest / fmaxf(work.is_k ? most_of_all : most[pass], kLeast);
     uint32_t packed[2] = {};
 #pragma unroll
