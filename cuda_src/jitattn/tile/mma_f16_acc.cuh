@@ -12,6 +12,7 @@
 #include "jitattn/ptx/mma_sm80.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/tile/mma_f32_acc.cuh"
+#include "jitattn/tile/promoted_output.cuh"
 #include "jitattn/types.cuh"
 
 namespace jitattn {
@@ -27,56 +28,28 @@ struct MmaF16Acc : MmaF32Acc<Dtype::kFp16> {
                                     float (&r_s)[kRowTiles][kKeyTiles][4],
                                     const LaneV<kChunks>& lane, Exponentiate exponentiate) {
     using Layout = Swizzle<kChunks>;
-    constexpr int kSteps = kKeyTiles / 2;
+    auto pack_one = [](uint32_t (&part)[1], float left, float right) {
+      part[0] = pack(left, right);
+    };
+    auto multiply = [&](auto& sum, const uint32_t (&p)[1][kRowTiles][4], int step, int n) {
+      uint32_t v[4];  // operand B of column tiles n and n + 1
+      ptx::ldmatrix_x4_trans(v, Layout::step(lane.addr, n) + step * 16 * Layout::kRowBytes);
+      const uint32_t left[2] = {v[0], v[1]}, right[2] = {v[2], v[3]};
 #pragma unroll
-    for (int first = 0; first < kSteps; first += kPromoteSteps) {
-      constexpr int kCount = min_of(kPromoteSteps, kSteps);
-      uint32_t p[kCount][kRowTiles][4];
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const int step = first + i;
-        if (step >= kSteps) continue;
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          float (&left)[4] = r_s[m][2 * step], (&right)[4] = r_s[m][2 * step + 1];
-          exponentiate(left, m, 2 * step);
-          exponentiate(right, m, 2 * step + 1);
-          p[i][m][0] = pack(left[0], left[1]);
-          p[i][m][1] = pack(left[2], left[3]);
-          p[i][m][2] = pack(right[0], right[1]);
-          p[i][m][3] = pack(right[2], right[3]);
-        }
+      for (int m = 0; m < kRowTiles; ++m) {
+        ptx::mma_m16n8k16_f16_f16(sum[m][0], p[0][m], left);
+        ptx::mma_m16n8k16_f16_f16(sum[m][1], p[0][m], right);
       }
+    };
+    auto add = [](float (&out)[4], const uint32_t (&sum)[2]) {  // pairs of fp16
 #pragma unroll
-      for (int n = 0; n < kColumnTiles; n += 2) {
-        uint32_t sum[kRowTiles][2][2] = {};  // pairs of fp16
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          const int step = first + i;
-          if (step >= kSteps) continue;
-          uint32_t v[4];  // operand B of column tiles n and n + 1
-          ptx::ldmatrix_x4_trans(v, Layout::step(lane.addr, n) + step * 16 * Layout::kRowBytes);
-          const uint32_t left[2] = {v[0], v[1]}, right[2] = {v[2], v[3]};
-#pragma unroll
-          for (int m = 0; m < kRowTiles; ++m) {
-            ptx::mma_m16n8k16_f16_f16(sum[m][0], p[i][m], left);
-            ptx::mma_m16n8k16_f16_f16(sum[m][1], p[i][m], right);
-          }
-        }
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const uint32_t pair = sum[m][j][half];
-              r_o[m][n + j][2 * half] += ptx::f16_to_f32(static_cast<uint16_t>(pair));
-              r_o[m][n + j][2 * half + 1] += ptx::f16_to_f32(static_cast<uint16_t>(pair >> 16));
-            }
-          }
-        }
+      for (int half = 0; half < 2; ++half) {
+        out[2 * half] += ptx::f16_to_f32(static_cast<uint16_t>(sum[half]));
+        out[2 * half + 1] += ptx::f16_to_f32(static_cast<uint16_t>(sum[half] >> 16));
       }
-    }
+    };
+    add_promoted_output<uint32_t[2], 1, kPromoteSteps>(r_o, r_s, exponentiate, pack_one, multiply,
+                                                       add);
   }
 };
 

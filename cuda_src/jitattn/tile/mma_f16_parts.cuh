@@ -13,6 +13,7 @@
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/tile/mma_f32_acc.cuh"
 #include "jitattn/tile/mma_split_p.cuh"
+#include "jitattn/tile/promoted_output.cuh"
 #include "jitattn/types.cuh"
 
 namespace jitattn {
@@ -20,6 +21,8 @@ namespace jitattn {
 template <int kProducts>  // 3 or 1
 struct MmaF16Parts : MmaF32Acc<Dtype::kFp16> {
   static constexpr bool kIsSplit = kProducts == 3;
+  // NOTE: of the class; in the function whose lambdas need it, NVRTC 13.0 dies of it.
+  static constexpr int kParts = kIsSplit ? 2 : 1;
   using Base = MmaF32Acc<Dtype::kFp16>;
   using Split = MmaSplitP<Dtype::kFp16>;
   static constexpr int kPromoteSteps = 4;       // of 16 keys
@@ -85,60 +88,29 @@ struct MmaF16Parts : MmaF32Acc<Dtype::kFp16> {
                                     const LaneV<kChunks>& lane, float scale,
                                     Exponentiate exponentiate) {
     using Layout = Swizzle<kChunks>;
-    static_assert(kChunks == (kIsSplit ? 2 : 1) * kColumnTiles);
-    constexpr int kSteps = kKeyTiles / 2;
-#pragma unroll
-    for (int first = 0; first < kSteps; first += kPromoteSteps) {
-      constexpr int kCount = min_of(kPromoteSteps, kSteps);
-      uint32_t high[kCount][kRowTiles][4], low[kCount][kRowTiles][4];
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const int step = first + i;
-        if (step >= kSteps) continue;
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          float (&left)[4] = r_s[m][2 * step], (&right)[4] = r_s[m][2 * step + 1];
-          exponentiate(left, m, 2 * step);
-          exponentiate(right, m, 2 * step + 1);
-          const float p[4][2] = {
-              {left[0], left[1]}, {left[2], left[3]}, {right[0], right[1]}, {right[2], right[3]}};
-#pragma unroll
-          for (int x = 0; x < 4; ++x) {
-            if constexpr (kIsSplit) {
-              Split::split(high[i][m][x], low[i][m][x], p[x][0], p[x][1]);
-            } else {
-              high[i][m][x] = Base::pack(p[x][0], p[x][1]);
-            }
-          }
-        }
+    static_assert(kChunks == kParts * kColumnTiles);
+    auto pack_parts = [](uint32_t (&part)[kParts], float left, float right) {
+      if constexpr (kIsSplit) {
+        Split::split(part[0], part[1], left, right);
+      } else {
+        part[0] = Base::pack(left, right);
       }
-#pragma unroll
-      for (int n = 0; n < kColumnTiles; n += 2) {
-        float sum[kRowTiles][2][4] = {};
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          const int step = first + i;
-          if (step >= kSteps) continue;
-          uint32_t v_high[4], v_low[4];  // operands B of column tiles n and n + 1
-          const int keys = step * 16 * Layout::kRowBytes;
-          ptx::ldmatrix_x4_trans(v_high, Layout::step(lane.addr, n) + keys);
-          if constexpr (kIsSplit) {
-            ptx::ldmatrix_x4_trans(v_low, Layout::step(lane.addr, n + kColumnTiles) + keys);
-          }
-          add_products(sum, high[i], low[i], v_high, v_low);
-        }
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              r_o[m][n + j][i] = fmaf(sum[m][j][i], scale, r_o[m][n + j][i]);
-            }
-          }
-        }
+    };
+    auto multiply = [&](auto& sum, const uint32_t (&p)[kParts][kRowTiles][4], int step, int n) {
+      uint32_t v_high[4], v_low[4];  // operands B of column tiles n and n + 1
+      const int keys = step * 16 * Layout::kRowBytes;
+      ptx::ldmatrix_x4_trans(v_high, Layout::step(lane.addr, n) + keys);
+      if constexpr (kIsSplit) {
+        ptx::ldmatrix_x4_trans(v_low, Layout::step(lane.addr, n + kColumnTiles) + keys);
       }
-    }
+      add_products(sum, p[0], p[kParts - 1], v_high, v_low);
+    };
+    auto add = [&](float (&out)[4], const float (&sum)[4]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[i] = fmaf(sum[i], scale, out[i]);
+    };
+    add_promoted_output<float[4], kParts, kPromoteSteps>(r_o, r_s, exponentiate, pack_parts,
+                                                         multiply, add);
   }
 
   // The same times a scale, for few rows: all sums at a time, which takes fewer registers than the

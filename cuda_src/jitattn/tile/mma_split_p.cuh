@@ -10,6 +10,7 @@
 #include "jitattn/ptx/ldmatrix.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/tile/mma_f32_acc.cuh"
+#include "jitattn/tile/promoted_output.cuh"
 #include "jitattn/types.cuh"
 
 namespace jitattn {
@@ -29,53 +30,25 @@ struct MmaSplitP : MmaF32Acc<kDtype> {
                                     const typename Base::template LaneV<kChunks>& lane,
                                     Exponentiate exponentiate) {
     using Layout = Swizzle<kChunks>;
-    constexpr int kSteps = kKeyTiles / 2;
+    auto pack = [](uint32_t (&part)[2], float left, float right) {
+      split(part[0], part[1], left, right);
+    };
+    auto multiply = [&](auto& sum, const uint32_t (&p)[2][kRowTiles][4], int step, int n) {
+      uint32_t v[4];  // operand B of column tiles n and n + 1
+      ptx::ldmatrix_x4_trans(v, Layout::step(lane.addr, n) + step * 16 * Layout::kRowBytes);
 #pragma unroll
-    for (int first = 0; first < kSteps; first += kPromoteSteps) {
-      constexpr int kCount = min_of(kPromoteSteps, kSteps);
-      uint32_t high[kCount][kRowTiles][4], low[kCount][kRowTiles][4];
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const int step = first + i;
-        if (step >= kSteps) continue;
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          float (&left)[4] = r_s[m][2 * step], (&right)[4] = r_s[m][2 * step + 1];
-          exponentiate(left, m, 2 * step);
-          exponentiate(right, m, 2 * step + 1);
-          split(high[i][m][0], low[i][m][0], left[0], left[1]);
-          split(high[i][m][1], low[i][m][1], left[2], left[3]);
-          split(high[i][m][2], low[i][m][2], right[0], right[1]);
-          split(high[i][m][3], low[i][m][3], right[2], right[3]);
-        }
+      for (int m = 0; m < kRowTiles; ++m) {
+        Base::mma(sum[m][0], p[1][m], v[0], v[1]);
+        Base::mma(sum[m][1], p[1][m], v[2], v[3]);
+        Base::mma(sum[m][0], p[0][m], v[0], v[1]);
+        Base::mma(sum[m][1], p[0][m], v[2], v[3]);
       }
+    };
+    auto add = [](float (&out)[4], const float (&sum)[4]) {
 #pragma unroll
-      for (int n = 0; n < kColumnTiles; n += 2) {
-        float sum[kRowTiles][2][4] = {};
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          const int step = first + i;
-          if (step >= kSteps) continue;
-          uint32_t v[4];  // operand B of column tiles n and n + 1
-          ptx::ldmatrix_x4_trans(v, Layout::step(lane.addr, n) + step * 16 * Layout::kRowBytes);
-#pragma unroll
-          for (int m = 0; m < kRowTiles; ++m) {
-            Base::mma(sum[m][0], low[i][m], v[0], v[1]);
-            Base::mma(sum[m][1], low[i][m], v[2], v[3]);
-            Base::mma(sum[m][0], high[i][m], v[0], v[1]);
-            Base::mma(sum[m][1], high[i][m], v[2], v[3]);
-          }
-        }
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) r_o[m][n + j][i] += sum[m][j][i];
-          }
-        }
-      }
-    }
+      for (int i = 0; i < 4; ++i) out[i] += sum[i];
+    };
+    add_promoted_output<float[4], 2, kPromoteSteps>(r_o, r_s, exponentiate, pack, multiply, add);
   }
 
   // Two neighbours of P as the sum of two parts.
