@@ -1,8 +1,9 @@
 // What        dQ from its sums: scaled, rounded to the dtype of q, and put into its layout.
 //
 // Work split  In fragment order (dq_fragments.cuh), a warp 16 rows of kColumnTiles tiles of 8
-//             columns; four lanes have a row of them, of which, in 16 bits, each writes 16 bytes.
-//             Elsewhere, a thread four values of a row.
+//             columns; four lanes have a row of them. Of four tiles in 16 bits, each of these lanes
+//             writes one, 16 bytes, if they lie at multiples of 16; else pairs of columns.
+//             In the order of q, a thread four values of a row.
 #pragma once
 
 #include "jitattn/dq_fragments.cuh"
@@ -36,7 +37,7 @@ __device__ __forceinline__ void dq_round(const RoundParams& params) {
     using Fragments = DqFragments<Spec::kArch>;
     constexpr int kTiles = Spec::kColumnTiles;
     constexpr int kAcross = kDim / 8 / kTiles;
-    static_assert(kAcross * kTiles * 8 == kDim);
+    static_assert(kAcross * kTiles * 8 == kDim && Spec::kNumThreads % 32 == 0);
     constexpr int kUnits = Spec::kBlockQ / 16 * kAcross;  // of a query tile
     const int lane_idx = static_cast<int>(threadIdx.x) % 32;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * (Spec::kNumThreads / 32) +

@@ -281,7 +281,7 @@ struct StatsParams {
 // From the sums of dQ to dQ. A row is a query of one head.
 struct RoundParams {
   const float* sum;  // in fragment order: [B, Hq, ceil(Lq / block_q) * block_q, Dpad]
-  void* dq;          // [B, Lq, Hq, D]
+  void* dq;          // [B, Lq, Hq, D], contiguous and aligned to 16 bytes
   int64_t sum_stride_batch;
   int64_t sum_stride_row;
   int64_t sum_stride_head;

@@ -28,6 +28,7 @@ __device__ __forceinline__ void row_stats(const StatsParams& params) {
   constexpr int kVec = Spec::kAccess == Access::kVec16 ? kWide : 1;
   constexpr int kChunks = Spec::kHeadDimV / kVec;
   constexpr int kLanes = Spec::kLanes;
+  static_assert(Spec::kNumThreads % kLanes == 0, "a row is of one CTA");
   constexpr float kLog2e = 1.4426950408889634f;
 
   const int lane = static_cast<int>(threadIdx.x) % kLanes;

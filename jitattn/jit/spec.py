@@ -325,7 +325,7 @@ class StatsSpec(_Spec):
 
     @property
     def lanes(self) -> int:
-        """Lanes that share a row: a power of two, with two accesses each where there are any."""
+        """Lanes that share a row: a power of two, with two accesses each or more, if it has two."""
         wide = 16 // self.dtype.bytes if self.access is Access.VEC16 else 1
         accesses = self.head_dim_v // wide
         return min(32, 1 << (max(accesses // 2, 1).bit_length() - 1))
