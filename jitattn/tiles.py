@@ -146,11 +146,8 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
         table = _LARGE_SMEM_SEQ
     block_q, block_kv, warps_q, stages = next(row for top, row in table.items() if dim <= top)
     if problem.numerics is Numerics.INT8 and dim == 128:
-        # 64 keys share a scale. us at 16k, full / causal: 128x64 with one stage 4509 / 2508, with
-        # two 4661 / 2452, 128x32 4643 / 2374.
-        is_small = table is _SMALL_SMEM
-        is_full = problem.mask is MaskKind.FULL and not is_small and not problem.gather_group
-        block_kv, stages = (64, 1) if is_full else (32, 1 if is_small else 2)
+        # Q is in registers: notes/0007.
+        block_kv, stages = 32, 1 if table is _SMALL_SMEM else 2
     elif problem.numerics is Numerics.INT8:
         block_kv = min(block_kv, 64)
     if problem.numerics is Numerics.INT8 and problem.gather_group and problem.has_scores:

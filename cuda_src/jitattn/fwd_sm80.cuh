@@ -226,8 +226,14 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   using Scores = float[Traits::kRowTiles][Traits::kKeyTiles][4];  // [kWarpRows, kWarpKeys]
 
   // r_s += Q K^T
+  typename Traits::HeldQ r_q;
   auto mma_s = [&](Scores& r_s, int stage) {
-    Mma::template add_scores<Traits::kDim>(r_s, lane_q_addr, lane_k_addr + stage * Traits::kBytesK);
+    const uint32_t stage_k_addr = lane_k_addr + stage * Traits::kBytesK;
+    if constexpr (Traits::kHoldsQ) {
+      Mma::template add_scores<Traits::kDim>(r_s, r_q, stage_k_addr);
+    } else {
+      Mma::template add_scores<Traits::kDim>(r_s, lane_q_addr, stage_k_addr);
+    }
   };
 
   // r_o += exp2(r_s * scale_log2 - max) V
@@ -284,6 +290,11 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
         load_v(ahead, ahead, FalseType{});
       }
       ptx::cp_async_commit();
+    }
+    if constexpr (Traits::kHoldsQ) {
+      ptx::cp_async_wait<kPrefetch - 1>();  // it came with the first block
+      ptx::barrier_sync<Traits::kNumThreads>();
+      Mma::template load_q<Traits::kDim>(r_q, lane_q_addr);
     }
     if (!kIsScaled<Spec> && params.negate_q) {
       ptx::cp_async_wait<0>();

@@ -96,6 +96,11 @@ struct FwdTraits {
   static_assert(kWarpKeys % 16 == 0 && kWarpKeys * Spec::kWarpsKv == Spec::kBlockKv,
                 "a warp owns a multiple of 16 keys");
 
+  // Q in 8 bits stays in registers where there is room for it.
+  static constexpr bool kHoldsQ =
+      kIsQuantized<Spec> && Spec::kStages > 1 && kDim <= 128 && !kHasGap<Spec>;
+  using HeldQ = uint32_t[kHoldsQ ? kDim / 32 : 1][kRowTiles][4];
+
   // Elements of a row, and its 16-byte chunks in shared memory. Two parts lie side by side.
   static constexpr int kParts = Spec::kNumerics == Numerics::kF16x3 ? 2 : 1;
   static constexpr int kWidthQk = kParts * kDim, kWidthV = kParts * kDimV;

@@ -20,27 +20,53 @@ struct MmaInt8 : MmaF32Acc<kDtype> {
   // |sum| <= 256 * 127^2 < 2^22. No conversion is needed, and RowScale takes the number off again.
   static constexpr int32_t kOffsetBits = 0x4B400000;
 
-  // r_s = Q K^T over kDim columns, plus that number; r_s is overwritten.
+  // A warp's rows of Q and 32 columns.
+  template <int kRowTiles>
+  using Columns = uint32_t[kRowTiles][4];
+
+  // Those of all columns, for all steps.
+  template <int kDim, int kRowTiles>
+  __device__ static void load_q(Columns<kRowTiles> (&r_q)[kDim / 32], uint32_t q_addr) {
+#pragma unroll
+    for (int d = 0; d < kDim / 32; ++d) load_columns<kDim>(r_q[d], q_addr, d);
+  }
+
+  // r_s = Q K^T over kDim columns, plus that number; r_s is overwritten. Q as load_q left it, or
+  // where it lies; lane addresses as fragment.cuh gives them for Q and K.
+  template <int kDim, int kRowTiles, int kKeyTiles>
+  __device__ static void add_scores(float (&r_s)[kRowTiles][kKeyTiles][4],
+                                    const Columns<kRowTiles> (&r_q)[kDim / 32], uint32_t k_addr) {
+    multiply<kDim>(r_s, k_addr, [&](int d) -> const Columns<kRowTiles>& { return r_q[d]; });
+  }
   template <int kDim, int kRowTiles, int kKeyTiles>
   __device__ static void add_scores(float (&r_s)[kRowTiles][kKeyTiles][4], uint32_t q_addr,
                                     uint32_t k_addr) {
+    Columns<kRowTiles> columns;
+    multiply<kDim>(r_s, k_addr, [&](int d) -> const Columns<kRowTiles>& {
+      load_columns<kDim>(columns, q_addr, d);
+      return columns;
+    });
+  }
+
+ private:
+  // Columns 32 d and up.
+  template <int kDim, int kRowTiles>
+  __device__ static void load_columns(Columns<kRowTiles>& columns, uint32_t q_addr, int d) {
+    using Layout = Swizzle<kDim / 16>;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      ptx::ldmatrix_x4(columns[m], Layout::step(q_addr, 2 * d) + m * 16 * Layout::kRowBytes);
+    }
+  }
+
+  template <int kDim, int kRowTiles, int kKeyTiles, class ColumnsOfQ>
+  __device__ static void multiply(float (&r_s)[kRowTiles][kKeyTiles][4], uint32_t k_addr,
+                                  ColumnsOfQ columns_of_q) {
     using Layout = Swizzle<kDim / 16>;
     int32_t sum[kRowTiles][kKeyTiles][4];
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < kKeyTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[m][n][i] = kOffsetBits;
-      }
-    }
-#pragma unroll
     for (int d = 0; d < kDim / 32; ++d) {
-      uint32_t q[kRowTiles][4];
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        ptx::ldmatrix_x4(q[m], Layout::step(q_addr, 2 * d) + m * 16 * Layout::kRowBytes);
-      }
+      const Columns<kRowTiles>& q = columns_of_q(d);
 #pragma unroll
       for (int n = 0; n < kKeyTiles; n += 2) {
         uint32_t k[4];  // operand B of key tiles n and n + 1
@@ -48,8 +74,13 @@ struct MmaInt8 : MmaF32Acc<kDtype> {
         const uint32_t left[2] = {k[0], k[1]}, right[2] = {k[2], k[3]};
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-          ptx::mma_m16n8k32_s8(sum[m][n], q[m], left);
-          ptx::mma_m16n8k32_s8(sum[m][n + 1], q[m], right);
+          if (d == 0) {
+            ptx::mma_m16n8k32_s8(sum[m][n], q[m], left, kOffsetBits);
+            ptx::mma_m16n8k32_s8(sum[m][n + 1], q[m], right, kOffsetBits);
+          } else {
+            ptx::mma_m16n8k32_s8(sum[m][n], q[m], left);
+            ptx::mma_m16n8k32_s8(sum[m][n + 1], q[m], right);
+          }
         }
       }
     }

@@ -84,6 +84,12 @@ inline void mma_m16n8k32_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint3
   products(c, a, b, dot_s8);
 }
 
+inline void mma_m16n8k32_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                            int32_t first) {
+  for (int32_t& sum : d) sum = first;
+  products(d, a, b, dot_s8);
+}
+
 inline void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   mma_float(c, a, b, dot_tf32);
 }
