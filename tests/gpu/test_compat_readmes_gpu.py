@@ -83,8 +83,10 @@ def test_dkernel(sized: Sized) -> None:
             own = (x[1, :, some] for x in (q, k, v))
             truth, _ = compat_dkernel.dense(*own, pattern[some], size, scale=scale)
         assert rel_l2(out[1, :, some], truth) < 1e-5
-        got = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-        wanted = torch.autograd.grad(truth, (q, k, v), torch.ones_like(truth))
+        # Not of the sum, whose dq all but vanishes: there plain fp32 has an error of 1.6e-4 itself.
+        d_out = torch.randn_like(out)
+        got = torch.autograd.grad(out, (q, k, v), d_out)
+        wanted = torch.autograd.grad(truth, (q, k, v), d_out[1, :, some].to(truth.dtype))
         for one, other in zip(got, wanted, strict=True):
             assert rel_l2(one[1, :, some], other[1, :, some]) < 1e-4
 
