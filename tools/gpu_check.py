@@ -367,6 +367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.status:
         return status(arguments.root)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
     parts = [part for part in arguments.parts.split(",") if part]
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
