@@ -276,9 +276,13 @@ class DiskCache(Store):
         for key, size in sizes.items():
             if total <= limit:
                 break
-            if key not in in_use and self.remove(key):
-                total -= size
+            if key in in_use:
+                continue
+            if self.remove(key):
                 gone.append(key)
+            elif any(map(os.path.exists, self.paths(key))):
+                continue
+            total -= size  # another process may have been faster: it is gone all the same
         self._account.counted, self._account.written = total, 0
         return gone
 

@@ -271,6 +271,22 @@ def test_stamp_from_the_future_pins_nothing(cache_dir: Path) -> None:
     assert set(disk.keys()) == {used, plain}
 
 
+def test_what_another_process_evicted_counts(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two find the cache too large at once, and one is faster: the other deletes nothing more."""
+    disk = DiskCache(cache_dir)
+    for number in range(6):
+        disk.write(fake_entry(number, 8192))
+    seen = disk.usage()
+    limit = sum(seen.values()) // 2
+    gone = DiskCache(cache_dir).evict(limit)
+    assert len(gone) == 3
+    monkeypatch.setattr(disk, "usage", lambda: seen)
+    assert disk.evict(limit) == []
+    assert set(disk.keys()) == seen.keys() - set(gone)
+
+
 def test_use_is_noted_at_most_once_an_hour(cache_dir: Path) -> None:
     disk, key = DiskCache(cache_dir), fake_entry(1).metadata.key
     disk.write(fake_entry(1))
