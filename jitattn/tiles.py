@@ -146,7 +146,7 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
         table = _LARGE_SMEM_SEQ
     block_q, block_kv, warps_q, stages = next(row for top, row in table.items() if dim <= top)
     if problem.numerics is Numerics.INT8 and dim == 128:
-        # Q is in registers: notes/0007.
+        # With more than one stage Q is in registers (traits.cuh, notes/0007).
         block_kv, stages = 32, 1 if table is _SMALL_SMEM else 2
     elif problem.numerics is Numerics.INT8:
         block_kv = min(block_kv, 64)
