@@ -81,11 +81,11 @@ def attention(
         Precision against speed. 16-bit inputs: 0 and 1 split P (fp32-accurate), 2 is
         FlashAttention-2's numerics, 3 sums P V of fp16 in fp16 on the cards that are faster then
         (GeForce of sm_86 and sm_89); fp32 inputs: 0 to 2 are fp32-accurate, 3 takes one product
-        where these take three (`jitattn.halves` says of what). 4 brings q and k to 8 bits, for more
-        than 64 query rows of a kv head and masks of positions, of keys in pages at every call
-        (`jitattn.quantized` says which calls, and what memory that takes; a NaN in k reaches all
-        rows of its head then); other calls are as with 3. Gradients have the numerics of gear 2.
-        See `set_default_gear`.
+        where these take three (`jitattn.halves` says of what). 4 brings q and k to 8 bits,
+        and sums in fp16, for more than 64 query rows of a kv head and masks of positions, of keys
+        in pages at every call (`jitattn.quantized` says which calls, and what memory that takes; a
+        NaN in k reaches all rows of its head then); other calls are as with 3. Gradients have the
+        numerics of gear 2. See `set_default_gear`.
     out : Tensor, [B, Lq, Hq, Dv], optional
         Where to write the result; it may not overlap the inputs.
     out_dtype : torch.dtype, default the dtype of q

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from jitattn import halves, quantized
 from jitattn.gears import gear_of
 from jitattn.jit.device import device
-from jitattn.jit.enums import Dtype, Numerics
+from jitattn.jit.enums import Dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,11 +64,14 @@ def prepare(
         return None
     if not chosen.has_scores:  # the bound of cosine attention is not needed
         runtime = runtime._replace(score_params=())
-    if chosen.numerics is Numerics.INT8:
-        rounded = quantized.quantize(q, k, chosen, runtime)
+    if chosen.numerics.is_quantized:
+        rounded = quantized.quantize(q, k, v, chosen, runtime)
         q, k, along_mean = rounded.q, rounded.k, rounded.along_mean
         runtime = runtime._replace(q_strides=strides_of(q), k_strides=strides_of(k))
-        scales = (rounded.q_scale, rounded.k_scale, None)
+        if rounded.v is not None:
+            v = rounded.v
+            runtime = runtime._replace(v_strides=strides_of(v))
+        scales = (rounded.q_scale, rounded.k_scale, rounded.v_scale)
         return Prepared(q, k, v, chosen, runtime, scales, along_mean)
     parts = halves.split(q, k, v, chosen, runtime)
     q, k, v = parts.q, parts.k, parts.v

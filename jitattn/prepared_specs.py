@@ -1,9 +1,9 @@
 """Which problems have kernels whose operands others prepare, and which; without torch.
 
-Gear 4 brings Q and K to 8 bits, and fp32 inputs become one or two fp16 parts each. Neither is there
-for whatever is done with scores but masks of positions and, with fp16 parts, key padding, nor for
-other alignments than 16 bytes; fp16 parts not for sequences of their own, in pages or not. Backward
-kernels have fp16 parts whatever is done with scores but biases and dense masks.
+Gear 4 brings Q and K to 8 bits and V to fp16, and fp32 inputs become one or two fp16 parts each.
+Neither is there for whatever is done with scores but masks of positions and, with fp16 parts, key
+padding, nor for other alignments than 16 bytes; fp16 parts not for sequences of their own, in pages
+or not. Backward kernels have fp16 parts whatever is done with scores but biases and dense masks.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ LARGEST_IN_HALVES: Final = 128
 #: Rows of a CTA that looks at channels; and of one that rounds or splits, whose keys share a scale.
 CHUNK_ROWS: Final = 512
 BLOCK_KEYS: Final = 64
-#: Below, exponentials and not products are what a step waits for: D=64 takes 1.02 of gear 2's time
-#: on an H200.
-_LEAST_ON_SM90: Final = 128
+#: Below these head dims, exponentials and not products are what a step waits for. Gear 2's time
+#: over gear 4's on an H200, full / causal: D=32 1.00 / 1.05, D=64 1.16 / 1.13; with sums in fp32
+#: D=64 0.98.
+_LEAST_ON_SM90: Final = {Numerics.INT8_F16: 64, Numerics.INT8: 128}
 #: What TF32 products are, of fp16 parts.
 _IN_HALVES: Final = {Numerics.TF32X3: Numerics.F16X3, Numerics.TF32: Numerics.F16X1}
 _MASKS: Final = (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE)
@@ -47,7 +48,7 @@ def specs_for_gear(problem: Problem, gear: int, arch: str) -> list[KernelSpec]:
     """Return every kernel by which calls of a gear can have prepared operands: lengths decide."""
     in_8_bits = problem_in_8_bits(problem, arch) if gear == 4 else None
     if in_8_bits is not None:
-        return [*specs_of_rounding(problem, arch), fwd_spec(in_8_bits, arch, RowClass.MANY)]
+        return [*specs_of_rounding(in_8_bits, arch), fwd_spec(in_8_bits, arch, RowClass.MANY)]
     in_halves = problem_in_halves(problem)
     if in_halves is not None:
         return [split_spec(in_halves, arch), fwd_spec(in_halves, arch, RowClass.MANY)]
@@ -57,20 +58,28 @@ def specs_for_gear(problem: Problem, gear: int, arch: str) -> list[KernelSpec]:
 @functools.cache
 def problem_in_8_bits(problem: Problem, arch: str) -> Problem | None:
     """Return the problem of the kernel for 8 bits, if there is one that pays on `arch`."""
-    if arch_number(arch) >= 90 and problem.head_dim < _LEAST_ON_SM90:
-        return None
     fits = problem.head_dim in HEAD_DIMS and problem.dtype is not Dtype.FP32
     fits &= problem.key_padding is Switch.OFF
-    return replace(problem, numerics=Numerics.INT8) if fits and _is_plain(problem) else None
+    if not (fits and _is_plain(problem)):
+        return None
+    # Sums in fp16 take V in fp16 and scaled, which would ask for much memory if it is in pages.
+    has_halves = not problem.kv_layout.page_group and problem.head_dim_v == problem.head_dim
+    numerics = Numerics.INT8_F16 if has_halves else Numerics.INT8
+    if arch_number(arch) >= 90 and problem.head_dim < _LEAST_ON_SM90[numerics]:
+        return None
+    return replace(problem, numerics=numerics)
 
 
-def specs_of_rounding(problem: Problem, arch: str) -> list[KernelSpec]:
-    """Return the kernels that bring q and k to 8 bits."""
-    dtype, dim = problem.dtype, problem.head_dim
-    paged = Switch.ON if problem.kv_layout.page_group else Switch.OFF
+def specs_of_rounding(in_8_bits: Problem, arch: str) -> list[KernelSpec]:
+    """Return the kernels that prepare q, k and v for a problem in 8 bits."""
+    paged = Switch.ON if in_8_bits.kv_layout.page_group else Switch.OFF
+    dtype, dim = in_8_bits.dtype, in_8_bits.head_dim
+    values = Switch.ON if in_8_bits.numerics is Numerics.INT8_F16 else Switch.OFF
     return [
-        ChannelStatsSpec(dtype=dtype, head_dim=dim, chunk_rows=CHUNK_ROWS, paged=paged, arch=arch),
-        QuantizeSpec(dtype=dtype, head_dim=dim, paged=paged, arch=arch),
+        ChannelStatsSpec(
+            dtype=dtype, head_dim=dim, chunk_rows=CHUNK_ROWS, paged=paged, values=values, arch=arch
+        ),
+        QuantizeSpec(dtype=dtype, head_dim=dim, paged=paged, values=values, arch=arch),
     ]
 
 

@@ -98,6 +98,17 @@ _HALVES_SMALL_SMEM: Final[_Table] = {**_HALVES, 128: (128, 32, 8, 1)}
 _ROUNDED: Final[_Table] = {64: (128, 64, 4, 2), 128: (64, 64, 4, 1)}
 _ROUNDED_UNTUNED: Final[_Table] = {**_ROUNDED, 64: (64, 64, 4, 2)}
 
+#: Q and K in 8 bits. With 32 keys at D=128, and at D=64, Q is in registers (traits.cuh).
+_IN_8_BITS: Final[_Table] = {64: (128, 64, 4, 2), 128: (128, 32, 4, 2), 256: (128, 64, 8, 1)}
+_IN_8_BITS_SMALL_SMEM: Final[_Table] = {
+    **_IN_8_BITS,
+    128: (128, 32, 4, 1),
+    256: (64, 64, 4, 1),
+}
+#: And sums in fp16: us at 16k keys, 16 heads, D=128, full / causal / a window of 2048 keys, H200:
+#: 4136 / 2127 / 741, with 32 keys 4243 / 2190 / 806, one stage 4216 / 2182.
+_IN_8_BITS_LARGE_SMEM: Final[_Table] = {**_IN_8_BITS, 128: (128, 64, 4, 2)}
+
 #: Rows of the largest tile, by which packing is judged.
 _LARGEST_BLOCK_Q: Final = 128
 
@@ -134,7 +145,9 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
         return _largest_that_fits(problem, arch, _rows64(problem, limit))
     dim = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v))
     table = _TABLES.get(arch_number(arch), _SMALL_SMEM)
-    if problem.numerics.num_parts:
+    if problem.numerics.is_quantized:
+        table = _in_8_bits(problem, limit)
+    elif problem.numerics.num_parts:
         table = _of_parts(problem, limit)
     elif problem.dtype is Dtype.FP32:
         table = _FP32
@@ -145,11 +158,6 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
     elif table is _LARGE_SMEM and not problem.is_uniform:
         table = _LARGE_SMEM_SEQ
     block_q, block_kv, warps_q, stages = next(row for top, row in table.items() if dim <= top)
-    if problem.numerics is Numerics.INT8 and dim == 128:
-        # With more than one stage Q is in registers (traits.cuh, notes/0007).
-        block_kv, stages = 32, 1 if table is _SMALL_SMEM else 2
-    elif problem.numerics is Numerics.INT8:
-        block_kv = min(block_kv, 64)
     if problem.numerics is Numerics.INT8 and problem.gather_group and problem.has_scores:
         # Rows of V that are looked up beside two ranges of keys: 128 rows and 32 keys would spill
         # 4 to 44 bytes at D=128, 64 keys 12 to 32 at D=256. Not measured.
@@ -179,6 +187,17 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
         ]
         return _largest_that_fits(problem, arch, candidates)
     return _tile(block_q, block_kv, warps_q, 1, stages)
+
+
+def _in_8_bits(problem: Problem, limit: int) -> _Table:
+    """Return the table for Q and K in 8 bits."""
+    if limit < _MEDIUM_SMEM_BYTES:
+        return _IN_8_BITS_SMALL_SMEM
+    if limit < _SMALLEST_LARGE_SMEM or problem.numerics is Numerics.INT8:
+        return _IN_8_BITS
+    # With sequences and windows or strides, 64 keys would spill 16 to 68 bytes.
+    is_free = problem.is_uniform or not problem.has_scores
+    return _IN_8_BITS_LARGE_SMEM if is_free else _IN_8_BITS
 
 
 def _of_parts(problem: Problem, limit: int) -> _Table:

@@ -41,7 +41,7 @@ from jitattn.jit.enums import (
 )
 from jitattn.jit.spec import KernelSpec, MergeGradSpec, MergeSpec, Problem
 from jitattn.prepared_specs import HEAD_DIMS as DIMS_IN_8_BITS
-from jitattn.prepared_specs import backward_in_halves, specs_of_rounding, split_spec
+from jitattn.prepared_specs import backward_in_halves, specs_for_gear, split_spec
 from jitattn.tiles import fwd_spec
 
 if TYPE_CHECKING:
@@ -239,16 +239,15 @@ def _gears(arch: str) -> Iterator[KernelSpec]:
         for rows in (RowClass.ROWS16, RowClass.ROWS64):
             yield fwd_spec(_geared(dtype, 128, numerics), arch, rows)
     for dim in DIMS_IN_8_BITS:
-        yield from specs_of_rounding(problem(Dtype.BF16, dim), arch)
         for mask in (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE):
-            yield fwd_spec(_geared(Dtype.BF16, dim, Numerics.INT8, mask), arch, RowClass.MANY)
-    yield fwd_spec(_geared(Dtype.FP16, 128, Numerics.INT8), arch, RowClass.MANY)
+            yield from specs_for_gear(problem(Dtype.BF16, dim, mask), 4, arch)
+    yield from specs_for_gear(problem(Dtype.FP16, 128), 4, arch)
+    yield from specs_for_gear(problem(Dtype.FP16, 128, head_dim_v=64), 4, arch)
     for dim, mask in itertools.product(DIMS_IN_8_BITS, (MaskKind.CAUSAL, MaskKind.WINDOW)):
-        yield fwd_spec(_in_8_bits(dim, mask, SeqLayout.RAGGED), arch, RowClass.MANY)
+        yield from _in_8_bits(arch, dim, mask, SeqLayout.RAGGED)
     for dim, layout in itertools.product(DIMS_IN_8_BITS, (SeqLayout.PAGED, SeqLayout.PAGED16)):
-        yield from specs_of_rounding(_in_8_bits(dim, MaskKind.FULL, layout), arch)
         for mask in (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE):
-            yield fwd_spec(_in_8_bits(dim, mask, layout), arch, RowClass.MANY)
+            yield from _in_8_bits(arch, dim, mask, layout)
     for numerics, dim in itertools.product((Numerics.F16X3, Numerics.F16X1), (16, 64, 80, 128)):
         yield split_spec(_geared(Dtype.FP32, dim, numerics), arch)
         for mask in (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE):
@@ -267,9 +266,10 @@ def _geared(
     return replace(problem(dtype, dim, mask, **other), numerics=numerics)
 
 
-def _in_8_bits(dim: int, mask: MaskKind, kv_layout: SeqLayout) -> Problem:
+def _in_8_bits(arch: str, dim: int, mask: MaskKind, kv_layout: SeqLayout) -> Iterator[KernelSpec]:
     q_layout = SeqLayout.RAGGED
-    return _geared(Dtype.BF16, dim, Numerics.INT8, mask, q_layout=q_layout, kv_layout=kv_layout)
+    asked = problem(Dtype.BF16, dim, mask, q_layout=q_layout, kv_layout=kv_layout)
+    yield from specs_for_gear(asked, 4, arch)
 
 
 def _backward(arch: str) -> Iterator[KernelSpec]:

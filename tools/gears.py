@@ -161,7 +161,7 @@ def estimate() -> None:
                 "1": (scores + 2 * output) * cycles["f32"],
                 "2": gear2,
                 "3": scores * cycles["f32"] + output * cycles["f16"],
-                "4": scores // 2 * cycles["s8"] + output * cycles["f32"],
+                "4": scores // 2 * cycles["s8"] + output * cycles["f16"],
             }
             rows += [
                 (arch, dim, name, count, f"{gear2 / count:.2f}") for name, count in counts.items()

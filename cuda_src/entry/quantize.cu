@@ -1,7 +1,7 @@
 #include "jitattn/quantize.cuh"
 #include "jitattn_spec.h"
 
-extern "C" __global__ void __launch_bounds__(Spec::kNumThreads)
+extern "C" __global__ void __launch_bounds__(Spec::kNumThreads, jitattn::kQuantCtas<Spec>)
     jitattn_quantize(const __grid_constant__ jitattn::QuantParams params) {
   jitattn::quantize<Spec>(params);
 }

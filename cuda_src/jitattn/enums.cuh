@@ -34,14 +34,15 @@ enum class SeqLayout {
 
 // How products are formed and summed.
 enum class Numerics {
-  kF32Acc,  // 16-bit operands, fp32 accumulators, P rounded to 16 bits
-  kSplitP,  // the same, but P as two 16-bit parts, and sums promoted
-  kF16Acc,  // fp16 operands, P V in fp16 accumulators, promoted every 64 keys
-  kInt8,    // Q and K in 8 bits, scaled by rows and by blocks; P V as kF32Acc
-  kF16x3,   // fp32 operands as two fp16 parts, scaled by rows and by blocks, three MMAs a product
-  kF16x1,   // the same, of which only the high parts
-  kTf32x3,  // fp32 operands as two TF32 parts, three MMAs a product
-  kTf32,    // fp32 operands rounded to TF32
+  kF32Acc,   // 16-bit operands, fp32 accumulators, P rounded to 16 bits
+  kSplitP,   // the same, but P as two 16-bit parts, and sums promoted
+  kF16Acc,   // fp16 operands, P V in fp16 accumulators, promoted every 64 keys
+  kInt8,     // Q and K in 8 bits, scaled by rows and by blocks; P V as kF32Acc
+  kInt8F16,  // the same, but P V in fp16 accumulators over up to 2048 keys, for V in fp16
+  kF16x3,    // fp32 operands as two fp16 parts, scaled by rows and by blocks, three MMAs a product
+  kF16x1,    // the same, of which only the high parts
+  kTf32x3,   // fp32 operands as two TF32 parts, three MMAs a product
+  kTf32,     // fp32 operands rounded to TF32
 };
 
 // Alignment class of q, k, v and out together.

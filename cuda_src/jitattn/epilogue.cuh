@@ -13,6 +13,7 @@
 #include "jitattn/score.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/softmax.cuh"
+#include "jitattn/tile/accumulator.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/tile/swizzle.cuh"
 #include "jitattn/traits.cuh"
@@ -64,6 +65,12 @@ struct FwdEpilogue {
   };
 
   __device__ void write(Output& r_o, const Softmax& softmax) const {
+    float of_values = 1.f;  // apart from the sums: a product of both might not be a number of fp32
+    if constexpr (Traits::kParksSums) {
+      const int64_t heads_kv = params.heads_q / params.heads_per_kv;
+      of_values =
+          __ldg(params.v_scale + tile.batch_idx * heads_kv + tile.head_idx / params.heads_per_kv);
+    }
     for_each_row([&](int m, int half, int row_in_warp) {
       float sink = 0.f;  // not of partial results: a sink is added once
       if (Spec::kSinks == Switch::kOn && tile.num_splits == 1) {
@@ -74,8 +81,8 @@ struct FwdEpilogue {
       if constexpr (Spec::kDropout == Switch::kOn) inverse *= params.dropout_scale;
 #pragma unroll
       for (int n = 0; n < Traits::kColumnTiles; ++n) {
-        r_o[m][n][2 * half] *= inverse;
-        r_o[m][n][2 * half + 1] *= inverse;
+        scale_row(r_o[m][n], half, inverse);
+        if constexpr (Traits::kParksSums) scale_row(r_o[m][n], half, of_values);
       }
     });
     if (tile.num_splits > 1) {

@@ -27,6 +27,9 @@
 // tile's
 //             keys are merged, in their order, by the CTA that finishes last (epilogue.cuh).
 //
+// Sums        The output is summed in fp32, or in fp16, of 2048 keys at a time
+//             (tile/parked_sums.cuh).
+//
 // Masks       Positions decide which blocks a CTA visits (KvBlockRange): causal, a window with the
 //             first keys, local + stride; or lists in memory do (key_lists.cuh). Scores are changed
 //             in score.cuh, hidden in mask.cuh.
@@ -120,9 +123,11 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
       s_v_addr + warp_first_key * LayoutV::kRowBytes, lane_idx);
 
   // ---- Register tiles
-  float r_o[Traits::kRowTiles][Traits::kColumnTiles][4] = {};  // [kWarpRows, kDimV]
+  typename Traits::OutputTile r_o[Traits::kRowTiles][Traits::kColumnTiles] = {};  // [rows, kDimV]
   OnlineSoftmax<Traits::kRowTiles, Mma::kMaxSlack, Mma::kLift> softmax;
   if constexpr (Spec::kFixedShift == Switch::kOn) softmax.fix_max(params.neg_shift);
+  const typename Traits::Parked parked(s_q_addr + Traits::kOffsetParked, threadIdx.x, range.begin,
+                                       range.end);
   RowScale<Spec, Traits::kRowTiles> scale(params);
 
   // Copies of the next key block, from right to left, into buffer `stage`. The pointers walk: they
@@ -395,6 +400,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     if (sees_any) {
       if constexpr (!kIsCapped && Traits::kIsStaged) change_scores(r_s, block, stage);
       mma_s(r_s, stage);
+      if constexpr (kIsQuantized<Spec>) scale.take_off(r_s);
       if constexpr (kIsCapped) {
         cap_scores<Spec>(r_s, params);
         change_scores(r_s, block, stage);
@@ -422,6 +428,9 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
                   columns_of(block), lane_idx);
       }
       exp_and_mma_o(r_s, stage, kept);
+    }
+    if constexpr (Traits::kParksSums) {
+      if (parked.are_due(ordinal)) parked.park(r_o, softmax.neg_max, ordinal);
     }
     if constexpr (Traits::kIsGathered) {
       if (gathered.is_first_of_batch(ordinal))
@@ -473,7 +482,13 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     plan = *reinterpret_cast<const CtaPlan*>(s_storage + Traits::kOffsetPlan);
   }
   const FwdEpilogue<Spec> epilogue(params, plan, ptx::thread_idx(), ptx::shared_addr(s_storage));
-  epilogue.finish(r_o, softmax);
+  if constexpr (Traits::kParksSums) {
+    WideTile r_sum[Traits::kRowTiles][Traits::kColumnTiles];
+    parked.collect(r_sum, r_o, softmax.neg_max);
+    epilogue.finish(r_sum, softmax);
+  } else {
+    epilogue.finish(r_o, softmax);
+  }
 }
 
 }  // namespace jitattn

@@ -128,7 +128,7 @@ template <class Fwd>
 struct ScaledParams : Fwd {
   const float* q_scale;  // as the LSE
   const float* k_scale;  // [B, Hkv, ceil(Lkv / 64)]
-  const float* v_scale;  // as k_scale; not of 8 bits
+  const float* v_scale;  // as k_scale; with Q and K in 8 bits [B, Hkv], or null
   int64_t q_scale_stride_batch;
   int64_t q_scale_stride_head;
 };
@@ -172,14 +172,17 @@ struct SplitParams {
 // What makes them (quantize.cuh).
 struct QuantParams {
   const void* q;           // [B, Lq, Hq, D] or, ragged, [total, Hq, D]; so is k
-  const void* k;           // [B, Lkv, Hkv, D] or, paged, [num_pages, page_size, Hkv, D]
+  const void* k;           // [B, Lkv, Hkv, D] or, paged, [num_pages, page_size, Hkv, D]; so is v
+  const void* v;           // null: it stays as it is
   int8_t* q_out;           // [B, Hq, Lq, D] or [Hq, total, D], contiguous, as all that follow
   int8_t* k_out;           // [B, Hkv, Lkv, D] or [Hkv, total, D]; paged: Lkv is the largest
+  uint16_t* v_out;         // as k_out, fp16
   float* q_scale;          // [B, Hq, Lq] or [Hq, total]
   float* k_scale;          // [B, Hkv, ceil(Lkv / 64)]
   float* along_mean;       // as q_scale: q times the mean of K
   float* channels;         // [B, Hkv, 2, D]: mean and c
-  float* partials;         // [ChunkSlots of q and of k, 3, D]
+  float* v_scale;          // [B, Hkv]: undoes that of v_out
+  float* partials;         // [ChunkSlots of q and of k, 3, D], then [ChunkSlots of k]
   int32_t* arrivals;       // [B, Hkv], all 0, and so left behind
   const int32_t* q_start;  // sequences that differ, as FwdSeqParams has them; null if alike
   const int32_t* q_stop;
@@ -193,6 +196,9 @@ struct QuantParams {
   int64_t k_stride_batch;  // paged: of a page
   int64_t k_stride_row;
   int64_t k_stride_head;
+  int64_t v_stride_batch;
+  int64_t v_stride_row;
+  int64_t v_stride_head;
   int32_t batch;
   int32_t len_q;  // the largest
   int32_t len_kv;

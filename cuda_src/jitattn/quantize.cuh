@@ -1,10 +1,11 @@
-// What        8-bit Q and K for the forward kernel (tile/mma_int8.cuh).
+// What        8-bit Q and K for the forward kernel (tile/mma_int8.cuh), and for sums in fp16
+//             (tile/parked_sums.cuh) V in fp16, scaled.
 //
 // Math        q k = (c q) ((k - mean) / c) + q mean, channel by channel, where `mean` is that of K
 //             over the sequence: it adds the same to all scores of a query, which the softmax does
 //             not see, and the LSE gets back. c = sqrt(max|k - mean| / max|q|) makes the channels
 //             of both as even as it can. Then a row of Q is rounded to 8 bits with a scale of its
-//             own, kQuantKeys rows of K with one.
+//             own, kQuantKeys rows of K with one. A head of V has a power of two.
 //
 // Paper       Zhang et al., "SageAttention", arXiv:2410.02367 (the mean of K; scales by blocks);
 //             Xiao et al., "SmoothQuant", arXiv:2211.10438 (c). We differ: both, scales by rows of
@@ -13,6 +14,7 @@
 // Work split  channel_stats: a CTA has kChunkRows rows of a head, of q or of k; the last one of a
 // kv
 //             head makes mean and c of what all have left. quantize: a CTA has kQuantKeys rows.
+//             CTAs of k have those of v, too.
 //
 // Pages       K is read through the block table, and written as if batched, from the first key of
 //             each sequence on: a page that several share has as many results, each with the mean
@@ -32,6 +34,10 @@ namespace jitattn {
 
 constexpr int kQuantKeys = 64;
 
+// CTAs of a multiprocessor that round; one more would spill.
+template <class Spec>
+constexpr int kQuantCtas = Spec::kHeadDim <= 128 && Spec::kValues == Switch::kOff ? 3 : 2;
+
 // Which rows a CTA has.
 struct QuantWork {
   bool is_k;
@@ -45,11 +51,12 @@ struct QuantWork {
 };
 
 // CTAs: blocks of the longest sequence fastest, then heads, of q and then of k.
-__device__ __forceinline__ QuantWork quant_work(const QuantParams& params, int rows_each) {
+__device__ __forceinline__ QuantWork quant_work(const QuantParams& params, int rows_each,
+                                                int64_t cta_idx) {
   const int blocks_q = ceil_div(params.len_q, rows_each);
   const int blocks_k = ceil_div(params.len_kv, rows_each);
   const int64_t num_q = static_cast<int64_t>(blocks_q) * params.heads_q * params.batch;
-  int64_t rest = blockIdx.x;
+  int64_t rest = cta_idx;
   const bool is_k = rest >= num_q;
   if (is_k) rest -= num_q;
   const int blocks = is_k ? blocks_k : blocks_q, heads = is_k ? params.heads_kv : params.heads_q;
@@ -93,7 +100,20 @@ struct ChunkSlots {
   }
 };
 
-// Eight neighbouring channels of a row, in fp32; lanes of kDim / 8 threads share a row.
+// What V is divided by so that the largest becomes 1 … 2, or up to 4 where that would be no normal
+// number: a power of two.
+__device__ __forceinline__ float scale_of_values(float most) {
+  const int exponent = static_cast<int>(__float_as_uint(most) >> 23) - 127;
+  return __int_as_float((min_of(126, max_of(-126, exponent)) + 127) << 23);
+}
+
+__device__ __forceinline__ float largest_of_warp(float x) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, mask));
+  return x;
+}
+
+// Eight neighbouring channels of a row; lanes of kDim / 8 threads share a row.
 template <class Spec>
 struct QuantRow {
   using Element = Scalar<Spec::kDtype>;
@@ -103,8 +123,10 @@ struct QuantRow {
   static constexpr bool kIsPaged = Spec::kPaged == Switch::kOn;
   static_assert((kLanes & (kLanes - 1)) == 0 && kLanes <= 32, "lanes of a row are in one warp");
 
-  __device__ static void load(float (&x)[8], const QuantParams& params, const QuantWork& work,
-                              int row, int lane) {
+  // Of q or k, as the CTA has them; or of v, which lies as k does.
+  template <bool kIsOfV = false>
+  __device__ static Vec16 load(const QuantParams& params, const QuantWork& work, int row,
+                               int lane) {
     int outer = work.batch, inner = work.own().start + row;
     if constexpr (kIsPaged) {
       if (work.is_k) {
@@ -116,11 +138,22 @@ struct QuantRow {
         inner -= idx * params.page_size;
       }
     }
-    const uint16_t* g_row = static_cast<const uint16_t*>(work.is_k ? params.k : params.q) +
-                            outer * (work.is_k ? params.k_stride_batch : params.q_stride_batch) +
-                            inner * (work.is_k ? params.k_stride_row : params.q_stride_row) +
-                            work.head * (work.is_k ? params.k_stride_head : params.q_stride_head);
-    const Vec16 loaded = *reinterpret_cast<const Vec16*>(g_row + lane * 8);
+    const void* g_first = work.is_k ? params.k : params.q;
+    int64_t stride_batch = work.is_k ? params.k_stride_batch : params.q_stride_batch;
+    int64_t stride_row = work.is_k ? params.k_stride_row : params.q_stride_row;
+    int64_t stride_head = work.is_k ? params.k_stride_head : params.q_stride_head;
+    if constexpr (kIsOfV) {
+      g_first = params.v;
+      stride_batch = params.v_stride_batch;
+      stride_row = params.v_stride_row;
+      stride_head = params.v_stride_head;
+    }
+    const uint16_t* g_row = static_cast<const uint16_t*>(g_first) + outer * stride_batch +
+                            inner * stride_row + work.head * stride_head;
+    return *reinterpret_cast<const Vec16*>(g_row + lane * 8);
+  }
+
+  __device__ static void widen(float (&x)[8], const Vec16& loaded) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const uint32_t word = loaded.word[i / 2];
@@ -129,7 +162,8 @@ struct QuantRow {
   }
 };
 
-// Leaves sum, least and largest of every channel: partials [ChunkSlots of q | of k, 3, D].
+// Leaves sum, least and largest of every channel: partials [ChunkSlots of q | of k, 3, D]; then the
+// largest of v, [ChunkSlots of k].
 template <class Spec>
 __device__ __forceinline__ void channel_stats(const QuantParams& params) {
   using Row = QuantRow<Spec>;
@@ -139,8 +173,9 @@ __device__ __forceinline__ void channel_stats(const QuantParams& params) {
   static_assert(Spec::kSmemBytes == 0 && Spec::kNumThreads >= kDim);
   __shared__ float s_stats[3][kRowsPerPass][kDim];
   __shared__ bool s_is_last;
+  constexpr bool kLooksAtV = Spec::kValues == Switch::kOn;
 
-  const QuantWork work = quant_work(params, Spec::kChunkRows);
+  const QuantWork work = quant_work(params, Spec::kChunkRows, blockIdx.x);
   const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
   const int len = work.own().length;
   if (work.block * Spec::kChunkRows >= len) return;  // of a sequence that is shorter than others
@@ -157,20 +192,43 @@ __device__ __forceinline__ void channel_stats(const QuantParams& params) {
   const int end = min_of(len, (work.block + 1) * Spec::kChunkRows);
   constexpr int kAhead = 4;  // rows in flight
   for (int row = work.block * Spec::kChunkRows + first; row < end; row += kAhead * kRowsPerPass) {
-    float x[kAhead][8];
+    Vec16 loaded[kAhead];
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
       // Again the last row, which changes neither the least nor the largest.
-      Row::load(x[j], params, work, min_of(row + j * kRowsPerPass, end - 1), lane);
+      loaded[j] = Row::load(params, work, min_of(row + j * kRowsPerPass, end - 1), lane);
     }
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
       const float counts = row + j * kRowsPerPass < end ? 1.f : 0.f;
+      float x[8];
+      Row::widen(x, loaded[j]);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        sum[i] = fmaf(counts, x[j][i], sum[i]);
-        least[i] = fminf(least[i], x[j][i]);
-        largest[i] = fmaxf(largest[i], x[j][i]);
+        sum[i] = fmaf(counts, x[i], sum[i]);
+        least[i] = fminf(least[i], x[i]);
+        largest[i] = fmaxf(largest[i], x[i]);
+      }
+    }
+  }
+  float most_v = 0.f;
+  if (kLooksAtV && work.is_k) {
+    for (int row = work.block * Spec::kChunkRows + first; row < end; row += kAhead * kRowsPerPass) {
+      Vec16 loaded[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int own = min_of(row + j * kRowsPerPass, end - 1);
+        loaded[j] = Row::template load<true>(params, work, own, lane);
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        float x[8];
+        Row::widen(x, loaded[j]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float size = fabsf(x[i]);
+          most_v = fmaxf(most_v, size < infinity() ? size : 0.f);  // others scale as they like
+        }
       }
     }
   }
@@ -187,6 +245,18 @@ __device__ __forceinline__ void channel_stats(const QuantParams& params) {
                                   : slots_q.first(work.batch, work.head, work.q);
   float* g_chunk = params.partials + (chunk + work.block) * (3 * kDim);
   const int column = threadIdx.x;
+  // Of v: behind those of k.
+  float* g_most_v = params.partials + (slots_q.count + slots_k.count) * (3 * kDim);
+  if constexpr (kLooksAtV) {
+    __shared__ float s_most_v[Spec::kNumThreads / 32];
+    most_v = largest_of_warp(most_v);
+    if (threadIdx.x % 32 == 0) s_most_v[threadIdx.x / 32] = most_v;
+    __syncthreads();
+    if (work.is_k && threadIdx.x == 0) {
+      for (const float other : s_most_v) most_v = fmaxf(most_v, other);
+      g_most_v[chunk - slots_q.count + work.block] = most_v;
+    }
+  }
   if (column < kDim) {
     float total = 0.f, low = infinity(), high = -infinity();
     for (int i = 0; i < kRowsPerPass; ++i) {
@@ -211,9 +281,18 @@ __device__ __forceinline__ void channel_stats(const QuantParams& params) {
     if (s_is_last) params.arrivals[of_head] = 0;  // as it was found
   }
   __syncthreads();
-  if (!s_is_last || column >= kDim) return;
+  if (!s_is_last) return;
   __threadfence();
   const int64_t chunk_k = slots_q.count + slots_k.first(work.batch, kv_head, work.kv);
+  if (kLooksAtV && threadIdx.x < 32) {
+    float most = 0.f;
+    for (int i = threadIdx.x; i < chunks_k; i += 32) {
+      most = fmaxf(most, __ldcg(g_most_v + (chunk_k - slots_q.count) + i));
+    }
+    most = largest_of_warp(most);
+    if (threadIdx.x == 0) params.v_scale[of_head] = scale_of_values(most);
+  }
+  if (column >= kDim) return;
   const float* g_k = params.partials + chunk_k * (3 * kDim) + column;
   float total = 0.f, low = infinity(), high = -infinity();
 #pragma unroll 8
@@ -240,6 +319,38 @@ __device__ __forceinline__ void channel_stats(const QuantParams& params) {
   g_channels[kDim] = is_used ? sqrtf(most_k / most_q) : 1.f;
 }
 
+// The rows of V that belong to those of K of a CTA, which are written from first_out on.
+template <class Spec>
+__device__ __forceinline__ void round_values(const QuantParams& params, const QuantWork& work,
+                                             int64_t first_out) {
+  using Row = QuantRow<Spec>;
+  constexpr int kPasses = kQuantKeys / Row::kRowsPerPass;
+  const int lane = threadIdx.x % Row::kLanes, first = threadIdx.x / Row::kLanes;
+  const int64_t of_head = static_cast<int64_t>(work.batch) * params.heads_kv + work.head;
+  const float down = __ldg(params.v_scale + of_head);
+  const float up = __int_as_float((254 << 23) - __float_as_int(down));  // 1 / down
+  Vec16 loaded[kPasses];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int row = work.block * kQuantKeys + first + pass * Row::kRowsPerPass;
+    loaded[pass] = Row::template load<true>(params, work, min_of(row, work.kv.length - 1), lane);
+  }
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int row = work.block * kQuantKeys + first + pass * Row::kRowsPerPass;
+    if (row >= work.kv.length) continue;
+    float x[8];
+    Row::widen(x, loaded[pass]);
+    Vec16 rounded;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      rounded.word[i] = ptx::pack_f16x2(x[2 * i] * up, x[2 * i + 1] * up);
+    }
+    uint16_t* g_row = params.v_out + (first_out + row) * Row::kDim;
+    *reinterpret_cast<Vec16*>(g_row + lane * 8) = rounded;
+  }
+}
+
 template <class Spec>
 __device__ __forceinline__ void quantize(const QuantParams& params) {
   using Row = QuantRow<Spec>;
@@ -255,7 +366,8 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
   static_assert(Spec::kSmemBytes == 0);
   __shared__ float s_most[Spec::kNumThreads / 32];
 
-  const QuantWork work = quant_work(params, kQuantKeys);
+  // The last ones first: they are those that the cache still holds.
+  const QuantWork work = quant_work(params, kQuantKeys, gridDim.x - 1 - blockIdx.x);
   const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
   const bool is_in_pages = Row::kIsPaged && work.is_k;
   const int len = work.own().length, start = is_in_pages ? 0 : work.own().start;
@@ -267,11 +379,11 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
       params.channels +
       (static_cast<int64_t>(work.batch) * params.heads_kv + kv_head) * (2 * kDim) + lane * 8;
   // All rows are under way at once; past the end it is the last one again, which has been counted.
-  float x[kPasses][8];
+  Vec16 loaded[kPasses];
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     const int row = work.block * kQuantKeys + first + pass * kRowsPerPass;
-    Row::load(x[pass], params, work, min_of(row, len - 1), lane);
+    loaded[pass] = Row::load(params, work, min_of(row, len - 1), lane);
   }
   float mean[8], factor[8];
 #pragma unroll
@@ -286,6 +398,8 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
       factor[i + j] = work.is_k ? ptx::rcp_approx(of_factor[j]) : of_factor[j];
     }
   }
+  // A number of channel i of q, c q, or of k, (k - mean) / c. Made twice, as registers are dear.
+  auto even = [&](float x, int i) { return (work.is_k ? x - mean[i] : x) * factor[i]; };
   // Rows before those of this sequence and head, in what is written.
   const bool is_flat = work.is_k ? params.k_is_flat : params.q_is_flat;
   const int64_t rows_of_head = is_in_pages ? params.len_kv
@@ -302,12 +416,12 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
     const int row = work.block * kQuantKeys + first + pass * kRowsPerPass;
     const bool exists = row < len;
     most[pass] = 0.f;
-    float along_mean = 0.f;
+    float along_mean = 0.f, x[8];
+    Row::widen(x, loaded[pass]);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (!work.is_k) along_mean = fmaf(x[pass][i], mean[i], along_mean);
-      x[pass][i] = (work.is_k ? x[pass][i] - mean[i] : x[pass][i]) * factor[i];
-      most[pass] = fmaxf(most[pass], fabsf(x[pass][i]));
+      if (!work.is_k) along_mean = fmaf(x[i], mean[i], along_mean);
+      most[pass] = fmaxf(most[pass], fabsf(even(x[i], i)));
     }
     most_of_all = fmaxf(most_of_all, most[pass]);
     if (work.is_k) continue;
@@ -323,10 +437,7 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
     }
   }
   if (work.is_k) {
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) {
-      most_of_all = fmaxf(most_of_all, __shfl_xor_sync(0xffffffffu, most_of_all, mask));
-    }
+    most_of_all = largest_of_warp(most_of_all);
     if (threadIdx.x % 32 == 0) s_most[threadIdx.x / 32] = most_of_all;
     __syncthreads();
 #pragma unroll
@@ -342,13 +453,18 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
     const int row = work.block * kQuantKeys + first + pass * kRowsPerPass;
     if (row >= len) continue;
     const float inverse = kLargest / fmaxf(work.is_k ? most_of_all : most[pass], kLeast);
+    float x[8];
+    Row::widen(x, loaded[pass]);
     uint32_t packed[2] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      packed[i / 4] |= (ptx::cvt_s8(x[pass][i] * inverse) & 0xffu) << (i % 4 * 8);
+      packed[i / 4] |= (ptx::cvt_s8(even(x[i], i) * inverse) & 0xffu) << (i % 4 * 8);
     }
     *reinterpret_cast<uint2*>(g_out + static_cast<int64_t>(row) * kDim + lane * 8) =
         make_uint2(packed[0], packed[1]);
+  }
+  if constexpr (Spec::kValues == Switch::kOn) {
+    if (work.is_k) round_values<Spec>(params, work, first_out);
   }
 }
 

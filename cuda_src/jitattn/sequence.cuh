@@ -40,7 +40,8 @@ constexpr bool kHasScores = kHasGap<Spec> || kHasLists<Spec> || Spec::kBias != B
                             Spec::kDropout == Switch::kOn || Spec::kFixedShift == Switch::kOn;
 
 template <class Spec>
-constexpr bool kIsQuantized = Spec::kNumerics == Numerics::kInt8;
+constexpr bool kIsQuantized =
+    Spec::kNumerics == Numerics::kInt8 || Spec::kNumerics == Numerics::kInt8F16;
 
 // Whether fp32 operands come as fp16 parts, V too.
 template <class Spec>

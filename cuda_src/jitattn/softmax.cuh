@@ -2,12 +2,15 @@
 //
 // PAPER: Milakov and Gimelshein, arXiv:1805.02867 (online softmax); Dao, arXiv:2307.08691, Alg. 1.
 // We differ in the maximum: it is raised only when a score exceeds it by more than kSlack powers of
-// two. Until then P may reach 2^kSlack = 256, which costs no accuracy in fp32 accumulators and fits
-// fp16, and the rescaling of the output is skipped. Where P is kept in fp16 parts, the largest is
-// to be 2^kLift instead of 1, so that small ones keep their bits.
+// two. Until then P may reach 2^kSlack, mostly 256, which costs no accuracy in fp32 accumulators
+// and fits fp16, and the rescaling of the output is skipped. Where P is kept in fp16 parts, the
+// largest is to be 2^kLift instead of 1, so that small ones keep their bits; where the output is
+// summed in fp16, so that sums stay in its range. The factors of such sums are powers of two, and
+// exact.
 #pragma once
 
 #include "jitattn/ptx/math.cuh"
+#include "jitattn/tile/accumulator.cuh"
 #include "jitattn/types.cuh"
 
 namespace jitattn {
@@ -18,8 +21,8 @@ struct OnlineSoftmax {
   static constexpr float kNoMax = 1e30f;
   static constexpr float kMostLifted = 0x1p22f;
 
-  // kLift (or 0, beyond kMostLifted) - max * scale_log2 per row; kNoMax before the first visible
-  // score
+  // kLift (no more than 0 beyond kMostLifted) - max * scale_log2 per row; kNoMax before the first
+  // visible score
   float neg_max[kRowTiles][2];
   float row_sum[kRowTiles][2];  // of this lane's columns only; reduce() adds up the quad
 
@@ -44,9 +47,9 @@ struct OnlineSoftmax {
   // vote is on each lane's own maxima; the quad shares them in the rare branch only. The branch
   // also keeps the compiler from stretching the live ranges of scores across the exponentials.
   // scale(m, half): what a score is multiplied by, base 2.
-  template <int kKeyTiles, int kColumnTiles, class Scale>
+  template <class Tile, int kKeyTiles, int kColumnTiles, class Scale>
   __device__ void update_max(const float (&r_s)[kRowTiles][kKeyTiles][4],
-                             float (&r_o)[kRowTiles][kColumnTiles][4], const Scale& scale) {
+                             Tile (&r_o)[kRowTiles][kColumnTiles], const Scale& scale) {
     float lane_max[kRowTiles][2];
     bool exceeds = false;
 #pragma unroll
@@ -73,16 +76,15 @@ struct OnlineSoftmax {
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
         const float most = scale.bare(highest) * scale(m, half);
         // The sum of both is rounded: far from 0, P would leave fp16.
-        const float lift = fabsf(most) < kMostLifted ? kLift : 0.f;
-        const float raised = fminf(neg_max[m][half], lift - most);
+        const float up = fabsf(most) < kMostLifted ? kLift : min_of(kLift, 0);
+        float neg = up - most;
+        if constexpr (kIsNarrow<Tile>) neg = floorf(neg);
+        const float raised = fminf(neg_max[m][half], neg);
         const float factor = ptx::exp2_approx(raised - neg_max[m][half]);
         neg_max[m][half] = raised;
         row_sum[m][half] *= factor;
 #pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n) {
-          r_o[m][n][2 * half] *= factor;
-          r_o[m][n][2 * half + 1] *= factor;
-        }
+        for (int n = 0; n < kColumnTiles; ++n) scale_row(r_o[m][n], half, factor);
       }
     }
   }
@@ -121,7 +123,8 @@ struct OnlineSoftmax {
   __device__ float lse(int m, int half) const {
     const float sum = row_sum[m][half];
     if (sum == 0.f) return -infinity();
-    constexpr float kDown = 1.f / (1 << kLift);  // a logarithm near 0 has the smaller error
+    // Times 2^-kLift: a logarithm near 0 has the smaller error.
+    constexpr float kDown = kLift < 0 ? 1 << max_of(0, -kLift) : 1.f / (1 << max_of(0, kLift));
     return (ptx::log2_approx(sum * kDown) - (neg_max[m][half] - kLift)) * kLn2;
   }
 

@@ -5,6 +5,7 @@
 #include "jitattn/enums.cuh"
 #include "jitattn/params.cuh"
 #include "jitattn/sequence.cuh"
+#include "jitattn/tile/accumulator.cuh"
 #include "jitattn/tile/copy.cuh"
 #include "jitattn/tile/mma_f16_acc.cuh"
 #include "jitattn/tile/mma_f16_parts.cuh"
@@ -12,6 +13,7 @@
 #include "jitattn/tile/mma_int8.cuh"
 #include "jitattn/tile/mma_split_p.cuh"
 #include "jitattn/tile/mma_tf32.cuh"
+#include "jitattn/tile/parked_sums.cuh"
 #include "jitattn/tile/staged_matrix.cuh"
 #include "jitattn/types.cuh"
 
@@ -46,6 +48,10 @@ struct MmaOf<Numerics::kF16Acc, kDtype> {
 template <Dtype kDtype>
 struct MmaOf<Numerics::kInt8, kDtype> {
   using type = MmaInt8<kDtype>;
+};
+template <Dtype kDtype>
+struct MmaOf<Numerics::kInt8F16, kDtype> {
+  using type = MmaInt8F16;
 };
 template <Dtype kDtype>
 struct MmaOf<Numerics::kF16x3, kDtype> {
@@ -96,9 +102,18 @@ struct FwdTraits {
   static_assert(kWarpKeys % 16 == 0 && kWarpKeys * Spec::kWarpsKv == Spec::kBlockKv,
                 "a warp owns a multiple of 16 keys");
 
+  // Sums of the output, and those that are parked.
+  static constexpr bool kParksSums = Spec::kNumerics == Numerics::kInt8F16;
+  using OutputTile = typename Conditional<kParksSums, NarrowTile, WideTile>::type;
+  using Parked =
+      typename Conditional<kParksSums,
+                           ParkedSums<kRowTiles, kColumnTiles, Spec::kBlockKv, kNumThreads>,
+                           NothingParked>::type;
+
   // Q in 8 bits stays in registers where there is room for it.
   static constexpr bool kHoldsQ =
-      kIsQuantized<Spec> && Spec::kStages > 1 && kDim <= 128 && !kHasGap<Spec>;
+      kIsQuantized<Spec> && kDim <= 128 &&
+      (kParksSums ? Spec::kBlockKv <= (kDim > 64 ? 32 : 64) : Spec::kStages > 1 && !kHasGap<Spec>);
   using HeldQ = uint32_t[kHoldsQ ? kDim / 32 : 1][kRowTiles][4];
 
   // Elements of a row, and its 16-byte chunks in shared memory. Two parts lie side by side.
@@ -115,8 +130,12 @@ struct FwdTraits {
   using CopyV = Copy<Element, Spec::kBlockKv, kParts * Spec::kHeadDimV, kWidthV>;
 
   // Shared memory in bytes: Q, then the K buffers, then the V buffers. After the loop the same
-  // space carries the partial results of the warps that split the keys, then the output tile.
-  static constexpr int kBytesQ = Spec::kBlockQ * kWidthQk * sizeof(ElementQk);
+  // space carries the partial results of the warps that split the keys, then the output tile. Sums
+  // are parked where Q was, if it is held, else behind it.
+  static constexpr int kBytesOfQ = Spec::kBlockQ * kWidthQk * sizeof(ElementQk);
+  static constexpr int kOffsetParked = kHoldsQ ? 0 : kBytesOfQ;
+  static constexpr int kBytesQ =
+      kParksSums ? max_of(kBytesOfQ, kOffsetParked + Parked::kBytes) : kBytesOfQ;
   static constexpr int kBytesK = Spec::kBlockKv * kWidthQk * sizeof(ElementQk);
   static constexpr int kBytesV = Spec::kBlockKv * kWidthV * sizeof(Element);
   static constexpr int kOffsetK = kBytesQ;

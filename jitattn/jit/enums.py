@@ -81,6 +81,8 @@ class Numerics(StrEnum):
     F16_ACC = "f16_acc"
     #: Q and K in 8 bits, with scales; P V as F32_ACC.
     INT8 = "int8"
+    #: The same, but P V in fp16 accumulators over up to 2048 keys, for V in fp16.
+    INT8_F16 = "int8_f16"
     #: fp32 operands split into two fp16 parts with scales, three MMAs a product.
     F16X3 = "f16x3"
     #: The high of these parts only, one MMA a product.
@@ -89,6 +91,11 @@ class Numerics(StrEnum):
     TF32X3 = "tf32x3"
     #: fp32 operands rounded to TF32, fp32 accumulators.
     TF32 = "tf32"
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether Q and K are in 8 bits."""
+        return self in (Numerics.INT8, Numerics.INT8_F16)
 
     @property
     def num_parts(self) -> int:

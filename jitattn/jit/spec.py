@@ -186,8 +186,20 @@ class FwdSpec(_Spec):
     def params(self) -> str:
         """Name of the parameter struct (`jit/params.py`)."""
         numerics = self.problem.numerics
-        scaled = "_scaled" if numerics is Numerics.INT8 or numerics.num_parts else ""
+        scaled = "_scaled" if numerics.is_quantized or numerics.num_parts else ""
         return f"fwd{_params_suffix(self.problem)}{scaled}"
+
+    @property
+    def holds_q(self) -> bool:
+        """Whether Q stays in registers; `traits.cuh` has the same rule."""
+        problem, tile = self.problem, self.tile
+        dim = padded_head_dim(problem.head_dim)
+        if not problem.numerics.is_quantized or dim > 128:
+            return False
+        if problem.numerics is Numerics.INT8_F16:
+            return tile.block_kv <= (32 if dim > 64 else 64)
+        has_gap = problem.mask in (MaskKind.WINDOW, MaskKind.LOCAL_STRIDE)
+        return tile.stages > 1 and not has_gap
 
     @property
     def smem_bytes(self) -> int:
@@ -195,8 +207,12 @@ class FwdSpec(_Spec):
         problem, tile = self.problem, self.tile
         dim, dim_v = padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v)
         size = 2 * problem.numerics.num_parts or problem.dtype.bytes
-        size_qk = 1 if problem.numerics is Numerics.INT8 else size
+        size_qk = 1 if problem.numerics.is_quantized else size
         s_q = tile.block_q * dim * size_qk
+        if problem.numerics is Numerics.INT8_F16:
+            # Sums in fp16 that wait, and the maxima that they are for: where Q was, if it is held.
+            s_parked = tile.block_q * (2 * dim_v + 16)
+            s_q = max(s_q, s_parked) if self.holds_q else s_q + s_parked
         s_kv = tile.stages * tile.block_kv * (dim * size_qk + dim_v * size)
         # After the loop the same space carries the output tile, and the partial results of the
         # warps that split the keys: r_o, m and l of every warp_kv but the first, in fp32.
@@ -448,6 +464,7 @@ class ChannelStatsSpec(_Spec):
     head_dim: int
     chunk_rows: int  #: of a CTA
     paged: Switch  #: whether k lies in pages
+    values: Switch  #: whether v is to be scaled as well
     arch: str
 
 
@@ -478,6 +495,7 @@ class QuantizeSpec(_Spec):
     dtype: Dtype
     head_dim: int
     paged: Switch  #: as in `ChannelStatsSpec`
+    values: Switch  #: whether v comes to fp16, as in `ChannelStatsSpec`
     arch: str
 
 

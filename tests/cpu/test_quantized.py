@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +13,11 @@ import torch
 import jitattn
 from jitattn import prepared, prepared_specs
 from jitattn.attention import bind
-from jitattn.jit.enums import Numerics, RowClass, SeqLayout, Switch
+from jitattn.jit.enums import Dtype, MaskKind, Numerics, SeqLayout, Switch
 from jitattn.jit.spec import ChannelStatsSpec, FwdSpec, QuantizeSpec
 from jitattn.layouts import parse
 from jitattn.problem import Call
-from jitattn.tiles import fwd_spec
-
-MANY = RowClass.MANY
+from jitattn.tiles import max_smem_bytes
 
 
 def chosen(
@@ -51,6 +50,7 @@ def in_pages(start: torch.Tensor | None = None) -> jitattn.Paged:
         {},
         {"dtype": torch.bfloat16},
         {"dim": 256},
+        {"dim": 64},
         {"len_q": 33, "heads": 4},
         {"mask": jitattn.Causal()},
         {"mask": jitattn.Window(9, 0, keep_first=2)},
@@ -68,14 +68,15 @@ def in_pages(start: torch.Tensor | None = None) -> jitattn.Paged:
 )
 def test_calls_that_8_bits_serve(given: dict[str, Any]) -> None:
     problem = chosen(**given)
-    assert problem.numerics is Numerics.INT8
+    is_in_pages = isinstance(given.get("kv_seqs"), jitattn.Paged)
+    assert problem.numerics is (Numerics.INT8 if is_in_pages else Numerics.INT8_F16)
 
 
 AS_WITH_GEAR_3: dict[str, dict[str, Any]] = {
     "gear 3": {"gear": 3},
     "no gear": {"gear": None},
     "fp32": {"dtype": torch.float32},
-    "D=64 on sm_90": {"dim": 64},
+    "D=32 on sm_90": {"dim": 32},
     "D=96": {"dim": 96, "arch": "sm_86"},
     "64 rows": {"len_q": 64},
     "64 packed rows": {"len_q": 16, "heads": 4},
@@ -103,7 +104,7 @@ def test_calls_that_have_the_numerics_of_gear_3(given: dict[str, Any]) -> None:
 
 def test_the_default_gear_counts() -> None:
     with jitattn.set_default_gear(4):
-        assert chosen(gear=None).numerics is Numerics.INT8
+        assert chosen(gear=None).numerics is Numerics.INT8_F16
         assert chosen(gear=2) is None
 
 
@@ -124,33 +125,54 @@ def test_kernels_that_bring_them_there() -> None:
     )
 
 
+INT8, INT8_F16, OFF, ON = Numerics.INT8, Numerics.INT8_F16, Switch.OFF, Switch.ON
+
+
 @pytest.mark.parametrize(
-    ("layout", "paged"),
+    ("dtype", "layout", "dim_v", "paged", "values", "numerics"),
     [
-        (SeqLayout.BATCHED, Switch.OFF),
-        (SeqLayout.RAGGED, Switch.OFF),
-        (SeqLayout.PAGED, Switch.ON),
-        (SeqLayout.PAGED16, Switch.ON),
+        (Dtype.FP16, SeqLayout.BATCHED, 128, OFF, ON, INT8_F16),
+        (Dtype.BF16, SeqLayout.BATCHED, 128, OFF, ON, INT8_F16),
+        (Dtype.BF16, SeqLayout.RAGGED, 128, OFF, ON, INT8_F16),
+        (Dtype.FP16, SeqLayout.PAGED, 128, ON, OFF, INT8),
+        (Dtype.BF16, SeqLayout.PAGED16, 128, ON, OFF, INT8),
+        (Dtype.FP16, SeqLayout.BATCHED, 64, OFF, OFF, INT8),
     ],
 )
-def test_kernels_for_pages(layout: SeqLayout, paged: Switch) -> None:
-    problem = replace(chosen(), numerics=Numerics.F32_ACC, kv_layout=layout)
+def test_kernels_for_gear_4(
+    dtype: Dtype,
+    layout: SeqLayout,
+    dim_v: int,
+    paged: Switch,
+    values: Switch,
+    numerics: Numerics,
+) -> None:
+    """Sums in fp16 where v comes to fp16."""
+    problem = replace(
+        chosen(), numerics=Numerics.F32_ACC, dtype=dtype, head_dim_v=dim_v, kv_layout=layout
+    )
     stats, rounding, forward = prepared_specs.specs_for_gear(problem, 4, "sm_90")
     assert isinstance(stats, ChannelStatsSpec)
     assert isinstance(rounding, QuantizeSpec)
     assert stats.paged is rounding.paged is paged
+    assert stats.values is rounding.values is values
     assert isinstance(forward, FwdSpec)
-    assert (forward.problem.numerics, forward.problem.kv_layout) == (Numerics.INT8, layout)
+    assert (forward.problem.numerics, forward.problem.kv_layout) == (numerics, layout)
 
 
-def test_tiles_for_pages_that_are_those_outside() -> None:
-    """So that results are, bit for bit (tests/gpu/test_gears_gpu.py)."""
-    for arch in ("sm_80", "sm_86", "sm_89", "sm_90"):
-        tiles = {
-            fwd_spec(replace(chosen(mask=jitattn.Causal()), kv_layout=layout), arch, MANY).tile
-            for layout in (SeqLayout.RAGGED, SeqLayout.PAGED, SeqLayout.PAGED16)
-        }
-        assert len(tiles) == 1
+@pytest.mark.parametrize("dtype", [Dtype.FP16, Dtype.BF16])
+@pytest.mark.parametrize("out_dtype", [Dtype.FP16, Dtype.FP32])
+@pytest.mark.parametrize("mask", [MaskKind.CAUSAL, MaskKind.LOCAL_STRIDE])
+def test_shared_memory_is_there(dtype: Dtype, out_dtype: Dtype, mask: MaskKind) -> None:
+    for dim, layout, arch in itertools.product(
+        prepared_specs.HEAD_DIMS, SeqLayout, ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+    ):
+        problem = replace(
+            chosen(), numerics=Numerics.F32_ACC, dtype=dtype, out_dtype=out_dtype, mask=mask,
+            head_dim=dim, head_dim_v=dim, kv_layout=layout,
+        )  # fmt: skip
+        for spec in prepared_specs.specs_for_gear(problem, 4, arch):
+            assert spec.smem_bytes <= max_smem_bytes(arch)
 
 
 def test_strides_where_there_is_one_of_a_kind() -> None:

@@ -27,7 +27,13 @@ struct EmulatedBlockIdx {
     operator unsigned() const { return emulator::cta.idx; }
   } x;
 };
+struct EmulatedGridDim {
+  struct X {
+    operator unsigned() const { return emulator::cta.count; }
+  } x;
+};
 inline constexpr EmulatedThreadIdx threadIdx;
+inline constexpr EmulatedGridDim gridDim;
 inline constexpr EmulatedBlockIdx blockIdx;
 
 struct alignas(8) int2 {
@@ -50,6 +56,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline int __clz(int bits) { return std::countl_zero(static_cast<unsigned>(bits)); }
 inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 inline unsigned __umulhi(unsigned a, unsigned b) {

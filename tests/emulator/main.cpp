@@ -25,6 +25,7 @@ extern "C" void emulate(const void* params, unsigned num_ctas, int num_threads, 
   auto& cta = emulator::cta;
   cta.options = *options;
   cta.smem_bytes = smem_bytes;
+  cta.count = num_ctas;
   cta.params = params;
   cta.body = [](const void* given) { call(KERNEL, given); };
   for (cta.idx = 0; cta.idx < num_ctas; ++cta.idx) {

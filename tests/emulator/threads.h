@@ -99,6 +99,7 @@ struct Cta {
   jmp_buf scheduler;
   int current = 0;
   unsigned idx = 0;
+  unsigned count = 0;  // CTAs of the grid
   int smem_bytes = 0;
   uint64_t runs = 0;  // CTAs so far
   void (*body)(const void*) = nullptr;

@@ -47,6 +47,20 @@ __device__ __forceinline__ uint32_t pack_f16x2(float low, float high) {
   return packed;
 }
 
+// mul.rn.f16x2
+__device__ __forceinline__ uint32_t mul_f16x2(uint32_t x, uint32_t y) {
+  uint32_t z;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+}
+
+// fma.rn.f16x2: x y + z
+__device__ __forceinline__ uint32_t fma_f16x2(uint32_t x, uint32_t y, uint32_t z) {
+  uint32_t sum;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(x), "r"(y), "r"(z));
+  return sum;
+}
+
 // cvt.rn.bf16x2.f32: low half = round(low)
 __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
   uint32_t packed;

@@ -6,10 +6,10 @@
 // that sums become infinite, and the result with them. (notes/0007)
 #pragma once
 
-#include "jitattn/element.cuh"
 #include "jitattn/enums.cuh"
 #include "jitattn/ptx/ldmatrix.cuh"
 #include "jitattn/ptx/mma_sm80.cuh"
+#include "jitattn/tile/accumulator.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/tile/mma_f32_acc.cuh"
 #include "jitattn/tile/promoted_output.cuh"
@@ -44,8 +44,8 @@ struct MmaF16Acc : MmaF32Acc<Dtype::kFp16> {
     auto add = [](float (&out)[4], const uint32_t (&sum)[2]) {  // pairs of fp16
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        out[2 * half] += ptx::f16_to_f32(static_cast<uint16_t>(sum[half]));
-        out[2 * half + 1] += ptx::f16_to_f32(static_cast<uint16_t>(sum[half] >> 16));
+        out[2 * half] += low_of(sum[half]);
+        out[2 * half + 1] += high_of(sum[half]);
       }
     };
     add_promoted_output<uint32_t[2], 1, kPromoteSteps>(r_o, r_s, exponentiate, pack_one, multiply,

@@ -53,9 +53,10 @@ struct MmaF32Acc {
 
   // r_o += P V with P = exponentiate(r_s). exponentiate(tile, m) turns the scores of one n8 tile
   // into probabilities; it is called just before they are needed, so that exponentials and MMAs
-  // overlap.
-  template <int kRowTiles, int kKeyTiles, int kColumnTiles, int kChunks, class Exponentiate>
-  __device__ static void add_output(float (&r_o)[kRowTiles][kColumnTiles][4],
+  // overlap. Tiles of r_o are fp32, or pairs of fp16.
+  template <class Tile, int kRowTiles, int kKeyTiles, int kColumnTiles, int kChunks,
+            class Exponentiate>
+  __device__ static void add_output(Tile (&r_o)[kRowTiles][kColumnTiles],
                                     float (&r_s)[kRowTiles][kKeyTiles][4],
                                     const LaneV<kChunks>& lane, Exponentiate exponentiate) {
     using Layout = Swizzle<kChunks>;
@@ -157,6 +158,11 @@ struct MmaF32Acc {
     }
   }
 
+  __device__ static void mma(uint32_t (&c)[2], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    static_assert(kDtype == Dtype::kFp16, "fp16 accumulators are for fp16 operands");
+    const uint32_t b[2] = {b0, b1};
+    ptx::mma_m16n8k16_f16_f16(c, a, b);
+  }
   __device__ static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     const uint32_t b[2] = {b0, b1};
     if constexpr (kDtype == Dtype::kBf16) {

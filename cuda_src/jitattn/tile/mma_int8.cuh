@@ -1,5 +1,6 @@
-// Numerics class int8: 8-bit Q and K with a scale for every row of Q and every kQuantKeys keys,
-// mma.m16n8k32 into integers; P V as MmaF32Acc has it. (quantize.cuh, notes/0007)
+// Numerics classes int8 and int8_f16: 8-bit Q and K with a scale for every row of Q and every
+// kQuantKeys keys, mma.m16n8k32 into integers; P V as MmaF32Acc has it, into fp32 or, with
+// int8_f16, into fp16 accumulators (parked_sums.cuh). (quantize.cuh, notes/0007)
 //
 // In bytes, a fragment of m16n8k32 is one of m16n8k16 with two elements where that has one, so that
 // tiles, addresses and ldmatrix are those of 16-bit tiles of half the width.
@@ -14,8 +15,9 @@
 
 namespace jitattn {
 
-template <Dtype kDtype>
-struct MmaInt8 : MmaF32Acc<kDtype> {
+// kDtypeV: of V.
+template <Dtype kDtypeV>
+struct MmaInt8 : MmaF32Acc<kDtypeV> {
   // The bits of 1.5 * 2^23: added to as integers, they are that number plus the sum, exactly, as
   // |sum| <= 256 * 127^2 < 2^22. No conversion is needed, and RowScale takes the number off again.
   static constexpr int32_t kOffsetBits = 0x4B400000;
@@ -93,6 +95,13 @@ struct MmaInt8 : MmaF32Acc<kDtype> {
       }
     }
   }
+};
+
+struct MmaInt8F16 : MmaInt8<Dtype::kFp16> {
+  // Weights up to 2^(kLift + kMaxSlack) = 4, of 2048 values below 4 (quantize.cuh): sums up to
+  // 2^15.
+  static constexpr int kMaxSlack = 4;
+  static constexpr int kLift = -2;
 };
 
 }  // namespace jitattn

@@ -25,6 +25,27 @@ inline uint32_t pack_f16x2(float low, float high) {
   return f32_to_f16(low) | static_cast<uint32_t>(f32_to_f16(high)) << 16;
 }
 
+// Of two numbers each, rounded to fp32 on the way to fp16.
+template <class Operation>
+inline uint32_t of_halves(uint32_t x, uint32_t y, uint32_t z, Operation operation) {
+  float result[2];
+  for (int i = 0; i < 2; ++i) {
+    auto part = [i](uint32_t pair) {
+      return static_cast<double>(f16_to_f32(static_cast<uint16_t>(pair >> 16 * i)));
+    };
+    result[i] = static_cast<float>(operation(part(x), part(y), part(z)));
+  }
+  return pack_f16x2(result[0], result[1]);
+}
+
+inline uint32_t mul_f16x2(uint32_t x, uint32_t y) {
+  return of_halves(x, y, 0, [](double a, double b, double) { return a * b; });
+}
+
+inline uint32_t fma_f16x2(uint32_t x, uint32_t y, uint32_t z) {
+  return of_halves(x, y, z, [](double a, double b, double c) { return a * b + c; });
+}
+
 inline uint32_t pack_bf16x2(float low, float high) {
   return f32_to_bf16(low) | static_cast<uint32_t>(f32_to_bf16(high)) << 16;
 }
