@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
 _NONE: Final = -(2**40)  #: stands for an integer that is None
 LAYOUTS: Final = ("bshd", "bhsd")
 DTYPES: Final = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MOST_PATTERNS: Final = 64
-#: Patterns seen before: lists of blocks are kept for the value that they were made of.
-_patterns: OrderedDict[tuple[Any, ...], BlockSparse] = OrderedDict()
 
 
 class Encoded(NamedTuple):
@@ -173,7 +169,7 @@ class Reader:
             )
         if kind == 4:
             pattern = self.tensor()
-            return _known(pattern, self.integer(), bool(self.integer()), self.integer())
+            return BlockSparse(pattern, self.integer(), bool(self.integer()), self.integer())
         return PerHead([self.rule() for _ in range(self.integer())])
 
     def sequences(self) -> Any:  # noqa: ANN401 - one of three, or None
@@ -195,19 +191,6 @@ class Reader:
             made._set(start, stop, is_length, longest, "Paged")
             object.__setattr__(made, "block_table", self.tensor())
         return made
-
-
-def _known(pattern: Tensor, size: int, causal: bool, first_row: int | None) -> BlockSparse:
-    """Return the value that stood for this pattern the last time."""
-    where = (pattern.device, pattern.data_ptr(), pattern._version)
-    key = (*where, tuple(pattern.shape), pattern.stride(), size, causal, first_row)
-    found = _patterns.get(key)
-    if found is None:
-        found = _patterns[key] = BlockSparse(pattern, size, causal, first_row)
-        if len(_patterns) > _MOST_PATTERNS:
-            _patterns.popitem(last=False)
-    _patterns.move_to_end(key)
-    return found
 
 
 def encode(call: Call) -> Encoded:

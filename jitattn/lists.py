@@ -4,19 +4,18 @@ A list names, for every run of `positions` positions that queries may have, the 
 that any of them sees, with a bit for every cell of 8 queries and 8 keys. Heads that see alike share
 a list. On top of its list every head has a window, so that bounds need not be at blocks. Lists
 depend on the rule and on head counts, and cover lengths rounded up: the first call that needs them
-makes them on the device, and they are kept.
+makes them on the device, and they are kept (list_cache.py).
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
 from jitattn.errors import InternalError, LaunchError
+from jitattn.list_cache import ListCache, identity_of
 from jitattn.masks import BlockSparse, Causal, Full, LocalStride, PerHead, Window
 from jitattn.patterns import sees_block
 
@@ -34,12 +33,7 @@ _GROUP: Final = 16
 _CELL: Final = 8
 #: Tiles times groups of a list that are looked at together: 8 bytes each.
 _MOST_PLACES: Final = 2**24
-#: Lists kept, of all devices together.
-_MOST_KEPT: Final = 64
-_lock = threading.Lock()
-_kept: OrderedDict[Hashable, Lists] = OrderedDict()
-#: Lists whose addresses are in captured graphs: kept for good.
-_captured: dict[Hashable, Lists] = {}
+_cache = ListCache()
 
 
 class Lists(NamedTuple):
@@ -49,6 +43,11 @@ class Lists(NamedTuple):
     spans: Tensor  #: int32 [lists, tiles, 2]
     heads: Tensor  #: int32 [2, Hq, 4]
     positions_log2: int
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        return sum(tensor.nbytes for tensor in (self.groups, self.spans, self.heads))
 
     @property
     def params(self) -> tuple[int, int, int, int, int]:
@@ -82,7 +81,7 @@ def heads_agree(rule: Rule, heads_q: int, heads_kv: int) -> bool:
         if len(rule.rules) == heads_kv:
             return all(heads_agree(part, heads_q, heads_kv) for part in rule.rules)
         alike = all(
-            len({rule.rules[first + i] for i in range(group)}) == 1
+            len({identity_of(rule.rules[first + i]) for i in range(group)}) == 1
             for first in range(0, heads_q, group)
         )
         return alike and all(heads_agree(part, heads_q, heads_kv) for part in rule.rules)
@@ -118,11 +117,8 @@ def lists_of(
     covered = max(1024, 1 << (longest - 1).bit_length()) if longest > 0 else 1024
     smallest = min((part.block_size for part in _patterns(rule)), default=64)
     positions = max(_CELL, tile_positions, smallest)
-    key = (rule, heads, covered, positions, device, tuple(map(_version, _patterns(rule))))
-    with _lock:
-        found = _kept.get(key) or _captured.get(key)
-        if key in _kept:
-            _kept.move_to_end(key)
+    key = (identity_of(rule), heads, covered, positions, device)
+    found = _cache.find(key, rule, device)
     is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if found is None:
         if is_capturing:
@@ -131,28 +127,17 @@ def lists_of(
                 "capturing a CUDA graph; make one call with the same mask, head counts and lengths "
                 "before the capture"
             )
-        found = _build(rule, heads, covered, positions, device)
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # any stream may use them from here on
-        with _lock:
-            _kept[key] = found
-            if len(_kept) > _MOST_KEPT:
-                _kept.popitem(last=False)
+        found = _cache.make(
+            key, rule, device, lambda: _build(rule, heads, covered, positions, device)
+        )
     if is_capturing:
-        _captured[key] = found
+        _cache.pin(found)
     return found
 
 
 def _patterns(rule: Rule) -> list[BlockSparse | LocalStride]:
     parts = rule.rules if isinstance(rule, PerHead) else (rule,)
     return [part for part in parts if isinstance(part, BlockSparse | LocalStride)]
-
-
-def _version(part: BlockSparse | LocalStride) -> int:
-    """Return what changes when a pattern is written to."""
-    if isinstance(part, LocalStride) or part.pattern.is_inference():
-        return 0
-    return part.pattern._version
 
 
 def _build(
@@ -229,7 +214,7 @@ def _head(
         return inside & own[row.clamp(max=own.shape[0] - 1), column.clamp(max=own.shape[1] - 1)]
 
     right = 0 if rule.causal else _OPEN
-    return _Head((id(rule), place), right, sees=is_set, block_size=rule.block_size)
+    return _Head((identity_of(rule), place), right, sees=is_set, block_size=rule.block_size)
 
 
 def _of_local_stride(rule: LocalStride, kv_head: int, heads: tuple[int, int]) -> _Head:

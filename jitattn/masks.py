@@ -192,8 +192,10 @@ class BlockSparse(_Mask):
     ----------
     pattern : Tensor, [rows, columns] or [heads, rows, columns], bool
         True = attend; one for all heads, one for each kv head or for each query head. It may be
-        rectangular. Lists for the GPU are made from it by the first call, and again when it has
-        been written to.
+        rectangular. Lists for the GPU are made from it by the first call, kept for as long as its
+        memory lives, and made again by the first call after a write to it. A tensor made under
+        `torch.inference_mode` is compared with what it held at every call, which waits for the GPU.
+        Writes that torch does not see (by another library over DLPack): see `changed`.
     block_size : 8, 16, 32, 64 or 128
         Queries and keys of a block.
     causal : bool
@@ -225,6 +227,16 @@ class BlockSparse(_Mask):
             raise InvalidInputError(
                 f"BlockSparse(first_row={first!r}): it must be an int from 0, or None for Lkv - Lq"
             )
+
+    def changed(self) -> None:
+        """Say that the pattern was written to by what torch does not see.
+
+        Torch counts its own writes. A kernel of another library that writes to the memory of the
+        pattern over DLPack, or to a raw pointer, is not counted: call this after it.
+        """
+        from jitattn.write_tracking import mark_as_written
+
+        mark_as_written(self.pattern)
 
     @property
     def blocks(self) -> Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 from hypothesis import given, settings
 
 from jitattn import lists
-from jitattn.masks import BlockSparse, Full, LocalStride, PerHead, Rule, Window
+from jitattn.masks import Full, LocalStride, PerHead, Rule, Window
 from jitattn.reference import attended
 
 from ..support.patterns import rules
@@ -54,17 +52,6 @@ def test_lists_are_the_rule(case: tuple[Rule, int, int, int, int]) -> None:
         assert torch.equal(read(made, heads_q, len_q, len_kv, first_row), truth)
 
 
-def test_lists_are_kept_and_made_anew_when_the_pattern_is_written() -> None:
-    pattern = torch.rand(8, 8) < 0.5
-    rule = BlockSparse(pattern, 16)
-    made = lists.lists_of(rule, (4, 2), 100, 64, CPU)
-    assert lists.lists_of(rule, (4, 2), 128, 64, CPU) is made
-    pattern.logical_not_()
-    again = lists.lists_of(rule, (4, 2), 100, 64, CPU)
-    assert again is not made
-    assert len(again.groups) != 0
-
-
 @pytest.mark.parametrize(
     ("rule", "agree"),
     [
@@ -77,18 +64,3 @@ def test_lists_are_kept_and_made_anew_when_the_pattern_is_written() -> None:
 )
 def test_heads_that_may_share_a_tile(rule: Rule, agree: bool) -> None:
     assert lists.heads_agree(rule, 4, 2) is agree
-
-
-def test_threads_share_the_lists_kept() -> None:
-    """More rules than are kept, from several threads at once."""
-    made = [BlockSparse(torch.rand(8, 8) < 0.5, 16) for _ in range(100)]
-
-    def ask(seed: int) -> None:
-        order = torch.randperm(len(made), generator=torch.Generator().manual_seed(seed)).tolist()
-        for number in order:
-            found = lists.lists_of(made[number], (2, 2), 100, 64, CPU)
-            assert len(found.heads) == 2
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(ask, range(8)))
-    assert len(lists._kept) <= lists._MOST_KEPT

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from jitattn.masks import BlockSparse
+from jitattn.write_tracking import Snapshot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 #: What kernels take; a larger block of a pattern is several.
 LARGEST_BLOCK: Final = 128
 _MOST_MASKS: Final = 16
-#: Stands for the version of a pattern that a graph has read.
-_MADE_IN_GRAPH: Final = -1
 
 
 class KeptMasks:
@@ -24,10 +23,10 @@ class KeptMasks:
 
     def __init__(self, block_size: int, causal: bool) -> None:
         self._block_size, self._causal = block_size, causal
-        #: By how they were made: the pattern, its version, and the mask.
-        self._masks: dict[tuple[object, ...], tuple[Tensor, int, BlockSparse]] = {}
-        #: The pattern, its version, and itself in blocks of kernels, with room to be moved in.
-        self._wholes: dict[torch.device, tuple[Tensor, int, Tensor]] = {}
+        #: By how they were made: the pattern, its contents then, and the mask.
+        self._masks: dict[tuple[object, ...], tuple[Tensor, Snapshot, BlockSparse]] = {}
+        #: The pattern, its contents then, and itself in kernel blocks, with room to be moved in.
+        self._wholes: dict[torch.device, tuple[Tensor, Snapshot | None, Tensor]] = {}
 
     def mask(self, pattern: Tensor, moved: int = 0, first_row: int | None = None) -> BlockSparse:
         """Return the mask of a pattern, the same value as long as the pattern is the same.
@@ -40,14 +39,14 @@ class KeptMasks:
             blocks = self._moved(pattern, operator.index(moved))
             return BlockSparse(blocks, size, self._causal, first_row)
         key = (moved, first_row, pattern.device)
-        version = _version(pattern)
-        source, known_version, found = self._masks.get(key, (None, 0, None))
-        if found is None or source is not pattern or known_version != version:
-            blocks = self._moved(pattern, moved)
-            found = BlockSparse(blocks, size, self._causal, first_row)
-            if len(self._masks) >= _MOST_MASKS:
-                self._masks.clear()
-            self._masks[key] = (pattern, version, found)
+        known = self._masks.get(key)
+        if known is not None and known[0] is pattern and known[1].still_holds(pattern):
+            return known[2]
+        snapshot = Snapshot(pattern)
+        found = BlockSparse(self._moved(pattern, moved), size, self._causal, first_row)
+        if len(self._masks) >= _MOST_MASKS:
+            self._masks.clear()
+        self._masks[key] = (pattern, snapshot, found)
         return found
 
     def _moved(self, pattern: Tensor, moved: int) -> Tensor:
@@ -58,16 +57,18 @@ class KeptMasks:
         above = (
             max(pattern.shape[1:]) if self._causal and pattern.shape[1] != pattern.shape[2] else 0
         )
-        source, version, whole = self._wholes.get(pattern.device, (None, 0, None))
-        # torch.compile cannot ask for versions.
-        now = _MADE_IN_GRAPH if torch.compiler.is_compiling() else _version(pattern)
-        if whole is None or source is not pattern or now not in (version, _MADE_IN_GRAPH):
+        known = self._wholes.get(pattern.device)
+        in_graph = torch.compiler.is_compiling()  # which cannot ask for versions
+        if known is None or known[0] is not pattern or not (in_graph or _holds(known[1], pattern)):
+            snapshot = None if in_graph else Snapshot(pattern)
             whole = torch.nn.functional.pad(pattern, (0, 0, above, 0))
             if factor > 1:
                 whole = whole.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-            self._wholes[pattern.device] = (pattern, now, whole)
+            known = self._wholes[pattern.device] = (pattern, snapshot, whole)
+        whole = known[2]
         return whole[:, (above - moved) * factor :]
 
 
-def _version(pattern: Tensor) -> int:
-    return 0 if pattern.is_inference() else pattern._version
+def _holds(snapshot: Snapshot | None, pattern: Tensor) -> bool:
+    """Return whether a pattern is as it was; one that only a graph has read may not be."""
+    return snapshot is not None and snapshot.still_holds(pattern)
