@@ -14,6 +14,7 @@ from torch.autograd import Function
 
 from jitattn import cosine
 from jitattn.backward import run_backward
+from jitattn.encoding import KeptCall
 from jitattn.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -100,9 +101,9 @@ class Attention(FirstOrder):
     ) -> tuple[Tensor, Tensor]:
         """Compute out and LSE."""
         out, lse = compute(q, k, v, call._replace(return_lse=True))
-        # What is added to scores, too, so that autograd notices if it is written to.
-        ctx.save_for_backward(q, k, v, out, lse, bias, relative_bias, alibi_slopes, sinks)
-        ctx.call = call
+        kept = KeptCall(call._replace(out=None))
+        ctx.save_for_backward(q, k, v, out, lse, *kept.take_tensors())
+        ctx.call = kept
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -110,14 +111,15 @@ class Attention(FirstOrder):
     @first_order
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:  # noqa: ANN401
         """Compute the gradients."""
-        q, k, v, out, lse = ctx.saved_tensors[:5]
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
         if d_out is None:
             if d_lse is None:
                 return (None,) * 9
             d_out = torch.zeros_like(out)
         needs = dict(zip(ADDED, ctx.needs_input_grad[3:], strict=False))
         wanted = [name for name, needed in needs.items() if needed]
-        found = run_backward(q, k, v, out, lse, d_out, d_lse, ctx.call, wanted)
+        call = ctx.call.call_with(tensors)
+        found = run_backward(q, k, v, out, lse, d_out, d_lse, call, wanted)
         return (*found, None, None)
 
 
@@ -135,7 +137,7 @@ class Normalize(FirstOrder):
     ) -> tuple[Tensor, Tensor]:
         """Normalise."""
         ctx.save_for_backward(q, k, head_scale)
-        ctx.norm, ctx.call = norm, call
+        ctx.groups, ctx.rows = norm.groups, cosine.RowOrder.of(call)
         ctx.set_materialize_grads(False)
         return cosine.normalized_cuda(q, k, norm, call)
 
@@ -146,7 +148,7 @@ class Normalize(FirstOrder):
         q, k, head_scale = ctx.saved_tensors
         wants_scale = ctx.needs_input_grad[2]
         dq, dk, d_scale = cosine.normalized_grad_cuda(
-            (q, k), (d_q, d_k), head_scale, ctx.norm, ctx.call, wants_scale=wants_scale
+            (q, k), (d_q, d_k), head_scale, ctx.groups, ctx.rows, wants_scale=wants_scale
         )
         return dq, dk, d_scale, None, None
 

@@ -96,6 +96,8 @@ def check_differentiable(call: Call) -> None:
             "an input requires grad and kv_seqs is Padded(batch_idx=...): several sequences may "
             "share a row; index k and v themselves, or call under torch.no_grad()"
         )
+    if call.kv_seqs is not None:
+        overlaps(call.kv_seqs)  # read from the device once, and remembered by the value
 
 
 class _Pass(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 import torch
 
@@ -79,6 +79,21 @@ class L2Norm:
                 "L2Norm(head_scale=..., normalize=False): nothing would apply the scale; multiply "
                 "q by it"
             )
+
+
+class RowOrder(NamedTuple):
+    """Order of rows and heads in q and k."""
+
+    heads_first: bool
+    q_is_flat: bool
+    k_is_flat: bool
+
+    @classmethod
+    def of(cls, call: Call) -> RowOrder:
+        """Return that of a call's tensors."""
+        q_is_flat = isinstance(call.q_seqs, Ragged)
+        is_bhsd = call.layout == "bhsd"
+        return cls(is_bhsd and not q_is_flat, q_is_flat, isinstance(call.kv_seqs, Ragged))
 
 
 def check(norm: L2Norm, q: Tensor, heads: int, call: Call) -> None:
@@ -179,12 +194,12 @@ def normalized_cuda(q: Tensor, k: Tensor, norm: L2Norm, call: Call) -> tuple[Ten
     slices = [tensor.numel() // tensor.shape[-1] * norm.groups for tensor in (q, k)]
     if not sum(slices):
         return q_out, k_out
-    sides = _sides(q, k, call)
+    rows = RowOrder.of(call)
+    sides = _sides(q, k, rows)
     index = q.get_device()
     with torch.cuda.device(index):
         spec = norm_spec(q, k, norm, call, device(index).arch)
         scale = None if norm.head_scale is None else norm.head_scale.contiguous()
-        heads_first = call.layout == "bhsd" and not isinstance(call.q_seqs, Ragged)
         loaded_kernel(spec, index).launch(
             -(-sum(slices) * spec.lanes // spec.num_threads),
             torch._C._cuda_getCurrentRawStream(index),
@@ -200,8 +215,8 @@ def normalized_cuda(q: Tensor, k: Tensor, norm: L2Norm, call: Call) -> tuple[Ten
             sides[1][0],
             sides[0][1],
             sides[1][1],
-            heads_first,
-            not heads_first,
+            rows.heads_first,
+            not rows.heads_first,
         )
     return q_out, k_out
 
@@ -210,16 +225,16 @@ def normalized_grad_cuda(
     inputs: tuple[Tensor, Tensor],
     gradients: tuple[Tensor | None, Tensor | None],
     head_scale: Tensor | None,
-    norm: L2Norm,
-    call: Call,
+    groups: int,
+    rows: RowOrder,
     *,
     wants_scale: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of q, of k and, if wanted, of head_scale: a launch for each tensor."""
-    heads_first = call.layout == "bhsd" and not isinstance(call.q_seqs, Ragged)
+    heads_first = rows.heads_first
     found: list[Tensor | None] = []
     d_scale = torch.zeros_like(head_scale) if head_scale is not None and wants_scale else None
-    for x, d_y, side in zip(inputs, gradients, _sides(*inputs, call), strict=True):
+    for x, d_y, side in zip(inputs, gradients, _sides(*inputs, rows), strict=True):
         is_q = not found
         if d_y is None:
             found.append(None)
@@ -227,7 +242,7 @@ def normalized_grad_cuda(
         d_y = d_y.to(x.dtype).contiguous()
         dx = torch.empty_like(d_y)
         found.append(dx)
-        num_slices = x.numel() // x.shape[-1] * norm.groups
+        num_slices = x.numel() // x.shape[-1] * groups
         if not num_slices:
             continue
         first, second, strides = side
@@ -236,13 +251,13 @@ def normalized_grad_cuda(
         index = x.get_device()
         along = None
         if is_q and d_scale is not None:
-            along = x.new_empty((*x.shape[:-1], norm.groups), dtype=torch.float32)
+            along = x.new_empty((*x.shape[:-1], groups), dtype=torch.float32)
         scale = head_scale.contiguous() if is_q and head_scale is not None else None
         with torch.cuda.device(index):
             spec = NormGradSpec(
                 dtype=DTYPES[x.dtype],
                 head_dim=x.shape[-1],
-                groups=norm.groups,
+                groups=groups,
                 access=Access.VEC16 if aligned else Access.ELEMENT,
                 arch=device(index).arch,
             )
@@ -276,7 +291,7 @@ def like_normalized(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 def norm_spec(q: Tensor, k: Tensor, norm: L2Norm, call: Call, arch: str) -> NormSpec:
     """Return the kernel that normalises q and k."""
     units, address = q.shape[-1], q.data_ptr() | k.data_ptr()
-    for _, _, strides in _sides(q, k, call):
+    for _, _, strides in _sides(q, k, RowOrder.of(call)):
         for stride in strides:
             units |= stride
     aligned = (address | units * q.element_size()) & 15 == 0
@@ -303,8 +318,8 @@ def norm_grad_specs(spec: NormSpec) -> list[NormGradSpec]:
     ]
 
 
-def _sides(q: Tensor, k: Tensor, call: Call) -> tuple[_Side, _Side]:
-    return _side(q, isinstance(call.q_seqs, Ragged)), _side(k, isinstance(call.kv_seqs, Ragged))
+def _sides(q: Tensor, k: Tensor, rows: RowOrder) -> tuple[_Side, _Side]:
+    return _side(q, rows.q_is_flat), _side(k, rows.k_is_flat)
 
 
 def _side(tensor: Tensor, is_flat: bool) -> _Side:

@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from jitattn.cpu_rules import Rules
 from jitattn.errors import InternalError, InvalidInputError
-from jitattn.scores import NO_CHANGES, of_sequence
+from jitattn.scores import NO_CHANGES, of_sequence, tensors_of
 from jitattn.sequences import Padded, Paged, Ragged
 from jitattn.vml import settle_vml
+from jitattn.write_tracking import guard
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +115,22 @@ def run_cpu(
             computed = computed.transpose(1, 2)
     else:
         computed, lse = _sequence_by_sequence(q, k, v, runtime, call)
+    if computed.requires_grad:
+        guard((computed, lse), [("q", q), ("k", k), ("v", v), *_tensors_of(call)])
     return (computed, lse) if call.return_lse else computed
+
+
+def _tensors_of(call: Call) -> list[tuple[str, Tensor]]:
+    """Return the tensors of a call beside q, k and v, by the names that messages have."""
+    found = list(tensors_of(call).items())
+    for name, seqs in (("q_seqs", call.q_seqs), ("kv_seqs", call.kv_seqs)):
+        for field in ("start", "stop", "block_table", "batch_idx"):
+            tensor = getattr(seqs, field, None)
+            if tensor is not None:
+                found.append((f"{name} ({field})", tensor))
+    if call.scores.dropout is not None:
+        found.append(("dropout_state", call.scores.dropout.state))
+    return found
 
 
 def _dense(

@@ -29,6 +29,7 @@ from jitattn.scores import NO_LEFT
 from jitattn.sequences import Ragged
 from jitattn.tiles import choose_splits, fwd_spec, heads_per_tile, merge_cost
 from jitattn.workspace import arrivals
+from jitattn.write_tracking import guard
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,7 +89,9 @@ def run_parsed(
             head_axis = 1 if call.layout == "bhsd" or isinstance(call.q_seqs, Ragged) else 2
             wide_q, wide_k = cosine.normalized_cpu(q, k, norm, head_axis)
             dtype = q.dtype if call.out_dtype is None else call.out_dtype
-            return run_cpu(wide_q, wide_k, v, runtime, call._replace(out_dtype=dtype))
+            result = run_cpu(wide_q, wide_k, v, runtime, call._replace(out_dtype=dtype))
+            guard(result, [("q", q), ("k", k)])
+            return result
         check_cuda()
         if is_followed(q, k, norm.head_scale):
             q, k = apply(Normalize, q, k, norm.head_scale, norm, call)

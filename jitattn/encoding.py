@@ -21,10 +21,12 @@ from jitattn.masks import (
     parts_of,
 )
 from jitattn.problem import Call
-from jitattn.scores import Scores
+from jitattn.scores import NO_CHANGES, Scores
 from jitattn.sequences import Padded, Paged, Ragged
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from jitattn.masks import Mask, Rule
@@ -40,6 +42,39 @@ class Encoded(NamedTuple):
     tensors: list[Tensor]
     ints: list[int]
     floats: list[float]
+
+
+class KeptCall:
+    """A call as an autograd context keeps it: without its tensors, which autograd is to save.
+
+    Tensors of masks, sequences, scores and dropout are read again by the backward pass: autograd
+    must know of them, to notice writes and to let its hooks move them.
+    """
+
+    __slots__ = ("_call", "_floats", "_ints", "tensors")
+
+    def __init__(self, call: Call) -> None:
+        self.tensors: tuple[Tensor, ...] = ()
+        self._call: Call | None = call
+        if not _is_without_tensors(call):
+            tensors, self._ints, self._floats = encode(call)
+            self.tensors, self._call = tuple(tensors), None
+
+    def take_tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors to save, and let go of them."""
+        tensors, self.tensors = self.tensors, ()
+        return tensors
+
+    def call_with(self, tensors: Sequence[Tensor]) -> Call:
+        """Return the call, given the tensors that were saved."""
+        if self._call is not None:
+            return self._call
+        return decode(list(tensors), self._ints, self._floats)
+
+
+def _is_without_tensors(call: Call) -> bool:
+    is_plain = type(call.mask) in (Full, Causal, Window, LocalStride)
+    return is_plain and call.q_seqs is call.kv_seqs is None and call.scores == NO_CHANGES
 
 
 class Writer:
@@ -119,6 +154,7 @@ class Writer:
         self.tensor(seqs.stop)
         self.integer(seqs.stop_is_length)
         self.integer(seqs._max_length)
+        self.integer(seqs._overlaps)
         if isinstance(seqs, Padded):
             self.tensor(seqs.batch_idx)
         elif isinstance(seqs, Paged):
@@ -178,7 +214,7 @@ class Reader:
         if kind == 0:
             return None
         start, stop = self.tensor(), self.tensor()
-        is_length, longest = bool(self.integer()), self.integer()
+        is_length, longest, overlaps = bool(self.integer()), self.integer(), self.integer()
         made: Any
         if kind == 1:
             made = Ragged.__new__(Ragged)
@@ -190,6 +226,7 @@ class Reader:
             made = Paged.__new__(Paged)
             made._set(start, stop, is_length, longest, "Paged")
             object.__setattr__(made, "block_table", self.tensor())
+        object.__setattr__(made, "_overlaps", None if overlaps is None else bool(overlaps))
         return made
 
 

@@ -46,22 +46,21 @@ class Snapshot:
         return torch.equal(tensor, self._copy)
 
 
-def raise_if_written(result: Tensor, inputs: Sequence[tuple[str, Tensor]]) -> None:
-    """Let the backward pass through `result` raise if any of the inputs was written to by then.
+def guard(results: Tensor | tuple[Tensor, Tensor], inputs: Sequence[tuple[str, Tensor]]) -> None:
+    """Let the backward pass through a result raise if any of the inputs was written to by then.
 
-    For inputs whose contents backward reads again without `save_for_backward`.
+    For named inputs whose contents backward reads again without `save_for_backward`.
     """
-    node = result.grad_fn
     tracked = [(name, x, x._version) for name, x in inputs if not x.is_inference()]
-    if node is None or not tracked:
-        return
 
     def check(_: object) -> None:
         for name, tensor, version in tracked:
             if tensor._version != version:
                 raise RuntimeError(_WRITTEN.format(what=name, now=tensor._version, then=version))
 
-    node.register_prehook(check)
+    for result in (results,) if isinstance(results, torch.Tensor) else results:
+        if result.grad_fn is not None:
+            result.grad_fn.register_prehook(check)
 
 
 def mark_as_written(tensor: Tensor) -> None:
