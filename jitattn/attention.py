@@ -145,7 +145,7 @@ def attention(
         An argument breaks a rule; nothing was launched.
     UnsupportedError
         Legal, but no kernel exists: another gear, a GPU older than sm_80, or a gradient that is
-        not computed on a GPU: of pages, of keys that sequences share, of a gradient.
+        not computed on a GPU: of keys that sequences of `Ragged` share, of a gradient.
     CompileError
         NVRTC is missing or rejected the source.
     LaunchError
@@ -161,8 +161,11 @@ def attention(
     `relative_bias`, `alibi_slopes`, `sinks` and ``L2Norm(head_scale)``, and through the LSE. The
     backward pass needs 4 bytes for each element of q and 8 for each of its rows and heads, beside
     the gradients; of long fp32 sequences also as much as q, k, v and the gradient of `out`
-    (`jitattn.halves` says of which). First derivatives only; the CPU path has every order, and
-    forward mode.
+    (`jitattn.halves` says of which); of pages, and of rows that `batch_idx` names, whose gradients
+    add up over the sequences that share them, 4 bytes for each element of k and v of `max_length`
+    keys a sequence; of more than some 100,000 queries a key, 4 bytes for each element of k and v.
+    What is saved for it must not be written to before: autograd raises. First derivatives only; the
+    CPU path has every order, and forward mode.
 
     Bitwise reproducible: two runs on the same inputs give the same bits. A NaN in q or k reaches
     the rows that see it; one in v may also reach rows to which it is hidden, as 0 * NaN. Papers:

@@ -1,31 +1,30 @@
 """The backward pass on a GPU: row statistics, then dK, dV and the sums of dQ, then dQ.
 
-Memory beside the results: LSE and delta in fp32 (8 bytes a row and head), and the sums of dQ in
-fp32 (4 bytes an element of q, rounded up to whole tiles); where the kernel takes fp32 as fp16 parts
-(halves.py), as much again as q, k, v and dO. No tensor is Lq x Lkv.
+Memory beside the results: LSE and delta in fp32 (8 bytes a row and head, 16 with sinks), and the
+sums of dQ in fp32 (4 bytes an element of q, rounded up to whole tiles); where the kernel takes fp32
+as fp16 parts (halves.py), as much again as q, k, v and dO; where dK and dV come in parts
+(kv_parts.py), 4 bytes an element of these for each part. No tensor is Lq x Lkv.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from jitattn import halves, lists
-from jitattn.bwd_tiles import bwd_spec, round_spec, score_grad_spec, specs_of_backward
+from jitattn import halves, kv_parts
+from jitattn.backward_pass import Pass, Rows
+from jitattn.bwd_tiles import bwd_spec, dq_spec, score_grad_spec, specs_of_backward
 from jitattn.errors import UnsupportedError
-from jitattn.jit import launch
 from jitattn.jit.device import device
 from jitattn.jit.enums import Access, MaskKind, Numerics, ScoreTarget, SeqLayout
-from jitattn.jit.params import FWD_SEQ_FIELDS
-from jitattn.jit.spec import StatsSpec, padded_head_dim
+from jitattn.jit.spec import RoundSpec, StatsSpec, padded_head_dim
 from jitattn.layouts import parse
 from jitattn.loaded import loaded_kernel
 from jitattn.masks import LocalStride
-from jitattn.prepared import strides_of
-from jitattn.sequences import Padded, Paged, overlaps
+from jitattn.score_gradients import score_gradients, target_of
+from jitattn.sequences import overlaps
 from jitattn.tensors import DTYPES
 
 if TYPE_CHECKING:
@@ -33,17 +32,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from jitattn.halves import Halves
-    from jitattn.jit.spec import BwdSpec, BwdTile, KernelSpec, Problem, ScoreGradSpec
+    from jitattn.jit.spec import BwdSpec, KernelSpec, Problem
     from jitattn.masks import Rule
-    from jitattn.problem import Call, Runtime, Strides
+    from jitattn.problem import Call, Runtime
     from jitattn.scores import Scores
 
-_LOG2_E: Final = math.log2(math.e)
-_TINY_SCALE: Final = 1e-30
 #: Blocks of local + stride patterns whose keys the kernel gathers.
 _FINE_BLOCKS: Final = (16, 32)
-_NO_SEQUENCES: Final = (0,) * len(FWD_SEQ_FIELDS)
+#: Largest dS, and dO, that fp16 operands are scaled to, as a power of two.
+_LARGEST_FP16_LOG2: Final = 15.0
 
 
 class Gradients(NamedTuple):
@@ -58,190 +55,10 @@ class Gradients(NamedTuple):
     sinks: Tensor | None = None
 
 
-class _Rows(NamedTuple):
-    """Rows of q and of the LSE: batch, rows and heads, and strides (batch, row, head)."""
-
-    batch: int
-    length: int
-    heads: int
-    head_axis: int
-    row_axis: int
-
-    def strides(self, tensor: Tensor) -> tuple[int, int, int]:
-        """Of a tensor like q."""
-        stride = tensor.stride()
-        return (stride[0] if self.row_axis else 0, stride[self.row_axis], stride[self.head_axis])
-
-    def stat_strides(self, tensor: Tensor) -> tuple[int, int, int]:
-        """Of a tensor like the LSE, as (batch, head, row)."""
-        stride = tensor.stride()
-        return (stride[0] if self.row_axis else 0, stride[-2], stride[-1])
-
-
-def check_differentiable(call: Call) -> None:
-    """Refuse a call on a GPU whose gradients nothing computes.
-
-    Raises
-    ------
-    UnsupportedError
-    """
-    seqs = call.kv_seqs
-    if isinstance(seqs, Paged):
-        raise UnsupportedError(
-            "an input requires grad and kv_seqs is Paged(...): pages have no gradients; gather "
-            "them into k and v (Ragged or batched), or call under torch.no_grad()"
-        )
-    if isinstance(seqs, Padded) and seqs.batch_idx is not None:
-        raise UnsupportedError(
-            "an input requires grad and kv_seqs is Padded(batch_idx=...): several sequences may "
-            "share a row; index k and v themselves, or call under torch.no_grad()"
-        )
+def settle_overlaps(call: Call) -> None:
+    """Find out whether sequences of keys overlap, once for the life of their value."""
     if call.kv_seqs is not None:
-        overlaps(call.kv_seqs)  # read from the device once, and remembered by the value
-
-
-class _Pass(NamedTuple):
-    """What every launch of a backward pass needs."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    d_out: Tensor
-    stats: Tensor
-    problem: Problem
-    runtime: Runtime
-    call: Call
-    rows: _Rows
-    arch: str
-    device_index: int
-    stream: int
-    d_out_strides: Strides
-    parts: Halves | None = None  #: what q, k, v and d_out are then
-
-    def in_halves(self, problem: Problem) -> _Pass:
-        """Return the same pass on fp16 parts, for the problem of the kernel that takes them."""
-        parts = halves.split(
-            self.q, self.k, self.v, problem, self.runtime, self.d_out, self.d_out_strides
-        )
-        d_out = self.d_out if parts.d_out is None else parts.d_out
-        runtime = self.runtime._replace(
-            q_strides=strides_of(parts.q),
-            k_strides=strides_of(parts.k),
-            v_strides=strides_of(parts.v),
-        )
-        return self._replace(
-            q=parts.q,
-            k=parts.k,
-            v=parts.v,
-            d_out=d_out,
-            d_out_strides=strides_of(d_out),
-            runtime=runtime,
-            parts=parts,
-        )
-
-    def num_tiles(self, problem: Problem, tile: BwdTile) -> tuple[int, int]:
-        """Query tiles and key blocks of the longest sequence."""
-        len_q = self.runtime.len_q
-        if problem.mask is MaskKind.BLOCK_LISTS:
-            len_q += tile.block_q - 1  # tiles begin where lists do
-        num_kv_tiles = -(-self.runtime.len_kv // tile.block_kv)
-        if problem.mask is MaskKind.FINE_STRIDE:
-            num_kv_tiles += 1  # either kind of keys may leave a block half empty
-        return -(-len_q // tile.block_q), num_kv_tiles
-
-    @property
-    def scale(self) -> float:
-        """The scale, never 0."""
-        return abs(self.runtime.scale) or _TINY_SCALE
-
-    def launch(
-        self,
-        spec: BwdSpec | ScoreGradSpec,
-        num_ctas: int,
-        target: Tensor,
-        target_strides: tuple[int, int, int],
-        kv_gradients: tuple[Tensor, Tensor] | None = None,
-        turns: Tensor | None = None,
-        targets: tuple[int, int] = (0, 0),
-    ) -> None:
-        """Launch a kernel that takes `BwdParams`; `target` is what it has as dq_sum."""
-        if num_ctas > launch.MAX_GRID:
-            raise UnsupportedError(
-                f"the backward pass needs {num_ctas} CTAs: a grid has at most 2**31 - 1; split the "
-                "batch"
-            )
-        runtime, tile = self.runtime, spec.tile
-        heads_q, heads_kv = runtime.heads_q, runtime.heads_kv
-        num_q_tiles, num_kv_tiles = self.num_tiles(spec.problem, tile)
-        indices = runtime.indices
-        scores = runtime.score_params if spec.problem.has_scores else ()
-        tail: tuple[float, ...] = (*_NO_SEQUENCES, *scores) if scores else ()
-        if indices is not None:
-            tail = (*indices.addresses, indices.bottom_right, *indices.counts, *scores)
-        if runtime.listed is not None:
-            longest = max(runtime.len_kv, runtime.diagonal + runtime.len_q)
-            heads = (heads_q, heads_kv)
-            made = lists.lists_of(runtime.listed, heads, longest, tile.block_q, self.q.device)
-            tail = (*tail, *made.params, tile.block_q - 1, 0)
-        of_d_out: tuple[int, ...] = ()
-        if self.parts is not None:
-            parts = self.parts
-            scales = (parts.q_scale, parts.k_scale, parts.v_scale)
-            tail = (*tail, *(scale.data_ptr() for scale in scales), 0, 0)
-            of_d_out = () if parts.d_out_scale is None else (parts.d_out_scale.data_ptr(),)
-        written: tuple[int, ...] = (0, 0)
-        strides: tuple[int, ...] = (0,) * 6
-        if kv_gradients is not None:
-            written = tuple(tensor.data_ptr() for tensor in kv_gradients)
-            strides = tuple(
-                stride for tensor in kv_gradients for stride in self._kv_strides(tensor)
-            )
-        loaded_kernel(spec, self.device_index).launch(
-            num_ctas,
-            self.stream,
-            self.q.data_ptr(),
-            self.k.data_ptr(),
-            self.v.data_ptr(),
-            *(0, 0, 0, 0, 0),
-            *runtime.q_strides,
-            *runtime.k_strides,
-            *runtime.v_strides,
-            *(0, 0, 0, 0, 0),
-            runtime.batch,
-            runtime.len_q,
-            runtime.len_kv,
-            heads_q,
-            heads_q // heads_kv,
-            1,
-            num_q_tiles,
-            1,
-            0,
-            runtime.diagonal,
-            *(0, 0, 0),
-            self.scale * _LOG2_E,
-            *tail,
-            self.d_out.data_ptr(),
-            self.stats[0].data_ptr(),
-            self.stats[1].data_ptr(),
-            target.data_ptr(),
-            *written,
-            0 if turns is None else turns.data_ptr(),
-            *self.d_out_strides,
-            *strides,
-            *target_strides,
-            *self.rows.stat_strides(self.stats[0])[:2],
-            num_kv_tiles,
-            self.scale,
-            *targets,
-            *of_d_out,
-        )
-
-    def _kv_strides(self, tensor: Tensor) -> tuple[int, int, int]:
-        stride = tensor.stride()
-        if tensor.dim() == 3:
-            return 0, stride[0], stride[1]
-        row = 1 if self.call.layout == "bshd" else 2
-        return stride[0], stride[row], stride[3 - row]
+        overlaps(call.kv_seqs)
 
 
 def run_backward(
@@ -288,9 +105,10 @@ def run_backward(
     if q.dim() == 4:
         row_axis, head_axis = (1, 2) if call.layout == "bshd" else (2, 1)
     batch = q.shape[0] if row_axis else 1
-    rows = _Rows(batch, q.shape[row_axis], q.shape[head_axis], head_axis, row_axis)
+    rows = Rows(batch, q.shape[row_axis], q.shape[head_axis], head_axis, row_axis)
     dense = torch.contiguous_format
-    is_empty = not (runtime.batch * runtime.len_q * runtime.len_kv and q.numel() and v.numel())
+    sizes = (runtime.batch, runtime.len_q, runtime.len_kv, q.numel(), k.numel(), v.numel())
+    is_empty = 0 in sizes
     is_sparse = is_empty or problem.kv_layout is not SeqLayout.BATCHED
     like = torch.zeros_like if is_sparse else torch.empty_like
     dk, dv = like(k, memory_format=dense), like(v, memory_format=dense)
@@ -303,15 +121,16 @@ def run_backward(
                 for name in wanted
             }
             return found._replace(**zeros)
-        stats = _row_stats(rows, out, lse, d_out, d_lse, problem, call)
-        d_out = d_out.to(q.dtype)
+        d_out_scale = _scale_of_d_out(q, v, d_out, d_lse, call)
+        stats = _row_stats(rows, out, lse, d_out, d_lse, d_out_scale, problem, call)
+        d_out = d_out.to(q.dtype) if d_out_scale is None else (d_out * d_out_scale[0]).to(q.dtype)
         needs_copy = d_out.stride(-1) != 1 and d_out.shape[-1] > 1
         if needs_copy or (problem.access is Access.VEC16 and not _aligned(d_out)):
             d_out = d_out.clone(memory_format=dense)  # contiguous() would keep an odd address
         index = q.get_device()
         stream = torch._C._cuda_getCurrentRawStream(index)
         arch = device(index).arch
-        whole = _Pass(
+        whole = Pass(
             q,
             k,
             v,
@@ -325,10 +144,37 @@ def run_backward(
             index,
             stream,
             rows.strides(d_out),
+            d_out_scale,
         )
         _main(whole, dq, dk, dv)
-        others = _of_scores(whole, wanted)
+        others = score_gradients(whole, wanted)
     return found._replace(dk=-dk if negated else dk, **others)
+
+
+def _scale_of_d_out(
+    q: Tensor, v: Tensor, d_out: Tensor, d_lse: Tensor | None, call: Call
+) -> Tensor | None:
+    """Return a power of two by which dO and dS fit fp16, and its inverse, on the device.
+
+    Gradients of fp32 results may be of any size. |dS| is at most |dP| + |delta|, and both products
+    of rows of dO with v, or means of its rows, at most |dO| |v|. Rows that are not finite count for
+    nothing here: they reach the gradients that depend on them in any case.
+    """
+    if q.dtype is not torch.float16 or (d_out.dtype is torch.float16 and d_lse is None):
+        return None
+
+    def largest(values: Tensor) -> Tensor:
+        return values.nan_to_num(nan=0.0, posinf=0.0).amax()
+
+    of_rows, of_v = (largest(torch.linalg.vector_norm(x.float(), dim=-1)) for x in (d_out, v))
+    bound = 2.0 * of_rows * of_v
+    if call.scores.dropout is not None:
+        bound = bound * call.scores.dropout.scale
+    if d_lse is not None:
+        bound = bound + largest(d_lse.abs())
+    size = torch.maximum(bound, of_rows).clamp(min=1e-30, max=1e30)
+    exponent = (_LARGEST_FP16_LOG2 - size.log2()).floor()
+    return torch.stack([exponent, -exponent]).exp2()
 
 
 def kernel_problem(problem: Problem, runtime: Runtime, arch: str) -> Problem:
@@ -355,14 +201,10 @@ def specs_of_gradients(
     """Return every kernel that the backward pass of a call can need; `rule`: what is listed."""
     own = without_lists(problem, rule, arch)
     specs = specs_of_backward(own, arch, deterministic=deterministic)
-    targets = [] if scores.bias is None else [_target_of(scores.bias)]
+    targets = [] if scores.bias is None else [target_of(scores.bias)]
     if scores.relative_bias is not None or scores.alibi_slopes is not None:
         targets.append(ScoreTarget.DISTANCE)
     return [*specs, *(score_grad_spec(problem, arch, target) for target in targets)]
-
-
-def _target_of(bias: Tensor) -> ScoreTarget:
-    return ScoreTarget.MATRIX if bias.shape[2] > 1 else ScoreTarget.ROW
 
 
 def _aligned(tensor: Tensor) -> bool:
@@ -374,15 +216,20 @@ def _aligned(tensor: Tensor) -> bool:
 
 
 def _row_stats(
-    rows: _Rows,
+    rows: Rows,
     out: Tensor,
     lse: Tensor,
     d_out: Tensor,
     d_lse: Tensor | None,
+    d_out_scale: Tensor | None,
     problem: Problem,
     call: Call,
 ) -> Tensor:
-    """Return LSE base 2 and delta of every row, and what it adds to dsinks: [2 or 3, B, Hq, Lq]."""
+    """Return the statistics of every row, [2 or, with sinks, 4, B, Hq, Lq].
+
+    They are LSE in base 2, delta, the part of the weights that a sink leaves, and what the row adds
+    to dsinks.
+    """
     index = out.get_device()
     if out.stride(-1) != 1 and out.shape[-1] > 1:
         out = out.contiguous()
@@ -397,7 +244,7 @@ def _row_stats(
     )
     sinks = call.scores.sinks
     stats = out.new_empty(
-        (2 if sinks is None else 3, rows.batch, rows.heads, rows.length), dtype=torch.float32
+        (2 if sinks is None else 4, rows.batch, rows.heads, rows.length), dtype=torch.float32
     )
     num_rows = rows.batch * rows.heads * rows.length
     loaded_kernel(spec, index).launch(
@@ -408,9 +255,11 @@ def _row_stats(
         lse.data_ptr(),
         0 if d_lse is None else d_lse.data_ptr(),
         0 if sinks is None else sinks.data_ptr(),
+        0 if d_out_scale is None else d_out_scale.data_ptr(),
         stats[0].data_ptr(),
         stats[1].data_ptr(),
         0 if sinks is None else stats[2].data_ptr(),
+        0 if sinks is None else stats[3].data_ptr(),
         *rows.strides(out),
         *rows.strides(d_out),
         *rows.stat_strides(lse),
@@ -422,131 +271,132 @@ def _row_stats(
     return stats
 
 
-def _main(whole: _Pass, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+def _main(whole: Pass, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Compute dq, dk and dv."""
-    runtime, rows, call = whole.runtime, whole.rows, whole.call
+    runtime, call = whole.runtime, whole.call
     problem = kernel_problem(whole.problem, runtime, whole.arch)
     if problem.mask is not whole.problem.mask:  # without lists, whose sequences count as different
         corner = runtime.len_kv - runtime.len_q if problem.is_uniform else 0
         runtime = runtime._replace(diagonal=corner, listed=None)
         whole = whole._replace(problem=problem, runtime=runtime)
     spec = bwd_spec(problem, whole.arch, deterministic=call.deterministic)
-    tile = spec.tile
-    num_q_tiles, num_kv_tiles = whole.num_tiles(problem, tile)
-    heads = runtime.batch * runtime.heads_q
-    if spec.in_fragments:
-        per_head = num_q_tiles * tile.block_q * spec.dq_columns
-        dq_sum = dq.new_zeros(heads * per_head, dtype=torch.float32)
-        strides = (runtime.heads_q * per_head, 0, per_head)
-    else:
-        dq_sum = torch.zeros(dq.shape, dtype=torch.float32, device=dq.device)
-        strides = rows.strides(dq_sum)
+    dq_sum, strides = _room_for_dq(whole, spec, dq)
     turns = None
     if call.deterministic:
+        heads = runtime.batch * runtime.heads_q
+        num_q_tiles, _ = whole.num_tiles(problem, spec.tile)
         turns = torch.zeros(heads * num_q_tiles, dtype=torch.int32, device=dq.device)
-    num_ctas = num_kv_tiles * runtime.heads_kv * runtime.batch
     ours = whole.in_halves(problem) if problem.numerics is Numerics.F16X3 else whole
-    ours.launch(spec, num_ctas, dq_sum, strides, (dk, dv), turns)
+    _launch_main(ours, spec, dq_sum, strides, (dk, dv), turns)
+    _round_dq(whole, spec, dq_sum, strides, dq)
 
+
+def _room_for_dq(whole: Pass, spec: BwdSpec, dq: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """Return zeros for the sums of dQ, and their strides."""
+    if spec.in_fragments:
+        num_q_tiles, _ = whole.num_tiles(spec.problem, spec.tile)
+        per_head = num_q_tiles * spec.tile.block_q * spec.dq_columns
+        heads = whole.runtime.heads_q
+        dq_sum = dq.new_zeros(whole.runtime.batch * heads * per_head, dtype=torch.float32)
+        return dq_sum, (heads * per_head, 0, per_head)
+    dq_sum = torch.zeros(dq.shape, dtype=torch.float32, device=dq.device)
+    return dq_sum, whole.rows.strides(dq_sum)
+
+
+def _launch_main(
+    whole: Pass,
+    spec: BwdSpec,
+    dq_sum: Tensor,
+    strides: tuple[int, int, int],
+    gradients: tuple[Tensor, Tensor],
+    turns: Tensor | None,
+) -> None:
+    """Launch the kernel for the sums of dQ, dK and dV, and what adds up parts of the latter."""
+    runtime, call = whole.runtime, whole.call
+    tiles = whole.num_tiles(spec.problem, spec.tile)
+    here = device(whole.device_index)
+    kernel = loaded_kernel(spec, whole.device_index)
+    split = kv_parts.choose_split(
+        spec,
+        here.num_sms * kernel.blocks_per_sm,
+        runtime,
+        tiles,
+        is_fixed=call.num_splits is not None,
+    )
+    is_plain = split.num_ctas == split.num_launches == 1 and not kv_parts.shares_rows(call)
+    if is_plain:
+        targets = [kv_parts.plain_target(gradient, call) for gradient in gradients]
+    else:
+        targets = [
+            kv_parts.parts_target(gradient, split, spec.problem, runtime, call)
+            for gradient in gradients
+        ]
+    in_parts = 0 if is_plain else 1 if split.num_launches == 1 else 2
+    for idx in range(split.num_launches):
+        first = idx * split.tiles_per_launch
+        whole.launch(
+            spec,
+            tiles[1] * runtime.heads_kv * runtime.batch * split.num_ctas,
+            dq_sum,
+            strides,
+            (targets[0], targets[1]),
+            turns,
+            num_q_splits=split.num_ctas,
+            in_parts=in_parts,
+            q_tiles=(first, min(first + split.tiles_per_launch, 2**31 - 1)),
+        )
+    if is_plain:
+        return
+    of_dv = 1.0 if call.scores.dropout is None else call.scores.dropout.scale
+    for target, gradient, scale in zip(targets, gradients, (whole.scale, of_dv), strict=True):
+        kv_parts.combine(target, gradient, scale, whole.scale_address(1), runtime, call, whole.arch)
+
+
+def _round_dq(
+    whole: Pass, spec: BwdSpec, dq_sum: Tensor, strides: tuple[int, int, int], dq: Tensor
+) -> None:
+    """Launch the kernel that makes dQ of its sums."""
+    rows = whole.rows
+    num_rows = rows.batch * rows.length * rows.heads
+    rounding = dq_spec(spec)
+    kernel = loaded_kernel(rounding, whole.device_index)
+    operands = (dq_sum.data_ptr(), dq.data_ptr(), whole.scale_address(1))
+    if not isinstance(rounding, RoundSpec):
+        kernel.launch(
+            -(-num_rows * -(-spec.problem.head_dim // 4) // rounding.num_threads),
+            whole.stream,
+            *operands,
+            0,
+            *strides,
+            *rows.strides(dq),
+            num_rows,
+            rows.length,
+            rows.heads,
+            1,
+            whole.scale,
+        )
+        return
+    runtime, tile = whole.runtime, spec.tile
+    num_q_tiles, _ = whole.num_tiles(spec.problem, tile)
     first_position = 0
-    if spec.in_fragments and runtime.listed is not None:  # tiles begin where lists do
+    if runtime.listed is not None:  # tiles begin where lists do
         corner = runtime.diagonal
         if runtime.indices is not None and runtime.indices.bottom_right:
             corner += runtime.len_kv - runtime.len_q
         first_position = corner & (tile.block_q - 1)
-    rounding = round_spec(spec)
-    num_rows = rows.batch * rows.length * rows.heads
-    num_threads = num_rows * -(-spec.problem.head_dim // 4)
-    if spec.in_fragments:
-        columns = padded_head_dim(spec.problem.head_dim) // rounding.column_tiles
-        num_threads = heads * num_q_tiles * tile.block_q * columns // 4
-    loaded_kernel(rounding, whole.device_index).launch(
+    columns = padded_head_dim(spec.problem.head_dim) // rounding.column_tiles
+    heads = runtime.batch * runtime.heads_q
+    num_threads = heads * num_q_tiles * tile.block_q * columns // 4
+    kernel.launch(
         -(-num_threads // rounding.num_threads),
         whole.stream,
-        dq_sum.data_ptr(),
-        dq.data_ptr(),
-        *strides,
+        *operands,
+        strides[0],
+        strides[2],
         *rows.strides(dq),
         num_rows,
         rows.length,
         rows.heads,
         whole.scale,
         first_position,
-    )
-
-
-def _of_scores(whole: _Pass, wanted: Collection[str]) -> dict[str, Tensor]:
-    """Compute the gradients of what is added to scores."""
-    found = {}
-    scores = whole.call.scores
-    if "sinks" in wanted:
-        found["sinks"] = whole.stats[2].sum((0, 2))
-    if "bias" in wanted and scores.bias is not None:
-        found["bias"] = _of_bias(whole, scores.bias)
-    relative, slopes = scores.relative_bias, scores.alibi_slopes
-    if "relative_bias" in wanted or "alibi_slopes" in wanted:
-        sums = _by_distance(whole)
-        if "relative_bias" in wanted and relative is not None:
-            found["relative_bias"] = _of_relative(sums, relative, whole.runtime.len_kv)
-        if "alibi_slopes" in wanted and slopes is not None:
-            distance = torch.arange(sums.shape[-1], device=sums.device) - whole.runtime.len_kv
-            by_head = -(sums * distance.abs()).sum(-1)
-            found["alibi_slopes"] = by_head.sum(0) if slopes.dim() == 1 else by_head
-    return found
-
-
-def _of_bias(whole: _Pass, bias: Tensor) -> Tensor:
-    runtime = whole.runtime
-    target = _target_of(bias)
-    spec = score_grad_spec(whole.problem, whole.arch, target)
-    num_q_tiles, num_kv_tiles = whole.num_tiles(spec.problem, spec.tile)
-    batch, heads = bias.shape[:2]
-    # Lists: tiles begin elsewhere in every sequence, so that each needs a gradient of its own.
-    differ = runtime.listed is not None and target is ScoreTarget.MATRIX
-    differ &= batch == 1 < runtime.batch and whole.problem.q_layout is not SeqLayout.BATCHED
-    if differ:
-        batch = runtime.batch
-    result = bias.new_zeros((batch, *bias.shape[1:]))
-    strides = (result.stride(0), result.stride(2), result.stride(1))  # batch, row, head
-    num_ctas = num_kv_tiles * batch * heads
-    if target is ScoreTarget.MATRIX:
-        num_ctas *= num_q_tiles
-    whole.launch(spec, num_ctas, result, strides, targets=(batch, heads))
-    return result.sum(0, keepdim=True) if differ else result
-
-
-def _by_distance(whole: _Pass) -> Tensor:
-    """Return sums of dS by key - query + Lkv: [B, Hq, Lq + Lkv]."""
-    runtime = whole.runtime
-    spec = score_grad_spec(whole.problem, whole.arch, ScoreTarget.DISTANCE)
-    num_q_tiles, num_kv_tiles = whole.num_tiles(spec.problem, spec.tile)
-    batch, heads = runtime.batch, runtime.heads_q
-    sums = torch.zeros(
-        (2, batch, heads, runtime.len_q + runtime.len_kv),
-        dtype=torch.float32,
-        device=whole.q.device,
-    )
-    num_ctas = (num_q_tiles + num_kv_tiles - 1) * batch * heads
-    whole.launch(spec, num_ctas, sums, (0, 0, 0), targets=(batch, heads))
-    return sums[0] + sums[1]
-
-
-def _of_relative(sums: Tensor, relative: Tensor, len_kv: int) -> Tensor:
-    """From sums by distance to a table whose first and last entries stand for all beyond."""
-    by_head = sums.sum(0)
-    if relative.shape[0] == 1:
-        by_head = by_head.sum(0, keepdim=True)
-    reach = relative.shape[1] // 2
-    if reach == 0:
-        return by_head.sum(1, keepdim=True)
-    # Room for every entry on either side: index 0 is distance -len_kv - reach.
-    padded = torch.nn.functional.pad(by_head, (reach, reach))
-    low, high = len_kv + 1, len_kv + 2 * reach  # after distance -reach, at distance +reach
-    return torch.cat(
-        (
-            padded[:, :low].sum(1, keepdim=True),
-            padded[:, low:high],
-            padded[:, high:].sum(1, keepdim=True),
-        ),
-        1,
     )

@@ -17,6 +17,7 @@ from jitattn.jit.enums import (
     MaskKind,
     Numerics,
     ScoreTarget,
+    SeqLayout,
     Staging,
     Switch,
 )
@@ -26,8 +27,10 @@ from jitattn.jit.spec import (
     KernelSpec,
     Problem,
     RoundSpec,
+    ScatterSpec,
     ScoreGradSpec,
     StatsSpec,
+    SumPartsSpec,
     padded_head_dim,
 )
 from jitattn.prepared_specs import backward_in_halves, split_spec
@@ -98,15 +101,15 @@ _SQUARES: Final[tuple[_Row, ...]] = (
 def backward_problem(problem: Problem) -> Problem:
     """Return what a forward problem is to its backward kernel.
 
-    Sinks are in the LSE, a fixed shift cancels, and matrices are read where they are. Whatever the
-    gear, gradients have the numerics of gear 2; fp16 parts are kept where a kernel takes them.
+    A fixed shift cancels, matrices are read where they are, and pages of any size alike. Whatever
+    the gear, gradients have the numerics of gear 2; fp16 parts are kept where a kernel takes them.
     """
     in_halves = problem.numerics is Numerics.F16X3 and backward_in_halves(problem) is not None
     return replace(
         problem,
         out_dtype=problem.dtype,
         numerics=problem.numerics if in_halves else resolve_numerics(2, problem.dtype),
-        sinks=Switch.OFF,
+        kv_layout=SeqLayout.PAGED if problem.kv_layout.page_group else problem.kv_layout,
         fixed_shift=Switch.OFF,
         bias_staged=Staging.OFF,
         dense_staged=Staging.OFF,
@@ -135,7 +138,7 @@ def bwd_spec(problem: Problem, arch: str, *, deterministic: bool = False) -> Bwd
         table = _FINE
     elif problem.mask not in (MaskKind.FULL, MaskKind.CAUSAL):
         table = _SPARSE
-    elif problem.access is Access.ELEMENT or problem.has_scores or not problem.is_uniform:
+    elif problem.access is Access.ELEMENT or _has_changes(problem) or not problem.is_uniform:
         table = _CHANGED
     switch = Switch.ON if deterministic else Switch.OFF
     for row in next(rows for top, rows in table.items() if dim <= top):
@@ -143,6 +146,11 @@ def bwd_spec(problem: Problem, arch: str, *, deterministic: bool = False) -> Bwd
         if spec.smem_bytes <= (half_of(limit) if spec.tile.num_warps == 4 else limit):
             return spec
     raise InternalError(f"no backward tile fits {arch} for {problem}")
+
+
+def _has_changes(problem: Problem) -> bool:
+    """Return whether scores are changed by more than a sink, which takes one product a weight."""
+    return replace(problem, sinks=Switch.OFF).has_scores
 
 
 def _changes_scores(problem: Problem) -> bool:
@@ -176,19 +184,30 @@ def _tile(row: _Row) -> BwdTile:
     )
 
 
-def round_spec(spec: BwdSpec) -> RoundSpec:
+def dq_spec(spec: BwdSpec) -> RoundSpec | SumPartsSpec:
     """Return the kernel that makes dQ of the sums that a backward kernel leaves."""
-    tile = spec.tile
-    ours = (tile.block_q, tile.num_warps, tile.warps_dq) if spec.in_fragments else (0, 0, 0)
+    problem, tile = spec.problem, spec.tile
+    if not spec.in_fragments:
+        return SumPartsSpec(dtype=problem.dtype, head_dim=problem.head_dim, arch=spec.arch)
     return RoundSpec(
-        dtype=spec.problem.dtype,
-        head_dim=spec.problem.head_dim,
-        in_fragments=Switch.ON if spec.in_fragments else Switch.OFF,
-        block_q=ours[0],
-        num_warps=ours[1],
-        warps_dq=ours[2],
+        dtype=problem.dtype,
+        head_dim=problem.head_dim,
+        block_q=tile.block_q,
+        num_warps=tile.num_warps,
+        warps_dq=tile.warps_dq,
         arch=spec.arch,
     )
+
+
+def specs_of_parts(problem: Problem, arch: str) -> list[KernelSpec]:
+    """Return the kernels that add up parts of dK and dV for a backward problem: lengths decide."""
+    made: list[KernelSpec] = []
+    for dim in dict.fromkeys((problem.head_dim, problem.head_dim_v)):
+        if problem.kv_layout is not SeqLayout.PAGED:
+            made.append(SumPartsSpec(dtype=problem.dtype, head_dim=dim, arch=arch))
+        if problem.kv_layout is not SeqLayout.BATCHED:
+            made.append(ScatterSpec(dtype=problem.dtype, head_dim=dim, arch=arch))
+    return made
 
 
 def specs_of_backward(
@@ -201,9 +220,9 @@ def specs_of_backward(
         for access in Access
         if access is Access.ELEMENT or problem.head_dim_v * problem.out_dtype.bytes % 16 == 0
     ]
-    specs: list[KernelSpec] = [spec, *stats, round_spec(spec)]
+    specs: list[KernelSpec] = [spec, *stats, dq_spec(spec)]
     in_halves = backward_in_halves(backward_problem(problem))
     if in_halves is not None:
         other = bwd_spec(in_halves, arch, deterministic=deterministic)
-        specs += [split_spec(in_halves, arch, gradients=True), other, round_spec(other)]
-    return list(dict.fromkeys(specs))
+        specs += [split_spec(in_halves, arch, gradients=True), other, dq_spec(other)]
+    return list(dict.fromkeys([*specs, *specs_of_parts(spec.problem, arch)]))

@@ -306,7 +306,11 @@ def _chunk(
     if rules.scores.sinks is not None:
         sinks = rules.scores.sinks.to(r_sum.dtype).view(1, heads_kv, group, 1, 1)
         own = sinks.expand(batch, heads_kv, group, rows, 1).reshape(r_sum.shape)
-        r_sum = r_sum + torch.exp(own - highest).masked_fill(blind, 0.0)
+        # From the larger of the sink and the maximum, so that neither weight overflows.
+        shift = torch.maximum(highest, own.detach()).masked_fill(blind, 0.0)
+        rescale = torch.exp(highest - shift)
+        r_out = r_out * rescale
+        r_sum = r_sum * rescale + torch.exp(own - shift).masked_fill(blind, 0.0)
     return (
         (r_out / r_sum).reshape(batch, heads_q, rows, head_dim_v),
         lse.reshape(batch, heads_q, rows),

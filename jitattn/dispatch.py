@@ -14,7 +14,7 @@ import torch
 
 from jitattn import cosine, lists, workspace
 from jitattn.autograd import ADDED, Attention, Normalize, apply
-from jitattn.backward import check_differentiable
+from jitattn.backward import settle_overlaps
 from jitattn.cpu import run_cpu
 from jitattn.errors import InternalError, LaunchError, UnsupportedError
 from jitattn.jit import launch
@@ -104,7 +104,7 @@ def run_parsed(
     added = [getattr(call.scores, name) for name in ADDED]
     if not is_followed(q, k, v, *added):
         return _run_cuda(q, k, v, problem, runtime, call)
-    check_differentiable(call)
+    settle_overlaps(call)
 
     def compute(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         result = _run_cuda(q, k, v, problem, runtime, call)

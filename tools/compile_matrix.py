@@ -112,6 +112,8 @@ BACKWARD_FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"mask": MaskKind.FULL, "key_padding": Switch.ON},
     {"mask": MaskKind.FULL, "dense": Switch.ON},
     {"dropout": Switch.ON},
+    {"sinks": Switch.ON},
+    {"kv_layout": SeqLayout.PAGED},
 )
 
 

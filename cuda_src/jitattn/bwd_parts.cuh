@@ -85,22 +85,22 @@ struct PartScales {
     }
   }
 
-  // Of Q (0) or dO (1) of a query tile. They follow LSE and delta in shared memory.
+  // Of Q (0) or dO (1) of a query tile. They follow the statistics in shared memory.
   __device__ static float load(const BwdParamsOf<Spec>& params, int batch_idx, int head_idx,
                                int tile, int which) {
     if constexpr (kIsInHalves<Spec>) {
       const int64_t head = static_cast<int64_t>(batch_idx) * params.heads_q + head_idx;
       const int64_t idx =
           head * ceil_div(params.len_q, kRowsPerScale) + tile * Spec::kBlockQ / kRowsPerScale;
-      return __ldg((which == 0 ? params.q_scale : params.d_out_scale) + idx);
+      return __ldg((which == 0 ? params.q_scale : params.d_out_part_scale) + idx);
     }
     return 1.f;
   }
   __device__ static float of_q(uint32_t s_stats_addr) {
-    return of_tile(s_stats_addr + Spec::kBlockQ * 8);
+    return of_tile(s_stats_addr + Traits::kBytesRowStats);
   }
   __device__ static float of_d_out(uint32_t s_stats_addr) {
-    return of_tile(s_stats_addr + Spec::kBlockQ * 8 + 4);
+    return of_tile(s_stats_addr + Traits::kBytesRowStats + 4);
   }
 
   // Of dS at a row and a key of the tile.

@@ -14,6 +14,19 @@ struct TileRange {
   int end;
 
   __device__ bool has(int tile) const { return tile >= begin && tile < end; }
+
+  __device__ bool is_empty() const { return begin >= end; }
+
+  __device__ TileRange within(int first, int last) const {
+    return {max_of(begin, first), min_of(end, last)};
+  }
+
+  // One of `count` parts of about the same size.
+  __device__ TileRange part(int idx, int count) const {
+    const int64_t size = max_of(0, end - begin);
+    return {begin + static_cast<int>(size * idx / count),
+            begin + static_cast<int>(size * (idx + 1) / count)};
+  }
 };
 
 constexpr int kAllTiles = 0x7fffffff;
@@ -22,25 +35,32 @@ struct KvTile {
   int tile;
   int kv_head;
   int batch;
+  int split;  // of its query tiles
 };
 
 // Full: key blocks fastest, so that neighbouring CTAs share the Q and dO of one head in L2. Else
 // heads fastest: the first key blocks, which most queries see, are started first. In both, the
-// blocks of a head are started in the order of the keys, which turns rely on.
+// blocks of a head are started in the order of the keys, all splits of one before the next, which
+// turns rely on.
 template <class Spec>
 __device__ __forceinline__ KvTile kv_tile_of(const BwdParamsOf<Spec>& params, uint32_t cta_idx) {
   const uint32_t num_tiles = params.num_kv_tiles, heads = params.heads_q / params.heads_per_kv;
-  uint32_t tile, head_and_batch;
+  const uint32_t num_splits = params.num_q_splits;
+  uint32_t tile, head_and_batch, split;
   if constexpr (Spec::kMask == MaskKind::kFull && kIsUniform<Spec>) {
-    tile = cta_idx % num_tiles;
-    head_and_batch = cta_idx / num_tiles;
+    split = cta_idx % num_splits;
+    const uint32_t rest = cta_idx / num_splits;
+    tile = rest % num_tiles;
+    head_and_batch = rest / num_tiles;
   } else {
     const uint32_t num_heads_and_batch = heads * params.batch;
-    tile = cta_idx / num_heads_and_batch;
+    const uint32_t rest = cta_idx / num_heads_and_batch;
     head_and_batch = cta_idx % num_heads_and_batch;
+    split = rest % num_splits;
+    tile = rest / num_splits;
   }
   return {static_cast<int>(tile), static_cast<int>(head_and_batch % heads),
-          static_cast<int>(head_and_batch / heads)};
+          static_cast<int>(head_and_batch / heads), static_cast<int>(split)};
 }
 
 // Local + stride: tiles of which every row sees the keys from first_key to before end_key, which

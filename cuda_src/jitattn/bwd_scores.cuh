@@ -20,6 +20,7 @@
 #include "jitattn/element.cuh"
 #include "jitattn/enums.cuh"
 #include "jitattn/key_lists.cuh"
+#include "jitattn/key_rows.cuh"
 #include "jitattn/params.cuh"
 #include "jitattn/ptx/cp_async.cuh"
 #include "jitattn/ptx/shared.cuh"
@@ -126,18 +127,27 @@ __device__ __forceinline__ void attn_bwd_scores(const BwdParamsOf<Spec>& params)
             return row * row_stride * static_cast<int64_t>(sizeof(Element));
           });
     };
+    const KeyRows<Spec> key_rows(params, sequence, batch_idx);
+    auto load_keys = [&](const auto& copy, uint32_t s_addr, const void* tensor, int64_t batch,
+                         int64_t row, int64_t head) {
+      const Element* g_head = static_cast<const Element*>(tensor) + head;
+      if constexpr (kIsPaged<Spec>) {
+        const char* g_lane = copy.lane(reinterpret_cast<const char*>(g_head));
+        copy.template load_rows<true, false>(s_addr, g_lane, num_keys, [&](int skip) {
+          return key_rows.offset(first_key + copy.row + skip, batch, row) *
+                 static_cast<int64_t>(sizeof(Element));
+        });
+      } else {
+        const Element* g_first = g_head + key_rows.offset(first_key, batch, row);
+        copy.load_tail(s_addr, copy.share(reinterpret_cast<const char*>(g_first)), num_keys);
+      }
+    };
     ptx::barrier_sync<kNumThreads>();  // the last step's tiles are read
     const int64_t kv_head_idx = head_idx / params.heads_per_kv;
-    copy_k.load_tail(
-        s_k_addr,
-        copy_k.share(start_of(params.k, params.k_stride_batch, params.k_stride_row,
-                              sequence.kv_start + first_key, params.k_stride_head, kv_head_idx)),
-        num_keys);
-    copy_v.load_tail(
-        s_v_addr,
-        copy_v.share(start_of(params.v, params.v_stride_batch, params.v_stride_row,
-                              sequence.kv_start + first_key, params.v_stride_head, kv_head_idx)),
-        num_keys);
+    load_keys(copy_k, s_k_addr, params.k, params.k_stride_batch, params.k_stride_row,
+              params.k_stride_head * kv_head_idx);
+    load_keys(copy_v, s_v_addr, params.v, params.v_stride_batch, params.v_stride_row,
+              params.v_stride_head * kv_head_idx);
     load_rows(copy_q, s_q_addr,
               start_of(params.q, params.q_stride_batch, params.q_stride_row, sequence.q_start,
                        params.q_stride_head, head_idx),
@@ -149,13 +159,13 @@ __device__ __forceinline__ void attn_bwd_scores(const BwdParamsOf<Spec>& params)
     ptx::cp_async_commit();
     const int64_t first_stat = batch_idx * params.stat_stride_batch +
                                head_idx * params.stat_stride_head + sequence.q_start;
-    for (int idx = threadIdx.x; idx < 2 * kBlockQ; idx += kNumThreads) {
-      const bool is_delta = idx >= kBlockQ;
-      const int row = first_row + idx - (is_delta ? kBlockQ : 0);
+    for (int idx = threadIdx.x; idx < Traits::kRowStats * kBlockQ; idx += kNumThreads) {
+      const int stat = idx / kBlockQ, row = first_row + idx % kBlockQ;
       const bool exists = row < sequence.len_q && row >= sequence.first_position;
-      const float* g_stats = (is_delta ? params.delta : params.lse_log2) + first_stat;
-      const float stat = exists ? __ldg(g_stats + row) : is_delta ? 0.f : infinity();
-      ptx::st_shared_b32(s_stats_addr + idx * 4, __float_as_uint(stat));
+      const float* g_stats = stat == 0 ? params.lse_log2 : params.delta;
+      if (Traits::kHasSinks && stat == 2) g_stats = params.sink_rest;
+      const float value = exists ? __ldg(g_stats + first_stat + row) : stat == 0 ? infinity() : 0.f;
+      ptx::st_shared_b32(s_stats_addr + idx * 4, __float_as_uint(value));
     }
     if constexpr (kHasLists<Spec>) {
       if (static_cast<int>(threadIdx.x) < kBlockKv / 16) {
@@ -185,12 +195,13 @@ __device__ __forceinline__ void attn_bwd_scores(const BwdParamsOf<Spec>& params)
         for (int half = 0; half < 2; ++half) {
           const int row = m * 16 + accumulator_row(lane_idx, half);
           const float delta = ptx::ld_shared_f32(s_lse + (kBlockQ + row) * 4);
+          const float rest = Weights::sink_rest(s_lse, row);
 #pragma unroll
           for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const float d_s = weights.d_score(r_p[m][n][2 * half + i], r_dp[m][n][2 * half + i],
-                                                delta, m, half, n, i);
+                                                delta, rest, m, half, n, i);
               if constexpr (kIsDistance) {
                 const int column = grid.first_column + n * 8 + accumulator_column(lane_idx) + i;
                 ptx::st_shared_b32(s_tile_addr + ((grid.first_row + row) * kBlockKv + column) * 4,
@@ -214,6 +225,7 @@ __device__ __forceinline__ void attn_bwd_scores(const BwdParamsOf<Spec>& params)
   };
 
   // ---- All steps
+  const float unscale = params.d_out_scale == nullptr ? 1.f : __ldg(params.d_out_scale + 1);
   const int end_batch = params.target_batch == 1 ? params.batch : own_batch + 1;
   const int end_head = params.target_heads == 1 ? params.heads_q : own_head + 1;
   int first_position = 0;
@@ -243,7 +255,7 @@ __device__ __forceinline__ void attn_bwd_scores(const BwdParamsOf<Spec>& params)
               head_idx;
           const int size = params.len_q + params.len_kv;
           if (threadIdx.x < kBlockQ + kBlockKv - 1 && distance >= 0 && distance < size) {
-            params.dq_sum[row * size + distance] = sum;
+            params.dq_sum[row * size + distance] = sum * unscale;
           }
         }
       }
@@ -270,7 +282,7 @@ __device__ __forceinline__ void attn_bwd_scores(const BwdParamsOf<Spec>& params)
           const int key =
               first_key + grid.first_column + n * 8 + accumulator_column(lane_idx) + i % 2;
           if (key < params.len_kv) {
-            g_bias[position * params.dq_stride_row + key] = Bias::round(r_sum[m][n][i]);
+            g_bias[position * params.dq_stride_row + key] = Bias::round(r_sum[m][n][i] * unscale);
           }
         }
       }
@@ -297,7 +309,7 @@ __device__ __forceinline__ void attn_bwd_scores(const BwdParamsOf<Spec>& params)
       for (int row = 0; row < kBlockQ; ++row) {
         sum += ptx::ld_shared_f32(s_tile_addr + (row * kBlockKv + column) * 4);
       }
-      g_bias[first_key + column] = Bias::round(sum);
+      g_bias[first_key + column] = Bias::round(sum * unscale);
     }
   }
 }

@@ -11,21 +11,24 @@
 //             a key block follow from the mask (bwd_schedule.cuh).
 //
 // Work split  One CTA: kBlockKv keys of one kv head, whose dK and dV stay in registers, and all
-// query
-//             tiles that see them, of all query heads. Each product has its own grid of warps
-//             (warp_grid.cuh).
+//             query tiles that see them, or one of num_q_splits parts of these, of all query heads.
+//             Each product has its own grid of warps (warp_grid.cuh).
 //
-// Shared      K, V for the whole run; Q and dO, kStages of each; P and dS, through which the
-// scores' memory      grid of warps hands over to the others; LSE and delta of the rows.
+// Shared      K, V for the whole run; Q and dO, kStages of each; P and dS, through which the scores'
+// memory      grid of warps hands over to the others; LSE and delta of the rows.
 //
 // Pipeline    kStages == 2: the copies of tile i + 1 start with step i; two barriers a step.
 //               step i | wait i | barrier | start i+1 | S dP -> P dS | barrier | dV  dQ  dK |
 //             kStages == 1: dO of the next tile lands under dQ and dK, Q is waited for; four.
 //
 // dQ          Every key block adds to the sums of dQ in global memory (bwd_traits.cuh), in any
-// order;
-//             or, with kDeterministic, in the order of the keys: blocks wait for their turns. All
-//             blocks of a head are started in that order, so those waited for are running.
+//             order; or, with kDeterministic, in the order of the keys: blocks wait for their
+//             turns. All blocks of a head are started in that order, so those waited for are
+//             running.
+//
+// dK, dV      Rounded and written; or, where query tiles are split or sequences share keys, left as
+//             fp32 parts, which another kernel adds up in order (dq_round.cuh, kv_scatter.cuh).
+//             Sums of very many steps would drift: tensor cores truncate.
 #pragma once
 
 #include "jitattn/bwd_parts.cuh"
@@ -38,10 +41,12 @@
 #include "jitattn/enums.cuh"
 #include "jitattn/fine_stride.cuh"
 #include "jitattn/key_lists.cuh"
+#include "jitattn/key_rows.cuh"
 #include "jitattn/params.cuh"
 #include "jitattn/ptx/cp_async.cuh"
 #include "jitattn/ptx/global.cuh"
 #include "jitattn/ptx/shared.cuh"
+#include "jitattn/ptx/special.cuh"
 #include "jitattn/rows.cuh"
 #include "jitattn/schedule.cuh"
 #include "jitattn/sequence.cuh"
@@ -50,14 +55,18 @@
 
 namespace jitattn {
 
-// Writes a warp's part of dK or dV: row `row` of the key block to row row_of(row) from g_first on.
-template <class Spec, int kHeadDim, class Grid, int kRowTiles, int kColumnTiles, class RowOf>
+// BwdParams::in_parts.
+constexpr int kAddedParts = 2;
+
+// Writes a warp's part of dK or dV: row `row` of the key block to row row_of(row) from g_first on;
+// or, of fp32 parts, adds it.
+template <Dtype kDtype, int kHeadDim, class Grid, int kRowTiles, int kColumnTiles, class RowOf>
 __device__ __forceinline__ void store_gradient(const float (&r)[kRowTiles][kColumnTiles][4],
                                                const Grid& grid,
-                                               typename Scalar<Spec::kDtype>::type* g_first,
+                                               typename Scalar<kDtype>::type* g_first,
                                                int64_t row_stride, int num_rows, RowOf row_of,
-                                               float scale, int lane_idx) {
-  using Element = Scalar<Spec::kDtype>;
+                                               float scale, bool adds, int lane_idx) {
+  using Element = Scalar<kDtype>;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -69,19 +78,64 @@ __device__ __forceinline__ void store_gradient(const float (&r)[kRowTiles][kColu
       for (int n = 0; n < kColumnTiles; ++n) {
         const int column = grid.first_column + n * 8 + accumulator_column(lane_idx);
         if (n >= grid.num_tiles) continue;
-        const float left = r[m][n][2 * half] * scale, right = r[m][n][2 * half + 1] * scale;
-        if constexpr (kHeadDim % 2 == 0 && Spec::kDtype != Dtype::kFp32) {
-          using Mma = MmaF32Acc<Spec::kDtype>;
+        float left = r[m][n][2 * half] * scale, right = r[m][n][2 * half + 1] * scale;
+        if constexpr (kHeadDim % 2 == 0 && kDtype != Dtype::kFp32) {
+          using Mma = MmaF32Acc<kDtype>;
           if (column < kHeadDim) {
             *reinterpret_cast<uint32_t*>(g_row + column) = Mma::pack(left, right);
           }
         } else {
+          if (adds) {
+            if (column < kHeadDim) left += Element::load(g_row[column]);
+            if (column + 1 < kHeadDim) right += Element::load(g_row[column + 1]);
+          }
           if (column < kHeadDim) g_row[column] = Element::round(left);
           if (column + 1 < kHeadDim) g_row[column + 1] = Element::round(right);
         }
       }
     }
   }
+}
+
+// Keys of a kernel block that exist.
+template <class Spec>
+__device__ __forceinline__ int keys_in_block(const BwdParamsOf<Spec>& params,
+                                             const Sequence& sequence, const KvTile& tile) {
+  if constexpr (kGathersKeys<Spec>) {
+    return GatheredKeys<Spec>(params, sequence, tile.kv_head * params.heads_per_kv, tile.tile)
+        .num_keys();
+  }
+  return min_of(Spec::kBlockKv, sequence.len_kv - tile.tile * Spec::kBlockKv);
+}
+
+// Writes dK and dV of a key block, in the layout of k and v or, as parts, by split and sequence.
+// Indices are derived anew: the main loop has no registers to keep them in.
+template <class Spec, Dtype kDtype, class DkTiles, class GridDk, class DvTiles, class GridDv>
+__device__ __forceinline__ void store_gradients(const BwdParamsOf<Spec>& params,
+                                                const DkTiles& r_dk, const GridDk& grid_dk,
+                                                float scale_dk, const DvTiles& r_dv,
+                                                const GridDv& grid_dv, float scale_dv, bool adds,
+                                                int lane_idx) {
+  using T = typename Scalar<kDtype>::type;
+  const KvTile tile = kv_tile_of<Spec>(params, ptx::cta_idx());
+  const Sequence sequence = Sequence::of<Spec>(params, tile.batch);
+  const int num_keys = keys_in_block<Spec>(params, sequence, tile);
+  const auto key_of = keys_of_block<Spec>(params, sequence, tile.kv_head, tile.tile);
+  const int64_t first_row = shares_rows<Spec>(params) ? 0 : sequence.kv_start;
+  auto first_of = [&](void* gradient, int64_t split, int64_t batch, int64_t row, int64_t head) {
+    return static_cast<T*>(gradient) + tile.split * split + tile.batch * batch + first_row * row +
+           tile.kv_head * head;
+  };
+  store_gradient<kDtype, Spec::kHeadDim>(
+      r_dk, grid_dk,
+      first_of(params.dk, params.dk_stride_split, params.dk_stride_batch, params.dk_stride_row,
+               params.dk_stride_head),
+      params.dk_stride_row, num_keys, key_of, scale_dk, adds, lane_idx);
+  store_gradient<kDtype, Spec::kHeadDimV>(
+      r_dv, grid_dv,
+      first_of(params.dv, params.dv_stride_split, params.dv_stride_batch, params.dv_stride_row,
+               params.dv_stride_head),
+      params.dv_stride_row, num_keys, key_of, scale_dv, adds, lane_idx);
 }
 
 template <class Spec>
@@ -104,13 +158,17 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
   const Sequence sequence = Sequence::of<Spec>(params, batch_idx);
   const int first_key = kv_tile * kBlockKv;  // of neighbouring keys
   using Keys = typename Conditional<kGathersKeys<Spec>, GatheredKeys<Spec>, KeyBlock<Spec>>::type;
-  int num_keys = min_of(kBlockKv, sequence.len_kv - first_key);
-  if constexpr (kGathersKeys<Spec>) {
-    num_keys = Keys(params, sequence, kv_head_idx * params.heads_per_kv, kv_tile).num_keys();
-  }
+  const int num_keys = keys_in_block<Spec>(params, sequence, tile_idx);
   if (num_keys <= 0) return;
-  // The row that those of the key block are counted from.
-  const int64_t kv_row_idx = sequence.kv_start + (kGathersKeys<Spec> ? 0 : first_key);
+  auto tiles_of = [&](const Keys& keys) {
+    const TileRange seen = keys.tiles().within(params.first_q_tile, params.end_q_tile);
+    return seen.part(kv_tile_of<Spec>(params, ptx::cta_idx()).split, params.num_q_splits);
+  };
+  if (params.in_parts == kAddedParts) {  // the heads of a kv head see alike
+    const Keys keys(params, sequence, kv_head_idx * params.heads_per_kv, kv_tile);
+    if (tiles_of(keys).is_empty()) return;
+  }
+  const KeyRows<Spec> key_rows(params, sequence, batch_idx);
   const RowMap rows(sequence.len_q);
   const GridS grid_s(warp_idx);
   const typename Traits::GridDk grid_dk(warp_idx);
@@ -150,18 +208,19 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
 
   // ---- K and V
   {
-    auto start_of = [&](const void* tensor, int64_t batch, int64_t row, int64_t head) {
-      return reinterpret_cast<const char*>(static_cast<const Element*>(tensor) + batch_idx * batch +
-                                           kv_row_idx * row + kv_head_idx * head);
-    };
-    auto load_keys = [&](const auto& copy, uint32_t s_addr, const char* g_first, int64_t row) {
-      if constexpr (kGathersKeys<Spec>) {
-        const Keys keys(params, sequence, kv_head_idx * params.heads_per_kv, kv_tile);
-        copy.template load_rows<true, false>(s_addr, copy.lane(g_first), num_keys, [&](int skip) {
-          return keys.key_of(copy.row + skip) * row * static_cast<int64_t>(sizeof(Element));
+    auto load_keys = [&](const auto& copy, uint32_t s_addr, const void* tensor, int64_t batch,
+                         int64_t row, int64_t head) {
+      const Element* g_head = static_cast<const Element*>(tensor) + kv_head_idx * head;
+      if constexpr (kGathersKeys<Spec> || kIsPaged<Spec>) {
+        const auto key_of = keys_of_block<Spec>(params, sequence, kv_head_idx, kv_tile);
+        const char* g_lane = copy.lane(reinterpret_cast<const char*>(g_head));
+        copy.template load_rows<true, false>(s_addr, g_lane, num_keys, [&](int skip) {
+          return key_rows.offset(key_of(copy.row + skip), batch, row) *
+                 static_cast<int64_t>(sizeof(Element));
         });
       } else {
-        copy.load_tail(s_addr, copy.share(g_first), num_keys);
+        const Element* g_first = g_head + key_rows.offset(first_key, batch, row);
+        copy.load_tail(s_addr, copy.share(reinterpret_cast<const char*>(g_first)), num_keys);
       }
     };
     const typename Traits::CopyK copy_k(threadIdx.x, params.k_stride_row);
@@ -173,12 +232,10 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
       copy_q.zero_padding(s_q_addr + stage * Traits::kBytesQ);
       copy_do.zero_padding(s_do_addr + stage * Traits::kBytesDo);
     }
-    load_keys(copy_k, s_k_addr,
-              start_of(params.k, params.k_stride_batch, params.k_stride_row, params.k_stride_head),
-              params.k_stride_row);
-    load_keys(copy_v, s_v_addr,
-              start_of(params.v, params.v_stride_batch, params.v_stride_row, params.v_stride_head),
-              params.v_stride_row);
+    load_keys(copy_k, s_k_addr, params.k, params.k_stride_batch, params.k_stride_row,
+              params.k_stride_head);
+    load_keys(copy_v, s_v_addr, params.v, params.v_stride_batch, params.v_stride_row,
+              params.v_stride_head);
   }
 
   // ---- Register tiles
@@ -189,7 +246,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
   for (int group_head = 0; group_head < params.heads_per_kv; ++group_head) {
     const int head_idx = kv_head_idx * params.heads_per_kv + group_head;
     const Keys keys(params, sequence, head_idx, kv_tile);
-    const TileRange range = keys.tiles();
+    const TileRange range = tiles_of(keys);
     int first_keys[kGathersKeys<Spec> ? kKeyTiles / 2 : 1];  // of this warp's groups
     bool is_on_stride = false;
     if constexpr (kGathersKeys<Spec>) {
@@ -233,23 +290,25 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
       load_tile(copy_do, s_do_addr + stage * Traits::kBytesDo, g_do, params.d_out_stride_row, tile);
     };
 
-    // LSE and delta of a tile's rows, and its scales: fetched a step ahead, kept in registers until
+    // Statistics of a tile's rows, and its scales: fetched a step ahead, kept in registers until
     // there is room.
-    constexpr int kNumStats = 2 * kBlockQ + PartScales<Spec>::kPerTile;
+    constexpr int kNumRowStats = Traits::kRowStats * kBlockQ;
+    constexpr int kNumStats = kNumRowStats + PartScales<Spec>::kPerTile;
     constexpr int kStatsPerThread = ceil_div(kNumStats, Traits::kNumThreads);
     float r_stats[kStatsPerThread];
     auto fetch_stats = [&](int tile) {
 #pragma unroll
       for (int i = 0; i < kStatsPerThread; ++i) {
         const int idx = i * Traits::kNumThreads + threadIdx.x;
-        const bool is_delta = idx >= kBlockQ;
-        const int row = tile * kBlockQ + idx - (is_delta ? kBlockQ : 0);
+        const int stat = idx / kBlockQ;
+        const int row = tile * kBlockQ + idx % kBlockQ;
         const bool exists =
-            idx < 2 * kBlockQ && row < sequence.len_q && row >= sequence.first_position;
-        const float* g_stats = (is_delta ? params.delta : params.lse_log2) + first_stat;
-        r_stats[i] = exists ? __ldg(g_stats + row) : is_delta ? 0.f : infinity();
-        if (kNumStats > 2 * kBlockQ && idx >= 2 * kBlockQ && idx < kNumStats) {
-          r_stats[i] = scales.load(params, batch_idx, head_idx, tile, idx - 2 * kBlockQ);
+            idx < kNumRowStats && row < sequence.len_q && row >= sequence.first_position;
+        const float* g_stats = stat == 0 ? params.lse_log2 : params.delta;
+        if (Traits::kHasSinks && stat == 2) g_stats = params.sink_rest;
+        r_stats[i] = exists ? __ldg(g_stats + first_stat + row) : stat == 0 ? infinity() : 0.f;
+        if (kNumStats > kNumRowStats && idx >= kNumRowStats && idx < kNumStats) {
+          r_stats[i] = scales.load(params, batch_idx, head_idx, tile, idx - kNumRowStats);
         }
       }
     };
@@ -419,6 +478,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
             for (int half = 0; half < 2; ++half) {
               const int row = m * 16 + accumulator_row(lane_idx, half);
               const float delta = ptx::ld_shared_f32(s_lse + (kBlockQ + row) * 4);
+              const float rest = Weights::sink_rest(s_lse, row);
 #pragma unroll
               for (int n = 0; n < kKeyTiles; ++n) {
                 float p[2], d_s[2];
@@ -426,7 +486,9 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
                 for (int i = 0; i < 2; ++i) {
                   const float whole = r_p[m][n][2 * half + i];
                   p[i] = weights.dropped(whole, m, half, n, i);
-                  d_s[i] = weights.d_score(whole, r_dp[m][n][2 * half + i], delta, m, half, n, i);
+                  if constexpr (Traits::kHasSinks) p[i] *= rest;
+                  d_s[i] =
+                      weights.d_score(whole, r_dp[m][n][2 * half + i], delta, rest, m, half, n, i);
                   d_s[i] = weights.capped(d_s[i], m, half, n, i);
                 }
                 if constexpr (kIsInHalves<Spec>) {
@@ -565,20 +627,16 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
   }
 
   // ---- Results
-  using T = typename Scalar<Spec::kDtype>::type;
-  const auto row_of = rows_of_block<Spec>(params, sequence, kv_head_idx, kv_tile);
-  store_gradient<Spec, Spec::kHeadDim>(
-      r_dk, grid_dk,
-      static_cast<T*>(params.dk) + batch_idx * params.dk_stride_batch +
-          kv_row_idx * params.dk_stride_row + kv_head_idx * params.dk_stride_head,
-      params.dk_stride_row, num_keys, row_of, params.scale, lane_idx);
-  float dv_scale = 1.f;
-  if constexpr (Spec::kDropout == Switch::kOn) dv_scale = params.dropout_scale;
-  store_gradient<Spec, Spec::kHeadDimV>(
-      r_dv, grid_dv,
-      static_cast<T*>(params.dv) + batch_idx * params.dv_stride_batch +
-          kv_row_idx * params.dv_stride_row + kv_head_idx * params.dv_stride_head,
-      params.dv_stride_row, num_keys, row_of, dv_scale, lane_idx);
+  if (params.in_parts) {
+    store_gradients<Spec, Dtype::kFp32>(params, r_dk, grid_dk, 1.f, r_dv, grid_dv, 1.f,
+                                        params.in_parts == kAddedParts, lane_idx);
+  } else {
+    const float unscale = params.d_out_scale == nullptr ? 1.f : __ldg(params.d_out_scale + 1);
+    float scale_dv = unscale;
+    if constexpr (Spec::kDropout == Switch::kOn) scale_dv *= params.dropout_scale;
+    store_gradients<Spec, Spec::kDtype>(params, r_dk, grid_dk, params.scale * unscale, r_dv,
+                                        grid_dv, scale_dv, false, lane_idx);
+  }
 }
 
 }  // namespace jitattn

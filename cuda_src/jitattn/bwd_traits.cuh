@@ -45,6 +45,10 @@ struct BwdTraits {
   static constexpr int kNumThreads = Spec::kNumThreads;
   static constexpr int kNumWarps = kNumThreads / 32;
 
+  // Statistics of a row: LSE and delta, and what a sink leaves.
+  static constexpr bool kHasSinks = Spec::kSinks == Switch::kOn;
+  static constexpr int kRowStats = kHasSinks ? 3 : 2;
+
   // Columns, padded to whole MMAs.
   static constexpr int kDim = ceil_div(Spec::kHeadDim, 16) * 16;
   static constexpr int kDimV = ceil_div(Spec::kHeadDimV, 16) * 16;
@@ -76,15 +80,16 @@ struct BwdTraits {
   using CopyK = Copy<Spec::kBlockKv, kParts * Spec::kHeadDim, kWidthQk>;
   using CopyV = Copy<Spec::kBlockKv, kParts * Spec::kHeadDimV, kWidthV>;
 
-  // Shared memory in bytes: K, V, the Q buffers, the dO buffers, P, dS, two buffers of LSE and
-  // delta of every row and of the scales of Q and dO, those of dS, and the groups that a list names
-  // of this key block, twice.
+  // Shared memory in bytes: K, V, the Q buffers, the dO buffers, P, dS, two buffers of the
+  // statistics of every row and of the scales of Q and dO, those of dS, and the groups that a list
+  // names of this key block, twice.
   static constexpr int kBytesK = Spec::kBlockKv * kWidthQk * kSize;
   static constexpr int kBytesV = Spec::kBlockKv * kWidthV * kSize;
   static constexpr int kBytesQ = Spec::kBlockQ * kWidthQk * kSize;
   static constexpr int kBytesDo = Spec::kBlockQ * kWidthV * kSize;
   static constexpr int kBytesP = Spec::kBlockQ * kParts * Spec::kBlockKv * kSize;
-  static constexpr int kBytesStats = Spec::kBlockQ * 8 + (kIsInHalves<Spec> ? 16 : 0);
+  static constexpr int kBytesRowStats = Spec::kBlockQ * 4 * kRowStats;
+  static constexpr int kBytesStats = kBytesRowStats + (kIsInHalves<Spec> ? 16 : 0);
   static constexpr int kBytesListed = Spec::kBlockKv / 16 * 8;
   static constexpr int kOffsetV = kBytesK;
   static constexpr int kOffsetQ = kOffsetV + kBytesV;

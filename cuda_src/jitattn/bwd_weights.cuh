@@ -113,9 +113,18 @@ struct TileWeights {
   }
 
   // The gradient of the score that the softmax saw, of a weight and its gradient.
-  __device__ float d_score(float p, float d_p, float delta, int m, int half, int n, int i) const {
+  __device__ float d_score(float p, float d_p, float delta, float rest, int m, int half, int n,
+                           int i) const {
     if constexpr (kDrops) d_p = dropped(d_p, m, half, n, i) * params.dropout_scale;
+    if constexpr (Traits::kHasSinks) return p * (rest * d_p - delta);
     return p * (d_p - delta);
+  }
+
+  // What a sink leaves of the weights of a row; s_lse as above.
+  __device__ static float sink_rest(uint32_t s_lse, int row) {
+    if constexpr (Traits::kHasSinks)
+      return ptx::ld_shared_f32(s_lse + (2 * Spec::kBlockQ + row) * 4);
+    return 1.f;
   }
 
   // A value of r_p, or 0 if dropout drops it.

@@ -121,17 +121,16 @@ struct GatheredKeys {
   __device__ int first_key_of(int idx) const { return column(idx) << params.block_log2; }
 };
 
-// Which row of K, V, dK and dV row `row` of a kernel block is, from key 0 on where keys are
-// gathered and else from its first one.
+// The key of row `row` of a kernel block.
 template <class Spec>
-__device__ __forceinline__ auto rows_of_block(const BwdParamsOf<Spec>& params,
+__device__ __forceinline__ auto keys_of_block(const BwdParamsOf<Spec>& params,
                                               const Sequence& sequence, int kv_head_idx,
                                               int block) {
   if constexpr (kGathersKeys<Spec>) {
     const GatheredKeys<Spec> keys(params, sequence, kv_head_idx * params.heads_per_kv, block);
     return [keys](int row) { return keys.key_of(row); };
   } else {
-    return [](int row) { return row; };
+    return [first_key = block * Spec::kBlockKv](int row) { return first_key + row; };
   }
 }
 

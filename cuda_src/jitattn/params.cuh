@@ -223,14 +223,16 @@ struct QuantParams {
 // `out`, `lse` and those of splits.
 template <class Fwd>
 struct BwdParams : Fwd {
-  const void* d_out;      // [B, Lq, Hq, Dv], dtype of q
-  const float* lse_log2;  // [B, Hq, Lq] or, ragged, [Hq, total]: log2(e) LSE; +inf for blind rows
-  const float* delta;     // likewise: rowsum(dO * O) - dLSE
-  float* dq_sum;          // dQ / scale, zeroed; in fragment order, or as q. bwd_scores.cuh: the
-                          // gradient of the bias; or, zeroed, [2, B, Hq, Lq + Lkv]
-  void* dk;               // [B, Lkv, Hkv, D]
-  void* dv;               // [B, Lkv, Hkv, Dv]
-  int32_t* turns;         // [B, Hq, num_q_tiles], zeroed: key blocks that have added; null: any
+  const void* d_out;       // [B, Lq, Hq, Dv], dtype of q
+  const float* lse_log2;   // [B, Hq, Lq] or, ragged, [Hq, total]: log2(e) LSE; +inf for blind rows
+  const float* delta;      // likewise: rowsum(dO * O) - dLSE
+  const float* sink_rest;  // likewise: part of the weights that a sink leaves to the keys
+  const float* d_out_scale;  // [2]: by which dO and delta are scaled, and its inverse; null: 1
+  float* dq_sum;             // dQ / scale, zeroed; in fragment order, or as q. bwd_scores.cuh: the
+                             // gradient of the bias; or, zeroed, [2, B, Hq, Lq + Lkv]
+  void* dk;                  // [B, Lkv, Hkv, D]; in parts: fp32, and unscaled
+  void* dv;                  // [B, Lkv, Hkv, Dv]; likewise
+  int32_t* turns;            // [B, Hq, num_q_tiles], zeroed: key blocks that have added; null: any
   int64_t d_out_stride_batch;
   int64_t d_out_stride_row;
   int64_t d_out_stride_head;
@@ -240,12 +242,18 @@ struct BwdParams : Fwd {
   int64_t dv_stride_batch;
   int64_t dv_stride_row;
   int64_t dv_stride_head;
+  int64_t dk_stride_split;
+  int64_t dv_stride_split;
   int64_t dq_stride_batch;  // of dq_sum as q; in fragment order, of batch and head
   int64_t dq_stride_row;
   int64_t dq_stride_head;
   int64_t stat_stride_batch;  // of lse_log2 and delta
   int64_t stat_stride_head;
   int32_t num_kv_tiles;  // of the longest sequence
+  int32_t num_q_splits;  // CTAs that share the query tiles of a key block
+  int32_t in_parts;      // dk and dv are fp32 parts of splits and sequences: 1 written, 2 added to
+  int32_t first_q_tile;  // of this launch
+  int32_t end_q_tile;
   float scale;           // |scale|
   int32_t target_batch;  // bwd_scores.cuh: batches and heads of the gradient, 1 or B and 1 or Hq
   int32_t target_heads;
@@ -254,19 +262,21 @@ struct BwdParams : Fwd {
 // And where operands are fp16 parts.
 template <class Fwd>
 struct BwdScaledParams : BwdParams<Fwd> {
-  const float* d_out_scale;  // [B, Hq, ceil(Lq / 64)], contiguous
+  const float* d_out_part_scale;  // [B, Hq, ceil(Lq / 64)], contiguous
 };
 
 // Row statistics for the backward kernels. A row is a query of one head.
 struct StatsParams {
-  const void* out;     // [B, Lq, Hq, Dv]
-  const void* d_out;   // [B, Lq, Hq, Dv]
-  const float* lse;    // [B, Hq, Lq]
-  const float* d_lse;  // [B, Hq, Lq]; null: 0
-  const float* sinks;  // [Hq]; null: none
-  float* lse_log2;     // [B, Hq, Lq], contiguous
-  float* delta;        // [B, Hq, Lq], contiguous
-  float* d_sink;       // [B, Hq, Lq], contiguous: what each row adds to dsinks
+  const void* out;           // [B, Lq, Hq, Dv]
+  const void* d_out;         // [B, Lq, Hq, Dv]
+  const float* lse;          // [B, Hq, Lq]
+  const float* d_lse;        // [B, Hq, Lq]; null: 0
+  const float* sinks;        // [Hq]; null: none
+  const float* d_out_scale;  // by which delta is scaled; null: 1
+  float* lse_log2;           // [B, Hq, Lq], contiguous
+  float* delta;              // [B, Hq, Lq], contiguous
+  float* sink_rest;          // [B, Hq, Lq], contiguous: part of the weights that the sink leaves
+  float* d_sink;             // [B, Hq, Lq], contiguous: what each row adds to dsinks
   int64_t out_stride_batch;
   int64_t out_stride_row;
   int64_t out_stride_head;
@@ -284,12 +294,12 @@ struct StatsParams {
   int32_t heads_q;
 };
 
-// From the sums of dQ to dQ. A row is a query of one head.
+// From the sums of dQ in fragment order to dQ. A row is a query of one head.
 struct RoundParams {
-  const float* sum;  // in fragment order: [B, Hq, ceil(Lq / block_q) * block_q, Dpad]
-  void* dq;          // [B, Lq, Hq, D], contiguous and aligned to 16 bytes
+  const float* sum;      // [B, Hq, ceil(Lq / block_q) * block_q, Dpad]
+  void* dq;              // [B, Lq, Hq, D], contiguous and aligned to 16 bytes
+  const float* unscale;  // multiplies the result; null: 1
   int64_t sum_stride_batch;
-  int64_t sum_stride_row;
   int64_t sum_stride_head;
   int64_t dq_stride_batch;
   int64_t dq_stride_row;
@@ -299,6 +309,55 @@ struct RoundParams {
   int32_t heads_q;
   float scale;
   int32_t first_position;  // rows of the first tile before query 0
+};
+
+// From fp32 parts of a gradient, in its own order, to the gradient.
+struct SumPartsParams {
+  const float* parts;    // [num_parts, B, length, H, D]
+  void* out;             // [B, length, H, D]
+  const float* unscale;  // multiplies the result; null: 1
+  int64_t part_stride_part;
+  int64_t part_stride_batch;
+  int64_t part_stride_row;
+  int64_t part_stride_head;
+  int64_t out_stride_batch;
+  int64_t out_stride_row;
+  int64_t out_stride_head;
+  int64_t num_rows;  // B * length * H
+  int32_t length;
+  int32_t heads;
+  int32_t num_parts;
+  float scale;
+};
+
+// From the parts of dK or dV by sequences to rows of memory that sequences may share: pages, or
+// rows of the batch that they name. An entry is a place of the block table.
+struct ScatterParams {
+  const float* sum;         // [num_parts, B, longest, Hkv, D]
+  void* out;                // [num_pages, page_size, Hkv, D]
+  const float* unscale;     // multiplies the result; null: 1
+  const int64_t* entries;   // [B * table_width]: places of the table, in the order of their pages
+  const int64_t* bounds;    // [num_pages + 1]: first entry of each page
+  const int32_t* kv_start;  // as FwdSeqParams
+  const int32_t* kv_stop;
+  int64_t sum_stride_part;
+  int64_t sum_stride_batch;
+  int64_t sum_stride_row;
+  int64_t sum_stride_head;
+  int64_t out_stride_page;
+  int64_t out_stride_row;
+  int64_t out_stride_head;
+  int64_t num_rows;  // num_pages * page_size * Hkv
+  int32_t heads;
+  int32_t page_size;
+  int32_t table_width;
+  int32_t longest;
+  int32_t kv_rows;
+  int32_t kv_word;
+  int32_t kv_stop_is_length;
+  int32_t num_parts;
+  float scale;
+  int32_t reserved;  // keeps the size a multiple of 8
 };
 
 struct MergeParams {

@@ -1,9 +1,10 @@
 // What        What the backward kernels need of every row: LSE in base 2, and delta.
 //
 // Math        delta = sum over columns of dO * O, less dLSE; lse_log2 = LSE log2(e), +inf for a row
-//             that saw nothing, whose weights are then exp2(-inf) = 0. With a sink s, which LSE
-//             leaves out: lse_log2 = log2(e^LSE + e^s), dLSE is divided by what the sink leaves,
-//             1 / (1 + e^(s - LSE)), and ds = -sum over rows of e^(s - that LSE) dO * O.
+//             that saw nothing, whose weights are then exp2(-inf) = 0. A sink s, which LSE leaves
+//             out, leaves rest = 1 / (1 + e^(s - LSE)) of the weights to the keys:
+//             dS = P (rest dO V^T - delta), with P of LSE and delta = rest (dO * O) - dLSE; and
+//             ds = -sum over rows of (1 - rest) dO * O.
 //
 // Paper       Dao, FlashAttention-2, arXiv:2307.08691, Algorithm 2, line 4.
 //
@@ -79,22 +80,20 @@ __device__ __forceinline__ void row_stats(const StatsParams& params) {
   if (!exists || lane != 0) return;
   const int64_t to = (batch * params.heads_q + head) * params.len_q + position;
   const bool is_blind = lse == -infinity();
-  float lse_log2 = is_blind ? infinity() : lse * kLog2e;
-  float rest = 1.f;  // what a sink leaves of the weights
+  const float lse_log2 = is_blind ? infinity() : lse * kLog2e;
+  float delta = sum;
   if (params.sinks != nullptr) {
-    // LSE leaves the sink out, the weights do not.
-    const float sink_log2 = __ldg(params.sinks + head) * kLog2e;
-    rest = is_blind ? 0.f : 1.f / (1.f + ptx::exp2_approx(sink_log2 - lse_log2));
-    params.d_sink[to] = -(1.f - rest) * (is_blind ? 0.f : sum);
-    // As 1 / rest may be infinite, from the larger of the two.
-    if (!is_blind) {
-      const float high = fmaxf(lse_log2, sink_log2), low = fminf(lse_log2, sink_log2);
-      lse_log2 = high + ptx::log2_approx(1.f + ptx::exp2_approx(low - high));
-    }
+    const float excess = __ldg(params.sinks + head) * kLog2e - lse_log2;
+    const float rest = is_blind ? 0.f : 1.f / (1.f + ptx::exp2_approx(excess));
+    const float of_sink = is_blind ? 0.f : 1.f / (1.f + ptx::exp2_approx(-excess));
+    params.d_sink[to] = is_blind ? 0.f : -of_sink * sum;
+    params.sink_rest[to] = rest;
+    delta *= rest;
   }
-  if (d_lse != 0.f && !is_blind) sum -= d_lse / rest;
+  if (d_lse != 0.f) delta -= d_lse;
+  if (params.d_out_scale != nullptr) delta *= __ldg(params.d_out_scale);
   params.lse_log2[to] = lse_log2;
-  params.delta[to] = is_blind ? 0.f : sum;
+  params.delta[to] = is_blind ? 0.f : delta;
 }
 
 }  // namespace jitattn

@@ -129,6 +129,8 @@ BWD_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("d_out", _POINTER),
     ("lse_log2", _POINTER),
     ("delta", _POINTER),
+    ("sink_rest", _POINTER),
+    ("d_out_scale", _POINTER),
     ("dq_sum", _POINTER),
     ("dk", _POINTER),
     ("dv", _POINTER),
@@ -142,12 +144,18 @@ BWD_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("dv_stride_batch", _INT64),
     ("dv_stride_row", _INT64),
     ("dv_stride_head", _INT64),
+    ("dk_stride_split", _INT64),
+    ("dv_stride_split", _INT64),
     ("dq_stride_batch", _INT64),
     ("dq_stride_row", _INT64),
     ("dq_stride_head", _INT64),
     ("stat_stride_batch", _INT64),
     ("stat_stride_head", _INT64),
     ("num_kv_tiles", _INT32),
+    ("num_q_splits", _INT32),
+    ("in_parts", _INT32),
+    ("first_q_tile", _INT32),
+    ("end_q_tile", _INT32),
     ("scale", _FLOAT),
     ("target_batch", _INT32),
     ("target_heads", _INT32),
@@ -159,8 +167,10 @@ STATS_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("lse", _POINTER),
     ("d_lse", _POINTER),
     ("sinks", _POINTER),
+    ("d_out_scale", _POINTER),
     ("lse_log2", _POINTER),
     ("delta", _POINTER),
+    ("sink_rest", _POINTER),
     ("d_sink", _POINTER),
     ("out_stride_batch", _INT64),
     ("out_stride_row", _INT64),
@@ -182,8 +192,8 @@ STATS_FIELDS: Final[tuple[tuple[str, str], ...]] = (
 ROUND_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("sum", _POINTER),
     ("dq", _POINTER),
+    ("unscale", _POINTER),
     ("sum_stride_batch", _INT64),
-    ("sum_stride_row", _INT64),
     ("sum_stride_head", _INT64),
     ("dq_stride_batch", _INT64),
     ("dq_stride_row", _INT64),
@@ -193,6 +203,52 @@ ROUND_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("heads_q", _INT32),
     ("scale", _FLOAT),
     ("first_position", _INT32),
+)
+
+SUM_PARTS_FIELDS: Final[tuple[tuple[str, str], ...]] = (
+    ("parts", _POINTER),
+    ("out", _POINTER),
+    ("unscale", _POINTER),
+    ("part_stride_part", _INT64),
+    ("part_stride_batch", _INT64),
+    ("part_stride_row", _INT64),
+    ("part_stride_head", _INT64),
+    ("out_stride_batch", _INT64),
+    ("out_stride_row", _INT64),
+    ("out_stride_head", _INT64),
+    ("num_rows", _INT64),
+    ("length", _INT32),
+    ("heads", _INT32),
+    ("num_parts", _INT32),
+    ("scale", _FLOAT),
+)
+
+SCATTER_FIELDS: Final[tuple[tuple[str, str], ...]] = (
+    ("sum", _POINTER),
+    ("out", _POINTER),
+    ("unscale", _POINTER),
+    ("entries", _POINTER),
+    ("bounds", _POINTER),
+    ("kv_start", _POINTER),
+    ("kv_stop", _POINTER),
+    ("sum_stride_part", _INT64),
+    ("sum_stride_batch", _INT64),
+    ("sum_stride_row", _INT64),
+    ("sum_stride_head", _INT64),
+    ("out_stride_page", _INT64),
+    ("out_stride_row", _INT64),
+    ("out_stride_head", _INT64),
+    ("num_rows", _INT64),
+    ("heads", _INT32),
+    ("page_size", _INT32),
+    ("table_width", _INT32),
+    ("longest", _INT32),
+    ("kv_rows", _INT32),
+    ("kv_word", _INT32),
+    ("kv_stop_is_length", _INT32),
+    ("num_parts", _INT32),
+    ("scale", _FLOAT),
+    ("reserved", _INT32),
 )
 
 MERGE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
@@ -340,7 +396,7 @@ SCALE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
 )
 
 #: What a backward kernel for fp16 parts reads at the end.
-_OF_D_OUT: Final = (("d_out_scale", _POINTER),)
+_OF_D_OUT: Final = (("d_out_part_scale", _POINTER),)
 
 #: What makes fp16 parts of fp32 operands.
 SPLIT_FIELDS: Final[tuple[tuple[str, str], ...]] = (
@@ -447,6 +503,8 @@ FIELDS: Final = {
     "split": SPLIT_FIELDS,
     "stats": STATS_FIELDS,
     "round": ROUND_FIELDS,
+    "sum_parts": SUM_PARTS_FIELDS,
+    "kv_scatter": SCATTER_FIELDS,
     "merge": MERGE_FIELDS,
     "merge_grad": MERGE_GRAD_FIELDS,
     "append": APPEND_FIELDS,

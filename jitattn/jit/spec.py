@@ -272,7 +272,8 @@ class _BackwardSpec(_Spec):
         dims = padded_head_dim(problem.head_dim) + padded_head_dim(problem.head_dim_v)
         rows = tile.block_kv + tile.stages * tile.block_q
         size = (rows * dims + 2 * tile.block_q * tile.block_kv) * problem.dtype.bytes
-        size += 2 * 8 * tile.block_q
+        stats = 3 if problem.sinks is Switch.ON else 2
+        size += 2 * 4 * stats * tile.block_q
         if problem.numerics.num_parts:  # scales of Q, dO and dS
             size += 2 * 16 + 4 * tile.warps_scores
         if problem.mask is MaskKind.BLOCK_LISTS:
@@ -349,7 +350,7 @@ class StatsSpec(_Spec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundSpec(_Spec):
-    """The kernel that makes dQ of its sums."""
+    """The kernel that makes dQ of its sums in fragment order."""
 
     family: ClassVar[str] = "round"
     params: ClassVar[str] = "round"
@@ -358,16 +359,42 @@ class RoundSpec(_Spec):
     smem_bytes: ClassVar[int] = 0
     dtype: Dtype
     head_dim: int
-    in_fragments: Switch
-    block_q: int  #: of the backward kernel; 0 where sums are not in fragment order
+    block_q: int  #: of the backward kernel
     num_warps: int
     warps_dq: int
     arch: str
 
     @property
     def column_tiles(self) -> int:
-        """Tiles of 16 rows and 8 columns that a warp rounds, where sums are in fragment order."""
+        """Tiles of 16 rows and 8 columns that a warp rounds."""
         return 4 if padded_head_dim(self.head_dim) % 32 == 0 else 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OfGradients(_Spec):
+    """What the kernels that add up fp32 parts of a gradient have in common."""
+
+    num_threads: ClassVar[int] = 256
+    smem_bytes: ClassVar[int] = 0
+    dtype: Dtype  #: of the gradient
+    head_dim: int
+    arch: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SumPartsSpec(_OfGradients):
+    """The kernel for parts in the order of the gradient."""
+
+    family: ClassVar[str] = "sum_parts"
+    params: ClassVar[str] = "sum_parts"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScatterSpec(_OfGradients):
+    """The kernel for dK or dV of keys that sequences share, of parts by sequences."""
+
+    family: ClassVar[str] = "kv_scatter"
+    params: ClassVar[str] = "kv_scatter"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -508,6 +535,8 @@ PlainSpec: TypeAlias = (
     | NormGradSpec
     | StatsSpec
     | RoundSpec
+    | SumPartsSpec
+    | ScatterSpec
     | ChannelStatsSpec
     | QuantizeSpec
     | SplitHalvesSpec
@@ -522,6 +551,8 @@ PLAIN_FAMILIES: Final[dict[str, type[PlainSpec]]] = {
     NormGradSpec.family: NormGradSpec,
     StatsSpec.family: StatsSpec,
     RoundSpec.family: RoundSpec,
+    SumPartsSpec.family: SumPartsSpec,
+    ScatterSpec.family: ScatterSpec,
     ChannelStatsSpec.family: ChannelStatsSpec,
     QuantizeSpec.family: QuantizeSpec,
     SplitHalvesSpec.family: SplitHalvesSpec,

@@ -10,7 +10,7 @@ from jitattn.backward import without_lists
 from jitattn.bwd_tiles import (
     backward_problem,
     bwd_spec,
-    round_spec,
+    dq_spec,
     score_grad_spec,
     specs_of_backward,
 )
@@ -74,17 +74,30 @@ def test_a_backward_problem_leaves_out_what_the_lse_holds() -> None:
         softcap=Switch.ON,
     )
     left = backward_problem(asked)
-    assert left == problem(bias=BiasKind.SAME, softcap=Switch.ON)
+    assert left == problem(bias=BiasKind.SAME, softcap=Switch.ON, sinks=Switch.ON)
+
+
+def test_pages_of_any_size_have_one_backward_kernel() -> None:
+    kinds = (SeqLayout.PAGED, SeqLayout.PAGED16)
+    assert len({backward_problem(problem(kv_layout=kind)) for kind in kinds}) == 1
+    families = {spec.family for spec in specs_of_backward(problem(kv_layout=kinds[0]), "sm_90")}
+    assert families == {"bwd", "stats", "sum_parts", "kv_scatter"}
+
+
+def test_a_sink_changes_no_tile() -> None:
+    for dim in (64, 128, 256):
+        plain, sinks = problem(dim=dim), problem(dim=dim, sinks=Switch.ON)
+        assert bwd_spec(plain, "sm_90").tile == bwd_spec(sinks, "sm_90").tile
 
 
 def test_sums_of_dq_are_in_fragments_where_sequences_are_alike() -> None:
     alike = bwd_spec(problem(dim=80), "sm_90")
     assert alike.in_fragments
     assert alike.dq_columns >= padded_head_dim(80)
-    assert round_spec(alike).block_q == alike.tile.block_q
+    assert dq_spec(alike).to_dict()["block_q"] == alike.tile.block_q
     ragged = bwd_spec(problem(q_layout=SeqLayout.RAGGED, kv_layout=SeqLayout.RAGGED), "sm_90")
     assert not ragged.in_fragments
-    assert round_spec(ragged).block_q == 0
+    assert dq_spec(ragged).family == "sum_parts"
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -103,7 +116,7 @@ def test_specs_come_back_from_their_text(deterministic: bool) -> None:
 def test_training_is_one_choice() -> None:
     choice = {"family": ["fwd", "bwd"], "dtype": "bf16", "head_dim": 64, "mask": "causal"}
     families = {spec.family for spec in specs_of([choice], ["sm_90"])}
-    assert families == {"fwd", "bwd", "stats", "round"}
+    assert families == {"fwd", "bwd", "stats", "round", "sum_parts"}
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -113,12 +126,17 @@ def test_kernels_of_fp16_parts_are_among_those_of_a_backward_pass(deterministic:
     kernels = [spec for spec in specs if spec.family == "bwd"]
     assert [spec.problem.numerics for spec in kernels] == [Numerics.TF32X3, Numerics.F16X3]
     assert [spec.gradients for spec in specs if spec.family == "split_halves"] == [Switch.ON]
-    assert {round_spec(spec) for spec in kernels} <= set(specs)
+    assert {dq_spec(spec) for spec in kernels} <= set(specs)
     for spec in specs:
         assert spec_from_dict(spec.to_dict()) == spec
         assert spec in specs_of([to_choice(spec)])
     ragged = problem(Dtype.FP32, q_layout=SeqLayout.RAGGED, kv_layout=SeqLayout.RAGGED)
-    assert {spec.family for spec in specs_of_backward(ragged, "sm_90")} == {"bwd", "stats", "round"}
+    assert {spec.family for spec in specs_of_backward(ragged, "sm_90")} == {
+        "bwd",
+        "stats",
+        "sum_parts",
+        "kv_scatter",
+    }
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -29,9 +29,11 @@ TORCH_MAY = {
     "compat/flash_cosine_sim_attention/benchmark.py",
     "compat/flash_cosine_sim_attention/transformer.py", "cosine.py", "cpu.py", "cpu_rules.py",
     "dispatch.py", "dropout.py", "encoding.py", "explain.py", "halves.py", "interop.py",
-    "jit/device.py", "kvcache.py", "kvcache_call.py", "kvcache_ops.py", "layouts.py", "lists.py",
+    "jit/device.py", "kv_parts.py", "kvcache.py", "kvcache_call.py", "kvcache_ops.py", "layouts.py",
+    "lists.py",
     "list_cache.py", "loaded.py", "merge.py", "ops.py", "patterns.py", "problem.py", "quantized.py",
-    "reference.py", "rotary.py", "scores.py", "sequences.py", "tensors.py", "vml.py",
+    "reference.py", "rotary.py", "score_gradients.py", "scores.py", "sequences.py", "tensors.py",
+    "vml.py",
     "warmup.py", "workspace.py", "write_tracking.py",
 }  # fmt: skip
 CUPY_MAY = {"jit/launch.py"}

@@ -328,13 +328,7 @@ def test_what_has_no_gradient_is_refused_by_name() -> None:
         (first,) = torch.autograd.grad(out.sum(), q, create_graph=True)
         with pytest.raises(jitattn.UnsupportedError, match="first derivatives only"):
             torch.autograd.grad(first.sum(), q)
-        rows = torch.tensor([0, 0], dtype=torch.int32, device="cuda")
         lengths = torch.tensor([300, 300], dtype=torch.int32, device="cuda")
-        with pytest.raises(jitattn.UnsupportedError, match="batch_idx"):
-            jitattn.attention(q, k, v, kv_seqs=jitattn.Padded(lengths, batch_idx=rows))
-        table = torch.zeros(2, 1, dtype=torch.int32, device="cuda")
-        with pytest.raises(jitattn.UnsupportedError, match="pages have no gradients"):
-            jitattn.attention(q, k, v, kv_seqs=jitattn.Paged(table, lengths))
         flat = k.detach()[0].requires_grad_()
         start = torch.tensor([0, 100], dtype=torch.int32, device="cuda")
         shared = jitattn.Ragged(start, lengths - 100)
