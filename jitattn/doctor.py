@@ -24,7 +24,16 @@ from typing import Final, Literal, TypeAlias
 
 import jitattn
 from jitattn.errors import JitAttnError
-from jitattn.jit import compilers, files, launch, nvrtc, settings, sources
+from jitattn.jit import (
+    compilers,
+    files,
+    launch,
+    leftovers,
+    location,
+    nvrtc,
+    settings,
+    sources,
+)
 from jitattn.jit.cache import user_cache
 from jitattn.jit.enums import Dtype
 from jitattn.jit.layers import layers
@@ -228,12 +237,15 @@ def _cache() -> _Findings:
             yield "bad", "it does not exist and cannot be made: kernels stay in memory", _ELSEWHERE
         return
     yield from _trust(cache)
+    if others := _other_things(cache.root):
+        found = f"other things lie in it: {', '.join(others[:3])}{' …' if others[3:] else ''}"
+        yield "warn", found, "a cache is a directory of its own: set JITATTN_CACHE_DIR to one"
     if mode == "rw" and cache.root.is_dir():
         try:
-            cache.make_directories(cache.store)
-            test = cache.store / "tmp" / f"{os.getpid()}-{secrets.token_hex(8)}"
-            files.publish(test, b"", cache.store / "tmp")
-            test.unlink()
+            with cache.make() as store, store.folder("tmp", make=True) as drafts:
+                name = f"{os.getpid()}-{secrets.token_hex(8)}"
+                drafts.write_new(name, b"")
+                drafts.unlink(name)
             yield "ok", "it can be written", ""
         except OSError as error:
             yield "warn", f"it cannot be written ({error}): kernels stay in memory", _ELSEWHERE
@@ -321,6 +333,15 @@ def _trust(store: Store) -> _Findings:
             continue
         except OSError as error:
             yield "bad", f"{folder}: it cannot be read: {error.strerror}", "let this user read it"
+
+
+def _other_things(root: Path) -> list[str]:
+    """Names in the root of a cache that are none of the cache's."""
+    return [
+        name
+        for name in sorted(entry.name for entry in files.scan(root))
+        if name not in (location.TAG, leftovers.IMPORTED) and not re.fullmatch("v[0-9]+", name)
+    ]
 
 
 def _is_makeable(path: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from jitattn.cli.common import warn
+from jitattn.cli.common import fail, own_cache, warn
 from jitattn.errors import CacheError
 from jitattn.jit import files
 from jitattn.jit.cache import DiskCache
@@ -50,6 +50,15 @@ def is_trusted(store: Store) -> bool:
     if reason is not None:
         warn(f"{store.root} is not used: {reason}")
     return reason is None and store.store.is_dir()
+
+
+def trusted_cache(*, to_write: bool) -> DiskCache:
+    """Return the user's cache to delete in, or end the command if it is not to be trusted."""
+    cache = own_cache(to_write=to_write)
+    reason = distrust(cache)
+    if reason is not None:
+        fail(f"nothing is deleted in {cache.root}: {reason}")
+    return cache
 
 
 def distrust(store: Store) -> str | None:

@@ -18,6 +18,7 @@ from jitattn.cli.common import (
     own_cache,
     plain,
     print_rows,
+    warn,
 )
 from jitattn.cli.entries import (
     Found,
@@ -27,7 +28,7 @@ from jitattn.cli.entries import (
     is_trusted,
     named_stores,
 )
-from jitattn.jit import choices, files, settings, sources
+from jitattn.jit import choices, leftovers, settings, sources
 from jitattn.jit.codegen import render
 from jitattn.jit.entry import Entry, sha256
 from jitattn.jit.spec import spec_from_dict
@@ -186,6 +187,8 @@ def path(as_json: bool) -> None:
 def stats(as_json: bool) -> None:
     """Count kernels and bytes, directory by directory."""
     cache = own_cache()
+    trouble: list[OSError] = []
+    left = Counter(one.kind for one in leftovers.find(cache, trouble))
     rows = []
     for where, store in named_stores(cache):
         entries = list(store.entries()) if is_trusted(store) else []
@@ -203,9 +206,12 @@ def stats(as_json: bool) -> None:
         "directories": rows,
         "disk_bytes": sum(cache.usage().values()),
         "limit_bytes": settings.cache_max_bytes(),
-        "set_aside": len(files.scan(cache.store / "bad")),
-        "drafts": len(files.scan(cache.store / "tmp")),
+        "set_aside": left["aside"],
+        "drafts": left["draft"],
+        "unfinished_imports": left["import"],
     }
+    for error in trouble:
+        warn(f"{cache.root}: not everything could be counted: {error}")
     if as_json:
         click.echo(json.dumps(summary))
         return
@@ -213,5 +219,6 @@ def stats(as_json: bool) -> None:
     print_rows(("where", "directory", "kernels", "bytes", *archs), rows)
     click.echo(
         f"on disk {summary['disk_bytes']} of {summary['limit_bytes']} bytes, "
-        f"{summary['set_aside']} files set aside, {summary['drafts']} drafts"
+        f"{summary['set_aside']} files set aside, {summary['drafts']} drafts, "
+        f"{summary['unfinished_imports']} unfinished imports"
     )

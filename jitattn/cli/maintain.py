@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import time
 from typing import Any
@@ -18,15 +17,14 @@ from jitattn.cli.common import (
     emit,
     fail,
     json_option,
-    own_cache,
     warn,
     yes_option,
 )
-from jitattn.jit import compilers, sources
+from jitattn.cli.entries import trusted_cache
+from jitattn.jit import compilers, leftovers, sources
 from jitattn.jit.cache import DiskCache
 from jitattn.jit.codegen import render
 from jitattn.jit.entry import Metadata, sha256
-from jitattn.jit.layers import imported
 from jitattn.jit.spec import spec_from_dict
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -73,8 +71,9 @@ def prune(
 
     With no option: only what dead writers left, and entries that were set aside.
     """
-    cache = own_cache(to_write=not dry_run)
-    usage = cache.usage()
+    cache = trusted_cache(to_write=not dry_run)
+    trouble: list[OSError] = []
+    usage = cache.usage(trouble)
     doomed: set[str] = set()
     if older_than is not None:
         doomed |= {key for key in usage if _unused_seconds(cache, key) > older_than}
@@ -93,29 +92,32 @@ def prune(
             if key not in doomed:
                 doomed.add(key)
                 left -= size
-    swept = len(cache.leftovers(keep_bad=0))
+    seen: list[OSError] = []
+    swept = cache.sweep(0, seen, is_dry=True)
     left_behind: set[str] = set()
     if not dry_run and (doomed or swept):
         size = sum(usage.get(key, 0) for key in doomed)
         what = f"{len(doomed)} kernels, {size} bytes, and {swept} leftovers"
         confirm(f"Delete {what} from {cache.root}?", yes)
-        swept = cache.sweep(keep_bad=0)
-        left_behind = _delete(cache, doomed)
+        left_behind = doomed - cache.delete(doomed)
+        swept = cache.sweep(0, trouble)
+    else:
+        trouble += seen
     doomed -= left_behind
     freed = sum(usage.get(key, 0) for key in doomed)
     result = {"kernels": sorted(doomed), "bytes": freed, "swept": swept, "dry_run": dry_run}
     verb = "would go" if dry_run else "deleted"
     emit(result, as_json, f"{len(doomed)} kernels, {freed} bytes, {swept} leftovers {verb}")
-    sys.exit(1 if left_behind else 0)
+    sys.exit(_report(cache, left_behind, trouble))
 
 
-def _delete(cache: DiskCache, keys: set[str]) -> set[str]:
-    """Delete entries; returns those that are still there, which it says."""
-    cache.clear(keys)
-    left_behind = keys.intersection(key for key, _, _ in cache.files())
+def _report(cache: DiskCache, left_behind: set[str], trouble: list[OSError]) -> int:
+    """Say what could not be deleted; returns the exit status."""
     if left_behind:
         warn(f"{len(left_behind)} kernels in {cache.root} could not be deleted")
-    return left_behind
+    for error in trouble:
+        warn(f"{cache.root}: not everything could be deleted: {error}")
+    return 1 if left_behind or trouble else 0
 
 
 def _unused_seconds(cache: DiskCache, key: str) -> float:
@@ -148,28 +150,23 @@ def clear(
     """Delete every kernel of your cache. Read-only directories are never touched."""
     if arch is not None and with_imported:
         fail("--imported deletes whole archives, whatever is in them: leave --arch out", 2)
-    cache = own_cache(to_write=not dry_run)
-    doomed = {key for key, _, _ in cache.files()}
+    cache = trusted_cache(to_write=not dry_run)
+    trouble: list[OSError] = []
+    doomed = set(cache.usage(trouble))
     if arch is not None:
         doomed = {entry.key for entry in cache.entries() if entry.arch in arch}
-    archives = [store.root for store in imported(cache)]
-    if dry_run:
-        deleted, removed = len(doomed), len(archives) if with_imported else 0
-        has_failed = False
-    else:
+    archives = leftovers.imports(cache, trouble)
+    left_behind: set[str] = set()
+    deleted, removed = len(doomed), len(archives) if with_imported else 0
+    if not dry_run:
         what = f"{len(doomed)} kernels" + (
             f" and {len(archives)} imported archives" if with_imported else ""
         )
         confirm(f"Delete {what} in {cache.root}?", yes)
-        deleted, removed = len(doomed - (left_behind := _delete(cache, doomed))), 0
-        has_failed = bool(left_behind)
-        for root in archives if with_imported else ():
-            shutil.rmtree(root, ignore_errors=True)
-            if os.path.lexists(root):
-                warn(f"{root} could not be deleted")
-                has_failed = True
-            else:
-                removed += 1
+        left_behind = doomed - cache.delete(doomed)
+        deleted = len(doomed - left_behind)
+        removed = leftovers.delete_imports(cache, trouble) if with_imported else 0
+        cache.sweep(trouble=trouble)
     kept = len(archives) - removed
     lines = [f"{deleted} {'would be ' if dry_run else ''}deleted"]
     if removed or with_imported:
@@ -189,4 +186,4 @@ def clear(
             if entry.key in doomed
         ]
     emit(result, as_json, "\n".join(lines))
-    sys.exit(1 if has_failed else 0)
+    sys.exit(_report(cache, left_behind, trouble))

@@ -14,14 +14,13 @@ import json
 import os
 import re
 import secrets
-import shutil
 import stat
 import zipfile
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from jitattn.errors import CacheError
-from jitattn.jit import files
+from jitattn.jit import leftovers, settings
 from jitattn.jit.entry import (
     MAX_CUBIN_BYTES,
     SCHEMA,
@@ -31,7 +30,6 @@ from jitattn.jit.entry import (
     from_dict,
     to_json,
 )
-from jitattn.jit.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -137,26 +135,29 @@ def _write(
     target = cache.root / "imported" / digest
     if target.is_dir():
         return Imported(len(kernels), digest, target, was_there=True)
-    cache.make_directories(cache.store)
-    files.make_directory(target.parent, cache.owners)
-    draft = target.with_name(f".{digest[:16]}-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        store = Store(draft, cache.owners)
-        for folder in (draft, store.store, store.root / "tmp"):
-            files.make_directory(folder, cache.owners)
-        for entry in _checked_entries(archive, kernels):
-            cubin_path, json_path = store.paths(entry.metadata.key)
-            files.make_directory(cubin_path.parent, cache.owners)
-            files.publish(cubin_path, entry.cubin, store.root / "tmp")
-            files.publish(json_path, to_json(entry.metadata), store.root / "tmp")
-        (store.root / "tmp").rmdir()
+    with cache.make_root() as root, cache.make_folder(root, leftovers.IMPORTED) as imported:
+        imported.lock(is_shared=True, seconds=settings.lock_timeout())
+        draft = leftovers.unfinished(digest)
         try:
-            os.rename(draft, target)
-        except OSError:
-            if not target.is_dir():  # else another process imported the same archive
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+            with (
+                imported.folder(draft, make=True) as top,
+                top.folder("tmp", make=True) as drafts,
+                top.folder(f"v{SCHEMA}", make=True) as store,
+            ):
+                for entry in _checked_entries(archive, kernels):
+                    key = entry.metadata.key
+                    with store.folder(key[:2], make=True) as shard:
+                        shard.publish(f"{key[2:]}.cubin", entry.cubin, drafts)
+                        shard.publish(f"{key[2:]}.json", to_json(entry.metadata), drafts)
+                top.rmdir("tmp")
+            try:
+                imported.rename(draft, imported, digest)
+            except OSError:
+                if not target.is_dir():  # else another process imported the same archive
+                    raise
+        finally:
+            with contextlib.suppress(OSError):
+                leftovers.delete_import(imported, draft)
     return Imported(len(kernels), digest, target, was_there=False)
 
 

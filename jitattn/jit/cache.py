@@ -2,7 +2,7 @@
 
 ::
 
-    <root>/CACHEDIR.TAG
+    <root>/CACHEDIR.TAG                      if the root was made here; else in v1 and imported
     <root>/v1/<k[:2]>/<k[2:]>.{cubin,json}   an entry; the JSON is published last
     <root>/v1/tmp/                           drafts, renamed into place
     <root>/v1/bad/                           damaged entries, set aside for a look
@@ -12,6 +12,8 @@
 
 Correctness is rename and checksum; the lock only keeps processes from doing the same work. Trouble
 with the directory is never an error: the kernel is then kept in memory, and one warning is logged.
+What is made, replaced or deleted lies in directories that are held open (`jit/directory.py`) and
+are trusted as a reader trusts them; what is deleted has a name that the cache gave it.
 """
 
 from __future__ import annotations
@@ -21,18 +23,16 @@ import functools
 import logging
 import os
 import random
-import re
 import secrets
-import tempfile
+import stat
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import platformdirs
-
-from jitattn.jit import files, settings
+from jitattn.jit import files, leftovers, location, settings
+from jitattn.jit.directory import Directory
 from jitattn.jit.entry import Entry, to_json
 from jitattn.jit.store import Bad, Store
 
@@ -41,25 +41,12 @@ if TYPE_CHECKING:
 
     import filelock
 
-_TEMPORARY: Final = re.compile(r"\d+-[0-9a-f]{16}")
-_STALE_SECONDS: Final = 3600  # a draft this old belongs to a writer that died
 _TOUCH_SECONDS: Final = 3600  # how exactly the time of last use is known
-_KEEP_BAD: Final = 32  # files that were set aside
+#: Windows cannot stamp a link itself; none is stamped anyway.
+_UTIME_FOLLOWS: Final = os.utime not in os.supports_follow_symlinks
+_ATTEMPTS: Final = 8  # at writing, where another process deletes empty directories meanwhile
 _FIRST_PAUSE: Final = 0.002  # seconds between two looks while another process compiles
 _LAST_PAUSE: Final = 0.05
-_TAG: Final = (
-    "Signature: 8a477f597d28d172789f06886806bc55\n"
-    "# This directory holds compiled kernels of jitattn. It may be deleted at any time.\n"
-)
-#: What decides where the cache is.
-_ROOT_VARIABLES: Final = (
-    "JITATTN_CACHE_DIR",
-    "HOME",
-    "USERPROFILE",
-    "LOCALAPPDATA",
-    "XDG_CACHE_HOME",
-    "TMPDIR",
-)
 _LOG: Final = logging.getLogger("jitattn")
 
 
@@ -68,6 +55,11 @@ class Claim:
 
     def __init__(self, lock: filelock.BaseFileLock | None) -> None:
         self._lock = lock
+
+    @property
+    def holds_lock(self) -> bool:
+        """Whether other processes wait for this one; where locks do not work, nobody does."""
+        return self._lock is not None
 
     def __enter__(self) -> None:
         pass
@@ -126,22 +118,28 @@ class DiskCache(Store):
         bool
             False if the directory does not let us.
         """
-        metadata = entry.metadata
-        cubin_path, json_path = self.paths(metadata.key)
-        text = to_json(metadata)
+        key, text = entry.metadata.key, to_json(entry.metadata)
         try:
-            self.make_directories(cubin_path.parent)
             # The JSON comes last: without it, or with another's, the cubin counts for nothing.
-            self._publish(cubin_path, entry.cubin)
-            self._publish(json_path, text)
+            self._publish(key[:2], {f"{key[2:]}.cubin": entry.cubin, f"{key[2:]}.json": text})
         except OSError as error:
             files.warn_once(
                 self.root,
                 f"the kernel cache {self.root} cannot be written ({error}): kept in memory",
             )
             return False
-        self._make_room(len(entry.cubin) + len(text), {metadata.key, *in_use})
+        self._make_room(len(entry.cubin) + len(text), {key, *in_use})
         return True
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Publish a file that is no entry, in the store.
+
+        Raises
+        ------
+        OSError
+            The directory does not let us.
+        """
+        self._publish("", {name: content})
 
     def claim(self, key: str, arch: str) -> Entry | Claim:
         """Wait for the right to compile `key`, or for another process to have compiled it.
@@ -155,7 +153,8 @@ class DiskCache(Store):
         deadline = time.monotonic() + settings.lock_timeout()
         pause = _FIRST_PAUSE
         try:
-            self.make_directories(self.store / "lock")
+            with self.make() as store:
+                store.folder("lock", make=True).close()
             lock = _new_lock(self.store / "lock" / key[:4])
             while True:
                 with contextlib.suppress(filelock.Timeout):
@@ -179,85 +178,105 @@ class DiskCache(Store):
                 return found
         return claim
 
-    def remove(self, key: str) -> bool:
-        """Delete an entry; False if it could not be deleted or is not there."""
-        cubin_path, json_path = self.paths(key)
-        removed = False
-        for path in (json_path, cubin_path):
-            with contextlib.suppress(OSError):
-                path.unlink()
-                removed = True
+    def remove(self, key: str) -> bool | None:
+        """Delete an entry; False if part of it could not be deleted, None if it is not there."""
+        removed: bool | None = None
+        try:
+            with self.open() as store, store.folder(key[:2]) as shard:
+                for name in (f"{key[2:]}.json", f"{key[2:]}.cubin"):
+                    with contextlib.suppress(FileNotFoundError):
+                        shard.unlink(name)
+                        removed = True
+        except FileNotFoundError:
+            return removed
+        except OSError:
+            return False
         return removed
 
     def set_aside(self, bad: Bad) -> bool:
         """Move a bad entry away, unless another process has replaced it meanwhile."""
-        folder = self.store / "bad"
         moved = False
-        for path, stamp in zip(self.paths(bad.key), bad.stamps, strict=True):
-            if stamp is not None and not files.is_unchanged(path, stamp):
-                continue
-            target = folder / f"{bad.key}-{secrets.token_hex(4)}{path.suffix}"
-            with contextlib.suppress(OSError):
-                self.make_directories(folder)
-                os.rename(path, target)
-                moved = True
+        with (
+            contextlib.suppress(OSError),
+            self.open() as store,
+            store.folder(bad.key[:2]) as shard,
+            store.folder("bad", make=True) as aside,
+        ):
+            for path, stamp in zip(self.paths(bad.key), bad.stamps, strict=True):
+                with contextlib.suppress(OSError):
+                    if stamp is None or files.stamp(shard.status(path.name)) == stamp:
+                        new_name = f"{bad.key}-{secrets.token_hex(4)}{path.suffix}"
+                        shard.rename(path.name, aside, new_name)
+                        moved = True
         return moved
 
     def clear(self, keys: Collection[str] | None = None) -> int:
         """Delete entries (all, or those of `keys`) and what dead writers left, nothing else.
-
-        Lock files stay: a process that waits on one would not see the next holder.
 
         Returns
         -------
         int
             How many entries were deleted.
         """
-        present = {key for key, _, _ in self.files()}
-        doomed = sorted(present if keys is None else present.intersection(keys))
-        count = sum(self.remove(key) for key in doomed)
+        present = {file.key for file in self.files()}
+        count = len(self.delete(present if keys is None else present.intersection(keys)))
         self.sweep()
-        for shard in {key[:2] for key in doomed}:
-            with contextlib.suppress(OSError):  # not empty
-                (self.store / shard).rmdir()
+        return count
+
+    def delete(self, keys: Collection[str]) -> set[str]:
+        """Delete entries, and directories that are empty then.
+
+        Lock files stay: a process that waits on one would not see the next holder.
+
+        Returns
+        -------
+        set of str
+            The keys that were deleted, here or meanwhile by another process. One of them may be
+            there again: a process that needs it makes it anew.
+        """
+        gone = {key for key in sorted(keys) if self.remove(key) is not False}
+        with contextlib.suppress(OSError), self.open() as store:
+            for shard in sorted({key[:2] for key in keys}):
+                with contextlib.suppress(OSError):  # not empty
+                    store.rmdir(shard)
         self._checked.clear()
-        return count
+        return gone
 
-    def sweep(self, keep_bad: int = _KEEP_BAD) -> int:
-        """Delete the drafts of dead writers, and all but the newest entries that were set aside."""
-        count = 0
-        for path in self.leftovers(keep_bad):
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-                count += 1
-        return count
+    def sweep(
+        self,
+        keep_bad: int = leftovers.KEEP_BAD,
+        trouble: list[OSError] | None = None,
+        *,
+        is_dry: bool = False,
+    ) -> int:
+        """Delete what dead writers left, and all but the newest entries that were set aside.
 
-    def leftovers(self, keep_bad: int = _KEEP_BAD) -> list[str]:
-        """List the files that `sweep` deletes."""
-        now = time.time()
-        drafts = files.scan(self.store / "tmp")
-        doomed = [
-            file.path
-            for file in drafts
-            if _TEMPORARY.fullmatch(file.name) and abs(now - _mtime(file.path)) > _STALE_SECONDS
-        ]
-        aside = sorted(files.scan(self.store / "bad"), key=lambda file: _mtime(file.path))
-        return doomed + [file.path for file in aside[: max(0, len(aside) - keep_bad)]]
+        Parameters
+        ----------
+        trouble : list of OSError, optional
+            Takes the reasons why something could not be deleted.
+        is_dry : bool
+            Only count.
 
-    def usage(self) -> dict[str, int]:
+        Returns
+        -------
+        int
+            How many files, and folders of imports, were deleted.
+        """
+        return leftovers.sweep(self, keep_bad, [] if trouble is None else trouble, is_dry=is_dry)
+
+    def usage(self, trouble: list[OSError] | None = None) -> dict[str, int]:
         """Bytes that each entry takes on disk, least recently used first.
 
         A stamp from the future comes from a wrong clock and says nothing: such entries come first,
-        and are stamped anew when they are used.
+        and are stamped anew when they are used. `trouble` takes errors, as in `files`.
         """
         sizes: dict[str, int] = {}
         used: dict[str, float] = {}
-        for key, kind, file in self.files():
-            with contextlib.suppress(OSError):
-                status = file.stat(follow_symlinks=False)
-                sizes[key] = sizes.get(key, 0) + _size(status)
-                if kind == "json":
-                    used[key] = status.st_mtime
+        for file in self.files(trouble):
+            sizes[file.key] = sizes.get(file.key, 0) + _size(file.status)
+            if file.kind == "json":
+                used[file.key] = file.status.st_mtime
         horizon = time.time() + _TOUCH_SECONDS
         order = sorted(sizes, key=lambda key: _last_use(used.get(key, 0.0), horizon))
         return {key: sizes[key] for key in order}
@@ -278,44 +297,77 @@ class DiskCache(Store):
                 break
             if key in in_use:
                 continue
-            if self.remove(key):
-                gone.append(key)
-            elif any(map(os.path.exists, self.paths(key))):
+            removed = self.remove(key)
+            if removed is False:
                 continue
+            if removed:
+                gone.append(key)
             total -= size  # another process may have been faster: it is gone all the same
         self._account.counted, self._account.written = total, 0
         return gone
 
-    def make_directories(self, folder: Path) -> None:
-        """Make `folder`, inside the store, and everything above it, for this user alone.
+    def open_root(self) -> Directory:
+        """Open the root, checked.
+
+        Raises
+        ------
+        OSError
+            It is not there, cannot be opened, or cannot be trusted.
+        """
+        return Directory.open(self.root, self.owners, may_be_link=True)
+
+    def make_root(self) -> Directory:
+        """Open the root, making it and everything above it for this user alone.
 
         Raises
         ------
         OSError
             It cannot be made, or somebody else could write to what is there.
         """
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        files.make_directory(self.root, self.owners, may_be_link=True)
-        for path in (self.store, self.store / "tmp", folder):
-            files.make_directory(path, self.owners)
-        tag = self.root / "CACHEDIR.TAG"
-        if not tag.exists():
-            self._publish(tag, _TAG.encode())
+        return location.make(self.root, self.owners)
 
-    def _publish(self, path: Path, content: bytes) -> None:
-        try:
-            files.publish(path, content, self.store / "tmp")
-        except PermissionError:
-            # Windows replaces no file that somebody reads; one of this name has these very bytes.
-            if files.HAS_OWNERS or not path.is_file():
-                raise
+    def make_folder(self, top: Directory, name: str) -> Directory:
+        """Open a directory of the cache's own in the root, making it if need be."""
+        is_new = top.make_folder(name)
+        opened = top.folder(name)
+        if is_new:
+            location.mark(opened, unless=top)
+        return opened
+
+    def make(self) -> Directory:
+        """Open the store, making it and everything above it; `make_root` says how."""
+        with self.make_root() as top:
+            return self.make_folder(top, self.store.name)
+
+    def _publish(self, folder: str, contents: dict[str, bytes]) -> None:
+        """Publish files in a directory of the store; in the store itself if `folder` is empty."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                with contextlib.ExitStack() as stack:
+                    store = stack.enter_context(self.make())
+                    drafts = stack.enter_context(store.folder("tmp", make=True))
+                    if folder:
+                        store = stack.enter_context(store.folder(folder, make=True))
+                    return self._publish_in(store, contents, drafts)
+            except FileNotFoundError:  # another process has just deleted the empty directory
+                if attempt == _ATTEMPTS - 1:
+                    raise
+
+    def _publish_in(self, folder: Directory, contents: dict[str, bytes], drafts: Directory) -> None:
+        for name, content in contents.items():
+            try:
+                folder.publish(name, content, drafts)
+            except PermissionError:
+                # Windows replaces no file that somebody reads; one of this name has these bytes.
+                if files.HAS_OWNERS or not stat.S_ISREG(folder.status(name).st_mode):
+                    raise
 
     def _touch(self, key: str) -> None:
         """Note that an entry was used, at most once an hour."""
         path, now = self._names(key)[1], time.time()
         with contextlib.suppress(OSError):
-            if abs(now - os.stat(path).st_mtime) > _TOUCH_SECONDS:
-                os.utime(path, (now, now))
+            if abs(now - os.lstat(path).st_mtime) > _TOUCH_SECONDS:
+                os.utime(path, (now, now), follow_symlinks=_UTIME_FOLLOWS)
 
     def _make_room(self, written: int, in_use: Collection[str]) -> None:
         """Count the cache and evict, if what was written since the last count could matter.
@@ -343,48 +395,16 @@ def user_cache() -> DiskCache | None:
     ``JITATTN_CACHE_DIR``, else the platform's cache directory, else (if that cannot be made) a
     private one among the temporary files. Never the working directory.
     """
-    environment = tuple(map(os.environ.get, _ROOT_VARIABLES))
-    root = _find_root(environment, *files.our_owners())
-    if root is None:
+    found = location.find()
+    if found is None:
         files.warn_once("root", "no cache directory is to be had: kernels are kept in memory only")
         return None
-    return _cache_at(root, *files.our_owners())
+    return _cache_at(found, *files.our_owners())
 
 
 @functools.cache
 def _cache_at(root: Path, *_owners: int) -> DiskCache:
     return DiskCache(root)
-
-
-@functools.cache
-def _find_root(_environment: object, *_owners: int) -> Path | None:
-    return settings.cache_dir() or _home_root() or _temporary_root()
-
-
-def _home_root() -> Path | None:
-    try:
-        root = Path(platformdirs.user_cache_dir("jitattn", appauthor=False))
-        if not root.is_absolute():
-            return None
-        if not root.is_dir():
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (RuntimeError, KeyError, OSError):  # no home directory is known, or it is not ours
-        return None
-    return root
-
-
-def _temporary_root() -> Path | None:
-    if not files.HAS_OWNERS:
-        return None
-    try:
-        folder = Path(tempfile.gettempdir())
-        if folder == Path.cwd():  # the last resort of tempfile, not of ours
-            return None
-        root = folder / f"jitattn-{os.geteuid()}"
-        files.make_directory(root, files.our_owners())
-    except OSError:
-        return None
-    return root
 
 
 def _new_lock(path: Path) -> filelock.BaseFileLock:
@@ -395,13 +415,6 @@ def _new_lock(path: Path) -> filelock.BaseFileLock:
         return filelock.FileLock(path, mode=0o600, fallback_to_soft=False)
     except TypeError:  # an older filelock, which has no such fall-back
         return filelock.FileLock(path, mode=0o600)
-
-
-def _mtime(path: str) -> float:
-    try:
-        return os.lstat(path).st_mtime
-    except OSError:
-        return 0.0
 
 
 def _size(status: os.stat_result) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from jitattn.errors import LaunchError
-from jitattn.jit import settings
+from jitattn.jit import files, settings
 from jitattn.jit.build import build, rebuild
 from jitattn.jit.params import STRUCTS
 from jitattn.jit.spec import entry_symbol
@@ -197,12 +197,15 @@ def import_cupy() -> Any:  # noqa: ANN401 - CuPy's modules have partial types
 
 
 def can_make(directory: Path) -> bool:
-    """Whether a directory is there and can be written, or can be made."""
+    """Whether a directory is there and can be written, or can be made; not in another's home."""
     try:
-        directory.expanduser().mkdir(parents=True, exist_ok=True)
+        path = directory.expanduser()
+        if not files.is_among_ours(path):
+            return False
+        files.make_parents(path)
     except (OSError, RuntimeError):  # RuntimeError: no home directory is known
         return False
-    return os.access(directory.expanduser(), os.W_OK)
+    return os.access(path, os.W_OK)
 
 
 def _after_fork_in_child() -> None:

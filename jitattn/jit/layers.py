@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from jitattn.jit import compilers, files, settings
+from jitattn.jit import compilers, files, leftovers, settings
 from jitattn.jit.store import Bad, Store
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 #: Name of an installed package that carries kernels beside the code.
 PREBUILT_PACKAGE: Final = "jitattn_prebuilt"
-_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
 def layers(user: DiskCache | None) -> Iterator[Store]:
@@ -43,9 +41,15 @@ def layers(user: DiskCache | None) -> Iterator[Store]:
 
 def imported(user: DiskCache) -> Iterator[Store]:
     """Yield what was imported into a user's cache, sorted by the digest of the archive."""
-    for folder in sorted(files.scan(user.root / "imported"), key=lambda folder: folder.name):
-        if _DIGEST.fullmatch(folder.name):
-            yield _imported_store(Path(folder.path), *files.our_owners())
+    trouble: list[OSError] = []
+    for digest in leftovers.imports(user, trouble):
+        yield _imported_store(user.root / leftovers.IMPORTED / digest, *files.our_owners())
+    for error in trouble:  # of the root itself the user's cache has warned already
+        where = user.root / leftovers.IMPORTED
+        files.warn_once(
+            where if error.filename == str(where) else user.root,
+            f"imported archives in {user.root} are not used: {error.filename}: {error.strerror}",
+        )
 
 
 def find(key: str, arch: str, user: DiskCache | None) -> Entry | None:
@@ -78,4 +82,4 @@ def _cached_store(root: Path, owners: frozenset[int]) -> Store:
 
 @functools.cache
 def _imported_store(root: Path, *owners: int) -> Store:
-    return Store(root, frozenset(owners))
+    return Store(root, frozenset(owners), may_be_link=False)

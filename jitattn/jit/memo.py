@@ -68,8 +68,7 @@ def remember(name: str, signature: Signature, value: object) -> None:
     facts[name] = [signature, value]
     # Trouble is no news here: a kernel that cannot be written will say so.
     with contextlib.suppress(OSError):
-        cache.make_directories(cache.store)
-        files.publish(_path(cache), json.dumps(facts).encode(), cache.store / "tmp")
+        cache.write_file(_path(cache).name, json.dumps(facts).encode())
 
 
 def _cache() -> DiskCache | None:

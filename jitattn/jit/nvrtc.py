@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final
 from jitattn.errors import CompileError, UnsupportedError
 from jitattn.jit import compilers, settings
 from jitattn.jit.codegen import HEADER_NAME, render
+from jitattn.jit.files import make_parents
 from jitattn.jit.spec import arch_number
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ def _keep_sources(
 ) -> Path:
     """Write all that NVRTC was given into a fresh private directory, and return it."""
     if parent is not None:
-        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_parents(parent)
     prefix = f"jitattn-{spec.family}-{spec.arch}-"
     directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     for name, text in ((f"entry/{spec.family}.cu", source), *headers.items()):

@@ -12,6 +12,7 @@ user's own cache, which is also written, is `jit/cache.py`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from jitattn.jit import files
+from jitattn.jit.directory import Directory
 from jitattn.jit.entry import (
     KERNEL_DIGITS,
     MAX_CUBIN_BYTES,
@@ -33,8 +35,8 @@ from jitattn.jit.entry import (
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-_SHARD: Final = re.compile(r"[0-9a-f]{2}")
-_FILE: Final = re.compile(r"([0-9a-f]{62})\.(json|cubin)")
+SHARD: Final = re.compile(r"[0-9a-f]{2}")
+FILE: Final = re.compile(r"([0-9a-f]{62})\.(json|cubin)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,15 @@ class Bad:
     stamps: tuple[tuple[int, int, int] | None, tuple[int, int, int] | None]
 
 
+@dataclass(frozen=True, slots=True)
+class File:
+    """One of the two files of an entry."""
+
+    key: str
+    kind: str  #: "json" or "cubin"
+    status: os.stat_result
+
+
 class Store:
     """The reading side of one directory.
 
@@ -55,10 +66,13 @@ class Store:
     root : Path
     owners : collection of int
         Users who may own the directory and its files; `files.our_owners()` for one's own.
+    may_be_link : bool
+        Accept a link of a trusted owner as the root.
     """
 
-    def __init__(self, root: Path, owners: Collection[int]) -> None:
+    def __init__(self, root: Path, owners: Collection[int], *, may_be_link: bool = True) -> None:
         self.root = root
+        self._may_be_link = may_be_link
         self.store = root / f"v{SCHEMA}"
         self.owners = owners
         self._prefix = f"{self.store}{os.sep}"
@@ -99,7 +113,7 @@ class Store:
             looked
             for file in sorted(files.scan(self.store / key[:2]), key=lambda file: file.name)
             if file.name.startswith(kernel)
-            and (match := _FILE.fullmatch(file.name))
+            and (match := FILE.fullmatch(file.name))
             and match[2] == "json"
             and (looked := self.look(key[:2] + match[1], arch)) is not None
         ]
@@ -108,7 +122,7 @@ class Store:
 
     def keys(self) -> list[str]:
         """Keys of all entries, bad ones included, sorted."""
-        return sorted({key for key, kind, _ in self.files() if kind == "json"})
+        return sorted({file.key for file in self.files() if file.kind == "json"})
 
     def entries(self) -> Iterator[Metadata]:
         """Metadata of all entries, sorted by key. Cubins are not read."""
@@ -121,14 +135,37 @@ class Store:
             if metadata is not None and metadata.key == key:
                 yield metadata
 
-    def files(self) -> Iterator[tuple[str, str, os.DirEntry[str]]]:
-        """Key, kind and directory entry of every file of an entry. Follows no links."""
-        for shard in files.scan(self.store):
-            if _SHARD.fullmatch(shard.name) and shard.is_dir(follow_symlinks=False):
-                for file in files.scan(shard.path):
-                    match = _FILE.fullmatch(file.name)
-                    if match is not None:
-                        yield shard.name + match[1], match[2], file
+    def files(self, trouble: list[OSError] | None = None) -> Iterator[File]:
+        """Yield every file of an entry. Follows no links.
+
+        Parameters
+        ----------
+        trouble : list of OSError, optional
+            Takes the errors of directories that are there and cannot be listed.
+        """
+        trouble = [] if trouble is None else trouble
+        try:
+            with self.open() as store:
+                for shard in filter(SHARD.fullmatch, store.names()):
+                    try:
+                        yield from _files_of(store, shard)
+                    except files.UntrustedError:  # a link or a file of that name: none of ours
+                        continue
+                    except OSError as error:
+                        _note(error, trouble)
+        except OSError as error:
+            _note(error, trouble)
+
+    def open(self) -> Directory:
+        """Open the store; everything on the way to it is checked.
+
+        Raises
+        ------
+        OSError
+            It is not there, cannot be opened, or cannot be trusted.
+        """
+        with Directory.open(self.root, self.owners, may_be_link=self._may_be_link) as root:
+            return root.folder(self.store.name)
 
     def paths(self, key: str) -> tuple[Path, Path]:
         """Where the cubin and the metadata of `key` are, or would be."""
@@ -152,7 +189,7 @@ class Store:
             return True
         try:
             if "" not in self._checked:
-                files.check_directory(self.root, self.owners, may_be_link=True)
+                files.check_directory(self.root, self.owners, may_be_link=self._may_be_link)
                 files.check_directory(self.store, self.owners)
                 self._checked.add("")
             if shard:
@@ -165,6 +202,23 @@ class Store:
             return False
         self._checked.add(shard)
         return True
+
+
+def _files_of(store: Directory, shard: str) -> list[File]:
+    found = []
+    # One that others can write to is listed as well: whoever reads or deletes checks it.
+    with store.folder(shard, is_checked=False) as folder:
+        for name in folder.names():
+            match = FILE.fullmatch(name)
+            if match is not None:
+                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    found.append(File(shard + match[1], match[2], folder.status(name)))
+    return found
+
+
+def _note(error: OSError, trouble: list[OSError]) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        trouble.append(error)
 
 
 def _compiler_version(looked: Entry | Bad) -> tuple[int, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from jitattn.jit import build, cache, files, record, settings
+from jitattn.jit import build, cache, directory, files, location, record, settings
 from jitattn.jit.cache import DiskCache
 
 from .specs import CACHED
@@ -33,9 +35,29 @@ def filled(cache_dir: Path) -> DiskCache:
     return DiskCache(cache_dir)
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of 64 KB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small filesystem")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The branches of Windows: no owners and modes, no links to refuse, no open directories."""
+    monkeypatch.setattr(files, "HAS_OWNERS", False)
+    monkeypatch.setattr(files, "OPEN_FLAGS", 0)
+    monkeypatch.setattr(directory, "HAS_DESCRIPTORS", False)
+
+
 def _forget() -> None:
     build.clear_memory()
     files._warned.clear()
     record._noted.clear()
-    cache._find_root.cache_clear()
+    location._found.cache_clear()
     cache._cache_at.cache_clear()

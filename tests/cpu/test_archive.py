@@ -14,6 +14,7 @@ from jitattn.errors import CacheError
 from jitattn.jit import build, choices, pool
 from jitattn.jit.archive import export, import_archive
 from jitattn.jit.cache import DiskCache, user_cache
+from jitattn.jit.directory import Directory
 from jitattn.jit.entry import Entry
 
 from .specs import fake_entry, merge_spec
@@ -237,19 +238,16 @@ def test_import_that_fails_halfway_leaves_nothing(
     good: tuple[Path, dict[str, bytes], Entry],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from jitattn.jit import archive
-
     disk = DiskCache(tmp_path / "cache")
-    disk.make_directories(disk.store)
-    real, calls = archive.files.publish, []
+    real, calls = Directory.publish, []
 
-    def full(path: Path, content: bytes, temporary: Path) -> None:
-        calls.append(path)
-        if path.suffix == ".json":
+    def full(self: Directory, name: str, content: bytes, drafts: Directory) -> None:
+        calls.append(name)
+        if name.endswith(".json"):
             raise OSError(28, "No space left on device")
-        real(path, content, temporary)
+        real(self, name, content, drafts)
 
-    monkeypatch.setattr(archive.files, "publish", full)
+    monkeypatch.setattr(Directory, "publish", full)
     with pytest.raises(CacheError, match="No space left"):
         import_archive(good[0], disk)
     assert calls

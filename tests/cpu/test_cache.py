@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jitattn.jit import build, cache, files
+from jitattn.jit import build, cache, files, location
 from jitattn.jit.cache import DiskCache
 from jitattn.jit.entry import Entry, Metadata, cache_key, is_cubin_for, sha256
 from jitattn.jit.store import Bad
@@ -241,7 +241,7 @@ def test_full_disk_keeps_the_kernel_in_memory(
     call: str,
     code: int,
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(files.os, call, fail)
@@ -273,20 +273,19 @@ def test_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no home")
 
     monkeypatch.delenv("JITATTN_CACHE_DIR")
-    monkeypatch.setattr(cache.platformdirs, "user_cache_dir", no_home)
-    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(location.platformdirs, "user_cache_dir", no_home)
+    monkeypatch.setattr(location.tempfile, "gettempdir", lambda: str(tmp_path))
     disk = cache.user_cache()
     assert disk is not None
     assert disk.root == tmp_path / f"jitattn-{os.geteuid()}"
     assert stat.S_IMODE(disk.root.stat().st_mode) == 0o700
     disk.root.chmod(0o777)  # someone else may have put something there
-    cache._find_root.cache_clear()  # as a new process
+    location._found.cache_clear()  # as a new process
     assert cache.user_cache() is None
 
 
-def test_windows_branch(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "HAS_OWNERS", False)
-    monkeypatch.setattr(files, "_OPEN_FLAGS", 0)
+@pytest.mark.usefixtures("windows")
+def test_windows_branch(cache_dir: Path) -> None:
     assert build.build(merge_spec()).origin == "compiled"
     build.clear_memory()
     assert build.build(merge_spec()).origin == "disk"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jitattn.errors import InvalidInputError
-from jitattn.jit import build, cache, settings
+from jitattn.jit import build, cache, location, settings
 from jitattn.jit.cache import DiskCache
 from jitattn.jit.files import HAS_OWNERS
 
@@ -23,7 +23,7 @@ def home_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.delenv("JITATTN_CACHE_DIR")
     monkeypatch.setattr(
-        cache.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "file" / "jitattn")
+        location.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "file" / "jitattn")
     )
 
 
@@ -32,7 +32,7 @@ def home_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_home_that_cannot_be_written_gives_way_to_temporary_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(location.tempfile, "gettempdir", lambda: str(tmp_path))
     assert build.build(merge_spec()).origin == "compiled"
     build.clear_memory()
     assert build.build(merge_spec()).origin == "disk"
@@ -44,7 +44,7 @@ def test_no_directory_at_all_is_no_error(monkeypatch: pytest.MonkeyPatch) -> Non
     def none() -> str:
         raise FileNotFoundError("no usable temporary directory")
 
-    monkeypatch.setattr(cache.tempfile, "gettempdir", none)
+    monkeypatch.setattr(location.tempfile, "gettempdir", none)
     assert cache.user_cache() is None
     assert build.build(merge_spec()).origin == "compiled"
 
@@ -56,10 +56,10 @@ def test_working_directory_is_never_the_cache(
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    monkeypatch.setattr(cache.tempfile, "gettempdir", os.getcwd)  # what tempfile falls back to
+    monkeypatch.setattr(location.tempfile, "gettempdir", os.getcwd)  # what tempfile falls back to
     assert cache.user_cache() is None
-    cache._find_root.cache_clear()
-    monkeypatch.setattr(cache.platformdirs, "user_cache_dir", lambda *_, **__: "jitattn")
+    location._found.cache_clear()
+    monkeypatch.setattr(location.platformdirs, "user_cache_dir", lambda *_, **__: "jitattn")
     assert cache.user_cache() is None
     assert list(work.iterdir()) == []
 

@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import stat
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from jitattn.jit import build, cache, files, memo, sources
+from jitattn.jit import build, cache, files, location, memo, sources
 from jitattn.jit.cache import DiskCache
 from jitattn.jit.files import HAS_OWNERS
 
@@ -85,18 +84,6 @@ def public() -> Iterator[Path]:
         if path.is_dir():
             path.chmod(0o700)
     shutil.rmtree(folder)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of 64 KB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small filesystem")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_full_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +218,7 @@ def test_windows_does_not_replace_what_is_being_read(
     disk = DiskCache(cache_dir)
     assert disk.write(entry)
 
-    def shared(*_: object) -> None:
+    def shared(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "the file is used by another process")
 
     monkeypatch.setattr(files, "HAS_OWNERS", False)
@@ -398,4 +385,4 @@ def _as_a_new_process() -> None:
     sources.digest.cache_clear()
     sources.closure.cache_clear()
     cache._cache_at.cache_clear()
-    cache._find_root.cache_clear()
+    location._found.cache_clear()

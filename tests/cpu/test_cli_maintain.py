@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from jitattn.cli import main
 from jitattn.jit import build, choices, compilers, files
 from jitattn.jit.cache import DiskCache
+from jitattn.jit.directory import Directory
 from jitattn.jit.entry import Entry, sha256
 
 from .commands import result, run
@@ -206,7 +207,7 @@ def test_repair_that_keeps_nothing_is_no_repair(
     def refused(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(files, "publish", refused)
+    monkeypatch.setattr(Directory, "publish", refused)
     (bad,) = result("verify", "--repair", status=1)["bad"]
     assert not bad["repaired"]
 
@@ -272,6 +273,44 @@ def test_what_cannot_be_deleted_is_said(filled: DiskCache, monkeypatch: pytest.M
     assert json.loads(pruned.stdout)["kernels"] == []
     assert "3 kernels in" in pruned.stderr
     assert len(filled.keys()) == 3
+
+
+@pytest.mark.parametrize("command", [("clear",), ("prune", "--max-bytes", "0")])
+def test_what_another_process_makes_anew_was_deleted(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    """Beside a writer that needs the very same kernels: they are there again, and all is well."""
+    writer = DiskCache(cache_dir)
+    writer.write(fake_entry(1))
+    real = Directory.unlink
+
+    def unlink(self: Directory, name: str) -> None:
+        real(self, name)
+        if name.endswith(".cubin"):
+            assert writer.write(fake_entry(1))
+
+    monkeypatch.setattr(Directory, "unlink", unlink)
+    done = run(*command, "-y")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.startswith("1 ")
+    assert writer.look(fake_entry(1).metadata.key, "sm_80") == fake_entry(1)
+
+
+@pytest.mark.parametrize("command", [("clear",), ("prune", "--max-bytes", "0")])
+def test_what_another_process_deletes_first_is_gone(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    DiskCache(cache_dir).write(fake_entry(1))
+    real = DiskCache.delete
+
+    def delete(self: DiskCache, keys: set[str]) -> set[str]:
+        for key in keys:
+            DiskCache(cache_dir).remove(key)
+        return real(self, keys)
+
+    monkeypatch.setattr(DiskCache, "delete", delete)
+    done = run(*command, "-y")
+    assert done.exit_code == 0, done.stderr
 
 
 def test_without_a_compiler_none_is_another(

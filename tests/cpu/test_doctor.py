@@ -106,6 +106,15 @@ def test_doctor_sees_what_is_in_the_way(tmp_path: Path, monkeypatch: pytest.Monk
     assert run("doctor").exit_code == 1
 
 
+def test_doctor_wants_a_directory_of_its_own(filled: DiskCache) -> None:
+    assert not any("other things" in text for _, text, _ in findings("cache"))
+    (filled.root / "letter.txt").write_text("dear")
+    assert any(
+        status == "warn" and "letter.txt" in text and "of its own" in advice
+        for status, text, advice in findings("cache")
+    )
+
+
 def test_doctor_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JITATTN_CACHE", "ro")
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cupy"))
