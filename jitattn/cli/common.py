@@ -96,9 +96,9 @@ def command_line() -> Iterator[None]:
         fail(str(error), 2)
 
 
-def emit(value: object, as_json: bool, text: str) -> None:
+def emit(value: object, as_json: bool, text: str, *, to_stderr: bool = False) -> None:
     """Print a result: as JSON, or as text for people."""
-    click.echo(json.dumps(value) if as_json else plain(text))
+    click.echo(json.dumps(value) if as_json else plain(text), err=to_stderr)
 
 
 def plain(text: str) -> str:

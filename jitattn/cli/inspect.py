@@ -31,6 +31,8 @@ from jitattn.cli.entries import (
 from jitattn.jit import choices, leftovers, settings, sources
 from jitattn.jit.codegen import render
 from jitattn.jit.entry import Entry, sha256
+from jitattn.jit.output import STREAM
+from jitattn.jit.output import write as write_file
 from jitattn.jit.spec import spec_from_dict
 
 _COLUMNS = (
@@ -156,22 +158,16 @@ def _indented(text: str) -> list[str]:
 @click.option("-y", "--yes", is_flag=True, help="overwrite a file that is there")
 @json_option
 def extract(key: str, output: Path | None, yes: bool, as_json: bool) -> None:
-    """Write the cubin of a kernel to a file, for cuobjdump or nvdisasm."""
+    """Write the cubin of a kernel to a file, for cuobjdump or nvdisasm; - is standard output."""
     found = find_by_key(own_cache(), key)
     metadata = found.metadata
     looked = check(found.store, metadata.key)
     if not isinstance(looked, Entry):
         reason = "it is gone" if looked is None else looked.reason
         fail(f"the kernel {metadata.key[:16]} is not to be believed: {reason}")
-    path = output or Path(f"{metadata.key[:16]}.cubin")
-    try:
-        with path.open("wb" if yes else "xb") as file:
-            file.write(looked.cubin)
-    except FileExistsError:
-        fail(f"{path} is there already: add -y to overwrite it")
-    except OSError as error:
-        fail(f"{path} cannot be written: {error}")
-    emit({"path": str(path), "bytes": metadata.bytes}, as_json, str(path))
+    path = Path(f"{metadata.key[:16]}.cubin") if output is None else output
+    write_file(path, [looked.cubin], overwrite=yes)
+    emit({"path": str(path), "bytes": metadata.bytes}, as_json, str(path), to_stderr=path == STREAM)
 
 
 @click.command()

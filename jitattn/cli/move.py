@@ -22,8 +22,9 @@ from jitattn.cli.entries import (
     check,
 )
 from jitattn.jit import choices
-from jitattn.jit.archive import export, import_archive
+from jitattn.jit.archive import Imported, export, import_archive
 from jitattn.jit.entry import KEY, Entry
+from jitattn.jit.output import STREAM
 
 
 @click.command("export")
@@ -31,17 +32,20 @@ from jitattn.jit.entry import KEY, Entry
 @click.option("--arch", type=Archs(), help="only these")
 @click.option("--preset", type=Words(), help="only the kernels of model families, or all")
 @click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="only those of a file")
+@click.option("-y", "--yes", is_flag=True, help="overwrite a file that is there")
 @json_option
 def export_archive(
     file: Path,
     arch: list[str] | None,
     preset: list[str] | None,
     spec_file: Path | None,
+    yes: bool,
     as_json: bool,
 ) -> None:
     """Write kernels to one archive FILE; the same kernels give the same bytes.
 
-    Only kernels that are in the cache or in a read-only directory: prebuild makes what is missing.
+    FILE - is standard output; what is said of the archive goes to stderr then. Only kernels that
+    are in the cache or in a read-only directory: prebuild makes what is missing.
     """
     cache = own_cache()
     chosen = all_entries(cache)
@@ -74,7 +78,7 @@ def export_archive(
         fail("there is no such kernel to export; jitattn-cache prebuild makes kernels")
     if missing:
         warn(f"{missing} of the kernels asked for are not there; jitattn-cache prebuild makes them")
-    done = export(file, good.values())
+    done = export(file, good.values(), overwrite=yes)
     emit(
         {
             "kernels": done.count,
@@ -85,6 +89,7 @@ def export_archive(
         },
         as_json,
         f"{done.count} kernels, {done.bytes} bytes, sha256 {done.sha256}",
+        to_stderr=file == STREAM,
     )
     sys.exit(1 if bad else 0)
 
@@ -98,9 +103,10 @@ def _frozen(spec: dict[str, str | int]) -> frozenset[tuple[str, str | int]]:
 @click.option("--sha256", help="what the checksum of FILE has to be")
 @json_option
 def import_archive_command(file: Path, sha256: str | None, as_json: bool) -> None:
-    """Check an archive FILE and add its kernels to the cache.
+    """Check an archive FILE and add its kernels to the cache; FILE - is standard input.
 
-    They serve whatever compiler is installed here. Import only what you would run.
+    They serve whatever compiler is installed here. Archives are not signed: import only what you
+    would run. One that lost files, or is not trusted any more, is imported anew.
     """
     if sha256 is not None and not KEY.fullmatch(sha256.lower()):
         fail(f"--sha256 {sha256}: it must be 64 hexadecimal digits", 2)
@@ -111,8 +117,14 @@ def import_archive_command(file: Path, sha256: str | None, as_json: bool) -> Non
             "sha256": done.sha256,
             "directory": str(done.folder),
             "was_there": done.was_there,
+            "was_repaired": done.was_repaired,
         },
         as_json,
-        f"{done.count} kernels {'were there already' if done.was_there else 'imported'}, "
-        f"sha256 {done.sha256}",
+        f"{done.count} kernels {_how(done)}, sha256 {done.sha256}",
     )
+
+
+def _how(done: Imported) -> str:
+    if done.was_there:
+        return "were there already"
+    return "imported again, as not all was in order" if done.was_repaired else "imported"

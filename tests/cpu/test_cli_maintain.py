@@ -156,7 +156,7 @@ def test_export_of_choices_leaves_bad_ones_out(filled: DiskCache, tmp_path: Path
     archive = str(tmp_path / "kernels.zip")
     assert result("export", archive, "--spec", str(spec_file))["kernels"] == 2
     filled.paths(build.build(CACHED[0]).key)[0].write_bytes(b"bad")
-    done = result("export", archive, "--spec", str(spec_file), status=1)
+    done = result("export", archive, "--spec", str(spec_file), "-y", status=1)
     assert (done["kernels"], done["left_out"]) == (1, 1)
 
 
