@@ -6,6 +6,7 @@ through the compiler's options, and so enter the cache key.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable
@@ -20,10 +21,19 @@ _SIZE: Final = re.compile(r"(\d{1,15})([KMGkmg]?)")
 
 #: Name → (default, meaning). README.md repeats this table; a test compares the two.
 VARIABLES: Final[dict[str, tuple[str, str]]] = {
-    "JITATTN_CACHE_DIR": ("user cache directory", "where kernels are kept on disk"),
+    "JITATTN_CACHE_DIR": (
+        "user cache directory",
+        "where kernels are kept: a directory of its own",
+    ),
     "JITATTN_CACHE": ("rw", "rw, ro (read only) or off (memory only)"),
-    "JITATTN_CACHE_PATH": ("unset", "more directories of kernels, only read; separated as in PATH"),
-    "JITATTN_CACHE_MAX_BYTES": ("512M", "size of the cache: bytes, or a number with K, M or G"),
+    "JITATTN_CACHE_PATH": (
+        "unset",
+        "more directories of kernels, only read; separated as in PATH",
+    ),
+    "JITATTN_CACHE_MAX_BYTES": (
+        "512M",
+        "size of the cache: bytes, or a number with K, M or G",
+    ),
     "JITATTN_NO_COMPILE": ("0", "1 forbids compiling: a missing kernel is an error that names it"),
     "JITATTN_LOCK_TIMEOUT": ("60", "seconds to wait for another process that compiles the kernel"),
     "JITATTN_NVRTC": ("chosen by driver", "12 or 13: which installed NVRTC compiles"),
@@ -36,13 +46,14 @@ VARIABLES: Final[dict[str, tuple[str, str]]] = {
 
 def cache_dir() -> Path | None:
     """Return the cache directory that was asked for, if any."""
-    return _path("JITATTN_CACHE_DIR")
+    value = os.environ.get("JITATTN_CACHE_DIR")
+    return _absolute("JITATTN_CACHE_DIR", value) if value else None
 
 
 def cache_path() -> tuple[Path, ...]:
     """Return the read-only directories of kernels that were asked for."""
     value = os.environ.get("JITATTN_CACHE_PATH", "")
-    return tuple(_expanded("JITATTN_CACHE_PATH", part) for part in value.split(os.pathsep) if part)
+    return tuple(_absolute("JITATTN_CACHE_PATH", part) for part in value.split(os.pathsep) if part)
 
 
 def record() -> Path | None:
@@ -115,12 +126,32 @@ def debug_assert() -> bool:
 
 def _path(name: str) -> Path | None:
     value = os.environ.get(name)
-    return _expanded(name, value) if value else None
+    return _from_first_use(_expanded(name, value)) if value else None
+
+
+@functools.cache
+def _from_first_use(path: Path) -> Path:
+    """Make a path absolute once: it does not follow the working directory of the process."""
+    try:
+        return path.absolute()
+    except FileNotFoundError:  # the working directory was deleted: whoever writes will say so
+        return path
+
+
+def _absolute(name: str, value: str) -> Path:
+    """Refuse a directory of kernels that the working directory would decide about."""
+    path = _expanded(name, value)
+    if not path.is_absolute():
+        raise InvalidInputError(
+            f"{name}={value!r}: it must be an absolute path, or begin with ~, so that no kernels "
+            "come from whatever the working directory is"
+        )
+    return path
 
 
 def _expanded(name: str, value: str) -> Path:
     try:
-        return Path(value).expanduser().absolute()
+        return Path(value).expanduser()
     except RuntimeError as error:
         raise InvalidInputError(f"{name}={value!r}: {error}; give the whole path") from error
 
