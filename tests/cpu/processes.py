@@ -34,7 +34,7 @@ class Child:
             os._exit(status)
         os.close(writer)
 
-    def result(self, timeout: float = 60.0) -> Any:
+    def result(self, timeout: float = 600.0) -> Any:
         """What the function returned."""
         deadline, text = time.monotonic() + timeout, b""
         while True:
