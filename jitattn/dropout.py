@@ -2,8 +2,8 @@
 
 Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) gives 16 bits
 for every weight from (state, batch, head, query, key), so that nothing has to be stored: a backward
-pass, another layout or another device draws the same weights. `cuda_src/jitattn/dropout.cuh` says
-which bits are whose.
+pass, another layout or another device draws the same weights. All 128 bits of a state count.
+`cuda_src/jitattn/dropout.cuh` says which bits are whose.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 _WORD: Final = 0xFFFFFFFF
 _ROUNDS: Final = 7
+#: By which the second half of the key grows with the high half of the offset.
+_KEY_FACTOR: Final = 0x85EBCA6B
+#: Parts in which the numbers of a large mask are drawn, and bounds on the weights of a part.
+_PARTS: Final = 16
+_FEWEST_DRAWN: Final = 1 << 18
+_MOST_DRAWN: Final = 1 << 24
 
 
 class Dropout(NamedTuple):
@@ -50,6 +56,7 @@ def dropout_state(
     Returns
     -------
     Tensor, int64 [2]
+        Seed and offset: states that differ in any bit drop other weights.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,24 +122,45 @@ def dropout_mask(
 
 
 def keeps(dropout: Dropout, batch: int, heads: int, queries: range, keys: range) -> Tensor:
-    """Return which weights of a part of the score matrix stay, [B, Hq, queries, keys]."""
+    """Return which weights of a part of the score matrix stay, [B, Hq, queries, keys].
+
+    Numbers are drawn for a sixteenth of the rows at a time, which bounds the working memory of a
+    large mask to a byte a weight.
+    """
+    shape = (batch, heads, len(queries), len(keys))
+    num_rows = batch * heads * len(queries)
     device = dropout.state.device
-    if not len(keys) * len(queries) * batch * heads:
-        return torch.ones(batch, heads, len(queries), len(keys), dtype=torch.bool, device=device)
+    if not num_rows * len(keys):
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    wanted = num_rows * len(keys) // _PARTS
+    step = max(1, min(max(wanted, _FEWEST_DRAWN), _MOST_DRAWN) // len(keys))
+    if step >= num_rows:
+        return _kept_rows(dropout, heads, queries, keys, range(num_rows)).view(shape)
+    kept = torch.empty((num_rows, len(keys)), dtype=torch.bool, device=device)
+    for first in range(0, num_rows, step):
+        rows = range(first, min(first + step, num_rows))
+        kept[rows.start : rows.stop] = _kept_rows(dropout, heads, queries, keys, rows)
+    return kept.view(shape)
+
+
+def _kept_rows(dropout: Dropout, heads: int, queries: range, keys: range, rows: range) -> Tensor:
+    """Return which weights stay in rows of a [B * Hq * queries, keys] matrix."""
+    device = dropout.state.device
     first, last = keys.start // 32, (keys.stop - 1) // 32
+    row = torch.arange(rows.start, rows.stop, device=device)[:, None]
     x = torch.arange(first * 4, last * 4 + 4, device=device)
-    y = torch.arange(queries.start, queries.stop, device=device)[:, None]
-    z = torch.arange(batch * heads, device=device)[:, None, None] + dropout.first_batch * heads
-    seed, offset = dropout.state[0], dropout.state[1] & _WORD
-    words = philox((x, y, z, offset), (seed & _WORD, seed >> 32 & _WORD))
-    # [B · H, queries, spans · 4] of each word → [B · H, queries, spans, 4 words, 4 pairs, 2 halves]
-    shape = (batch * heads, len(queries), last - first + 1, 4)
-    spread = torch.stack([word.expand(batch * heads, len(queries), -1) for word in words], dim=-1)
-    spread = spread.reshape(*shape, 4).transpose(3, 4)
-    halves = torch.stack([spread & 0xFFFF, spread >> 16], dim=-1)
-    numbers = halves.reshape(batch, heads, len(queries), -1)
+    y = row % len(queries) + queries.start
+    z = row // len(queries) + dropout.first_batch * heads
+    seed, offset = dropout.state[0], dropout.state[1]
+    high = offset >> 32
+    key = seed + high & _WORD, (seed >> 32) + high * _KEY_FACTOR & _WORD
+    words = philox((x, y, z, offset & _WORD), key)
+    # Each word, [rows, spans * 4] → [rows, spans, 4 words, 4 pairs] → two numbers of 16 bits each,
+    # moved by -2^15 so that signed integers hold them in order.
+    halves = [(word ^ 0x80008000).to(torch.int32).view(len(row), -1, 4) for word in words]
+    numbers = torch.stack(halves, dim=2).view(torch.int16).view(len(row), -1)
     skip = keys.start - first * 32
-    return numbers[..., skip : skip + len(keys)] >= dropout.threshold
+    return numbers[:, skip : skip + len(keys)] >= dropout.threshold - 2**15
 
 
 def philox(

@@ -197,7 +197,8 @@ class Scores(NamedTuple):
         b, h, i, j = idx.reshape(-1, 4).T.to(weights.device)
         stream = (b + self.first_batch) * heads + h
         x = [j // 32 * 4 + j % 8 // 2, i, stream, offset % 2**32 + 0 * j]
-        key = [seed % 2**32, seed // 2**32]
+        moved = offset // 2**32
+        key = [(seed + moved) % 2**32, (seed // 2**32 + moved * 0x85EBCA6B) % 2**32]
         for _ in range(7):
             products = (x[0] * 0xD2511F53, x[2] * 0xCD9E8D57)
             high = [(product >> 32) % 2**32 for product in products]

@@ -3,8 +3,9 @@
 // PAPER: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox4x32-7).
 //
 // One call gives the 16-bit numbers of 8 weights: those of query i and of the keys j with equal
-// j / 32 and j % 8 / 2. Counter: (j / 32 * 4 + j % 8 / 2, i, batch * Hq + head, offset); word
-// j % 32 / 8 of the result, its high half for odd j. A weight stays if its number is at least p.
+// j / 32 and j % 8 / 2. Counter: (j / 32 * 4 + j % 8 / 2, i, batch * Hq + head, low half of the
+// offset); word j % 32 / 8 of the result, its high half for odd j. A weight stays if its number is
+// at least p. Key: the halves of the seed, moved by the high half of the offset: every bit counts.
 #pragma once
 
 #include "jitattn/enums.cuh"
@@ -20,8 +21,8 @@ namespace jitattn {
 struct Philox {
   uint32_t word[4];
 
-  __device__ static Philox of(uint32_t x, uint32_t y, uint32_t z, uint32_t w, uint64_t seed) {
-    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  __device__ static Philox of(uint32_t x, uint32_t y, uint32_t z, uint32_t w, uint32_t key0,
+                              uint32_t key1) {
 #pragma unroll
     for (int round = 0; round < 7; ++round) {
       const uint64_t first = static_cast<uint64_t>(x) * 0xD2511F53u;
@@ -37,6 +38,21 @@ struct Philox {
   }
 };
 
+// The generator's key and the last word of its counter, of a dropout_state.
+struct DropoutKey {
+  uint32_t key0, key1;
+  uint32_t offset;
+
+  // NOTE: two steps, so that no bit of the offset does to the key what one of the seed does.
+  __device__ explicit DropoutKey(const int64_t* state) {
+    const uint64_t seed = __ldg(state), whole_offset = __ldg(state + 1);
+    const uint32_t high = static_cast<uint32_t>(whole_offset >> 32);
+    key0 = static_cast<uint32_t>(seed) + high;
+    key1 = static_cast<uint32_t>(seed >> 32) + high * 0x85EBCA6Bu;
+    offset = static_cast<uint32_t>(whole_offset);
+  }
+};
+
 // Of the weights that a warp holds in one step, those that stay.
 template <class Spec, int kRowTiles, int kKeyTiles>
 struct KeptWeights {
@@ -46,8 +62,7 @@ struct KeptWeights {
   __device__ void draw(const FwdParamsOf<Spec>& params, const Sequence& sequence,
                        const RowMap& rows, int batch_idx, int first_head, int first_row,
                        const KeyColumns<Spec>& columns, int lane_idx) {
-    const uint64_t seed = __ldg(params.dropout_state);
-    const uint32_t offset = static_cast<uint32_t>(__ldg(params.dropout_state + 1));
+    const DropoutKey state(params.dropout_state);
     // Whole spans of 32 keys, where a warp's keys begin at a multiple of 32; else halves of them.
     constexpr bool kIsWhole = kKeyTiles % 4 == 0 && !kHasGroups<Spec>;
     constexpr int kTiles = kIsWhole ? 4 : 2;
@@ -64,7 +79,7 @@ struct KeptWeights {
           const uint32_t key = columns(n);
           const Philox drawn =
               Philox::of(key / 32 * 4 + (lane_idx & 3), matrix_row<Spec>(sequence, position),
-                         stream, offset, seed);
+                         stream, state.offset, state.key0, state.key1);
           const bool is_second = !kIsWhole && key % 32 >= 16;
 #pragma unroll
           for (int i = 0; i < kTiles; ++i) {

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import jitattn
+from jitattn import dropout as dropout_module
 from jitattn.dropout import Dropout, keeps, philox
 
 from ..support.inputs import random_qkv
+from ..support.memory import PeakMemory
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,40 @@ def test_parts_of_the_mask_agree() -> None:
     whole = keeps(dropout, 3, 2, range(50), range(200))
     part = keeps(dropout._replace(first_batch=1), 2, 2, range(10, 30), range(37, 155))
     assert torch.equal(part, whole[1:, :, 10:30, 37:155])
+
+
+def test_parts_of_a_large_mask_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    dropout = Dropout(20000, torch.tensor([-5, 7]), first_batch=2)
+    whole = keeps(dropout, 3, 2, range(3, 50), range(37, 200))
+    monkeypatch.setattr(dropout_module, "_FEWEST_DRAWN", 300)
+    assert torch.equal(keeps(dropout, 3, 2, range(3, 50), range(37, 200)), whole)
+    monkeypatch.setattr(dropout_module, "_MOST_DRAWN", 1)  # less than a row
+    assert torch.equal(keeps(dropout, 3, 2, range(3, 50), range(37, 200)), whole)
+
+
+def test_a_large_mask_takes_a_byte_a_weight_beside_itself() -> None:
+    state = torch.tensor([1, 2])
+    with PeakMemory() as memory:
+        mask = jitattn.dropout_mask(state, 0.5, 2, 4, 512, 1024)
+    assert memory.peak <= 2 * mask.numel()
+
+
+def test_every_bit_of_a_state_counts() -> None:
+    """Also the high half of an offset: 2^32 weights a call are common (16 x 16 x 4096 x 4096)."""
+    words = [0x0123456789ABCDEF, 0x1122334455667788]
+    states = [words]
+    for bit in range(128):
+        flipped = list(words)
+        flipped[bit // 64] ^= 1 << bit % 64
+        states.append([word - 2**64 if word >= 2**63 else word for word in flipped])
+    states += [[7, call << 32] for call in range(40)]
+    masks = torch.stack(
+        [jitattn.dropout_mask(torch.tensor(state), 0.5, 2, 2, 24, 40) for state in states]
+    )
+    signs = masks.flatten(1).double() * 2 - 1
+    agreement = signs @ signs.T / signs.shape[1]
+    agreement.fill_diagonal_(0.0)
+    assert agreement.abs().max() < 6 * signs.shape[1] ** -0.5  # as of masks that are independent
 
 
 def test_torchs_seed_decides() -> None:

@@ -38,6 +38,21 @@ def test_both_paths_drop_the_same() -> None:
     assert rel_l2(here.cpu(), there) < 5e-3
 
 
+def test_the_high_halves_of_a_state_count() -> None:
+    """In the kernels, too: offsets grow by 2^32 where a call has as many weights."""
+    q, k = (torch.randn(1, n, 4, 64, device="cuda", dtype=BF16) for n in (100, 64))
+    v = torch.eye(64, device="cuda", dtype=BF16)[None, :, None, :].expand(1, 64, 4, 64)
+    masks = []
+    for state in ([3, 4], [3, 4 + (1 << 32)], [3, 4 - (1 << 63)], [3 + (1 << 32), 4]):
+        given = torch.tensor(state).cuda()
+        out = jitattn.attention(q, k, v, dropout_p=0.5, dropout_state=given)
+        masks.append(out.transpose(1, 2) != 0)
+        assert torch.equal(masks[-1].cpu(), jitattn.dropout_mask(given.cpu(), 0.5, 1, 4, 100, 64))
+    for idx, mask in enumerate(masks):
+        for other in masks[:idx]:
+            assert 0.45 < (mask == other).float().mean() < 0.55
+
+
 def test_torchs_seed_decides() -> None:
     q, k, v = torch.randn(3, 1, 100, 4, 64, device="cuda", dtype=BF16)
     results = []
