@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jitattn.compat._errors import ExtensionError
+from jitattn.compat._transfer import on_device
 from jitattn.sequences import Ragged
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Jagged:
     def sequences(self) -> Ragged:
         """Return where they lie in `values`; reads the largest length if torch does not know it."""
         longest = _longest(self._nested)
+        if longest is None and _is_capturing(self.values):
+            longest = self.values.shape[0]  # a bound
         if self._lengths is None:
             return Ragged.from_cu_seqlens(self._offsets, longest)
         return Ragged(self._offsets[:-1], self._lengths, longest)  # with gaps between them
@@ -52,7 +55,7 @@ class Jagged:
         if not own or self.values.device != other.values.device:
             return  # the core says what is wrong with devices
         way_out = "make V with torch.nested.nested_tensor_from_jagged(values, K.offsets(), ...)"
-        is_capturing = self.values.is_cuda and torch.cuda.is_current_stream_capturing()
+        is_capturing = _is_capturing(self.values)
         if torch.compiler.is_compiling() or is_capturing:
             where = "torch.compile" if torch.compiler.is_compiling() else "a CUDA graph capture"
             raise ExtensionError(
@@ -97,7 +100,8 @@ class Strided:
     def sequences(self) -> Ragged:
         """Return where they lie in `values`."""
         cumulative = torch.tensor([0, *self._lengths]).cumsum(0).to(torch.int32)
-        return Ragged.from_cu_seqlens(cumulative.to(self.values.device), max(self._lengths))
+        offsets = on_device("the list of lengths", cumulative, self.values.device)
+        return Ragged.from_cu_seqlens(offsets, max(self._lengths))
 
     def check_like(self, other: Strided) -> None:
         """Refuse values of other lengths than these keys; torch has lengths on the host."""
@@ -163,5 +167,8 @@ def _longest(nested: Any) -> int | None:  # noqa: ANN401
     if torch.compiler.is_compiling() or not hasattr(nested, "_maybe_max_seqlen"):
         return None  # of a compiled call it is read when that runs: no graph depends on it
     known: int | None = nested._maybe_max_seqlen
-    is_capturing = nested.is_cuda and torch.cuda.is_current_stream_capturing()
-    return nested._max_seqlen if known is None and not is_capturing else known
+    return nested._max_seqlen if known is None and not _is_capturing(nested) else known
+
+
+def _is_capturing(tensor: Any) -> bool:  # noqa: ANN401
+    return bool(tensor.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -28,6 +28,8 @@ _WORDS: Final = {
     "max_length": "max_seqlen to torch.nested.nested_tensor_from_jagged",
     "check the layout argument": "the layout is [B, H, L, D]",
 }
+_FULL: Final = Full()
+_TOP_LEFT: Final = Causal("top_left")
 
 
 class FlashAttentionFunction:
@@ -54,8 +56,9 @@ class FlashAttentionFunction:
             Or nested: B sequences [H, M_b, D], strided or jagged (then [B, H, j, D]).
         K, V : Tensor, [B, H, N, D]
             Nested if Q is, with lengths of their own that K and V share. Jagged ones that share
-            their offsets too are told to without waiting for the device. Fewer heads that divide
-            H are fine.
+            their offsets too are told to without waiting for the device. Their largest length is
+            read from it if torch does not know it, once for all tensors of the same offsets, but
+            not while a CUDA graph is captured. Fewer heads that divide H are fine.
         attn_bias : Tensor, [B or 1, H or 1, M or 1, N], optional
             Added to the scores; dtype of Q, or fp32. With nested tensors, of their largest lengths.
         causal : bool
@@ -72,7 +75,7 @@ class FlashAttentionFunction:
         ExtensionError
             Tensors do not fit together; a RuntimeError, and an InvalidInputError.
         """
-        mask = Causal("top_left") if causal else Full()
+        mask = _TOP_LEFT if causal else _FULL
         if attn_bias is not None and attn_bias.is_nested:
             raise ExtensionError(
                 "attn_bias is nested: it must be a dense tensor [B, H, M, N] of the largest "

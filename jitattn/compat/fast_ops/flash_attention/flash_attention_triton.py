@@ -3,7 +3,8 @@
 Limits of the original are lifted: any lengths, head dims from 1 to 256, CPU tensors, gradients of
 the bias. Rows that see nothing are 0, not NaN. The state of the generator that a call takes, and by
 how much it moves, is the original's; which weights a state drops is ours (`triton_dropout_mask`
-says).
+says). No call waits for the device, and all can be captured in a CUDA graph, whose replays draw
+anew; a captured call moves the generator by what it draws.
 
 Errors are assertions, as the original's, but for a bias of another shape, which is a RuntimeError;
 each is an `InvalidInputError` too.
@@ -28,6 +29,8 @@ _WORDS: Final = {
     "scale": "softmax_scale",
     "check the layout argument": "the layout is [B, L, H, D]",
 }
+_FULL: Final = Full()
+_TOP_LEFT: Final = Causal("top_left")
 
 
 @errors_as(CheckFailedError, _WORDS)
@@ -74,18 +77,23 @@ def flash_attn_triton(
         )
     if bias is not None:
         _check_bias(bias, q.shape[1], k.shape[1])
-    state = _next_state(q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1], q.device)
+    count = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
+    state = None
+    if dropout_p:
+        state = _next_state(count, q.device)
+    else:
+        _skip_state(count, q.device)
     if bias is not None and bias.stride(-1) != 1:
         bias = bias.contiguous()
     out: Tensor = attention(
         q,
         k,
         v,
-        mask=Causal("top_left") if causal else Full(),
+        mask=_TOP_LEFT if causal else _FULL,
         scale=softmax_scale or None,
         bias=bias,
         dropout_p=dropout_p,
-        dropout_state=state if dropout_p else None,
+        dropout_state=state,
     )
     return out
 
@@ -121,7 +129,7 @@ def increment_philox_state(increment: int) -> tuple[int, int]:
     index = torch.cuda.current_device()
     generator = torch.cuda.default_generators[index]
     seed, offset = generator.initial_seed(), generator.get_offset()
-    generator.set_offset(offset + -(-increment // 4) * 4)
+    generator.set_offset(offset + _rounded(increment))
     return seed, offset
 
 
@@ -139,10 +147,41 @@ def _check_bias(bias: Tensor, len_q: int, len_kv: int) -> None:
 
 
 def _next_state(count: int, device: torch.device) -> Tensor:
-    """Take the state of a call with so many weights; the CPU has no offsets, and draws it."""
-    if device.type != "cuda":
+    """Draw the state of a call with so many weights, and move the generator as the original does.
+
+    The host waits for nothing: seed and offset of the generator decide what a kernel draws.
+    """
+    generator = _moving_generator(device)
+    if generator is None:
         return dropout_state(device)
-    with torch.cuda.device(device):
-        seed, offset = increment_philox_state(count)
-    signed = seed - 2**64 if seed >= 2**63 else seed
-    return torch.tensor([signed, offset], dtype=torch.int64, device=device)
+    before = generator.get_offset()
+    state = dropout_state(device)
+    generator.set_offset(before + _rounded(count))
+    return state
+
+
+def _skip_state(count: int, device: torch.device) -> None:
+    """Move the generator as a call does that draws nothing; the CPU's has no offsets, and draws."""
+    generator = _moving_generator(device)
+    if generator is not None:
+        generator.set_offset(generator.get_offset() + _rounded(count))
+    elif device.type == "cpu":
+        dropout_state(device)
+
+
+def _moving_generator(device: torch.device) -> torch.Generator | None:
+    """Return the generator of a GPU, None where its offset cannot be set: captured and compiled.
+
+    There torch moves it, by what was drawn, and draws anew in every replay.
+    """
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator: torch.Generator = torch.cuda.default_generators[index]
+    return generator
+
+
+def _rounded(count: int) -> int:
+    return -(-count // 4) * 4
