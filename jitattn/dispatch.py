@@ -148,6 +148,11 @@ def plan(
     num_q_tiles = -(-num_rows // kernel.block_q)
     head_tiles = runtime.heads_q // packed
     num_tiles = num_q_tiles * runtime.batch
+    if runtime.indices is not None and (rows_in_all := runtime.indices.q_rows_in_all) is not None:
+        # Fewer where most sequences are shorter than the longest: one more for each, at most.
+        beyond = num_rows - runtime.len_q * packed
+        rows_in_all = rows_in_all * packed + beyond * runtime.batch
+        num_tiles = min(num_tiles, rows_in_all // kernel.block_q + runtime.batch)
     num_slots = kernel.num_slots
     num_items = num_tiles
     if runtime.indices is None:

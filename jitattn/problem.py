@@ -81,6 +81,12 @@ class Indices(NamedTuple):
     counts: tuple[int, ...]
     is_flat: bool  #: q is [total, Hq, D], and so out; LSE is [Hq, total]
 
+    @property
+    def q_rows_in_all(self) -> int | None:
+        """Query rows of all sequences together, at most; None if they may share rows."""
+        q_stop_is_length, q_rows = self.counts[3], self.counts[5]
+        return q_rows if self.is_flat and not q_stop_is_length else None
+
 
 class Runtime(NamedTuple):
     """What a call hands to a kernel beside the code: sizes, strides and numbers.

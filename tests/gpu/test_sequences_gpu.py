@@ -161,3 +161,21 @@ def test_key_lengths_of_a_batched_cache() -> None:
     truth = jitattn.reference.reference(q, cache, cache, kv_seqs=Padded(lengths))
     assert rel_l2(out, truth) < 5e-3
     assert torch.equal(out[0], torch.zeros_like(out[0]))
+
+
+@pytest.mark.parametrize("num_splits", [None, 1, 3])
+def test_a_long_sequence_among_short_ones(num_splits: int | None) -> None:
+    """No more tiles than rows fill, one for each sequence aside, whatever the bound is."""
+    lengths = [1] * 20 + [300] + [0, 17] * 10
+    cu = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    q, k, v = (
+        torch.randn(sum(lengths), heads, 64, device="cuda", dtype=BF16) for heads in (4, 2, 2)
+    )
+    seqs = Ragged.from_cu_seqlens(cu, max_length=sum(lengths))
+    given = {"q_seqs": seqs, "kv_seqs": seqs, "mask": Causal(), "num_splits": num_splits}
+    out = jitattn.attention(q, k, v, **given)
+    truth = jitattn.reference.reference(q, k, v, q_seqs=seqs, kv_seqs=seqs, mask=Causal())
+    assert rel_l2(out, truth) < 5e-3
+    if num_splits is not None:
+        tiles = sum(lengths) // 64 + len(lengths)  # of 64 rows or more, of 4 heads
+        assert jitattn.explain(q, k, v, **given).num_ctas <= 4 * tiles * num_splits
