@@ -61,7 +61,7 @@ def check_indices(where: tuple[Tensor | None, ...], q: Tensor) -> None:
 
 def check_paddings(left: Tensor | None, seqlens: Tensor | None, len_kv: int) -> None:
     """Check the numbers that need not be waited for, those that are not on a GPU."""
-    here = [x for x in (left, seqlens) if x is not None and x.device.type == "cpu"]
+    here = [x for x in (left, seqlens) if x is not None and not x.is_cuda]
     if torch.compiler.is_compiling() or not here:
         return
     ends = here[0].long() + here[1] if len(here) == 2 else here[0]
@@ -73,7 +73,7 @@ def check_paddings(left: Tensor | None, seqlens: Tensor | None, len_kv: int) -> 
         found = " and ".join(
             f"{name}[{idx}]={int(x[idx])}"
             for name, x in (("left_paddings", left), ("seqlens", seqlens))
-            if x is not None and x.device.type == "cpu"
+            if x is not None and not x.is_cuda
         )
         raise CheckFailedError(f"{found}: it must be from 0 to the {len_kv} tokens of k, in all")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -14,10 +13,10 @@ from jitattn.compat._errors import CheckFailedError, check
 from jitattn.compat.dkernel._checks import (
     check_indices,
     check_lse,
-    check_paddings,
     check_shapes,
 )
 from jitattn.compat.dkernel._kept import LARGEST_BLOCK, KeptMasks
+from jitattn.compat.dkernel._sequences import Placed, packed, padded
 from jitattn.compat.dkernel.utils import (
     is_kv_cache_efficient,
     local_stride_blocks,
@@ -28,7 +27,6 @@ from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.masks import LocalStride
 from jitattn.merge import merge
 from jitattn.problem import check_out
-from jitattn.sequences import Padded, Ragged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -153,6 +151,8 @@ class SparseAttention(torch.nn.Module):
         seqlens: Tensor | None = None,
         return_lse: bool = False,
         split_qkv: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
     ) -> Any:  # noqa: ANN401 - Tensor, or two
         """Compute attention.
 
@@ -170,6 +170,10 @@ class SparseAttention(torch.nn.Module):
             the last of each sequence.
         return_lse : bool
             Return the LSE too, fp32 [B, Hq, Lq] or [Hq, total], differentiable.
+        max_seqlen_q, max_seqlen_k : int, optional
+            Bounds on the lengths of packed sequences, which save work where they are on a GPU: it
+            is not waited for them, and without bounds they may be as long as the pattern and the
+            tensors. What is beyond a bound is not seen.
 
         Returns
         -------
@@ -180,8 +184,9 @@ class SparseAttention(torch.nn.Module):
         ------
         CheckFailedError
             What the original asserts: shapes that do not fit together, a sequence that the pattern
-            has no room for, paddings beyond the end of k. Contents of `left_paddings` and `seqlens`
-            on a GPU are not waited for: what lies beyond the end is left out.
+            has no room for, paddings beyond the end of k. Contents of tensors of indices on a GPU
+            are not waited for, and so not checked: what lies beyond the end is left out, and
+            queries beyond the rows of the pattern see nothing.
         InvalidInputError
             Anything else that breaks a rule; it is a `ValueError`.
         """
@@ -196,17 +201,30 @@ class SparseAttention(torch.nn.Module):
                 "leave it out for 1 / sqrt(head dim)"
             )
         arguments: dict[str, Any] = {"scale": sm_scale or None, "return_lse": return_lse}
-        shift = 0
+        shift, placed = 0, None
         if q.dim() == 3:
-            self._packed(q, k, cu_seqlen_q, cu_seqlen_k, arguments)
+            longest = (max_seqlen_q, max_seqlen_k)
+            placed = packed(q, k, cu_seqlen_q, cu_seqlen_k, longest, self.max_seqlen)
         else:
-            shift = self._padded(q, k, left_paddings, seqlens, arguments)
+            check(
+                max_seqlen_q is max_seqlen_k is None,
+                "max_seqlen_q or max_seqlen_k is given and q is 4-D: they go with 3-D tensors; "
+                "lengths of 4-D ones are in seqlens",
+            )
+            arguments["layout"] = "bhsd" if self.seq_dim == 2 else "bshd"
+            shift, placed = self._placed(q, k, left_paddings, seqlens)
+        if placed is not None:
+            arguments["q_seqs"], arguments["kv_seqs"], longest_kv, tile_rows = placed
+            arguments["tile_rows"] = tile_rows
+            if longest_kv is not None:
+                self._check_positions(longest_kv)
         head_dim = 1 if q.dim() == 3 or self.seq_dim == 2 else 2
         masks = self._masks_of((q.shape[head_dim], k.shape[head_dim]), shift, q.device)
         out = self.kwargs.get("out")
         if out is not None and torch.is_grad_enabled() and any(map(_wants, (q, k, v))):
             out = None
-        if out is not None and (len(masks) > 1 or (q.dim() == 4 and "q_seqs" in arguments)):
+        has_padding = q.dim() == 4 and placed is not None and placed.q_seqs is not None
+        if out is not None and (len(masks) > 1 or has_padding):
             if torch.compiler.is_compiling():
                 raise UnsupportedError("out is given under torch.compile: make the module without")
             check_out(out, (q, k, v), (*q.shape[:-1], v.shape[-1]), q.dtype)
@@ -216,104 +234,23 @@ class SparseAttention(torch.nn.Module):
         both = [attention(q, k, v, mask=mask, **arguments) for mask in masks]
         return self._joined(both, shift % self.block_size, return_lse, out)
 
-    def _packed(
-        self,
-        q: Tensor,
-        k: Tensor,
-        cu_seqlen_q: Tensor | None,
-        cu_seqlen_k: Tensor | None,
-        arguments: dict[str, Any],
-    ) -> None:
-        if cu_seqlen_k is None:
-            raise CheckFailedError("cu_seqlen_k is None: 3-D tensors need it")
-        batch = len(cu_seqlen_k) - 1
-        if cu_seqlen_q is not None and len(cu_seqlen_q) != batch + 1:
-            raise CheckFailedError(
-                f"cu_seqlen_q has {len(cu_seqlen_q)} entries and cu_seqlen_k {batch + 1}: both "
-                "need one more than there are sequences"
-            )
-        cu_k = cu_seqlen_k.to(q.device)
-        if cu_seqlen_q is not None:
-            cu_q = cu_seqlen_q.to(q.device)
-        elif len(q) == batch:
-            cu_q = torch.arange(batch + 1, dtype=cu_k.dtype, device=q.device)
-        elif len(q) == len(k):
-            cu_q = cu_k
-        else:
-            raise InvalidInputError(
-                f"q has {len(q)} rows: without cu_seqlen_q it must have one for each of the "
-                f"{batch} sequences, or as many as k, {len(k)}"
-            )
-        longest_q, longest_kv = self._longest(cu_q, cu_k)
-        arguments["kv_seqs"] = keys = Ragged.from_cu_seqlens(cu_k, longest_kv)
-        arguments["q_seqs"] = keys if cu_q is cu_k else Ragged.from_cu_seqlens(cu_q, longest_q)
-
-    def _longest(self, cu_q: Tensor, cu_k: Tensor) -> tuple[int | None, int | None]:
-        """Read the lengths of sequences and check them; return the longest ones.
-
-        Operators of torch.compile read them themselves, unchecked: None.
-        """
-        if torch.compiler.is_compiling():
-            self._check_positions(self.max_seqlen)
-            return None, None
-        if cu_k.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise InvalidInputError(
-                "cu_seqlen_k is given while a CUDA graph is captured: lengths of packed sequences "
-                "must be read then; capture calls of 4-D tensors, with seqlens"
-            )
-        ends_q, ends_kv = torch.stack((cu_q.long(), cu_k.long())).tolist()
-        lengths_q = [stop - start for start, stop in pairwise(ends_q)]
-        lengths_kv = [stop - start for start, stop in pairwise(ends_kv)]
-        longest_kv = max(lengths_kv, default=0)
-        if longest_kv > self.max_seqlen:
-            raise CheckFailedError(
-                f"cu_seqlen_k has a sequence of {longest_kv} tokens: the pattern has room for "
-                f"{self.max_seqlen}"
-            )
-        self._check_positions(longest_kv)
-        for idx, (len_q, len_kv) in enumerate(zip(lengths_q, lengths_kv, strict=True)):
-            if len_q > max(1, len_kv):
-                raise CheckFailedError(
-                    f"sequence {idx} has {len_q} queries and {len_kv} keys: packed queries are the "
-                    "last tokens of their sequence, of which there must be as many"
-                )
-        return max((0, *lengths_q)), max(0, longest_kv)
-
-    def _padded(
+    def _placed(
         self,
         q: Tensor,
         k: Tensor,
         left_paddings: Tensor | None,
         seqlens: Tensor | None,
-        arguments: dict[str, Any],
-    ) -> int:
-        """Return by how many tokens positions are ahead of the rows of the pattern."""
+    ) -> tuple[int, Placed | None]:
+        """Return by how many tokens positions are ahead of rows, and where sequences lie."""
         seq_dim = self.seq_dim or 1
         len_q, len_kv = q.shape[seq_dim], k.shape[seq_dim]
-        arguments["layout"] = "bshd" if seq_dim == 1 else "bhsd"
         if len_kv > self.max_seqlen:
             raise CheckFailedError(
                 f"k has {len_kv} tokens: the pattern has room for {self.max_seqlen}"
             )
         if left_paddings is None and seqlens is None:
-            return len_kv - len_q - self._first_row(len_q, len_kv)
-        if len_q > max(1, len_kv):
-            raise CheckFailedError(
-                f"q has {len_q} tokens and k {len_kv}: with left_paddings or seqlens, queries are "
-                "the last tokens of their sequences, of which there must be as many"
-            )
-        self._check_positions(len_kv)
-        check_paddings(left_paddings, seqlens, len_kv)
-        left = None if left_paddings is None else left_paddings.to(q.device)
-        if seqlens is not None:
-            length = seqlens.to(q.device)
-            left = None if left is None else left.to(length.dtype)
-        elif left is not None:
-            length = len_kv - left
-        arguments["kv_seqs"] = Padded(length, left)
-        if len_q == len_kv:
-            arguments["q_seqs"] = arguments["kv_seqs"]
-        return 0
+            return len_kv - len_q - self._first_row(len_q, len_kv), None
+        return 0, padded(len_q, len_kv, left_paddings, seqlens, q.device)
 
     @property
     def _size(self) -> tuple[int, int]:

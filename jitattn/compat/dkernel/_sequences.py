@@ -1,0 +1,157 @@
+"""Where the sequences of a call lie: one after another, or with padding around them.
+
+Lengths on the host are checked. Lengths on a GPU are not waited for: bounds stand for them, and the
+kernels read them.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from jitattn.compat._errors import CheckFailedError
+from jitattn.compat._transfer import on_device
+from jitattn.compat.dkernel._checks import check_paddings
+from jitattn.errors import InvalidInputError
+from jitattn.sequences import Padded, Ragged
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Placed(NamedTuple):
+    """Arguments of `attention` that say where sequences lie."""
+
+    q_seqs: Ragged | Padded | None
+    kv_seqs: Ragged | Padded
+    longest_kv: int | None  #: keys of a sequence, if that is known
+    tile_rows: int | None = None
+
+
+def packed(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlen_q: Tensor | None,
+    cu_seqlen_k: Tensor | None,
+    longest: tuple[int | None, int | None],
+    room: int,
+) -> Placed:
+    """Return where packed sequences lie.
+
+    Parameters
+    ----------
+    q, k : Tensor, [total, heads, D]
+    cu_seqlen_q, cu_seqlen_k : Tensor, [B + 1]
+    longest : (int or None, int or None)
+        Bounds on the lengths of q and of k, as the caller knows them.
+    room : int
+        Tokens that the pattern has room for.
+
+    Raises
+    ------
+    CheckFailedError, InvalidInputError
+    """
+    if cu_seqlen_k is None:
+        raise CheckFailedError("cu_seqlen_k is None: 3-D tensors need it")
+    for name, bound in zip(("max_seqlen_q", "max_seqlen_k"), longest, strict=True):
+        if bound is not None and (type(bound) is not int or not 0 <= bound <= room):
+            raise CheckFailedError(
+                f"{name}={bound!r}: it must be an int from 0 to what the pattern has room for, "
+                f"{room}"
+            )
+    batch = len(cu_seqlen_k) - 1
+    if cu_seqlen_q is not None and len(cu_seqlen_q) != batch + 1:
+        raise CheckFailedError(
+            f"cu_seqlen_q has {len(cu_seqlen_q)} entries and cu_seqlen_k {batch + 1}: both "
+            "need one more than there are sequences"
+        )
+    longest_q, longest_kv = longest
+    lengths_q, lengths_kv = _on_host(cu_seqlen_q), _on_host(cu_seqlen_k)
+    cu_k = on_device("cu_seqlen_k", cu_seqlen_k, q.device)
+    if cu_seqlen_q is not None:
+        cu_q = on_device("cu_seqlen_q", cu_seqlen_q, q.device)
+    elif len(q) == batch:
+        cu_q, longest_q = torch.arange(batch + 1, dtype=cu_k.dtype, device=q.device), 1
+    elif len(q) == len(k):
+        cu_q, lengths_q = cu_k, lengths_kv
+        longest_q = longest_kv if longest_q is None else longest_q
+    else:
+        raise InvalidInputError(
+            f"q has {len(q)} rows: without cu_seqlen_q it must have one for each of the "
+            f"{batch} sequences, or as many as k, {len(k)}"
+        )
+    if lengths_kv is not None:
+        longest_kv = max((0, *lengths_kv))
+        if longest_kv > room:
+            raise CheckFailedError(
+                f"cu_seqlen_k has a sequence of {longest_kv} tokens: the pattern has room for "
+                f"{room}"
+            )
+    if lengths_q is not None:
+        longest_q = max((0, *lengths_q))
+        _check_lengths(lengths_q, lengths_kv)
+    tile_rows = None
+    if longest_q is None and not torch.compiler.is_compiling():
+        tile_rows = _usual_rows(len(q), batch, q.shape[1] // max(1, k.shape[1]))
+    bound = room if longest_kv is None else longest_kv
+    kv_seqs = Ragged.from_cu_seqlens(cu_k, bound)
+    q_seqs = kv_seqs
+    if cu_q is not cu_k or longest_q not in (None, bound):
+        # No sequence has more queries than keys, but for one query.
+        q_seqs = Ragged.from_cu_seqlens(cu_q, max(1, bound) if longest_q is None else longest_q)
+    return Placed(q_seqs, kv_seqs, longest_kv, tile_rows)
+
+
+def padded(
+    len_q: int,
+    len_kv: int,
+    left_paddings: Tensor | None,
+    seqlens: Tensor | None,
+    device: torch.device,
+) -> Placed:
+    """Return where sequences lie that have padding, with at least one of the two tensors.
+
+    Raises
+    ------
+    CheckFailedError
+    """
+    if len_q > max(1, len_kv):
+        raise CheckFailedError(
+            f"q has {len_q} tokens and k {len_kv}: with left_paddings or seqlens, queries are "
+            "the last tokens of their sequences, of which there must be as many"
+        )
+    check_paddings(left_paddings, seqlens, len_kv)
+    left = None if left_paddings is None else on_device("left_paddings", left_paddings, device)
+    if seqlens is not None:
+        length = on_device("seqlens", seqlens, device)
+        left = None if left is None else left.to(length.dtype)
+    elif left is not None:
+        length = len_kv - left
+    kv_seqs = Padded(length, left)
+    return Placed(kv_seqs if len_q == len_kv else None, kv_seqs, len_kv)
+
+
+def _on_host(cu_seqlens: Tensor | None) -> list[int] | None:
+    """Return the lengths of sequences if they are to be had without waiting for a device."""
+    if cu_seqlens is None or cu_seqlens.is_cuda or torch.compiler.is_compiling():
+        return None
+    return [stop - start for start, stop in pairwise(cu_seqlens.tolist())]
+
+
+def _check_lengths(lengths_q: list[int], lengths_kv: list[int] | None) -> None:
+    if lengths_kv is None:
+        return
+    for idx, (len_q, len_kv) in enumerate(zip(lengths_q, lengths_kv, strict=True)):
+        if len_q > max(1, len_kv):
+            raise CheckFailedError(
+                f"sequence {idx} has {len_q} queries and {len_kv} keys: packed queries are the "
+                "last tokens of their sequence, of which there must be as many"
+            )
+
+
+def _usual_rows(total: int, batch: int, group: int) -> int | None:
+    """Return the rows of a tile for sequences of mean length; None: those of long ones."""
+    rows = -(-total // max(1, batch)) * group
+    return 16 if rows <= 16 else 64 if rows <= 64 else None
