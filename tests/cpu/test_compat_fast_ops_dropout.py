@@ -1,4 +1,4 @@
-"""Dropout of the door of fast-ops: which state a call takes, and by how much the generator moves."""
+"""Dropout of the door of fast-ops: the state of a call, and by how much the generator moves."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 
 What is better here: every GPU from sm_80 on; fp16, bf16 and fp32; head dims from 1 to 256, grouped
 heads; gradients; keys are split over the whole GPU where queries are short; no call waits for the
-device where `q_max_seq_len` and `kv_max_seq_len` are given; sequence tensors may be int32; causal
+device where `q_max_seq_len` is given; sequence tensors may be int32; causal
 sequences of their own are aligned to the bottom right, each by its lengths; gears have meanings and
 guarantees (`jitattn.gears`). `version` picks the tile: 0 is for up to 16 query rows of a kv head, 1
 for up to 64, 2 for more, and -1 (the default) the one that fits; the split of the keys follows from
@@ -72,6 +72,8 @@ _WORDS: Final = {
     "kv_seqs": "kv_seq_start and kv_seq_len",
     "check the layout argument": "the layout is [B, L, H, D]",
 }
+_FULL: Final = Full()
+_CAUSAL: Final = Causal()
 _settings = {"gear": 4, "log_level": 2}
 
 
@@ -112,7 +114,9 @@ def warp_attention_forward(
     q_seq_start, q_seq_len, kv_seq_start, kv_seq_len : Tensor, [B], int64 or int32
         First row and number of rows of each sequence. Ignored for 4-D tensors.
     q_max_seq_len, kv_max_seq_len : int
-        Bounds on the lengths; -1 reads them from the device, which waits for it.
+        Bounds on the lengths. -1 reads them from the device, which waits for it: that of queries,
+        which decides on the tile, at every call but a captured one, for which tensors are bounds
+        enough; that of keys only for gradients.
 
     Returns
     -------
@@ -133,15 +137,20 @@ def warp_attention_forward(
         -1 <= version < num_kernel_versions,
         f"version={version}: it must be from -1 (chosen) to {num_kernel_versions - 1}",
     )
-    q_seqs = _sequences("query", query, q_seq_start, q_seq_len, q_max_seq_len)
-    kv_seqs = _sequences("key", key, kv_seq_start, kv_seq_len, kv_max_seq_len)
+    q_seqs = kv_seqs = None
+    if query.ndim == 3:
+        q_seqs = _sequences("query", query, q_seq_start, q_seq_len, q_max_seq_len)
+    if key.ndim == 3:
+        if kv_max_seq_len < 0 and not _wants_gradients(query, key, value):
+            kv_max_seq_len = key.shape[0]
+        kv_seqs = _sequences("key", key, kv_seq_start, kv_seq_len, kv_max_seq_len)
     check(
         kv_seqs is None or value.ndim == 3,
         f"value has shape {list(value.shape)}, and key {list(key.shape)}: with sequences of their "
         "own, both must have 3 dimensions; flatten value with value.flatten(0, 1)",
     )
     arguments: dict[str, Any] = {
-        "mask": Causal() if is_causal else Full(),
+        "mask": _CAUSAL if is_causal else _FULL,
         "scale": scale,
         "gear": gear,
         "out": out,
@@ -236,17 +245,24 @@ def _log_kernel(query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, 
     )
 
 
+def _wants_gradients(*tensors: Tensor) -> bool:
+    """Whether autograd follows the call; arrays of other libraries have no gradients."""
+    return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tensors)
+
+
 def _sequences(
     name: str, tensor: Tensor, start: Tensor | None, length: Tensor | None, longest: int
-) -> Ragged | None:
-    if tensor.ndim != 3:
-        return None
+) -> Ragged:
+    """Return where sequences lie, in which the largest length is read if it is not known."""
     side = "q" if name == "query" else "kv"
     if start is None or length is None:
         raise CheckFailedError(
             f"{name} has shape {list(tensor.shape)}: with 3 dimensions, {side}_seq_start and "
             f"{side}_seq_len must say where its sequences lie"
         )
+    is_on_gpu = getattr(length, "is_cuda", False)
+    if longest < 0 and is_on_gpu and torch.cuda.is_current_stream_capturing():
+        longest = tensor.shape[0]
     try:
         return Ragged(start, length, None if longest < 0 else int(longest))
     except InvalidInputError as error:
