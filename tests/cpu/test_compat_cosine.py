@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import jitattn
 from jitattn.compat.flash_cosine_sim_attention import (
@@ -22,7 +24,7 @@ from jitattn.compat.flash_cosine_sim_attention.transformer import (
     non_cosine_sim_attn_fn,
 )
 from tests.support.compare import rel_l2
-from tests.support.compat_cosine import BIAS, CASES, LK, B, H, dense, tensors
+from tests.support.compat_cosine import BIAS, CASES, LK, LQ, B, H, dense, tensors
 
 
 @pytest.mark.parametrize("function", [flash_cosine_sim_attention, plain_cosine_sim_attention])
@@ -58,6 +60,63 @@ def test_rows_that_see_nothing_and_vectors_of_zeros() -> None:
     out = flash_cosine_sim_attention(q, k, v, mask=torch.zeros(B, LK, dtype=torch.bool))
     assert not out.any()
     assert flash_cosine_sim_attention(q, k, v).isfinite().all()
+
+
+class _Dtypes(TorchDispatchMode):
+    """Notes the dtypes of floating-point results that have a row for each query and key."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count, self.found = count, set[torch.dtype]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel() >= self.count:
+                self.found.add(x.dtype)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", list(CASES))
+def test_the_plain_function_computes_in_the_dtype_of_its_inputs(
+    name: str, dtype: torch.dtype
+) -> None:
+    arguments, kind = CASES[name]
+    if name == "large scale" and dtype is not torch.float32:
+        arguments = {**arguments, "scale": 20.0}
+    given = {
+        key: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for key, x in arguments.items()
+    }
+    own = tensors(**kind, dtype=dtype)
+    with _Dtypes(B * H * LQ * LK) as seen:
+        out = plain_cosine_sim_attention(*own, **given)
+        out.sum().backward()
+    assert seen.found == {dtype}
+    limit = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+    assert rel_l2(out, dense(*own, **given)) < limit
+
+
+def test_the_plain_function_gives_zeros_where_nothing_is_seen() -> None:
+    q, k, v = tensors()
+    bias = BIAS[:H].clone()
+    bias[1, 3] = float("-inf")
+    mask = torch.ones(B, LK, dtype=torch.bool)
+    mask[1] = False
+    for given in ({"attn_bias": bias.requires_grad_()}, {"mask": mask}, {"causal": True}):
+        own = (q, k[:, :, :20], v[:, :, :20]) if "causal" in given else (q, k, v)
+        results = []
+        for function in (plain_cosine_sim_attention, flash_cosine_sim_attention):
+            out = function(*own, **given)
+            leaves = [*own, *(x for x in given.values() if getattr(x, "requires_grad", False))]
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+        empty = (results[1][0] == 0).all(dim=3)
+        assert empty.any()
+        assert torch.equal((results[0][0] == 0).all(dim=3), empty)
+        for got, wanted in zip(*results, strict=True):
+            assert rel_l2(got, wanted) < 1e-5
+    assert not plain_cosine_sim_attention(q, k[:, :, :0], v[:, :, :0]).any()
 
 
 def test_l2norm_tensors() -> None:

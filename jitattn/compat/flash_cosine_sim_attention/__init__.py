@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jitattn.attention import attention, bind
+from jitattn.attention import attention
+from jitattn.compat.flash_cosine_sim_attention._plain import plain_attention
 from jitattn.cosine import L2Norm, l2norm
 from jitattn.errors import InvalidInputError
 from jitattn.layouts import parse
 from jitattn.masks import Causal, Full, KeyPadding
-from jitattn.reference import reference
+from jitattn.problem import Call
+from jitattn.scores import NO_CHANGES, Scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,17 +96,24 @@ def plain_cosine_sim_attention(
     l2norm_qk: bool = True,
     attn_bias_batch_dim: bool = False,
 ) -> Tensor:
-    """Compute the same in plain PyTorch: the oracle, with memory for all scores.
+    """Compute the same in plain PyTorch, in the dtype of q, with memory for all scores.
 
     Parameters, result and errors are those of `flash_cosine_sim_attention`.
     """
     arguments = _translate(
         q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk, attn_bias_batch_dim
     )
-    others = dict(arguments)
-    checked, call = bind(others.pop("q"), others.pop("k"), others.pop("v"), others)
-    parse(checked["q"], checked["k"], checked["v"], call)  # refuses what the other refuses
-    out: Tensor = reference(**arguments).to(q.dtype)
+    _check(**arguments)
+    out = plain_attention(
+        arguments["q"],
+        arguments["k"],
+        arguments["v"],
+        mask,
+        attn_bias if attn_bias is not None and attn_bias.dim() == 2 else arguments["bias"],
+        scale,
+        groups if l2norm_qk else 0,
+        causal,
+    )
     return out.squeeze(1) if q.dim() == 3 else out
 
 
@@ -123,6 +132,41 @@ def l2norm_tensors(*tensors: Tensor, groups: int = 1) -> tuple[Tensor, ...]:
 def debug() -> tuple[()]:
     """Return nothing, as the original does; `jitattn-cache doctor` says what is installed."""
     return ()
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    scale: float,
+    layout: str,
+    qk_norm: L2Norm | None,
+) -> None:
+    """Refuse what `jitattn.attention` refuses."""
+    scores = NO_CHANGES
+    if not bias is relative_bias is qk_norm is None:
+        scores = Scores(bias=bias, relative_bias=relative_bias, qk_norm=qk_norm)
+    parse(
+        q,
+        k,
+        v,
+        Call(
+            mask=mask,
+            scale=scale,
+            layout=layout,
+            gear=None,
+            out=None,
+            out_dtype=None,
+            num_splits=None,
+            return_lse=False,
+            q_seqs=None,
+            kv_seqs=None,
+            scores=scores,
+        ),
+    )
 
 
 def _translate(
