@@ -174,7 +174,7 @@ def is_kv_cache_efficient(pattern: Tensor) -> bool:
     """
     heads = _heads(pattern)
     later, before = heads[:, 1:], heads[:, :-1]
-    row = torch.arange(1, heads.shape[1], device=heads.device)[:, None]
+    row = torch.arange(heads.shape[1], device=heads.device)[1:, None]
     below = torch.arange(heads.shape[2], device=heads.device)[None, :] < row
     return not bool((later & ~before & below).any())
 

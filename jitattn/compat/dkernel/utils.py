@@ -275,14 +275,15 @@ def is_kv_cache_efficient(sparse_pattern: Tensor, block_m: int, block_n: int) ->
 
     Parameters
     ----------
-    sparse_pattern : Tensor, [heads, rows, columns]
+    sparse_pattern : Tensor, [rows, columns] or [heads, rows, columns]
     block_m, block_n : int
         Tokens of a row and of a column.
     """
-    row = torch.arange(1, sparse_pattern.shape[1], device=sparse_pattern.device)[:, None]
-    column = torch.arange(1, sparse_pattern.shape[2] + 1, device=sparse_pattern.device)
+    rows, columns = sparse_pattern.shape[-2:]
+    row = torch.arange(rows, device=sparse_pattern.device)[1:, None]
+    column = torch.arange(1, columns + 1, device=sparse_pattern.device)
     seen = sparse_pattern != 0
-    returns = seen[:, 1:] & ~seen[:, :-1] & (row * block_m >= column * block_n)
+    returns = seen[..., 1:, :] & ~seen[..., :-1, :] & (row * block_m >= column * block_n)
     return not bool(returns.any())
 
 
@@ -359,6 +360,9 @@ def merge_split_fwd_kernel_blocks(
 
 def zero_stride(x: Tensor, dim: int = 0) -> Tensor:
     """Return x with a stride of 0 in a dimension of at most one entry."""
+    check(
+        -x.dim() <= dim < x.dim(), f"dim={dim}: x has {x.dim()} dimensions; it must be one of them"
+    )
     check(x.shape[dim] <= 1, f"dimension {dim} has {x.shape[dim]} entries: at most 1 is possible")
     strides = list(x.stride())
     strides[dim] = 0

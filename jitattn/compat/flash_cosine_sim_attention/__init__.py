@@ -147,7 +147,7 @@ def _check(
 ) -> None:
     """Refuse what `jitattn.attention` refuses."""
     scores = NO_CHANGES
-    if not bias is relative_bias is qk_norm is None:
+    if not (bias is None and relative_bias is None and qk_norm is None):
         scores = Scores(bias=bias, relative_bias=relative_bias, qk_norm=qk_norm)
     parse(
         q,

@@ -220,7 +220,17 @@ class CosineSimCausalTransformer(nn.Module):
         Returns
         -------
         Tensor, [B, seq_len]
+
+        Raises
+        ------
+        InvalidInputError
+            The start has no token to go on from.
         """
+        if seq_len > 0 and start_tokens.shape[1] == 0:
+            raise InvalidInputError(
+                f"start_tokens has shape {list(start_tokens.shape)}: there must be at least one "
+                "token to draw the next one after; begin with a token that stands for the start"
+            )
         was_training = self.training
         self.eval()
         out = start_tokens
