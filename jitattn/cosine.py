@@ -7,6 +7,7 @@ known, or too large, the maximum is kept. The result is the softmax in both case
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
@@ -17,7 +18,7 @@ from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.jit.device import device
 from jitattn.jit.enums import Access
 from jitattn.jit.spec import NormGradSpec, NormSpec
-from jitattn.loaded import loaded_kernel
+from jitattn.loaded import loaded_kernel, on_gpu
 from jitattn.sequences import Paged, Ragged
 from jitattn.tensors import DTYPES, MAX_HEAD_DIM
 
@@ -145,8 +146,13 @@ def call_of_normalized(call: Call, scale: float) -> Call:
     if norm is not None:
         is_bounded = norm.head_scale is None or norm.bound is not None
         bound = None if norm.head_scale is None else norm.bound
-        norm = L2Norm(norm.groups, None, bound, normalize=False) if is_bounded else None
+        norm = _normalized(norm.groups, bound) if is_bounded else None
     return call._replace(scale=scale, scores=call.scores._replace(qk_norm=norm))
+
+
+@functools.lru_cache(maxsize=256)
+def _normalized(groups: int, bound: float | None) -> L2Norm:
+    return L2Norm(groups, None, bound, normalize=False)
 
 
 def l2norm(x: Tensor, groups: int = 1) -> Tensor:
@@ -191,17 +197,18 @@ def normalized_cpu(q: Tensor, k: Tensor, norm: L2Norm, head_axis: int) -> tuple[
 def normalized_cuda(q: Tensor, k: Tensor, norm: L2Norm, call: Call) -> tuple[Tensor, Tensor]:
     """Return contiguous normalised copies of q and k, in their dtype: one launch."""
     q_out, k_out = like_normalized(q, k)
-    slices = [tensor.numel() // tensor.shape[-1] * norm.groups for tensor in (q, k)]
-    if not sum(slices):
+    head_dim, groups = q.shape[-1], norm.groups
+    slices_q, slices_k = q.numel() // head_dim * groups, k.numel() // head_dim * groups
+    if not slices_q + slices_k:
         return q_out, k_out
     rows = RowOrder.of(call)
     sides = _sides(q, k, rows)
     index = q.get_device()
-    with torch.cuda.device(index):
-        spec = norm_spec(q, k, norm, call, device(index).arch)
+    with on_gpu(index):
+        spec = _norm_spec(q.dtype, head_dim, groups, _aligned(q, k, sides), device(index).arch)
         scale = None if norm.head_scale is None else norm.head_scale.contiguous()
         loaded_kernel(spec, index).launch(
-            -(-sum(slices) * spec.lanes // spec.num_threads),
+            -(-(slices_q + slices_k) * spec.lanes // spec.num_threads),
             torch._C._cuda_getCurrentRawStream(index),
             q.data_ptr(),
             k.data_ptr(),
@@ -210,7 +217,8 @@ def normalized_cuda(q: Tensor, k: Tensor, norm: L2Norm, call: Call) -> tuple[Ten
             0 if scale is None else scale.data_ptr(),
             *sides[0][2],
             *sides[1][2],
-            *slices,
+            slices_q,
+            slices_k,
             sides[0][0],
             sides[1][0],
             sides[0][1],
@@ -253,7 +261,7 @@ def normalized_grad_cuda(
         if is_q and d_scale is not None:
             along = x.new_empty((*x.shape[:-1], groups), dtype=torch.float32)
         scale = head_scale.contiguous() if is_q and head_scale is not None else None
-        with torch.cuda.device(index):
+        with on_gpu(index):
             spec = NormGradSpec(
                 dtype=DTYPES[x.dtype],
                 head_dim=x.shape[-1],
@@ -284,21 +292,30 @@ def normalized_grad_cuda(
 
 def like_normalized(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Return new tensors for normalised q and k."""
-    q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    return q_out, k_out
+    dense = torch.contiguous_format
+    return torch.empty_like(q, memory_format=dense), torch.empty_like(k, memory_format=dense)
 
 
 def norm_spec(q: Tensor, k: Tensor, norm: L2Norm, call: Call, arch: str) -> NormSpec:
     """Return the kernel that normalises q and k."""
-    units, address = q.shape[-1], q.data_ptr() | k.data_ptr()
-    for _, _, strides in _sides(q, k, RowOrder.of(call)):
-        for stride in strides:
-            units |= stride
-    aligned = (address | units * q.element_size()) & 15 == 0
+    aligned = _aligned(q, k, _sides(q, k, RowOrder.of(call)))
+    return _norm_spec(q.dtype, q.shape[-1], norm.groups, aligned, arch)
+
+
+def _aligned(q: Tensor, k: Tensor, sides: tuple[_Side, _Side]) -> bool:
+    (_, _, of_q), (_, _, of_k) = sides
+    units = q.shape[-1] | of_q[0] | of_q[1] | of_q[2] | of_k[0] | of_k[1] | of_k[2]
+    return (q.data_ptr() | k.data_ptr() | units * q.element_size()) & 15 == 0
+
+
+@functools.cache
+def _norm_spec(
+    dtype: torch.dtype, head_dim: int, groups: int, aligned: bool, arch: str
+) -> NormSpec:
     return NormSpec(
-        dtype=DTYPES[q.dtype],
-        head_dim=q.shape[-1],
-        groups=norm.groups,
+        dtype=DTYPES[dtype],
+        head_dim=head_dim,
+        groups=groups,
         access=Access.VEC16 if aligned else Access.ELEMENT,
         arch=arch,
     )

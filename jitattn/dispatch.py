@@ -21,7 +21,7 @@ from jitattn.jit import launch
 from jitattn.jit.device import device
 from jitattn.jit.enums import MaskKind, RowClass, SeqLayout
 from jitattn.jit.params import FWD_SCORE_FIELDS, FWD_SEQ_FIELDS, divisor
-from jitattn.layouts import parse
+from jitattn.layouts import of_normalized, parse
 from jitattn.loaded import loaded_kernel
 from jitattn.prepared import prepare
 from jitattn.problem import TILE_ROWS
@@ -98,7 +98,7 @@ def run_parsed(
         else:
             q, k = cosine.normalized_cuda(q, k, norm, call)
         call = cosine.call_of_normalized(call, runtime.scale)
-        problem, runtime = parse(q, k, v, call)
+        problem, runtime = of_normalized(q, k, v, (problem, runtime), call)
     if not q.is_cuda:
         return run_cpu(q, k, v, runtime, call)
     added = [getattr(call.scores, name) for name in ADDED]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
-from jitattn import problem
+from jitattn import cosine, problem
 from jitattn.cosine import DEFAULT_SCALE
 from jitattn.errors import InvalidInputError
-from jitattn.jit.enums import MaskKind, SeqLayout, Staging
+from jitattn.jit.enums import Access, MaskKind, SeqLayout, Staging, Switch
 from jitattn.jit.params import FWD_SCORE_FIELDS, divisor
 from jitattn.masks import Causal, Full, parts_of
 from jitattn.problem import Indices, Runtime
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 
     from jitattn.jit.spec import Problem
     from jitattn.problem import Call
+    from jitattn.scores import Checked
     from jitattn.sequences import KvSequences, QSequences
 
 _MAX_COUNT: Final = 2**31 - 1
 #: Bytes of a row of K or V up to which there is room for tiles of a bias beside it.
 _LARGEST_STAGED: Final = 512
+#: What `check` says of norms, by all that it depends on.
+_checked_norms: dict[tuple[object, ...], Checked] = {}
+_MOST_NORMS: Final = 256
 #: Place of the left bound among the score parameters.
 _LEFT: Final = [name for name, _ in FWD_SCORE_FIELDS].index("left")
 
@@ -58,8 +62,11 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
         The request is legal, but nothing computes it yet.
     """
     is_uniform = call.q_seqs is None and call.kv_seqs is None
-    if is_uniform and type(call.mask) in (Full, Causal) and call.scores is NO_CHANGES:
-        return problem.parse(q, k, v, call)
+    if is_uniform and type(call.mask) in (Full, Causal):
+        if call.scores is NO_CHANGES:
+            return problem.parse(q, k, v, call)
+        if _is_norm_only(call.scores):
+            return _parse_cosine(q, k, v, call)
     problem.check_alike(q, k, v)
     problem.axes(call.layout)
     _check_kinds(call.q_seqs, call.kv_seqs, q.device)
@@ -121,6 +128,75 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
         None if found.is_uniform else _indices(call, ours, theirs, scores.bottom_right),
         params if found.has_scores else (),
         parts_of(call.mask).rule if is_listed else None,
+    )
+
+
+def _is_norm_only(scores: tuple[Any, ...]) -> bool:
+    bias, relative, slopes, softcap, sinks, dropout, norm = scores
+    others_are_none = bias is relative is slopes is softcap is sinks is dropout is None
+    return others_are_none and norm is not None
+
+
+def _parse_cosine(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime]:
+    """Parse a batched call with a norm and nothing else that is done with scores.
+
+    What `check` says of it follows from a few facts, and is kept.
+    """
+    if call.scale is None:
+        call = call._replace(scale=DEFAULT_SCALE)
+    found, runtime = problem.parse(q, k, v, call)
+    norm: Any = call.scores.qk_norm
+    cosine.check(norm, q, runtime.heads_q, call)
+    bound = (norm.groups, norm.bound, norm.head_scale is None)
+    key = (type(call.mask), runtime.scale, q.dtype, bound)
+    scores = _checked_norms.get(key)
+    if scores is None:
+        sizes = (runtime.batch, runtime.heads_q, runtime.heads_kv, runtime.len_q, runtime.len_kv)
+        if len(_checked_norms) >= _MOST_NORMS:
+            _checked_norms.clear()
+        scores = _checked_norms[key] = check(call, q, runtime.scale, Sizes(*sizes, True))
+    if scores.fields.fixed_shift is Switch.OFF:
+        return found, runtime
+    result_dtype = q.dtype if call.out_dtype is None else call.out_dtype
+    dims = (q.shape[3], v.shape[3])
+    setting, aligned = problem.setting_of(call.gear, q), found.access is Access.VEC16
+    layouts = (SeqLayout.BATCHED, SeqLayout.BATCHED)
+    facts = (q.dtype, result_dtype, *dims, setting, aligned, *scores.fields[:1], *layouts)
+    params = _of_uniform(scores.params, runtime.diagonal, runtime.len_q)
+    return problem.problem_of((*facts, *scores.fields[1:])), runtime._replace(score_params=params)
+
+
+def of_normalized(
+    q: Tensor, k: Tensor, v: Tensor, parsed: tuple[Problem, Runtime], call: Call
+) -> tuple[Problem, Runtime]:
+    """Return what `parse` says of a call whose q and k have been normalised since.
+
+    Parameters
+    ----------
+    q, k : Tensor
+        Contiguous, and on addresses of their own; all else is as it was.
+    parsed : (Problem, Runtime)
+        Of the call before.
+    call : Call
+        As `cosine.call_of_normalized` has it.
+    """
+    found, runtime = parsed
+    if found.access is not Access.VEC16:  # it may be aligned now
+        return parse(q, k, v, call)
+    strides = [_row_strides(x, call.layout) for x in (q, k)]
+    return found, runtime._replace(q_strides=strides[0], k_strides=strides[1])
+
+
+def _row_strides(tensor: Tensor, layout: str) -> problem.Strides:
+    """Strides as `_strides` has them, of a flat or a batched tensor."""
+    stride, shape = tensor.stride(), tensor.shape
+    if len(shape) == 3:
+        return 0, stride[0] if shape[0] > 1 else 0, stride[1] if shape[1] > 1 else 0
+    row, head = problem.axes(layout)
+    return (
+        stride[0] if shape[0] > 1 else 0,
+        stride[row] if shape[row] > 1 else 0,
+        stride[head] if shape[head] > 1 else 0,
     )
 
 

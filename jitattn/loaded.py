@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -10,7 +11,18 @@ from jitattn.errors import LaunchError
 from jitattn.jit import launch
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from jitattn.jit.spec import KernelSpec
+
+_NOTHING: Final = contextlib.nullcontext()
+
+
+def on_gpu(device_index: int) -> AbstractContextManager[None]:
+    """Return a context in which a GPU is the current one; free where it is."""
+    if device_index == torch._C._cuda_getDevice():
+        return _NOTHING
+    return torch.cuda.device(device_index)
 
 
 def loaded_kernel(spec: KernelSpec, device_index: int) -> launch.Kernel:
