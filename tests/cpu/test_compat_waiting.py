@@ -40,6 +40,18 @@ def test_a_door_waits_for_nothing(name: str) -> None:
         CALLS[name]()
 
 
+@pytest.mark.usefixtures("on_gpu")
+def test_modules_of_inference_mode_wait_for_nothing() -> None:
+    """Their patterns would have no version counter, and be compared."""
+    with torch.inference_mode():
+        calls = doors.calls("cpu", torch.float32)
+        for name, call in calls.items():
+            if name.startswith("dkernel"):
+                call()
+                with NoWaiting():
+                    call()
+
+
 def test_waiting_is_noticed() -> None:
     x = torch.ones(3)
     for waits in (lambda: x.tolist(), lambda: bool(x[0]), lambda: int(x.max()), lambda: x.cpu()):

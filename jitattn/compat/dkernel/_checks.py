@@ -54,9 +54,10 @@ def check_indices(where: tuple[Tensor | None, ...], q: Tensor) -> None:
                 f"{name} is given and q is {q.dim()}-D: cu_seqlen_k and cu_seqlen_q go with 3-D "
                 "tensors, left_paddings and seqlens with 4-D ones"
             )
-        if len(index) == 0 if is_packed else len(index) != len(q):
-            count = "one more than there are sequences" if is_packed else f"{len(q)}, as q has rows"
-            raise CheckFailedError(f"{name} has {len(index)} entries: it must have {count}")
+        entries, batch = index.shape[0], q.shape[0]
+        if entries == 0 if is_packed else entries != batch:
+            count = "one more than there are sequences" if is_packed else f"{batch}, as q has rows"
+            raise CheckFailedError(f"{name} has {entries} entries: it must have {count}")
 
 
 def check_paddings(left: Tensor | None, seqlens: Tensor | None, len_kv: int) -> None:

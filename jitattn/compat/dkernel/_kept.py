@@ -61,9 +61,10 @@ class KeptMasks:
         in_graph = torch.compiler.is_compiling()  # which cannot ask for versions
         if known is None or known[0] is not pattern or not (in_graph or _holds(known[1], pattern)):
             snapshot = None if in_graph else Snapshot(pattern)
-            whole = torch.nn.functional.pad(pattern, (0, 0, above, 0))
-            if factor > 1:
-                whole = whole.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+            with torch.inference_mode(False):
+                whole = torch.nn.functional.pad(pattern, (0, 0, above, 0))
+                if factor > 1:
+                    whole = whole.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
             known = self._wholes[pattern.device] = (pattern, snapshot, whole)
         whole = known[2]
         return whole[:, (above - moved) * factor :]

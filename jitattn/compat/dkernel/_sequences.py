@@ -55,16 +55,16 @@ def packed(
     """
     if cu_seqlen_k is None:
         raise CheckFailedError("cu_seqlen_k is None: 3-D tensors need it")
-    for name, bound in zip(("max_seqlen_q", "max_seqlen_k"), longest, strict=True):
+    for name, bound in (("max_seqlen_q", longest[0]), ("max_seqlen_k", longest[1])):
         if bound is not None and (type(bound) is not int or not 0 <= bound <= room):
             raise CheckFailedError(
                 f"{name}={bound!r}: it must be an int from 0 to what the pattern has room for, "
                 f"{room}"
             )
-    batch = len(cu_seqlen_k) - 1
-    if cu_seqlen_q is not None and len(cu_seqlen_q) != batch + 1:
+    batch, total_q, total_kv = cu_seqlen_k.shape[0] - 1, q.shape[0], k.shape[0]
+    if cu_seqlen_q is not None and cu_seqlen_q.shape[0] != batch + 1:
         raise CheckFailedError(
-            f"cu_seqlen_q has {len(cu_seqlen_q)} entries and cu_seqlen_k {batch + 1}: both "
+            f"cu_seqlen_q has {cu_seqlen_q.shape[0]} entries and cu_seqlen_k {batch + 1}: both "
             "need one more than there are sequences"
         )
     longest_q, longest_kv = longest
@@ -72,15 +72,15 @@ def packed(
     cu_k = on_device("cu_seqlen_k", cu_seqlen_k, q.device)
     if cu_seqlen_q is not None:
         cu_q = on_device("cu_seqlen_q", cu_seqlen_q, q.device)
-    elif len(q) == batch:
+    elif total_q == batch:
         cu_q, longest_q = torch.arange(batch + 1, dtype=cu_k.dtype, device=q.device), 1
-    elif len(q) == len(k):
+    elif total_q == total_kv:
         cu_q, lengths_q = cu_k, lengths_kv
         longest_q = longest_kv if longest_q is None else longest_q
     else:
         raise InvalidInputError(
-            f"q has {len(q)} rows: without cu_seqlen_q it must have one for each of the "
-            f"{batch} sequences, or as many as k, {len(k)}"
+            f"q has {total_q} rows: without cu_seqlen_q it must have one for each of the "
+            f"{batch} sequences, or as many as k, {total_kv}"
         )
     if lengths_kv is not None:
         longest_kv = max((0, *lengths_kv))
@@ -94,7 +94,7 @@ def packed(
         _check_lengths(lengths_q, lengths_kv)
     tile_rows = None
     if longest_q is None and not torch.compiler.is_compiling():
-        tile_rows = _usual_rows(len(q), batch, q.shape[1] // max(1, k.shape[1]))
+        tile_rows = _usual_rows(total_q, batch, q.shape[1] // max(1, k.shape[1]))
     bound = room if longest_kv is None else longest_kv
     kv_seqs = Ragged.from_cu_seqlens(cu_k, bound)
     q_seqs = kv_seqs

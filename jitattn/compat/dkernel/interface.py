@@ -93,7 +93,8 @@ class SparseAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         verify_sparse_pattern(sparse_pattern)
-        pattern = sparse_pattern != 0
+        with torch.inference_mode(False):  # a tensor whose writes are counted: none is compared
+            pattern = sparse_pattern != 0
         if pattern.dim() == 2:
             pattern = pattern[None]
         self._set_up(block_size, causal, seq_dim, block_m, block_n, kwargs)
@@ -206,11 +207,11 @@ class SparseAttention(torch.nn.Module):
             longest = (max_seqlen_q, max_seqlen_k)
             placed = packed(q, k, cu_seqlen_q, cu_seqlen_k, longest, self.max_seqlen)
         else:
-            check(
-                max_seqlen_q is max_seqlen_k is None,
-                "max_seqlen_q or max_seqlen_k is given and q is 4-D: they go with 3-D tensors; "
-                "lengths of 4-D ones are in seqlens",
-            )
+            if not max_seqlen_q is max_seqlen_k is None:
+                raise CheckFailedError(
+                    "max_seqlen_q or max_seqlen_k is given and q is 4-D: they go with 3-D tensors; "
+                    "lengths of 4-D ones are in seqlens"
+                )
             arguments["layout"] = "bhsd" if self.seq_dim == 2 else "bshd"
             shift, placed = self._placed(q, k, left_paddings, seqlens)
         if placed is not None:
@@ -291,7 +292,7 @@ class SparseAttention(torch.nn.Module):
     def _masks_of(self, heads: tuple[int, int], shift: int, device: torch.device) -> list[Mask]:
         """Return the mask of a call, or two of which each query takes one (see `_joined`)."""
         pattern = self._pattern_on(device)
-        if len(pattern) not in (1, *heads):
+        if pattern.shape[0] not in (1, *heads):
             raise CheckFailedError(
                 f"the pattern has {len(pattern)} heads: q has {heads[0]} and k {heads[1]}"
             )
@@ -305,7 +306,8 @@ class SparseAttention(torch.nn.Module):
     def _pattern_on(self, device: torch.device) -> Tensor:
         pattern: Tensor = self._buffers["sparse_pattern"]  # type: ignore[assignment]
         if pattern.device != device:
-            self.sparse_pattern = pattern = pattern.to(device)
+            with torch.inference_mode(False):
+                self.sparse_pattern = pattern = pattern.to(device)
         return pattern
 
     def _joined(self, both: list[Any], rest: int, return_lse: bool, out: Tensor | None) -> Any:  # noqa: ANN401
@@ -409,7 +411,8 @@ class LocalStrideSparseAttention(SparseAttention):
 
     def _pattern_on(self, device: torch.device) -> Tensor:
         if device not in self._patterns:
-            self._patterns[device] = self._written(self.max_seqlen // self.block_size, device)
+            with torch.inference_mode(False):
+                self._patterns[device] = self._written(self.max_seqlen // self.block_size, device)
         return self._patterns[device]
 
     @property

@@ -10,7 +10,7 @@ distance alone (the "1d dynamic positional bias" of its wishes).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from jitattn.attention import attention
 from jitattn.compat.flash_cosine_sim_attention._plain import plain_attention
@@ -32,6 +32,11 @@ __all__ = [
     "l2norm_tensors",
     "plain_cosine_sim_attention",
 ]
+
+
+_FULL: Final = Full()
+_CAUSAL: Final = Causal()
+_NORM: Final = L2Norm()
 
 
 def flash_cosine_sim_attention(
@@ -202,9 +207,12 @@ def _translate(
                 "[B, Lq, Lkv] with attn_bias_batch_dim=True, or [H or 1, 2 R + 1] by distance"
             )
         bias = attn_bias[:, None] if attn_bias_batch_dim else attn_bias[None]
-    seen: Mask = Causal() if causal else Full()
+    seen: Mask = _CAUSAL if causal else _FULL
     if mask is not None:
-        seen = seen & KeyPadding(mask)
+        seen = seen & KeyPadding(mask) if causal else KeyPadding(mask)
+    norm = None
+    if l2norm_qk:
+        norm = _NORM if type(groups) is int and groups == 1 else L2Norm(groups)
     return {
         "q": q,
         "k": k,
@@ -214,5 +222,5 @@ def _translate(
         "relative_bias": by_distance,
         "scale": scale,
         "layout": "bhsd",
-        "qk_norm": L2Norm(groups) if l2norm_qk else None,
+        "qk_norm": norm,
     }

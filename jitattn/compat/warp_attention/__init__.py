@@ -132,23 +132,28 @@ def warp_attention_forward(
     """
     if gear is None:
         gear = _settings["gear"]
-    _check_gear(gear)
-    check(
-        -1 <= version < num_kernel_versions,
-        f"version={version}: it must be from -1 (chosen) to {num_kernel_versions - 1}",
-    )
+    elif type(gear) is not int or not 0 <= gear < num_gears:
+        _check_gear(gear)
+    if not -1 <= version < num_kernel_versions:
+        raise CheckFailedError(
+            f"version={version}: it must be from -1 (chosen) to {num_kernel_versions - 1}"
+        )
     q_seqs = kv_seqs = None
     if query.ndim == 3:
         q_seqs = _sequences("query", query, q_seq_start, q_seq_len, q_max_seq_len)
     if key.ndim == 3:
-        if kv_max_seq_len < 0 and not _wants_gradients(query, key, value):
-            kv_max_seq_len = key.shape[0]
-        kv_seqs = _sequences("key", key, kv_seq_start, kv_seq_len, kv_max_seq_len)
-    check(
-        kv_seqs is None or value.ndim == 3,
-        f"value has shape {list(value.shape)}, and key {list(key.shape)}: with sequences of their "
-        "own, both must have 3 dimensions; flatten value with value.flatten(0, 1)",
-    )
+        if value.ndim != 3:
+            raise CheckFailedError(
+                f"value has shape {list(value.shape)}, and key {list(key.shape)}: with sequences "
+                "of their own, both must have 3 dimensions; flatten value with value.flatten(0, 1)"
+            )
+        same = kv_seq_start is q_seq_start and kv_seq_len is q_seq_len
+        if q_seqs is not None and same and kv_max_seq_len in (-1, q_max_seq_len):
+            kv_seqs = q_seqs  # of self-attention: looked at once
+        else:
+            if kv_max_seq_len < 0 and not _wants_gradients(query, key, value):
+                kv_max_seq_len = key.shape[0]
+            kv_seqs = _sequences("key", key, kv_seq_start, kv_seq_len, kv_max_seq_len)
     arguments: dict[str, Any] = {
         "mask": _CAUSAL if is_causal else _FULL,
         "scale": scale,

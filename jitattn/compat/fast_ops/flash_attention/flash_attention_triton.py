@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from jitattn.attention import attention
-from jitattn.compat._errors import CheckFailedError, ExtensionError, check, errors_as
+from jitattn.compat._errors import CheckFailedError, ExtensionError, errors_as
 from jitattn.dropout import dropout_mask, dropout_state
 from jitattn.masks import Causal, Full
 
@@ -70,11 +70,11 @@ def flash_attn_triton(
         The last two sizes of bias are others; a RuntimeError.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check(
-            not tensor.is_nested and tensor.dim() == 4,
-            f"{name} is nested or has {tensor.dim()} dimensions: it must be a dense tensor "
-            "[B, L, H, D]; FlashAttentionFunction takes nested ones",
-        )
+        if tensor.is_nested or tensor.dim() != 4:
+            raise CheckFailedError(
+                f"{name} is nested or has {tensor.dim()} dimensions: it must be a dense tensor "
+                "[B, L, H, D]; FlashAttentionFunction takes nested ones"
+            )
     if bias is not None:
         _check_bias(bias, q.shape[1], k.shape[1])
     count = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
@@ -134,14 +134,15 @@ def increment_philox_state(increment: int) -> tuple[int, int]:
 
 
 def _check_bias(bias: Tensor, len_q: int, len_kv: int) -> None:
-    check(
-        not bias.is_nested and bias.dim() == 4,
-        f"bias is nested or has {bias.dim()} dimensions: it must be a dense tensor [B, H, Lq, Lkv]",
-    )
-    sizes = list(bias.shape)
-    if sizes[2:] not in ([1, len_kv], [len_q, len_kv]):
+    if bias.is_nested or bias.dim() != 4:
+        raise CheckFailedError(
+            f"bias is nested or has {bias.dim()} dimensions: it must be a dense tensor "
+            "[B, H, Lq, Lkv]"
+        )
+    rows, columns = bias.shape[2:]
+    if columns != len_kv or rows not in (1, len_q):
         raise ExtensionError(
-            f"bias has shape {sizes}: its last two sizes must be (1, {len_kv}) or "
+            f"bias has shape {list(bias.shape)}: its last two sizes must be (1, {len_kv}) or "
             f"({len_q}, {len_kv}), as q has {len_q} rows and k {len_kv}; expand it, or cut it"
         )
 
