@@ -102,7 +102,7 @@ def _warp(x: torch.Tensor) -> list[DoorCase]:
     flat = x.flatten(0, 1)
     start = torch.arange(_B, device=x.device) * _L
     length = torch.full_like(start, _L)
-    ragged = {
+    ragged: dict[str, Any] = {
         "q_seq_start": start,
         "q_seq_len": length,
         "kv_seq_start": start,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import jitattn
-from jitattn.compat.dkernel import LocalStrideSparseAttention, SparseAttention, interface
+from jitattn.compat.dkernel import LocalStrideSparseAttention, SparseAttention, _module
 
 ENDS = torch.tensor([0, 20, 50])
 
@@ -33,7 +33,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found.update(given)
         return q
 
-    monkeypatch.setattr(interface, "attention", attention)
+    monkeypatch.setattr(_module, "attention", attention)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
     return found
 

@@ -13,7 +13,7 @@ from tests.support.waiting import NoWaiting
 CALLS = doors.calls("cpu", torch.float32)
 #: These compute nothing themselves; the core's part has tests on a GPU.
 MODULES = (
-    "dkernel.interface",
+    "dkernel._module",
     "fast_ops.flash_attention.flash_attention",
     "fast_ops.flash_attention.flash_attention_triton",
     "flash_cosine_sim_attention",
