@@ -1,8 +1,9 @@
 """The front door of dkernel: block-sparse attention, local + stride or any pattern.
 
 What is better here: gradients in every mode (varied lengths, left padding, grouped heads, packed
-sequences), any number of queries on a longer history, LSEs in every mode, and exactly the pattern
-that is asked for, whatever `block_m` and `block_n` say: they, `d_splits` and `inference` are hints
+sequences), any number of queries on a longer history, LSEs in every mode, no call that waits for
+the device (`max_seqlen_q` and `max_seqlen_k` bound packed lengths), and exactly the pattern that is
+asked for, whatever `block_m` and `block_n` say: they, `d_splits` and `inference` are hints
 that nothing needs. What differs, on purpose:
 
 - Rows of a square pattern count by the positions of queries among the keys, so that it is right
