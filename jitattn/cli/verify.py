@@ -21,12 +21,13 @@ from jitattn.cli.entries import (
     metadata_of,
     named_stores,
 )
-from jitattn.errors import CompileError, JitAttnError
+from jitattn.errors import JitAttnError
 from jitattn.jit import build, compilers, nvrtc, sources
 from jitattn.jit.cache import DiskCache
 from jitattn.jit.entry import Entry, Metadata
 from jitattn.jit.spec import spec_from_dict
 from jitattn.jit.store import Bad
+from jitattn.text import one_line
 
 
 @click.command()
@@ -67,15 +68,15 @@ def verify(recompile: bool, repair: bool, as_json: bool) -> None:
             if isinstance(looked, Entry):
                 step(f"good {describe(looked.metadata.spec)}" if recompile else "")
                 continue
-            step(f"bad {key[:16]}: {looked.reason}")
+            step(f"bad {key[:16]}: {one_line(looked.reason)}")
             repaired = repair and store is cache and _repair(cache, looked, metadata)
             bad.append({"key": key, "where": where, "reason": looked.reason, "repaired": repaired})
     lines = [
-        f"bad {one['key'][:16]} ({one['where']}): {one['reason']}"
+        one_line(f"bad {one['key'][:16]} ({one['where']}): {one['reason']}")
         + (", made again" if one["repaired"] else "")
         for one in bad
     ]
-    lines += [f"not used: {root}: {reason}" for root, reason in unused.items()]
+    lines += [one_line(f"not used: {root}: {reason}") for root, reason in unused.items()]
     compared_text = (
         f", {counts['recompiled']} compiled again, {counts['not_comparable']} of other compilers "
         "or templates"
@@ -101,7 +102,7 @@ def _compile_again(entry: Entry) -> bool | None:
         ):
             return None
         return nvrtc.compile_spec(spec, source, compiler).cubin == entry.cubin
-    except (ValueError, CompileError):
+    except (ValueError, JitAttnError):  # JitAttnError: an architecture that nobody knows, say
         return None
 
 

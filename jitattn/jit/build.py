@@ -18,7 +18,7 @@ from jitattn.errors import CacheMissError, CompileError, InternalError
 from jitattn.jit import compilers, layers, nvrtc, record, settings, sources
 from jitattn.jit.cache import user_cache
 from jitattn.jit.codegen import render
-from jitattn.jit.entry import Entry, Metadata, cache_key, is_cubin_for, sha256
+from jitattn.jit.entry import MAX_LOG, Entry, Metadata, cache_key, is_cubin_for, sha256
 from jitattn.jit.store import Bad
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def _compile(spec: KernelSpec, disk: DiskCache | None) -> Built:
         spill_bytes=compiled.spill_bytes,
         smem_bytes=spec.smem_bytes,
         compile_ms=float(round(compiled.compile_ms, 1)),
-        log=compiled.log,
+        log=compiled.log[-MAX_LOG:],
         bytes=len(compiled.cubin),
         sha256=sha256(compiled.cubin),
     )

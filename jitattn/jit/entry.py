@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import struct
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from jitattn.jit.spec import arch_number
+from jitattn.jit.spec import ARCH, arch_number
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 #: Version of the key recipe and of the layout.
 SCHEMA: Final = 1
 MAX_CUBIN_BYTES: Final = 64 * 1024 * 1024
 MAX_JSON_BYTES: Final = 1024 * 1024
+#: Characters that are kept of a compiler's log; as JSON they take at most 12 bytes each.
+MAX_LOG: Final = 64 * 1024
 #: Digits of a key that name the kernel, without the compiler.
 KERNEL_DIGITS: Final = 40
 KEY: Final = re.compile(r"[0-9a-f]{64}")
-_ARCH: Final = re.compile(r"sm_\d{2,3}[af]?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,12 +136,65 @@ def to_json(metadata: Metadata) -> bytes:
     return json.dumps(asdict(metadata), indent=1, sort_keys=True).encode()
 
 
-#: The type of every field in JSON.
-_KINDS: Final[dict[str, type]] = {
-    **{field.name: int if field.type == "int" else str for field in fields(Metadata)},
-    "spec": dict,
-    "options": list,
-    "compile_ms": float,
+def _matches(pattern: str) -> Callable[[object], bool]:
+    """Return a check for text that matches a pattern as a whole."""
+    compiled = re.compile(pattern)
+    return lambda value: type(value) is str and compiled.fullmatch(value) is not None
+
+
+def _is_count(most: int) -> Callable[[object], bool]:
+    return lambda value: type(value) is int and 0 <= value <= most
+
+
+def _is_spec(value: object) -> bool:
+    """Whether a value is a flat spec of any version: words, and numbers of 32 bits."""
+    if type(value) is not dict or len(value) > 256:
+        return False
+    return all(
+        _is_word(name) and (_is_word(field) or (type(field) is int and abs(field) < 2**31))
+        for name, field in value.items()
+    )
+
+
+def _is_options(value: object) -> bool:
+    return type(value) is list and len(value) <= 64 and all(map(_is_option, value))
+
+
+def _is_log(value: object) -> bool:
+    if type(value) is not str or len(value) > MAX_LOG:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True
+
+
+_is_word: Final = _matches(r"[a-z0-9_]{1,64}")
+_is_option: Final = _matches(r"[!-~]{1,256}")
+_is_digest: Final = _matches(r"[0-9a-f]{0,64}")
+_is_figure: Final = _is_count(2**31 - 1)
+
+#: What every field has to be in JSON. Nothing later looks at a value with suspicion again: what
+#: passes can be printed, hashed, sorted and taken for a number.
+_CHECKS: Final[dict[str, Callable[[Any], bool]]] = {
+    "key": _matches(KEY.pattern),
+    "spec": _is_spec,
+    "arch": _matches(ARCH.pattern),
+    "toolchain": _matches(r"[a-z][a-z0-9_-]{0,31} [0-9]{1,6}(\.[0-9]{1,6}){0,3}"),
+    "options": lambda value: (
+        type(value) is list and len(value) <= 64 and all(map(_is_option, value))
+    ),
+    "source_digest": _is_digest,
+    "header_digest": _is_digest,
+    "registers": _is_figure,
+    "stack_bytes": _is_figure,
+    "spill_bytes": _is_figure,
+    "smem_bytes": _is_figure,
+    "compile_ms": lambda value: type(value) is float and math.isfinite(value) and value >= 0,
+    "log": _is_log,
+    "bytes": _is_count(MAX_CUBIN_BYTES),
+    "sha256": _matches(r"[0-9a-f]{64}"),
 }
 
 
@@ -152,18 +207,10 @@ def from_json(text: bytes) -> Metadata | None:
 
 
 def from_dict(raw: object) -> Metadata | None:
-    """Build metadata from what a JSON text held; None if a field is missing or of another kind."""
-    if not isinstance(raw, dict):
+    """Build metadata from what a JSON text held; None if a field is missing or not as it may be."""
+    if type(raw) is not dict:
         return None
-    values: dict[str, Any] = {name: raw.get(name) for name in _KINDS}
-    for name, kind in _KINDS.items():
-        if type(values[name]) is not kind:
-            return None
-    values["options"] = tuple(values["options"])
-    if not all(type(text) is str for text in values["options"]):
+    if not all(name in raw and is_right(raw[name]) for name, is_right in _CHECKS.items()):
         return None
-    if not all(type(value) in (str, int) for value in values["spec"].values()):
-        return None
-    if not (KEY.fullmatch(values["key"]) and _ARCH.fullmatch(values["arch"])):
-        return None
-    return Metadata(**values)
+    values = {name: raw[name] for name in _CHECKS}
+    return Metadata(**{**values, "options": tuple(values["options"])})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeGuard
 
 from jitattn.jit import files, settings
 from jitattn.jit.cache import user_cache
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 #: What a signature is made of, a file or directory: path, inode, size, times of change in ns.
 Signature: TypeAlias = list[list[str | int]]
+_Fact: TypeAlias = tuple[Signature, object]
 _MAX_FACTS: Final = 64
 
-_loaded: dict[Path, dict[str, list[object]]] = {}
+_loaded: dict[Path, dict[str, _Fact]] = {}
 
 
 def signature(paths: Iterable[str | Path]) -> Signature:
@@ -35,7 +36,7 @@ def signature(paths: Iterable[str | Path]) -> Signature:
     for path in paths:
         try:
             status = os.stat(path)
-        except OSError:
+        except (OSError, ValueError):  # not there; or no name that a file can have
             described.append([str(path)])
             continue
         described.append(
@@ -44,16 +45,13 @@ def signature(paths: Iterable[str | Path]) -> Signature:
     return described
 
 
-def recall(name: str) -> tuple[Signature, object] | None:
+def recall(name: str) -> _Fact | None:
     """Return a remembered fact with the signature that it was found under; None if there is none.
 
-    The caller compares the signature with that of today.
+    The caller compares the signature with that of today, and checks that the fact is of its kind.
     """
     cache = _cache()
-    fact = None if cache is None else _facts(cache).get(name)
-    if fact is None or len(fact) != 2 or not isinstance(fact[0], list):
-        return None
-    return fact[0], fact[1]
+    return None if cache is None else _facts(cache).get(name)
 
 
 def remember(name: str, signature: Signature, value: object) -> None:
@@ -65,9 +63,10 @@ def remember(name: str, signature: Signature, value: object) -> None:
     facts.pop(name, None)
     while len(facts) >= _MAX_FACTS:
         del facts[next(iter(facts))]
-    facts[name] = [signature, value]
-    # Trouble is no news here: a kernel that cannot be written will say so.
-    with contextlib.suppress(OSError):
+    facts[name] = (signature, value)
+    # Trouble is no news here: a kernel that cannot be written will say so. RecursionError: of
+    # another fact in the file, which could just be read.
+    with contextlib.suppress(OSError, RecursionError):
         cache.write_file(_path(cache).name, json.dumps(facts).encode())
 
 
@@ -79,14 +78,28 @@ def _path(cache: DiskCache) -> Path:
     return cache.store / "memo.json"
 
 
-def _facts(cache: DiskCache) -> dict[str, list[object]]:
+def _facts(cache: DiskCache) -> dict[str, _Fact]:
     facts = _loaded.get(cache.root)
     if facts is None:
-        facts, raw = {}, None
+        raw = None
         with contextlib.suppress(OSError, ValueError, RecursionError):
             if cache.is_trusted():
                 raw = json.loads(files.read(_path(cache), MAX_JSON_BYTES, cache.owners).data)
-            if isinstance(raw, dict):
-                facts = {name: fact for name, fact in raw.items() if isinstance(fact, list)}
+        found = raw.items() if type(raw) is dict else ()
+        facts = {name: (fact[0], fact[1]) for name, fact in found if _is_fact(fact)}
         _loaded[cache.root] = facts
     return facts
+
+
+def _is_fact(raw: Any) -> TypeGuard[list[Any]]:  # noqa: ANN401 - anything that JSON can hold
+    """Whether a JSON value is a signature with a value, each of them usable as it is."""
+    return (
+        type(raw) is list and len(raw) == 2 and type(raw[0]) is list and all(map(_is_file, raw[0]))
+    )
+
+
+def _is_file(raw: Any) -> bool:  # noqa: ANN401 - anything that JSON can hold
+    """Whether a JSON value describes a file as `signature` does."""
+    if type(raw) is not list or not raw or type(raw[0]) is not str:
+        return False
+    return all(type(number) is int for number in raw[1:])

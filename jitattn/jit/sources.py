@@ -15,6 +15,7 @@ from jitattn.jit import memo
 from jitattn.jit.codegen import HEADER_NAME
 
 _INCLUDE: Final = re.compile(r"^\s*#\s*include\s+(\S+)", re.MULTILINE)
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _PACKAGE: Final = Path(__file__).resolve().parents[1]
 
 
@@ -57,9 +58,11 @@ def digest(family: str) -> str:
     fact = memo.recall(name)
     if fact is not None:
         signature, remembered = fact
-        paths = [str(part[0]) for part in signature if part]
-        if isinstance(remembered, str) and paths and memo.signature(paths) == signature:
-            return remembered
+        paths = [str(part[0]) for part in signature]
+        is_of_family = paths[:1] == [str(root / "entry" / f"{family}.cu")]
+        is_digest = isinstance(remembered, str) and _DIGEST.fullmatch(remembered)
+        if is_of_family and is_digest and memo.signature(paths) == signature:
+            return str(remembered)
     files = [root / "entry" / f"{family}.cu", *(root / name for name in closure(family).headers)]
     # The signature comes first: a file that changes while it is read is then found out next time.
     signature = memo.signature(files)

@@ -10,6 +10,7 @@ This module imports nothing of jitattn but its enums, no torch and no CuPy.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias, get_origin, get_type_hints
@@ -29,6 +30,12 @@ from jitattn.jit.enums import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+#: Names of architectures. Whether a compiler knows one is the compiler's affair.
+ARCH: Final = re.compile(r"sm_[1-9][0-9]{1,2}[af]?")
+#: Largest value of an int field, where it is not that of any other.
+_LARGEST: Final = {"head_dim": 256, "head_dim_v": 256, "num_parts": 2}
+_LARGEST_OTHER: Final = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -577,12 +584,13 @@ def spec_from_dict(flat: Mapping[str, Any]) -> KernelSpec:
     Raises
     ------
     ValueError
-        It is of no known family, a field is missing or unknown, or a value is of another kind.
+        It is of no known family, a field is missing or unknown, or a value is of another kind or
+        none that a kernel can have. `render` takes whatever this returns.
     """
     values = dict(flat)
     family, arch = values.pop("family", None), values.pop("arch", None)
-    if not isinstance(arch, str):
-        raise ValueError(f"no architecture in the spec {flat}")  # noqa: TRY004 - any fault is one
+    if not (isinstance(arch, str) and ARCH.fullmatch(arch)):
+        raise ValueError(f"no architecture in the spec {flat}")
     plain = PLAIN_FAMILIES.get(str(family))
     if plain is not None:
         spec: KernelSpec = plain(arch=arch, **_typed(plain, values, flat))
@@ -602,7 +610,23 @@ def spec_from_dict(flat: Mapping[str, Any]) -> KernelSpec:
         raise ValueError(f"unknown family in the spec {flat}")
     if values:
         raise ValueError(f"unknown fields {sorted(values)} in the spec {flat}")
+    reason = impossible(spec)
+    if reason is not None:
+        raise ValueError(f"{reason} in the spec {flat}")
     return spec
+
+
+def impossible(spec: KernelSpec) -> str | None:
+    """Name the number of a spec that no kernel can have; None if all are possible."""
+    for part in spec.parts:
+        for field in fields(part):
+            value = getattr(part, field.name)
+            most = _LARGEST.get(field.name, _LARGEST_OTHER)
+            if type(value) is int and not 1 <= value <= most:
+                return f"{field.name}={value}: it must be from 1 to {most}"
+    if isinstance(spec, _OfSlices) and spec.head_dim % spec.groups:
+        return f"groups={spec.groups}: it must divide head_dim={spec.head_dim}"
+    return None
 
 
 def _typed(kind: type, values: dict[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
