@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.metadata
-import re
+import os
+import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Final
 
 from jitattn.errors import CompileError
 from jitattn.jit import memo, settings
+from jitattn.text import version_numbers
 
 #: CUDA major → (distribution, library, builtins) on Linux and on Windows. Patterns are relative to
 #: site-packages.
@@ -52,14 +55,31 @@ def installed(platform: str = sys.platform) -> dict[int, Toolchain]:
         except importlib.metadata.PackageNotFoundError:
             continue
         path = Path(str(distribution.locate_file(library)))
-        version = tuple(int(part) for part in re.findall(r"\d+", distribution.version)[:3])
-        if path.is_file() and version[0] == major:
-            found[major] = Toolchain(
-                version=version,
-                library=path,
-                builtins=tuple(sorted(path.parent.glob(builtins))),
-            )
+        version = _version_of(distribution)
+        if version[:1] == (major,) and _is_there(path):
+            beside: list[Path] = []
+            with contextlib.suppress(OSError):  # opening the library says what is wrong
+                beside = sorted(path.parent.glob(builtins))
+            found[major] = Toolchain(version=version, library=path, builtins=tuple(beside))
     return found
+
+
+def _version_of(distribution: importlib.metadata.Distribution) -> tuple[int, ...]:
+    """Return the version of a wheel; an empty one where its metadata is damaged."""
+    try:
+        return version_numbers(distribution.version)
+    except (OSError, ValueError, KeyError, TypeError):  # unreadable, no UTF-8, without a version
+        return ()
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a library: also one that cannot be read, for opening it says why."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
 
 
 def chosen() -> Toolchain:
@@ -79,8 +99,7 @@ def chosen() -> Toolchain:
 def is_loadable(toolchain: str) -> bool:
     """Whether the driver can load what a compiler made; True where there is no driver to ask."""
     driver = driver_major()
-    match = re.search(r"\d+", toolchain)
-    return driver is None or (match is not None and int(match[0]) <= driver)
+    return driver is None or 0 < (version_numbers(toolchain) or (0,))[0] <= driver
 
 
 @functools.cache
@@ -122,7 +141,7 @@ def _choose(asked: int | None) -> Toolchain:
 
 def _remembered() -> dict[int, Toolchain]:
     """Return `installed()`, from the memo while nothing was installed or removed since."""
-    folders = [folder for folder in sys.path if folder]
+    folders = [folder for folder in sys.path if folder and isinstance(folder, str)]
     name = f"nvrtc in {sys.prefix}"
     fact = memo.recall(name)
     if fact is not None:
@@ -148,15 +167,20 @@ def _to_plain(found: dict[int, Toolchain]) -> list[object]:
 
 
 def _from_plain(plain: object) -> dict[int, Toolchain]:
-    try:
-        toolchains = [
-            Toolchain(
-                version=tuple(map(int, version)),
-                library=Path(library),
-                builtins=tuple(map(Path, builtins)),
-            )
-            for version, library, builtins in plain  # type: ignore[attr-defined]  # checked below
-        ]
-        return {one.version[0]: one for one in toolchains}
-    except (TypeError, ValueError, IndexError):
-        return {}
+    """Read what `_to_plain` made; nothing if any part of it is of another kind."""
+    found = {}
+    for one in plain if isinstance(plain, list) else ():
+        match one:
+            case [[int(major), *rest] as version, str(library), list(builtins)] if (
+                0 < len(version) <= 3
+                and all(type(part) is int and 0 <= part < 10**6 for part in version)
+                and all(isinstance(path, str) for path in builtins)
+            ):
+                found[major] = Toolchain(
+                    version=(major, *rest),
+                    library=Path(library),
+                    builtins=tuple(map(Path, builtins)),
+                )
+            case _:
+                return {}
+    return found

@@ -37,6 +37,18 @@ if TYPE_CHECKING:
 
 #: Fixed, because some NVRTC versions put it into the cubin.
 _PROGRAM_NAME: Final = b"jitattn.cu"
+_FUNCTIONS: Final = (
+    "nvrtcCompileProgram",
+    "nvrtcCreateProgram",
+    "nvrtcDestroyProgram",
+    "nvrtcGetCUBIN",
+    "nvrtcGetCUBINSize",
+    "nvrtcGetErrorString",
+    "nvrtcGetNumSupportedArchs",
+    "nvrtcGetProgramLog",
+    "nvrtcGetProgramLogSize",
+    "nvrtcGetSupportedArchs",
+)
 _LOG: Final = logging.getLogger("jitattn")
 
 
@@ -78,9 +90,9 @@ def supported_archs(compiler: Toolchain) -> tuple[int, ...]:
     """Architectures that an NVRTC knows, as numbers."""
     library = _open(compiler)
     count = ctypes.c_int()
-    library.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    _check(library, library.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
     archs = (ctypes.c_int * count.value)()
-    library.nvrtcGetSupportedArchs(archs)
+    _check(library, library.nvrtcGetSupportedArchs(archs))
     return tuple(archs)
 
 
@@ -132,9 +144,9 @@ def compile_spec(
         # Without the line that differs from run to run: equal compiles have equal records.
         log="\n".join(line for line in log.splitlines() if "Compile time" not in line),
         options=arguments,
-        registers=_figure(r"Used (\d+) registers", log),
-        stack_bytes=_figure(r"(\d+) bytes stack frame", log),
-        spill_bytes=_figure(r"(\d+) bytes spill stores", log),
+        registers=_figure(r"Used ([0-9]+) registers", log),
+        stack_bytes=_figure(r"([0-9]+) bytes stack frame", log),
+        spill_bytes=_figure(r"([0-9]+) bytes spill stores", log),
         compile_ms=compile_ms,
     )
 
@@ -202,11 +214,14 @@ def _open(compiler: Toolchain) -> ctypes.CDLL:
             mode = ctypes.RTLD_GLOBAL
         for builtins in compiler.builtins:
             ctypes.CDLL(str(builtins), mode=mode)
-        return ctypes.CDLL(str(compiler.library))
-    except OSError as error:
+        library = ctypes.CDLL(str(compiler.library))
+        for name in _FUNCTIONS:
+            getattr(library, name)
+    except (OSError, AttributeError) as error:
         raise CompileError(
             f"{compiler} could not be opened from {compiler.library}: {error}; install it again"
         ) from error
+    return library
 
 
 def _figure(pattern: str, log: str) -> int:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from jitattn.errors import CompileError
-from jitattn.jit import compilers, memo
+from jitattn.jit import compilers, memo, nvrtc
+from jitattn.jit.files import HAS_OWNERS
+
+from .processes import FORK, Child
 
 
 @pytest.fixture
@@ -63,6 +68,89 @@ def test_override(monkeypatch: pytest.MonkeyPatch, major: int) -> None:
     else:
         with pytest.raises(CompileError, match=rf"cu{major}"):
             compilers.chosen()
+
+
+class Wheel:
+    """An installed distribution, with its files in a folder."""
+
+    def __init__(self, folder: Path, version: object = "13.0.88") -> None:
+        self.folder = folder
+        self._version = version
+
+    @property
+    def version(self) -> object:
+        if isinstance(self._version, Exception):
+            raise self._version
+        return self._version
+
+    def locate_file(self, path: str) -> Path:
+        return self.folder / path
+
+
+def install(monkeypatch: pytest.MonkeyPatch, wheel: Wheel) -> Path:
+    """Make a wheel of NVRTC 13 the only one; its library, which is made."""
+    library = wheel.folder / compilers._LINUX[13][1]
+    library.parent.mkdir(parents=True)
+    library.touch()
+
+    def distribution(name: str) -> Wheel:
+        if name == compilers._LINUX[13][0]:
+            return wheel
+        raise compilers.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(compilers.importlib.metadata, "distribution", distribution)
+    return library
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ELOOP])
+def test_library_that_cannot_be_looked_at_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Opening it says what is wrong; to say that none is installed would lead nowhere."""
+    library, real = install(monkeypatch, Wheel(tmp_path)), os.stat
+
+    def stat(path: object, *arguments: object, **options: object) -> os.stat_result:
+        if str(path) == str(library):
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, *arguments, **options)
+
+    with monkeypatch.context() as closed:
+        closed.setattr(compilers.os, "stat", stat)
+        found = compilers.installed("linux")
+    assert found[13].library == library
+    with pytest.raises(CompileError, match="could not be opened"):
+        nvrtc.supported_archs(found[13])
+    library.unlink()
+    assert compilers.installed("linux") == {}
+
+
+@FORK
+@pytest.mark.skipif(not HAS_OWNERS or os.geteuid() != 0, reason="needs root, to be another user")
+@pytest.mark.filterwarnings("ignore:This process .*is multi-threaded:DeprecationWarning")
+def test_folder_that_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, Wheel(tmp_path / "packages"))
+    (tmp_path / "packages").chmod(0o700)
+
+    def act() -> list[str]:
+        os.setgroups([])
+        os.setgid(54321)
+        os.setuid(54321)
+        return [str(one) for one in compilers.installed("linux").values()]
+
+    assert Child(act).result() == ["nvrtc 13.0.88"]
+
+
+@pytest.mark.parametrize(
+    "version",
+    [None, "", "x", "٣٢.٣", "12.9.86", PermissionError(13, "no"), KeyError("Version"),
+     UnicodeDecodeError("utf-8", b"", 0, 1, "")],
+    ids=str,
+)  # fmt: skip
+def test_wheel_without_a_version_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: object
+) -> None:
+    install(monkeypatch, Wheel(tmp_path, version))
+    assert compilers.installed("linux") == {}
 
 
 def test_windows_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

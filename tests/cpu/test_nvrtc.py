@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import re
 import signal
@@ -185,3 +186,23 @@ def test_source_that_cannot_be_kept_is_no_error(
 def test_options_of_the_key_are_those_of_the_compile() -> None:
     asked = (*nvrtc.options(merge_spec()), "-lineinfo")
     assert nvrtc.compile_spec(merge_spec(), closure("merge"), None, asked).options == asked
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "directory", "other library"])
+def test_library_that_cannot_be_used_is_a_compile_error(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "libnvrtc.so"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "other library":
+        path = Path(ctypes.util.find_library("m") or "libm.so.6")
+    elif kind != "missing":
+        path.write_text("" if kind == "empty" else "no library")
+    compiler = compilers.Toolchain(version=(13, 0, 88), library=path, builtins=())
+    with pytest.raises(
+        CompileError, match=r"nvrtc 13\.0\.88 could not be opened from .*install it"
+    ):
+        nvrtc.compile_spec(merge_spec(), closure("merge"), compiler)
+    compiler = replace(compiler, builtins=(path,))
+    if kind != "other library":
+        with pytest.raises(CompileError, match="could not be opened"):
+            nvrtc.supported_archs(compiler)
