@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 #: Fixed, because some NVRTC versions put it into the cubin.
 _PROGRAM_NAME: Final = b"jitattn.cu"
+#: Where line numbers place the templates, whatever directory the process runs in.
+_SOURCE_ROOT: Final = "/cuda_src"
+_LINE_INFO: Final = "-lineinfo"
 _FUNCTIONS: Final = (
     "nvrtcCompileProgram",
     "nvrtcCreateProgram",
@@ -75,7 +78,8 @@ def options(spec: KernelSpec) -> tuple[str, ...]:
         "--ftz=true",
         "--fmad=true",
     )
-    line_info = ("-lineinfo",) if settings.lineinfo() else ()
+    # The root is named so that such kernels are not taken for those of other file names.
+    line_info = (_LINE_INFO, f"-DJITATTN_SOURCE_ROOT={_SOURCE_ROOT}") if settings.lineinfo() else ()
     asserts = ("-DJITATTN_DEBUG_ASSERT",) if settings.debug_assert() else ()
     return fixed + line_info + asserts
 
@@ -127,9 +131,13 @@ def compile_spec(
     headers = {**sources.headers, HEADER_NAME: render(spec)}
     arguments = options(spec) if arguments is None else arguments
     given = arguments + _other_options(compiler)
+    entry, texts = sources.entry, headers
+    if _LINE_INFO in arguments:
+        entry = _named(f"entry/{spec.family}.cu", entry)
+        texts = {name: _named(name, text) for name, text in headers.items()}
     with _running:
         start = time.perf_counter()
-        succeeded, cubin, log = _run(_open(compiler), sources.entry, headers, given)
+        succeeded, cubin, log = _run(_open(compiler), entry, texts, given)
         compile_ms = (time.perf_counter() - start) * 1e3
     keep = settings.keep_source()
     if not succeeded:
@@ -149,6 +157,11 @@ def compile_spec(
         spill_bytes=_figure(r"([0-9]+) bytes spill stores", log),
         compile_ms=compile_ms,
     )
+
+
+def _named(name: str, text: str) -> str:
+    """Name a source for line numbers; its own name would be joined to the working directory."""
+    return f'#line 1 "{_SOURCE_ROOT}/{name}"\n{text}'
 
 
 def _run(

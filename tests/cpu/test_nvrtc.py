@@ -46,7 +46,47 @@ def test_options_are_these(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JITATTN_LINEINFO", "1")
     monkeypatch.setenv("JITATTN_DEBUG_ASSERT", "1")
     switched = nvrtc.options(merge_spec("sm_86"))
-    assert set(switched) == {*base, "-lineinfo", "-DJITATTN_DEBUG_ASSERT"}
+    names = "-DJITATTN_SOURCE_ROOT=/cuda_src"
+    assert set(switched) == {*base, "-lineinfo", names, "-DJITATTN_DEBUG_ASSERT"}
+
+
+@pytest.mark.parametrize("major", [12, 13])
+def test_line_numbers_name_no_directory_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, major: int
+) -> None:
+    if major not in compilers.installed():
+        pytest.skip(f"needs NVRTC {major}")
+    monkeypatch.setenv("JITATTN_LINEINFO", "1")
+    monkeypatch.setenv("JITATTN_NVRTC", str(major))
+    builds = []
+    for name in ("one", "another-directory"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        monkeypatch.setenv("JITATTN_CACHE_DIR", str(tmp_path / name / "cache"))
+        build.clear_memory()
+        builds.append(build.build(merge_spec()))
+    for built in builds:
+        assert built.origin == "compiled"
+        assert b"/cuda_src/jitattn" in built.cubin
+        assert b"merge.cuh" in built.cubin
+        assert str(tmp_path).encode() not in built.cubin
+        assert str(tmp_path) not in built.metadata.log
+    assert builds[0].key == builds[1].key
+    assert builds[0].cubin == builds[1].cubin
+    monkeypatch.delenv("JITATTN_LINEINFO")
+    assert build.key_of(merge_spec()) != builds[0].key
+
+
+def test_line_numbers_are_those_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = closure("merge")
+    bad = replace(good, headers={**good.headers})
+    bad.headers["jitattn/merge.cuh"] += "\nthis is no C++;\n"
+    number = bad.headers["jitattn/merge.cuh"].count("\n")
+    for value, name in (("0", "jitattn/merge.cuh"), ("1", "/cuda_src/jitattn/merge.cuh")):
+        monkeypatch.setenv("JITATTN_LINEINFO", value)
+        with pytest.raises(CompileError) as caught:
+            nvrtc.compile_spec(merge_spec(), bad)
+        assert re.search(rf"(^|\n){re.escape(name)}\({number}\): error", caught.value.log)
 
 
 @pytest.mark.parametrize(("version", "has"), [((12, 6, 85), False), ((12, 9, 86), True)])
