@@ -3,6 +3,10 @@
 Processes, not threads: NVRTC serialises much of a compile within a process. And workers of our own,
 not those of `multiprocessing`: these never import the caller's main module, so a script or a
 notebook can call `warmup` anywhere.
+
+Whatever happens to a worker becomes the outcome of the kernel it was at, with the reason; where no
+worker can be started, the outcome of all that is left. Each worker has a thread that may wait for
+its process. `build_all` itself waits for no worker longer than a start or a compile may take.
 """
 
 from __future__ import annotations
@@ -10,30 +14,41 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import math
 import os
 import queue
+import secrets
+import signal
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args
 
 from jitattn import errors
 from jitattn.errors import JitAttnError
-from jitattn.jit import build
-from jitattn.jit.entry import from_dict, sha256
-from jitattn.jit.spec import spec_from_dict
+from jitattn.jit import build, settings
+from jitattn.jit.entry import KERNEL_DIGITS, MAX_CUBIN_BYTES, fault, from_dict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from typing import TextIO
 
     from jitattn.jit.build import Built
     from jitattn.jit.spec import KernelSpec
 
-_PACKAGE_PARENT: Final = Path(__file__).resolve().parents[2]
+_WORKER: Final = Path(__file__).with_name("worker.py")
+#: Seconds in which a worker process has to be ready, and to build a kernel once it has its lock.
+_START_SECONDS: Final = 60.0
+_BUILD_SECONDS: Final = 600.0
+_LOOK_SECONDS: Final = 0.5  # how often waits are looked at
+_END_SECONDS: Final = 5.0  # for a process that was killed, and for its thread
+_DEATH_SECONDS: Final = 0.5  # for one that is ending by itself
+_MAX_ANSWER: Final = 2 * MAX_CUBIN_BYTES
+_SHOWN: Final = 60  # bytes of an answer that is none
+#: A worker, the number of a kernel with its outcome, or why the worker has ended.
+_News: TypeAlias = tuple["_Worker", int, "Outcome"] | tuple["_Worker", None, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,39 +71,20 @@ class Outcome:
 
 
 def build_all(specs: Sequence[KernelSpec], jobs: int | None = None) -> Iterator[Outcome]:
-    """Build kernels in `jobs` processes, yielding outcomes as they come.
+    """Build kernels in `jobs` processes, yielding an outcome for each, as they come.
 
     What the workers built is in this process's memory afterwards. With one job, or one kernel,
     everything happens in this process.
     """
     jobs = min(jobs or num_processors(), len(specs))
     if jobs <= 1:
-        yield from map(_build_here, specs)
+        yield from map(build_here, specs)
         return
-    work: queue.SimpleQueue[KernelSpec] = queue.SimpleQueue()
-    done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-    for spec in specs:
-        work.put(spec)
-    workers = [_Worker() for _ in range(jobs)]
-    threads = [
-        threading.Thread(target=_serve, args=(worker, work, done), daemon=True)
-        for worker in workers
-    ]
-    for thread in threads:
-        thread.start()
+    crew = _Crew(specs)
     try:
-        for _ in specs:
-            yield done.get()
+        yield from crew.outcomes(jobs)
     finally:  # the caller may have stopped early
-        with contextlib.suppress(queue.Empty):
-            while True:
-                work.get_nowait()
-        for worker in workers:
-            worker.stop()
-        for thread in threads:
-            thread.join()
-        for worker in workers:
-            worker.close()
+        crew.dismiss()
 
 
 def num_processors() -> int:
@@ -98,135 +94,316 @@ def num_processors() -> int:
     return os.cpu_count() or 1
 
 
-class _Worker:
-    """A process that builds one kernel after another; a new one is started when it died."""
+def build_here(spec: KernelSpec) -> Outcome:
+    """Build a kernel in this process."""
+    start = time.perf_counter()
+    try:
+        built = build.build(spec)
+    except Exception as error:  # noqa: BLE001 - of one kernel; the others are built all the same
+        return _failed(spec, error, time.perf_counter() - start)
+    return Outcome(spec=spec, origin=built.origin, seconds=time.perf_counter() - start, built=built)
 
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
+
+def to_answer(outcome: Outcome) -> bytes:
+    """Render an outcome for the parent of a worker, on one line."""
+    reply: dict[str, object] = {"error": outcome.error, "error_kind": outcome.error_kind}
+    if outcome.built is not None:
+        reply["origin"] = outcome.origin
+        reply["metadata"] = asdict(outcome.built.metadata)
+        reply["cubin"] = base64.b64encode(outcome.built.cubin).decode()
+    return json.dumps(reply).encode()
+
+
+def _failed(spec: KernelSpec, error: Exception | str, seconds: float = 0.0) -> Outcome:
+    kind, text = "", str(error) or "no reason is known"
+    if isinstance(error, JitAttnError):
+        kind = type(error).__name__
+    elif isinstance(error, Exception):
+        text = f"{type(error).__name__}: {error}"
+    return Outcome(spec=spec, origin="failed", seconds=seconds, error=text, error_kind=kind)
+
+
+class _Crew:
+    """Workers, the kernels that they share, and what has become of them."""
+
+    def __init__(self, specs: Sequence[KernelSpec]) -> None:
+        self.specs = specs
+        self.work: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.news: queue.SimpleQueue[_News] = queue.SimpleQueue()
+        for number in range(len(specs)):
+            self.work.put(number)
+        self.build_seconds = _BUILD_SECONDS
+        with contextlib.suppress(JitAttnError):  # which the workers will say
+            self.build_seconds += settings.lock_timeout()
+        self._active: set[_Worker] = set()
+        self._late: dict[_Worker, _Wait] = {}
+        self._reason = ""
+
+    def outcomes(self, jobs: int) -> Iterator[Outcome]:
+        """Start the workers, and yield one outcome for each kernel."""
+        for _ in range(jobs):
+            self._hire()
+        missing = dict(enumerate(self.specs))
+        while missing and self._active:
+            for number, outcome in self._next():
+                if missing.pop(number, None) is not None:
+                    yield outcome
+        for spec in missing.values():
+            yield _failed(spec, self._reason)
+
+    def dismiss(self) -> None:
+        """End every process; a thread that waits for one finds that there is none."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.work.get_nowait()
+        for worker in self._active:
+            worker.stop()
+        deadline = time.monotonic() + _END_SECONDS
+        for worker in self._active:
+            worker.join(max(0.0, deadline - time.monotonic()))
+
+    def _hire(self) -> None:
+        worker = _Worker(self)
+        try:
+            worker.start()
+        except RuntimeError as error:
+            self._reason = f"worker processes need threads ({error}); try fewer with -j"
+        else:
+            self._active.add(worker)
+
+    def _next(self) -> Iterator[tuple[int, Outcome]]:
+        """Wait a moment for news; yields kernels with their outcomes, if any."""
+        try:
+            worker, number, what = self.news.get(timeout=_LOOK_SECONDS)
+        except queue.Empty:
+            yield from self._give_up()
+            return
+        if number is not None and isinstance(what, Outcome):
+            yield number, what
+        elif worker in self._active:
+            self._active.remove(worker)
+            self._reason = str(what) or self._reason
+
+    def _give_up(self) -> Iterator[tuple[int, Outcome]]:
+        """Leave workers alone that are late; yields the kernels they were at.
+
+        Late means at two looks: after this process itself was stopped for a while, everything is
+        late at the first.
+        """
+        now, before = time.monotonic(), self._late
+        self._late = {one: one.wait for one in self._active if now > one.wait.deadline}
+        for worker, wait in self._late.items():
+            if before.get(worker) is not wait:
+                continue
+            worker.stop()
+            self._active.remove(worker)
+            if wait.number is None:
+                self._reason = f"a worker process was not ready in {_START_SECONDS:.0f} s"
+                continue
+            error = f"a worker process gave no answer in {self.build_seconds:.0f} s"
+            yield wait.number, _failed(self.specs[wait.number], error, self.build_seconds)
+            self._hire()
+
+
+class _StartError(Exception):
+    """A worker process cannot be had."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Wait:
+    """Until when a worker may wait for its process, and for which kernel (None: to be ready)."""
+
+    deadline: float
+    number: int | None = None
+
+
+class _Worker:
+    """A thread with a process that builds one kernel after another.
+
+    A process that died, or answered nonsense, is replaced for the next kernel; where none can be
+    started, the thread ends.
+    """
+
+    def __init__(self, crew: _Crew) -> None:
+        self.wait = _Wait(math.inf)
+        self._crew = crew
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._process: subprocess.Popen[bytes] | None = None
         self._is_stopped = False
         self._lock = threading.Lock()
 
-    def build(self, spec: KernelSpec) -> Outcome:
-        start = time.perf_counter()
-        process = self._running()
-        if process is None:
-            return Outcome(spec=spec, origin="failed", seconds=0.0, error="stopped")
-        answer = ""
-        with contextlib.suppress(OSError):  # it died before it could be asked
-            process.stdin.write(json.dumps(spec.to_dict()) + "\n")  # type: ignore[union-attr]
-            process.stdin.flush()  # type: ignore[union-attr]
-            answer = process.stdout.readline()  # type: ignore[union-attr]
-        seconds = time.perf_counter() - start
-        if not answer.endswith("\n"):
-            code = _end(process)
-            error = f"a worker process died (status {code}; out of memory?); try fewer with -j"
-            return Outcome(spec=spec, origin="failed", seconds=seconds, error=error)
-        reply = json.loads(answer)
-        built = _built_from(spec, reply)
-        if built is None:
-            error = reply.get("error") or "the worker's answer was damaged"
-            kind = reply.get("error_kind", "")
-            return Outcome(
-                spec=spec, origin="failed", seconds=seconds, error=error, error_kind=kind
-            )
-        return Outcome(spec=spec, origin=built.origin, seconds=seconds, built=build.adopt(built))
+    def start(self) -> None:
+        """Begin; raises RuntimeError if there are no threads left."""
+        self._thread.start()
 
     def stop(self) -> None:
-        """End the process; a thread that waits for its answer finds that there is none."""
+        """End the process, for good."""
         with self._lock:
             self._is_stopped = True
             if self._process is not None:
-                self._process.kill()
+                _kill(self._process)
 
-    def close(self) -> None:
-        """Close what led to the process, when no thread uses it any more."""
-        if self._process is not None:
-            _end(self._process)
+    def join(self, seconds: float) -> None:
+        """Wait for the thread, which ends once its process has."""
+        self._thread.join(seconds)
 
-    def _running(self) -> subprocess.Popen[str] | None:
+    def _serve(self) -> None:
+        crew, reason = self._crew, ""
+        try:
+            while not crew.work.empty():
+                self.wait = _Wait(time.monotonic() + _START_SECONDS)
+                process = self._running()
+                try:
+                    number = crew.work.get_nowait()
+                except queue.Empty:
+                    break
+                self.wait = _Wait(time.monotonic() + crew.build_seconds, number)
+                outcome = _build_in(process, crew.specs[number])
+                self.wait = _Wait(math.inf)
+                crew.news.put((self, number, outcome))
+        except _StartError as error:
+            reason = str(error)
+        except Exception as error:  # noqa: BLE001 - it has to be known why the thread ended
+            reason = f"{type(error).__name__}: {error}"
+        finally:
+            self.wait = _Wait(math.inf)
+            if self._process is not None:
+                _end(self._process)
+            crew.news.put((self, None, reason))
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        """Return a process that is ready, a new one if need be."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            return process
+        process = _new_process()
         with self._lock:
+            self._process = process
             if self._is_stopped:
-                return None
-            if self._process is None or self._process.poll() is not None:
-                path = [str(_PACKAGE_PARENT), *(entry for entry in sys.path if entry)]
-                self._process = subprocess.Popen(
-                    # -P: the working directory is no place to import from.
-                    [sys.executable, "-P", "-m", "jitattn.jit.pool"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
-                )
-            return self._process
+                raise _StartError("stopped")
+        token = secrets.token_hex(8)
+        hello = {"path": _import_path(), "token": token}
+        answer = _ask(process, json.dumps(hello).encode())
+        if answer != json.dumps({"ready": token}).encode():
+            status = _end(process, _DEATH_SECONDS)
+            said = "nothing" if answer is None else repr(answer[:_SHOWN])
+            raise _StartError(
+                f"{sys.executable} does not work as a worker process (it said {said}; status "
+                f"{status}); it has to be the Python that runs here; or build with one job"
+            )
+        return process
 
 
-def _end(process: subprocess.Popen[str]) -> int:
-    """Wait for a process that is ending, and close what led to it."""
-    code = process.wait()
+def _build_in(process: subprocess.Popen[bytes], spec: KernelSpec) -> Outcome:
+    """Have a kernel built by a worker process; one that fails at that is ended."""
+    start = time.perf_counter()
+    answer = _ask(process, json.dumps(spec.to_dict()).encode())
+    seconds = time.perf_counter() - start
+    if answer is None:
+        code = _end(process, _DEATH_SECONDS)
+        error = f"a worker process died (status {code}; out of memory?); try fewer with -j"
+        return _failed(spec, error, seconds)
+    try:
+        return _outcome_from(spec, json.loads(answer), seconds)
+    except Exception as error:  # noqa: BLE001 - of an answer that may be anything
+        _end(process)
+        return _failed(spec, f"the worker's answer was damaged ({error})", seconds)
+
+
+def _outcome_from(spec: KernelSpec, reply: dict[str, Any], seconds: float) -> Outcome:
+    """Check what a worker answered, and keep the kernel.
+
+    Raises
+    ------
+    Exception
+        The answer is of another shape, or its kernel is not right.
+    """
+    error, kind = reply["error"], reply["error_kind"]
+    if error and isinstance(error, str) and isinstance(kind, str):
+        return Outcome(spec=spec, origin="failed", seconds=seconds, error=error, error_kind=kind)
+    origin, metadata = reply["origin"], from_dict(reply["metadata"])
+    cubin = base64.b64decode(reply["cubin"], validate=True)
+    if metadata is None or origin not in get_args(build.Origin):
+        raise ValueError("it is of another kind")
+    if metadata.key[:KERNEL_DIGITS] != build.key_of(spec)[:KERNEL_DIGITS]:
+        raise ValueError("it is of another kernel")
+    reason = fault(cubin, metadata, spec.arch)
+    if reason is not None:
+        raise ValueError(reason)
+    built = build.Built(
+        spec=spec,
+        key=metadata.key,
+        cubin=cubin,
+        metadata=metadata,
+        origin=origin,
+    )
+    return Outcome(spec=spec, origin=origin, seconds=seconds, built=build.adopt(built))
+
+
+def _new_process() -> subprocess.Popen[bytes]:
+    if not sys.executable:
+        raise _StartError("sys.executable is not set, so no worker process can be started")
+    options = {"-E": sys.flags.ignore_environment, "-s": sys.flags.no_user_site, "-P": True}
+    try:
+        return subprocess.Popen(
+            [sys.executable, *(name for name, is_on in options.items() if is_on), str(_WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+            # Whatever the process starts itself is ended with it.
+            process_group=None if sys.platform == "win32" else 0,
+        )
+    except Exception as error:
+        raise _StartError(
+            f"a worker process could not be started ({type(error).__name__}: {error}); "
+            "try fewer with -j"
+        ) from error
+
+
+def _import_path() -> list[str]:
+    """List where this process imports from, the working directory aside."""
+    found = []
+    for entry in sys.path:
+        if isinstance(entry, str) and entry:  # the import system passes over anything else
+            with contextlib.suppress(OSError):  # the working directory is gone
+                found.append(os.path.abspath(entry))
+    return found
+
+
+def _ask(process: subprocess.Popen[bytes], line: bytes) -> bytes | None:
+    """Send a line to a process and return the line that it answers; None if it has died."""
+    if process.stdin is None or process.stdout is None:
+        return None
+    try:
+        process.stdin.write(line + b"\n")
+        process.stdin.flush()
+        answer = process.stdout.readline(_MAX_ANSWER)
+    except (OSError, ValueError):  # ValueError: the pipe was closed
+        return None
+    if answer.endswith(b"\n"):
+        return answer[:-1]
+    return answer if len(answer) == _MAX_ANSWER else None
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is not None:
+        return
+    with contextlib.suppress(OSError):
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end(process: subprocess.Popen[bytes], patience: float = 0.0) -> int | None:
+    """End a process that has not ended by itself, and close its pipes; returns its status."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(patience)
+    _kill(process)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_END_SECONDS)
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with contextlib.suppress(OSError):  # what was not yet written
                 pipe.close()
-    return code
-
-
-def _serve(
-    worker: _Worker,
-    work: queue.SimpleQueue[KernelSpec],
-    done: queue.SimpleQueue[Outcome],
-) -> None:
-    while True:
-        try:
-            spec = work.get_nowait()
-        except queue.Empty:
-            return
-        done.put(worker.build(spec))
-
-
-def _build_here(spec: KernelSpec) -> Outcome:
-    start = time.perf_counter()
-    try:
-        built = build.build(spec)
-    except JitAttnError as error:
-        seconds = time.perf_counter() - start
-        kind = type(error).__name__
-        return Outcome(
-            spec=spec, origin="failed", seconds=seconds, error=str(error), error_kind=kind
-        )
-    return Outcome(spec=spec, origin=built.origin, seconds=time.perf_counter() - start, built=built)
-
-
-def _built_from(spec: KernelSpec, reply: dict[str, Any]) -> Built | None:
-    metadata = from_dict(reply.get("metadata"))
-    if metadata is None:
-        return None
-    cubin = base64.b64decode(reply["cubin"])
-    if sha256(cubin) != metadata.sha256:
-        return None
-    return build.Built(
-        spec=spec, key=metadata.key, cubin=cubin, metadata=metadata, origin=reply["origin"]
-    )
-
-
-def _work(requests: TextIO, replies: TextIO) -> None:
-    """Run a worker: one line of JSON in, one out, until the input ends."""
-    for line in requests:
-        outcome = _build_here(spec_from_dict(json.loads(line)))
-        reply: dict[str, Any] = {"error": outcome.error, "error_kind": outcome.error_kind}
-        if outcome.built is not None:
-            reply["origin"] = outcome.origin
-            reply["metadata"] = asdict(outcome.built.metadata)
-            reply["cubin"] = base64.b64encode(outcome.built.cubin).decode()
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
-
-
-def _main() -> None:
-    # Nothing but replies may reach the pipe, whatever a library prints.
-    with os.fdopen(os.dup(1), "w") as replies:
-        os.dup2(2, 1)
-        _work(sys.stdin, replies)
-
-
-if __name__ == "__main__":
-    _main()
+    return process.returncode

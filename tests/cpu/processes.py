@@ -5,6 +5,7 @@ Errors of a child become errors of the test. The children are killed if they out
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -12,6 +13,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,3 +96,12 @@ def together(
         for child in started:
             if child.pid:
                 child.kill()
+
+
+def children() -> set[int]:
+    """Processes that this one has started and not waited for; none where that cannot be told."""
+    found: set[int] = set()
+    for listed in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended
+            found.update(map(int, listed.read_text().split()))
+    return found
