@@ -121,8 +121,8 @@ def _is_there(spec: KernelSpec, cache: DiskCache) -> bool:
     try:
         compilers.chosen()
     except CompileError:  # then any compiler's will do
-        found = [one for one in cache.look_for_kernel(key, spec.arch) if isinstance(one, Entry)]
-        if any(compilers.is_loadable(one.metadata.toolchain) for one in found):
+        found = cache.look_for_kernel(key, spec.arch, compilers.is_loadable)
+        if any(isinstance(one, Entry) for one in found):
             return True
     else:
         if isinstance(cache.look(key, spec.arch), Entry):

@@ -190,8 +190,8 @@ def _find(spec: KernelSpec) -> Built | None:
 
 def _made_by_any(key: str, arch: str, user: DiskCache) -> Entry | None:
     """Look in the user's cache where no compiler is installed that could make the kernel again."""
-    for looked in user.look_for_kernel(key, arch):
-        if not isinstance(looked, Bad) and compilers.is_loadable(looked.metadata.toolchain):
+    for looked in user.look_for_kernel(key, arch, compilers.is_loadable):
+        if not isinstance(looked, Bad):
             return looked
     return None
 

@@ -55,14 +55,14 @@ def imported(user: DiskCache) -> Iterator[Store]:
 def find(key: str, arch: str, user: DiskCache | None) -> Entry | None:
     """Return a kernel from the first read-only directory that has it, whatever made it."""
     for layer in layers(user):
-        for looked in layer.look_for_kernel(key, arch):
+        for looked in layer.look_for_kernel(key, arch, compilers.is_loadable):
             if isinstance(looked, Bad):
                 files.warn_once(
                     (layer.root, "bad"),
                     f"a kernel in {layer.root} is not to be believed ({looked.key[:16]}: "
                     f"{looked.reason})",
                 )
-            elif compilers.is_loadable(looked.metadata.toolchain):
+            else:
                 return looked
     return None
 

@@ -31,9 +31,10 @@ from jitattn.jit.entry import (
     fault,
     from_json,
 )
+from jitattn.text import version_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
 SHARD: Final = re.compile(r"[0-9a-f]{2}")
 FILE: Final = re.compile(r"([0-9a-f]{62})\.(json|cubin)")
@@ -106,19 +107,32 @@ class Store:
             return Bad(key, reason, (cubin.stamp, json_stamp))
         return Entry(cubin.data, metadata)
 
-    def look_for_kernel(self, key: str, arch: str) -> Iterator[Entry | Bad]:
-        """Yield the entries of a kernel, whatever compiler made them; the newest compiler first."""
+    def look_for_kernel(
+        self, key: str, arch: str, is_usable: Callable[[str], bool] = lambda _: True
+    ) -> Iterator[Entry | Bad]:
+        """Yield the entries of a kernel, whatever compiler made them; the newest compiler first.
+
+        A cubin is read when it is asked for, and only if `is_usable` says so of its compiler.
+        """
         kernel = key[2:KERNEL_DIGITS]
-        found = [
-            looked
-            for file in sorted(files.scan(self.store / key[:2]), key=lambda file: file.name)
-            if file.name.startswith(kernel)
-            and (match := FILE.fullmatch(file.name))
-            and match[2] == "json"
-            and (looked := self.look(key[:2] + match[1], arch)) is not None
-        ]
-        found.sort(key=_compiler_version, reverse=True)
-        yield from found
+        found: list[tuple[tuple[int, ...], str]] = []
+        for file in files.scan(self.store / key[:2]):
+            match = FILE.fullmatch(file.name)
+            if match is None or match[2] != "json" or not match[1].startswith(kernel):
+                continue
+            made = key[:2] + match[1]
+            toolchain = self._toolchain(made)
+            if toolchain is None or is_usable(toolchain):
+                found.append((version_numbers(toolchain or ""), made))
+        for _, made in sorted(found, key=_newest_first):
+            looked = self.look(made, arch)
+            if looked is not None:
+                yield looked
+
+    def _toolchain(self, key: str) -> str | None:
+        """Return what an entry says made it; None if it cannot be read, which `look` reports."""
+        metadata = self._metadata(key)
+        return None if metadata is None else metadata.toolchain
 
     def keys(self) -> list[str]:
         """Keys of all entries, bad ones included, sorted."""
@@ -127,13 +141,18 @@ class Store:
     def entries(self) -> Iterator[Metadata]:
         """Metadata of all entries, sorted by key. Cubins are not read."""
         for key in self.keys():
-            try:
-                text = files.read(self.paths(key)[1], MAX_JSON_BYTES, self.owners)
-            except OSError:
-                continue
-            metadata = from_json(text.data)
-            if metadata is not None and metadata.key == key:
+            metadata = self._metadata(key)
+            if metadata is not None:
                 yield metadata
+
+    def _metadata(self, key: str) -> Metadata | None:
+        """Return what an entry says of itself; None if that cannot be read or is damaged."""
+        try:
+            text = files.read(self._names(key)[1], MAX_JSON_BYTES, self.owners)
+        except OSError:
+            return None
+        metadata = from_json(text.data)
+        return metadata if metadata is not None and metadata.key == key else None
 
     def files(self, trouble: list[OSError] | None = None) -> Iterator[File]:
         """Yield every file of an entry. Follows no links.
@@ -221,7 +240,6 @@ def _note(error: OSError, trouble: list[OSError]) -> None:
         trouble.append(error)
 
 
-def _compiler_version(looked: Entry | Bad) -> tuple[int, ...]:
-    if isinstance(looked, Bad):
-        return ()
-    return tuple(int(part) for part in re.findall(r"\d+", looked.metadata.toolchain)[:3])
+def _newest_first(found: tuple[tuple[int, ...], str]) -> tuple[tuple[int, ...], str]:
+    version, key = found
+    return tuple(-part for part in version) or (0,), key  # what cannot be read comes last

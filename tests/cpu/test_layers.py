@@ -14,6 +14,7 @@ from jitattn.jit.archive import export, import_archive
 from jitattn.jit.cache import DiskCache
 from jitattn.jit.entry import Entry
 from jitattn.jit.files import HAS_OWNERS
+from jitattn.jit.store import Bad
 
 from .specs import fake_entry, merge_spec
 
@@ -179,6 +180,46 @@ def test_layer_of_many_kernels_is_searched_by_name(tmp_path: Path) -> None:
     disk.write(other)
     found = list(disk.look_for_kernel(other.metadata.key, "sm_80"))
     assert found == [other, entries[7]]
+
+
+def test_one_of_many_compilers_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the others only what made them; of those that the driver cannot load, no more either."""
+    disk = DiskCache(tmp_path / "layer")
+    entries = []
+    for number in range(40):
+        entry = fake_entry(7, 65536, toolchain=f"nvrtc {12 + number % 2}.{number}.1")
+        disk.write(entry)
+        entries.append(entry)
+    real, read = files.read, []
+
+    def counted(path: object, *arguments: object) -> files.Content:
+        read.append(str(path))
+        return real(path, *arguments)
+
+    monkeypatch.setattr(files, "read", counted)
+    monkeypatch.setenv("JITATTN_CACHE_PATH", str(disk.root))
+    monkeypatch.setattr(compilers, "driver_major", lambda: 12)
+    found = layers.find(entries[0].metadata.key, "sm_80", None)
+    assert found == entries[38]
+    assert sum(path.endswith(".cubin") for path in read) == 1
+    read.clear()
+    assert next(disk.look_for_kernel(entries[0].metadata.key, "sm_80")) == entries[39]
+    assert sum(path.endswith(".cubin") for path in read) == 1
+
+
+def test_damaged_entry_does_not_hide_good_ones(tmp_path: Path) -> None:
+    disk = DiskCache(tmp_path / "layer")
+    entries = [fake_entry(7, toolchain=f"nvrtc 13.0.{number}") for number in range(3)]
+    for entry in entries:
+        disk.write(entry)
+    disk.paths(entries[2].metadata.key)[0].write_bytes(b"damaged")
+    disk.paths(entries[1].metadata.key)[1].write_bytes(b"damaged")
+    found = list(disk.look_for_kernel(entries[0].metadata.key, "sm_80"))
+    assert [one.key for one in (found[0], found[2]) if isinstance(one, Bad)] == [
+        entries[2].metadata.key,
+        entries[1].metadata.key,
+    ]
+    assert found[1] == entries[0]
 
 
 def test_forbidden_compile_names_spec_and_command(monkeypatch: pytest.MonkeyPatch) -> None:
