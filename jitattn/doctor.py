@@ -97,7 +97,7 @@ def _torch() -> _Findings:
     if version is None:
         yield "bad", "torch is not installed", "pip install torch"
         return
-    cuda = re.search(r"\+cu(\d+)", version)
+    cuda = re.search(r"\+cu([0-9]+)", version)
     yield "ok", f"torch {version}", ""
     if cuda is None and compilers.driver_major() is not None and "+cpu" in version:
         yield "bad", "a driver is there, but torch is built without CUDA", "install a CUDA build"
@@ -144,10 +144,10 @@ def _cupy() -> _Findings:
         )
     else:
         yield "ok", text, ""
-    major = re.search(r"cuda(\d+)x", " ".join(found))
+    major = re.search(r"cuda([0-9]{1,3})x", " ".join(found))
     if driver is not None and major is not None and int(major[1]) > driver:
         yield "bad", f"{text} needs CUDA {major[1]}, the driver knows {driver}", _extra(driver)
-    built = re.search(r"\+cu(\d\d)", _version("torch") or "")
+    built = re.search(r"\+cu([0-9]{2})", _version("torch") or "")
     if built is not None and major is not None and built[1] != major[1]:
         yield (
             "warn",

@@ -14,22 +14,46 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from jitattn.errors import InvalidInputError, JitAttnError
+from jitattn.cli import streams
+from jitattn.errors import CacheMissError, CompileError, InvalidInputError, JitAttnError
 from jitattn.jit import settings
 from jitattn.jit.cache import DiskCache, user_cache
 from jitattn.jit.choices import arch_name
+from jitattn.text import number_in, one_line, printable
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _WIDEST_CELL = 32
 
 
 class Commands(click.Group):
-    """A group whose commands show jitattn's own errors as one line, not as a traceback."""
+    """A group whose commands end with a message and a status, and never with a traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - click's
+        """Run the program, and end it."""
+        streams.prepare()
+        try:
+            status = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.ClickException as error:
+            streams.show(error)
+            status = error.exit_code
+        except click.Abort:
+            streams.write_message("Aborted!\n")
+            status = 1
+        except OSError as error:
+            if error.filename is not None:
+                fail(str(error))
+            streams.end_without_output(error)  # click's own, as of --help
+        finally:
+            streams.settle()
+        sys.exit(status if isinstance(status, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's
         """Run the command that was asked for."""
         try:
             return super().invoke(ctx)
+        except (CompileError, CacheMissError) as error:  # these have several lines
+            streams.write_message(f"jitattn-cache: {printable(str(error))}\n")
+            sys.exit(1)
         except JitAttnError as error:
             fail(str(error))
 
@@ -66,6 +90,22 @@ class Archs(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
             self.fail(str(error), param, ctx)
 
 
+class Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
+    """A number in ASCII digits: `int` would take those of every script."""
+
+    name = "number"
+
+    def __init__(self, least: int = 0) -> None:
+        self.least = least
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:  # noqa: ANN401 - click's
+        """Read and check."""
+        number = value if isinstance(value, int) else number_in(str(value))
+        if number is None or number < self.least:
+            self.fail(f"{value!r}: it must be a number from {self.least} up", param, ctx)
+        return number
+
+
 def json_option(function: _Function) -> _Function:
     """Add --json, which every command has."""
     return click.option("--json", "as_json", is_flag=True, help="one JSON value on stdout")(
@@ -98,15 +138,11 @@ def command_line() -> Iterator[None]:
 
 def emit(value: object, as_json: bool, text: str, *, to_stderr: bool = False) -> None:
     """Print a result: as JSON, or as text for people."""
-    click.echo(json.dumps(value) if as_json else plain(text), err=to_stderr)
-
-
-def plain(text: str) -> str:
-    """Show control characters instead of sending them: an archive may come from anybody."""
-    return "".join(
-        one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode()
-        for one in text
-    )
+    line = f"{json.dumps(value) if as_json else printable(text)}\n"
+    if to_stderr:
+        streams.write_message(line)
+    else:
+        streams.write(line)
 
 
 def confirm(question: str, yes: bool) -> None:
@@ -115,19 +151,19 @@ def confirm(question: str, yes: bool) -> None:
         return
     if not _is_asked():
         fail("this deletes kernels and cannot ask here: add --yes, or --dry-run to see", 2)
-    click.confirm(question, abort=True, err=True)
+    click.confirm(one_line(question), abort=True, err=True)
 
 
 def _is_asked() -> bool:
     """Whether somebody sits there to answer."""
-    return sys.stdin.isatty()
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def print_rows(
     columns: tuple[str, ...], rows: list[dict[str, Any]], droppable: tuple[str, ...] = ()
 ) -> None:
     """Print a table; on a terminal too narrow for it, without some of the `droppable` columns."""
-    cells = [{name: plain(str(row.get(name, ""))) for name in columns} for row in rows]
+    cells = [{name: one_line(row.get(name, "")) for name in columns} for row in rows]
     console = Console()
     if console.is_terminal:
         columns = fitting(columns, cells, console.width, droppable)
@@ -138,7 +174,9 @@ def print_rows(
         table.add_column(name, no_wrap=True)
     for row in cells:
         table.add_row(*(Text(row[name]) for name in columns))  # Text: brackets are no markup here
-    console.print(table)
+    with console.capture() as captured:
+        console.print(table)
+    streams.write(captured.get())
 
 
 def fitting(
@@ -173,15 +211,14 @@ def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
             done += 1
             bar.advance(task)
             if line and not console.is_terminal:
-                line = f"[{done}/{total}] {line}"
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
+                streams.write_message(f"[{done}/{total}] {printable(line)}\n")
 
         yield step
 
 
 def warn(message: str) -> None:
-    """Print a message on stderr."""
-    click.echo(f"jitattn-cache: {plain(message)}", err=True)
+    """Print a message on stderr, on one line: it may name files, and say what an archive says."""
+    streams.write_message(f"jitattn-cache: {one_line(message)}\n")
 
 
 def own_cache(*, to_write: bool = False) -> DiskCache:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from jitattn.cli import streams
 from jitattn.cli.common import (
     Archs,
     Words,
@@ -16,7 +17,6 @@ from jitattn.cli.common import (
     fail,
     json_option,
     own_cache,
-    plain,
     print_rows,
     warn,
 )
@@ -34,6 +34,7 @@ from jitattn.jit.entry import Entry, sha256
 from jitattn.jit.output import STREAM
 from jitattn.jit.output import write as write_file
 from jitattn.jit.spec import spec_from_dict
+from jitattn.text import one_line
 
 _COLUMNS = (
     "key", "where", "family", "arch", "dtype", "head_dim", "head_dim_v", "mask", "block_q",
@@ -83,9 +84,9 @@ def list_entries(sort: str, reverse: bool, as_json: bool, **filters: list[str] |
         fail(f"--sort {sort}: it must be one of {', '.join(sorted(known))}", 2)
     rows.sort(key=lambda row: _order(row.get(sort)), reverse=reverse)
     if as_json:
-        click.echo(json.dumps(rows))
+        streams.write(f"{json.dumps(rows)}\n")
     elif not rows:
-        click.echo("no kernels", err=True)
+        streams.write_message("no kernels\n")
     else:
         print_rows(_COLUMNS, [{**row, "key": row["key"][:16]} for row in rows], _DROPPABLE)
 
@@ -133,11 +134,8 @@ def show(key: str, source: bool, as_json: bool) -> None:
     }
     if source:
         record["templates"] = templates
-    if as_json:
-        click.echo(json.dumps(record))
-        return
     texts = ("log", "header", "templates", "spec", "options")
-    lines = [f"{name:22s} {value}" for name, value in record.items() if name not in texts]
+    lines = [f"{name:22s} {one_line(value)}" for name, value in record.items() if name not in texts]
     lines += ["", "options", f"  {' '.join(metadata.options)}"]
     lines += ["", "compiler log", *(f"  {line}" for line in metadata.log.splitlines())]
     missing = "  (made by another version of the templates)"
@@ -145,7 +143,7 @@ def show(key: str, source: bool, as_json: bool) -> None:
     if source:
         for name, text in (templates or {"templates": missing}).items():
             lines += ["", name, *_indented(text)]
-    click.echo(plain("\n".join(lines)))
+    emit(record, as_json, "\n".join(lines))
 
 
 def _indented(text: str) -> list[str]:
@@ -167,15 +165,20 @@ def extract(key: str, output: Path | None, yes: bool, as_json: bool) -> None:
         fail(f"the kernel {metadata.key[:16]} is not to be believed: {reason}")
     path = Path(f"{metadata.key[:16]}.cubin") if output is None else output
     write_file(path, [looked.cubin], overwrite=yes)
-    emit({"path": str(path), "bytes": metadata.bytes}, as_json, str(path), to_stderr=path == STREAM)
+    emit(
+        {"path": str(path), "bytes": metadata.bytes},
+        as_json,
+        one_line(path),
+        to_stderr=path == STREAM,
+    )
 
 
 @click.command()
 @json_option
 def path(as_json: bool) -> None:
     """Print the cache directory."""
-    root = str(own_cache().root)
-    emit(root, as_json, root)
+    root = own_cache().root
+    emit(str(root), as_json, one_line(root))
 
 
 @click.command()
@@ -208,13 +211,13 @@ def stats(as_json: bool) -> None:
     }
     for error in trouble:
         warn(f"{cache.root}: not everything could be counted: {error}")
-    if as_json:
-        click.echo(json.dumps(summary))
-        return
     archs = sorted({name for row in rows for name in row if name.startswith("sm_")})
-    print_rows(("where", "directory", "kernels", "bytes", *archs), rows)
-    click.echo(
+    if not as_json:
+        print_rows(("where", "directory", "kernels", "bytes", *archs), rows)
+    emit(
+        summary,
+        as_json,
         f"on disk {summary['disk_bytes']} of {summary['limit_bytes']} bytes, "
         f"{summary['set_aside']} files set aside, {summary['drafts']} drafts, "
-        f"{summary['unfinished_imports']} unfinished imports"
+        f"{summary['unfinished_imports']} unfinished imports",
     )

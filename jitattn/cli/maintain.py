@@ -35,7 +35,7 @@ class _Duration(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
     name = "duration"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:  # noqa: ANN401 - click's
-        match = re.fullmatch(r"(\d{1,9})([smhdw])", str(value))
+        match = re.fullmatch(r"([0-9]{1,9})([smhdw])", str(value))
         if match is None:
             self.fail(f"{value!r}: it must be a number and a unit, as in 30d (s, m, h, d, w)")
         return int(match[1]) * _UNITS[match[2]]
@@ -45,7 +45,7 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
     name = "size"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:  # noqa: ANN401 - click's
-        match = re.fullmatch(r"(\d{1,15})([KMG]?)", str(value).upper())
+        match = re.fullmatch(r"([0-9]{1,15})([KMG]?)", str(value).upper())
         if match is None:
             self.fail(f"{value!r}: it must be a number of bytes, as in 100000 or 100M")
         return int(match[1]) << _SIZES[match[2]]

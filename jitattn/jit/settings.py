@@ -7,6 +7,7 @@ through the compiler's options, and so enter the cache key.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from jitattn.errors import InvalidInputError
 
 CacheMode: TypeAlias = Literal["rw", "ro", "off"]
 
-_SIZE: Final = re.compile(r"(\d{1,15})([KMGkmg]?)")
+_SIZE: Final = re.compile(r"([0-9]{1,15})([KMGkmg]?)")
+_SECONDS: Final = re.compile(r"[0-9]{1,5}(\.[0-9]{0,9})?|\.[0-9]{1,9}")
 
 #: Name → (default, meaning). README.md repeats this table; a test compares the two.
 VARIABLES: Final[dict[str, tuple[str, str]]] = {
@@ -95,11 +97,8 @@ def no_compile() -> bool:
 def lock_timeout() -> float:
     """Seconds to wait for another process that compiles the same kernel."""
     value = os.environ.get("JITATTN_LOCK_TIMEOUT", "60")
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < 86400:
+    seconds = float(value) if _SECONDS.fullmatch(value.strip()) else math.inf
+    if seconds > 86400:
         raise InvalidInputError(
             f"JITATTN_LOCK_TIMEOUT={value!r}: it must be a number of seconds from 0 to 86400"
         )

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from jitattn.cli.common import fitting, plain
+from jitattn.cli.common import fitting
 from jitattn.jit import build, choices
 from jitattn.jit.cache import DiskCache
-from jitattn.jit.entry import Entry, cache_key
+from jitattn.jit.entry import Entry
 
 from .commands import result, run
 from .specs import CACHED, fake_entry
@@ -141,25 +141,6 @@ def test_read_only_directories_are_listed_by_name(
     ]
 
 
-def test_metadata_cannot_pass_for_something_else(filled: DiskCache) -> None:
-    """What an archive says of a kernel decides neither its key nor what a terminal does."""
-    entry = fake_entry(1, toolchain="[/red] \x1b[2J 1.0")
-    spec = {**entry.metadata.spec, "key": 5, "where": "elsewhere", "registers": "many"}
-    metadata = replace(entry.metadata, spec=spec, log="\x1b[31mred")
-    key = cache_key(
-        spec, metadata.source_digest, metadata.header_digest, metadata.options, metadata.toolchain
-    )
-    filled.write(Entry(entry.cubin, replace(metadata, key=key)))
-    rows = {row["key"]: row for row in result("list", "--sort", "registers")}
-    assert rows[key]["where"] == "user"
-    assert rows[key]["registers"] == 32
-    for done in (run("list"), run("show", key)):
-        assert done.exit_code == 0, done.output
-        assert "\x1b" not in done.stdout
-        assert "[/red] \\x1b[2J" in done.stdout
-    assert "\\x1b[31mred" in run("show", key).stdout
-
-
 def test_columns_of_other_kinds_are_sorted(filled: DiskCache) -> None:
     entry = fake_entry(1)
     spec = {**entry.metadata.spec, "block_q": "wide"}
@@ -184,7 +165,3 @@ def test_tables_fit() -> None:
     assert fitting(columns, cells, 38, droppable) == columns
     assert fitting(columns, cells, 37, droppable) == ("key", "bytes")
     assert fitting(columns, cells, 5, droppable) == ("key",)
-
-
-def test_control_characters_are_shown() -> None:
-    assert plain("a\tb\nc\x1b[0m\x07é") == "a\tb\nc\\x1b[0m\\x07é"

@@ -19,7 +19,17 @@ from jitattn.jit import settings
         ("JITATTN_LOCK_TIMEOUT", "soon", settings.lock_timeout),
         ("JITATTN_LOCK_TIMEOUT", "-1", settings.lock_timeout),
         ("JITATTN_LOCK_TIMEOUT", "nan", settings.lock_timeout),
+        *(
+            ("JITATTN_LOCK_TIMEOUT", value, settings.lock_timeout)
+            for value in ("٦٠", "1_0", "inf", "86401", "", "9" * 5000)
+        ),
+        *(
+            ("JITATTN_CACHE_MAX_BYTES", value, settings.cache_max_bytes)
+            for value in ("٣٢M", "³G", "9" * 5000, "-1", "1_0")
+        ),
         ("JITATTN_NVRTC", "11", settings.nvrtc_major),
+        ("JITATTN_NVRTC", "१३", settings.nvrtc_major),
+        ("JITATTN_LINEINFO", "१", settings.lineinfo),
         ("JITATTN_LINEINFO", "maybe", settings.lineinfo),
         ("JITATTN_DEBUG_ASSERT", "2", settings.debug_assert),
     ],

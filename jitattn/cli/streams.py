@@ -1,0 +1,100 @@
+"""What the commands write to: a result goes to stdout whole, or the command says why not and fails.
+
+Messages are less: a command does its work whether or not anybody can read about it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from typing import Final, NoReturn, TextIO
+
+import click
+
+from jitattn.text import one_line
+
+#: Raised by newer versions of click for a group without a command.
+_HELP: Final[tuple[type, ...]] = tuple(
+    filter(None, [getattr(click.exceptions, "NoArgsIsHelpError", None)])
+)
+
+
+def prepare() -> None:
+    """Occupy the descriptors of closed streams, and let the others write every character.
+
+    Else the next file that is opened would be the standard output, and get what libraries print.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def write(text: str) -> None:
+    """Write a result to stdout; ends the command if that is not possible."""
+    if sys.stdout is None:
+        end_without_output(OSError(errno.EBADF, "it is closed"))
+    try:
+        click.echo(text, nl=False)
+    except OSError as error:
+        end_without_output(error)
+
+
+def write_message(text: str) -> None:
+    """Write to stderr, if that is possible."""
+    try:
+        click.echo(text, nl=False, err=True)
+    except OSError:
+        _abandon(sys.stderr)
+
+
+def is_watched() -> bool:
+    """Whether messages go to a terminal."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def show(error: click.ClickException) -> None:
+    """Print click's message about a command line."""
+    if not isinstance(error, _HELP):
+        error.message = one_line(error.message)  # type: ignore[misc]  # it may name files
+    try:
+        error.show()
+    except OSError:
+        _abandon(sys.stderr)
+
+
+def settle() -> None:
+    """Leave nothing to be written when Python ends, where a failure changes the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            _abandon(stream)
+
+
+def end_without_output(error: OSError) -> NoReturn:
+    """End the command with status 1, as stdout cannot be written."""
+    _abandon(sys.stdout)
+    if error.errno != errno.EPIPE:  # a reader that has seen enough wants no message
+        write_message(f"jitattn-cache: standard output cannot be written: {error.strerror}\n")
+    sys.exit(1)
+
+
+def _abandon(stream: TextIO | None) -> None:
+    """Lead a stream nowhere: what it still holds would be written when Python ends, and fail again.
+
+    See the note on SIGPIPE in Python's `signal` documentation.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]  # None is suppressed
+        os.close(nowhere)
