@@ -44,6 +44,29 @@ _TO_SCORES: Final = ("relative_bias", "alibi", "softcap", "sinks", "dense", "dro
                      "fixed_shift")  # fmt: skip
 
 
+#: Numerics classes by the dtype of the inputs.
+_NUMERICS: Final = {
+    Dtype.FP16: (Numerics.F32_ACC, Numerics.SPLIT_P, Numerics.F16_ACC, Numerics.INT8,
+                 Numerics.INT8_F16),
+    Dtype.BF16: (Numerics.F32_ACC, Numerics.SPLIT_P, Numerics.INT8, Numerics.INT8_F16),
+    Dtype.FP32: (Numerics.TF32X3, Numerics.TF32, Numerics.F16X3, Numerics.F16X1),
+}  # fmt: skip
+
+
+def numerics_fault(problem: Problem) -> str | None:
+    """Say why no kernel has the numerics class of a problem; None if one may have it."""
+    numerics, allowed = problem.numerics, _NUMERICS[problem.dtype]
+    if numerics not in allowed:
+        return f"numerics={numerics}: it must be one of {', '.join(allowed)} for {problem.dtype}"
+    dims = (problem.head_dim, problem.head_dim_v)
+    if numerics.num_parts and any(dim % 16 or dim > LARGEST_IN_HALVES for dim in dims):
+        return (
+            f"numerics={numerics} with head_dim={dims[0]} and head_dim_v={dims[1]}: it needs "
+            f"multiples of 16 up to {LARGEST_IN_HALVES}"
+        )
+    return None
+
+
 def specs_for_gear(problem: Problem, gear: int, arch: str) -> list[KernelSpec]:
     """Return every kernel by which calls of a gear can have prepared operands: lengths decide."""
     in_8_bits = problem_in_8_bits(problem, arch) if gear == 4 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,8 @@ from jitattn.dispatch import specs_of_problem
 from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.gears import gear_of
 from jitattn.jit import build, launch
+from jitattn.jit.choices import expand, read_entries
 from jitattn.jit.choices import preset as preset_choices
-from jitattn.jit.choices import read_file, specs_of
 from jitattn.jit.device import device as device_of
 from jitattn.jit.enums import Access
 from jitattn.jit.pool import build_all
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from jitattn.jit.choices import Choice
+    from jitattn.jit.choice_fields import Choice
     from jitattn.jit.spec import KernelSpec
     from jitattn.rotary import Rotary
 
@@ -73,7 +74,8 @@ def warmup(
         Instead: model families, as `jitattn-cache prebuild --preset` knows them ("llama", "all").
     spec_file : path, optional
         Instead: a TOML or JSON file of choices, or a record that ``JITATTN_RECORD`` wrote. What it
-        says of architectures is passed over: the kernels are made for the device.
+        says of architectures is passed over: the kernels are made for the device. A line of a
+        record that cannot be read costs a warning in the log.
     specs : iterable of mapping, optional
         Instead: choices, as such a file holds them: ``{"dtype": "bf16", "head_dim": 128, "mask":
         "causal"}``.
@@ -123,12 +125,28 @@ def warmup(
             "attention go with q, k and v"
         )
     if preset is not None:
-        choices = preset_choices([preset] if isinstance(preset, str) else preset)
+        names = [preset] if isinstance(preset, str) else preset
+        entries = [("preset", choice) for choice in preset_choices(names)]
+    elif spec_file is not None:
+        entries = read_entries(Path(spec_file))
     else:
-        choices = list(specs) if specs is not None else read_file(Path(str(spec_file)))
+        entries = [_entry(number, choice) for number, choice in enumerate(specs or ())]
     index = _index(device)
     arch = device_of(index).arch
-    return _warm(specs_of([{**choice, "arch": arch} for choice in choices]), index, jobs)
+    found, errors = expand([(place, {**choice, "arch": arch}) for place, choice in entries])
+    for error in errors:
+        raise error
+    return _warm(found, index, jobs)
+
+
+def _entry(number: int, choice: object) -> tuple[str, Choice]:
+    place = f"specs[{number}]"
+    if not isinstance(choice, Mapping):
+        raise InvalidInputError(
+            f"{place} is a {type(choice).__name__}: it must be a mapping of fields, as in "
+            '{"dtype": "bf16", "head_dim": 128, "mask": "causal"}'
+        )
+    return place, choice
 
 
 def _warm_call(

@@ -52,14 +52,15 @@ def export_archive(
     if arch is not None:
         chosen = [found for found in chosen if found.metadata.arch in arch]
     with command_line():
-        asked = choices.preset(preset or ())
-    asked = asked + (choices.read_file(spec_file) if spec_file else [])
+        asked = [("preset", choice) for choice in choices.preset(preset or ())]
+    asked += choices.read_entries(spec_file) if spec_file else []
     missing = 0
     if preset or spec_file:
         archs = arch or sorted({found.metadata.arch for found in chosen})
-        specs = (
-            {_frozen(spec.to_dict()) for spec in choices.specs_of(asked, archs)} if archs else set()
-        )
+        made, errors = choices.expand(asked, archs) if archs else ([], [])
+        for error in errors:
+            raise error
+        specs = {_frozen(spec.to_dict()) for spec in made}
         chosen = [found for found in chosen if _frozen(found.metadata.spec) in specs]
         missing = len(specs - {_frozen(found.metadata.spec) for found in chosen})
     good: dict[str, Entry] = {}

@@ -10,8 +10,10 @@ from typing import Any
 
 import click
 
+from jitattn.cli import streams
 from jitattn.cli.common import (
     Archs,
+    Number,
     Words,
     command_line,
     describe,
@@ -23,10 +25,11 @@ from jitattn.cli.common import (
     warn,
 )
 from jitattn.errors import CompileError
-from jitattn.jit import build, choices, compilers, layers, pool, settings
+from jitattn.jit import build, choices, compilers, layers, pool, settings, spec_files
 from jitattn.jit.cache import DiskCache
 from jitattn.jit.entry import Entry
 from jitattn.jit.spec import KernelSpec
+from jitattn.text import printable
 
 
 @click.command()
@@ -36,11 +39,11 @@ from jitattn.jit.spec import KernelSpec
 @click.option(
     "--mask", type=Words(choices.problem_fields()["mask"]), help="full,causal,window,local_stride"
 )
-@click.option("--gear", type=int, help="precision against speed, as in jitattn.attention")
+@click.option("--gear", type=Number(), help="precision against speed, as in jitattn.attention")
 @click.option("--set", "others", multiple=True, metavar="FIELD=VALUE", help="any other field")
 @click.option("--preset", type=Words(), help="model families, or all; see --presets")
 @click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="TOML, JSON, or record")
-@click.option("-j", "--jobs", type=click.IntRange(min=1), help="processes (default: all cores)")
+@click.option("-j", "--jobs", type=Number(1), help="processes (default: all cores)")
 @click.option("--dry-run", is_flag=True, help="say what would be made, compile nothing")
 @click.option("--presets", "show_presets", is_flag=True, help="only list the presets")
 @json_option
@@ -61,7 +64,8 @@ def prebuild(
     """Compile kernels into the cache, for any architecture; no GPU is needed.
 
     What to make is named by the options, by presets, by a file, or by all of these together. With
-    nothing but --arch: fp16 and bf16, head dims 64 and 128, full and causal.
+    nothing but --arch: fp16 and bf16, head dims 64 and 128, full and causal. What is wrong in a
+    file is refused by name, and the rest is made; the status is 1 then.
     """
     if show_presets:
         abouts = {name: about for name, (about, _) in choices.presets().items()}
@@ -75,13 +79,18 @@ def prebuild(
         specs.update(dict.fromkeys(choices.specs_of(chosen, arch or (), "preset")))
         if flags or not (preset or spec_file):
             specs.update(dict.fromkeys(choices.specs_of([flags], arch or (), "the options")))
+    refused: list[str] = []
     if spec_file:
-        chosen = choices.read_file(spec_file)
-        specs.update(dict.fromkeys(choices.specs_of(chosen, arch or (), str(spec_file))))
+        read = spec_files.read(spec_file)
+        found, errors = choices.expand(read.entries, arch or ())
+        specs.update(dict.fromkeys(found))
+        refused = [*read.faults, *map(str, errors)]
+    for reason in refused:
+        warn(f"refused: {reason}")
     if dry_run:
         _report_plan(list(specs), cache, as_json)
-    else:
-        _make(list(specs), cache, jobs, as_json)
+        sys.exit(1 if refused else 0)
+    _make(list(specs), cache, jobs, as_json, len(refused))
 
 
 def _choice(
@@ -130,7 +139,9 @@ def _is_there(spec: KernelSpec, cache: DiskCache) -> bool:
     return layers.find(key, spec.arch, cache) is not None
 
 
-def _make(specs: list[KernelSpec], cache: DiskCache, jobs: int | None, as_json: bool) -> None:
+def _make(
+    specs: list[KernelSpec], cache: DiskCache, jobs: int | None, as_json: bool, refused: int
+) -> None:
     start = time.perf_counter()
     counts = {"compiled": 0, "cached": 0, "failed": 0}
     total_bytes = spilling = 0
@@ -146,9 +157,10 @@ def _make(specs: list[KernelSpec], cache: DiskCache, jobs: int | None, as_json: 
                 if outcome.origin != "read-only":
                     kept.add(outcome.built.key)
             detail = f": {outcome.error}" if outcome.error else f" in {outcome.seconds:.2f} s"
-            step(f"{name} {describe(outcome.spec.to_dict())}{detail}")
-            if outcome.error and sys.stderr.isatty():
-                click.echo(f"failed {describe(outcome.spec.to_dict())}{detail}", err=True)
+            line = f"{name} {describe(outcome.spec.to_dict())}{detail}"
+            step(line)
+            if outcome.error and streams.is_watched():
+                streams.write_message(f"{printable(line)}\n")
     seconds = round(time.perf_counter() - start, 2)
     evicted = len(kept.difference(cache.keys()))
     if evicted:
@@ -158,6 +170,7 @@ def _make(specs: list[KernelSpec], cache: DiskCache, jobs: int | None, as_json: 
         )
     result = {
         **counts,
+        "refused": refused,
         "evicted": evicted,
         "seconds": seconds,
         "bytes": total_bytes,
@@ -167,9 +180,10 @@ def _make(specs: list[KernelSpec], cache: DiskCache, jobs: int | None, as_json: 
         result,
         as_json,
         f"{counts['compiled']} compiled, {counts['cached']} cached, {counts['failed']} failed "
-        f"in {seconds} s, {total_bytes} bytes, {spilling} kernels spill",
+        + (f"({refused} more refused) " if refused else "")
+        + f"in {seconds} s, {total_bytes} bytes, {spilling} kernels spill",
     )
-    sys.exit(1 if counts["failed"] or evicted else 0)
+    sys.exit(1 if counts["failed"] or evicted or refused else 0)
 
 
 def _checked(outcome: pool.Outcome, cache: DiskCache) -> pool.Outcome:

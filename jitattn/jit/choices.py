@@ -12,28 +12,30 @@ combination::
 The fields are those of `Problem`, so this grows with it; `gear` may stand for `numerics`, for all
 that its calls can need; `rows` restricts a choice to one row class. ``family = ["fwd", "bwd"]``
 makes what training needs, `bwd_scores` what gradients of biases, relative biases and ALiBi slopes
-need. Tiles are never named: the installed version chooses them. A spec file is TOML or JSON with a
-list ``kernels``, or lines of JSON with one choice each, as ``JITATTN_RECORD`` writes them. Presets
-are choices for well-known model families.
+need. Tiles are never named: the installed version chooses them. Files of choices are read by
+`jit/spec_files.py`. Presets are choices for well-known model families.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
+import logging
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, TypeAlias, TypeVar, get_type_hints
+from typing import Any, Final, get_type_hints
 
 from jitattn.bwd_tiles import score_grad_spec, specs_of_backward
 from jitattn.errors import InvalidInputError, JitAttnError
 from jitattn.gears import DEFAULT_GEAR, FAST_HALVES_ARCHS, resolve_numerics
+from jitattn.jit import spec_files
+from jitattn.jit.choice_fields import DEFAULTS, Choice, Fields
 from jitattn.jit.enums import Access, Dtype, MaskKind, RowClass, ScoreTarget, Switch
 from jitattn.jit.spec import (
+    ARCH,
     FAMILIES,
     PLAIN_FAMILIES,
     BwdSpec,
@@ -43,25 +45,16 @@ from jitattn.jit.spec import (
     Problem,
     ScoreGradSpec,
     arch_number,
+    impossible,
 )
-from jitattn.prepared_specs import specs_for_gear
+from jitattn.prepared_specs import numerics_fault, specs_for_gear
 from jitattn.tiles import fwd_spec
 
-_Word = TypeVar("_Word", bound=StrEnum)
-#: One table of a spec file.
-Choice: TypeAlias = Mapping[str, Any]
-MAX_HEAD_DIM: Final = 256
-_MAX_FILE_BYTES: Final = 16 * 1024 * 1024
+_LOG: Final = logging.getLogger("jitattn")
 _PRESETS: Final = Path(__file__).resolve().parents[1] / "presets.toml"
 #: Fields of a choice that are no fields of `Problem`.
 _OTHER_FIELDS: Final = ("family", "arch", "gear", "rows", "deterministic", "target")
 _DIMENSIONS: Final = ("dtype", "head_dim", "head_dim_v", "mask")
-_DEFAULTS: Final[dict[str, tuple[str | int, ...]]] = {
-    "dtype": ("fp16", "bf16"),
-    "head_dim": (64, 128),
-    "mask": ("full", "causal"),
-    "groups": (1,),
-}
 
 
 def problem_fields() -> dict[str, list[str] | None]:
@@ -97,17 +90,37 @@ def specs_of(
     UnsupportedError
         An architecture is older than sm_80, or a gear does not exist for a dtype.
     """
+    where = where or "choice"
+    places = (
+        [where] if len(choices) == 1 else [f"{where}, kernel {n + 1}" for n in range(len(choices))]
+    )
+    specs, errors = expand(zip(places, choices, strict=True), archs)
+    for error in errors:
+        raise error
+    return specs
+
+
+def expand(
+    entries: Iterable[tuple[str, Choice]], archs: Sequence[str] = ()
+) -> tuple[list[KernelSpec], list[JitAttnError]]:
+    """Return every kernel that choices stand for, and an error for each choice that is wrong.
+
+    Parameters
+    ----------
+    entries : iterable of (str, mapping)
+        Choices, each with its place, as `spec_files.read` returns them; errors begin with it.
+    archs : sequence of str
+        As in `specs_of`.
+    """
     specs: dict[KernelSpec, None] = {}
-    for number, choice in enumerate(choices, 1):
-        place = f"{where or 'choice'}, kernel {number}" if len(choices) > 1 else where or "choice"
+    errors: list[JitAttnError] = []
+    for place, choice in entries:
         try:
-            for spec in _expand(choice, archs, place):
-                specs[spec] = None
+            specs.update(dict.fromkeys(_expand(choice, archs, place)))
         except JitAttnError as error:
-            if str(error).startswith(place):
-                raise
-            raise type(error)(f"{place}: {error}") from error
-    return list(specs)
+            text = str(error)
+            errors.append(type(error)(text if text.startswith(place) else f"{place}: {text}"))
+    return list(specs), errors
 
 
 def to_choice(spec: KernelSpec) -> dict[str, str | int]:
@@ -151,34 +164,23 @@ def command(spec: KernelSpec) -> str:
     return " ".join(words)
 
 
-def read_file(path: Path) -> list[Choice]:
-    """Read a spec file: TOML, JSON, or a record of JSON lines.
+def read_entries(path: Path) -> list[tuple[str, Choice]]:
+    """Read the choices of a spec file, each with its place; what is no choice costs a warning.
 
     Raises
     ------
     InvalidInputError
-        It cannot be read, or is none of these.
+        It cannot be read, is no spec file, or holds no choice at all.
     """
-    try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_FILE_BYTES + 1).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"spec file {path}: it cannot be read ({error})") from error
-    if len(text) > _MAX_FILE_BYTES:
-        raise InvalidInputError(f"spec file {path}: it is larger than {_MAX_FILE_BYTES} bytes")
-    try:
-        raw = tomllib.loads(text) if path.suffix == ".toml" else _parse_json(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInputError(f"spec file {path}: {error}") from error
-    kernels = raw
-    if isinstance(raw, dict):
-        is_one_choice = path.suffix != ".toml" and "kernels" not in raw  # a record of one line
-        kernels = [raw] if is_one_choice else raw.get("kernels")
-    if not isinstance(kernels, list) or not all(isinstance(one, dict) for one in kernels):
-        raise InvalidInputError(
-            f"spec file {path}: it must hold a list 'kernels' of tables, or one JSON object a line"
-        )
-    return kernels
+    found = spec_files.read(path)
+    for fault in found.faults:
+        _LOG.warning(fault)
+    return found.entries
+
+
+def read_file(path: Path) -> list[Choice]:
+    """Read the choices of a spec file, as `read_entries` does, without their places."""
+    return [choice for _, choice in read_entries(path)]
 
 
 @cache
@@ -214,63 +216,39 @@ def arch_name(value: object) -> str:
     InvalidInputError
         It is no architecture.
     """
-    text = str(value).strip().removeprefix("sm_")
-    digits = text[:-1] if text[-1:] in ("a", "f") else text
-    if isinstance(value, bool) or not digits.isdecimal() or not 10 <= int(digits) <= 999:
+    name = f"sm_{str(value).strip().removeprefix('sm_')}"
+    if isinstance(value, bool) or not ARCH.fullmatch(name):
         raise InvalidInputError(
             f"arch {value!r}: it must be the number of an architecture, as in 80, 86, 89, 90"
         )
-    return f"sm_{text}"
-
-
-def _parse_json(text: str) -> object:
-    try:
-        return json.loads(text)
-    except ValueError:
-        lines = [line for line in text.splitlines() if line.strip()]
-        if len(lines) < 2:
-            raise
-        return [json.loads(line) for line in lines]
+    return name
 
 
 def _expand(choice: Choice, archs: Sequence[str], where: str) -> list[KernelSpec]:
-    families = _values(choice, "family") or [FwdSpec.family]
-    for family in families:
-        if family not in FAMILIES:
-            raise InvalidInputError(
-                f"{where}: family={family!r}: it must be one of {', '.join(FAMILIES)}"
-            )
-    allowed = problem_fields()
+    given = Fields(choice, where)
+    families = given.words("family", FAMILIES) or [FwdSpec.family]
     plain = [PLAIN_FAMILIES[family] for family in families if family in PLAIN_FAMILIES]
-    known = {*_OTHER_FIELDS, *allowed, *(field.name for kind in plain for field in fields(kind))}
-    for name in choice:
-        if name not in known:
-            raise InvalidInputError(
-                f"{where}: unknown field {name!r}; the fields are "
-                f"{', '.join((*_OTHER_FIELDS, *allowed))}"
-            )
-    named = [arch_name(value) for value in _values(choice, "arch")] or [
-        arch_name(value) for value in archs
-    ]
+    _check(given, plain)
+    named = [arch_name(value) for value in given.values("arch") or archs]
     if not named:
-        raise InvalidInputError(f"{where}: no architecture is named; add arch, or pass --arch")
+        given.refuse("no architecture is named; add arch, or pass --arch")
     for arch in named:
         if arch_number(arch) < 80:
-            raise InvalidInputError(f"{where}: {arch} is older than sm_80, which jitattn needs")
+            given.refuse(f"{arch} is older than sm_80, which jitattn needs")
     specs: dict[KernelSpec, None] = {}
     for kind in plain:
-        specs.update(dict.fromkeys(_plain_specs(kind, choice, named, where)))
+        specs.update(dict.fromkeys(_plain_specs(kind, given, named)))
     if set(families) <= set(PLAIN_FAMILIES):
         return list(specs)
-    rows = [_row_class(value, where) for value in _values(choice, "rows")]
-    deterministic = _members(choice, "deterministic", Switch, where) or [Switch.OFF]
-    targets = _members(choice, "target", ScoreTarget, where) or list(ScoreTarget)
-    for (problem, gear), arch in itertools.product(_problems(choice, allowed, where), named):
+    rows = given.row_classes() or [*RowClass]
+    deterministic = [Switch(word) for word in given.values("deterministic")] or [Switch.OFF]
+    targets = [ScoreTarget(word) for word in given.values("target")] or [*ScoreTarget]
+    for (problem, gear), arch in itertools.product(_problems(given), named):
         listed = problem
         if problem.mask is MaskKind.FINE_STRIDE:  # a pattern that other kernels have lists of
             listed = replace(problem, mask=MaskKind.BLOCK_LISTS)
         if FwdSpec.family in families:
-            specs.update(dict.fromkeys(_forward_specs(listed, gear, arch, rows or [*RowClass])))
+            specs.update(dict.fromkeys(_forward_specs(listed, gear, arch, rows)))
         if BwdSpec.family in families:
             for switch in deterministic:
                 made = specs_of_backward(problem, arch, deterministic=switch is Switch.ON)
@@ -279,6 +257,22 @@ def _expand(choice: Choice, archs: Sequence[str], where: str) -> list[KernelSpec
             for target in targets:
                 specs[score_grad_spec(listed, arch, target)] = None
     return list(specs)
+
+
+def _check(given: Fields, plain: Sequence[type[PlainSpec]]) -> None:
+    """Refuse unknown fields, and values that a field cannot have, whatever the families need."""
+    allowed = problem_fields()
+    own = (field.name for kind in plain for field in fields(kind))
+    given.check_names({*_OTHER_FIELDS, *allowed, *own}, (*_OTHER_FIELDS, *allowed))
+    for name in given.choice:
+        words = allowed.get(name)
+        if words is not None:
+            given.words(name, words)
+    given.words("deterministic", [*Switch])
+    given.words("target", [*ScoreTarget])
+    given.row_classes()
+    for gear in given.values("gear"):
+        resolve_numerics(gear, Dtype.FP16)
 
 
 def _forward_specs(
@@ -297,69 +291,51 @@ def _forward_specs(
         yield from specs_for_gear(problem, gear, arch)
 
 
-def _members(choice: Choice, name: str, kind: type[_Word], where: str) -> list[_Word]:
-    values = _values(choice, name)
-    for value in values:
-        if value not in list(kind):
-            raise InvalidInputError(
-                f"{where}: {name}={value!r}: it must be one of {', '.join(kind)}"
-            )
-    return [kind(value) for value in values]
-
-
 def _plain_specs(
-    kind: type[PlainSpec], choice: Choice, archs: list[str], where: str
+    kind: type[PlainSpec], given: Fields, archs: Sequence[str]
 ) -> Iterator[KernelSpec]:
     """Every kernel of a family without tiles; dtypes that are not named are that of the inputs."""
     hints = get_type_hints(kind)
     names = [field.name for field in fields(kind) if field.name != "arch"]
     options: list[list[Any]] = []
     for name in names:
-        own = "head_dim" if name == "head_dim_v" and name not in choice else name
-        values = _values(choice, own)
+        is_named = name in given.choice or name in DEFAULTS
         if hints[name] is int:
-            options.append([_head_dim(value, where) for value in values])
-            continue
-        words = list(hints[name])
-        if name not in choice and name not in _DEFAULTS:
-            options.append([None] if hints[name] is Dtype else words)
-            continue
-        for value in values:
-            if value not in words:
-                raise InvalidInputError(
-                    f"{where}: {name}={value!r}: it must be one of {', '.join(words)}"
-                )
-        options.append([hints[name](value) for value in values])
+            own = "head_dim" if name == "head_dim_v" and not is_named else name
+            options.append(given.numbers(own))
+            if not options[-1]:
+                given.refuse(f"{name} is missing, which {kind.family} kernels have")
+        elif is_named:
+            options.append([hints[name](word) for word in given.words(name, [*hints[name]])])
+        else:
+            options.append([None] if hints[name] is Dtype else [*hints[name]])
     for arch, *chosen in itertools.product(archs, *options):
-        given = dict(zip(names, chosen, strict=True))
-        dtype = given["dtype"]
-        yield kind(arch=arch, **{name: value or dtype for name, value in given.items()})
+        values = dict(zip(names, chosen, strict=True))
+        filled = {name: values["dtype"] if one is None else one for name, one in values.items()}
+        spec = kind(arch=arch, **filled)
+        reason = impossible(spec)
+        if reason is not None:
+            given.refuse(reason)
+        yield spec
 
 
-def _problems(
-    choice: Choice, allowed: dict[str, list[str] | None], where: str
-) -> list[tuple[Problem, int | None]]:
+def _problems(given: Fields) -> list[tuple[Problem, int | None]]:
     """Every problem of a choice, with its gear; with None if numerics are named instead."""
-    dims = [
-        _head_dims(value, choice.get("head_dim_v"), where) for value in _values(choice, "head_dim")
-    ]
-    dtypes = [Dtype(word) for word in _words(choice, "dtype", allowed, where)]
-    masks = _words(choice, "mask", allowed, where)
-    others = [
-        name
-        for name in choice
-        if name not in _DIMENSIONS and (name == "gear" or name not in _OTHER_FIELDS)
-    ]
-    values = [
-        _values(choice, name) if name == "gear" else _words(choice, name, allowed, where)
-        for name in others
-    ]
+    dims = given.head_dims()
+    dtypes = [Dtype(word) for word in given.values("dtype")]
+    skipped = {*_DIMENSIONS, *_OTHER_FIELDS} - {"gear"}
+    others = [name for name in given.choice if name not in skipped]
+    values = [given.values(name) for name in others]
     found: list[tuple[Problem, int | None]] = []
-    for dtype, (dim, dim_v), mask in itertools.product(dtypes, dims, masks):
+    for dtype, (dim, dim_v), mask in itertools.product(dtypes, dims, given.values("mask")):
         for chosen in itertools.product(*values):
-            given = dict(zip(others, chosen, strict=True))
-            gear = None if "numerics" in given else given.get("gear", DEFAULT_GEAR[dtype])
-            found.append((_problem(given, dtype, dim, dim_v, mask), gear))
+            named = dict(zip(others, chosen, strict=True))
+            gear = None if "numerics" in named else named.get("gear", DEFAULT_GEAR[dtype])
+            problem = _problem(named, dtype, dim, dim_v, mask)
+            reason = numerics_fault(problem)
+            if reason is not None:
+                given.refuse(reason)
+            found.append((problem, gear))
     return found
 
 
@@ -384,48 +360,3 @@ def _problem(
         if field.name not in usual and field.name not in given and field.default is MISSING:
             raise InvalidInputError(f"the field {field.name} is missing")
     return Problem(**{**usual, **given})
-
-
-def _values(choice: Choice, name: str) -> list[Any]:
-    value = choice.get(name, _DEFAULTS.get(name, ()))
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _words(
-    choice: Choice, name: str, allowed: dict[str, list[str] | None], where: str
-) -> list[str]:
-    values = _values(choice, name)
-    words = allowed[name]
-    for value in values:
-        if words is not None and value not in words:
-            raise InvalidInputError(
-                f"{where}: {name}={value!r}: it must be one of {', '.join(words)}"
-            )
-    if not values:
-        raise InvalidInputError(f"{where}: {name} is missing or empty")
-    return values
-
-
-def _head_dims(value: object, dim_v: object, where: str) -> tuple[int, int]:
-    first, colon, second = str(value).partition(":")
-    if colon and dim_v is not None:
-        raise InvalidInputError(f"{where}: head_dim={value!r} and head_dim_v={dim_v!r}: give one")
-    other = second if colon else first if dim_v is None else dim_v
-    return _head_dim(first, where), _head_dim(other, where)
-
-
-def _head_dim(value: object, where: str) -> int:
-    text = str(value).strip()
-    if isinstance(value, bool) or not text.isdecimal() or not 1 <= int(text) <= MAX_HEAD_DIM:
-        raise InvalidInputError(
-            f"{where}: head dim {value!r}: it must be from 1 to {MAX_HEAD_DIM}, as in 64, or "
-            "192:128 where v's differs"
-        )
-    return int(text)
-
-
-def _row_class(value: object, where: str) -> RowClass:
-    names = {row.name.lower(): row for row in RowClass}
-    if value not in names:
-        raise InvalidInputError(f"{where}: rows={value!r}: it must be one of {', '.join(names)}")
-    return names[str(value)]
