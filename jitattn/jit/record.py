@@ -1,22 +1,48 @@
 """``JITATTN_RECORD``: a running program notes the kernels that it uses, one JSON line each.
 
 Any number of processes may append to one file. `jitattn-cache prebuild --spec FILE` makes exactly
-those kernels, with the tiles that the installed version chooses for them.
+those kernels, with the tiles that the installed version chooses for them. A line is there whole or
+not at all: writers hold a lock, take back what they could not finish, and begin a new line after
+one that was killed. A link of another user's is not followed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
-from typing import TYPE_CHECKING
+import stat
+import time
+from typing import TYPE_CHECKING, Final
 
+from jitattn.errors import JitAttnError
 from jitattn.jit import files, settings
 from jitattn.jit.choices import to_choice
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from jitattn.jit.spec import KernelSpec
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_FLAGS: Final = (
+    os.O_RDWR
+    | os.O_APPEND
+    | os.O_CREAT
+    | getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_NONBLOCK", 0)  # a FIFO would wait for its reader
+    | getattr(os, "O_NOCTTY", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_BINARY", 0)
+)
+_MOST_LINKS: Final = 8
+_LOCK_SECONDS: Final = 2.0
 
 _noted: set[tuple[Path, KernelSpec]] = set()
 
@@ -27,13 +53,85 @@ def note(spec: KernelSpec) -> None:
     if path is None or (path, spec) in _noted:
         return
     _noted.add((path, spec))
-    line = json.dumps(to_choice(spec)) + "\n"
     try:
-        # One write of one line: appends of several processes do not mix.
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
-    except OSError as error:
+        _append(path, json.dumps(to_choice(spec)).encode() + b"\n")
+    except (OSError, JitAttnError) as error:
         files.warn_once(path, f"JITATTN_RECORD={path}: it cannot be written ({error})")
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Add a line to a file, whole or not at all.
+
+    Raises
+    ------
+    OSError
+        The disk is full, it is no regular file, a link of another user's …
+    """
+    descriptor = os.open(_target(path), _FLAGS, 0o600)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        with _lock(descriptor) as is_locked:
+            end = os.lseek(descriptor, 0, os.SEEK_END)
+            if end:
+                os.lseek(descriptor, end - 1, os.SEEK_SET)
+                if os.read(descriptor, 1) != b"\n":  # a writer was killed in the middle of its line
+                    line = b"\n" + line
+            try:
+                _write(descriptor, line, is_locked)
+            except BaseException:
+                if is_locked:  # else another process may have written behind it
+                    os.ftruncate(descriptor, end)
+                raise
+    finally:
+        os.close(descriptor)
+
+
+def _write(descriptor: int, line: bytes, is_locked: bool) -> None:
+    while line:
+        count = os.write(descriptor, line)
+        line = line[count:]
+        if line and (not count or not is_locked):  # without a lock, one write is one line
+            raise OSError(errno.ENOSPC, "only a part of a line could be written")
+
+
+def _target(path: Path) -> Path:
+    """Return the file that a path leads to, through links of this user or root only."""
+    for _ in range(_MOST_LINKS):
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            return path
+        if not stat.S_ISLNK(status.st_mode):
+            return path
+        if files.HAS_OWNERS and status.st_uid not in files.our_owners():
+            raise files.UntrustedError(path, f"it is a link of user {status.st_uid}")
+        path = path.parent / os.readlink(path)
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+
+
+@contextlib.contextmanager
+def _lock(descriptor: int) -> Iterator[bool]:
+    """Hold the lock of a file; yields False where locks do not work, or one is held too long."""
+    is_locked = _acquire(descriptor)
+    try:
+        yield is_locked
+    finally:
+        if fcntl is not None and is_locked:  # a forked child may have the descriptor, too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def _acquire(descriptor: int) -> bool:
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
+        except OSError:  # a filesystem without locks
+            return False
+        else:
+            return True
+    return False
