@@ -50,9 +50,8 @@ def installed(platform: str = sys.platform) -> dict[int, Toolchain]:
     """Find the installed NVRTC wheels, by CUDA major version."""
     found = {}
     for major, (name, library, builtins) in (_WINDOWS if platform == "win32" else _LINUX).items():
-        try:
-            distribution = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
+        distribution = _wheel(name)
+        if distribution is None:
             continue
         path = Path(str(distribution.locate_file(library)))
         version = _version_of(distribution)
@@ -62,6 +61,22 @@ def installed(platform: str = sys.platform) -> dict[int, Toolchain]:
                 beside = sorted(path.parent.glob(builtins))
             found[major] = Toolchain(version=version, library=path, builtins=tuple(beside))
     return found
+
+
+def _wheel(name: str) -> importlib.metadata.Distribution | None:
+    """Return an installed wheel, whatever else than paths is on sys.path."""
+    try:
+        return importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    except (TypeError, ValueError):  # the import system passes over such entries; this does not
+        found = importlib.metadata.distributions(name=name, path=_folders())
+        return next(iter(found), None)
+
+
+def _folders() -> list[str]:
+    """List the entries of sys.path that may be folders."""
+    return [entry for entry in sys.path if isinstance(entry, str) and entry and "\0" not in entry]
 
 
 def _version_of(distribution: importlib.metadata.Distribution) -> tuple[int, ...]:
@@ -141,7 +156,7 @@ def _choose(asked: int | None) -> Toolchain:
 
 def _remembered() -> dict[int, Toolchain]:
     """Return `installed()`, from the memo while nothing was installed or removed since."""
-    folders = [folder for folder in sys.path if folder and isinstance(folder, str)]
+    folders = _folders()
     name = f"nvrtc in {sys.prefix}"
     fact = memo.recall(name)
     if fact is not None:

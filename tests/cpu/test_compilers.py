@@ -198,6 +198,16 @@ def test_remembered_until_something_is_installed(
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("entry", [Path("/x"), b"/x", 7, None, "", "a\0b", "\udcff"], ids=repr)
+def test_strange_entry_of_sys_path_hides_no_compiler(
+    monkeypatch: pytest.MonkeyPatch, entry: object
+) -> None:
+    found = compilers.installed()
+    monkeypatch.setattr(compilers.sys, "path", [entry, *compilers.sys.path])
+    assert compilers.installed() == found
+    assert compilers._remembered() == found
+
+
 @pytest.mark.parametrize("fact", [["x", []], [[], "x"], [[], [["a", 1, 2]]], 7])
 def test_damaged_memo_is_passed_over(cache_dir: Path, fact: object) -> None:
     memo.remember("other", [], 1)  # makes the file
