@@ -36,6 +36,7 @@ from jitattn.masks import (
 
 if TYPE_CHECKING:
     from jitattn import patterns, reference
+    from jitattn.apply_rotary import apply_rotary
     from jitattn.attention import attention
     from jitattn.cosine import L2Norm, l2norm
     from jitattn.dropout import dropout_mask, dropout_state
@@ -72,6 +73,7 @@ __all__ = [
     "UnsupportedError",
     "Window",
     "__version__",
+    "apply_rotary",
     "attention",
     "attention_with_kvcache",
     "compat",
@@ -88,7 +90,7 @@ __all__ = [
 ]
 
 #: Functions that live in a submodule of the same name, and submodules, loaded on first use.
-_LAZY_FUNCTIONS: Final = frozenset({"attention", "explain", "merge", "warmup"})
+_LAZY_FUNCTIONS: Final = frozenset({"apply_rotary", "attention", "explain", "merge", "warmup"})
 #: Names that need torch, by the submodule of another name that they live in.
 _LAZY_NAMES: Final = {
     "L2Norm": "cosine",

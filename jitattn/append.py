@@ -88,10 +88,15 @@ def _launch(q: Tensor, turned: Tensor, new: Append, index: int) -> None:
     units = q.shape[-1] | new.v.shape[-1]
     for step in steps:
         units |= step[0] | step[1] | step[2]
+    rotary = new.rotary
+    if rotary is not None:
+        units |= rotary.cos.shape[1]  # half of the columns that are turned
     units *= q.element_size()
     for tensor in tensors:
         units |= tensor.data_ptr()
-    rotary = new.rotary
+    if rotary is not None:
+        for angles in (rotary.cos, rotary.sin):
+            units |= angles.data_ptr() | angles.stride(0) * angles.element_size()
     access = Access.VEC16 if units % 16 == 0 else Access.ELEMENT
     spec = append_spec(q.dtype, rotary, access, device(index).arch)
     batch = len(new.stop)

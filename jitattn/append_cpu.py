@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from jitattn.errors import InvalidInputError
+from jitattn.rotary_cpu import turned_by
 from jitattn.sequences import Paged
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from jitattn.append import Append
-    from jitattn.rotary import Rotary
 
 
 def append_cpu(q: Tensor, turned: Tensor, new: Append) -> None:
@@ -54,8 +54,8 @@ def append_cpu(q: Tensor, turned: Tensor, new: Append) -> None:
         keys = new.k[own]
         if new.rotary is not None:
             first = torch.arange(len_q) if new.follows else torch.zeros(len_q, dtype=torch.int64)
-            turned[own] = _turn(q[own], used + first, new.rotary)
-            keys = _turn(keys, used + torch.arange(count), new.rotary)
+            turned[own] = turned_by(q[own], used + first, new.rotary)
+            keys = turned_by(keys, used + torch.arange(count), new.rotary)
         new.k_cache[pages, in_page] = keys
         new.v_cache[pages, in_page] = new.v[own]
         new.stop[idx] = used + count
@@ -85,23 +85,3 @@ def _places(new: Append, idx: int, used: int, count: int) -> tuple[Tensor, Tenso
                 f"only {num_pages}"
             )
     return torch.tensor(pages, dtype=torch.int64), positions % max(1, page_size)
-
-
-def _turn(x: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
-    """Turn rows [L, H, D] by their positions [L]; in fp32, rounded once."""
-    dim = rotary.rotary_dim
-    last = max(0, rotary.cos.shape[0] - 1)
-    cos, sin = (
-        table[positions.clamp(max=last)].float()[:, None] for table in (rotary.cos, rotary.sin)
-    )
-    values = x[..., :dim].float()
-    if rotary.interleaved:
-        first, second = values[..., 0::2], values[..., 1::2]
-    else:
-        first, second = values.chunk(2, dim=-1)
-    pairs = (first * cos - second * sin, second * cos + first * sin)
-    if rotary.interleaved:
-        result = torch.stack(pairs, dim=-1).flatten(-2)
-    else:
-        result = torch.cat(pairs, dim=-1)
-    return torch.cat((result.to(x.dtype), x[..., dim:]), dim=-1)

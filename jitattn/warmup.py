@@ -11,6 +11,7 @@ import torch
 
 from jitattn import cosine, workspace
 from jitattn.append import append_spec
+from jitattn.apply_rotary import rotary_specs
 from jitattn.attention import bind
 from jitattn.backward import specs_of_gradients
 from jitattn.dispatch import specs_of_problem
@@ -88,7 +89,8 @@ def warmup(
     append : bool
         With a call: load the kernel that appends to a cache as well, for `attention_with_kvcache`.
     rotary : Rotary, optional
-        With `append`: the one that such calls will pass.
+        With a call: load the kernels of `apply_rotary` as well; with `append`, the tables that such
+        calls will pass.
 
     Returns
     -------
@@ -188,6 +190,8 @@ def _warm_call(
         specs += specs_of_problem(alike, arch)
     if append:
         specs += [append_spec(q.dtype, rotary, access, arch) for access in Access]
+    if rotary is not None:
+        specs += rotary_specs(q.dtype, rotary, arch)
     return _warm(list(dict.fromkeys(specs)), index, jobs)
 
 

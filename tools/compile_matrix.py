@@ -326,7 +326,9 @@ def _short(arch: str) -> Iterator[KernelSpec]:
     yield fwd_spec(problem(Dtype.FP32, 33, access=Access.ELEMENT), arch, many)
     for merging in (MergeSpec, MergeGradSpec):
         yield merging(dtype=bf16, out_dtype=bf16, head_dim_v=128, arch=arch)
-    yield from specs_of([{"family": "append", "dtype": ["bf16", "fp32"]}], [arch])
+    yield from specs_of([{"family": ["append", "rotary"], "dtype": ["bf16", "fp32"]}], [arch])
+    mixed = {"family": ["append", "rotary"], "dtype": "bf16", "table_dtype": "fp32"}
+    yield from specs_of([mixed], [arch])
     yield from specs_of_backward(problem(bf16, 64), arch)
     yield from specs_of_backward(problem(Dtype.FP32, 33, access=Access.ELEMENT), arch)
     yield score_grad_spec(problem(bf16, 64, bias=BiasKind.SAME), arch, ScoreTarget.ROW)

@@ -7,15 +7,15 @@
 // Paper       Su et al., RoFormer, arXiv:2104.09864. Which columns are a pair: RotaryStyle.
 //
 // Work split  ctas_per_sequence CTAs a sequence; a team of 16 lanes takes one row (token and head)
-//             at a time, a lane 16 bytes of it (or one element: Access::kElement).
+//             at a time, a lane 16 bytes of it (or one element: Access::kElement), or pairs.
 //
 // Bounds      A token beyond the room of its sequence, or on a page that does not exist, is not
-//             written. Positions beyond the tables of cos and sin read their last row.
+//             written. Positions that the tables of cos and sin do not have turn nothing.
 #pragma once
 
-#include "jitattn/element.cuh"
 #include "jitattn/enums.cuh"
 #include "jitattn/params.cuh"
+#include "jitattn/rotary_pairs.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/types.cuh"
 
@@ -23,17 +23,14 @@ namespace jitattn {
 
 template <class Spec>
 struct Append {
-  using Element = Scalar<Spec::kDtype>;
-  using Table = Scalar<Spec::kTableDtype>;
-  using T = typename Element::type;
+  using Pairs = RotaryPairs<Spec, Spec::kRotary == RotaryStyle::kInterleaved>;
+  using T = typename Pairs::T;
+  using TableT = typename Pairs::TableT;
+  using Unit = typename Pairs::Unit;
   static constexpr bool kRotates = Spec::kRotary != RotaryStyle::kNone;
   static constexpr int kTeam = 16;
   static constexpr int kTeams = Spec::kNumThreads / kTeam;
-  static constexpr int kUnit =  // elements that a lane moves at a time
-      Spec::kAccess == Access::kVec16 ? 16 / static_cast<int>(sizeof(T)) : 1;
-  struct alignas(kUnit * sizeof(T)) Unit {
-    T element[kUnit];
-  };
+  static constexpr int kUnit = Pairs::kUnit;  // elements that a lane moves at a time
 
   const AppendParams& params;
 
@@ -104,43 +101,27 @@ struct Append {
     for (int column = threadIdx.x % kTeam * kUnit; column < dim; column += kTeam * kUnit) f(column);
   }
 
-  __device__ static Unit load(const T* g_unit) { return *reinterpret_cast<const Unit*>(g_unit); }
-  __device__ static void store(T* g_unit, const Unit& unit) {
-    *reinterpret_cast<Unit*>(g_unit) = unit;
-  }
-
   __device__ static void copy_row(T* g_out, const T* g_in, int dim) {
-    for_each_unit(dim, [&](int column) { store(g_out + column, load(g_in + column)); });
+    for_each_unit(dim,
+                  [&](int column) { Pairs::store(g_out + column, Pairs::load(g_in + column)); });
   }
 
   __device__ void turn_row(T* g_out, const T* g_in, int position) const {
-    const int64_t table_row = min_of(position, params.table_rows - 1);
-    const auto* g_cos =
-        static_cast<const typename Table::type*>(params.cos) + table_row * params.cos_stride;
-    const auto* g_sin =
-        static_cast<const typename Table::type*>(params.sin) + table_row * params.sin_stride;
+    if (position >= params.table_rows) return copy_row(g_out, g_in, params.head_dim);
+    const auto* g_cos = static_cast<const TableT*>(params.cos) + position * params.cos_stride;
+    const auto* g_sin = static_cast<const TableT*>(params.sin) + position * params.sin_stride;
     const int half = params.rotary_dim / 2;
-    for_each_unit(params.head_dim, [&](int first) {
-      const Unit in = load(g_in + first);
-      Unit out = in;
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i) {
-        const int column = first + i;
-        if (column >= params.rotary_dim) continue;
-        constexpr bool kInterleaved = Spec::kRotary == RotaryStyle::kInterleaved;
-        const bool is_first = kInterleaved ? column % 2 == 0 : column < half;
-        const int pair = kInterleaved ? column / 2 : is_first ? column : column - half;
-        const int step = kInterleaved ? 1 : half;
-        const float own = Element::load(in.element[i]);
-        const float other = Element::load(kInterleaved && kUnit > 1
-                                              ? in.element[(i ^ 1) % kUnit]
-                                              : g_in[is_first ? column + step : column - step]);
-        const float turn = Table::load(g_sin[pair]);
-        out.element[i] =
-            Element::round(own * Table::load(g_cos[pair]) + (is_first ? -other : other) * turn);
-      }
-      store(g_out + first, out);
+    for_each_unit(half, [&](int pair) {
+      Pairs pairs;
+      pairs.load_angles(g_cos, g_sin, pair, 1.f);
+      const int first = Pairs::first_column(pair), second = Pairs::second_column(pair, half);
+      Unit a = Pairs::load(g_in + first), b = Pairs::load(g_in + second);
+      pairs.turn(a, b);
+      Pairs::store(g_out + first, a);
+      Pairs::store(g_out + second, b);
     });
+    copy_row(g_out + params.rotary_dim, g_in + params.rotary_dim,
+             params.head_dim - params.rotary_dim);
   }
 };
 

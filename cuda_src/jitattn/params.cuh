@@ -501,4 +501,39 @@ struct AppendParams {
   int32_t ctas_per_sequence;
 };
 
+// x is [B, L, H, D], or ragged [total, H, D] as one batch of all rows; out is as x, or x itself.
+struct RotaryParams {
+  const void* x;
+  void* out;
+  const void* cos;  // [table_rows, rotary_dim / 2]
+  const void* sin;
+  const int32_t* offsets;     // [B]: position of the first row of each sequence; null: offset
+  const int32_t* cu_seqlens;  // ragged: [B + 1]; null: every sequence is a row of the batch
+  int64_t x_stride_batch;
+  int64_t x_stride_row;
+  int64_t x_stride_head;
+  int64_t x_stride_column;  // 1 with Access::kVec16
+  int64_t out_stride_batch;
+  int64_t out_stride_row;
+  int64_t out_stride_head;
+  int64_t out_stride_column;
+  int64_t cos_stride;  // between rows
+  int64_t sin_stride;
+  int64_t num_rows;  // B * L, or total
+  int32_t batch;     // sequences
+  int32_t len;       // rows of a batch
+  int32_t heads;
+  int32_t head_dim;
+  int32_t rotary_dim;
+  int32_t table_rows;
+  int32_t offset;
+  int32_t offset_word;  // 4-byte words of an index: 1, or 2 of which the low one is read
+  int32_t cu_word;
+  int32_t units_per_row;  // threads for the columns of a row
+  int32_t head_groups;    // and for its heads: thread g has the heads g, g + head_groups ...
+  int32_t in_place;       // 1: what is not turned is not touched
+  float sign;             // 1, or -1 to turn back
+  int32_t reserved;       // keeps the size a multiple of 8
+};
+
 }  // namespace jitattn

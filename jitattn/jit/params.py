@@ -386,6 +386,40 @@ APPEND_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("ctas_per_sequence", _INT32),
 )
 
+ROTARY_FIELDS: Final[tuple[tuple[str, str], ...]] = (
+    ("x", _POINTER),
+    ("out", _POINTER),
+    ("cos", _POINTER),
+    ("sin", _POINTER),
+    ("offsets", _POINTER),
+    ("cu_seqlens", _POINTER),
+    ("x_stride_batch", _INT64),
+    ("x_stride_row", _INT64),
+    ("x_stride_head", _INT64),
+    ("x_stride_column", _INT64),
+    ("out_stride_batch", _INT64),
+    ("out_stride_row", _INT64),
+    ("out_stride_head", _INT64),
+    ("out_stride_column", _INT64),
+    ("cos_stride", _INT64),
+    ("sin_stride", _INT64),
+    ("num_rows", _INT64),
+    ("batch", _INT32),
+    ("len", _INT32),
+    ("heads", _INT32),
+    ("head_dim", _INT32),
+    ("rotary_dim", _INT32),
+    ("table_rows", _INT32),
+    ("offset", _INT32),
+    ("offset_word", _INT32),
+    ("cu_word", _INT32),
+    ("units_per_row", _INT32),
+    ("head_groups", _INT32),
+    ("in_place", _INT32),
+    ("sign", _FLOAT),
+    ("reserved", _INT32),
+)
+
 #: And the scales of Q and K in 8 bits, or of fp16 parts of Q, K and V.
 SCALE_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("q_scale", _POINTER),
@@ -508,6 +542,7 @@ FIELDS: Final = {
     "merge": MERGE_FIELDS,
     "merge_grad": MERGE_GRAD_FIELDS,
     "append": APPEND_FIELDS,
+    "rotary": ROTARY_FIELDS,
     "norm": NORM_FIELDS,
     "norm_grad": NORM_GRAD_FIELDS,
 }

@@ -448,6 +448,21 @@ class AppendSpec(_Spec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RotarySpec(_Spec):
+    """The kernel of a rotary embedding and of its gradient; dims are parameters."""
+
+    family: ClassVar[str] = "rotary"
+    params: ClassVar[str] = "rotary"
+    num_threads: ClassVar[int] = 256
+    smem_bytes: ClassVar[int] = 0
+    dtype: Dtype
+    table_dtype: Dtype  #: of cos and sin
+    interleaved: Switch  #: columns 2i and 2i + 1 are a pair, rather than i and i + rotary_dim / 2
+    access: Access
+    arch: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _OfSlices(_Spec):
     """What the kernels over slices of vectors have in common."""
 
@@ -538,6 +553,7 @@ PlainSpec: TypeAlias = (
     MergeSpec
     | MergeGradSpec
     | AppendSpec
+    | RotarySpec
     | NormSpec
     | NormGradSpec
     | StatsSpec
@@ -554,6 +570,7 @@ PLAIN_FAMILIES: Final[dict[str, type[PlainSpec]]] = {
     MergeSpec.family: MergeSpec,
     MergeGradSpec.family: MergeGradSpec,
     AppendSpec.family: AppendSpec,
+    RotarySpec.family: RotarySpec,
     NormSpec.family: NormSpec,
     NormGradSpec.family: NormGradSpec,
     StatsSpec.family: StatsSpec,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "jitattn"
 MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 TORCH_MAY = {
-    "append.py", "append_cpu.py", "attention.py", "autograd.py", "backward.py",
+    "append.py", "append_cpu.py", "apply_rotary.py", "attention.py", "autograd.py", "backward.py",
     "compat/fast_ops/flash_attention/_nested.py",
     "compat/fast_ops/flash_attention/attention_ref.py",
     "compat/fast_ops/flash_attention/flash_attention.py",
@@ -34,8 +34,8 @@ TORCH_MAY = {
     "jit/device.py", "kv_parts.py", "kvcache.py", "kvcache_call.py", "kvcache_ops.py", "layouts.py",
     "lists.py",
     "list_cache.py", "loaded.py", "merge.py", "ops.py", "patterns.py", "problem.py", "quantized.py",
-    "reference.py", "rotary.py", "score_gradients.py", "scores.py", "sequences.py", "tensors.py",
-    "vml.py",
+    "reference.py", "rotary.py", "rotary_cpu.py", "rotary_cuda.py", "rotary_ops.py",
+    "score_gradients.py", "scores.py", "sequences.py", "tensors.py", "vml.py",
     "warmup.py", "workspace.py", "write_tracking.py",
 }  # fmt: skip
 CUPY_MAY = {"jit/launch.py"}

@@ -36,6 +36,7 @@ STRUCTS = {
     "fwd_list": "FwdListParams",
     "merge": "MergeParams",
     "append": "AppendParams",
+    "rotary": "RotaryParams",
     "norm": "NormParams",
 }
 
