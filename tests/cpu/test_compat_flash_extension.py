@@ -22,7 +22,6 @@ from jitattn.compat.flash_attn.flash_attn_interface import (
     _get_block_size_n,
     _wrapped_flash_attn_forward,
 )
-from jitattn.compat.flash_attn.layers.rotary import apply_rotary_emb
 from tests.support.compare import rel_l2
 from tests.support.compat_flash_attn import HKV, D, H, dense, sequences
 
@@ -313,35 +312,3 @@ def test_operators_have_fake_twins_and_the_same_results() -> None:
     torch.library.opcheck(
         operators.varlen_fwd.default, (*flat, *given_fwd, *tail), test_utils=schema
     )
-
-
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_rotary(interleaved: bool) -> None:
-    positions, dim, rotary_dim = 40, 16, 8
-    angle = torch.rand(positions, rotary_dim // 2, generator=torch.Generator().manual_seed(1)) * 6
-    x = torch.stack(sequences((9, 9), H, 3)).requires_grad_()
-    offsets = torch.tensor([3, 20])
-    turned = apply_rotary_emb(x, angle.cos(), angle.sin(), interleaved, False, offsets)
-    for b in range(2):
-        for t in range(9):
-            for pair in range(rotary_dim // 2):
-                first = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + rotary_dim // 2)
-                a, c = (x[b, t, :, column] for column in first)
-                turn = angle[t + int(offsets[b]), pair]
-                real = a * turn.cos() - c * turn.sin(), c * turn.cos() + a * turn.sin()
-                for column, wanted in zip(first, real, strict=True):
-                    torch.testing.assert_close(turned[b, t, :, column], wanted)
-    assert torch.equal(turned[..., rotary_dim:dim], x[..., rotary_dim:])
-    (gradient,) = torch.autograd.grad(turned.square().sum(), x)
-    torch.testing.assert_close(gradient, 2 * x)  # a rotation keeps lengths
-    flat = apply_rotary_emb(
-        x.flatten(0, 1), angle.cos(), angle.sin(), interleaved, seqlen_offsets=offsets,
-        cu_seqlens=torch.tensor([0, 9, 18], dtype=torch.int32), max_seqlen=9,
-    )  # fmt: skip
-    assert torch.equal(flat, turned.flatten(0, 1))
-    given = x.detach().clone()
-    assert apply_rotary_emb(given, angle.cos(), angle.sin(), interleaved, True, 5) is given
-    with pytest.raises(jitattn.InvalidInputError, match="40 positions"):
-        apply_rotary_emb(given, angle.cos(), angle.sin(), seqlen_offsets=32)
-    with pytest.raises(jitattn.InvalidInputError, match="rotary_dim"):
-        apply_rotary_emb(given[..., :6], angle.cos(), angle.sin())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import Function
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,6 +14,51 @@ if TYPE_CHECKING:
 def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
     """Return rows of x [rows, ...]; differentiable."""
     return x.index_select(0, indices)
+
+
+def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
+    """Return `first_axis_dim` rows: row indices[i] is row i of values, others are 0."""
+    room = values.new_zeros(first_axis_dim, *values.shape[1:])
+    return room.index_copy(0, indices, values)
+
+
+class IndexFirstAxis:
+    """`index_first_axis`, for those who call its `apply`."""
+
+    apply = staticmethod(index_first_axis)
+
+
+class IndexPutFirstAxis:
+    """`index_put_first_axis`, likewise."""
+
+    apply = staticmethod(index_put_first_axis)
+
+
+class IndexFirstAxisResidual(Function):
+    """Rows of a tensor, and the tensor for a residual connection, which may be written to."""
+
+    @staticmethod
+    def forward(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both; the second over the memory of x, and no view of it to autograd."""
+        return x.index_select(0, indices), x.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ANN401 - autograd's
+        """Keep the indices."""
+        del output
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, d_rows: Tensor, d_residual: Tensor) -> Any:  # noqa: ANN401 - autograd's
+        """Add both gradients."""
+        (indices,) = ctx.saved_tensors
+        return d_residual.index_add(0, indices, d_rows), None
+
+
+def index_first_axis_residual(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows of x [rows, ...], and x for a residual connection; differentiable."""
+    rows, residual = IndexFirstAxisResidual.apply(x, indices)  # type: ignore[no-untyped-call]
+    return rows, residual
 
 
 def unpad_input(
@@ -48,6 +94,36 @@ def unpad_input(
     return flat, indices, cumulative, longest, attention_mask.sum(dim=1, dtype=torch.int32)
 
 
+def unpad_input_for_concatenated_sequences(
+    hidden_states: Tensor, attention_mask_in_length: Tensor
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Put the real tokens of a batch whose rows hold several sequences one after another.
+
+    Parameters
+    ----------
+    hidden_states : Tensor, [B, L, ...]
+    attention_mask_in_length : Tensor, [B, L], int
+        Lengths of the sequences of each row in their order, and 0 elsewhere; they fill the row from
+        its first token on.
+
+    Returns
+    -------
+    hidden_states : Tensor, [total, ...]
+    indices : Tensor, [total]
+        Their rows among the B * L.
+    cu_seqlens : Tensor, [sequences + 1], int32
+    max_seqlen_in_batch : int
+        Read from the device.
+    """
+    lengths = attention_mask_in_length[attention_mask_in_length != 0]
+    cumulative = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    place = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+    is_token = place < attention_mask_in_length.sum(1, keepdim=True)
+    indices = is_token.flatten().nonzero().flatten()
+    flat = index_first_axis(hidden_states.flatten(0, 1), indices)
+    return flat, indices, cumulative, int(lengths.max()) if len(lengths) else 0
+
+
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     """Put tokens back into a batch; the rest is 0.
 
@@ -62,6 +138,5 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
     -------
     Tensor, [batch, seqlen, ...]
     """
-    room = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
-    filled = room.index_copy(0, indices, hidden_states)
+    filled = index_put_first_axis(hidden_states, indices, batch * seqlen)
     return filled.view(batch, seqlen, *hidden_states.shape[1:])

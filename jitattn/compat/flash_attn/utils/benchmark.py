@@ -1,7 +1,7 @@
 """`flash_attn.utils.benchmark`: time of a function and of its backward pass, with torch's timer.
 
-Each takes a function and its arguments, and returns a pair of `torch.utils.benchmark.Timer` and
-`Measurement` (seconds: `.mean`); `desc` names what is printed with `verbose`; `amp` runs it under
+Each timer takes a function and its arguments, and returns a pair of `torch.utils.benchmark.Timer`
+and `Measurement` (seconds: `.mean`); `desc` names what is printed with `verbose`; `amp` runs it under
 autocast to `amp_dtype`. `grad` is the gradient of the result, drawn if left out.
 """
 
@@ -28,6 +28,7 @@ __all__ = [
     "benchmark_forward",
     "benchmark_fwd_bwd",
     "benchmark_memory",
+    "pytorch_profiler",
 ]
 
 
@@ -145,6 +146,43 @@ def benchmark_memory(
         print(f"{desc} max memory: {most} GB")  # noqa: T201 - what it is for
     torch.cuda.empty_cache()
     return most
+
+
+def pytorch_profiler(
+    fn: Callable[..., Any],
+    *inputs: Any,  # noqa: ANN401
+    trace_filename: str | None = None,
+    backward: bool = False,
+    amp: bool = False,
+    amp_dtype: torch.dtype = torch.float16,
+    cpu: bool = False,
+    verbose: bool = True,
+    **kwinputs: Any,  # noqa: ANN401
+) -> None:
+    """Profile a call, and with `backward` its backward pass, after 30 to warm up.
+
+    Prints torch's table with `verbose`, and writes a trace to `trace_filename`. `cpu` adds what the
+    host does, as does a machine without a GPU.
+    """
+
+    def run() -> None:
+        with torch.autocast(_device_of(inputs), amp_dtype, enabled=amp):
+            result = _first(fn(*inputs, **kwinputs))
+        if backward:
+            _forget_gradients(inputs)
+            result.backward(torch.ones_like(result))
+
+    for _ in range(30):
+        run()
+    kinds = torch.profiler.ProfilerActivity
+    has_gpu = torch.cuda.is_available()
+    activities = [kinds.CUDA] * has_gpu + [kinds.CPU] * (cpu or not has_gpu)
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+        run()
+    if verbose:
+        print(profile.key_averages().table(row_limit=50))  # noqa: T201
+    if trace_filename is not None:
+        profile.export_chrome_trace(trace_filename)
 
 
 def _timed(run: Callable[[], None], repeats: int, desc: str, verbose: bool) -> Timed:

@@ -1,0 +1,1 @@
+"""Operations that callers import beside the attention functions."""
