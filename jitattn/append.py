@@ -13,7 +13,7 @@ from jitattn.jit.enums import Access, RotaryStyle
 from jitattn.jit.spec import AppendSpec
 from jitattn.loaded import loaded_kernel
 from jitattn.problem import axes
-from jitattn.sequences import Paged
+from jitattn.sequences import LENGTHS, Paged
 from jitattn.tensors import DTYPES
 
 if TYPE_CHECKING:
@@ -121,12 +121,9 @@ def _launch(q: Tensor, turned: Tensor, new: Append, index: int) -> None:
     used, used_word = 0, 1
     if isinstance(new.length, Tensor):
         used, used_word = new.length.data_ptr(), new.length.element_size() // 4
-    q_start = q_stop = 0
-    q_word, q_is_length = 1, True
+    q_start, q_stop, q_word, q_kind = 0, 0, 1, LENGTHS
     if new.q_seqs is not None:
-        q_start = 0 if new.q_seqs.start is None else new.q_seqs.start.data_ptr()
-        q_stop, q_word = new.q_seqs.stop.data_ptr(), new.q_seqs.stop.element_size() // 4
-        q_is_length = new.q_seqs.stop_is_length
+        q_start, q_stop, q_word, q_kind = new.q_seqs.addresses()
     if not batch:
         return
     loaded_kernel(spec, index).launch(
@@ -166,7 +163,7 @@ def _launch(q: Tensor, turned: Tensor, new: Append, index: int) -> None:
         new.stop.element_size() // 4,
         table_word,
         q_word,
-        q_is_length,
+        q_kind,
         q.shape[0],
         ctas,
     )

@@ -124,10 +124,8 @@ def _tensors_of(call: Call) -> list[tuple[str, Tensor]]:
     """Return the tensors of a call beside q, k and v, by the names that messages have."""
     found = list(tensors_of(call).items())
     for name, seqs in (("q_seqs", call.q_seqs), ("kv_seqs", call.kv_seqs)):
-        for field in ("start", "stop", "block_table", "batch_idx"):
-            tensor = getattr(seqs, field, None)
-            if tensor is not None:
-                found.append((f"{name} ({field})", tensor))
+        given = {} if seqs is None else seqs.tensors()
+        found += [(f"{name} ({field})", tensor) for field, tensor in given.items()]
     if call.scores.dropout is not None:
         found.append(("dropout_state", call.scores.dropout.state))
     return found

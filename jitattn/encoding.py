@@ -150,8 +150,10 @@ class Writer:
             self.integer(0)
             return
         self.integer(1 if isinstance(seqs, Ragged) else 2 if isinstance(seqs, Padded) else 3)
-        self.tensor(seqs.start)
-        self.tensor(seqs.stop)
+        self.tensor(seqs.cumulative)
+        if seqs.cumulative is None:
+            self.tensor(seqs.start)
+            self.tensor(seqs.stop)
         self.integer(seqs.stop_is_length)
         self.integer(seqs._max_length)
         self.integer(seqs._overlaps)
@@ -213,19 +215,15 @@ class Reader:
         kind = self.integer()
         if kind == 0:
             return None
-        start, stop = self.tensor(), self.tensor()
+        cumulative, start, stop = self.tensor(), None, None
+        if cumulative is None:
+            start, stop = self.tensor(), self.tensor()
         is_length, longest, overlaps = bool(self.integer()), self.integer(), self.integer()
-        made: Any
-        if kind == 1:
-            made = Ragged.__new__(Ragged)
-            made._set(start, stop, is_length, longest, "Ragged")
-        elif kind == 2:
-            made = Padded.__new__(Padded)
-            made._set_padded(start, stop, is_length, longest, self.tensor())
-        else:
-            made = Paged.__new__(Paged)
-            made._set(start, stop, is_length, longest, "Paged")
-            object.__setattr__(made, "block_table", self.tensor())
+        cls: Any = (Ragged, Padded, Paged)[kind - 1]
+        made = cls.__new__(cls)
+        made._hold(cumulative, start, stop, is_length, longest)
+        if kind > 1:
+            object.__setattr__(made, "batch_idx" if kind == 2 else "block_table", self.tensor())
         object.__setattr__(made, "_overlaps", None if overlaps is None else bool(overlaps))
         return made
 

@@ -14,7 +14,7 @@ from jitattn.jit.params import FWD_SCORE_FIELDS, divisor
 from jitattn.masks import Causal, Full, parts_of
 from jitattn.problem import Indices, Runtime
 from jitattn.scores import NO_CHANGES, NO_LEFT, Sizes, check
-from jitattn.sequences import Padded, Paged, Ragged
+from jitattn.sequences import LENGTHS, Padded, Paged, Ragged
 from jitattn.tensors import address_of, strides_of
 
 if TYPE_CHECKING:
@@ -220,9 +220,9 @@ def _check_kinds(q_seqs: QSequences, kv_seqs: KvSequences, device: torch.device)
                 f"{name} is a {type(seqs).__name__}: it must be one of {allowed}, or None for "
                 "sequences that fill the batch"
             )
-        if seqs.stop.device != device:
+        if seqs.device != device:
             raise InvalidInputError(
-                f"{name} holds indices on {seqs.stop.device}, q is on {device}: they must be on "
+                f"{name} holds indices on {seqs.device}, q is on {device}: they must be on "
                 "one device; move them with .to()"
             )
 
@@ -340,31 +340,23 @@ def _indices(call: Call, ours: _Side, theirs: _Side, bottom_right: bool) -> Indi
     table = table_stride = num_pages = 0
     table_word = page_size = 1
     kv_rows = theirs.rows
-    kv_start = kv_stop = 0
-    kv_word, kv_is_length = 1, True
+    kv_start = kv_stop = q_start = q_stop = 0
+    q_word = kv_word = 1
+    q_kind = kv_kind = LENGTHS
+    if q_seqs is not None:
+        q_start, q_stop, q_word, q_kind = q_seqs.addresses()
+    if kv_seqs is not None:
+        kv_start, kv_stop, kv_word, kv_kind = kv_seqs.addresses()
     if isinstance(kv_seqs, Paged):
         block_table = kv_seqs.block_table
         table, table_word = block_table.data_ptr(), block_table.element_size() // 4
         table_stride = block_table.stride(0) * table_word
-        kv_stop, kv_word = kv_seqs.stop.data_ptr(), kv_seqs.stop.element_size() // 4
         page_size = theirs.page_size
         num_pages = theirs.rows // page_size
         kv_rows = min(_MAX_COUNT, block_table.shape[1] * page_size) if num_pages else 0
-        kv_start = 0 if kv_seqs.start is None else kv_seqs.start.data_ptr()
-        kv_is_length = kv_seqs.stop_is_length
-    elif kv_seqs is not None:
-        kv_start = 0 if kv_seqs.start is None else kv_seqs.start.data_ptr()
-        kv_stop, kv_word = kv_seqs.stop.data_ptr(), kv_seqs.stop.element_size() // 4
-        kv_is_length = kv_seqs.stop_is_length
-        if isinstance(kv_seqs, Padded) and kv_seqs.batch_idx is not None:
-            table, table_word = kv_seqs.batch_idx.data_ptr(), kv_seqs.batch_idx.element_size() // 4
-            num_pages = theirs.outer_size
-    q_start = q_stop = 0
-    q_word, q_is_length = 1, True
-    if q_seqs is not None:
-        q_start = 0 if q_seqs.start is None else q_seqs.start.data_ptr()
-        q_stop, q_word = q_seqs.stop.data_ptr(), q_seqs.stop.element_size() // 4
-        q_is_length = q_seqs.stop_is_length
+    elif isinstance(kv_seqs, Padded) and kv_seqs.batch_idx is not None:
+        table, table_word = kv_seqs.batch_idx.data_ptr(), kv_seqs.batch_idx.element_size() // 4
+        num_pages = theirs.outer_size
     return Indices(
         (q_start, q_stop, kv_start, kv_stop, table, table_stride),
         bottom_right,
@@ -372,8 +364,8 @@ def _indices(call: Call, ours: _Side, theirs: _Side, bottom_right: bool) -> Indi
             q_word,
             kv_word,
             table_word,
-            q_is_length,
-            kv_is_length,
+            q_kind,
+            kv_kind,
             ours.rows,
             kv_rows,
             num_pages,

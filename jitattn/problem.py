@@ -76,7 +76,7 @@ class Indices(NamedTuple):
     #: q_start, q_stop, kv_start, kv_stop, block_table, and the stride of the table's rows in words
     addresses: tuple[int, ...]
     bottom_right: bool  #: the diagonal of each sequence is moved by its Lkv - Lq
-    #: q_word, kv_word, table_word, q_stop_is_length, kv_stop_is_length, q_rows, kv_rows, num_pages,
+    #: q_word, kv_word, table_word, q_span_kind, kv_span_kind, q_rows, kv_rows, num_pages,
     #: page_size, page_div_mul, page_div_shift: as `FwdSeqParams` has them
     counts: tuple[int, ...]
     is_flat: bool  #: q is [total, Hq, D], and so out; LSE is [Hq, total]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from jitattn.errors import InvalidInputError
@@ -41,16 +42,19 @@ class Rotary:
                 raise InvalidInputError(
                     f"Rotary({name}={what}): it must be a tensor [positions, rotary_dim / 2]"
                 )
-            strides_of(f"Rotary({name}=...)", table)
-        if (cos.shape, cos.dtype, cos.device) != (sin.shape, sin.dtype, sin.device):
+            if table.layout is not torch.strided or not table.is_contiguous():
+                strides_of(f"Rotary({name}=...)", table)
+        if cos.shape != sin.shape or cos.dtype != sin.dtype or cos.device != sin.device:
             raise InvalidInputError(
                 f"Rotary: cos is {cos.dtype} {list(cos.shape)} on {cos.device}, sin {sin.dtype} "
                 f"{list(sin.shape)} on {sin.device}: they must be alike"
             )
         if type(interleaved) is not bool:
             raise InvalidInputError(f"Rotary(interleaved={interleaved!r}): it must be a bool")
-        for field, value in (("cos", cos), ("sin", sin), ("interleaved", interleaved)):
-            object.__setattr__(self, field, value)
+        hold = object.__setattr__
+        hold(self, "cos", cos)
+        hold(self, "sin", sin)
+        hold(self, "interleaved", interleaved)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Rotary is frozen: {name} cannot be set")

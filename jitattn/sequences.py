@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import torch
 
-from jitattn.errors import InvalidInputError
+from jitattn.errors import InternalError, InvalidInputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _INDEX_DTYPES: Final = (torch.int32, torch.int64)
+_MOST: Final = 2**31
+#: What a kernel takes starts and stops for: `SpanKind` in sequence.cuh.
+STOPS, LENGTHS, CUMULATIVE = 0, 1, 2
 
 
 class _Spans:
@@ -23,6 +26,8 @@ class _Spans:
 
     Attributes
     ----------
+    cumulative : Tensor, [B + 1], int32 or int64, or None
+        Lengths of all sequences before each one, and of all. The others follow from it.
     start : Tensor, [B], int32 or int64, or None
         First row of each sequence; None for 0.
     stop : Tensor, [B]
@@ -31,11 +36,12 @@ class _Spans:
         Which of the two `stop` is.
     """
 
-    __slots__ = ("_max_length", "_overlaps", "start", "stop", "stop_is_length")
+    __slots__ = ("_max_length", "_overlaps", "_start", "_stop", "cumulative", "stop_is_length")
 
-    start: Tensor | None
-    stop: Tensor
+    cumulative: Tensor | None
     stop_is_length: bool
+    _start: Tensor | None
+    _stop: Tensor | None
     _max_length: int | None
     _overlaps: bool | None
 
@@ -47,10 +53,9 @@ class _Spans:
         max_length: int | None,
         name: str,
     ) -> None:
-        for what, tensor in (("start", start), ("length", stop)):
-            if tensor is not None:
-                check_index(f"{name}({what}=...)", tensor, 1)
+        check_index(f"{name}(length=...)", stop, 1)
         if start is not None:
+            check_index(f"{name}(start=...)", start, 1)
             if start.dtype != stop.dtype or start.device != stop.device:
                 raise InvalidInputError(
                     f"{name}: start is {start.dtype} on {start.device} and length {stop.dtype} on "
@@ -62,29 +67,83 @@ class _Spans:
                     "for every sequence"
                 )
         check_max_length(name, max_length)
-        for field, value in (
-            ("start", start),
-            ("stop", stop),
-            ("stop_is_length", stop_is_length),
-            ("_max_length", max_length),
-            ("_overlaps", None),
-        ):
-            object.__setattr__(self, field, value)
+        self._hold(None, start, stop, stop_is_length, max_length)
+
+    def _set_cumulative(self, cu_seqlens: Tensor, max_length: int | None, name: str) -> None:
+        check_index("from_cu_seqlens(cu_seqlens=...)", cu_seqlens, 1)
+        if not cu_seqlens.shape[0]:
+            raise InvalidInputError("cu_seqlens is empty: it has one entry more than sequences")
+        check_max_length(name, max_length)
+        self._hold(cu_seqlens, None, None, False, max_length)
+
+    def _hold(
+        self,
+        cumulative: Tensor | None,
+        start: Tensor | None,
+        stop: Tensor | None,
+        stop_is_length: bool,
+        max_length: int | None,
+    ) -> None:
+        hold = object.__setattr__
+        hold(self, "cumulative", cumulative)
+        hold(self, "_start", start)
+        hold(self, "_stop", stop)
+        hold(self, "stop_is_length", stop_is_length)
+        hold(self, "_max_length", max_length)
+        hold(self, "_overlaps", None)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{type(self).__name__} is frozen: {name} cannot be set")
 
     @property
+    def start(self) -> Tensor | None:
+        """First rows, [B]; None for 0."""
+        return self._start if self.cumulative is None else self.cumulative[:-1]
+
+    @property
+    def stop(self) -> Tensor:
+        """Lengths, or rows after the last ones, [B]."""
+        stop = self._stop if self.cumulative is None else self.cumulative[1:]
+        if stop is None:
+            raise InternalError("sequences without an end")
+        return stop
+
+    @property
     def batch(self) -> int:
         """Number of sequences."""
-        return len(self.stop)
+        if self.cumulative is not None:
+            return self.cumulative.shape[0] - 1
+        return self.stop.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the indices."""
+        return self.stop.device if self.cumulative is None else self.cumulative.device
 
     @property
     def length(self) -> Tensor:
         """The lengths, [B]; computed anew, by a kernel, where stops were given."""
-        if self.stop_is_length or self.start is None:
-            return self.stop
-        return self.stop - self.start
+        start = self.start
+        return self.stop if self.stop_is_length or start is None else self.stop - start
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that the value was made of, by name."""
+        names = ("cumulative", "_start", "_stop", "batch_idx", "block_table")
+        found = {name.strip("_"): getattr(self, name, None) for name in names}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Return addresses of starts (0: none) and of stops, words of an entry, and the kind.
+
+        The kind says what a kernel takes them for: `STOPS`, `LENGTHS`, `CUMULATIVE`.
+        """
+        if self.cumulative is not None:
+            size = self.cumulative.element_size()
+            first = self.cumulative.data_ptr()
+            return first, first + size, size // 4, STOPS
+        start, stop = self._start, self.stop
+        words, kind = stop.element_size() // 4, LENGTHS if self.stop_is_length else STOPS
+        return 0 if start is None else start.data_ptr(), stop.data_ptr(), words, kind
 
 
 class Ragged(_Spans):
@@ -126,11 +185,8 @@ class Ragged(_Spans):
         max_length : int, optional
             As in the constructor.
         """
-        check_index("Ragged.from_cu_seqlens(...)", cu_seqlens, 1)
-        if len(cu_seqlens) == 0:
-            raise InvalidInputError("cu_seqlens is empty: it has one entry more than sequences")
         value = cls.__new__(cls)
-        value._set(cu_seqlens[:-1], cu_seqlens[1:], False, max_length, "Ragged")
+        value._set_cumulative(cu_seqlens, max_length, "Ragged")
         return value
 
     def knows_max_length(self) -> bool:
@@ -254,7 +310,8 @@ class Paged(_Spans):
         max_length: int | None = None,
         start: Tensor | None = None,
     ) -> None:
-        self._set_paged(block_table, start, length, True, max_length)
+        self._set(start, length, True, max_length, "Paged")
+        self._set_table(block_table)
 
     @classmethod
     def from_stop(
@@ -266,23 +323,49 @@ class Paged(_Spans):
     ) -> Paged:
         """Make the value from the row after the last key of each sequence; launches nothing."""
         value = cls.__new__(cls)
-        value._set_paged(block_table, start, stop, start is None, max_length)
+        value._set(start, stop, start is None, max_length, "Paged")
+        value._set_table(block_table)
         return value
 
-    def _set_paged(
-        self,
-        block_table: Tensor,
-        start: Tensor | None,
-        stop: Tensor,
-        stop_is_length: bool,
-        max_length: int | None,
-    ) -> None:
+    @classmethod
+    def from_cu_seqlens(
+        cls, block_table: Tensor, cu_seqlens: Tensor, max_length: int | None = None
+    ) -> Paged:
+        """Make the value from cumulative lengths, as FlashAttention has them; launches nothing.
+
+        Parameters
+        ----------
+        cu_seqlens : Tensor, [B + 1], int32 or int64
+            Sequence b has cu_seqlens[b + 1] - cu_seqlens[b] keys, the first ones of its pages.
+        """
+        value = cls.__new__(cls)
+        value._set_cumulative(cu_seqlens, max_length, "Paged")
+        value._set_table(block_table)
+        return value
+
+    @property
+    def start(self) -> Tensor | None:
+        """First rows, [B]; None for 0."""
+        return self._start
+
+    @property
+    def stop(self) -> Tensor:
+        """Lengths, computed anew where cumulative ones were given; or rows after the last ones."""
+        if self.cumulative is None:
+            return super().stop
+        return self.cumulative[1:] - self.cumulative[:-1]
+
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Return addresses of starts (0: none) and of stops, words of an entry, and the kind."""
+        first, stop, words, kind = super().addresses()
+        return first, stop, words, kind if self.cumulative is None else CUMULATIVE
+
+    def _set_table(self, block_table: Tensor) -> None:
         check_index("Paged(block_table=...)", block_table, 2)
-        self._set(start, stop, stop_is_length, max_length, "Paged")
-        if len(block_table) != len(stop) or block_table.device != stop.device:
+        if block_table.shape[0] != self.batch or block_table.device != self.device:
             raise InvalidInputError(
-                f"Paged: block_table has {len(block_table)} rows on {block_table.device} and "
-                f"length {len(stop)} entries on {stop.device}: both need one for every sequence"
+                f"Paged: block_table has {len(block_table)} rows on {block_table.device}, but "
+                f"there are {self.batch} sequences, on {self.device}: it needs a row for each"
             )
         if block_table.shape[1] > 1 and block_table.stride(1) != 1:
             raise InvalidInputError(
@@ -303,7 +386,7 @@ KvSequences: TypeAlias = Ragged | Padded | Paged | None
 
 def check_max_length(name: str, max_length: int | None) -> None:
     """Refuse a bound that is none."""
-    if max_length is not None and (type(max_length) is not int or not 0 <= max_length < 2**31):
+    if max_length is not None and (type(max_length) is not int or not 0 <= max_length < _MOST):
         raise InvalidInputError(
             f"{name}(max_length={max_length!r}): it must be an int from 0 to 2**31 - 1"
         )
@@ -311,6 +394,13 @@ def check_max_length(name: str, max_length: int | None) -> None:
 
 def check_index(what: str, tensor: object, dimensions: int) -> None:
     """Refuse what is no tensor of indices."""
+    if (
+        isinstance(tensor, torch.Tensor)
+        and tensor.dtype in _INDEX_DTYPES
+        and tensor.dim() == dimensions
+        and (dimensions > 1 or tensor.is_contiguous())
+    ):
+        return
     if not isinstance(tensor, torch.Tensor):
         raise InvalidInputError(f"{what} is a {type(tensor).__name__}: it must be a torch tensor")
     if tensor.dtype not in _INDEX_DTYPES:
@@ -322,10 +412,9 @@ def check_index(what: str, tensor: object, dimensions: int) -> None:
             f"{what} has shape {list(tensor.shape)}: it must have {dimensions} "
             f"dimension{'s' if dimensions > 1 else ''}"
         )
-    if dimensions == 1 and len(tensor) > 1 and tensor.stride(0) != 1:
-        raise InvalidInputError(
-            f"{what} has stride {tensor.stride(0)}: it must be contiguous; call .contiguous() first"
-        )
+    raise InvalidInputError(
+        f"{what} has stride {tensor.stride(0)}: it must be contiguous; call .contiguous() first"
+    )
 
 
 def overlaps(seqs: Ragged | Padded | Paged) -> bool:

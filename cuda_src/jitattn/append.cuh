@@ -140,8 +140,8 @@ __device__ __forceinline__ void append(const AppendParams& params) {
   const int used = min_of(max_of(given, 0), room);
   Span tokens = {0, params.num_new}, queries = {0, params.len_q};
   if (params.q_stop != nullptr) {
-    tokens = load_span(params.q_start, params.q_stop, batch_idx, params.q_word,
-                       params.q_stop_is_length, params.num_new, params.q_rows);
+    tokens = load_span(params.q_start, params.q_stop, batch_idx, params.q_word, params.q_span_kind,
+                       params.num_new, params.q_rows);
     queries = tokens;
   }
   const int stop = used + min_of(tokens.length, room - used);

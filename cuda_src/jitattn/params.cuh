@@ -61,8 +61,8 @@ struct FwdSeqParams : FwdParams {
   int32_t q_word;        // 4-byte words of an index of q: 1, or 2 of which the low one is read
   int32_t kv_word;
   int32_t table_word;
-  int32_t q_stop_is_length;
-  int32_t kv_stop_is_length;
+  int32_t q_span_kind;  // SpanKind: what q_start and q_stop stand for
+  int32_t kv_span_kind;
   int32_t q_rows;      // ragged: rows of the tensor, of which no index leads out
   int32_t kv_rows;     // paged: of all pages that a sequence has room for
   uint32_t num_pages;  // ragged: batch of k and v
@@ -209,8 +209,8 @@ struct QuantParams {
   int32_t q_word;  // from here on as FwdSeqParams has them
   int32_t kv_word;
   int32_t table_word;
-  int32_t q_stop_is_length;
-  int32_t kv_stop_is_length;
+  int32_t q_span_kind;
+  int32_t kv_span_kind;
   int32_t q_rows;
   int32_t kv_rows;
   uint32_t num_pages;
@@ -496,7 +496,7 @@ struct AppendParams {
   int32_t stop_word;
   int32_t table_word;
   int32_t q_word;
-  int32_t q_stop_is_length;
+  int32_t q_span_kind;
   int32_t q_rows;  // ragged: rows of the tensor
   int32_t ctas_per_sequence;
 };

@@ -65,11 +65,11 @@ __device__ __forceinline__ QuantWork quant_work(const QuantParams& params, int r
   const int batch = static_cast<int>(rest / heads);
   Span q = {0, params.len_q}, kv = {0, params.len_kv};
   if (params.q_stop != nullptr) {
-    q = load_span(params.q_start, params.q_stop, batch, params.q_word, params.q_stop_is_length,
+    q = load_span(params.q_start, params.q_stop, batch, params.q_word, params.q_span_kind,
                   params.len_q, params.q_rows);
   }
   if (params.kv_stop != nullptr) {
-    kv = load_span(params.kv_start, params.kv_stop, batch, params.kv_word, params.kv_stop_is_length,
+    kv = load_span(params.kv_start, params.kv_stop, batch, params.kv_word, params.kv_span_kind,
                    params.len_kv, params.kv_rows);
   }
   return {is_k, static_cast<int>(rest % heads), batch, block, q, kv};

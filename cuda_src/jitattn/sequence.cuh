@@ -73,13 +73,20 @@ struct Span {
   int length;
 };
 
+// What start and stop of a sequence stand for; twins of the numbers in sequences.py.
+enum SpanKind : int32_t {
+  kStop,        // its first row (null: 0), and the row after its last
+  kLength,      // its first row (null: 0), and its length
+  kCumulative,  // the lengths of all before it, without and with it; its first row is 0
+};
+
 // `most`: the largest length; `rows`: of the tensor. No index leads out of it, whatever was given.
 __device__ __forceinline__ Span load_span(const int32_t* g_start, const int32_t* g_stop, int idx,
-                                          int words, bool stop_is_length, int most, int rows) {
+                                          int words, int32_t kind, int most, int rows) {
   const int given = g_start == nullptr ? 0 : load_index(g_start, idx, words);
   const int stop = load_index(g_stop, idx, words);
-  const int length = stop_is_length ? stop : stop - given;
-  const int start = min_of(max_of(given, 0), rows);
+  const int length = kind == kLength ? stop : stop - given;
+  const int start = kind == kCumulative ? 0 : min_of(max_of(given, 0), rows);
   return {start, max_of(0, min_of(min_of(length, most), rows - start))};
 }
 
@@ -87,7 +94,7 @@ __device__ __forceinline__ Span load_span(const int32_t* g_start, const int32_t*
 template <class Spec>
 __device__ __forceinline__ Span q_span(const FwdParamsOf<Spec>& params, int batch_idx) {
   if constexpr (Spec::kQLayout == SeqLayout::kBatched) return {0, params.len_q};
-  return load_span(params.q_start, params.q_stop, batch_idx, params.q_word, params.q_stop_is_length,
+  return load_span(params.q_start, params.q_stop, batch_idx, params.q_word, params.q_span_kind,
                    params.len_q, params.q_rows);
 }
 
@@ -116,8 +123,8 @@ __device__ __forceinline__ Span kv_span(const FwdParamsOf<Spec>& params, int bat
     const bool is_named = params.block_table != nullptr;
     if (is_named && kv_row<Spec>(params, batch_idx) >= params.num_pages) return {0, 0};
   }
-  return load_span(params.kv_start, params.kv_stop, batch_idx, params.kv_word,
-                   params.kv_stop_is_length, params.len_kv, params.kv_rows);
+  return load_span(params.kv_start, params.kv_stop, batch_idx, params.kv_word, params.kv_span_kind,
+                   params.len_kv, params.kv_rows);
 }
 
 constexpr int kNoLeft = -0x40000000;  // as the host has it (masks.py)

@@ -9,6 +9,7 @@ dims as in `jitattn.compat.flash_attn`.
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from jitattn.compat._errors import ExtensionError, errors_as
 from jitattn.compat.flash_attn._translate import (
     CACHE_WORDS,
     WORDS,
+    in_rows,
     keys_of,
     lengths_of,
     mask_of,
@@ -38,6 +40,7 @@ from jitattn.sequences import Ragged
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from jitattn.masks import Mask
     from jitattn.sequences import Paged
 
 
@@ -248,38 +251,107 @@ def fwd_kvcache(
     -------
     [out, lse]
     """
+    if seqlens_k is not None and not isinstance(seqlens_k, torch.Tensor):
+        raise InvalidInputError(f"cache_seqlens={seqlens_k!r}: it must be a tensor [B]")
+    out, lse = with_kvcache(
+        q,
+        kcache,
+        vcache,
+        k,
+        v,
+        seqlens_k,
+        rotary_cos,
+        rotary_sin,
+        cache_batch_idx,
+        leftpad_k,
+        block_table,
+        alibi_slopes,
+        out,
+        softmax_scale,
+        is_causal,
+        (window_size_left, window_size_right),
+        softcap,
+        keep_first,
+        force_fa_decode,
+        is_rotary_interleaved,
+        num_splits,
+        return_lse=True,
+    )
+    return [out, lse]
+
+
+def with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cache_seqlens: Tensor | int | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    out: Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    keep_first: int,
+    force_fa_decode: bool,
+    rotary_interleaved: bool,
+    num_splits: int,
+    *,
+    return_lse: bool,
+) -> tuple[Tensor, Any]:
+    """Append and attend: (out, lse), without an LSE unless `return_lse`."""
     if (rotary_cos is None) != (rotary_sin is None):
         raise InvalidInputError("rotary_cos and rotary_sin: give both, or neither")
     rotary = None
     if rotary_cos is not None and rotary_sin is not None:
-        rotary = Rotary(rotary_cos, rotary_sin, interleaved=bool(is_rotary_interleaved))
-    room = kcache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    length: Tensor | int | None = seqlens_k
-    if length is None:
+        rotary = Rotary(rotary_cos, rotary_sin, interleaved=bool(rotary_interleaved))
+    room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    if cache_seqlens is None:
         if k is not None:
             raise InvalidInputError("k and v need cache_seqlens: where in the cache do they go?")
-        length = room
-    window = (window_size_left, window_size_right)
-    result, lse = attention_with_kvcache(
-        q.detach(),
-        kcache.detach(),
-        vcache.detach(),
-        None if k is None else k.detach(),
-        None if v is None else v.detach(),
-        length=length,
-        rotary=rotary,
-        left_pad=leftpad_k,
-        batch_idx=cache_batch_idx,
-        block_table=block_table,
-        mask=mask_of(is_causal, window, keep_first, force_fa_decode, (q.shape[1], room)),
-        scale=softmax_scale,
-        out=out,
-        num_splits=num_splits or None,
-        return_lse=True,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap or None,
-    )
-    return [result, their_lse(lse)]
+        cache_seqlens = room
+    elif not isinstance(cache_seqlens, torch.Tensor):
+        cache_seqlens = operator.index(cache_seqlens)
+    q = in_rows(q)
+    if k is not None and v is not None:
+        k, v = in_rows(k), in_rows(v)
+    mask = mask_of(causal, window_size, keep_first, force_fa_decode, (q.shape[1], room))
+
+    def attend() -> Any:  # noqa: ANN401 - Tensor, or two
+        return attention_with_kvcache(
+            q,
+            k_cache,
+            v_cache,
+            k,
+            v,
+            length=cache_seqlens,
+            rotary=rotary,
+            left_pad=cache_leftpad,
+            batch_idx=cache_batch_idx,
+            block_table=block_table,
+            mask=mask,
+            scale=softmax_scale,
+            out=out,
+            num_splits=num_splits or None,
+            return_lse=return_lse,
+            alibi_slopes=alibi_slopes,
+            softcap=softcap or None,
+        )
+
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k_cache, v_cache, k, v)
+    ):
+        with torch.no_grad():
+            found = attend()
+    else:
+        found = attend()
+    return (found[0], their_lse(found[1])) if return_lse else (found, None)
 
 
 def _given(
@@ -313,20 +385,41 @@ def _forward(
     if p_dropout > 0.0:
         state = dropout_state(q.device, generator=gen)
         given |= {"dropout_p": p_dropout, "dropout_state": state}
+    q, k, v = in_rows(q), in_rows(k), in_rows(v)
     result, lse = attention(q, k, v, **given, out=out, return_lse=True)
     dmask = q.new_empty(0)
     if return_softmax and state is not None:
-        dmask = dmask_of(q, k, given)
+        dmask = dmask_of(
+            q,
+            k,
+            given["mask"],
+            given["scale"],
+            given["softcap"],
+            given["alibi_slopes"],
+            p_dropout,
+            state,
+            given.get("q_seqs"),
+            given.get("kv_seqs"),
+        )
     rng_state = torch.zeros(2, dtype=torch.int64, device=q.device) if state is None else state
     if out is None:
         result = result.contiguous()
     return [result, their_lse(lse).contiguous(), dmask, rng_state]
 
 
-def dmask_of(q: Tensor, k: Tensor, given: dict[str, Any]) -> Tensor:
+def dmask_of(
+    q: Tensor,
+    k: Tensor,
+    mask: Mask,
+    scale: float | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+    state: Tensor,
+    q_seqs: Ragged | None = None,
+    kv_seqs: Ragged | Paged | None = None,
+) -> Tensor:
     """Return S_dmask of a call of `attention` with a dropout."""
-    q_seqs: Ragged | None = given.get("q_seqs")
-    kv_seqs: Ragged | Paged | None = given.get("kv_seqs")
     sizes = q.shape[1], k.shape[1]
     if isinstance(q_seqs, Ragged) and isinstance(kv_seqs, Ragged):
         sizes = q_seqs.max_length(), kv_seqs.max_length()
@@ -334,12 +427,12 @@ def dmask_of(q: Tensor, k: Tensor, given: dict[str, Any]) -> Tensor:
         parts_of(q.detach(), q_seqs),
         parts_of(k.detach(), kv_seqs),
         sizes,
-        given["mask"],
-        given["scale"],
-        given["softcap"],
-        given["alibi_slopes"],
-        given["dropout_p"],
-        given["dropout_state"],
+        mask,
+        scale,
+        softcap or None,
+        alibi_slopes,
+        dropout_p,
+        state,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import TYPE_CHECKING, Final
 
@@ -34,6 +35,11 @@ CACHE_WORDS: Final = {
     "left_pad": "cache_leftpad",
     "Rotary": "rotary_cos and rotary_sin",
 }
+_NO_WINDOW: Final = (-1, -1)
+_FULL: Final = Full()
+_CAUSAL: Final = Causal()
+_NAN: Final = float("nan")
+_INFINITY: Final = float("inf")
 #: Keys between two updates of the running maximum that S_dmask is relative to.
 DMASK_BLOCK: Final = 64
 #: Lq and Lkv of S_dmask are multiples of this.
@@ -60,29 +66,53 @@ def mask_of(
     InvalidInputError
         `window_size` or `keep_first` is of another kind.
     """
+    if not isinstance(keep_first, int) or keep_first < 0:
+        raise InvalidInputError(f"keep_first={keep_first!r}: it must be an int, 0 for none")
+    if type(window_size) is tuple and window_size == _NO_WINDOW:
+        return _CAUSAL if causal else _FULL
     try:
         left, right = (operator.index(reach) for reach in window_size)
     except (TypeError, ValueError) as error:
         raise InvalidInputError(
             f"window_size={window_size!r}: it must be two ints (left, right), -1 for no bound"
         ) from error
-    if not isinstance(keep_first, int) or keep_first < 0:
-        raise InvalidInputError(f"keep_first={keep_first!r}: it must be an int, 0 for none")
     len_q, len_kv = longest
     if causal:
         right = 0
     elif right >= len_kv and len_q > len_kv:
         right = -1
     if left < 0:
-        if right < 0:
-            return Full()
-        return Causal() if right == 0 else Window(None, right)
-    return Window(left, None if right < 0 else right, int(keep_first), bool(force_fa_decode))
+        if right <= 0:
+            return _FULL if right < 0 else _CAUSAL
+        left = -1
+    # Masks are values: equal arguments share one. (`torch.compile` would trace through a cache.)
+    make = _window if torch.compiler.is_compiling() else _shared_window
+    return make(left, max(right, -1), int(keep_first), bool(force_fa_decode))
+
+
+def _window(left: int, right: int, keep_first: int, full_on_decode: bool) -> Window:
+    if left < 0:
+        return Window(None, right)
+    return Window(left, None if right < 0 else right, keep_first, full_on_decode)
+
+
+_shared_window: Final = functools.lru_cache(maxsize=256)(_window)
 
 
 def lengths_of(q: Tensor, k: Tensor) -> tuple[int, int]:
     """Return Lq and Lkv of a batch; what is none is refused later."""
     return (q.shape[1], k.shape[1]) if q.dim() == k.dim() == 4 else (0, 0)
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """Return a tensor whose columns are neighbours: copied if they are not, as the original does.
+
+    What has no strides is refused later.
+    """
+    try:
+        return x if x.is_contiguous() or x.stride()[-1] == 1 else x.contiguous()
+    except RuntimeError:
+        return x
 
 
 def keys_of(
@@ -100,14 +130,16 @@ def keys_of(
         `leftpad_k` and `block_table` are given together.
     """
     longest = int(max_seqlen_k)
-    if block_table is None and seqused_k is None and leftpad_k is None:
-        return Ragged.from_cu_seqlens(cu_seqlens_k, longest)
-    start = cu_seqlens_k[:-1]
-    lengths = cu_seqlens_k[1:] - start if seqused_k is None else seqused_k
     if block_table is not None:
         if leftpad_k is not None:
             raise InvalidInputError("leftpad_k and block_table: pages begin with keys")
-        return Paged(block_table, lengths, max_length=longest)
+        if seqused_k is None:
+            return Paged.from_cu_seqlens(block_table, cu_seqlens_k, longest)
+        return Paged(block_table, seqused_k, longest)
+    if seqused_k is None and leftpad_k is None:
+        return Ragged.from_cu_seqlens(cu_seqlens_k, longest)
+    start = cu_seqlens_k[:-1]
+    lengths = cu_seqlens_k[1:] - start if seqused_k is None else seqused_k
     if leftpad_k is not None:
         start, lengths = start + leftpad_k, lengths - leftpad_k
     return Ragged(start, lengths, longest)
@@ -115,12 +147,12 @@ def keys_of(
 
 def their_lse(lse: Tensor) -> Tensor:
     """Rows that see nothing have +inf there."""
-    return lse.masked_fill(lse == float("-inf"), float("inf"))
+    return lse.nan_to_num(_NAN, _INFINITY, _INFINITY)
 
 
 def our_lse(lse: Tensor) -> Tensor:
     """And -inf here."""
-    return lse.masked_fill(lse == float("inf"), float("-inf"))
+    return lse.nan_to_num(_NAN, -_INFINITY, -_INFINITY)
 
 
 def rounded_up(length: int) -> int:

@@ -9,14 +9,11 @@ want it; without dropout it is empty.
 
 from __future__ import annotations
 
-import operator
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from jitattn.attention import attention
 from jitattn.compat._errors import ExtensionError, errors_as
-from jitattn.compat.flash_attn._extension import dmask_of, fwd_kvcache
+from jitattn.compat.flash_attn._extension import dmask_of, with_kvcache
 from jitattn.compat.flash_attn._operators import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -32,6 +29,7 @@ from jitattn.compat.flash_attn._translate import (
     CACHE_WORDS,
     DMASK_BLOCK,
     WORDS,
+    in_rows,
     keys_of,
     lengths_of,
     mask_of,
@@ -41,9 +39,11 @@ from jitattn.dropout import dropout_state
 from jitattn.sequences import Ragged
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from jitattn.masks import Mask
+    from jitattn.sequences import Paged
 
 __all__ = [
     "_flash_attn_backward",
@@ -107,10 +107,18 @@ def flash_attn_func(
     Tensor, [B, Lq, Hq, D], or three with `return_attn_probs`
     """
     rule = mask_of(causal, window_size, keep_first, force_fa_decode, lengths_of(q, k))
-    given = _arguments(
-        rule, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, return_attn_probs, q
+    return _attend(
+        q,
+        k,
+        v,
+        rule,
+        dropout_p,
+        softmax_scale,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
     )
-    return _call(q, k, v, given)
 
 
 def flash_attn_kvpacked_func(
@@ -202,7 +210,7 @@ def flash_attn_varlen_func(
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
 ) -> Any:  # noqa: ANN401
-    """Compute attention of sequences one after another; differentiable, but for pages.
+    """Compute attention of sequences one after another; differentiable, through pages too.
 
     Parameters
     ----------
@@ -219,14 +227,28 @@ def flash_attn_varlen_func(
 
     The others, and the result, are those of `flash_attn_func`.
     """
-    longest = (int(max_seqlen_q), int(max_seqlen_k))
+    longest_q, longest_k = int(max_seqlen_q), int(max_seqlen_k)
+    longest = (longest_q, longest_k)
     rule = mask_of(causal, window_size, keep_first, force_fa_decode, longest)
-    given = _arguments(
-        rule, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, return_attn_probs, q
+    q_seqs = Ragged.from_cu_seqlens(cu_seqlens_q, longest_q)
+    kv_seqs: Ragged | Paged = q_seqs
+    is_plain = block_table is None and seqused_k is None and leftpad_k is None
+    if cu_seqlens_k is not cu_seqlens_q or longest_k != longest_q or not is_plain:
+        kv_seqs = keys_of(cu_seqlens_k, longest_k, block_table, seqused_k, leftpad_k)
+    return _attend(
+        q,
+        k,
+        v,
+        rule,
+        dropout_p,
+        softmax_scale,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        q_seqs,
+        kv_seqs,
     )
-    given["q_seqs"] = Ragged.from_cu_seqlens(cu_seqlens_q, int(max_seqlen_q))
-    given["kv_seqs"] = keys_of(cu_seqlens_k, max_seqlen_k, block_table, seqused_k, leftpad_k)
-    return _call(q, k, v, given)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -358,10 +380,7 @@ def flash_attn_with_kvcache(
     -------
     Tensor, [B, Lq, Hq, D], or (out, lse)
     """
-    if cache_seqlens is not None and not isinstance(cache_seqlens, torch.Tensor):
-        used = operator.index(cache_seqlens)
-        cache_seqlens = torch.full(q.shape[:1], used, dtype=torch.int32, device=q.device)
-    out, lse = fwd_kvcache(
+    out, lse = with_kvcache(
         q,
         k_cache,
         v_cache,
@@ -375,15 +394,15 @@ def flash_attn_with_kvcache(
         block_table,
         alibi_slopes,
         None,
-        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        softmax_scale,
         causal,
-        window_size[0],
-        window_size[1],
+        window_size,
         softcap,
         keep_first,
         force_fa_decode,
         rotary_interleaved,
         num_splits,
+        return_lse=return_softmax_lse,
     )
     return (out, lse) if return_softmax_lse else out
 
@@ -396,34 +415,46 @@ def _get_block_size_n(
     return DMASK_BLOCK
 
 
-def _arguments(
-    mask: Mask,
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: Mask,
     dropout_p: float,
     softmax_scale: float | None,
     softcap: float,
     alibi_slopes: Tensor | None,
     deterministic: bool,
     return_attn_probs: bool,
-    q: Tensor,
-) -> dict[str, Any]:
-    given: dict[str, Any] = {
-        "mask": mask,
-        "scale": softmax_scale,
-        "dropout_p": dropout_p,
-        "softcap": softcap or None,
-        "alibi_slopes": alibi_slopes,
-        "deterministic": deterministic,
-        "return_lse": return_attn_probs,
-    }
-    if return_attn_probs and dropout_p > 0.0:  # S_dmask is drawn from it once more
-        given["dropout_state"] = dropout_state(q.device)
-    return given
-
-
-def _call(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> Any:  # noqa: ANN401
+    q_seqs: Ragged | None = None,
+    kv_seqs: Ragged | Paged | None = None,
+) -> Any:  # noqa: ANN401
     """Call the core: out, or (out, lse, S_dmask)."""
-    if not given["return_lse"]:
-        return attention(q, k, v, **given)
-    out, lse = attention(q, k, v, **given)
-    dmask = dmask_of(q, k, given) if "dropout_state" in given else out.new_empty(0)
+    q, k, v = in_rows(q), in_rows(k), in_rows(v)
+    state = None
+    if return_attn_probs and dropout_p > 0.0:  # S_dmask is drawn from it once more
+        state = dropout_state(q.device)
+    found = attention(
+        q,
+        k,
+        v,
+        mask=rule,
+        scale=softmax_scale,
+        return_lse=bool(return_attn_probs),
+        q_seqs=q_seqs,
+        kv_seqs=kv_seqs,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap or None,
+        dropout_p=dropout_p,
+        dropout_state=state,
+        deterministic=deterministic,
+    )
+    if not return_attn_probs:
+        return found
+    out, lse = found
+    if state is None:
+        return out, their_lse(lse), out.new_empty(0)
+    dmask = dmask_of(
+        q, k, rule, softmax_scale, softcap, alibi_slopes, dropout_p, state, q_seqs, kv_seqs
+    )
     return out, their_lse(lse), dmask

@@ -1,8 +1,8 @@
 """`flash_attn.utils.benchmark`: time of a function and of its backward pass, with torch's timer.
 
 Each timer takes a function and its arguments, and returns a pair of `torch.utils.benchmark.Timer`
-and `Measurement` (seconds: `.mean`); `desc` names what is printed with `verbose`; `amp` runs it under
-autocast to `amp_dtype`. `grad` is the gradient of the result, drawn if left out.
+and `Measurement` (seconds: `.mean`); `desc` names what is printed with `verbose`; `amp` runs it
+under autocast to `amp_dtype`. `grad` is the gradient of the result, drawn if left out.
 """
 
 from __future__ import annotations
