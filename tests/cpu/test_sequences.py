@@ -38,6 +38,9 @@ PAGES = torch.randn(4, 16, 2, 16)
         (lambda: Padded(index(1)[None]), "shape"),
         (lambda: Paged(index(0), index(1)), "2 dimensions"),
         (lambda: Paged(index(0, 1)[:, None], index(1)), "2 rows"),
+        (lambda: Paged.from_cu_seqlens(index(0, 1)[:, None], index(0, 1)), "2 rows"),
+        (lambda: Paged.from_cu_seqlens(index(0)[:, None], index()), "cu_seqlens is empty"),
+        (lambda: Paged.from_cu_seqlens(index(0)[:, None], torch.ones(2)), "float32"),
         (lambda: Paged(torch.ones(2, 2).int().T, index(1, 1)), "last one must be 1"),
     ],
 )
@@ -97,6 +100,26 @@ def test_largest_length_is_read_once() -> None:
     assert value.max_length() == 6
     assert value.knows_max_length()
     assert value.batch == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_pages_take_cumulative_lengths(dtype: torch.dtype) -> None:
+    cumulative, table = index(2, 23, 23, 60).to(dtype), index(3, 0, 1, 2, 2, 1, 0, 3)[:6]
+    table = table.reshape(3, 2)
+    seqs = Paged.from_cu_seqlens(table, cumulative, max_length=30)
+    assert (seqs.batch, seqs.start, seqs.stop_is_length) == (3, None, False)
+    assert seqs.length.tolist() == [21, 0, 37]
+    assert seqs.tensors() == {"cumulative": cumulative, "block_table": table}
+    lengths = index(21, 0, 30).to(dtype)
+    q = torch.randn(3, 2, 4, 16)
+    given = {"mask": Causal(), "return_lse": True}
+    seqs = Paged.from_cu_seqlens(table, index(2, 23, 23, 53).to(dtype))
+    for got, wanted in zip(
+        jitattn.attention(q, PAGES, PAGES, kv_seqs=seqs, **given),
+        jitattn.attention(q, PAGES, PAGES, kv_seqs=Paged(table, lengths), **given),
+        strict=True,
+    ):
+        assert torch.equal(got, wanted)
 
 
 def test_gradients_flow_through_the_cpu_path() -> None:

@@ -179,3 +179,20 @@ def test_a_long_sequence_among_short_ones(num_splits: int | None) -> None:
     if num_splits is not None:
         tiles = sum(lengths) // 64 + len(lengths)  # of 64 rows or more, of 4 heads
         assert jitattn.explain(q, k, v, **given).num_ctas <= 4 * tiles * num_splits
+
+
+@pytest.mark.parametrize("page", [16, 5])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_pages_take_cumulative_lengths(page: int, dtype: torch.dtype) -> None:
+    pages = torch.randn(2, 60 // page * 3, page, 2, 64, device="cuda", dtype=BF16)
+    table = torch.randperm(pages.shape[1], device="cuda").reshape(3, -1).int()
+    lengths = torch.tensor([21, 0, 37], dtype=dtype, device="cuda")
+    cumulative = torch.tensor([9, 30, 30, 67], dtype=dtype, device="cuda")
+    q = torch.randn(3, 2, 4, 64, device="cuda", dtype=BF16)
+    found = [
+        jitattn.attention(q, *pages, mask=Causal(), kv_seqs=seqs, return_lse=True)
+        for seqs in (Paged.from_cu_seqlens(table, cumulative), Paged(table, lengths))
+    ]
+    for got, wanted in zip(*found, strict=True):
+        assert torch.equal(got, wanted)
+    assert not found[0][0][1].any()

@@ -30,7 +30,6 @@ class Pages:
         """Rows of a sequence, [L, Hkv, D], as a function of the pages."""
         return store[self.table[idx].long()].flatten(0, 1)[: self.lengths[idx]]
 
-
     def is_used(self) -> Tensor:
         """Whether a row of a page is of any sequence, [num_pages, page_size]."""
         used = torch.zeros(self.k.shape[:2], dtype=torch.bool)

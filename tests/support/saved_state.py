@@ -67,6 +67,13 @@ def _block_table(device: torch.device, length: int) -> tuple[dict[str, Any], tor
     return {"kv_seqs": jitattn.Paged(table, used)}, table
 
 
+def _pages_of_cu_seqlens(device: torch.device, length: int) -> tuple[dict[str, Any], torch.Tensor]:
+    pages = -(-length // 16)
+    table = torch.arange(BATCH * pages, dtype=torch.int32, device=device).view(BATCH, pages)
+    cu = torch.tensor([0, length - 8, 2 * length - 9], dtype=torch.int32, device=device)
+    return {"kv_seqs": jitattn.Paged.from_cu_seqlens(table, cu)}, cu
+
+
 def _batch_idx(device: torch.device, length: int) -> tuple[dict[str, Any], torch.Tensor]:
     rows = torch.tensor([1, 0], dtype=torch.int32, device=device)
     used = torch.full((BATCH,), length - 8, dtype=torch.int32, device=device)
@@ -112,6 +119,7 @@ CASES = (
     Case("padded_start", _padded_q_start),
     Case("ragged", _ragged, is_flat=True),
     Case("block_table", _block_table, is_paged=True),
+    Case("pages_of_cu_seqlens", _pages_of_cu_seqlens, is_paged=True),
     Case("batch_idx", _batch_idx),
     Case("dropout_state", _dropout_state),
     Case("bias", _bias),
