@@ -69,11 +69,11 @@ class _Spans:
         check_max_length(name, max_length)
         self._hold(None, start, stop, stop_is_length, max_length)
 
-    def _set_cumulative(self, cu_seqlens: Tensor, max_length: int | None, name: str) -> None:
+    def _set_cumulative(self, cu_seqlens: Tensor, max_length: int | None) -> None:
         check_index("from_cu_seqlens(cu_seqlens=...)", cu_seqlens, 1)
         if not cu_seqlens.shape[0]:
             raise InvalidInputError("cu_seqlens is empty: it has one entry more than sequences")
-        check_max_length(name, max_length)
+        check_max_length("from_cu_seqlens", max_length)
         self._hold(cu_seqlens, None, None, False, max_length)
 
     def _hold(
@@ -186,7 +186,7 @@ class Ragged(_Spans):
             As in the constructor.
         """
         value = cls.__new__(cls)
-        value._set_cumulative(cu_seqlens, max_length, "Ragged")
+        value._set_cumulative(cu_seqlens, max_length)
         return value
 
     def knows_max_length(self) -> bool:
@@ -311,7 +311,7 @@ class Paged(_Spans):
         start: Tensor | None = None,
     ) -> None:
         self._set(start, length, True, max_length, "Paged")
-        self._set_table(block_table)
+        self._set_table(block_table, length.shape[0], length.device)
 
     @classmethod
     def from_stop(
@@ -324,7 +324,7 @@ class Paged(_Spans):
         """Make the value from the row after the last key of each sequence; launches nothing."""
         value = cls.__new__(cls)
         value._set(start, stop, start is None, max_length, "Paged")
-        value._set_table(block_table)
+        value._set_table(block_table, stop.shape[0], stop.device)
         return value
 
     @classmethod
@@ -339,8 +339,8 @@ class Paged(_Spans):
             Sequence b has cu_seqlens[b + 1] - cu_seqlens[b] keys, the first ones of its pages.
         """
         value = cls.__new__(cls)
-        value._set_cumulative(cu_seqlens, max_length, "Paged")
-        value._set_table(block_table)
+        value._set_cumulative(cu_seqlens, max_length)
+        value._set_table(block_table, cu_seqlens.shape[0] - 1, cu_seqlens.device)
         return value
 
     @property
@@ -360,14 +360,15 @@ class Paged(_Spans):
         first, stop, words, kind = super().addresses()
         return first, stop, words, kind if self.cumulative is None else CUMULATIVE
 
-    def _set_table(self, block_table: Tensor) -> None:
+    def _set_table(self, block_table: Tensor, batch: int, device: torch.device) -> None:
         check_index("Paged(block_table=...)", block_table, 2)
-        if block_table.shape[0] != self.batch or block_table.device != self.device:
+        if block_table.shape[0] != batch or block_table.device != device:
             raise InvalidInputError(
                 f"Paged: block_table has {len(block_table)} rows on {block_table.device}, but "
-                f"there are {self.batch} sequences, on {self.device}: it needs a row for each"
+                f"there are {batch} sequences, on {device}: it needs a row for each"
             )
-        if block_table.shape[1] > 1 and block_table.stride(1) != 1:
+        is_dense = block_table.is_contiguous() or block_table.shape[1] <= 1
+        if not is_dense and block_table.stride(1) != 1:
             raise InvalidInputError(
                 f"Paged: block_table has strides {block_table.stride()}: the last one must be 1; "
                 "call .contiguous() first"

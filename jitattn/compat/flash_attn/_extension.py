@@ -9,7 +9,6 @@ dims as in `jitattn.compat.flash_attn`.
 
 from __future__ import annotations
 
-import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,31 +16,26 @@ import torch
 import jitattn.ops  # noqa: F401 - registers the operators
 from jitattn.attention import attention, bind
 from jitattn.compat._errors import ExtensionError, errors_as
+from jitattn.compat.flash_attn._kvcache import with_kvcache
 from jitattn.compat.flash_attn._translate import (
     CACHE_WORDS,
     WORDS,
+    dmask_of,
     in_rows,
     keys_of,
     lengths_of,
     mask_of,
     our_lse,
-    parts_of,
     rounded_up,
-    s_dmask,
     their_lse,
 )
 from jitattn.dropout import dropout_state
 from jitattn.encoding import encode
 from jitattn.errors import InvalidInputError
-from jitattn.kvcache import attention_with_kvcache
-from jitattn.rotary import Rotary
 from jitattn.sequences import Ragged
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from jitattn.masks import Mask
-    from jitattn.sequences import Paged
 
 
 @errors_as(ExtensionError, WORDS)
@@ -280,80 +274,6 @@ def fwd_kvcache(
     return [out, lse]
 
 
-def with_kvcache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    cache_seqlens: Tensor | int | None,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
-    block_table: Tensor | None,
-    alibi_slopes: Tensor | None,
-    out: Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    keep_first: int,
-    force_fa_decode: bool,
-    rotary_interleaved: bool,
-    num_splits: int,
-    *,
-    return_lse: bool,
-) -> tuple[Tensor, Any]:
-    """Append and attend: (out, lse), without an LSE unless `return_lse`."""
-    if (rotary_cos is None) != (rotary_sin is None):
-        raise InvalidInputError("rotary_cos and rotary_sin: give both, or neither")
-    rotary = None
-    if rotary_cos is not None and rotary_sin is not None:
-        rotary = Rotary(rotary_cos, rotary_sin, interleaved=bool(rotary_interleaved))
-    room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    if cache_seqlens is None:
-        if k is not None:
-            raise InvalidInputError("k and v need cache_seqlens: where in the cache do they go?")
-        cache_seqlens = room
-    elif not isinstance(cache_seqlens, torch.Tensor):
-        cache_seqlens = operator.index(cache_seqlens)
-    q = in_rows(q)
-    if k is not None and v is not None:
-        k, v = in_rows(k), in_rows(v)
-    mask = mask_of(causal, window_size, keep_first, force_fa_decode, (q.shape[1], room))
-
-    def attend() -> Any:  # noqa: ANN401 - Tensor, or two
-        return attention_with_kvcache(
-            q,
-            k_cache,
-            v_cache,
-            k,
-            v,
-            length=cache_seqlens,
-            rotary=rotary,
-            left_pad=cache_leftpad,
-            batch_idx=cache_batch_idx,
-            block_table=block_table,
-            mask=mask,
-            scale=softmax_scale,
-            out=out,
-            num_splits=num_splits or None,
-            return_lse=return_lse,
-            alibi_slopes=alibi_slopes,
-            softcap=softcap or None,
-        )
-
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k_cache, v_cache, k, v)
-    ):
-        with torch.no_grad():
-            found = attend()
-    else:
-        found = attend()
-    return (found[0], their_lse(found[1])) if return_lse else (found, None)
-
-
 def _given(
     mask: Any,  # noqa: ANN401 - a mask
     softmax_scale: float | None,
@@ -405,35 +325,6 @@ def _forward(
     if out is None:
         result = result.contiguous()
     return [result, their_lse(lse).contiguous(), dmask, rng_state]
-
-
-def dmask_of(
-    q: Tensor,
-    k: Tensor,
-    mask: Mask,
-    scale: float | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    dropout_p: float,
-    state: Tensor,
-    q_seqs: Ragged | None = None,
-    kv_seqs: Ragged | Paged | None = None,
-) -> Tensor:
-    """Return S_dmask of a call of `attention` with a dropout."""
-    sizes = q.shape[1], k.shape[1]
-    if isinstance(q_seqs, Ragged) and isinstance(kv_seqs, Ragged):
-        sizes = q_seqs.max_length(), kv_seqs.max_length()
-    return s_dmask(
-        parts_of(q.detach(), q_seqs),
-        parts_of(k.detach(), kv_seqs),
-        sizes,
-        mask,
-        scale,
-        softcap or None,
-        alibi_slopes,
-        dropout_p,
-        state,
-    )
 
 
 @torch.no_grad()

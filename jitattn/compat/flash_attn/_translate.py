@@ -216,6 +216,35 @@ def s_dmask(
     return result
 
 
+def dmask_of(
+    q: Tensor,
+    k: Tensor,
+    mask: Mask,
+    scale: float | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+    state: Tensor,
+    q_seqs: Ragged | None = None,
+    kv_seqs: Ragged | Paged | None = None,
+) -> Tensor:
+    """Return S_dmask of a call of `attention` with a dropout."""
+    sizes = q.shape[1], k.shape[1]
+    if isinstance(q_seqs, Ragged) and isinstance(kv_seqs, Ragged):
+        sizes = q_seqs.max_length(), kv_seqs.max_length()
+    return s_dmask(
+        parts_of(q.detach(), q_seqs),
+        parts_of(k.detach(), kv_seqs),
+        sizes,
+        mask,
+        scale,
+        softcap or None,
+        alibi_slopes,
+        dropout_p,
+        state,
+    )
+
+
 def parts_of(x: Tensor, seqs: Ragged | Paged | None) -> list[Tensor]:
     """Return each sequence's own rows, [L, H, D]; reads lengths from the device."""
     if isinstance(seqs, Paged):

@@ -1,19 +1,21 @@
-"""FlashAttention's functions, translated to `jitattn.attention` and `attention_with_kvcache`.
-
-All of them: fp16, bf16 or fp32; Hq a multiple of Hkv; `window_size` (left, right) in keys beside a
-query's own, -1 for no bound, `causal` sets right to 0; both aligned to the bottom right. With
-`return_attn_probs` the result is (out, lse, S_dmask): lse [B, Hq, Lq] or [Hq, total], +inf for rows
-that see nothing, and S_dmask [B, Hq, Lq, Lkv], lengths rounded up to 128, as the original's tests
-want it; without dropout it is empty.
-"""
+"""FlashAttention's functions, and what else stands in the original's module of this name."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jitattn.attention import attention
-from jitattn.compat._errors import ExtensionError, errors_as
-from jitattn.compat.flash_attn._extension import dmask_of, with_kvcache
+import torch
+
+from jitattn.compat import flash_attn_2_cuda as flash_attn_gpu
+from jitattn.compat.flash_attn._functions import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from jitattn.compat.flash_attn._kvcache import flash_attn_with_kvcache
 from jitattn.compat.flash_attn._operators import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -25,27 +27,20 @@ from jitattn.compat.flash_attn._operators import (
     _wrapped_flash_attn_varlen_backward,
     _wrapped_flash_attn_varlen_forward,
 )
-from jitattn.compat.flash_attn._translate import (
-    CACHE_WORDS,
-    DMASK_BLOCK,
-    WORDS,
-    in_rows,
-    keys_of,
-    lengths_of,
-    mask_of,
-    their_lse,
-)
-from jitattn.dropout import dropout_state
-from jitattn.sequences import Ragged
+from jitattn.compat.flash_attn._translate import DMASK_BLOCK, in_rows
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Callable
+
     from torch import Tensor
 
-    from jitattn.masks import Mask
-    from jitattn.sequences import Paged
-
 __all__ = [
+    "FlashAttnFunc",
+    "FlashAttnKVPackedFunc",
+    "FlashAttnQKVPackedFunc",
+    "FlashAttnVarlenFunc",
+    "FlashAttnVarlenKVPackedFunc",
+    "FlashAttnVarlenQKVPackedFunc",
     "_flash_attn_backward",
     "_flash_attn_forward",
     "_flash_attn_varlen_backward",
@@ -57,354 +52,74 @@ __all__ = [
     "_wrapped_flash_attn_varlen_backward",
     "_wrapped_flash_attn_varlen_forward",
     "flash_attn_func",
+    "flash_attn_gpu",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "maybe_contiguous",
+    "round_multiple",
 ]
 
 
-@errors_as(ExtensionError, WORDS)
-def flash_attn_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    keep_first: int = 0,
-    force_fa_decode: bool = False,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Any:  # noqa: ANN401 - Tensor, or three
-    """Compute attention; differentiable.
-
-    Parameters
-    ----------
-    q : Tensor, [B, Lq, Hq, D]
-    k, v : Tensor, [B, Lkv, Hkv, D]
-    dropout_p : float
-    softmax_scale : float, default 1 / sqrt(D)
-    causal : bool
-    window_size : (int, int)
-    softcap : float, 0 for none
-    keep_first : int
-        First keys that a window lets every query see (but for those after it).
-    force_fa_decode : bool
-        Let sequences with one query see all keys to the left, whatever the window.
-    alibi_slopes : Tensor, [Hq] or [B, Hq], fp32, optional
-    deterministic : bool
-        Of the backward pass.
-    return_attn_probs : bool
-
-    Returns
-    -------
-    Tensor, [B, Lq, Hq, D], or three with `return_attn_probs`
-    """
-    rule = mask_of(causal, window_size, keep_first, force_fa_decode, lengths_of(q, k))
-    return _attend(
-        q,
-        k,
-        v,
-        rule,
-        dropout_p,
-        softmax_scale,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+def maybe_contiguous(x: Tensor | None) -> Tensor | None:
+    """Return a tensor whose columns are neighbours: copied if they are not."""
+    return None if x is None else in_rows(x)
 
 
-def flash_attn_kvpacked_func(
-    q: Tensor,
-    kv: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    keep_first: int = 0,
-    force_fa_decode: bool = False,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Any:  # noqa: ANN401
-    """Compute `flash_attn_func` of kv [B, Lkv, 2, Hkv, D], without a copy."""
-    k, v = kv.unbind(-3)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        keep_first,
-        force_fa_decode,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+def round_multiple(x: int, m: int) -> int:
+    """Return the least multiple of m that is not below x."""
+    return -(-x // m) * m
 
 
-def flash_attn_qkvpacked_func(
-    qkv: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    keep_first: int = 0,
-    force_fa_decode: bool = False,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Any:  # noqa: ANN401
-    """Compute `flash_attn_func` of qkv [B, L, 3, H, D], without a copy."""
-    q, k, v = qkv.unbind(-3)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        keep_first,
-        force_fa_decode,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+def _apply_of(function: Callable[..., Any]) -> staticmethod[..., Any]:
+    """Return what the original's class of a function has as `apply`: one argument more."""
+
+    def apply(*given: Any) -> Any:  # noqa: ANN401 - the function's
+        """Call the function; the last argument says whether autograd may follow."""
+        *own, is_grad_enabled = given
+        with torch.set_grad_enabled(bool(is_grad_enabled) and torch.is_grad_enabled()):
+            return function(*own)
+
+    return staticmethod(apply)
 
 
-@errors_as(ExtensionError, WORDS)
-def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    keep_first: int = 0,
-    force_fa_decode: bool = False,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    block_table: Tensor | None = None,
-    *,
-    seqused_k: Tensor | None = None,
-    leftpad_k: Tensor | None = None,
-) -> Any:  # noqa: ANN401
-    """Compute attention of sequences one after another; differentiable, through pages too.
+class FlashAttnFunc:
+    """`flash_attn_func`, for those who call its `apply`: all arguments, and is_grad_enabled."""
 
-    Parameters
-    ----------
-    q : Tensor, [total_q, Hq, D]
-    k, v : Tensor, [total_k, Hkv, D], or [num_pages, page_size, Hkv, D] with `block_table`
-    cu_seqlens_q, cu_seqlens_k : Tensor, [B + 1], int32 or int64
-    max_seqlen_q, max_seqlen_k : int
-        Bounds on the lengths.
-    block_table : Tensor, [B, max_pages], int32 or int64, optional
-    seqused_k : Tensor, [B], as cu_seqlens_k, optional
-        Keys of each sequence that are used, in place of the differences of `cu_seqlens_k`.
-    leftpad_k : Tensor, [B], likewise, optional
-        Keys at the beginning of each that are none. Not with `block_table`.
-
-    The others, and the result, are those of `flash_attn_func`.
-    """
-    longest_q, longest_k = int(max_seqlen_q), int(max_seqlen_k)
-    longest = (longest_q, longest_k)
-    rule = mask_of(causal, window_size, keep_first, force_fa_decode, longest)
-    q_seqs = Ragged.from_cu_seqlens(cu_seqlens_q, longest_q)
-    kv_seqs: Ragged | Paged = q_seqs
-    is_plain = block_table is None and seqused_k is None and leftpad_k is None
-    if cu_seqlens_k is not cu_seqlens_q or longest_k != longest_q or not is_plain:
-        kv_seqs = keys_of(cu_seqlens_k, longest_k, block_table, seqused_k, leftpad_k)
-    return _attend(
-        q,
-        k,
-        v,
-        rule,
-        dropout_p,
-        softmax_scale,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        q_seqs,
-        kv_seqs,
-    )
+    apply = _apply_of(flash_attn_func)
 
 
-def flash_attn_varlen_kvpacked_func(
-    q: Tensor,
-    kv: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    keep_first: int = 0,
-    force_fa_decode: bool = False,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Any:  # noqa: ANN401
-    """Compute `flash_attn_varlen_func` of kv [total_k, 2, Hkv, D], without a copy."""
-    k, v = kv.unbind(-3)
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        keep_first,
-        force_fa_decode,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+class FlashAttnKVPackedFunc:
+    """`flash_attn_kvpacked_func`, likewise."""
+
+    apply = _apply_of(flash_attn_kvpacked_func)
 
 
-def flash_attn_varlen_qkvpacked_func(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    keep_first: int = 0,
-    force_fa_decode: bool = False,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Any:  # noqa: ANN401
-    """Compute `flash_attn_varlen_func` of qkv [total, 3, H, D], without a copy."""
-    q, k, v = qkv.unbind(-3)
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        keep_first,
-        force_fa_decode,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+class FlashAttnQKVPackedFunc:
+    """`flash_attn_qkvpacked_func`, likewise."""
+
+    apply = _apply_of(flash_attn_qkvpacked_func)
 
 
-@errors_as(ExtensionError, CACHE_WORDS)
-def flash_attn_with_kvcache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    rotary_cos: Tensor | None = None,
-    rotary_sin: Tensor | None = None,
-    cache_seqlens: Tensor | int | None = None,
-    cache_batch_idx: Tensor | None = None,
-    cache_leftpad: Tensor | None = None,
-    block_table: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    keep_first: int = 0,
-    force_fa_decode: bool = False,
-    rotary_interleaved: bool = True,
-    alibi_slopes: Tensor | None = None,
-    num_splits: int = 0,
-    return_softmax_lse: bool = False,
-) -> Any:  # noqa: ANN401 - Tensor, or two
-    """Append k and v to a cache in place, and attend to it; no gradients.
+class FlashAttnVarlenFunc:
+    """`flash_attn_varlen_func`, likewise; `block_table` before the last."""
 
-    Parameters
-    ----------
-    q : Tensor, [B, Lq, Hq, D]
-    k_cache, v_cache : Tensor, [Bc, Lc, Hkv, D], or [num_pages, page_size, Hkv, D]
-    k, v : Tensor, [B, num_new, Hkv, D], optional
-    rotary_cos, rotary_sin : Tensor, [rows, rotary_dim / 2], optional
-        Turn the new keys and the queries by their positions.
-    cache_seqlens : int or Tensor [B], optional
-        Rows of the cache in use; without it, all are, and nothing can be appended.
-    cache_batch_idx : Tensor, [B], optional
-        Rows of the cache, not with `block_table`.
-    cache_leftpad : Tensor, [B], optional
-    block_table : Tensor, [B, max_pages], optional
-    num_splits : int, 0 to choose
-    rotary_interleaved : bool
-        Turn columns 2i and 2i + 1 with each other, rather than i and i + rotary_dim / 2.
-    return_softmax_lse : bool
+    apply = _apply_of(flash_attn_varlen_func)
 
-    The others are those of `flash_attn_func`.
 
-    Returns
-    -------
-    Tensor, [B, Lq, Hq, D], or (out, lse)
-    """
-    out, lse = with_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        cache_seqlens,
-        rotary_cos,
-        rotary_sin,
-        cache_batch_idx,
-        cache_leftpad,
-        block_table,
-        alibi_slopes,
-        None,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        keep_first,
-        force_fa_decode,
-        rotary_interleaved,
-        num_splits,
-        return_lse=return_softmax_lse,
-    )
-    return (out, lse) if return_softmax_lse else out
+class FlashAttnVarlenKVPackedFunc:
+    """`flash_attn_varlen_kvpacked_func`, likewise."""
+
+    apply = _apply_of(flash_attn_varlen_kvpacked_func)
+
+
+class FlashAttnVarlenQKVPackedFunc:
+    """`flash_attn_varlen_qkvpacked_func`, likewise."""
+
+    apply = _apply_of(flash_attn_varlen_qkvpacked_func)
 
 
 def _get_block_size_n(
@@ -413,48 +128,3 @@ def _get_block_size_n(
     """Return the keys between two updates of the maximum that S_dmask is relative to."""
     del device, head_dim, is_dropout, is_causal
     return DMASK_BLOCK
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rule: Mask,
-    dropout_p: float,
-    softmax_scale: float | None,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    deterministic: bool,
-    return_attn_probs: bool,
-    q_seqs: Ragged | None = None,
-    kv_seqs: Ragged | Paged | None = None,
-) -> Any:  # noqa: ANN401
-    """Call the core: out, or (out, lse, S_dmask)."""
-    q, k, v = in_rows(q), in_rows(k), in_rows(v)
-    state = None
-    if return_attn_probs and dropout_p > 0.0:  # S_dmask is drawn from it once more
-        state = dropout_state(q.device)
-    found = attention(
-        q,
-        k,
-        v,
-        mask=rule,
-        scale=softmax_scale,
-        return_lse=bool(return_attn_probs),
-        q_seqs=q_seqs,
-        kv_seqs=kv_seqs,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap or None,
-        dropout_p=dropout_p,
-        dropout_state=state,
-        deterministic=deterministic,
-    )
-    if not return_attn_probs:
-        return found
-    out, lse = found
-    if state is None:
-        return out, their_lse(lse), out.new_empty(0)
-    dmask = dmask_of(
-        q, k, rule, softmax_scale, softcap, alibi_slopes, dropout_p, state, q_seqs, kv_seqs
-    )
-    return out, their_lse(lse), dmask

@@ -10,6 +10,8 @@ distance alone (the "1d dynamic positional bias" of its wishes).
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 from jitattn.attention import attention
@@ -31,6 +33,7 @@ __all__ = [
     "flash_cosine_sim_attention",
     "l2norm_tensors",
     "plain_cosine_sim_attention",
+    "triton_flash_cosine_sim_attention",
 ]
 
 
@@ -50,6 +53,9 @@ def flash_cosine_sim_attention(
     causal: bool = False,
     l2norm_qk: bool = True,
     attn_bias_batch_dim: bool = False,
+    *,
+    use_triton: bool = False,
+    sequence_parallel: bool | None = None,
 ) -> Tensor:
     """Compute cosine attention; differentiable, on the GPU and the CPU.
 
@@ -73,6 +79,8 @@ def flash_cosine_sim_attention(
         False: q and k are taken as they are.
     attn_bias_batch_dim : bool
         Whether the first dimension of `attn_bias` is the batch; always so with a merged q.
+    use_triton, sequence_parallel : bool
+        Taken for the sake of callers of newer versions, whose kernels they choose.
 
     Returns
     -------
@@ -82,6 +90,7 @@ def flash_cosine_sim_attention(
     ------
     InvalidInputError
     """
+    del use_triton, sequence_parallel
     arguments = _translate(
         q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk, attn_bias_batch_dim
     )
@@ -120,6 +129,25 @@ def plain_cosine_sim_attention(
         causal,
     )
     return out.squeeze(1) if q.dim() == 3 else out
+
+
+def triton_flash_cosine_sim_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float = 8,
+    groups: int = 1,
+    causal: bool = False,
+    l2norm_qk: bool = True,
+    sequence_parallel: bool | None = None,
+) -> Tensor:
+    """Compute `flash_cosine_sim_attention`, under the name of newer versions' Triton kernel.
+
+    `sequence_parallel` says how that one's backward pass is scheduled, and nothing here.
+    """
+    del sequence_parallel
+    return flash_cosine_sim_attention(q, k, v, mask, None, scale, groups, causal, l2norm_qk)
 
 
 def l2norm_tensors(*tensors: Tensor, groups: int = 1) -> tuple[Tensor, ...]:
@@ -224,3 +252,21 @@ def _translate(
         "layout": "bhsd",
         "qk_norm": norm,
     }
+
+
+_OF_BOTH_KINDS: Final = {
+    "flash_cosine_sim_attention": flash_cosine_sim_attention,
+    "triton_flash_cosine_sim_attention": triton_flash_cosine_sim_attention,
+}
+
+
+class _Package(ModuleType):
+    """The package: its functions keep the names that submodules have, too."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, ModuleType):
+            value = _OF_BOTH_KINDS.get(name, value)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

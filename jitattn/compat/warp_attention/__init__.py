@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -40,6 +41,7 @@ __all__ = [
     "_warp_attention_forward",
     "get_default_gear",
     "get_log_level",
+    "log_next_power_of_2",
     "num_gears",
     "num_kernel_versions",
     "set_default_gear",
@@ -169,6 +171,11 @@ def warp_attention_forward(
 
 
 _warp_attention_forward = warp_attention_forward
+
+
+def log_next_power_of_2(x: int) -> int:
+    """Return the logarithm of the least power of two that is not below x; 0 of 0."""
+    return max(0, math.ceil(x) - 1).bit_length()
 
 
 def set_default_gear(new_gear: int) -> DefaultGear:

@@ -95,3 +95,11 @@ def mae(x: Tensor, y: Tensor) -> float:
 def get_absolute_path(path: str) -> str:
     """Return a path as an absolute one."""
     return str(Path(path).resolve())
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - of a module
+    if name == "tune":  # it needs the whole package, which needs what is above
+        from jitattn.compat.warp_attention.warpat_tester import tune
+
+        return tune
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

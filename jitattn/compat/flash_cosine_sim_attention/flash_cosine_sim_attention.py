@@ -1,0 +1,66 @@
+"""The functions of the package, and what else stands in the original's module of this name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jitattn.compat.flash_cosine_sim_attention import (
+    debug,
+    flash_cosine_sim_attention,
+    l2norm_tensors,
+    plain_cosine_sim_attention,
+)
+from jitattn.cosine import l2norm as _l2norm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "FlashCosineSimAttention",
+    "debug",
+    "flash_cosine_sim_attention",
+    "flash_cosine_sim_attention_cpu",
+    "flash_cosine_sim_attention_cuda",
+    "grouped_l2norm",
+    "l2norm",
+    "l2norm_tensors",
+    "plain_cosine_sim_attention",
+]
+
+
+def l2norm(t: Tensor) -> Tensor:
+    """Scale vectors to length 1; differentiable."""
+    return _l2norm(t)
+
+
+def grouped_l2norm(t: Tensor, groups: int = 1) -> Tensor:
+    """Scale equal slices of vectors to length 1, each by itself; differentiable."""
+    return _l2norm(t, groups)
+
+
+def flash_cosine_sim_attention_cuda(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> Tensor:
+    """Compute attention over q and k as they are: `l2norm_tensors` makes them of length 1."""
+    return flash_cosine_sim_attention(q, k, v, mask, None, scale, 1, causal, l2norm_qk=False)
+
+
+def flash_cosine_sim_attention_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    row_tile_size: int = 512,
+    col_tile_size: int = 512,
+) -> Tensor:
+    """Compute the same; tiles are chosen here, whatever is said of them."""
+    del row_tile_size, col_tile_size
+    return flash_cosine_sim_attention_cuda(q, k, v, mask, scale, causal)
+
+
+class FlashCosineSimAttention:
+    """`flash_cosine_sim_attention_cuda`, for those who call its `apply`."""
+
+    apply = staticmethod(flash_cosine_sim_attention_cuda)

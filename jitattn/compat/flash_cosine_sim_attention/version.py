@@ -1,0 +1,7 @@
+"""The version, where the published package has it."""
+
+from __future__ import annotations
+
+from jitattn import __version__
+
+__all__ = ["__version__"]

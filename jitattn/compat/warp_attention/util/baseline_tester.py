@@ -1,0 +1,17 @@
+"""Times of other attentions, where the published package has them."""
+
+from __future__ import annotations
+
+from jitattn.compat.warp_attention.baseline_tester import (
+    attn,
+    test_flash_attn,
+    test_torch_naive,
+    test_torch_sdpa,
+)
+
+__all__ = [
+    "attn",
+    "test_flash_attn",
+    "test_torch_naive",
+    "test_torch_sdpa",
+]

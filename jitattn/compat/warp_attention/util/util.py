@@ -1,0 +1,23 @@
+"""Timing, operation counts, errors, where the published package has them."""
+
+from __future__ import annotations
+
+from jitattn.compat.warp_attention.util import (
+    attn_flop,
+    bmm_flop,
+    cuda_synchronize,
+    cuda_timeit,
+    get_absolute_path,
+    mae,
+    mse,
+)
+
+__all__ = [
+    "attn_flop",
+    "bmm_flop",
+    "cuda_synchronize",
+    "cuda_timeit",
+    "get_absolute_path",
+    "mae",
+    "mse",
+]
