@@ -3,6 +3,7 @@
 forward   long prompts beside SDPA's flash (FlashAttention-2) and cuDNN backends, in one run
 decode    short queries on a long history beside the same, and a plain read of as many bytes
 host      a warm eager call on the host beside SDPA's
+doors     calls of the front doors on the host, beside the core calls that they amount to
 sequences padded, paged and ragged beside dense calls of equal work
 scores    windows, patterns, masks and biases beside our own dense kernels
 density   random patterns from dense to sparse
@@ -33,6 +34,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 import torch
 from _backward import bench_backward
+from _doors import bench_doors
 from _scores import bench_density, bench_flex, bench_scores, plot_density
 from _seeds import bench_cosine, bench_dkernel, bench_warp_attention
 from _sequences import bench_sequences
@@ -270,8 +272,8 @@ def common_facts() -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sections that were asked for."""
     sections = (
-        "forward", "decode", "host", "sequences", "scores", "density", "flex", "warp_attention",
-        "dkernel", "cosine", "backward", "compile", "service",
+        "forward", "decode", "host", "doors", "sequences", "scores", "density", "flex",
+        "warp_attention", "dkernel", "cosine", "backward", "compile", "service",
     )  # fmt: skip
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -286,9 +288,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = (arguments.section or ",".join(quick if arguments.quick else sections)).split(",")
     if unknown := set(asked) - set(sections):
         parser.error(f"--section: {', '.join(sorted(unknown))} is none of {', '.join(sections)}")
-    if not torch.cuda.is_available() and not set(asked) <= {"compile", "service"}:
-        say("torch sees no GPU: only --section compile,service runs here")
-        asked = ["compile", "service"]
+    if not torch.cuda.is_available() and not set(asked) <= {"compile", "service", "doors"}:
+        say("torch sees no GPU: only --section compile,service,doors runs here")
+        asked = ["compile", "service", "doors"]
     rounds = arguments.rounds or (5 if arguments.quick else 15)
     report = Report(common_facts())
     with torch.no_grad():
@@ -299,6 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench_kernels("decode", list(decode_shapes(arguments.quick)), report, rounds)
         if "host" in asked:
             bench_host(report, rounds)
+        if "doors" in asked:
+            bench_doors(report, rounds)
         if "sequences" in asked:
             bench_sequences(report, rounds)
         if "scores" in asked:
