@@ -128,7 +128,6 @@ def rotate(
         result = _composed(x, tables, positions, parts)
         return _in_place_of(x, result) if inplace else result
     flat = [table if table.dtype in DTYPES else table.float() for table in flat]
-    flat = [table if table.stride(1) == 1 else table.contiguous() for table in flat]
     rotation = Rotation(parts, kept, positions.offset, tables[0].interleaved, False, inplace)
     compute = rotate_followed if is_followed(x) else rotate_cuda
     return compute(x, positions.offsets, cu_seqlens, rotation, *flat)
@@ -156,9 +155,9 @@ def _check(
     batch, length = x.shape[0], x.shape[1]
     if cu_seqlens is not None:
         check_index("cu_seqlens", cu_seqlens, 1)
-        if len(cu_seqlens) == 0:
+        if not cu_seqlens.shape[0]:
             raise InvalidInputError("cu_seqlens is empty: it has one entry more than sequences")
-        batch, length = len(cu_seqlens) - 1, x.shape[0]
+        batch, length = cu_seqlens.shape[0] - 1, x.shape[0]
     if x.shape[0] * (1 if cu_seqlens is not None else length) > _MAX_COUNT:
         raise InvalidInputError(f"x has shape {list(x.shape)}: it must have fewer than 2**31 rows")
     positions = _positions(offset, cu_seqlens, batch)
@@ -177,7 +176,7 @@ def _check(
 def _positions(offset: Tensor | int, cu_seqlens: Tensor | None, batch: int) -> Positions:
     if isinstance(offset, Tensor):
         check_index("offset", offset, 1)
-        if len(offset) != batch:
+        if offset.shape[0] != batch:
             raise InvalidInputError(
                 f"offset has {len(offset)} entries: it must have one for each of the {batch} "
                 "sequences"

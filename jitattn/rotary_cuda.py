@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import torch
@@ -109,12 +110,11 @@ def rotate_cuda(
     if x.numel():
         positions = Positions(rotation.offset, offsets, cu_seqlens)
         index = x.get_device()
-        with torch.cuda.device(index):
-            for part in rotation.parts:
-                cos, sin = tables[2 * part.table : 2 * part.table + 2]
-                sources, targets = by_heads(x[part.place]), by_heads(out[part.place])
-                for source, target in zip(sources, targets, strict=True):
-                    _launch(source, target, cos, sin, positions, rotation, index)
+        if index == torch._C._cuda_getDevice():
+            _launch_parts(x, out, positions, rotation, tables, index)
+        else:
+            with torch.cuda.device(index):
+                _launch_parts(x, out, positions, rotation, tables, index)
     if rotation.in_place:
         torch.autograd.graph.increment_version(x)
         return out
@@ -123,6 +123,7 @@ def rotate_cuda(
     return out
 
 
+@functools.cache
 def rotary_spec(
     dtype: torch.dtype, table_dtype: torch.dtype, interleaved: bool, access: Access, arch: str
 ) -> RotarySpec:
@@ -146,6 +147,23 @@ def by_heads(x: Tensor) -> Iterator[Tensor]:
         yield from x.unbind(2)
 
 
+def _launch_parts(
+    x: Tensor,
+    out: Tensor,
+    positions: Positions,
+    rotation: Rotation,
+    tables: tuple[Tensor, ...],
+    index: int,
+) -> None:
+    for part in rotation.parts:
+        cos, sin = tables[2 * part.table : 2 * part.table + 2]
+        source, target = x, out
+        if part.place:
+            source, target = x[part.place], out[part.place]
+        for one, other in zip(by_heads(source), by_heads(target), strict=True):
+            _launch(one, other, cos, sin, positions, rotation, index)
+
+
 def _launch(
     x: Tensor,
     out: Tensor,
@@ -156,17 +174,15 @@ def _launch(
     index: int,
 ) -> None:
     _, offsets, cu_seqlens = positions
-    batch, length = (1, x.shape[0]) if cu_seqlens is not None else x.shape[:2]
-    heads, head_dim = x.shape[-2:]
-    half = cos.shape[1]
+    shape, (table_rows, half) = x.shape, cos.shape
+    batch, length = (1, shape[0]) if cu_seqlens is not None else shape[:2]
+    heads, head_dim = shape[-2:]
     x_strides, out_strides = _strides(x), _strides(out)
-    table_strides = tuple(table.stride(0) if len(table) > 1 else 0 for table in (cos, sin))
+    table_strides = (cos.stride()[0], sin.stride()[0]) if table_rows > 1 else (0, 0)
     # ---- The kernel: 16 bytes at a time, if every access begins at a multiple of them
-    units = half
-    for stride in (*x_strides[:3], *out_strides[:3]):
-        units |= stride
-    if not rotation.in_place:
-        units |= head_dim
+    units = half if rotation.in_place else half | head_dim
+    units |= x_strides[0] | x_strides[1] | x_strides[2]
+    units |= out_strides[0] | out_strides[1] | out_strides[2]
     address = address_of("x", x) | address_of("out", out) | units * x.element_size()
     address |= address_of("cos", cos) | address_of("sin", sin)
     address |= (table_strides[0] | table_strides[1]) * cos.element_size()
@@ -204,12 +220,12 @@ def _launch(
         *out_strides,
         *table_strides,
         batch * length,
-        batch if cu_seqlens is None else len(cu_seqlens) - 1,
+        batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         length,
         heads,
         head_dim,
         2 * half,
-        len(cos),
+        table_rows,
         rotation.offset,
         1 if offsets is None else offsets.element_size() // 4,
         1 if cu_seqlens is None else cu_seqlens.element_size() // 4,
@@ -223,6 +239,11 @@ def _launch(
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:
     """Return those of batch, row, head and column; 0 where no index passes."""
-    steps = [step if size > 1 else 0 for size, step in zip(x.shape, x.stride(), strict=True)]
-    column = steps[-1] if x.shape[-1] > 1 else 1
-    return (steps[0] if x.dim() == 4 else 0), steps[-3], steps[-2], column
+    *outer, row, head, column = x.stride()
+    *sizes, rows, heads, columns = x.shape
+    return (
+        outer[0] if outer and sizes[0] > 1 else 0,
+        row if rows > 1 else 0,
+        head if heads > 1 else 0,
+        column if columns > 1 else 1,
+    )
