@@ -36,7 +36,7 @@ __device__ __forceinline__ void kv_scatter(const ScatterParams& params) {
     const Division place = divide(params.entries[entry], params.table_width);
     const int batch_idx = static_cast<int>(place.quotient);
     const Span keys = load_span(params.kv_start, params.kv_stop, batch_idx, params.kv_word,
-                                params.kv_stop_is_length, params.longest, params.kv_rows);
+                                params.kv_span_kind, params.longest, params.kv_rows);
     const int64_t key = place.rest * params.page_size + row - keys.start;
     if (key < 0 || key >= keys.length) continue;
     const float* g_row = params.sum + batch_idx * params.sum_stride_batch +

@@ -354,7 +354,7 @@ struct ScatterParams {
   int32_t longest;
   int32_t kv_rows;
   int32_t kv_word;
-  int32_t kv_stop_is_length;
+  int32_t kv_span_kind;
   int32_t num_parts;
   float scale;
   int32_t reserved;  // keeps the size a multiple of 8

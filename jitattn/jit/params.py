@@ -245,7 +245,7 @@ SCATTER_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("longest", _INT32),
     ("kv_rows", _INT32),
     ("kv_word", _INT32),
-    ("kv_stop_is_length", _INT32),
+    ("kv_span_kind", _INT32),
     ("num_parts", _INT32),
     ("scale", _FLOAT),
     ("reserved", _INT32),
