@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import Function
 
 from jitattn.dispatch import is_followed
@@ -122,7 +123,7 @@ def rotate(
     if inplace:
         _check_writable(x)
     flat = [table for rotary in tables for table in (rotary.cos, rotary.sin)]
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_fake(x):
         return _traced(x, tables, positions, parts, inplace=inplace)
     if not (x.is_cuda and _has_kernel(x, flat)):
         result = _composed(x, tables, positions, parts)
@@ -226,6 +227,11 @@ def _check_writable(x: Tensor) -> None:
 # ---- PyTorch's operations
 
 
+def _is_fake(x: Tensor) -> bool:
+    """Whether a tensor has a shape and a device, but no memory."""
+    return type(x) is not Tensor and is_fake(x)
+
+
 def _has_kernel(x: Tensor, tables: Sequence[Tensor]) -> bool:
     """Whether a kernel computes result and gradients of a tensor on a GPU."""
     wants = torch.is_grad_enabled() and any(table.requires_grad for table in tables)
@@ -283,11 +289,11 @@ def _traced(
     *,
     inplace: bool,
 ) -> Tensor:
-    """Turn under `torch.compile`: by operators, and copied to x where gradients are followed."""
+    """Turn under `torch.compile`, or fake tensors: by operators; copied to x for autograd."""
     has_kernel = x.is_cuda and _has_kernel(x, [rotary.cos for rotary in tables])
     if has_kernel and inplace and not is_followed(x):
         for place, number in parts:
-            for own in by_heads(x[place]):
+            for own in by_heads(x[place] if place else x):
                 torch.ops.jitattn.apply_rotary_(own, *_of_operator(tables[number], positions))
         return x
     result = _composed(x, tables, positions, parts, _operator if has_kernel else apply_rotary_cpu)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import jitattn
 from jitattn import InvalidInputError, Rotary
@@ -130,6 +131,22 @@ def test_the_operators_keep_the_rules_of_operators() -> None:
 def test_wrong_calls_are_refused(change: dict[str, object], text: str) -> None:
     with pytest.raises(InvalidInputError, match=text):
         jitattn.apply_rotary(**{"x": X, "rotary": ROTARY, **change})
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_tensors_without_memory_give_the_like(inplace: bool) -> None:
+    """No kernel is launched for them."""
+    with FakeTensorMode():
+        x = torch.empty(2, 5, 3, 16, dtype=torch.float16, device="cuda")
+        tables = [torch.empty(9, 4, device="cuda") for _ in range(2)]
+        offset = torch.empty(2, dtype=torch.int32, device="cuda")
+        rotary = Rotary(*tables, interleaved=True)
+        out = jitattn.apply_rotary(x, rotary, offset=offset, inplace=inplace)
+        assert (out.shape, out.dtype, out.device) == (x.shape, x.dtype, x.device)
+    meta = jitattn.apply_rotary(
+        X.to("meta"), Rotary(*(t.to("meta") for t in TABLES), interleaved=False), inplace=inplace
+    )
+    assert (meta.shape, meta.device.type) == (X.shape, "meta")
 
 
 def test_nothing_to_turn() -> None:

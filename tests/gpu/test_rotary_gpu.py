@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import jitattn
 from jitattn import Rotary
@@ -111,3 +112,14 @@ def test_compiled(inplace: bool) -> None:
         wanted = jitattn.apply_rotary(own, rotary, offset=2)
         torch.testing.assert_close(out, 2 * wanted)
         assert torch.equal(x, wanted if inplace else own)
+
+
+@pytest.mark.real_gpu
+@pytest.mark.parametrize("inplace", [False, True])
+def test_tensors_without_memory_give_the_like(inplace: bool) -> None:
+    with FakeTensorMode(), torch.enable_grad():
+        x = torch.empty(2, 5, 3, 16, device="cuda", requires_grad=True)
+        own = [torch.empty(9, 4, device="cuda") for _ in range(2)]
+        out = jitattn.apply_rotary(x, Rotary(*own, interleaved=True), inplace=inplace)
+        out.sum().backward()
+        assert x.grad.shape == out.shape == x.shape
