@@ -43,7 +43,7 @@ SANITIZERS: Final = {
     "memcheck-edge-fp32": ("memcheck", "EDGE and fp32"),
     "memcheck-sequences": (
         "memcheck",
-        "(sequences or kvcache) and not (many or graph or capture)",
+        "(sequences or kvcache or rotary) and not (many or graph or capture)",
     ),
     "memcheck-features": (
         "memcheck",
