@@ -221,7 +221,7 @@ class Reader:
         is_length, longest, overlaps = bool(self.integer()), self.integer(), self.integer()
         cls: Any = (Ragged, Padded, Paged)[kind - 1]
         made = cls.__new__(cls)
-        made._hold(cumulative, start, stop, is_length, longest)
+        made._hold(cls.__name__, cumulative, start, stop, is_length, longest)
         if kind > 1:
             object.__setattr__(made, "batch_idx" if kind == 2 else "block_table", self.tensor())
         object.__setattr__(made, "_overlaps", None if overlaps is None else bool(overlaps))

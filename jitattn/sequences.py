@@ -66,24 +66,28 @@ class _Spans:
                     f"{name}: start has {len(start)} entries and length {len(stop)}: both need one "
                     "for every sequence"
                 )
-        check_max_length(name, max_length)
-        self._hold(None, start, stop, stop_is_length, max_length)
+        self._hold(name, None, start, stop, stop_is_length, max_length)
 
     def _set_cumulative(self, cu_seqlens: Tensor, max_length: int | None) -> None:
         check_index("from_cu_seqlens(cu_seqlens=...)", cu_seqlens, 1)
         if not cu_seqlens.shape[0]:
             raise InvalidInputError("cu_seqlens is empty: it has one entry more than sequences")
-        check_max_length("from_cu_seqlens", max_length)
-        self._hold(cu_seqlens, None, None, False, max_length)
+        self._hold("from_cu_seqlens", cu_seqlens, None, None, False, max_length)
 
     def _hold(
         self,
+        name: str,
         cumulative: Tensor | None,
         start: Tensor | None,
         stop: Tensor | None,
         stop_is_length: bool,
         max_length: int | None,
     ) -> None:
+        """Hold what is checked, but for the bound."""
+        if max_length is not None and (type(max_length) is not int or not 0 <= max_length < _MOST):
+            raise InvalidInputError(
+                f"{name}(max_length={max_length!r}): it must be an int from 0 to 2**31 - 1"
+            )
         hold = object.__setattr__
         hold(self, "cumulative", cumulative)
         hold(self, "_start", start)
@@ -383,14 +387,6 @@ class Paged(_Spans):
 
 QSequences: TypeAlias = Ragged | Padded | None
 KvSequences: TypeAlias = Ragged | Padded | Paged | None
-
-
-def check_max_length(name: str, max_length: int | None) -> None:
-    """Refuse a bound that is none."""
-    if max_length is not None and (type(max_length) is not int or not 0 <= max_length < _MOST):
-        raise InvalidInputError(
-            f"{name}(max_length={max_length!r}): it must be an int from 0 to 2**31 - 1"
-        )
 
 
 def check_index(what: str, tensor: object, dimensions: int) -> None:

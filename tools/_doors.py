@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
+from _doors_bench_cases import DoorCase, cases
 from _table import print_table
 from _timing import Spread, host_times, spread
 
 import jitattn
-from jitattn.compat.dkernel import LocalStrideSparseAttention
-from jitattn.compat.fast_ops.flash_attention.flash_attention_triton import flash_attn_triton
 from jitattn.compat.flash_attn import (
     _functions,
     _kvcache,
@@ -25,8 +23,6 @@ from jitattn.compat.flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-from jitattn.compat.flash_cosine_sim_attention import flash_cosine_sim_attention
-from jitattn.compat.warp_attention import warp_attention_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,16 +42,7 @@ class Report(Protocol):
     ) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class DoorCall:
-    """A call of a door, and the core call with the values that the door makes of its arguments."""
-
-    name: str
-    door: Callable[[], Any]
-    core: Callable[[], Any]
-
-
-def flash_attn_calls(device: str) -> Iterator[DoorCall]:
+def flash_attn_calls(device: str) -> Iterator[DoorCase]:
     """Yield calls of FlashAttention's functions."""
     q, k, v = qkv = _drawn(3, device, _B, _L, _H, _D)
     causal, window = jitattn.Causal(), jitattn.Window(16, 0)
@@ -64,8 +51,8 @@ def flash_attn_calls(device: str) -> Iterator[DoorCall]:
     attend: Any = jitattn.attention
     varlen: Any = flash_attn_varlen_func
 
-    def call(name: str, door: Callable[[], Any], core: Callable[[], Any]) -> DoorCall:
-        return DoorCall(f"flash_attn: {name}", door, core)
+    def call(name: str, door: Callable[[], Any], core: Callable[[], Any]) -> DoorCase:
+        return DoorCase("flash_attn", name, door, core)
 
     yield call("plain", lambda: flash_attn_func(q, k, v), lambda: attend(q, k, v))
     yield call(
@@ -115,7 +102,7 @@ def flash_attn_calls(device: str) -> Iterator[DoorCall]:
 
 def _cache_calls(
     device: str, pages: Any, table: torch.Tensor, causal: jitattn.Causal
-) -> Iterator[DoorCall]:
+) -> Iterator[DoorCase]:
     caches = _drawn(2, device, _B, _ROOM, _H, _D)
     (q,), new = _drawn(1, device, _B, 1, _H, _D), _drawn(2, device, _B, 1, _H, _D)
     used = torch.full((_B,), 100, dtype=torch.int32, device=device)
@@ -128,8 +115,8 @@ def _cache_calls(
     def decode(*given: Any, **named: Any) -> Any:
         return door(q, *given, cache_seqlens=used, causal=True, **named)
 
-    def call(name: str, door: Callable[[], Any], core: Callable[[], Any]) -> DoorCall:
-        return DoorCall(f"flash_attn: {name}", door, core)
+    def call(name: str, door: Callable[[], Any], core: Callable[[], Any]) -> DoorCase:
+        return DoorCase("flash_attn", name, door, core)
 
     yield call("cache", lambda: decode(*caches), lambda: attend(q, *caches, **own))
     yield call(
@@ -159,39 +146,6 @@ def _cache_calls(
         "cache, appending with rotary",
         lambda: decode(*caches, *new, cos, sin, rotary_interleaved=False),
         lambda: attend(q, *caches, *new, **own, rotary=rotary),
-    )
-
-
-def other_calls(device: str) -> Iterator[DoorCall]:
-    """Yield calls of the other four doors."""
-    q, k, v = _drawn(3, device, _B, _L, _H, _D)
-    heads_first: Any = [x.transpose(1, 2) for x in (q, k, v)]
-    norm = jitattn.L2Norm()
-    attend: Any = jitattn.attention
-    cosine: Any = flash_cosine_sim_attention
-    yield DoorCall(
-        "flash_cosine_sim_attention",
-        lambda: cosine(*heads_first, causal=True),
-        lambda: attend(*heads_first, mask=jitattn.Causal(), scale=8.0, layout="bhsd", qk_norm=norm),
-    )
-    yield DoorCall(
-        "warp_attention",
-        lambda: warp_attention_forward(q, k, v, gear=2, is_causal=True),
-        lambda: attend(q, k, v, mask=jitattn.Causal(), gear=2),
-    )
-    (bias,) = _drawn(1, device, 1, _H, _L, _L)
-    yield DoorCall(
-        "fast_ops, bias",
-        lambda: flash_attn_triton(q, k, v, bias),
-        lambda: attend(q, k, v, bias=bias),
-    )
-    module = LocalStrideSparseAttention(_H, _L, 16, 2, 2)
-    module = module.to(device)
-    rule = jitattn.LocalStride(16, 2, 2)
-    yield DoorCall(
-        "dkernel, local + stride",
-        lambda: module(q, k, v),
-        lambda: attend(q, k, v, mask=rule),
     )
 
 
@@ -245,11 +199,11 @@ def bench_doors(report: Report, rounds: int) -> None:
         _bench_own_part(report)
         return
     table = []
-    for one in (*flash_attn_calls("cuda"), *other_calls("cuda")):
-        figures = {"core": one.core, "door": one.door}
+    for one in (*flash_attn_calls("cuda"), *cases("cuda")):
+        figures = {"core": one.core, "door": one.call}
         times = {name: host_times(call, rounds=rounds * 30) for name, call in figures.items()}
         for name, found in times.items():
-            report.add("doors", one.name, name, "host_us", found)
+            report.add("doors", f"{one.door}: {one.name}", name, "host_us", found)
         core, door = times["core"].p50, times["door"].p50
         over = door - core
         table.append(
@@ -269,10 +223,14 @@ def _bench_own_part(report: Report) -> None:
     table = []
     with stubbed_core():
         for one in flash_attn_calls("cpu"):
-            figures = _own_times(one.door)
-            report.add("doors", one.name, "own part", "host_us", figures)
-            table.append((one.name, f"{figures.p20:.1f}", str(python_calls(one.door))))
-    print_table("the door's own part, with the core stubbed", ("call", "us", "Python calls"), table)
+            figures = _own_times(one.call)
+            report.add("doors", f"{one.door}: {one.name}", "own part", "host_us", figures)
+            table.append((one.name, f"{figures.p20:.1f}", str(python_calls(one.call))))
+    print_table(
+        "FlashAttention's door, its own part: with the core stubbed",
+        ("call", "us", "Python calls"),
+        table,
+    )
 
 
 def _own_times(call: Callable[[], Any]) -> Spread:
