@@ -73,7 +73,8 @@ def test_the_triton_kernel_by_its_name() -> None:
     assert torch.equal(out, flash_cosine_sim_attention(q, k, v, scale=3, groups=2, causal=True))
     halves = grouped_l2norm(q, 2).unflatten(-1, (2, 8)).norm(dim=-1)
     torch.testing.assert_close(halves, torch.ones_like(halves))
-    assert cosine.version.__version__ == jitattn.__version__
+    version = importlib.import_module(f"{cosine.__name__}.version")
+    assert version.__version__ == jitattn.__version__
 
 
 def test_places_of_warp_attention() -> None:
