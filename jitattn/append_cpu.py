@@ -6,23 +6,90 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from jitattn.autocast import outside_autocast
 from jitattn.errors import InvalidInputError
 from jitattn.rotary_cpu import turned_by
-from jitattn.sequences import Paged
+from jitattn.sequences import Padded, Paged
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from jitattn.append import Append
+    from jitattn.kvcache_call import KvCache
+    from jitattn.sequences import KvSequences
 
 
+def check_contents(
+    cache: KvCache, kv_seqs: KvSequences, new: Append | None, room: int, rows: int
+) -> None:
+    """Check the contents of index tensors on the CPU, in the words of `attention_with_kvcache`.
+
+    Parameters
+    ----------
+    cache : KvCache
+    kv_seqs : Padded or Paged
+        Where the keys lie; their stops are only known if nothing is appended.
+    new : Append, optional
+    room : int
+        Rows that a sequence may have.
+    rows : int
+        Rows of the batch of the cache, or pages.
+
+    Raises
+    ------
+    InvalidInputError
+    """
+    if not isinstance(kv_seqs, Padded | Paged):
+        return
+    batch = kv_seqs.batch
+    used = [cache.length] * batch if isinstance(cache.length, int) else cache.length.tolist()
+    counts = [0] * batch
+    if new is not None:
+        counts = [new.k.shape[1 if new.layout == "bshd" else 2]] * batch
+        if new.q_seqs is not None:
+            counts = new.q_seqs.length.tolist()
+    padding = [0] * batch if cache.left_pad is None else cache.left_pad.tolist()
+    for idx, (length, count, left) in enumerate(zip(used, counts, padding, strict=True)):
+        if length < 0 or length + count > room:
+            raise InvalidInputError(
+                f"length: sequence {idx} would hold {length + count} rows ({length} before the "
+                f"call), but there is room for {room}"
+            )
+        if not 0 <= left <= length + max(0, count):
+            raise InvalidInputError(
+                f"left_pad: sequence {idx} begins with {left} rows that are no keys, but holds "
+                f"{length + count}"
+            )
+    if cache.batch_idx is not None:
+        for idx, row in enumerate(cache.batch_idx.tolist()):
+            if not 0 <= row < rows:
+                raise InvalidInputError(
+                    f"batch_idx: sequence {idx} is in row {row} of the cache, but there are only "
+                    f"{rows}"
+                )
+    if cache.block_table is None:
+        return
+    page_size = max(1, room // max(1, cache.block_table.shape[1]))
+    for idx, pages in enumerate(cache.block_table.tolist()):
+        first, last = padding[idx] // page_size, -(-(used[idx] + counts[idx]) // page_size)
+        for page in pages[first:last]:
+            if not 0 <= page < rows:
+                raise InvalidInputError(
+                    f"block_table: sequence {idx} is in page {page} of the cache, but there are "
+                    f"only {rows}"
+                )
+
+
+@outside_autocast
 def append_cpu(q: Tensor, turned: Tensor, new: Append) -> None:
     """Write the new tokens into the cache, the turned queries, and the rows in use afterwards.
 
     Raises
     ------
     InvalidInputError
-        A sequence has no room, or a page or row does not exist; nothing was written.
+        A sequence of q_seqs leaves the tensor; nothing was written.
     """
     is_paged = isinstance(new.kv_seqs, Paged)
     if new.layout == "bhsd" and new.q_seqs is None:
@@ -53,9 +120,9 @@ def append_cpu(q: Tensor, turned: Tensor, new: Append) -> None:
         pages, in_page = places[idx]
         keys = new.k[own]
         if new.rotary is not None:
-            first = torch.arange(len_q) if new.follows else torch.zeros(len_q, dtype=torch.int64)
-            turned[own] = turned_by(q[own], used + first, new.rotary)
-            keys = turned_by(keys, used + torch.arange(count), new.rotary)
+            first = range(len_q) if new.follows else [0] * len_q
+            turned[own] = turned_by(q[own], used + _indices(first), new.rotary)
+            keys = turned_by(keys, used + _indices(range(count)), new.rotary)
         new.k_cache[pages, in_page] = keys
         new.v_cache[pages, in_page] = new.v[own]
         new.stop[idx] = used + count
@@ -63,25 +130,17 @@ def append_cpu(q: Tensor, turned: Tensor, new: Append) -> None:
 
 def _places(new: Append, idx: int, used: int, count: int) -> tuple[Tensor, Tensor]:
     """Return the pages (or rows of the batch) and the rows in them of a sequence's new tokens."""
-    num_pages, page_size = new.k_cache.shape[:2]
+    page_size = new.k_cache.shape[1]
     table = [idx]
     if isinstance(new.kv_seqs, Paged):
         table = new.kv_seqs.block_table[idx].tolist()
     elif new.kv_seqs.batch_idx is not None:
         table = [int(new.kv_seqs.batch_idx[idx])]
-    room = len(table) * page_size
-    if used < 0 or used + count > room:
-        raise InvalidInputError(
-            f"sequence {idx} would hold {used + count} rows ({used} before the call), but there is "
-            f"room for {room}"
-        )
-    positions = torch.arange(used, used + count)
-    pages = [table[position // page_size] for position in positions.tolist()]
-    for page in pages:
-        if not 0 <= page < num_pages:
-            what = "page" if isinstance(new.kv_seqs, Paged) else "row"
-            raise InvalidInputError(
-                f"sequence {idx} is to be appended to {what} {page} of the cache, but there are "
-                f"only {num_pages}"
-            )
-    return torch.tensor(pages, dtype=torch.int64), positions % max(1, page_size)
+    positions = range(used, used + count)
+    pages = [table[position // page_size] for position in positions]
+    rows = [position % page_size for position in positions]
+    return _indices(pages), _indices(rows)
+
+
+def _indices(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")

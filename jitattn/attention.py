@@ -7,15 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from jitattn import interop
 from jitattn.dispatch import run
 from jitattn.dropout import Dropout, check_state, threshold_of
 from jitattn.dropout import dropout_state as draw_state
+from jitattn.errors import WithoutMemoryError
+from jitattn.indirect import attention_indirectly, is_tracing, num_dispatch_modes
 from jitattn.masks import Full
 from jitattn.ops import call_operator
 from jitattn.problem import Call
-from jitattn.scores import NO_CHANGES, Scores
+from jitattn.score_checks import softcap_of
+from jitattn.scores import NO_CHANGES, Scores, in_fp32
+from jitattn.tensors import PLAIN
 
 if TYPE_CHECKING:
     from jitattn.cosine import L2Norm
@@ -60,9 +65,9 @@ def attention(
     Parameters
     ----------
     q : Tensor, [B, Lq, Hq, D]
-        fp16, bf16 or fp32, D from 1 to 256. Any strides with the last equal to 1, any alignment
-        (16-byte aligned rows are fastest). Arrays with ``__dlpack__`` (CuPy, JAX, numpy) are taken
-        too, and the result comes back as the same kind.
+        fp16, bf16, fp32, on the CPU also fp64; D from 1 to 256. Any strides with the last equal to
+        1, any alignment (16-byte aligned rows are fastest). Arrays with ``__dlpack__`` (CuPy, JAX,
+        numpy) are taken too, and the result comes back as the same kind.
     k : Tensor, [B, Lkv, Hkv, D]
         Same dtype and device. Hq % Hkv == 0; query head h reads kv head h // (Hq // Hkv).
     v : Tensor, [B, Lkv, Hkv, Dv]
@@ -107,15 +112,16 @@ def attention(
         Added to the scores. With sequences of their own, rows and columns count from the first ones
         of each, and may be more than there are. -inf hides; on a GPU, so does what is below -3e7,
         which differs only where a row has nothing else: it gives 0, not the mean.
-    relative_bias : Tensor, [Hq or 1, 2 R + 1], fp32, optional
+    relative_bias : Tensor, [Hq or 1, 2 R + 1], optional
         Added to the scores by distance: entry d + R, where d is key - query (of positions aligned
-        to the bottom right), held between -R and R.
-    alibi_slopes : Tensor, [Hq] or [B, Hq], fp32, optional
+        to the bottom right), held between -R and R. Of 16 bits or fp32 (on the CPU also fp64), as
+        `alibi_slopes` and `sinks`; a GPU computes with a copy in fp32.
+    alibi_slopes : Tensor, [Hq] or [B, Hq], optional
         -slope * |key - query| is added to the scores, of positions aligned to the bottom right.
         Press et al., arXiv:2108.12409.
     softcap : float, optional
         Scores become softcap * tanh(score / softcap) before anything is added to them.
-    sinks : Tensor, [Hq], fp32, optional
+    sinks : Tensor, [Hq], optional
         A logit of each head that takes part in the softmax, but has no value. LSE leaves it out.
     dropout_p : float, default 0
         Part of the weights that is dropped, after the softmax; the others are divided by 1 - p. It
@@ -126,7 +132,8 @@ def attention(
         Cosine attention: q and k are scaled to length 1, or come so.
     deterministic : bool
         Let the backward pass give the same bits for dq in every run, in 1.3 to 1.4 times its time.
-        (Everything else is reproducible in any case.)
+        (Everything else is reproducible in any case.) `torch.use_deterministic_algorithms(True)`
+        means the same, with ``warn_only`` too.
     tile_rows : 16, 64 or 128, optional
         Which of the three kernels of a call on a GPU is taken, by the query rows of a kv head that
         its tile is for; chosen if left out. For tuning: results differ in the last bits only.
@@ -165,7 +172,12 @@ def attention(
     add up over the sequences that share them, 4 bytes for each element of k and v of `max_length`
     keys a sequence; of more than some 100,000 queries a key, 4 bytes for each element of k and v.
     What is saved for it must not be written to before: autograd raises. First derivatives only; the
-    CPU path has every order, and forward mode.
+    CPU path has every order, and forward mode. torch.func's grad, vjp, jacrev and vmap work on
+    both.
+
+    Tracers (torch.compile, torch.export, make_fx, torch.jit.trace) and dispatch modes see operators
+    of torch.library; meta and fake tensors give results of their kind. Numerics are those of the
+    gear inside autocast, too.
 
     Bitwise reproducible: two runs on the same inputs give the same bits. A NaN in q or k reaches
     the rows that see it; one in v may also reach rows to which it is hidden, as 0 * NaN. Papers:
@@ -184,8 +196,17 @@ def attention(
     tensors_are_none = bias is relative_bias is alibi_slopes is sinks is None
     numbers_are_none = softcap is None and qk_norm is None and dropout_p == 0.0
     if not (tensors_are_none and numbers_are_none):
-        dropout = dropout_of(dropout_p, dropout_state, q)
-        scores = Scores(bias, relative_bias, alibi_slopes, softcap, sinks, dropout, qk_norm)
+        scores = _scores(
+            q,
+            bias,
+            relative_bias,
+            alibi_slopes,
+            softcap,
+            sinks,
+            dropout_p,
+            dropout_state,
+            qk_norm,
+        )
     call = Call(
         mask,
         scale,
@@ -201,10 +222,16 @@ def attention(
         deterministic,
         tile_rows,
     )
+    if is_dynamo_compiling():
+        return call_operator(q, k, v, call)
+    is_plain = type(q) is type(k) is type(v) is Tensor or {type(q), type(k), type(v)} <= PLAIN
+    if is_plain and not (num_dispatch_modes() or is_tracing()):
+        try:
+            return run(q, k, v, call)
+        except WithoutMemoryError:
+            return attention_indirectly(q, k, v, call)
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
-        if torch.compiler.is_compiling():
-            return call_operator(q, k, v, call)
-        return run(q, k, v, call)
+        return attention_indirectly(q, k, v, call)
     tensors = interop.from_all({"q": q, "k": k, "v": v}, out=out)
     result = run(tensors["q"], tensors["k"], tensors["v"], call._replace(out=tensors.get("out")))
     if not return_lse:
@@ -213,17 +240,29 @@ def attention(
     return interop.to_kind_of(values, q) if out is None else out, interop.to_kind_of(lse, q)
 
 
-def dropout_of(p: float, state: Tensor | None, q: Any) -> Dropout | None:  # noqa: ANN401
-    """Check what is said of dropout, and draw a state if none is given."""
-    threshold = threshold_of(p)
-    if threshold == 0:
-        return None
+def _scores(
+    q: Any,  # noqa: ANN401 - Tensor, or an array of another library
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    dropout_state: Tensor | None,
+    qk_norm: L2Norm | None,
+) -> Scores:
+    """Return what is done with scores, as far as it can be checked without q."""
     if not isinstance(q, Tensor):
         q = interop.from_all({"q": q})["q"]
-    if state is None:
-        state = draw_state(q.device)
-    check_state(state, q.device)
-    return Dropout(threshold, state)
+    dropout = None
+    threshold = threshold_of(dropout_p)
+    if threshold:
+        state = draw_state(q.device) if dropout_state is None else dropout_state
+        check_state(state, q.device)
+        dropout = Dropout(threshold, state)
+    softcap = None if softcap is None else softcap_of(softcap)
+    scores = Scores(bias, relative_bias, alibi_slopes, softcap, sinks, dropout, qk_norm)
+    return in_fp32(scores) if q.is_cuda else scores
 
 
 def bind(
@@ -240,16 +279,9 @@ def bind(
     bound.apply_defaults()
     given = bound.arguments
     tensors = interop.from_all({name: given[name] for name in ("q", "k", "v")}, out=given["out"])
-    dropout = dropout_of(given["dropout_p"], given["dropout_state"], tensors["q"])
-    scores = Scores(
-        given["bias"],
-        given["relative_bias"],
-        given["alibi_slopes"],
-        given["softcap"],
-        given["sinks"],
-        dropout,
-        given["qk_norm"],
-    )
+    names = ("bias", "relative_bias", "alibi_slopes", "softcap", "sinks")
+    more = ("dropout_p", "dropout_state", "qk_norm")
+    scores = _scores(tensors["q"], *(given[name] for name in (*names, *more)))
     others = {name: given[name] for name in Call._fields if name != "scores"}
     others["out"] = tensors.get("out")
     return tensors, Call(**others, scores=NO_CHANGES if scores == NO_CHANGES else scores)

@@ -13,9 +13,10 @@ import torch
 from torch.autograd import Function
 
 from jitattn import cosine
+from jitattn.autocast import outside_autocast
 from jitattn.backward import run_backward
 from jitattn.encoding import KeptCall
-from jitattn.errors import UnsupportedError
+from jitattn.errors import NO_FORWARD_MODE, NO_SECOND_ORDER, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,10 +42,7 @@ class _Refused(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # noqa: ANN401
         """Refuse."""
-        raise UnsupportedError(
-            "a gradient of a gradient was asked for: the GPU path has first derivatives only; "
-            "move the tensors to the CPU, whose path has every order"
-        )
+        raise UnsupportedError(NO_SECOND_ORDER)
 
 
 def first_order(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
@@ -53,11 +51,12 @@ def first_order(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple
     (torch's own `once_differentiable` does the like, but not where only saved tensors require
     gradients, and its error names no way out.)
     """
+    compute = outside_autocast(backward)
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
         with torch.no_grad():
-            found = backward(ctx, *gradients)
+            found = compute(ctx, *gradients)
         if not torch.is_grad_enabled():
             return found
         places = [idx for idx, value in enumerate(found) if isinstance(value, torch.Tensor)]
@@ -77,10 +76,7 @@ class FirstOrder(Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: ANN401 - autograd's
         """Refuse forward mode."""
-        raise UnsupportedError(
-            "forward-mode derivatives are not computed on a GPU; move the tensors to the CPU, "
-            "whose path has them"
-        )
+        raise UnsupportedError(NO_FORWARD_MODE)
 
 
 class Attention(FirstOrder):

@@ -23,9 +23,10 @@ from jitattn.jit.spec import RoundSpec, StatsSpec, padded_head_dim
 from jitattn.layouts import parse
 from jitattn.loaded import loaded_kernel
 from jitattn.masks import LocalStride
+from jitattn.problem import is_deterministic
 from jitattn.score_gradients import score_gradients, target_of
 from jitattn.sequences import overlaps
-from jitattn.tensors import DTYPES
+from jitattn.tensors import DTYPES, readable
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -101,6 +102,9 @@ def run_backward(
         # q k^T * -s = q (-k)^T * s
         k, call = -k, call._replace(scale=-call.scale)
     problem, runtime = parse(q, k, v, call._replace(out=None))
+    out, lse = readable("out", out), readable("lse", lse)
+    d_out = readable("the gradient of out", d_out)
+    d_lse = None if d_lse is None else readable("the gradient of the LSE", d_lse)
     row_axis, head_axis = 0, 1
     if q.dim() == 4:
         row_axis, head_axis = (1, 2) if call.layout == "bshd" else (2, 1)
@@ -279,10 +283,11 @@ def _main(whole: Pass, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         corner = runtime.len_kv - runtime.len_q if problem.is_uniform else 0
         runtime = runtime._replace(diagonal=corner, listed=None)
         whole = whole._replace(problem=problem, runtime=runtime)
-    spec = bwd_spec(problem, whole.arch, deterministic=call.deterministic)
+    deterministic = is_deterministic(call)
+    spec = bwd_spec(problem, whole.arch, deterministic=deterministic)
     dq_sum, strides = _room_for_dq(whole, spec, dq)
     turns = None
-    if call.deterministic:
+    if deterministic:
         heads = runtime.batch * runtime.heads_q
         num_q_tiles, _ = whole.num_tiles(problem, spec.tile)
         turns = torch.zeros(heads * num_q_tiles, dtype=torch.int32, device=dq.device)

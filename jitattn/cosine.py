@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 import torch
 
+from jitattn.autocast import outside_autocast
 from jitattn.errors import InvalidInputError, UnsupportedError
+from jitattn.given import integer, real
 from jitattn.jit.device import device
 from jitattn.jit.enums import Access
 from jitattn.jit.spec import NormGradSpec, NormSpec
 from jitattn.loaded import loaded_kernel, on_gpu
+from jitattn.score_checks import vector
 from jitattn.sequences import Paged, Ragged
-from jitattn.tensors import DTYPES, MAX_HEAD_DIM
+from jitattn.tensors import DTYPES, MAX_HEAD_DIM, index_address, readable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,13 +45,15 @@ _LARGEST_FP16: Final = 14.0
 class L2Norm:
     """Cosine attention: scores are scale * head_scale * cos(q, k).
 
+    Can be copied and pickled; equal to itself alone, as `head_scale` is not compared.
+
     Parameters
     ----------
     groups : int
         Equal slices of a vector that are normalised each by itself; |score| is then up to
         scale * groups. It must divide D.
-    head_scale : Tensor, [Hq], fp32, optional
-        A learned factor of each head.
+    head_scale : Tensor, [Hq], optional
+        A learned factor of each head, of the dtype of q or fp32.
     bound : float, optional
         A promise that no |head_scale| is larger (with normalize=False: of what q was multiplied
         by). Without it, head_scale means a running maximum.
@@ -64,13 +69,17 @@ class L2Norm:
 
     def __post_init__(self) -> None:
         """Refuse what is no norm."""
-        if type(self.groups) is not int or not 1 <= self.groups <= MAX_HEAD_DIM:
+        groups, bound = integer(self.groups), self.bound
+        if groups is None or not 1 <= groups <= MAX_HEAD_DIM:
             raise InvalidInputError(
                 f"L2Norm(groups={self.groups!r}): it must be an int from 1 to {MAX_HEAD_DIM}"
             )
-        bound = self.bound
-        if bound is not None and not (isinstance(bound, int | float) and 0 < bound < math.inf):
+        number = None if bound is None else real(bound)
+        if bound is not None and (number is None or not 0 < number < math.inf):
             raise InvalidInputError(f"L2Norm(bound={bound!r}): it must be a number above 0")
+        if groups is not self.groups or number is not bound:  # a number of numpy's
+            object.__setattr__(self, "groups", groups)
+            object.__setattr__(self, "bound", number)
         if bound is not None and self.normalize and self.head_scale is None:
             raise InvalidInputError(
                 f"L2Norm(bound={bound!r}): it bounds head_scale, and there is none; leave it out"
@@ -97,35 +106,37 @@ class RowOrder(NamedTuple):
         return cls(is_bhsd and not q_is_flat, q_is_flat, isinstance(call.kv_seqs, Ragged))
 
 
-def check(norm: L2Norm, q: Tensor, heads: int, call: Call) -> None:
-    """Check a norm against the tensors of a call.
+def check(norm: L2Norm, q: Tensor, heads: int, call: Call) -> int:
+    """Check a norm against the tensors of a call; return the address of its head_scale.
 
     Raises
     ------
     InvalidInputError, UnsupportedError
     """
-    if not isinstance(norm, L2Norm):
-        raise InvalidInputError(
-            f"qk_norm is a {type(norm).__name__}: it must be a jitattn.L2Norm, or None"
-        )
+    check_kind(norm)
     if q.shape[-1] % norm.groups:
         raise InvalidInputError(
             f"L2Norm(groups={norm.groups}): it must divide head_dim, which is {q.shape[-1]}"
         )
     scale = norm.head_scale
-    if scale is not None and (
-        not isinstance(scale, torch.Tensor)
-        or scale.dtype is not torch.float32
-        or list(scale.shape) != [heads]
-        or scale.device != q.device
-    ):
+    if scale is not None and (not isinstance(scale, torch.Tensor) or scale.device != q.device):
         raise InvalidInputError(
-            f"L2Norm(head_scale) must be a torch.float32 tensor [{heads}] on {q.device}"
+            f"L2Norm(head_scale) must be a tensor [{heads}] on {q.device}; move it with .to()"
         )
+    address = vector("L2Norm(head_scale)", scale, ((heads,),), is_copied=True)
     if isinstance(call.kv_seqs, Paged) and norm.normalize:
         raise UnsupportedError(
             "qk_norm with pages: keys are normalised once, when they are put into the cache; do "
             "that with jitattn.l2norm, and pass L2Norm(normalize=False)"
+        )
+    return address
+
+
+def check_kind(norm: object) -> None:
+    """Refuse what is no norm."""
+    if norm is not None and not isinstance(norm, L2Norm):
+        raise InvalidInputError(
+            f"qk_norm is a {type(norm).__name__}: it must be a jitattn.L2Norm, or None"
         )
 
 
@@ -170,11 +181,17 @@ def l2norm(x: Tensor, groups: int = 1) -> Tensor:
     -------
     Tensor, shape and dtype of x
     """
-    if groups < 1 or x.shape[-1] % groups:
-        raise InvalidInputError(f"groups={groups}: it must divide head_dim, which is {x.shape[-1]}")
-    return _unit(x, groups).to(x.dtype)
+    number = integer(groups)
+    if number is None or number < 1 or x.shape[-1] % number:
+        raise InvalidInputError(
+            f"groups={groups!r}: it must be an int that divides head_dim, which is {x.shape[-1]}"
+        )
+    if not torch.compiler.is_dynamo_compiling():
+        index_address("x", x)  # refuses memory that is gone
+    return _unit(x, number).to(x.dtype)
 
 
+@outside_autocast
 def _unit(x: Tensor, groups: int) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
@@ -184,6 +201,7 @@ def _unit(x: Tensor, groups: int) -> Tensor:
     return unit.masked_fill(is_zero, 0.0).reshape(x.shape)
 
 
+@outside_autocast
 def normalized_cpu(q: Tensor, k: Tensor, norm: L2Norm, head_axis: int) -> tuple[Tensor, Tensor]:
     """Return q and k as the CPU path takes them, in fp32."""
     turned = _unit(q, norm.groups)
@@ -247,7 +265,7 @@ def normalized_grad_cuda(
         if d_y is None:
             found.append(None)
             continue
-        d_y = d_y.to(x.dtype).contiguous()
+        d_y = readable("the gradient of a normalised tensor", d_y).to(x.dtype).contiguous()
         dx = torch.empty_like(d_y)
         found.append(dx)
         num_slices = x.numel() // x.shape[-1] * groups

@@ -6,8 +6,8 @@ The softmax is online over key chunks (arXiv:1805.02867); fp16 and bf16 are comp
 Left alone, autograd would keep the scores of every chunk, O(L²) in all. So with more than one
 query chunk each is a checkpoint (`torch.utils.checkpoint`, ``use_reentrant=False``): its backward
 computes the chunk again and keeps the scores of that one chunk, O(Lkv), only while it runs. One
-query chunk alone needs none of this. (torch.func.grad and its kin refuse checkpoints, so they work
-up to one query chunk; torch.autograd and forward mode work at every length.)
+query chunk alone needs none of this. torch.func.grad and its kin allow no checkpoints: inside them,
+and wherever else hooks of saved tensors are off, the scores of all chunks are kept.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from jitattn.autocast import matmul, outside_autocast
 from jitattn.cpu_rules import Rules
 from jitattn.errors import InternalError, InvalidInputError
 from jitattn.scores import NO_CHANGES, of_sequence, tensors_of
@@ -38,6 +39,7 @@ CHUNK_Q: Final = 128
 CHUNK_KV: Final = 512
 
 
+@outside_autocast
 def attention_cpu(
     q: Tensor,
     k: Tensor,
@@ -84,7 +86,8 @@ def attention_cpu(
     rules = Rules.of(mask, scores, len_q, k.shape[2], (q.shape[1], k.shape[1]))
 
     run = partial(_chunk, scale=scale, rules=rules, chunk_kv=chunk_kv)
-    if len_q > chunk_q and torch.is_grad_enabled() and _any_requires_grad(q, k, v):
+    follows = torch.is_grad_enabled() and _any_requires_grad(q, k, v)
+    if len_q > chunk_q and follows and _may_checkpoint():
         run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
     # torch.split, here and below: its backward is one concatenation, that of a slice is full-sized.
     parts = [run(part, k, v, i * chunk_q) for i, part in enumerate(torch.split(q, chunk_q, dim=2))]
@@ -99,6 +102,7 @@ def attention_cpu(
     return out, torch.cat([lse for _, lse in parts], dim=2)
 
 
+@outside_autocast
 def run_cpu(
     q: Tensor, k: Tensor, v: Tensor, runtime: Runtime, call: Call
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -111,8 +115,8 @@ def run_cpu(
         computed, lse = _dense(q, k, v, runtime, call, target)
         if call.out is not None:
             computed = call.out
-        elif not is_bshd:
-            computed = computed.transpose(1, 2)
+        else:
+            computed = (computed if is_bshd else computed.transpose(1, 2)).contiguous()
     else:
         computed, lse = _sequence_by_sequence(q, k, v, runtime, call)
     if computed.requires_grad:
@@ -209,7 +213,9 @@ def _sequence_by_sequence(
         for x in (q, k, v):
             nothing = (x * 0).nan_to_num().sum()
             out, lse = out + nothing.to(out.dtype), lse + nothing.to(lse.dtype)
-    return (out.transpose(1, 2) if call.layout == "bhsd" and not is_flat else out), lse
+    if call.layout == "bhsd" and not is_flat:
+        out = out.transpose(1, 2).contiguous()
+    return out, lse
 
 
 def _spans(name: str, seqs: KvSequences, batch: int, rows: int) -> list[tuple[int, int]]:
@@ -237,9 +243,12 @@ def _gather(x: Tensor, pages: list[int], start: int, length: int) -> Tensor:
             raise InvalidInputError(
                 f"kv_seqs: the block table names page {page}, but there are only {num_pages}"
             )
-    return x[torch.tensor(used, dtype=torch.int64)].flatten(0, 1)[start - first * page_size :][
-        :length
-    ]
+    index = torch.tensor(used, dtype=torch.int64, device=x.device)
+    return x[index].flatten(0, 1)[start - first * page_size :][:length]
+
+
+def _may_checkpoint() -> bool:
+    return torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined, no-any-return]
 
 
 def _any_requires_grad(*tensors: Tensor) -> bool:
@@ -267,9 +276,9 @@ def _chunk(
 
     r_max = r_q.new_full((batch, heads_kv, group * rows, 1), float("-inf"))
     # Sums over no keys: zeros, yet functions of q, k and v, so that blind rows have gradients (0).
-    no_scores = r_q @ k[:, :, :0].transpose(2, 3)
+    no_scores = matmul(r_q, k[:, :, :0].transpose(2, 3))
     r_sum = no_scores.sum(dim=3, keepdim=True)
-    r_out = no_scores @ v[:, :, :0]
+    r_out = matmul(no_scores, v[:, :, :0])
     for start, stop in rules.key_ranges(first_q, rows, len_kv):
         if start >= stop:
             continue
@@ -277,7 +286,7 @@ def _chunk(
         v_chunks = torch.split(v[:, :, start:stop], chunk_kv, dim=2)
         for chunk_idx, (k_chunk, v_chunk) in enumerate(zip(k_chunks, v_chunks, strict=True)):
             first_k = start + chunk_idx * chunk_kv
-            scores = r_q @ k_chunk.transpose(2, 3)
+            scores = matmul(r_q, k_chunk.transpose(2, 3))
             by_head = (batch, heads_q, rows, k_chunk.shape[2])
             if rules.changes_scores:
                 scores = rules.change(scores.view(by_head), first_q, first_k).view(scores.shape)
@@ -292,9 +301,9 @@ def _chunk(
             rescale = torch.exp(r_max - shift)
             r_sum = r_sum * rescale + weights.sum(dim=3, keepdim=True)
             if rules.scores.dropout is not None:
-                kept = rules.kept(range(first_q, first_q + rows), first_k, by_head)
-                weights = (weights.view(by_head) * kept).view(weights.shape)
-            r_out = r_out * rescale + weights @ v_chunk
+                dropped = rules.drop(weights.view(by_head), first_q, first_k)
+                weights = dropped.view(weights.shape)
+            r_out = r_out * rescale + matmul(weights, v_chunk)
             r_max = new_max
 
     blind = r_max == float("-inf")  # rows that see nothing: 0, -inf, no gradient

@@ -136,13 +136,14 @@ class Rules(NamedTuple):
         """Whether `change` does anything."""
         return any(value is not None for value in self.scores[:4])
 
-    def kept(self, queries: range, first_k: int, shape: tuple[int, ...]) -> Tensor:
-        """Return by what dropout multiplies the weights [B, Hq, rows, keys] of a chunk."""
+    def drop(self, weights: Tensor, first_q: int, first_k: int) -> Tensor:
+        """Drop weights [B, Hq, rows, keys] of a chunk, and scale the others."""
         dropout = self.scores.dropout
         if dropout is None:
             raise InternalError("no dropout takes part")
-        stays = keeps(dropout, shape[0], shape[1], queries, range(first_k, first_k + shape[3]))
-        return stays * dropout.scale
+        batch, heads, rows, keys = weights.shape
+        queries, keys_here = range(first_q, first_q + rows), range(first_k, first_k + keys)
+        return weights * keeps(dropout, batch, heads, queries, keys_here) * dropout.scale
 
     def change(self, scores: Tensor, first_q: int, first_k: int) -> Tensor:
         """Change the scaled scores [B, Hq, rows, keys] of a chunk."""

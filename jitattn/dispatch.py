@@ -11,12 +11,18 @@ import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from jitattn import cosine, lists, workspace
 from jitattn.autograd import ADDED, Attention, Normalize, apply
 from jitattn.backward import settle_overlaps
 from jitattn.cpu import run_cpu
-from jitattn.errors import InternalError, LaunchError, UnsupportedError
+from jitattn.errors import (
+    NO_FORWARD_MODE,
+    InternalError,
+    LaunchError,
+    UnsupportedError,
+)
 from jitattn.jit import launch
 from jitattn.jit.device import device
 from jitattn.jit.enums import MaskKind, RowClass, SeqLayout
@@ -24,7 +30,7 @@ from jitattn.jit.params import FWD_SCORE_FIELDS, FWD_SEQ_FIELDS, divisor
 from jitattn.layouts import of_normalized, parse
 from jitattn.loaded import loaded_kernel
 from jitattn.prepared import prepare
-from jitattn.problem import TILE_ROWS
+from jitattn.problem import TILE_ROWS, is_deterministic
 from jitattn.scores import NO_LEFT
 from jitattn.sequences import Ragged
 from jitattn.tiles import choose_splits, fwd_spec, heads_per_tile, merge_cost
@@ -32,6 +38,8 @@ from jitattn.workspace import arrivals
 from jitattn.write_tracking import guard
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
     from jitattn.jit.spec import KernelSpec, Problem
@@ -105,6 +113,7 @@ def run_parsed(
     if not is_followed(q, k, v, *added):
         return _run_cuda(q, k, v, problem, runtime, call)
     settle_overlaps(call)
+    call = call._replace(deterministic=is_deterministic(call))
 
     def compute(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         result = _run_cuda(q, k, v, problem, runtime, call)
@@ -257,9 +266,25 @@ def _run_cuda(
 
 
 def is_followed(*tensors: Tensor | None) -> bool:
-    """Whether autograd follows an operation on these tensors."""
+    """Whether autograd follows an operation on these tensors.
+
+    Raises
+    ------
+    UnsupportedError
+        One of them is a dual number.
+    """
+    if forward_ad._current_level >= 0 and has_duals(tensors):
+        raise UnsupportedError(NO_FORWARD_MODE)
     wants = any(tensor is not None and tensor.requires_grad for tensor in tensors)
     return wants and torch.is_grad_enabled()
+
+
+def has_duals(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a tensor is a dual number of forward mode, whose tangent a kernel would drop."""
+    return forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+        for tensor in tensors
+    )
 
 
 def check_cuda() -> None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from jitattn.errors import InvalidInputError
+from jitattn.given import real
+from jitattn.tensors import index_address, is_placeholder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,15 +73,15 @@ def threshold_of(p: float) -> int:
     InvalidInputError
         It is not from 0 to below 1.
     """
-    is_number = isinstance(p, int | float) and not isinstance(p, bool)
-    if not is_number or not 0.0 <= p < 1.0:
+    number = real(p)
+    if number is None or not 0.0 <= number < 1.0:
         raise InvalidInputError(
             f"dropout_p={p!r}: it must be from 0 to below 1, the part of the weights to drop"
         )
-    return min(65535, round(p * 65536))
+    return min(65535, round(number * 65536))
 
 
-def check_state(state: Tensor, device: torch.device) -> None:
+def check_state(state: Tensor, device: torch.device | None) -> None:
     """Refuse what is no state of this device.
 
     Raises
@@ -91,8 +93,9 @@ def check_state(state: Tensor, device: torch.device) -> None:
         what = type(state).__name__
         if isinstance(state, torch.Tensor):
             what = f"{state.dtype} {list(state.shape)} on {state.device}"
+        place = "" if device is None else f" on {device}"
         raise InvalidInputError(
-            f"dropout_state is {what}: it must be a contiguous int64 tensor [2] on {device}, as "
+            f"dropout_state is {what}: it must be a contiguous int64 tensor [2]{place}, as "
             "jitattn.dropout_state(device) makes"
         )
 
@@ -116,8 +119,12 @@ def dropout_mask(
     Tensor, [B, Hq, Lq, Lkv], bool
         True = stays, and is divided by 1 - p.
     """
-    check_state(state, state.device)
+    check_state(state, getattr(state, "device", None))
     dropout = Dropout(threshold_of(p), state)
+    if not torch.compiler.is_dynamo_compiling():
+        index_address("state", state)  # refuses memory that is gone
+        if is_placeholder(state):
+            return state.new_empty((batch, heads, len_q, len_kv), dtype=torch.bool)
     return keeps(dropout, batch, heads, range(len_q), range(len_kv))
 
 

@@ -20,7 +20,7 @@ from jitattn.masks import (
     Window,
     parts_of,
 )
-from jitattn.problem import Call
+from jitattn.problem import Call, axes, is_deterministic
 from jitattn.scores import NO_CHANGES, Scores
 from jitattn.sequences import Padded, Paged, Ragged
 
@@ -235,6 +235,7 @@ def encode(call: Call) -> Encoded:
 
 def encoder(call: Call) -> Writer:
     """Take a call apart, with room for more."""
+    axes(call.layout)  # refuses what is none
     writer = Writer()
     # First what shapes depend on.
     writer.integer(LAYOUTS.index(call.layout))
@@ -247,7 +248,7 @@ def encoder(call: Call) -> Writer:
     writer.integer(call.gear)
     writer.integer(call.num_splits)
     writer.integer(call.tile_rows)
-    writer.integer(call.deterministic)
+    writer.integer(is_deterministic(call))
     writer.sequences(call.q_seqs)
     writer.sequences(call.kv_seqs)
     scores = call.scores

@@ -16,7 +16,7 @@ Every message has three parts: the argument and its value, the rule, the way out
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,6 +30,15 @@ class JitAttnError(Exception):
 
 class InvalidInputError(JitAttnError, ValueError):
     """An argument breaks a rule; raised before anything is built or launched."""
+
+
+class WithoutMemoryError(InvalidInputError):
+    """A tensor has a shape and a dtype, but no values here; callers that take shapes catch this."""
+
+    def __init__(
+        self, message: str = "a tensor has no memory here: it is a meta or a fake one, say"
+    ) -> None:
+        super().__init__(message)
 
 
 class UnsupportedError(JitAttnError, NotImplementedError):
@@ -81,3 +90,14 @@ class LaunchError(JitAttnError):
 
 class InternalError(JitAttnError):
     """An invariant of jitattn is broken. Please report it with the message."""
+
+
+#: Messages about derivatives that no kernel computes.
+NO_FORWARD_MODE: Final = (
+    "forward-mode derivatives (jvp, jacfwd, hessian, dual numbers) are not computed on a GPU; move "
+    "the tensors to the CPU, whose path has them, or use reverse mode (grad, vjp, jacrev)"
+)
+NO_SECOND_ORDER: Final = (
+    "a gradient of a gradient was asked for: the GPU path has first derivatives only; "
+    "move the tensors to the CPU, whose path has every order"
+)

@@ -16,7 +16,8 @@ from jitattn.dispatch import is_followed, plan
 from jitattn.gears import gear_of
 from jitattn.jit.device import device
 from jitattn.jit.enums import Access, RowClass
-from jitattn.layouts import parse
+from jitattn.layouts import parse_any
+from jitattn.problem import is_deterministic
 from jitattn.scores import tensors_of
 
 if TYPE_CHECKING:
@@ -98,10 +99,10 @@ def explain(
     tensors, call = bind(q, k, v, arguments)
     q, k, v, num_splits = tensors["q"], tensors["k"], tensors["v"], call.num_splits
     inputs = (q, k, v, *tensors_of(call).values())
-    problem, runtime = parse(q, k, v, call)
+    problem, runtime, _ = parse_any(q, k, v, call)
     if q.is_cuda and call.scores.qk_norm is not None and call.scores.qk_norm.normalize:
         call = cosine.call_of_normalized(call, runtime.scale)
-        problem, runtime = parse(*cosine.like_normalized(q, k), v, call)
+        problem, runtime, _ = parse_any(*cosine.like_normalized(q, k), v, call)
     gear = gear_of(call.gear, problem.dtype)
     asked: dict[str, str | int] = {
         "batch": runtime.batch,
@@ -111,15 +112,19 @@ def explain(
         "heads_kv": runtime.heads_kv,
         "head_dim": problem.head_dim,
         "head_dim_v": problem.head_dim_v,
-        "dtype": problem.dtype.value,
+        "dtype": "fp64" if q.dtype is torch.float64 else problem.dtype.value,
         "mask": problem.mask.value,
         "q_layout": problem.q_layout.value,
         "kv_layout": problem.kv_layout.value,
     }
     if not q.is_cuda or math.prod((runtime.batch, runtime.len_q, runtime.heads_q)) == 0:
-        why = "q is on the CPU" if not q.is_cuda else "the result has no elements"
+        path, why = "none", "the result has no elements"
+        if q.is_meta:
+            why = "q is on the meta device: it has a shape, and no GPU to choose a kernel for"
+        elif not q.is_cuda:
+            path, why = "cpu", "q is on the CPU"
         return Explanation(
-            path="none" if q.is_cuda else "cpu",
+            path=path,
             device="",
             gear=gear,
             problem=asked,
@@ -145,7 +150,7 @@ def explain(
     if is_followed(*inputs):
         arch = device(q.device.index).arch
         own = kernel_problem(problem, runtime, arch)
-        backward = bwd_spec(own, arch, deterministic=call.deterministic).to_dict()
+        backward = bwd_spec(own, arch, deterministic=is_deterministic(call)).to_dict()
     return Explanation(
         path="cuda",
         device=device(q.device.index).name,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from jitattn.errors import InvalidInputError
+from jitattn.given import integer
 from jitattn.jit.enums import Dtype, Numerics
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def resolve_numerics(gear: int | None, dtype: Dtype, *, has_fast_halves: bool = 
 
 
 def _check(gear: object, dtype: Dtype | None) -> None:
-    if type(gear) is not int or gear not in GEARS:
+    if integer(gear) not in GEARS:
         usual = "2 for 16-bit inputs and 0 for fp32 ones"
         if dtype is not None:
             usual = f"{DEFAULT_GEAR[dtype]} for {dtype} inputs"

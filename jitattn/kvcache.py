@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from jitattn.kvcache_call import KvCache, check_kinds, run_with_kvcache
+from jitattn.errors import WithoutMemoryError
+from jitattn.indirect import is_watched, kvcache_indirectly
+from jitattn.kvcache_call import KvCache, check_kinds, checked_length, run_with_kvcache
 from jitattn.kvcache_ops import call_kvcache_operator
 from jitattn.masks import Causal
 from jitattn.problem import Call
+from jitattn.score_checks import softcap_of
 from jitattn.scores import Scores
+from jitattn.sequences import checked_max_length
+from jitattn.tensors import PLAIN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,12 +119,22 @@ def attention_with_kvcache(
     >>> torch.equal(k_cache[:, 5:8], k)
     True
     """
+    if not isinstance(length, torch.Tensor):
+        length = checked_length(length)
+    max_length = checked_max_length("attention_with_kvcache", max_length)
     cache = KvCache(k, v, length, rotary, left_pad, batch_idx, block_table, max_length)
     check_kinds(q, k_cache, v_cache, cache, q_seqs)
+    softcap = None if softcap is None else softcap_of(softcap)
     scores = Scores(bias, relative_bias, alibi_slopes, softcap, sinks)
     call = Call(
         mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, q_seqs, None, scores
     )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return call_kvcache_operator(q, k_cache, v_cache, cache, call)
-    return run_with_kvcache(q, k_cache, v_cache, cache, call)
+    are_plain = type(q) in PLAIN and type(k_cache) in PLAIN and type(v_cache) in PLAIN
+    if not are_plain or is_watched():
+        return kvcache_indirectly(q, k_cache, v_cache, cache, call)
+    try:
+        return run_with_kvcache(q, k_cache, v_cache, cache, call)
+    except WithoutMemoryError:
+        return kvcache_indirectly(q, k_cache, v_cache, cache, call)

@@ -9,17 +9,25 @@ from torch import Tensor
 
 from jitattn import problem as checks
 from jitattn.append import Append, append_cuda
-from jitattn.append_cpu import append_cpu
-from jitattn.dispatch import run_parsed
-from jitattn.errors import InvalidInputError, UnsupportedError
-from jitattn.layouts import parse
+from jitattn.append_cpu import append_cpu, check_contents
+from jitattn.dispatch import has_duals, run_parsed
+from jitattn.errors import (
+    NO_FORWARD_MODE,
+    InvalidInputError,
+    UnsupportedError,
+    WithoutMemoryError,
+)
+from jitattn.given import integer
+from jitattn.layouts import parse_any
 from jitattn.masks import Full
 from jitattn.rotary import Rotary
+from jitattn.scores import in_fp32
 from jitattn.sequences import Padded, Paged, Ragged, check_index
-from jitattn.tensors import address_of, strides_of
+from jitattn.tensors import address_of, index_address, refuse_nested, strides_of
 
 if TYPE_CHECKING:
-    from jitattn.problem import Call
+    from jitattn.jit.spec import Problem
+    from jitattn.problem import Call, Runtime
     from jitattn.sequences import KvSequences
 
 
@@ -45,7 +53,7 @@ def check_kinds(
     ------
     InvalidInputError, UnsupportedError
     """
-    k, v, length, rotary = cache.k, cache.v, cache.length, cache.rotary
+    k, v, rotary = cache.k, cache.v, cache.rotary
     given = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
     given |= {name: value for name, value in (("k", k), ("v", v)) if value is not None}
     for name, tensor in given.items():
@@ -73,15 +81,36 @@ def check_kinds(
             "rotary is given without k and v: positions are those of new tokens; turn q before the "
             "call"
         )
-    if type(length) is int:
-        if not 0 <= length < 2**31:
-            raise InvalidInputError(f"length={length}: it must be from 0 to 2**31 - 1")
-    elif not isinstance(length, Tensor):
-        raise InvalidInputError(f"length={length!r}: it must be an int or a tensor [B]")
     if q_seqs is not None and not isinstance(q_seqs, Ragged):
         raise InvalidInputError(
             f"q_seqs is a {type(q_seqs).__name__}: it must be Ragged(...), or None for a batch"
         )
+
+
+def checked_length(length: object) -> int:
+    """Return a number of rows as an int; refuse what is none.
+
+    Raises
+    ------
+    InvalidInputError
+    """
+    number = integer(length)
+    if number is None:
+        raise InvalidInputError(f"length={length!r}: it must be an int or a tensor [B]")
+    if not 0 <= number < 2**31:
+        raise InvalidInputError(f"length={length}: it must be from 0 to 2**31 - 1")
+    return number
+
+
+class Prepared(NamedTuple):
+    """A call that is checked, with what it is made of."""
+
+    turned: Tensor  #: q, or where the turned q goes
+    new: Append | None  #: None: nothing is appended
+    call: Call
+    problem: Problem
+    runtime: Runtime
+    has_memory: bool  #: no tensor is a placeholder, or one of a transform on a GPU
 
 
 def run_with_kvcache(
@@ -93,7 +122,41 @@ def run_with_kvcache(
     ------
     InvalidInputError, UnsupportedError
     """
+    turned, new, call, problem, runtime, has_memory = prepare_with_kvcache(
+        q, k_cache, v_cache, cache, call
+    )
+    if not has_memory:
+        raise WithoutMemoryError
+    if q.is_cuda:
+        if has_duals((q, k_cache, v_cache, cache.k, cache.v)):
+            raise UnsupportedError(NO_FORWARD_MODE)
+        if new is not None:
+            append_cuda(q, turned, new)
+    else:
+        room = _room(call.kv_seqs, k_cache, call.layout)
+        check_contents(cache, call.kv_seqs, new, room, k_cache.shape[0])
+        if new is not None:
+            append_cpu(q, turned, new)
+    return run_parsed(turned, k_cache, v_cache, problem, runtime, call)
+
+
+def prepare_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: KvCache, call: Call
+) -> Prepared:
+    """Check a call, and make what it needs beside its tensors; nothing is written yet.
+
+    Raises
+    ------
+    InvalidInputError, UnsupportedError
+    """
+    if q.is_cuda:
+        call = call._replace(scores=in_fp32(call.scores))
     k, v, length = cache.k, cache.v, cache.length
+    try:
+        shape_q = q.shape
+    except RuntimeError:  # a nested tensor has none
+        refuse_nested((("q", q),))
+        raise
     if cache.batch_idx is not None and cache.block_table is not None:
         raise InvalidInputError(
             "batch_idx and block_table are both given: with pages, the table says where the keys "
@@ -101,7 +164,7 @@ def run_with_kvcache(
         )
     q_seqs = call.q_seqs if isinstance(call.q_seqs, Ragged) else None  # nothing else is taken
     max_length = cache.max_length
-    batch = q.shape[0] if q_seqs is None else q_seqs.batch
+    batch = shape_q[0] if q_seqs is None else q_seqs.batch
     num_new = 0
     if k is not None and q_seqs is None and k.dim() == 4:
         num_new = k.shape[checks.axes(call.layout)[0]]
@@ -114,9 +177,13 @@ def run_with_kvcache(
         else Paged.from_stop(cache.block_table, stop, max_length, cache.left_pad)
     )
     call = call._replace(kv_seqs=kv_seqs)
-    turned = q if cache.rotary is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    problem, runtime = parse(turned, k_cache, v_cache, call)
+    turned = q
+    if cache.rotary is not None:
+        turned = torch.empty_like(q, memory_format=torch.contiguous_format)
+    problem, runtime, has_memory = parse_any(turned, k_cache, v_cache, call)
+    new = None
     if k is not None and v is not None:
+        follows = not isinstance(call.mask, Full)
         new = Append(
             k,
             v,
@@ -125,19 +192,15 @@ def run_with_kvcache(
             length,
             stop,
             cache.rotary,
-            not isinstance(call.mask, Full),
+            follows,
             call.layout,
             q_seqs,
             kv_seqs,
         )
-        _check_new(q, new, num_new)
-        if q.is_cuda:
-            append_cuda(q, turned, new)
-        else:
-            append_cpu(q, turned, new)
+        has_memory = _check_new(q, new, num_new) and has_memory
     elif isinstance(length, int):
-        _check_room(length, _room(kv_seqs, k_cache, call.layout))
-    return run_parsed(turned, k_cache, v_cache, problem, runtime, call)
+        _check_room(length, 0, _room(kv_seqs, k_cache, call.layout))
+    return Prepared(turned, new, call, problem, runtime, has_memory)
 
 
 def _stop(
@@ -160,12 +223,19 @@ def _stop(
             return length
     dtype = torch.int32 if left_pad is None else left_pad.dtype
     if isinstance(length, int) and not is_appended:
-        return torch.full((batch,), length, dtype=dtype, device=like.device)
-    return torch.empty(batch, dtype=dtype, device=like.device)
+        return like.new_full((batch,), length, dtype=dtype)
+    return like.new_empty(batch, dtype=dtype)
 
 
-def _check_new(q: Tensor, new: Append, num_new: int) -> None:
-    """Check the new tokens against q and the cache, and the tables against both."""
+def _check_new(q: Tensor, new: Append, num_new: int) -> bool:
+    """Check the new tokens against q and the cache, and the tables against both.
+
+    Returns
+    -------
+    bool
+        Whether all of them have memory.
+    """
+    addresses = []
     row, head = checks.axes(new.layout)
     for name, tensor, cache in (("k", new.k, new.k_cache), ("v", new.v, new.v_cache)):
         heads = cache.shape[2 if isinstance(new.kv_seqs, Paged) else head]
@@ -185,14 +255,18 @@ def _check_new(q: Tensor, new: Append, num_new: int) -> None:
                 "must be alike; cast or move it with .to()"
             )
         strides_of(name, tensor)
-        address_of(name, tensor)
+        addresses.append(address_of(name, tensor))
     strides_of("q", q)
-    address_of("q", q)
+    addresses.append(address_of("q", q))
+    if isinstance(new.length, Tensor):
+        addresses.append(index_address("length", new.length))
     room = _room(new.kv_seqs, new.k_cache, new.layout)
     if isinstance(new.length, int):
-        _check_room(new.length + num_new, room)
+        _check_room(new.length, num_new, room)
     if new.rotary is None:
-        return
+        return min(addresses) >= 0
+    addresses.append(address_of("Rotary(cos)", new.rotary.cos))
+    addresses.append(address_of("Rotary(sin)", new.rotary.sin))
     table = new.rotary.cos
     if table.dtype not in (q.dtype, torch.float32) or table.device != q.device:
         raise InvalidInputError(
@@ -209,6 +283,7 @@ def _check_new(q: Tensor, new: Append, num_new: int) -> None:
             f"Rotary: the tables have {table.shape[0]} positions, but a sequence has room for "
             f"{room} rows; make them longer"
         )
+    return min(addresses) >= 0
 
 
 def _room(kv_seqs: KvSequences, k_cache: Tensor, layout: str) -> int:
@@ -218,9 +293,9 @@ def _room(kv_seqs: KvSequences, k_cache: Tensor, layout: str) -> int:
     return k_cache.shape[checks.axes(layout)[0]]
 
 
-def _check_room(rows: int, room: int) -> None:
-    if rows > room:
+def _check_room(length: int, num_new: int, room: int) -> None:
+    if length + num_new > room:
         raise InvalidInputError(
-            f"the cache would hold {rows} rows a sequence, but there is room for {room}; make it "
-            "larger, or drop its oldest rows"
+            f"length={length}: the cache would hold {length + num_new} rows a sequence, but there "
+            f"is room for {room}; make it larger, or drop its oldest rows"
         )

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from jitattn.autocast import outside_autocast
 from jitattn.encoding import Encoded, Reader, encoder, read_call
 from jitattn.kvcache_call import KvCache, run_with_kvcache
-from jitattn.ops import fake_results, refuse_out
+from jitattn.ops import fake_results, refuse_in_graph
 from jitattn.rotary import Rotary
 
 if TYPE_CHECKING:
@@ -50,14 +51,15 @@ def call_kvcache_operator(
     Raises
     ------
     UnsupportedError
-        `out` is given.
+        An operator cannot have the call.
     """
-    refuse_out(call)
+    refuse_in_graph(call)
     given = encode_with_kvcache(cache, call)
     out, lse = torch.ops.jitattn.attention_with_kvcache(q, k_cache, v_cache, *given)
     return (out, lse) if call.return_lse else out
 
 
+@outside_autocast
 def _with_kvcache(
     q: Tensor,
     k_cache: Tensor,

@@ -8,14 +8,16 @@ import torch
 
 from jitattn import cosine, problem
 from jitattn.cosine import DEFAULT_SCALE
-from jitattn.errors import InvalidInputError
+from jitattn.errors import InvalidInputError, WithoutMemoryError
 from jitattn.jit.enums import Access, MaskKind, SeqLayout, Staging, Switch
 from jitattn.jit.params import FWD_SCORE_FIELDS, divisor
 from jitattn.masks import Causal, Full, parts_of
+from jitattn.outputs import check_out
 from jitattn.problem import Indices, Runtime
-from jitattn.scores import NO_CHANGES, NO_LEFT, Sizes, check
+from jitattn.score_checks import Sizes
+from jitattn.scores import NO_CHANGES, NO_LEFT, check
 from jitattn.sequences import LENGTHS, Padded, Paged, Ragged
-from jitattn.tensors import address_of, strides_of
+from jitattn.tensors import NO_ADDRESS, address_of, index_address, strides_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +62,8 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
         An argument breaks a rule. The message gives argument and value, the rule, the way out.
     UnsupportedError
         The request is legal, but nothing computes it yet.
+    WithoutMemoryError
+        A tensor is a placeholder, or is inside a transform and on a GPU.
     """
     is_uniform = call.q_seqs is None and call.kv_seqs is None
     if is_uniform and type(call.mask) in (Full, Causal):
@@ -67,16 +71,35 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
             return problem.parse(q, k, v, call)
         if _is_norm_only(call.scores):
             return _parse_cosine(q, k, v, call)
+    parsed = parse_any(q, k, v, call)
+    if not parsed.has_memory:
+        raise WithoutMemoryError
+    return parsed.problem, parsed.runtime
+
+
+class Parsed(NamedTuple):
+    """Facts of a call, also of one that cannot be launched."""
+
+    problem: Problem
+    runtime: Runtime
+    has_memory: bool  #: no tensor is a placeholder, or one of a transform on a GPU
+
+
+def parse_any(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Parsed:
+    """Parse any call, without the short cut that `parse` takes; asks no placeholder its address."""
+    is_uniform = call.q_seqs is None and call.kv_seqs is None
     problem.check_alike(q, k, v)
     problem.axes(call.layout)
-    _check_kinds(call.q_seqs, call.kv_seqs, q.device)
+    check_kinds(call.q_seqs, call.kv_seqs, q.device)
     ours = _q_side(q, call)
     theirs = _kv_side("k", k, call)
     _check_fit(q, k, v, ours, theirs, _kv_side("v", v, call))
     batch = ours.batch
     problem.check_counts(q, k, v, batch, ours.longest, theirs.longest, ours.heads, theirs.heads)
     problem.check_mask(call.mask)
-    problem.check_options(q, call)
+    problem.check_options(
+        q, call.gear, call.out_dtype, call.num_splits, call.return_lse, call.tile_rows
+    )
 
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     usual = head_dim**-0.5 if call.scores.qk_norm is None else DEFAULT_SCALE
@@ -95,17 +118,17 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
     result_dtype = q.dtype if call.out_dtype is None else call.out_dtype
     if call.out is not None:
         shape = (*q.shape[:-1], head_dim_v)
-        problem.check_out(call.out, (q, k, v), shape, result_dtype)
+        check_out(call.out, (q, k, v), shape, result_dtype)
         address |= address_of("out", call.out)
         for stride in (head_dim_v, *_strides("out", call.out, ours)):
             units |= stride * call.out.element_size()
-    aligned = (address | units) & 15 == 0
     layouts = (_layout_of(call.q_seqs), _layout_of(call.kv_seqs, theirs.page_size))
     if max(head_dim, head_dim_v) * q.element_size() > _LARGEST_STAGED:
         scores = scores._replace(
             fields=scores.fields._replace(bias_staged=Staging.OFF, dense_staged=Staging.OFF)
         )
     setting = problem.setting_of(call.gear, q)
+    aligned = ((0 if address < 0 else address) | units) & 15 == 0
     facts = (q.dtype, result_dtype, head_dim, head_dim_v, setting, aligned, scores.fields.mask)
     found = problem.problem_of((*facts, *layouts, *scores.fields[1:]))
     diagonal, params = scores.diagonal, scores.params
@@ -114,7 +137,11 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
         corner = theirs.longest - ours.longest if scores.bottom_right else 0
         diagonal += corner
         params = _of_uniform(params, corner, ours.longest)
-    return found, Runtime(
+    indices = None if found.is_uniform else _indices(call, ours, theirs, scores.bottom_right)
+    has_memory = address >= 0 and scores.has_memory
+    if indices is not None:
+        has_memory = has_memory and min(indices.addresses) >= 0
+    runtime = Runtime(
         batch,
         ours.longest,
         theirs.longest,
@@ -125,10 +152,11 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
         v_strides,
         scale,
         diagonal,
-        None if found.is_uniform else _indices(call, ours, theirs, scores.bottom_right),
+        indices,
         params if found.has_scores else (),
         parts_of(call.mask).rule if is_listed else None,
     )
+    return Parsed(found, runtime, has_memory)
 
 
 def _is_norm_only(scores: tuple[Any, ...]) -> bool:
@@ -146,7 +174,8 @@ def _parse_cosine(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem,
         call = call._replace(scale=DEFAULT_SCALE)
     found, runtime = problem.parse(q, k, v, call)
     norm: Any = call.scores.qk_norm
-    cosine.check(norm, q, runtime.heads_q, call)
+    if cosine.check(norm, q, runtime.heads_q, call) < 0:
+        raise WithoutMemoryError
     bound = (norm.groups, norm.bound, norm.head_scale is None)
     key = (type(call.mask), runtime.scale, q.dtype, bound)
     scores = _checked_norms.get(key)
@@ -207,7 +236,8 @@ def _of_uniform(params: tuple[float, ...], corner: int, len_q: int) -> tuple[flo
     return (*params[:_LEFT], moved, *params[_LEFT + 1 :])
 
 
-def _check_kinds(q_seqs: QSequences, kv_seqs: KvSequences, device: torch.device) -> None:
+def check_kinds(q_seqs: QSequences, kv_seqs: KvSequences, device: torch.device) -> None:
+    """Check what kinds of values say where sequences lie, and the device of their indices."""
     for name, seqs, kinds in (
         ("q_seqs", q_seqs, (Ragged, Padded)),
         ("kv_seqs", kv_seqs, (Ragged, Padded, Paged)),
@@ -267,12 +297,16 @@ def _kv_side(name: str, tensor: Tensor, call: Call) -> _Side:
 
 
 def _flat(tensor: Tensor, seqs: Ragged, name: str) -> _Side:
-    if not seqs.knows_max_length() and tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise InvalidInputError(
-            f"{name}: the largest length is not known, and cannot be read while a CUDA graph is "
-            "captured; give max_length"
-        )
-    longest = min(seqs.max_length(), tensor.shape[0])
+    longest = tensor.shape[0]
+    if not seqs.knows_max_length():
+        if index_address(name, seqs.stop) == NO_ADDRESS:  # nothing to be read, nor to be launched
+            return _Side(seqs.batch, longest, tensor.shape[1], longest, 0, 1, None)
+        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise InvalidInputError(
+                f"{name}: the largest length is not known, and cannot be read while a CUDA graph "
+                "is captured; give max_length"
+            )
+    longest = min(seqs.max_length(), longest)
     return _Side(seqs.batch, tensor.shape[0], tensor.shape[1], longest, 0, 1, None)
 
 
@@ -349,13 +383,14 @@ def _indices(call: Call, ours: _Side, theirs: _Side, bottom_right: bool) -> Indi
         kv_start, kv_stop, kv_word, kv_kind = kv_seqs.addresses()
     if isinstance(kv_seqs, Paged):
         block_table = kv_seqs.block_table
-        table, table_word = block_table.data_ptr(), block_table.element_size() // 4
+        table, table_word = index_address("block_table", block_table), _words(block_table)
         table_stride = block_table.stride(0) * table_word
         page_size = theirs.page_size
         num_pages = theirs.rows // page_size
         kv_rows = min(_MAX_COUNT, block_table.shape[1] * page_size) if num_pages else 0
     elif isinstance(kv_seqs, Padded) and kv_seqs.batch_idx is not None:
-        table, table_word = kv_seqs.batch_idx.data_ptr(), kv_seqs.batch_idx.element_size() // 4
+        batch_idx = kv_seqs.batch_idx
+        table, table_word = index_address("batch_idx", batch_idx), _words(batch_idx)
         num_pages = theirs.outer_size
     return Indices(
         (q_start, q_stop, kv_start, kv_stop, table, table_stride),
@@ -374,3 +409,7 @@ def _indices(call: Call, ours: _Side, theirs: _Side, bottom_right: bool) -> Indi
         ),
         isinstance(q_seqs, Ragged),
     )
+
+
+def _words(index: Tensor) -> int:
+    return index.element_size() // 4

@@ -3,6 +3,10 @@
 True means attend. `a & b` is what both let through: at most one of the rules that positions decide
 (`Full`, `Causal`, `Window`, `LocalStride`, `BlockSparse`, `PerHead`), at most one `KeyPadding` and
 at most one `Dense`. (A `Causal` and a `Window` are one window, and a `BlockSparse` may be causal.)
+
+All can be copied, deep-copied and pickled. Rules of numbers are equal, and have one hash, if their
+numbers are; a mask that holds a tensor (`BlockSparse`, `KeyPadding`, `Dense`, and what `&` makes of
+them) is equal to itself alone, as tensors are not compared, and so is no copy of it.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from jitattn.errors import InvalidInputError
+from jitattn.given import integer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +36,23 @@ class _Mask:
         if not isinstance(other, _Mask):
             return NotImplemented
         return both(self, other)
+
+
+def _is_count(mask: _Mask, name: str, value: object, least: int, most: int) -> bool:
+    """Return whether a field is an integer in this range; one of numpy's becomes an int."""
+    number = integer(value)
+    if number is None or not least <= number <= most:
+        return False
+    if type(value) is not int and value is getattr(mask, name):
+        object.__setattr__(mask, name, number)
+    return True
+
+
+def _check_block_size(mask: _Mask, size: object) -> None:
+    if not _is_count(mask, "block_size", size, 0, 128) or integer(size) not in _BLOCK_SIZES:
+        raise InvalidInputError(
+            f"{type(mask).__name__}(block_size={size!r}): it must be one of {_BLOCK_SIZES}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +109,9 @@ class Window(_Mask):
         """Refuse what is no reach."""
         for name in ("left", "right", "keep_first"):
             value = getattr(self, name)
-            is_open = value is None and name != "keep_first"
-            if not is_open and (type(value) is not int or not 0 <= value < 2**31):
+            if value is None and name != "keep_first":
+                continue
+            if not _is_count(self, name, value, 0, 2**31 - 1):
                 allowed = "an int of at least 0" + ("" if name == "keep_first" else ", or None")
                 raise InvalidInputError(f"Window({name}={value!r}): it must be {allowed}")
         if type(self.full_on_decode) is not bool:
@@ -146,24 +169,29 @@ class LocalStride(_Mask):
 
     def __post_init__(self) -> None:
         """Refuse what is no pattern."""
-        if self.block_size not in _BLOCK_SIZES or type(self.block_size) is not int:
-            raise InvalidInputError(
-                f"LocalStride(block_size={self.block_size!r}): it must be one of {_BLOCK_SIZES}"
-            )
+        _check_block_size(self, self.block_size)
         local = self.local_blocks
-        if isinstance(local, tuple) and (self.causal or len(local) != 2):
-            raise InvalidInputError(
-                f"LocalStride(local_blocks={local!r}): two numbers are for causal=False"
-            )
+        if isinstance(local, tuple):
+            if self.causal or len(local) != 2:
+                raise InvalidInputError(
+                    f"LocalStride(local_blocks={local!r}): two numbers are for causal=False"
+                )
+            if type(local[0]) is not int or type(local[1]) is not int:
+                pair = tuple(
+                    number if integer(number) is None else integer(number) for number in local
+                )
+                object.__setattr__(self, "local_blocks", pair)
         for name, value, least in (
             ("local_blocks", self.local[0], 1),
             ("local_blocks", self.local[1], 1),
             ("vert_stride", self.vert_stride, 1),
-            ("head_step", 0 if self.head_step is None else self.head_step, 0),
+            ("head_step", self.head_step, 0),
             ("head_offset", self.head_offset, 0),
             ("num_dense_heads", self.num_dense_heads, 0),
         ):
-            if type(value) is not int or not least <= value < 2**16:
+            if name == "head_step" and value is None:
+                continue
+            if not _is_count(self, name, value, least, 2**16 - 1):
                 raise InvalidInputError(
                     f"LocalStride({name}={value!r}): it must be an int from {least} to {2**16 - 1}"
                 )
@@ -212,10 +240,7 @@ class BlockSparse(_Mask):
 
     def __post_init__(self) -> None:
         """Refuse what is no pattern."""
-        if self.block_size not in _BLOCK_SIZES or type(self.block_size) is not int:
-            raise InvalidInputError(
-                f"BlockSparse(block_size={self.block_size!r}): it must be one of {_BLOCK_SIZES}"
-            )
+        _check_block_size(self, self.block_size)
         shape, dtype = getattr(self.pattern, "shape", None), getattr(self.pattern, "dtype", None)
         if shape is None or len(shape) not in (2, 3) or str(dtype) != "torch.bool":
             raise InvalidInputError(
@@ -223,7 +248,7 @@ class BlockSparse(_Mask):
                 "tensor [rows, columns] or [heads, rows, columns]"
             )
         first = self.first_row
-        if first is not None and (type(first) is not int or not 0 <= first < _MAX_REACH):
+        if first is not None and not _is_count(self, "first_row", first, 0, _MAX_REACH - 1):
             raise InvalidInputError(
                 f"BlockSparse(first_row={first!r}): it must be an int from 0, or None for Lkv - Lq"
             )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
+from jitattn.autocast import outside_autocast
 from jitattn.autograd import FirstOrder, apply, first_order
-from jitattn.errors import InvalidInputError, UnsupportedError
+from jitattn.dispatch import has_duals
+from jitattn.errors import InternalError, InvalidInputError, UnsupportedError
+from jitattn.indirect import is_watched
 from jitattn.jit.device import device
 from jitattn.jit.spec import MergeGradSpec, MergeSpec
 from jitattn.loaded import loaded_kernel
 from jitattn.problem import axes
-from jitattn.tensors import DTYPES, MAX_HEAD_DIM
+from jitattn.tensors import CPU_DTYPES, DTYPES, MAX_HEAD_DIM, address_of, readable
 from jitattn.vml import settle_vml
 
 if TYPE_CHECKING:
@@ -75,14 +79,40 @@ def merge(
     True
     """
     axes(layout)
+    outs = outs if isinstance(outs, Tensor) else list(outs)
+    lses = lses if isinstance(lses, Tensor) else list(lses)
+    by_kernel = _has_kernel(outs, lses)
     parts, part_lses = _stacked("outs", outs), _stacked("lses", lses)
     dtype = parts.dtype if out_dtype is None else out_dtype
     _check(parts, part_lses, layout, dtype)
+    merged = _merge if by_kernel else merge_plain
     if parts.dim() == 4:  # flat: one sequence of all rows, heads second
-        flat_out, flat_lse = _merge(parts[:, None], part_lses[:, None], dtype)
+        flat_out, flat_lse = merged(parts[:, None], part_lses[:, None], dtype)
         return flat_out[0].transpose(0, 1), flat_lse[0]
-    out, lse = _merge(parts if layout == "bshd" else parts.transpose(2, 3), part_lses, dtype)
+    out, lse = merged(parts if layout == "bshd" else parts.transpose(2, 3), part_lses, dtype)
     return (out if layout == "bhsd" else out.transpose(1, 2)), lse
+
+
+def _has_kernel(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> bool:
+    """Whether a kernel can read all of the tensors, and nobody has to see what is done to them.
+
+    Raises
+    ------
+    InvalidInputError
+        The memory of one is gone.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    named = [
+        (f"{name}[{idx}]", one)
+        for name, given in (("outs", outs), ("lses", lses))
+        for idx, one in enumerate([given] if isinstance(given, Tensor) else given)
+        if isinstance(one, Tensor)
+    ]
+    addresses = [address_of(name, one) for name, one in named]
+    if not all(one.is_cuda for _, one in named) or is_watched():
+        return False
+    return min(addresses, default=0) >= 0 and not has_duals(one for _, one in named)
 
 
 def _stacked(name: str, tensors: Sequence[Tensor] | Tensor) -> Tensor:
@@ -121,21 +151,21 @@ def _check(parts: Tensor, lses: Tensor, layout: str, out_dtype: torch.dtype) -> 
             f"lses has shape {list(lses.shape[1:])} a part on {lses.device}: with outs "
             f"{shape[1:]} on {parts.device} it must be {expected[1:]} there ({shape[0]} parts)"
         )
-    if lses.dtype is not torch.float32:
-        raise InvalidInputError(f"lses is {lses.dtype}: an LSE is torch.float32")
+    wide = torch.promote_types(parts.dtype, torch.float32)
+    if lses.dtype not in (torch.float32, wide):
+        raise InvalidInputError(f"lses is {lses.dtype}: an LSE of {parts.dtype} is {wide}")
     if shape[0] == 0:
         raise InvalidInputError("outs is empty: there must be at least one part")
-    if parts.dtype not in DTYPES or out_dtype not in DTYPES:
+    allowed = DTYPES if parts.is_cuda else CPU_DTYPES
+    if parts.dtype not in allowed or out_dtype not in allowed:
         raise UnsupportedError(
             f"outs is {parts.dtype} and out_dtype {out_dtype}: merge takes "
-            f"{', '.join(map(str, DTYPES))}; cast with .to()"
+            f"{', '.join(map(str, allowed))} there; cast with .to()"
         )
 
 
 def _merge(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Merge parts [S, B, Lq, Hq, Dv] with LSEs [S, B, Hq, Lq] to out [B, Hq, Lq, Dv] and LSE."""
-    if not parts.is_cuda:
-        return _merge_cpu(parts, lses, out_dtype)
     if torch.is_grad_enabled() and (parts.requires_grad or lses.requires_grad):
         return apply(_Merge, parts, lses, out_dtype)
     return _merge_cuda(parts, lses, out_dtype)
@@ -169,25 +199,29 @@ class _Merge(FirstOrder):
         return (*_merge_grad_cuda(parts, lses, out, lse, d_out, d_lse), None)
 
 
-def _merge_cpu(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    settle_vml()
+@outside_autocast
+def merge_plain(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Merge as `_merge` does, by operators of torch that everything in torch knows."""
+    if not torch.compiler.is_dynamo_compiling():
+        settle_vml()
+    wide = torch.promote_types(parts.dtype, torch.float32)
+    lses = lses.to(wide)
     highest = lses.detach().amax(dim=0)
-    highest = highest.masked_fill(highest == float("-inf"), 0.0)
-    total = torch.zeros_like(highest)
-    out = torch.zeros(
-        parts.shape[1], parts.shape[3], parts.shape[2], parts.shape[4], device=parts.device
-    )
+    highest = highest.masked_fill(highest == -math.inf, 0.0)
+    total, out = torch.zeros_like(highest), None
     for part, lse in zip(parts, lses, strict=True):
         weight = torch.exp(lse - highest)
-        values = part.transpose(1, 2).float()
         # What a part holds where it saw nothing does not count, NaN neither.
-        values = values.masked_fill((lse == float("-inf"))[..., None], 0.0)
+        values = part.transpose(1, 2).to(wide).masked_fill((lse == -math.inf)[..., None], 0.0)
         total = total + weight
-        out = out + weight[..., None] * values
+        weighted = weight[..., None] * values
+        out = weighted if out is None else out + weighted
+    if out is None:
+        raise InternalError("there are no parts to merge")
     blind = total == 0
     total = total.masked_fill(blind, 1.0)
-    lse = (highest + total.log()).masked_fill(blind, float("-inf"))
-    return (out / total[..., None]).to(out_dtype), lse
+    lse = (highest + total.log()).masked_fill(blind, -math.inf)
+    return (out / total[..., None]).to(out_dtype).contiguous(), lse
 
 
 def _merge_cuda(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -233,6 +267,8 @@ def _merge_grad_cuda(
     num_parts, batch, len_q, heads, dim = parts.shape
     if parts.stride(4) != 1 and dim > 1:
         parts = parts.contiguous()
+    d_out = readable("the gradient of out", d_out)
+    d_lse = None if d_lse is None else readable("the gradient of the LSE", d_lse)
     lses, d_out = lses.contiguous(), d_out.to(out.dtype).contiguous()
     d_parts = parts.new_empty(num_parts, batch, heads, len_q, dim)
     d_lses = torch.empty_like(lses)

@@ -11,31 +11,44 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.autograd import forward_ad
+from torch.torch_version import TorchVersion
 
+from jitattn.autocast import outside_autocast
 from jitattn.backward import run_backward
 from jitattn.dispatch import run
 from jitattn.encoding import DTYPES, LAYOUTS, decode, encode
 from jitattn.errors import UnsupportedError
+from jitattn.scores import in_fp32
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from jitattn.problem import Call
 
+#: Whether torch.compile follows the question whether a transform is active.
+_TRACES_TRANSFORMS: Final = TorchVersion(torch.__version__) >= "2.9"
 #: What may have a gradient beside q, k and v, as `Scores` names it.
 _ADDED: Final = ("bias", "relative_bias", "alibi_slopes", "sinks")
 
 
-def refuse_out(call: Call) -> None:
-    """Refuse a call that an operator cannot have.
+def refuse_in_graph(call: Call) -> None:
+    """Refuse a call in a graph of `torch.compile` that an operator cannot have.
 
     Raises
     ------
     UnsupportedError
-        `out` is given.
+        `out` is given, or the graph has a transform of torch.func or forward mode in it.
     """
     if call.out is not None:
         raise UnsupportedError("out is given under torch.compile: leave it out, and use the result")
+    in_transform = _TRACES_TRANSFORMS and torch._C._are_functorch_transforms_active()
+    if in_transform or forward_ad._current_level >= 0:
+        raise UnsupportedError(
+            "a transform of torch.func (grad, vmap, jvp ...) or forward mode is inside of what "
+            "torch.compile compiles, where operators have none; transform a function that is not "
+            "compiled, or compile without the transform and use backward()"
+        )
 
 
 def call_operator(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Any:  # noqa: ANN401
@@ -44,9 +57,9 @@ def call_operator(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Any:  # noqa: 
     Raises
     ------
     UnsupportedError
-        `out` is given.
+        An operator cannot have the call.
     """
-    refuse_out(call)
+    refuse_in_graph(call)
     tensors, ints, floats = encode(call)
     out, lse = torch.ops.jitattn.attention(q, k, v, tensors, ints, floats)
     return (out, lse) if call.return_lse else out
@@ -55,11 +68,15 @@ def call_operator(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Any:  # noqa: 
 # ---- The operators
 
 
+@outside_autocast
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], ints: list[int], floats: list[float]
 ) -> tuple[Tensor, Tensor]:
+    call = decode(tensors, ints, floats)
+    if q.is_cuda:
+        call = call._replace(scores=in_fp32(call.scores))
     with torch.no_grad():
-        out, lse = run(q, k, v, decode(tensors, ints, floats))
+        out, lse = run(q, k, v, call)
     return out.contiguous(), lse.contiguous()
 
 
@@ -83,6 +100,7 @@ def fake_results(q: Tensor, v: Tensor, ints: list[int]) -> tuple[Tensor, Tensor]
     return out, q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
+@outside_autocast
 def _attention_backward(
     d_out: Tensor,
     d_lse: Tensor,
@@ -100,11 +118,11 @@ def _attention_backward(
     norm = call.scores.qk_norm
     names = {idx: name for name, idx in _places(call, tensors).items()}
     if q.is_cuda and (norm is None or not norm.normalize):
-        found = run_backward(
-            q, k, v, out, lse, d_out, d_lse, call, [names[idx] for idx in wanted if idx in names]
-        )
-        more = [found._asdict()[names[idx]] for idx in wanted]
-        return [found.dq, found.dk, found.dv, *more]
+        of_names = [names[idx] for idx in wanted if idx in names]
+        call = call._replace(scores=in_fp32(call.scores))
+        found = run_backward(q, k, v, out, lse, d_out, d_lse, call, of_names)._asdict()
+        more = [found[names[idx]].to(tensors[idx].dtype) for idx in wanted]
+        return [found["dq"], found["dk"], found["dv"], *more]
     # Through the usual way down, under autograd: on the CPU, and through a normalisation.
     with _autograd_at_work(), torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -168,10 +186,13 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ANN401 
     ctx.save_for_backward(q, k, v, *output, *tensors)
     ctx.ints, ctx.floats = ints, floats
     ctx.num_tensors = len(tensors)
+    ctx.set_materialize_grads(False)  # its zeros are real, also where all else is fake
 
 
-def _backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Any:  # noqa: ANN401 - autograd's
+def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:  # noqa: ANN401
     q, k, v, out, lse, *tensors = ctx.saved_tensors
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
     needs = ctx.needs_input_grad[3]
     wanted = [idx for idx in range(ctx.num_tensors) if needs[idx]]
     dq, dk, dv, *others = torch.ops.jitattn.attention_backward(

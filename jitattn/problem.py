@@ -9,19 +9,34 @@ the alignment class; never lengths, counts or strides).
 from __future__ import annotations
 
 import math
-import numbers
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TypeAlias
 
 import torch
 
-from jitattn.errors import InternalError, InvalidInputError, UnsupportedError
+from jitattn.errors import (
+    InternalError,
+    InvalidInputError,
+    UnsupportedError,
+    WithoutMemoryError,
+)
 from jitattn.gears import get_default_gear, resolve_numerics
+from jitattn.given import integer, real
 from jitattn.jit.device import device
 from jitattn.jit.enums import Access, Dtype, MaskKind, RowClass, SeqLayout
 from jitattn.jit.spec import Problem
 from jitattn.masks import Causal, Full, is_mask
+from jitattn.outputs import check_out
 from jitattn.scores import NO_CHANGES, Fields
-from jitattn.tensors import DTYPES, MAX_HEAD_DIM, address_of, strides_of
+from jitattn.tensors import (
+    CPU_DTYPES,
+    DTYPES,
+    LOW_ADDRESS,
+    MAX_HEAD_DIM,
+    address_of,
+    refuse_nested,
+    short,
+    strides_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +51,7 @@ _Sizes: TypeAlias = tuple[int, int, int, int, int, int, int]
 Strides: TypeAlias = tuple[int, int, int]
 
 MAX_SPLITS: Final = 256
+_FP64: Final = torch.float64
 #: Rows, keys and heads are counted in 32 bits.
 _MAX_COUNT: Final = 2**31 - 1
 #: |scale| · log2(e) travels as an fp32 number.
@@ -135,24 +151,28 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
     UnsupportedError
         The request is legal, but nothing computes it yet: a gear, a dtype, a device.
     """
-    mask, scale, layout, gear, out, out_dtype, *_ = call
+    mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, *_, tile_rows = call
     row, head = axes(layout)
     batch, len_q, len_kv, heads_q, heads_kv, head_dim, head_dim_v = _sizes(q, k, v, row, head)
     diagonal = _diagonal(mask, len_q, len_kv)
-    check_options(q, call)
+    check_options(q, gear, out_dtype, num_splits, return_lse, tile_rows)
     result_dtype = q.dtype if out_dtype is None else out_dtype
 
     try:
         q_stride, k_stride, v_stride = q.stride(), k.stride(), v.stride()
+        at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
         # The low bits of an "or" are clear exactly when those of every part are.
-        address = q.data_ptr() | k.data_ptr() | v.data_ptr()
-        odd = q_stride[3] != 1 or k_stride[3] != 1 or v_stride[3] != 1 or q.is_neg()
+        address = at_q | at_k | at_v
+        odd = at_q < LOW_ADDRESS or at_k < LOW_ADDRESS or at_v < LOW_ADDRESS or q.is_neg()
+        odd = odd or q_stride[3] != 1 or k_stride[3] != 1 or v_stride[3] != 1
         odd = odd or k.is_neg() or v.is_neg()
     except RuntimeError:  # sparse, nested, inside a transform
-        odd = True
+        odd, address = True, 0
     if odd:  # name what is wrong, if it is wrong
         address = address_of("q", q) | address_of("k", k) | address_of("v", v)
         q_stride, k_stride, v_stride = strides_of("q", q), strides_of("k", k), strides_of("v", v)
+        if address < 0:
+            raise WithoutMemoryError
     # A stride that no index passes says nothing.
     q_strides = qb, qr, qh = (
         q_stride[0] if batch > 1 else 0,
@@ -177,6 +197,8 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
             shape = (batch, heads_q, len_q, head_dim_v)
         check_out(out, (q, k, v), shape, result_dtype)
         address |= address_of("out", out)
+        if address < 0:
+            raise WithoutMemoryError
         steps = zip(strides_of("out", out)[:3], shape, strict=False)
         for unit in (head_dim_v, *(step for step, count in steps if count > 1)):
             units |= unit * out.element_size()
@@ -200,6 +222,11 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
     )
 
 
+def is_deterministic(call: Call) -> bool:
+    """Whether dq is to be the same in every run: as the call says, or torch's own switch."""
+    return call.deterministic or torch.are_deterministic_algorithms_enabled()
+
+
 def axes(layout: str) -> tuple[int, int]:
     """Return which dimensions of a batched tensor are rows and heads."""
     if layout == "bshd":
@@ -213,8 +240,7 @@ def axes(layout: str) -> tuple[int, int]:
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, row: int, head: int) -> _Sizes:
     """Check types, dtypes, devices and shapes of the inputs against each other."""
-    check_alike(q, k, v)
-    shape_q, shape_k, shape_v = q.shape, k.shape, v.shape
+    shape_q, shape_k, shape_v = check_alike(q, k, v)
     if not len(shape_q) == len(shape_k) == len(shape_v) == 4:
         raise InvalidInputError(
             f"q, k and v must have 4 dimensions each, batch first and head_dim last "
@@ -235,8 +261,8 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, row: int, head: int) -> _Sizes:
     return batch, len_q, len_kv, heads_q, heads_kv, head_dim, shape_v[3]
 
 
-def check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Check types, dtypes and devices of the inputs against each other."""
+def check_alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.Size, torch.Size, torch.Size]:
+    """Check types, dtypes and devices of the inputs against each other; return their shapes."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
             raise InvalidInputError(
@@ -253,10 +279,20 @@ def check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"q is on {device}, k is on {k.device} and v is on {v.device}: "
             "they must be on one device; move them with .to()"
         )
-    if not (q.is_cuda or q.is_cpu):
+    if not (q.is_cuda or q.is_cpu or q.is_meta):
         raise UnsupportedError(
             f"q is on {device}: attention runs on CUDA and CPU tensors; move q, k and v with .to()"
         )
+    if dtype is _FP64 and q.is_cuda:
+        raise UnsupportedError(
+            f"q is float64 on {device}: kernels take {', '.join(map(short, DTYPES))}; cast q, k "
+            "and v with .to(), or move them to the CPU, whose path computes in fp64"
+        )
+    try:
+        return q.shape, k.shape, v.shape
+    except RuntimeError:  # a nested tensor has none
+        refuse_nested((("q", q), ("k", k), ("v", v)))
+        raise
 
 
 def check_counts(
@@ -316,26 +352,29 @@ def _no_mask(mask: object) -> InvalidInputError:
     )
 
 
-def check_options(q: Tensor, call: Call) -> None:
+def check_options(
+    q: Tensor,
+    gear: int | None,
+    out_dtype: torch.dtype | None,
+    num_splits: int | None,
+    return_lse: bool,
+    tile_rows: int | None,
+) -> None:
     """Check what is small. Types come first: 2.0 and True would pass for 2 and 1 in a key."""
-    gear, num_splits, out_dtype = call.gear, call.num_splits, call.out_dtype
-    return_lse, tile_rows = call.return_lse, call.tile_rows
     if gear is not None and type(gear) is not int:
         resolve_numerics(gear, DTYPES.get(q.dtype, Dtype.FP16))  # refuses it
     if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
         raise InvalidInputError(
             f"out_dtype={out_dtype!r}: it must be the dtype of q or torch.float32, as a torch.dtype"
         )
-    if num_splits is not None and (
-        type(num_splits) is not int or not 1 <= num_splits <= MAX_SPLITS
-    ):
+    if num_splits is not None and not 1 <= (integer(num_splits) or 0) <= MAX_SPLITS:
         raise InvalidInputError(
             f"num_splits={num_splits!r}: it must be an int from 1 to {MAX_SPLITS}; "
             "leave it out to have it chosen"
         )
     if type(return_lse) is not bool:
         raise InvalidInputError(f"return_lse={return_lse!r}: it must be True or False")
-    if tile_rows is not None and (type(tile_rows) is not int or tile_rows not in TILE_ROWS):
+    if tile_rows is not None and integer(tile_rows) not in TILE_ROWS:
         raise InvalidInputError(
             f"tile_rows={tile_rows!r}: it must be one of {', '.join(map(str, TILE_ROWS))}; "
             "leave it out to have it chosen"
@@ -344,88 +383,13 @@ def check_options(q: Tensor, call: Call) -> None:
 
 def checked_scale(scale: float) -> float:
     """Return the scale as a float; refuse what is none."""
-    if type(scale) is float and -_MAX_SCALE < scale < _MAX_SCALE:
-        return scale
-    if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
-        number = float(scale)
-        if -_MAX_SCALE < number < _MAX_SCALE:
-            return number
+    number = real(scale)
+    if number is not None and -_MAX_SCALE < number < _MAX_SCALE:
+        return number
     what = "a tensor" if isinstance(scale, torch.Tensor) else repr(scale)
     raise InvalidInputError(
         f"scale={what}: it must be a number that is finite in fp32 (negative and 0 are fine); "
         "pass a float, or leave it out for 1/sqrt(head_dim)"
-    )
-
-
-def check_out(
-    out: Tensor, inputs: tuple[Tensor, Tensor, Tensor], shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    """Check the caller's result tensor; its strides are checked where they are read."""
-    if not isinstance(out, torch.Tensor):
-        raise InvalidInputError(f"out is a {type(out).__name__}: it must be a torch tensor")
-    if out.shape != shape:
-        raise InvalidInputError(
-            f"out has shape {list(out.shape)}: it must be {list(shape)}, like q with the head_dim "
-            "of v; allocate it with torch.empty, or leave it out"
-        )
-    if out.dtype != dtype:
-        raise InvalidInputError(
-            f"out is {short(out.dtype)} but the result is {short(dtype)}: they must be the same; "
-            "pass the dtype of out as out_dtype"
-        )
-    if out.device != inputs[0].device:
-        raise InvalidInputError(
-            f"out is on {out.device} but q is on {inputs[0].device}: they must be on one device"
-        )
-    q, k, v = inputs
-    if torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad or out.requires_grad
-    ):
-        raise InvalidInputError(
-            "out is given and a tensor requires grad: a result that autograd follows must be a "
-            "new tensor; leave out out, or call under torch.no_grad()"
-        )
-    _check_out_memory(out, q, k, v)
-
-
-def _check_out_memory(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuse a result that overlaps itself or, where that is simple to tell, an input."""
-    count = out.numel()
-    if not count:
-        return
-    reached = 1  # elements from the first to the last of the dimensions so far, narrow ones first
-    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
-        if size > 1:
-            if stride < reached:
-                raise InvalidInputError(
-                    f"out has strides {tuple(out.stride())} for shape {list(out.shape)}: its "
-                    "elements must not overlap; allocate it with torch.empty"
-                )
-            reached += stride * (size - 1)
-    start, span = address_of("out", out), _span(out)
-    end = start + span * out.element_size()
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        other, other_span = address_of(name, tensor), _span(tensor)
-        other_end = other + other_span * tensor.element_size()
-        # Where the address ranges meet, the memory is shared for certain if they begin together or
-        # if one of them has no gaps; interleaved ones are the caller's affair.
-        if (
-            start < other_end
-            and other < end
-            and tensor.numel()
-            and start  # 0: no address, nothing to tell
-            and (start == other or span == count or other_span <= tensor.numel())
-        ):
-            raise InvalidInputError(
-                f"out lies in the memory of {name}: the result may not overwrite the inputs; "
-                "pass a tensor of its own, or leave out out"
-            )
-
-
-def _span(tensor: Tensor) -> int:
-    """Elements from the first to the last of a tensor that is not empty."""
-    return 1 + sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
 
 
@@ -459,10 +423,10 @@ def _new_problem(
     *others: Any,  # noqa: ANN401 - `scores.Fields` without the mask
 ) -> Problem:
     """Check what is worth checking once per kind of call, and build its `Problem`."""
-    if dtype not in DTYPES:
+    if dtype not in CPU_DTYPES:
         raise UnsupportedError(
-            f"q is {short(dtype)}: attention takes {', '.join(map(short, DTYPES))}; "
-            "cast q, k and v with .to()"
+            f"q is {short(dtype)}: attention takes {', '.join(map(short, CPU_DTYPES))} (which is "
+            "for the CPU); cast q, k and v with .to()"
         )
     if out_dtype not in (dtype, torch.float32):
         raise UnsupportedError(
@@ -475,13 +439,15 @@ def _new_problem(
                 f"{name} is {dim}: it must be from 1 to {MAX_HEAD_DIM}; "
                 "check the layout, or split the heads"
             )
+    # No kernel is chosen for fp64, which is for the CPU: its gears are those of fp32.
+    kind, out_kind = (DTYPES.get(one, Dtype.FP32) for one in (dtype, out_dtype))
     return Problem(
-        dtype=DTYPES[dtype],
-        out_dtype=DTYPES[out_dtype],
+        dtype=kind,
+        out_dtype=out_kind,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         mask=mask,
-        numerics=resolve_numerics(setting[0], DTYPES[dtype], has_fast_halves=setting[1]),
+        numerics=resolve_numerics(setting[0], kind, has_fast_halves=setting[1]),
         q_layout=q_layout,
         kv_layout=kv_layout,
         access=Access.VEC16 if aligned else Access.ELEMENT,
@@ -511,8 +477,3 @@ def _refuse_shapes(q: Tensor, k: Tensor, v: Tensor, row: int, head: int) -> NoRe
 def shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
     """Name the shapes of the inputs, for a message."""
     return f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-
-
-def short(dtype: torch.dtype) -> str:
-    """'float16', without torch's name in front."""
-    return str(dtype).removeprefix("torch.")

@@ -1,8 +1,9 @@
 """THE oracle: attention in plain PyTorch, slow and obvious.
 
 Every test, the CPU path and the benchmarks are compared with this one function. It shares no code
-with anything that it judges: the score matrix is materialised, the mask is an explicit boolean
-matrix, kv heads are repeated. Memory is O(Lq · Lkv).
+with anything that it judges (but a matrix product that autocast does not reach): the score matrix
+is materialised, the mask is an explicit boolean matrix, kv heads are repeated. Memory is
+O(Lq · Lkv).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from jitattn.autocast import matmul, outside_autocast
 from jitattn.errors import InvalidInputError
 from jitattn.masks import (
     BlockSparse,
@@ -79,13 +81,14 @@ def pattern(
             shift = kv_head * mask.step(heads_q) + mask.head_offset
             on_stride = (j + shift) % mask.vert_stride == 0
             is_dense = kv_head >= heads_kv - mask.num_dense_heads
-            seen = (i - j < mask.local[0]) | on_stride | torch.tensor(is_dense)
+            seen = (i - j < mask.local[0]) | on_stride
+            seen = torch.ones_like(seen) if is_dense else seen
             heads.append(seen & (key_idx <= position))
         else:
             left, right = mask.local
             distance = (i - j - left + 1).clamp(min=0) + (j - i - right + 1).clamp(min=0)
             heads.append((distance % mask.vert_stride == 0) & (position >= 0))
-    return torch.stack(heads) if heads else torch.ones(0, len_q, len_kv, dtype=torch.bool)
+    return torch.stack(heads) if heads else key_idx.new_ones(0, len_q, len_kv, dtype=torch.bool)
 
 
 def block_pattern(
@@ -131,7 +134,8 @@ def _rule(
             part = rule.rules[head * len(rule.rules) // heads_q]
             seen = _rule(part, heads_q, heads_kv, len_q, len_kv, device)
             rows.append(seen[head if len(seen) > 1 else 0])
-        return torch.stack(rows) if rows else torch.ones(0, len_q, len_kv, dtype=torch.bool)
+        empty = (0, len_q, len_kv)
+        return torch.stack(rows) if rows else torch.ones(empty, dtype=torch.bool, device=device)
     return visible(rule, len_q, len_kv, device=device)[None]
 
 
@@ -193,8 +197,8 @@ class Scores(NamedTuple):
             return weights
         heads = weights.shape[1]
         seed, offset = (int(x) % 2**64 for x in self.dropout_state)
-        idx = torch.cartesian_prod(*(torch.arange(n) for n in weights.shape))
-        b, h, i, j = idx.reshape(-1, 4).T.to(weights.device)
+        sizes = (torch.arange(n, device=weights.device) for n in weights.shape)
+        b, h, i, j = torch.cartesian_prod(*sizes).reshape(-1, 4).T
         stream = (b + self.first_batch) * heads + h
         x = [j // 32 * 4 + j % 8 // 2, i, stream, offset % 2**32 + 0 * j]
         moved = offset // 2**32
@@ -240,6 +244,7 @@ class Scores(NamedTuple):
         return self._replace(bias=bias, alibi_slopes=slopes, first_batch=b)
 
 
+@outside_autocast
 def reference(
     q: Tensor,
     k: Tensor,
@@ -304,8 +309,10 @@ def reference(
     if layout not in ("bshd", "bhsd"):
         raise InvalidInputError(f"layout={layout!r}: the layout is 'bshd' or 'bhsd'")
     settle_vml()
+    # numpy's numbers would take tensors for arrays of theirs.
+    scale, softcap = (None if x is None else float(x) for x in (scale, softcap))
     changes = Scores(
-        bias, relative_bias, alibi_slopes, softcap, sinks, dropout_p, dropout_state, qk_norm
+        bias, relative_bias, alibi_slopes, softcap, sinks, float(dropout_p), dropout_state, qk_norm
     )
     if q_seqs is not None or kv_seqs is not None:
         out, lse = _one_by_one(q, k, v, mask, scale, layout, dtype, q_seqs, kv_seqs, changes)
@@ -337,7 +344,7 @@ def _dense(
         scale = q.shape[3] ** -0.5 if changes.qk_norm is None else 8.0
 
     attend = attended(mask, q.shape[0], heads_q, heads_kv, q.shape[2], k.shape[2], device=q.device)
-    scores = changes.apply(scale * (q @ k.transpose(2, 3)))  # [B, Hq, Lq, Lkv]
+    scores = changes.apply(scale * matmul(q, k.transpose(2, 3)))  # [B, Hq, Lq, Lkv]
     scores = scores.masked_fill(~attend, float("-inf"))
     sees_any = (scores != float("-inf")).any(dim=3)  # [B, Hq, Lq]; a bias may hide as well
     # A row of nothing but -inf has no softmax, and its gradient is NaN: give it harmless scores
@@ -348,7 +355,7 @@ def _dense(
         sink = changes.sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, sink), dim=3)
     weights = changes.drop(torch.softmax(scores, dim=3)[..., : k.shape[2]])
-    out = weights.masked_fill(~sees_any[..., None], 0.0) @ v  # [B, Hq, Lq, Dv]
+    out = matmul(weights.masked_fill(~sees_any[..., None], 0.0), v)  # [B, Hq, Lq, Dv]
     if layout == "bshd":
         out = out.transpose(1, 2)
     return out, lse.masked_fill(~sees_any, float("-inf"))
@@ -497,8 +504,8 @@ def with_kvcache(
                 own_q[t] = _turned(own_q[t], position, rotary, dtype)
         stops.append(used + own_k.shape[0])
     starts = [0] * batch if left_pad is None else left_pad.tolist()
-    lengths = torch.tensor(stops) - torch.tensor(starts)
-    first = torch.tensor(starts)
+    ends, first = (torch.tensor(x, dtype=torch.int64, device="cpu") for x in (stops, starts))
+    lengths = ends - first
     kv_seqs = (
         Padded(lengths, first, batch_idx=batch_idx if batch_idx is None else batch_idx.cpu())
         if block_table is None

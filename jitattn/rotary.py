@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from jitattn.errors import InvalidInputError
+from jitattn.frozen import Frozen
 from jitattn.tensors import strides_of
 
 
-class Rotary:
+class Rotary(Frozen):
     """Rotary position embedding: the tables, and which columns they turn with each other.
+
+    Can be copied and pickled; equal to itself alone, as its tables are not compared.
 
     Su et al., "RoFormer", arXiv:2104.09864. The pair (a, b) at position p becomes (a cos - b sin,
     b cos + a sin); columns from rotary_dim on are left alone.
@@ -55,9 +58,6 @@ class Rotary:
         hold(self, "cos", cos)
         hold(self, "sin", sin)
         hold(self, "interleaved", interleaved)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"Rotary is frozen: {name} cannot be set")
 
     @property
     def rotary_dim(self) -> int:

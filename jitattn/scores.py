@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ from jitattn.masks import (
     PerHead,
     parts_of,
 )
-from jitattn.tensors import address_of
+from jitattn.score_checks import Sizes, matrix, padding, softcap_of, vector
+from jitattn.tensors import index_address
 
 if TYPE_CHECKING:
     from jitattn.cosine import L2Norm
@@ -41,6 +43,8 @@ NO_LEFT: Final = -(2**30)
 _MAX_WINDOW_LENGTH: Final = 2**30
 #: Lists count groups of keys, and their windows positions in both directions.
 _MAX_LISTED_LENGTH: Final = 2**28
+#: What kernels do not read of small tables.
+_NARROW: Final = (torch.float16, torch.bfloat16)
 #: Block sizes of local + stride patterns that need no lists: whole kernel blocks.
 _KERNEL_BLOCKS: Final = (64, 128)
 
@@ -60,15 +64,28 @@ class Scores(NamedTuple):
 NO_CHANGES: Final = Scores()
 
 
-class Sizes(NamedTuple):
-    """What the tensors here are checked against."""
+def in_fp32(scores: Scores) -> Scores:
+    """Return the arguments with small tables in fp32, as kernels read them; autograd follows."""
+    changes: dict[str, Any] = {}
+    for name in ("relative_bias", "alibi_slopes", "sinks"):
+        table = _widened(name, getattr(scores, name))
+        if table is not None:
+            changes[name] = table
+    norm = scores.qk_norm
+    if isinstance(norm, cosine.L2Norm):
+        head_scale = _widened("L2Norm(head_scale)", norm.head_scale)
+        if head_scale is not None:
+            changes["qk_norm"] = replace(norm, head_scale=head_scale)
+    return scores._replace(**changes) if changes else scores
 
-    batch: int
-    heads: int
-    heads_kv: int
-    len_q: int  #: the largest
-    len_kv: int
-    is_exact: bool  #: every sequence has these lengths
+
+def _widened(name: str, table: Any) -> Tensor | None:  # noqa: ANN401 - checked later
+    """Return a table of 16 bits in fp32, None for any other."""
+    if not isinstance(table, Tensor) or table.dtype not in _NARROW:
+        return None
+    if not torch.compiler.is_dynamo_compiling():
+        index_address(name, table)  # refuses memory that is gone
+    return table.float()
 
 
 class Fields(NamedTuple):
@@ -95,6 +112,7 @@ class Checked(NamedTuple):
     bottom_right: bool
     diagonal: int  #: beside the Lkv - Lq of a sequence, if bottom_right
     params: tuple[float, ...]  #: as `FwdScoreParams` has them; `left` without Lkv - Lq
+    has_memory: bool  #: no tensor is a placeholder
 
 
 def tensors_of(call: Call) -> dict[str, Tensor]:
@@ -110,10 +128,9 @@ def tensors_of(call: Call) -> dict[str, Tensor]:
     }
     if isinstance(call.scores.qk_norm, cosine.L2Norm):
         found["L2Norm(head_scale)"] = call.scores.qk_norm.head_scale
-    rules = parts.rule.rules if isinstance(parts.rule, PerHead) else (parts.rule,)
-    for rule in rules:
-        if isinstance(rule, BlockSparse):
-            found["BlockSparse(...)"] = rule.pattern
+    patterns = patterns_of(parts.rule)
+    for idx, pattern in enumerate(patterns):
+        found["BlockSparse(...)" if len(patterns) == 1 else f"BlockSparse(...) no. {idx}"] = pattern
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
@@ -157,30 +174,37 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
                 "move it with .to()"
             )
     bias, relative, slopes, softcap, sinks, dropout, norm = call.scores
-    matrices = {}
-    for name, matrix, dtypes in (
-        ("bias", bias, (q.dtype, torch.float32)),
-        ("Dense(...)", None if parts.dense is None else parts.dense.keep, (torch.bool,)),
-    ):
-        matrices[name] = (0, (0, 0, 0))
-        if matrix is not None:
-            matrices[name] = _matrix(name, matrix, dtypes, sizes)
-    padding, padding_stride = 0, 0
+    heads = sizes.heads
+    dense = None if parts.dense is None else parts.dense.keep
+    nowhere = (0, (0, 0, 0))
+    of_bias = nowhere if bias is None else matrix("bias", bias, (q.dtype, torch.float32), sizes)
+    of_dense = nowhere if dense is None else matrix("Dense(...)", dense, (torch.bool,), sizes)
+    at_padding, padding_stride = 0, 0
     if parts.key_padding is not None:
-        padding, padding_stride = _padding(parts.key_padding.keep, sizes)
-    _check_vectors(relative, slopes, sinks, sizes)
+        at_padding, padding_stride = padding(parts.key_padding.keep, sizes)
+    addresses = (
+        of_bias[0],
+        vector("relative_bias", relative, ((heads, -1), (1, -1))),
+        vector("alibi_slopes", slopes, ((heads,), (sizes.batch, heads))),
+        vector("sinks", sinks, ((heads,),)),
+        at_padding,
+        of_dense[0],
+        0 if dropout is None else index_address("dropout_state", dropout.state),
+    )
+    # What is not among the parameters of the kernel for attention.
+    read = [index_address("BlockSparse(...)", pattern) for pattern in patterns_of(parts.rule)]
     if softcap is not None:
-        softcap = _softcap(softcap)
+        softcap = softcap_of(softcap)
     shift = None
     if norm is not None:
-        cosine.check(norm, q, sizes.heads, call)
+        read.append(cosine.check(norm, q, heads, call))
         if bias is relative is slopes is None and softcap is None:
             shift = cosine.shift_of(norm, scale, q.dtype)
     kind, bottom_right, diagonal, left, keep_first, lifts = _rule(parts.rule, sizes)
     magnitude = abs(scale) or 1e-30  # as dispatch has it for a scale of 0
     is_paired = False
     if bias is not None:
-        address, steps = matrices["bias"]
+        address, steps = of_bias
         pair = 2 * bias.element_size()
         is_paired = (address | (steps[0] | steps[1] | steps[2]) * bias.element_size()) % pair == 0
     fields = Fields(
@@ -198,23 +222,13 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         _switch(parts.dense),
         _switch(dropout),
         _switch(shift),
-        _staged(bias, matrices["bias"], by_row=True),
-        _staged(
-            None if parts.dense is None else parts.dense.keep,
-            matrices["Dense(...)"],
-            by_row=False,
-        ),
+        _staged(bias, of_bias, by_row=True),
+        _staged(dense, of_dense, by_row=False),
     )
     params = (
-        matrices["bias"][0],
-        _address("relative_bias", relative),
-        _address("alibi_slopes", slopes),
-        _address("sinks", sinks),
-        padding,
-        matrices["Dense(...)"][0],
-        0 if dropout is None else dropout.state.data_ptr(),
-        *matrices["bias"][1],
-        *matrices["Dense(...)"][1],
+        *addresses,
+        *of_bias[1],
+        *of_dense[1],
         padding_stride,
         slopes.stride(0) if slopes is not None and slopes.dim() == 2 and len(slopes) > 1 else 0,
         relative.stride(0) if relative is not None and len(relative) > 1 else 0,
@@ -223,7 +237,7 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         lifts,
         0 if relative is None else relative.shape[1] // 2,
         is_paired,
-        bias is not None and matrices["bias"][1][1:] == (0, 0),
+        bias is not None and of_bias[1][1:] == (0, 0),
         1.0 / magnitude,
         0.0 if softcap is None else 2 * math.log2(math.e) * magnitude / softcap,
         0.0 if softcap is None else softcap / magnitude,
@@ -232,7 +246,13 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         0 if dropout is None else dropout.threshold,
         1.0 if dropout is None else dropout.scale,
     )
-    return Checked(fields, bottom_right, diagonal, params)
+    return Checked(fields, bottom_right, diagonal, params, min(*addresses, *read) >= 0)
+
+
+def patterns_of(rule: Rule) -> list[Tensor]:
+    """Return the patterns of blocks in a rule."""
+    rules = rule.rules if isinstance(rule, PerHead) else (rule,)
+    return [part.pattern for part in rules if isinstance(part, BlockSparse)]
 
 
 def _switch(value: object) -> Switch:
@@ -279,10 +299,6 @@ def _ends_whole(matrix: Tensor) -> bool:
     last = sum((n - 1) * step for n, step in zip(matrix.shape, matrix.stride(), strict=True))
     end = (matrix.storage_offset() + last + 1) * size
     return end + beyond <= matrix.untyped_storage().nbytes()
-
-
-def _address(name: str, tensor: Tensor | None) -> int:
-    return 0 if tensor is None else address_of(name, tensor)
 
 
 def _pattern(rule: Rule, sizes: Sizes) -> tuple[int, ...]:
@@ -341,86 +357,3 @@ def _rule(rule: Rule, sizes: Sizes) -> tuple[MaskKind, bool, int, int, int, bool
         )
     left, right, keep_first = rule.reach
     return MaskKind.WINDOW, True, right, -left, keep_first, rule.full_on_decode
-
-
-def _matrix(
-    name: str, matrix: Tensor, dtypes: tuple[torch.dtype, ...], sizes: Sizes
-) -> tuple[int, tuple[int, int, int]]:
-    """Check a [B or 1, Hq or 1, Lq or 1, Lkv] tensor; its address and strides."""
-    if matrix.dtype not in dtypes:
-        raise InvalidInputError(
-            f"{name} is {matrix.dtype}: it must be {' or '.join(map(str, dtypes))}; cast it"
-        )
-    shape = list(matrix.shape)
-    wanted = [sizes.batch, sizes.heads, sizes.len_q, sizes.len_kv]
-    fits = len(shape) == 4
-    for axis, (got, size) in enumerate(zip(shape, wanted, strict=False)):
-        large_enough = got >= size and axis >= 2 and not sizes.is_exact
-        fits &= got == size or large_enough or (got == 1 and axis < 3)
-    if not fits:
-        raise InvalidInputError(
-            f"{name} has shape {shape}: it must be [{wanted[0]} or 1, {wanted[1]} or 1, "
-            f"{wanted[2]} or 1, {wanted[3]}]" + ("" if sizes.is_exact else ", or longer rows")
-        )
-    if matrix.stride(3) != 1 and shape[3] > 1:
-        raise InvalidInputError(
-            f"{name} has strides {tuple(matrix.stride())}: the last one must be 1; call "
-            ".contiguous() first"
-        )
-    steps = [matrix.stride(axis) if shape[axis] > 1 else 0 for axis in range(3)]
-    return address_of(name, matrix), (steps[0], steps[1], steps[2])
-
-
-def _padding(keep: Tensor, sizes: Sizes) -> tuple[int, int]:
-    shape = list(keep.shape)
-    if keep.dtype is not torch.bool:
-        raise InvalidInputError(f"KeyPadding(...) is {keep.dtype}: it must be torch.bool")
-    is_long = not sizes.is_exact and len(shape) == 2 and shape[1] >= sizes.len_kv
-    if shape != [sizes.batch, sizes.len_kv] and not (is_long and shape[0] == sizes.batch):
-        raise InvalidInputError(
-            f"KeyPadding(...) has shape {shape}: it must be [{sizes.batch}, {sizes.len_kv}]"
-            + ("" if sizes.is_exact else ", or longer rows")
-        )
-    if shape[1] > 1 and keep.stride(1) != 1:
-        raise InvalidInputError(
-            f"KeyPadding(...) has strides {tuple(keep.stride())}: the last one must be 1; call "
-            ".contiguous() first"
-        )
-    return address_of("KeyPadding(...)", keep), keep.stride(0) if shape[0] > 1 else 0
-
-
-def _check_vectors(
-    relative: Tensor | None, slopes: Tensor | None, sinks: Tensor | None, sizes: Sizes
-) -> None:
-    for name, tensor, shapes in (
-        ("alibi_slopes", slopes, ([sizes.heads], [sizes.batch, sizes.heads])),
-        ("sinks", sinks, ([sizes.heads],)),
-    ):
-        if tensor is None:
-            continue
-        if list(tensor.shape) not in shapes or tensor.dtype is not torch.float32:
-            raise InvalidInputError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}: it must be torch.float32 "
-                f"{' or '.join(map(str, shapes))}"
-            )
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise InvalidInputError(f"{name} is not contiguous; call .contiguous() first")
-    if relative is not None:
-        shape = list(relative.shape)
-        fits = len(shape) == 2 and shape[0] in (1, sizes.heads) and shape[1] % 2 == 1
-        if not fits or relative.dtype is not torch.float32:
-            raise InvalidInputError(
-                f"relative_bias is {relative.dtype} {shape}: it must be torch.float32 "
-                f"[{sizes.heads} or 1, 2 * reach + 1]"
-            )
-        if shape[1] > 1 and relative.stride(1) != 1:
-            raise InvalidInputError("relative_bias is not contiguous; call .contiguous() first")
-
-
-def _softcap(softcap: Any) -> float:  # noqa: ANN401 - checked here
-    is_number = isinstance(softcap, int | float) and not isinstance(softcap, bool)
-    if not is_number or not 1e-6 <= softcap <= 1e30:
-        raise InvalidInputError(
-            f"softcap={softcap!r}: it must be a number from 1e-6 to 1e30; leave it out for none"
-        )
-    return float(softcap)

@@ -1,6 +1,7 @@
 """Where sequences lie, when they do not simply fill a batch: ragged, padded, paged.
 
-Frozen values over index tensors. Their contents stay on the device: nothing here waits for it, but
+Frozen values over index tensors, which can be copied and pickled; each is equal to itself alone, as
+tensors are not compared. Their contents stay on the device: nothing here waits for it, but
 for the largest length of a `Ragged` that was given none, which is read once and remembered.
 """
 
@@ -11,6 +12,9 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import torch
 
 from jitattn.errors import InternalError, InvalidInputError
+from jitattn.frozen import Frozen
+from jitattn.given import integer
+from jitattn.tensors import NO_ADDRESS, index_address
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +25,7 @@ _MOST: Final = 2**31
 STOPS, LENGTHS, CUMULATIVE = 0, 1, 2
 
 
-class _Spans:
+class _Spans(Frozen):
     """A start and an end for every sequence: what all kinds have in common.
 
     Attributes
@@ -84,20 +88,13 @@ class _Spans:
         max_length: int | None,
     ) -> None:
         """Hold what is checked, but for the bound."""
-        if max_length is not None and (type(max_length) is not int or not 0 <= max_length < _MOST):
-            raise InvalidInputError(
-                f"{name}(max_length={max_length!r}): it must be an int from 0 to 2**31 - 1"
-            )
         hold = object.__setattr__
         hold(self, "cumulative", cumulative)
         hold(self, "_start", start)
         hold(self, "_stop", stop)
         hold(self, "stop_is_length", stop_is_length)
-        hold(self, "_max_length", max_length)
+        hold(self, "_max_length", checked_max_length(name, max_length))
         hold(self, "_overlaps", None)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{type(self).__name__} is frozen: {name} cannot be set")
 
     @property
     def start(self) -> Tensor | None:
@@ -143,11 +140,12 @@ class _Spans:
         """
         if self.cumulative is not None:
             size = self.cumulative.element_size()
-            first = self.cumulative.data_ptr()
-            return first, first + size, size // 4, STOPS
+            first = index_address("cu_seqlens", self.cumulative)
+            return first, first if first == NO_ADDRESS else first + size, size // 4, STOPS
         start, stop = self._start, self.stop
         words, kind = stop.element_size() // 4, LENGTHS if self.stop_is_length else STOPS
-        return 0 if start is None else start.data_ptr(), stop.data_ptr(), words, kind
+        first = 0 if start is None else index_address("start", start)
+        return first, index_address("length", stop), words, kind
 
 
 class Ragged(_Spans):
@@ -191,6 +189,8 @@ class Ragged(_Spans):
         """
         value = cls.__new__(cls)
         value._set_cumulative(cu_seqlens, max_length)
+        if not torch.compiler.is_dynamo_compiling():
+            index_address("cu_seqlens", cu_seqlens)  # torch cuts no memory that is gone
         return value
 
     def knows_max_length(self) -> bool:
@@ -387,6 +387,18 @@ class Paged(_Spans):
 
 QSequences: TypeAlias = Ragged | Padded | None
 KvSequences: TypeAlias = Ragged | Padded | Paged | None
+
+
+def checked_max_length(name: str, max_length: object) -> int | None:
+    """Return a bound on lengths as an int; refuse what is none."""
+    if max_length is None:
+        return None
+    number = integer(max_length)
+    if number is None or not 0 <= number < 2**31:
+        raise InvalidInputError(
+            f"{name}(max_length={max_length!r}): it must be an int from 0 to 2**31 - 1"
+        )
+    return number
 
 
 def check_index(what: str, tensor: object, dimensions: int) -> None:

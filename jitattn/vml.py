@@ -11,13 +11,14 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 
 @functools.cache
 def settle_vml() -> None:
-    """Call each function that the CPU path uses once, on one element of each dtype."""
-    with torch.no_grad():
+    """Call each function that the CPU path uses once, on one real element of each dtype."""
+    with torch.no_grad(), unset_fake_temporarily():
         for dtype in (torch.float32, torch.float64):
-            one = torch.ones(1, dtype=dtype)
+            one = torch.ones(1, dtype=dtype, device="cpu")
             for function in (torch.exp, torch.exp2, torch.log, torch.tanh, torch.sqrt, torch.rsqrt):
                 function(one)

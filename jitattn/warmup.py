@@ -23,8 +23,9 @@ from jitattn.jit.choices import preset as preset_choices
 from jitattn.jit.device import device as device_of
 from jitattn.jit.enums import Access
 from jitattn.jit.pool import build_all
-from jitattn.layouts import parse
+from jitattn.layouts import parse_any
 from jitattn.prepared_specs import specs_for_gear
+from jitattn.problem import is_deterministic
 from jitattn.scores import stagings
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def _warm_call(
         raise InvalidInputError("warmup got q without k and v: it takes all three of a call")
     tensors, call = bind(q, k, v, arguments)
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
-    problem, runtime = parse(q, k, v, call)
+    problem, runtime, _ = parse_any(q, k, v, call)
     if device is None and not q.is_cuda:
         return WarmedUp(kernels=0, compiled=0)
     index = _index(q.device if device is None else device)
@@ -179,10 +180,10 @@ def _warm_call(
         if gradients:
             specs += cosine.norm_grad_specs(made)
         call = cosine.call_of_normalized(call, runtime.scale)
-        problem, _ = parse(*cosine.like_normalized(q, k), v, call)
+        problem, _, _ = parse_any(*cosine.like_normalized(q, k), v, call)
     if gradients:
         specs += specs_of_gradients(
-            problem, runtime.listed, call.scores, arch, deterministic=call.deterministic
+            problem, runtime.listed, call.scores, arch, deterministic=is_deterministic(call)
         )
     for bias_staged, dense_staged in stagings(call):
         alike = replace(problem, bias_staged=bias_staged, dense_staged=dense_staged)

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "jitattn"
 MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 TORCH_MAY = {
-    "append.py", "append_cpu.py", "apply_rotary.py", "attention.py", "autograd.py", "backward.py",
+    "append.py", "append_cpu.py", "apply_rotary.py", "attention.py", "autocast.py", "autograd.py",
+    "backward.py",
     "compat/fast_ops/flash_attention/_nested.py",
     "compat/fast_ops/flash_attention/attention_ref.py",
     "compat/fast_ops/flash_attention/flash_attention.py",
@@ -32,12 +33,12 @@ TORCH_MAY = {
     "compat/warp_attention/util/__init__.py", "compat/warp_attention/warpat_tester.py",
     "compat/flash_cosine_sim_attention/benchmark.py",
     "compat/flash_cosine_sim_attention/transformer.py", "cosine.py", "cpu.py", "cpu_rules.py",
-    "dispatch.py", "dropout.py", "encoding.py", "explain.py", "halves.py", "interop.py",
-    "jit/device.py", "kv_parts.py", "kvcache.py", "kvcache_call.py", "kvcache_ops.py", "layouts.py",
-    "lists.py",
-    "list_cache.py", "loaded.py", "merge.py", "ops.py", "patterns.py", "problem.py", "quantized.py",
-    "reference.py", "rotary.py", "rotary_cpu.py", "rotary_cuda.py", "rotary_ops.py",
-    "score_gradients.py", "scores.py", "sequences.py", "tensors.py", "vml.py",
+    "dispatch.py", "dropout.py", "encoding.py", "explain.py", "halves.py", "indirect.py",
+    "interop.py", "jit/device.py", "kv_parts.py", "kvcache.py", "kvcache_call.py", "kvcache_ops.py",
+    "layouts.py", "list_cache.py", "lists.py", "loaded.py", "merge.py", "ops.py", "outputs.py",
+    "patterns.py", "problem.py", "quantized.py", "reference.py", "rotary.py", "rotary_cpu.py",
+    "rotary_cuda.py", "rotary_ops.py", "score_checks.py", "score_gradients.py", "scores.py",
+    "sequences.py", "tensors.py", "transforms.py", "vml.py",
     "warmup.py", "workspace.py", "write_tracking.py",
 }  # fmt: skip
 CUPY_MAY = {"jit/launch.py"}

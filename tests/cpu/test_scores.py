@@ -34,7 +34,7 @@ MATRIX = torch.ones(2, 4, 8, 8, dtype=torch.bool)
         ("relative_bias is torch.float32 [4, 6]", {"relative_bias": torch.zeros(4, 6)}),
         ("relative_bias is torch.float32 [3, 5]", {"relative_bias": torch.zeros(3, 5)}),
         ("alibi_slopes is torch.float32 [3]", {"alibi_slopes": torch.zeros(3)}),
-        ("alibi_slopes is torch.float16 [4]", {"alibi_slopes": torch.zeros(4).half()}),
+        ("alibi_slopes is torch.int32 [4]", {"alibi_slopes": torch.zeros(4).int()}),
         ("sinks is torch.float32 [2, 4]", {"sinks": torch.zeros(2, 4)}),
         ("softcap=0", {"softcap": 0}),
         ("softcap=True", {"softcap": True}),

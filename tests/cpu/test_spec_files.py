@@ -226,7 +226,8 @@ def test_every_kernel_that_may_be_recorded_can_be_read_back() -> None:
             (["fwd", "bwd", "bwd_scores"],), ("fp16", "fp32"), ("full", "causal"), (0, 4)
         )
     ]
-    asked.append({"family": ["norm", "norm_grad", "append", "merge", "merge_grad"]})
+    plain = ["norm", "norm_grad", "append", "merge", "merge_grad", "rotary"]
+    asked.append({"family": plain})
     specs = specs_of(asked, ["86", "90"])
     assert {spec.family for spec in specs} == set(FAMILIES)
     for spec in specs:

@@ -15,7 +15,7 @@ from jitattn.compat.dkernel._kept import KeptMasks
 from jitattn.compat.dkernel._sequences import Placed, packed, padded
 from jitattn.compat.dkernel.utils import is_kv_cache_efficient, verify_sparse_pattern
 from jitattn.errors import InvalidInputError, UnsupportedError
-from jitattn.problem import check_out
+from jitattn.outputs import check_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable

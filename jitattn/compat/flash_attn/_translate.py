@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from jitattn.autocast import outside_autocast
 from jitattn.dropout import dropout_mask
 from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.masks import Causal, Full, Window
@@ -161,6 +162,7 @@ def rounded_up(length: int) -> int:
 
 
 @torch.no_grad()
+@outside_autocast
 def s_dmask(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],

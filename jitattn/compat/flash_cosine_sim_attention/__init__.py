@@ -18,7 +18,7 @@ from jitattn.attention import attention
 from jitattn.compat.flash_cosine_sim_attention._plain import plain_attention
 from jitattn.cosine import L2Norm, l2norm
 from jitattn.errors import InvalidInputError
-from jitattn.layouts import parse
+from jitattn.layouts import parse_any
 from jitattn.masks import Causal, Full, KeyPadding
 from jitattn.problem import Call
 from jitattn.scores import NO_CHANGES, Scores
@@ -182,7 +182,7 @@ def _check(
     scores = NO_CHANGES
     if not (bias is None and relative_bias is None and qk_norm is None):
         scores = Scores(bias=bias, relative_bias=relative_bias, qk_norm=qk_norm)
-    parse(
+    parse_any(
         q,
         k,
         v,

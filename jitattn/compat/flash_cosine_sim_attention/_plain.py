@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from jitattn.autocast import matmul, outside_autocast
 from jitattn.cosine import l2norm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+@outside_autocast
 def plain_attention(
     q: Tensor,
     k: Tensor,
@@ -50,7 +52,7 @@ def plain_attention(
     # Query heads of a kv head side by side: its keys and values are not repeated.
     side_by_side = (batch, heads_kv, heads // max(1, heads_kv) * len_q)
     q = (q * scale).reshape(*side_by_side, q.shape[3])
-    scores = (q @ k.transpose(2, 3)).view(batch, heads, len_q, len_kv)
+    scores = matmul(q, k.transpose(2, 3)).view(batch, heads, len_q, len_kv)
     lowest = torch.finfo(scores.dtype).min
     if bias is not None:
         lowest = torch.finfo(torch.promote_types(scores.dtype, bias.dtype)).min
@@ -65,7 +67,7 @@ def plain_attention(
     if hidden is not None:
         scores = scores.masked_fill(hidden, lowest / 2)
     weights = scores.softmax(dim=3).to(v.dtype).reshape(*side_by_side, len_kv)
-    out: Tensor = (weights @ v).view(batch, heads, len_q, v.shape[3])
+    out = matmul(weights, v).view(batch, heads, len_q, v.shape[3])
     sees_all_some = mask is None and bias is None and not (causal and len_q > len_kv)
     if sees_all_some or len_kv == 0:
         return out

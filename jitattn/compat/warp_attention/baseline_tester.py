@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from jitattn.autocast import matmul, outside_autocast
 from jitattn.compat.warp_attention.util import attn_flop, cuda_timeit
 
 if TYPE_CHECKING:
@@ -14,15 +15,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@outside_autocast
 def attn(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
     """Compute attention with all scores in memory; causal aligned to the bottom right."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
+    scores = matmul(q, k.transpose(2, 3)) * q.shape[3] ** -0.5
     if is_causal:
         rows, columns = scores.shape[2:]
         hidden = torch.ones(rows, columns, dtype=torch.bool, device=q.device)
         scores = scores.masked_fill(hidden.triu(columns - rows + 1), float("-inf"))
-    out: Tensor = scores.softmax(3) @ v
+    out = matmul(scores.softmax(3), v)
     return out.transpose(1, 2)
 
 

@@ -99,7 +99,8 @@ class Strided:
 
     def sequences(self) -> Ragged:
         """Return where they lie in `values`."""
-        cumulative = torch.tensor([0, *self._lengths]).cumsum(0).to(torch.int32)
+        lengths = torch.tensor([0, *self._lengths], dtype=torch.int64, device="cpu")
+        cumulative = lengths.cumsum(0).to(torch.int32)
         offsets = on_device("the list of lengths", cumulative, self.values.device)
         return Ragged.from_cu_seqlens(offsets, max(self._lengths))
 

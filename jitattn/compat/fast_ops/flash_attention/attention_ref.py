@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from jitattn.autocast import matmul, outside_autocast
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+@outside_autocast
 def attention_ref(
     q: Tensor,
     k: Tensor,
@@ -56,7 +59,8 @@ def attention_ref(
         q, k, v = q.float(), k.float(), v.float()
     scale = q.shape[-1] ** -0.5
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    scores = q @ (k * scale).transpose(2, 3) if reorder_ops else (q * scale) @ k.transpose(2, 3)
+    q, k = (q, k * scale) if reorder_ops else (q * scale, k)
+    scores = matmul(q, k.transpose(2, 3))
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     hidden = torch.zeros(scores.shape[2:], dtype=torch.bool, device=q.device)
@@ -68,7 +72,7 @@ def attention_ref(
     weights = torch.softmax(scores, dim=-1)
     weights = weights.masked_fill((scores == float("-inf")).all(3, keepdim=True), 0.0)
     kept = weights if dropout_mask is None else weights.masked_fill(~dropout_mask, 0.0)
-    out = (kept @ v / (1.0 - dropout_p)).transpose(1, 2)
+    out = (matmul(kept, v) / (1.0 - dropout_p)).transpose(1, 2)
     if query_padding_mask is not None:
         out = out.masked_fill(~query_padding_mask[:, :, None, None], 0.0)
         weights = weights.masked_fill(~query_padding_mask[:, None, :, None], 0.0)

@@ -1,0 +1,184 @@
+"""Tensors without memory, tables of 16 bits, torch's switches: what a launch must not meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import jitattn
+from jitattn import Causal, L2Norm, backward
+from tests.support.compare import rel_l2
+from tests.support.entries import ENTRIES, facts, real_tensors
+
+B, LQ, LKV, H, D = 2, 20, 24, 2, 16
+
+
+@pytest.fixture(autouse=True)
+def _with_grad() -> Iterator[None]:
+    with torch.enable_grad():
+        yield
+
+
+def made(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float16) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).cuda()
+
+
+def inputs() -> list[Tensor]:
+    return [made(B, length, H, D, seed=length + idx) for idx, length in enumerate((LQ, LKV, LKV))]
+
+
+@pytest.mark.parametrize(
+    ("name", "word"), [(name, word) for name in ENTRIES for word in ENTRIES[name][1]]
+)
+@pytest.mark.parametrize("is_view", [False, True], ids=["whole", "view"])
+def test_memory_that_is_gone_is_refused(name: str, word: str, is_view: bool) -> None:
+    tensors = real_tensors(name, "cuda")
+    tensor = tensors[word]
+    if is_view:  # its address is an offset then
+        tensor = tensors[word] = torch.cat([tensor[:1], tensor])[1:]
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(jitattn.InvalidInputError, match="but no memory: its storage was resized"):
+        ENTRIES[name][0](**tensors)
+
+
+def test_memory_that_is_gone_at_backward_is_refused() -> None:
+    q, k, v = (x.requires_grad_() for x in inputs())
+    out, lse = jitattn.attention(q, k, v, return_lse=True)
+    for results in ((out,), (lse,)):
+        gradient = torch.ones_like(results[0])
+        gradient.untyped_storage().resize_(0)
+        with pytest.raises(jitattn.InvalidInputError, match=r"the gradient of .* but no memory"):
+            torch.autograd.grad(results, (q, k, v), (gradient,), retain_graph=True)
+    k.data.untyped_storage().resize_(0)
+    with pytest.raises(jitattn.InvalidInputError, match=r"k has shape .* but no memory"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("in_mode", [True, False], ids=["in_mode", "out_of_mode"])
+def test_fake_tensors(name: str, in_mode: bool) -> None:
+    real = real_tensors(name, "cuda")
+    mode = FakeTensorMode()
+    fake = {word: mode.from_tensor(x) for word, x in real.items()}
+    if in_mode:
+        with mode:
+            found = ENTRIES[name][0](**fake)
+    else:
+        found = ENTRIES[name][0](**fake)
+    wanted = ENTRIES[name][0](**real)
+    assert facts(found) == facts(wanted)
+
+
+@pytest.mark.real_gpu
+def test_the_context_survives() -> None:
+    with FakeTensorMode():
+        fake = torch.empty(1, 20, 2, 64, dtype=torch.float16, device="cuda", requires_grad=True)
+        jitattn.attention(fake, fake, fake).sum().backward()
+        assert fake.grad is not None
+    torch.cuda.synchronize()
+    q, k, v = inputs()
+    assert torch.isfinite(jitattn.attention(q, k, v)).all()
+
+
+class Watcher(TorchDispatchMode):
+    """Looks on, and changes nothing."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+TABLES = {
+    "sinks": (H,),
+    "alibi_slopes": (B, H),
+    "relative_bias": (H, 7),
+    "head_scale": (H,),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("by_operator", [False, True], ids=["usual", "operator"])
+def test_tables_in_the_dtype_of_the_model(name: str, dtype: torch.dtype, by_operator: bool) -> None:
+    q, k, v = (x.to(dtype) for x in inputs())
+    table = made(*TABLES[name], dtype=dtype).abs() + 0.1
+
+    def attend(table: Tensor) -> Tensor:
+        more = {"qk_norm": L2Norm(head_scale=table)} if name == "head_scale" else {name: table}
+        result: Tensor = jitattn.attention(q, k, v, mask=Causal(), **more)
+        return result
+
+    def results(table: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = table.detach().requires_grad_()
+        if by_operator:  # a dispatch mode makes it go through the operators
+            with Watcher():
+                out = attend(leaf)
+        else:
+            out = attend(leaf)
+        (gradient,) = torch.autograd.grad(out.float().sin().sum(), leaf)
+        assert gradient.dtype == leaf.dtype
+        return out, gradient
+
+    (out, gradient), (wanted, wide) = results(table), results(table.float())
+    assert torch.equal(out, wanted)
+    assert rel_l2(gradient, wide) < 8e-3
+
+
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_torchs_switch_for_determinism(warn_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    bwd_spec = backward.bwd_spec
+
+    def noted(*args: Any, deterministic: bool = False) -> Any:
+        asked.append(deterministic)
+        return bwd_spec(*args, deterministic=deterministic)
+
+    monkeypatch.setattr(backward, "bwd_spec", noted)
+    q, k, v = (x.requires_grad_() for x in inputs())
+
+    def switch(is_on: bool) -> None:
+        torch.use_deterministic_algorithms(is_on, warn_only=warn_only)
+
+    try:
+        for forward, later in ((True, True), (True, False), (False, True), (False, False)):
+            switch(forward)
+            out = jitattn.attention(q, k, v)
+            switch(later)
+            out.sum().backward()
+        with Watcher():
+            switch(True)
+            jitattn.attention(q, k, v).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == [True, True, True, False, True]
+
+
+@pytest.mark.real_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_nothing_inside_is_subject_to_autocast(dtype: torch.dtype) -> None:
+    tables = {"bias": (1, H, LQ, LKV), "alibi_slopes": (H,), "relative_bias": (H, 7), "sinks": (H,)}
+
+    def results(*, autocast: bool) -> list[Tensor]:
+        own = [x.to(dtype).requires_grad_() for x in inputs()]
+        more = {name: made(*shape, dtype=dtype).requires_grad_() for name, shape in tables.items()}
+        scale = made(H, dtype=dtype).requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            out = jitattn.attention(*own, **more)
+            unit = jitattn.attention(*own, qk_norm=L2Norm(head_scale=scale))
+            merged, _ = jitattn.merge([out, unit], [own[0][..., 0].transpose(1, 2).float()] * 2)
+            every = [*own, *more.values(), scale]
+            ends = [out.sum(), unit.sum(), merged.sum(), jitattn.l2norm(own[0]).sum()]
+            gradients = torch.autograd.grad(ends, every)
+        return [out, unit, merged, *gradients]
+
+    for one, other in zip(results(autocast=True), results(autocast=False), strict=True):
+        assert one.dtype == other.dtype
+        assert rel_l2(one, other) < 1e-5
