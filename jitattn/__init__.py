@@ -7,8 +7,6 @@ Importing this package loads neither torch nor CuPy, reads no environment and cr
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Final
 
 from jitattn.errors import (
@@ -21,8 +19,8 @@ from jitattn.errors import (
     LaunchError,
     UnsupportedError,
 )
-from jitattn.gears import get_default_gear, set_default_gear
-from jitattn.masks import (
+from jitattn.values.gears import get_default_gear, set_default_gear
+from jitattn.values.masks import (
     BlockSparse,
     Causal,
     Dense,
@@ -36,16 +34,17 @@ from jitattn.masks import (
 
 if TYPE_CHECKING:
     from jitattn import patterns, reference
-    from jitattn.apply_rotary import apply_rotary
-    from jitattn.attention import attention
-    from jitattn.cosine import L2Norm, l2norm
-    from jitattn.dropout import dropout_mask, dropout_state
-    from jitattn.explain import explain
-    from jitattn.kvcache import attention_with_kvcache
-    from jitattn.merge import merge
-    from jitattn.rotary import Rotary
-    from jitattn.sequences import Padded, Paged, Ragged
-    from jitattn.warmup import warmup
+    from jitattn.api.apply_rotary import apply_rotary
+    from jitattn.api.attention import attention
+    from jitattn.api.explain import explain
+    from jitattn.api.kvcache import attention_with_kvcache
+    from jitattn.api.l2norm import l2norm
+    from jitattn.api.merge import merge
+    from jitattn.api.warmup import warmup
+    from jitattn.values.dropout import dropout_mask, dropout_state
+    from jitattn.values.norm import L2Norm
+    from jitattn.values.rotary import Rotary
+    from jitattn.values.sequences import Padded, Paged, Ragged
 
 __version__ = "0.1.0.dev0"
 
@@ -89,48 +88,33 @@ __all__ = [
     "warmup",
 ]
 
-#: Functions that live in a submodule of the same name, and submodules, loaded on first use.
-_LAZY_FUNCTIONS: Final = frozenset({"apply_rotary", "attention", "explain", "merge", "warmup"})
-#: Names that need torch, by the submodule of another name that they live in.
-_LAZY_NAMES: Final = {
-    "L2Norm": "cosine",
-    "Padded": "sequences",
-    "Paged": "sequences",
-    "Ragged": "sequences",
-    "Rotary": "rotary",
-    "attention_with_kvcache": "kvcache",
-    "dropout_mask": "dropout",
-    "dropout_state": "dropout",
-    "l2norm": "cosine",
+#: Names that need torch, by the module that they live in; loaded when they are first used.
+_LAZY: Final = {
+    "L2Norm": "values.norm",
+    "Padded": "values.sequences",
+    "Paged": "values.sequences",
+    "Ragged": "values.sequences",
+    "Rotary": "values.rotary",
+    "apply_rotary": "api.apply_rotary",
+    "attention": "api.attention",
+    "attention_with_kvcache": "api.kvcache",
+    "dropout_mask": "values.dropout",
+    "dropout_state": "values.dropout",
+    "explain": "api.explain",
+    "l2norm": "api.l2norm",
+    "merge": "api.merge",
+    "warmup": "api.warmup",
 }
 _LAZY_MODULES: Final = frozenset({"compat", "patterns", "reference"})
 
 
-class _Package(ModuleType):
-    """The package itself: `jitattn.attention` stays the function once its module is loaded.
-
-    The import system binds a loaded submodule to its parent under its own name. Where a public
-    function has that name, the function goes there instead.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in _LAZY_FUNCTIONS and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
 def __getattr__(name: str) -> object:
-    if name in _LAZY_FUNCTIONS or name in _LAZY_MODULES:
-        module = importlib.import_module(f"{__name__}.{name}")
-        return getattr(module, name) if name in _LAZY_FUNCTIONS else module
-    if name in _LAZY_NAMES:
-        module = importlib.import_module(f"{__name__}.{_LAZY_NAMES[name]}")
-        return getattr(module, name)
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
-
-
-sys.modules[__name__].__class__ = _Package

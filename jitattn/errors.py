@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from jitattn.jit.spec import KernelSpec
+    from jitattn.spec.kernel_spec import KernelSpec
 
 
 class JitAttnError(Exception):

@@ -17,7 +17,7 @@ from jitattn.errors import InvalidInputError, JitAttnError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jitattn.masks import LocalStride
+    from jitattn.values.masks import LocalStride
 
 _INK, _PAPER, _LINE = (31, 78, 121), (255, 255, 255), (205, 205, 205)
 

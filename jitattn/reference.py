@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from jitattn.autocast import matmul, outside_autocast
+from jitattn.cpu.vector_math import settle_vml
 from jitattn.errors import InvalidInputError
-from jitattn.masks import (
+from jitattn.values.autocast import matmul, outside_autocast
+from jitattn.values.masks import (
     BlockSparse,
     Both,
     Causal,
@@ -26,16 +27,15 @@ from jitattn.masks import (
     Window,
     parts_of,
 )
-from jitattn.sequences import Padded, Paged, Ragged
-from jitattn.vml import settle_vml
+from jitattn.values.sequences import Padded, Paged, Ragged
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jitattn.cosine import L2Norm
-    from jitattn.masks import Mask, Rule
-    from jitattn.rotary import Rotary
-    from jitattn.sequences import KvSequences, QSequences
+    from jitattn.values.masks import Mask, Rule
+    from jitattn.values.norm import L2Norm
+    from jitattn.values.rotary import Rotary
+    from jitattn.values.sequences import KvSequences, QSequences
 
 
 def visible(

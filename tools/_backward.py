@@ -13,8 +13,8 @@ from _table import print_table
 from _timing import kernel_times
 
 import jitattn
-from jitattn.attention import bind
-from jitattn.backward import run_backward
+from jitattn.api.attention import bind
+from jitattn.run.backward import run_backward
 
 if TYPE_CHECKING:
     from collections.abc import Callable

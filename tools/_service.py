@@ -24,7 +24,8 @@ _COLD_PROCESSES: Final = 64
 
 _SPEC: Final = """
 import json, sys, time
-from jitattn.jit import build, choices, compilers, nvrtc, sources
+from jitattn.jit import build, compilers, nvrtc, sources
+from jitattn.plan import choices
 def specs(arch):
     return choices.specs_of([{"dtype": "bf16", "head_dim": 128, "mask": "causal"}], [arch])
 """
@@ -36,8 +37,8 @@ print(json.dumps({"ms": compiled.compile_ms, "nvrtc": str(compilers.chosen())}))
 """
 
 _DISK: Final = """
-from jitattn.jit.cache import user_cache
-from jitattn.jit.entry import Entry
+from jitattn.cache.disk import user_cache
+from jitattn.cache.entry import Entry
 from tests.cpu.specs import fake_entry
 kernels = specs("sm_90")
 for spec in kernels:

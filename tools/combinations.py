@@ -17,9 +17,9 @@ sys.path.insert(0, str(REPOSITORY))
 import torch
 
 import jitattn
-from jitattn.attention import bind
+from jitattn.api.attention import bind
 from jitattn.errors import JitAttnError
-from jitattn.layouts import parse
+from jitattn.request.layouts import parse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -23,11 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _table import say
 
-from jitattn.bwd_tiles import bwd_spec, score_grad_spec, specs_of_backward
-from jitattn.gears import resolve_numerics
 from jitattn.jit import compilers
-from jitattn.jit.choices import preset, specs_of
-from jitattn.jit.enums import (
+from jitattn.kernels.bwd_tiles import bwd_spec, score_grad_spec, specs_of_backward
+from jitattn.kernels.prepare_specs import HEAD_DIMS as DIMS_IN_8_BITS
+from jitattn.kernels.prepare_specs import backward_in_halves, specs_for_gear, split_spec
+from jitattn.kernels.tiles import fwd_spec
+from jitattn.plan.choices import preset, specs_of
+from jitattn.spec.enums import (
     Access,
     BiasKind,
     Dtype,
@@ -39,10 +41,8 @@ from jitattn.jit.enums import (
     Staging,
     Switch,
 )
-from jitattn.jit.spec import KernelSpec, MergeGradSpec, MergeSpec, Problem
-from jitattn.prepared_specs import HEAD_DIMS as DIMS_IN_8_BITS
-from jitattn.prepared_specs import backward_in_halves, specs_for_gear, split_spec
-from jitattn.tiles import fwd_spec
+from jitattn.spec.kernel_spec import KernelSpec, MergeGradSpec, MergeSpec, Problem
+from jitattn.values.gears import resolve_numerics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -24,8 +24,8 @@ import torch
 from _table import print_table, say
 
 import jitattn
-from jitattn.jit.choices import specs_of
 from jitattn.jit.pool import build_all
+from jitattn.plan.choices import specs_of
 
 ARCHS: Final = ("sm_80", "sm_86", "sm_90")
 CHOICE: Final = {"dtype": "bf16", "head_dim": 128, "mask": "causal"}
@@ -106,8 +106,8 @@ def on_gpu() -> bool:
 
 def disk_warm_ms(call: Any) -> float:
     """First call after the process forgot its kernels: read, check, load, launch."""
-    from jitattn import dispatch
     from jitattn.jit import build
+    from jitattn.run import dispatch
 
     dispatch.forget_kernels()
     build.clear_memory()
@@ -200,7 +200,7 @@ def without_gpu() -> bool:
 
 
 def show_cache() -> None:
-    from jitattn.jit.cache import user_cache
+    from jitattn.cache.disk import user_cache
 
     cache = user_cache()
     if cache is None:

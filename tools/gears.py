@@ -21,9 +21,9 @@ from _table import print_table
 from _timing import kernel_times
 
 import jitattn
-from jitattn.gears import GEARS
 from jitattn.reference import reference
-from jitattn.tensors import DTYPES
+from jitattn.values.gears import GEARS
+from jitattn.values.tensors import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,4 +1,4 @@
-// The values that the generated Spec uses; twins of the enums in jitattn/jit/enums.py.
+// The values that the generated Spec uses; twins of the enums in jitattn/spec/enums.py.
 #pragma once
 
 namespace jitattn {

@@ -1,4 +1,4 @@
-// The by-value parameter struct of each kernel family. Field order as in jitattn/jit/params.py:
+// The by-value parameter struct of each kernel family. Field order as in jitattn/spec/params.py:
 // 8-byte fields first, so that neither side pads. Strides are in elements.
 #pragma once
 

@@ -10,7 +10,7 @@
 
 namespace jitattn {
 
-// n / divisor for 0 <= n < 2^31 (jitattn/jit/params.py: fast_divisor).
+// n / divisor for 0 <= n < 2^31 (jitattn/spec/params.py: fast_divisor).
 __device__ __forceinline__ int divide(int n, uint32_t mul, uint32_t shift) {
   const uint32_t dividend = n;
   return static_cast<int>((__umulhi(dividend, mul) + dividend) >> shift);

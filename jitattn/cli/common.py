@@ -14,12 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from jitattn.cache import settings
+from jitattn.cache.disk import DiskCache, user_cache
 from jitattn.cli import streams
 from jitattn.errors import CacheMissError, CompileError, InvalidInputError, JitAttnError
-from jitattn.jit import settings
-from jitattn.jit.cache import DiskCache, user_cache
-from jitattn.jit.choices import arch_name
-from jitattn.text import number_in, one_line, printable
+from jitattn.plan.choices import arch_name
+from jitattn.spec.text import number_in, one_line, printable
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _WIDEST_CELL = 32

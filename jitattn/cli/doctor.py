@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 import click
 
-from jitattn import doctor as findings
+from jitattn.cli import health as findings
 from jitattn.cli.common import emit, json_option
-from jitattn.text import one_line
+from jitattn.spec.text import one_line
 
 
 @click.command()

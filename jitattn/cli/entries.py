@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from jitattn.cache import files
+from jitattn.cache.disk import DiskCache
+from jitattn.cache.entry import MAX_CUBIN_BYTES, MAX_JSON_BYTES, Entry, Metadata, from_json
+from jitattn.cache.store import Bad, Store
 from jitattn.cli.common import fail, own_cache, warn
 from jitattn.errors import CacheError
-from jitattn.jit import files
-from jitattn.jit.cache import DiskCache
-from jitattn.jit.entry import MAX_CUBIN_BYTES, MAX_JSON_BYTES, Entry, Metadata, from_json
 from jitattn.jit.layers import imported, layers
-from jitattn.jit.store import Bad, Store
 
 _SHORTEST_KEY = 4
 

@@ -9,6 +9,10 @@ from typing import Any
 
 import click
 
+from jitattn.cache import leftovers, settings
+from jitattn.cache.entry import Entry, sha256
+from jitattn.cache.output import STREAM
+from jitattn.cache.output import write as write_file
 from jitattn.cli import streams
 from jitattn.cli.common import (
     Archs,
@@ -28,13 +32,11 @@ from jitattn.cli.entries import (
     is_trusted,
     named_stores,
 )
-from jitattn.jit import choices, leftovers, settings, sources
+from jitattn.jit import sources
 from jitattn.jit.codegen import render
-from jitattn.jit.entry import Entry, sha256
-from jitattn.jit.output import STREAM
-from jitattn.jit.output import write as write_file
-from jitattn.jit.spec import spec_from_dict
-from jitattn.text import one_line
+from jitattn.plan import choices
+from jitattn.spec.kernel_spec import spec_from_dict
+from jitattn.spec.text import one_line
 
 _COLUMNS = (
     "key", "where", "family", "arch", "dtype", "head_dim", "head_dim_v", "mask", "block_q",

@@ -10,6 +10,9 @@ from typing import Any
 
 import click
 
+from jitattn.cache import leftovers
+from jitattn.cache.disk import DiskCache
+from jitattn.cache.entry import Metadata, sha256
 from jitattn.cli.common import (
     Archs,
     confirm,
@@ -21,11 +24,9 @@ from jitattn.cli.common import (
     yes_option,
 )
 from jitattn.cli.entries import trusted_cache
-from jitattn.jit import compilers, leftovers, sources
-from jitattn.jit.cache import DiskCache
+from jitattn.jit import compilers, sources
 from jitattn.jit.codegen import render
-from jitattn.jit.entry import Metadata, sha256
-from jitattn.jit.spec import spec_from_dict
+from jitattn.spec.kernel_spec import spec_from_dict
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SIZES = {"": 0, "K": 10, "M": 20, "G": 30}

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import click
 
+from jitattn.cache.archive import Imported, export, import_archive
+from jitattn.cache.entry import KEY, Entry
+from jitattn.cache.output import STREAM
 from jitattn.cli.common import (
     Archs,
     Words,
@@ -21,10 +24,7 @@ from jitattn.cli.entries import (
     all_entries,
     check,
 )
-from jitattn.jit import choices
-from jitattn.jit.archive import Imported, export, import_archive
-from jitattn.jit.entry import KEY, Entry
-from jitattn.jit.output import STREAM
+from jitattn.plan import choices
 
 
 @click.command("export")

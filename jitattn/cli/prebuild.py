@@ -10,6 +10,9 @@ from typing import Any
 
 import click
 
+from jitattn.cache import settings
+from jitattn.cache.disk import DiskCache
+from jitattn.cache.entry import Entry
 from jitattn.cli import streams
 from jitattn.cli.common import (
     Archs,
@@ -25,11 +28,10 @@ from jitattn.cli.common import (
     warn,
 )
 from jitattn.errors import CompileError
-from jitattn.jit import build, choices, compilers, layers, pool, settings, spec_files
-from jitattn.jit.cache import DiskCache
-from jitattn.jit.entry import Entry
-from jitattn.jit.spec import KernelSpec
-from jitattn.text import printable
+from jitattn.jit import build, compilers, layers, pool
+from jitattn.plan import choices, spec_files
+from jitattn.spec.kernel_spec import KernelSpec
+from jitattn.spec.text import printable
 
 
 @click.command()

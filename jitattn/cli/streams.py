@@ -14,7 +14,7 @@ from typing import Final, NoReturn, TextIO
 
 import click
 
-from jitattn.text import one_line
+from jitattn.spec.text import one_line
 
 #: Raised by newer versions of click for a group without a command.
 _HELP: Final[tuple[type, ...]] = tuple(

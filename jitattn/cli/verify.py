@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+from jitattn.cache.disk import DiskCache
+from jitattn.cache.entry import Entry, Metadata
+from jitattn.cache.store import Bad
 from jitattn.cli.common import (
     describe,
     emit,
@@ -23,11 +26,8 @@ from jitattn.cli.entries import (
 )
 from jitattn.errors import JitAttnError
 from jitattn.jit import build, compilers, nvrtc, sources
-from jitattn.jit.cache import DiskCache
-from jitattn.jit.entry import Entry, Metadata
-from jitattn.jit.spec import spec_from_dict
-from jitattn.jit.store import Bad
-from jitattn.text import one_line
+from jitattn.spec.kernel_spec import spec_from_dict
+from jitattn.spec.text import one_line
 
 
 @click.command()

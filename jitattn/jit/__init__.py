@@ -1,8 +1,1 @@
-"""The lower half: from specs to cubins, on disk and on the GPU."""
-
-import logging
-
-from jitattn.text import OneLine
-
-# Paths, and what an archive says of itself, reach the log in many places.
-logging.getLogger("jitattn").addFilter(OneLine())
+"""From a kernel's spec to a function on a GPU: source, NVRTC, driver, launch."""

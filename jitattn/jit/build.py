@@ -14,16 +14,17 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
+from jitattn.cache import settings
+from jitattn.cache.disk import user_cache
+from jitattn.cache.entry import MAX_LOG, Entry, Metadata, cache_key, is_cubin_for, sha256
+from jitattn.cache.store import Bad
 from jitattn.errors import CacheMissError, CompileError, InternalError
-from jitattn.jit import compilers, layers, nvrtc, record, settings, sources
-from jitattn.jit.cache import user_cache
+from jitattn.jit import compilers, layers, nvrtc, record, sources
 from jitattn.jit.codegen import render
-from jitattn.jit.entry import MAX_LOG, Entry, Metadata, cache_key, is_cubin_for, sha256
-from jitattn.jit.store import Bad
 
 if TYPE_CHECKING:
-    from jitattn.jit.cache import DiskCache
-    from jitattn.jit.spec import KernelSpec
+    from jitattn.cache.disk import DiskCache
+    from jitattn.spec.kernel_spec import KernelSpec
 
 Origin: TypeAlias = Literal["disk", "read-only", "compiled"]
 _LOG: Final = logging.getLogger("jitattn")
@@ -211,7 +212,7 @@ def _make(spec: KernelSpec) -> Built:
 
 
 def _missing(spec: KernelSpec) -> str:
-    from jitattn.jit.choices import command
+    from jitattn.plan.choices import command
 
     return (
         f"the {spec.family} kernel of this call is not in the cache, and JITATTN_NO_COMPILE=1 "

@@ -9,8 +9,8 @@ import functools
 from dataclasses import fields
 from enum import StrEnum
 
-from jitattn.jit.params import STRUCTS
-from jitattn.jit.spec import KernelSpec, arch_number
+from jitattn.spec.kernel_spec import KernelSpec, arch_number
+from jitattn.spec.params import STRUCTS
 
 #: Name under which the templates include the generated text.
 HEADER_NAME = "jitattn_spec.h"

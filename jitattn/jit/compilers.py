@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from jitattn.cache import memo, settings
 from jitattn.errors import CompileError
-from jitattn.jit import memo, settings
-from jitattn.text import version_numbers
+from jitattn.spec.text import version_numbers
 
 #: CUDA major → (distribution, library, builtins) on Linux and on Windows. Patterns are relative to
 #: site-packages.

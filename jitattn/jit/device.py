@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from jitattn.errors import UnsupportedError
-from jitattn.gears import FAST_HALVES_ARCHS
+from jitattn.values.gears import FAST_HALVES_ARCHS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from jitattn.cache import files, settings
 from jitattn.errors import LaunchError
-from jitattn.jit import files, settings
 from jitattn.jit.build import build, rebuild
-from jitattn.jit.params import STRUCTS
-from jitattn.jit.spec import entry_symbol
+from jitattn.spec.kernel_spec import entry_symbol
+from jitattn.spec.params import STRUCTS
 
 if TYPE_CHECKING:
     from jitattn.jit.build import Built
-    from jitattn.jit.spec import KernelSpec
+    from jitattn.spec.kernel_spec import KernelSpec
 
 #: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _MAX_DYNAMIC_SHARED_SIZE_BYTES: Final = 8

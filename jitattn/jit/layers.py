@@ -14,14 +14,15 @@ import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from jitattn.jit import compilers, files, leftovers, settings
-from jitattn.jit.store import Bad, Store
+from jitattn.cache import files, leftovers, settings
+from jitattn.cache.store import Bad, Store
+from jitattn.jit import compilers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from jitattn.jit.cache import DiskCache
-    from jitattn.jit.entry import Entry
+    from jitattn.cache.disk import DiskCache
+    from jitattn.cache.entry import Entry
 
 #: Name of an installed package that carries kernels beside the code.
 PREBUILT_PACKAGE: Final = "jitattn_prebuilt"

@@ -22,18 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from jitattn.cache import settings
+from jitattn.cache.files import make_parents
 from jitattn.errors import CompileError, UnsupportedError
-from jitattn.jit import compilers, settings
+from jitattn.jit import compilers
 from jitattn.jit.codegen import HEADER_NAME, render
-from jitattn.jit.files import make_parents
-from jitattn.jit.spec import arch_number
+from jitattn.spec.kernel_spec import arch_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jitattn.jit.compilers import Toolchain
     from jitattn.jit.sources import Sources
-    from jitattn.jit.spec import KernelSpec
+    from jitattn.spec.kernel_spec import KernelSpec
 
 #: Fixed, because some NVRTC versions put it into the cubin.
 _PROGRAM_NAME: Final = b"jitattn.cu"

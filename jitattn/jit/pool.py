@@ -28,15 +28,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args
 
 from jitattn import errors
+from jitattn.cache import settings
+from jitattn.cache.entry import KERNEL_DIGITS, MAX_CUBIN_BYTES, fault, from_dict
 from jitattn.errors import JitAttnError
-from jitattn.jit import build, settings
-from jitattn.jit.entry import KERNEL_DIGITS, MAX_CUBIN_BYTES, fault, from_dict
+from jitattn.jit import build
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from jitattn.jit.build import Built
-    from jitattn.jit.spec import KernelSpec
+    from jitattn.spec.kernel_spec import KernelSpec
 
 _WORKER: Final = Path(__file__).with_name("worker.py")
 #: Seconds in which a worker process has to be ready, and to build a kernel once it has its lock.

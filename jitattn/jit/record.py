@@ -16,15 +16,15 @@ import stat
 import time
 from typing import TYPE_CHECKING, Final
 
+from jitattn.cache import files, settings
 from jitattn.errors import JitAttnError
-from jitattn.jit import files, settings
-from jitattn.jit.choices import to_choice
+from jitattn.plan.choices import to_choice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from jitattn.jit.spec import KernelSpec
+    from jitattn.spec.kernel_spec import KernelSpec
 
 try:
     import fcntl

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from jitattn.cache import memo
 from jitattn.errors import InternalError
-from jitattn.jit import memo
 from jitattn.jit.codegen import HEADER_NAME
 
 _INCLUDE: Final = re.compile(r"^\s*#\s*include\s+(\S+)", re.MULTILINE)

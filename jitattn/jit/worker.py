@@ -30,7 +30,7 @@ def _load_package() -> None:
 
 def _answer(line: bytes) -> bytes:
     from jitattn.jit import pool
-    from jitattn.jit.spec import spec_from_dict
+    from jitattn.spec.kernel_spec import spec_from_dict
 
     return pool.to_answer(pool.build_here(spec_from_dict(json.loads(line))))
 

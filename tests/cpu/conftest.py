@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from jitattn.jit import build, cache, directory, files, location, record, settings
-from jitattn.jit.cache import DiskCache
+from jitattn.cache import directory, files, location, settings
+from jitattn.cache import disk as cache
+from jitattn.cache.disk import DiskCache
+from jitattn.jit import build, record
 
 from .specs import CACHED
 

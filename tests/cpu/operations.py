@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from jitattn.cache import disk as cache
+from jitattn.cache import files, leftovers, location, memo
+from jitattn.cache.archive import export, import_archive
+from jitattn.cache.disk import Claim, DiskCache
+from jitattn.cache.entry import Entry
+from jitattn.cache.store import Bad
 from jitattn.errors import CacheError
-from jitattn.jit import cache, files, layers, leftovers, location, memo
-from jitattn.jit.archive import export, import_archive
-from jitattn.jit.cache import Claim, DiskCache
-from jitattn.jit.entry import Entry
-from jitattn.jit.store import Bad
+from jitattn.jit import layers
 
 from .faults import Snapshot
 from .specs import fake_entry

@@ -6,10 +6,10 @@ import hashlib
 import random
 import struct
 
-from jitattn.jit.entry import Entry, Metadata, cache_key, sha256
-from jitattn.jit.enums import Dtype, MaskKind, Numerics, RowClass
-from jitattn.jit.spec import FwdSpec, MergeSpec, Problem
-from jitattn.tiles import fwd_spec
+from jitattn.cache.entry import Entry, Metadata, cache_key, sha256
+from jitattn.kernels.tiles import fwd_spec
+from jitattn.spec.enums import Dtype, MaskKind, Numerics, RowClass
+from jitattn.spec.kernel_spec import FwdSpec, MergeSpec, Problem
 
 
 def merge_spec(arch: str = "sm_80", head_dim_v: int = 16) -> MergeSpec:

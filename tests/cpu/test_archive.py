@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from jitattn.cache.archive import export, import_archive
+from jitattn.cache.directory import Directory
+from jitattn.cache.disk import DiskCache, user_cache
+from jitattn.cache.entry import Entry
 from jitattn.errors import CacheError
-from jitattn.jit import build, choices, pool
-from jitattn.jit.archive import export, import_archive
-from jitattn.jit.cache import DiskCache, user_cache
-from jitattn.jit.directory import Directory
-from jitattn.jit.entry import Entry
+from jitattn.jit import build, pool
+from jitattn.plan import choices
 
 from .specs import fake_entry, merge_spec
 

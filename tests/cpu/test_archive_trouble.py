@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from jitattn.cache import archive, files, zipped
+from jitattn.cache.archive import export, import_archive
+from jitattn.cache.disk import DiskCache
+from jitattn.cache.entry import Entry
+from jitattn.cache.index import Index
 from jitattn.errors import CacheError
-from jitattn.jit import archive, files, zipped
-from jitattn.jit.archive import export, import_archive
-from jitattn.jit.cache import DiskCache
-from jitattn.jit.entry import Entry
-from jitattn.jit.index import Index
 from jitattn.jit.layers import imported
 
 from .specs import fake_entry
@@ -266,8 +266,8 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from jitattn.errors import CacheError
-from jitattn.jit.archive import import_archive
-from jitattn.jit.cache import DiskCache
+from jitattn.cache.archive import import_archive
+from jitattn.cache.disk import DiskCache
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     import_archive(Path(sys.argv[1]), DiskCache(Path(sys.argv[2])))

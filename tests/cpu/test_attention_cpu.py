@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import jitattn
 from jitattn import attention as attention_function
-from jitattn.vml import settle_vml
+from jitattn.cpu.vector_math import settle_vml
 
 from ..support.check import check_case
 from ..support.grids import EDGE, Case

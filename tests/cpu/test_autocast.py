@@ -11,11 +11,11 @@ from torch import Tensor
 
 import jitattn
 from jitattn import Causal, L2Norm, Ragged, Rotary
-from jitattn.autocast import matmul
 from jitattn.compat.fast_ops.flash_attention.attention_ref import attention_ref
 from jitattn.compat.flash_cosine_sim_attention import plain_cosine_sim_attention
 from jitattn.compat.warp_attention.baseline_tester import attn
 from jitattn.reference import reference
+from jitattn.values.autocast import matmul
 from tests.support.compare import rel_l2
 
 from ..support.inputs import random_qkv

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import jitattn
-from jitattn import autograd
-from jitattn.attention import bind
-from jitattn.backward import Gradients
-from jitattn.cpu import run_cpu
-from jitattn.layouts import parse
-from jitattn.problem import Call
+from jitattn.api.attention import bind
+from jitattn.cpu.attention import run_cpu
+from jitattn.request.layouts import parse
+from jitattn.request.problem import Call
+from jitattn.run import autograd
+from jitattn.run.backward import Gradients
 
 
 def compute(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from jitattn.jit import build, cache
+from jitattn.cache import disk as cache
+from jitattn.jit import build
 
 from .specs import merge_spec
 
@@ -83,7 +84,7 @@ def test_threads_compile_once() -> None:
 _WORK = """
 import json, sys, time
 from jitattn.jit import build
-from jitattn.jit.spec import Dtype, MergeSpec
+from jitattn.spec.kernel_spec import Dtype, MergeSpec
 while time.time() < float(sys.argv[1]):
     pass
 built = build.build(MergeSpec(dtype=Dtype.BF16, out_dtype=Dtype.BF16, head_dim_v=16, arch="sm_80"))

@@ -6,17 +6,17 @@ import itertools
 
 import pytest
 
-from jitattn.backward import without_lists
-from jitattn.bwd_tiles import (
+from jitattn.kernels.bwd_tiles import (
     backward_problem,
     bwd_spec,
     dq_spec,
     score_grad_spec,
     specs_of_backward,
 )
-from jitattn.gears import resolve_numerics
-from jitattn.jit.choices import command, specs_of, to_choice
-from jitattn.jit.enums import (
+from jitattn.kernels.tiles import MAX_SMEM_BYTES
+from jitattn.plan.choices import command, specs_of, to_choice
+from jitattn.run.backward import without_lists
+from jitattn.spec.enums import (
     Access,
     BiasKind,
     Dtype,
@@ -27,7 +27,7 @@ from jitattn.jit.enums import (
     Staging,
     Switch,
 )
-from jitattn.jit.spec import (
+from jitattn.spec.kernel_spec import (
     BwdSpec,
     FwdSpec,
     Problem,
@@ -35,8 +35,8 @@ from jitattn.jit.spec import (
     padded_head_dim,
     spec_from_dict,
 )
-from jitattn.masks import LocalStride
-from jitattn.tiles import MAX_SMEM_BYTES
+from jitattn.values.gears import resolve_numerics
+from jitattn.values.masks import LocalStride
 
 ARCHS = [f"sm_{number}" for number in MAX_SMEM_BYTES]
 

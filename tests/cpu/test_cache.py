@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from jitattn.jit import build, cache, files, location
-from jitattn.jit.cache import DiskCache
-from jitattn.jit.entry import Entry, Metadata, cache_key, is_cubin_for, sha256
-from jitattn.jit.store import Bad
+from jitattn.cache import disk as cache
+from jitattn.cache import files, location
+from jitattn.cache.disk import DiskCache
+from jitattn.cache.entry import Entry, Metadata, cache_key, is_cubin_for, sha256
+from jitattn.cache.store import Bad
+from jitattn.jit import build
 
 from .specs import forward_spec, merge_spec
 

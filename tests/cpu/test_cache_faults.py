@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from jitattn.jit import files, leftovers
+from jitattn.cache import files, leftovers
 
 from .faults import Calls, Fault, descriptors, faults, install, kills, tree
 from .operations import (

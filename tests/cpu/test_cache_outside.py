@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from jitattn.jit import files, leftovers
-from jitattn.jit.archive import export, import_archive
-from jitattn.jit.cache import DiskCache
-from jitattn.jit.entry import Entry
-from jitattn.jit.store import Bad
+from jitattn.cache import files, leftovers
+from jitattn.cache.archive import export, import_archive
+from jitattn.cache.disk import DiskCache
+from jitattn.cache.entry import Entry
+from jitattn.cache.store import Bad
 
 from .commands import result, run
 from .faults import tree
@@ -269,7 +269,7 @@ def test_only_what_we_make_is_marked_as_a_cache(tmp_path: Path) -> None:
 def test_umask_opens_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str, cache_dir: Path
 ) -> None:
-    from jitattn.jit import location
+    from jitattn.cache import location
 
     root = tmp_path / "deep" / "deeper" / "cache"
     export(tmp_path / "kernels.zip", [fake_entry(2)])

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from jitattn.jit import build, cache, nvrtc
-from jitattn.jit.cache import Claim, DiskCache
-from jitattn.jit.store import Bad
+from jitattn.cache import disk as cache
+from jitattn.cache.disk import Claim, DiskCache
+from jitattn.cache.store import Bad
+from jitattn.jit import build, nvrtc
 
 from .processes import FORK, Child, together
 from .specs import fake_entry, merge_spec

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from jitattn.cache import disk as cache
+from jitattn.cache import location, settings
+from jitattn.cache.disk import DiskCache
+from jitattn.cache.files import HAS_OWNERS
 from jitattn.errors import InvalidInputError
-from jitattn.jit import build, cache, location, settings
-from jitattn.jit.cache import DiskCache
-from jitattn.jit.files import HAS_OWNERS
+from jitattn.jit import build
 
 from .specs import merge_spec
 

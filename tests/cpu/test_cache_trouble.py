@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from jitattn.jit import build, cache, files, location, memo, sources
-from jitattn.jit.cache import DiskCache
-from jitattn.jit.files import HAS_OWNERS
+from jitattn.cache import disk as cache
+from jitattn.cache import files, location, memo
+from jitattn.cache.disk import DiskCache
+from jitattn.cache.files import HAS_OWNERS
+from jitattn.jit import build, sources
 
 from .processes import Child
 from .specs import fake_entry, merge_spec

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from jitattn.errors import InvalidInputError
-from jitattn.jit import choices
-from jitattn.jit.enums import Access, Dtype, Numerics, RowClass
-from jitattn.jit.spec import FwdSpec, MergeSpec, spec_from_dict
+from jitattn.plan import choices
+from jitattn.spec.enums import Access, Dtype, Numerics, RowClass
+from jitattn.spec.kernel_spec import FwdSpec, MergeSpec, spec_from_dict
 
 from .specs import forward_spec, merge_spec
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from jitattn.cache.disk import DiskCache
+from jitattn.cache.entry import Entry
 from jitattn.cli.common import fitting
-from jitattn.jit import build, choices
-from jitattn.jit.cache import DiskCache
-from jitattn.jit.entry import Entry
+from jitattn.jit import build
+from jitattn.plan import choices
 
 from .commands import result, run
 from .specs import CACHED, fake_entry

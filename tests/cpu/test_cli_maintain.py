@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from jitattn.cache import files
+from jitattn.cache.directory import Directory
+from jitattn.cache.disk import DiskCache
+from jitattn.cache.entry import Entry, sha256
 from jitattn.cli import main
-from jitattn.jit import build, choices, compilers, files
-from jitattn.jit.cache import DiskCache
-from jitattn.jit.directory import Directory
-from jitattn.jit.entry import Entry, sha256
+from jitattn.jit import build, compilers
+from jitattn.plan import choices
 
 from .commands import result, run
 from .specs import CACHED, fake_entry, merge_spec

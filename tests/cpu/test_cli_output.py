@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from jitattn.cache import files
+from jitattn.cache.archive import export
+from jitattn.cache.disk import DiskCache
+from jitattn.cache.entry import Entry, cache_key
 from jitattn.cli import main, streams
-from jitattn.jit import build, files
-from jitattn.jit.archive import export
-from jitattn.jit.cache import DiskCache
-from jitattn.jit.entry import Entry, cache_key
-from jitattn.text import number_in, one_line, printable, version_numbers
+from jitattn.jit import build
+from jitattn.spec.text import number_in, one_line, printable, version_numbers
 
 from .commands import run
 from .processes import FORK, Child

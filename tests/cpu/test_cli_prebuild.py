@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from jitattn.cache.disk import DiskCache
 from jitattn.jit import build, compilers, pool
-from jitattn.jit.cache import DiskCache
-from jitattn.jit.spec import KernelSpec
+from jitattn.spec.kernel_spec import KernelSpec
 
 from .commands import run
 

@@ -8,8 +8,9 @@ from dataclasses import fields
 
 import pytest
 
-from jitattn.jit import codegen, spec
+from jitattn.jit import codegen
 from jitattn.jit.sources import locate
+from jitattn.spec import kernel_spec as spec
 
 from .specs import forward_spec, merge_spec
 

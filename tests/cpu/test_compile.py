@@ -10,10 +10,10 @@ from torch import Tensor
 
 import jitattn
 from jitattn import Causal, Full, LocalStride, PerHead, Ragged, Window
-from jitattn.attention import bind
-from jitattn.encoding import decode, encode
-from jitattn.kvcache_call import KvCache
-from jitattn.kvcache_ops import encode_with_kvcache
+from jitattn.api.attention import bind
+from jitattn.run.encoding import decode, encode
+from jitattn.run.kvcache import KvCache
+from jitattn.run.kvcache_operators import encode_with_kvcache
 from tests.support.compiled import CASES, H, L, extra, inputs
 
 

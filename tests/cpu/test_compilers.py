@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from jitattn.cache import memo
+from jitattn.cache.files import HAS_OWNERS
 from jitattn.errors import CompileError
-from jitattn.jit import compilers, memo, nvrtc
-from jitattn.jit.files import HAS_OWNERS
+from jitattn.jit import compilers, nvrtc
 
 from .processes import FORK, Child
 

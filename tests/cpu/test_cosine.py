@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import jitattn
-from jitattn import L2Norm, cosine, layouts
-from jitattn.cosine import shift_of
-from jitattn.problem import Call
-from jitattn.scores import Scores
-from jitattn.sequences import Paged
+from jitattn import L2Norm
+from jitattn.request import layouts
+from jitattn.request.norm import call_of_normalized, shift_of
+from jitattn.request.problem import Call
+from jitattn.request.scores import Scores
+from jitattn.run.normalize import like_normalized
+from jitattn.values.sequences import Paged
 
 from ..support.inputs import random_qkv
 
@@ -150,8 +152,8 @@ def test_a_call_with_a_norm_is_parsed_as_any_other(monkeypatch: pytest.MonkeyPat
 def test_normalised_tensors_need_no_second_look() -> None:
     for tensors, call in calls_with_norms():
         parsed = layouts.parse(*tensors, call)
-        q, k = cosine.like_normalized(*tensors[:2])
-        after = cosine.call_of_normalized(call, parsed[1].scale)
+        q, k = like_normalized(*tensors[:2])
+        after = call_of_normalized(call, parsed[1].scale)
         found = layouts.of_normalized(q, k, tensors[2], parsed, after)
         assert found == layouts.parse(q, k, tensors[2], after)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from jitattn.cpu import attention_cpu
-from jitattn.masks import Causal, Full
+from jitattn.cpu.attention import attention_cpu
 from jitattn.reference import reference
+from jitattn.values.masks import Causal, Full
 from tests.support.check import check_case, cpu_path
 from tests.support.grids import EDGE, SMOKE
 from tests.support.inputs import random_qkv

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from jitattn import doctor
+from jitattn.cache import files
+from jitattn.cache.disk import DiskCache
+from jitattn.cli import health as doctor
 from jitattn.cli import main
-from jitattn.jit import build, compilers, files
-from jitattn.jit.cache import DiskCache
+from jitattn.jit import build, compilers
 
 from .specs import merge_spec
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import jitattn
-from jitattn import dropout as dropout_module
-from jitattn.dropout import Dropout, keeps, philox
+from jitattn.values import dropout as dropout_module
+from jitattn.values.dropout import Dropout, keeps, philox
 
 from ..support.inputs import random_qkv
 from ..support.memory import PeakMemory

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from jitattn.api.interop import from_all, from_any, kind_of, to_kind_of
 from jitattn.errors import InvalidInputError, UnsupportedError
-from jitattn.interop import from_all, from_any, kind_of, to_kind_of
 
 from ..support.inputs import random_qkv
 from .test_problem import parse_default

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import jitattn
-from jitattn.gears import GEARS, gear_of, resolve_numerics
 from jitattn.jit.device import Device
-from jitattn.jit.enums import Dtype, Numerics
+from jitattn.spec.enums import Dtype, Numerics
+from jitattn.values.gears import GEARS, gear_of, resolve_numerics
 
 
 def test_numerics_of_gears() -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import jitattn
-from jitattn import halves
-from jitattn.attention import bind
-from jitattn.jit.enums import Numerics, Switch
-from jitattn.layouts import parse
+from jitattn.api.attention import bind
+from jitattn.request.layouts import parse
+from jitattn.run import split_fp32 as halves
+from jitattn.spec.enums import Numerics, Switch
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from jitattn.cache import files, leftovers
+from jitattn.cache.archive import export, import_archive
+from jitattn.cache.directory import Directory
+from jitattn.cache.disk import DiskCache
 from jitattn.errors import CacheError
-from jitattn.jit import files, leftovers
-from jitattn.jit.archive import export, import_archive
-from jitattn.jit.cache import DiskCache
-from jitattn.jit.directory import Directory
 from jitattn.jit.layers import imported
 
 from .commands import result, run

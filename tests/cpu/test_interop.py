@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import jitattn
-from jitattn import interop
+from jitattn.api import interop
 
 from ..support.inputs import random_qkv
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from jitattn.cache import disk as cache
+from jitattn.cache import files
+from jitattn.cache.archive import export, import_archive
+from jitattn.cache.disk import DiskCache
+from jitattn.cache.entry import Entry
+from jitattn.cache.files import HAS_OWNERS
+from jitattn.cache.store import Bad
 from jitattn.errors import CacheMissError, CompileError
-from jitattn.jit import build, cache, compilers, files, layers
-from jitattn.jit.archive import export, import_archive
-from jitattn.jit.cache import DiskCache
-from jitattn.jit.entry import Entry
-from jitattn.jit.files import HAS_OWNERS
-from jitattn.jit.store import Bad
+from jitattn.jit import build, compilers, layers
 
 from .specs import fake_entry, merge_spec
 

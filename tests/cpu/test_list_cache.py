@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from jitattn import lists
-from jitattn.encoding import decode, encode
-from jitattn.list_cache import ListCache
-from jitattn.masks import BlockSparse, LocalStride, PerHead, Rule, Window
-from jitattn.problem import Call
+from jitattn.request import block_lists as lists
+from jitattn.request.block_list_cache import ListCache
+from jitattn.request.problem import Call
+from jitattn.run.encoding import decode, encode
+from jitattn.values.masks import BlockSparse, LocalStride, PerHead, Rule, Window
 
 CPU = torch.device("cpu")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from jitattn import lists
-from jitattn.masks import Full, LocalStride, PerHead, Rule, Window
 from jitattn.reference import attended
+from jitattn.request import block_lists as lists
+from jitattn.values.masks import Full, LocalStride, PerHead, Rule, Window
 
 from ..support.patterns import rules
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from jitattn.cache import disk as cache
+from jitattn.cache import files, location, settings
+from jitattn.cache.disk import DiskCache
 from jitattn.errors import InvalidInputError
-from jitattn.jit import build, cache, files, launch, layers, location, settings
-from jitattn.jit.cache import DiskCache
+from jitattn.jit import build, launch, layers
 
 from .commands import run
 from .processes import FORK, Child

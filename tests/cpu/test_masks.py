@@ -9,8 +9,8 @@ import torch
 
 import jitattn
 from jitattn.errors import InvalidInputError
-from jitattn.masks import Causal, Full
 from jitattn.reference import visible
+from jitattn.values.masks import Causal, Full
 from tests.support.grids import EDGE, FULL, SMOKE, VARIANTS, spec_facts
 
 

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jitattn.jit import build, compilers, layers, memo, sources
-from jitattn.jit.cache import DiskCache
-from jitattn.jit.codegen import render
-from jitattn.jit.entry import (
+from jitattn.cache import memo
+from jitattn.cache.disk import DiskCache
+from jitattn.cache.entry import (
     MAX_JSON_BYTES,
     MAX_LOG,
     Metadata,
@@ -24,8 +23,10 @@ from jitattn.jit.entry import (
     sha256,
     to_json,
 )
-from jitattn.jit.enums import Dtype
-from jitattn.jit.spec import NormSpec, spec_from_dict
+from jitattn.jit import build, compilers, layers, sources
+from jitattn.jit.codegen import render
+from jitattn.spec.enums import Dtype
+from jitattn.spec.kernel_spec import NormSpec, spec_from_dict
 
 from .commands import run
 from .specs import fake_entry, forward_spec, merge_spec

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import jitattn
 from jitattn import Causal, Dense, KeyPadding, L2Norm, Ragged, Window
-from jitattn.attention import bind
-from jitattn.encoding import encode
+from jitattn.api.attention import bind
 from jitattn.reference import reference
+from jitattn.run.encoding import encode
 
 from ..support.inputs import random_qkv
 

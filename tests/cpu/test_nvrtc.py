@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from jitattn.cache.entry import is_cubin_for
+from jitattn.cache.files import HAS_OWNERS
 from jitattn.errors import CompileError, UnsupportedError
 from jitattn.jit import build, compilers, nvrtc
-from jitattn.jit.entry import is_cubin_for
-from jitattn.jit.files import HAS_OWNERS
 from jitattn.jit.sources import closure
 
 from .specs import forward_spec, merge_spec

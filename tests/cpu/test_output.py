@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from jitattn.cache import files, output
+from jitattn.cache.archive import export
+from jitattn.cache.disk import DiskCache
 from jitattn.errors import CacheError
-from jitattn.jit import files, output
-from jitattn.jit.archive import export
-from jitattn.jit.cache import DiskCache
 
 from .commands import result, run
 from .specs import fake_entry

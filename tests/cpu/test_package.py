@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -13,35 +14,24 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "jitattn"
 MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
-TORCH_MAY = {
-    "append.py", "append_cpu.py", "apply_rotary.py", "attention.py", "autocast.py", "autograd.py",
-    "backward.py",
-    "compat/fast_ops/flash_attention/_nested.py",
-    "compat/fast_ops/flash_attention/attention_ref.py",
-    "compat/fast_ops/flash_attention/flash_attention.py",
-    "compat/fast_ops/flash_attention/flash_attention_triton.py",
-    "compat/_transfer.py", "compat/dkernel/_checks.py", "compat/dkernel/_kept.py",
-    "compat/dkernel/_local_stride.py", "compat/dkernel/_module.py",
-    "compat/dkernel/_sequences.py", "compat/dkernel/interface.py", "compat/dkernel/utils.py",
-    "compat/flash_cosine_sim_attention/_plain.py", "compat/flash_attn/_extension.py",
-    "compat/flash_attn/_kvcache.py",
-    "compat/flash_attn/_operators.py", "compat/flash_attn/_translate.py",
-    "compat/flash_attn/bert_padding.py", "compat/flash_attn/flash_attn_interface.py",
-    "compat/flash_attn/layers/rotary.py", "compat/flash_attn/ops/triton/rotary.py",
-    "compat/flash_attn/utils/benchmark.py",
-    "compat/warp_attention/__init__.py", "compat/warp_attention/baseline_tester.py",
-    "compat/warp_attention/util/__init__.py", "compat/warp_attention/warpat_tester.py",
-    "compat/flash_cosine_sim_attention/benchmark.py",
-    "compat/flash_cosine_sim_attention/transformer.py", "cosine.py", "cpu.py", "cpu_rules.py",
-    "dispatch.py", "dropout.py", "encoding.py", "explain.py", "halves.py", "indirect.py",
-    "interop.py", "jit/device.py", "kv_parts.py", "kvcache.py", "kvcache_call.py", "kvcache_ops.py",
-    "layouts.py", "list_cache.py", "lists.py", "loaded.py", "merge.py", "ops.py", "outputs.py",
-    "patterns.py", "problem.py", "quantized.py", "reference.py", "rotary.py", "rotary_cpu.py",
-    "rotary_cuda.py", "rotary_ops.py", "score_checks.py", "score_gradients.py", "scores.py",
-    "sequences.py", "tensors.py", "transforms.py", "vml.py",
-    "warmup.py", "workspace.py", "write_tracking.py",
-}  # fmt: skip
-CUPY_MAY = {"jit/launch.py"}
+#: From the top to the bottom. A folder imports what stands below it, and nothing above.
+ORDER = (
+    "compat",
+    "cli",
+    "api",
+    "run",
+    "reference",
+    "cpu",
+    "plan",
+    "kernels",
+    "request",
+    "jit",
+    "cache",
+    "patterns",
+    "values",
+    "spec",
+    "errors",
+)
 
 
 def imports_at_run_time(path: Path) -> set[str]:
@@ -65,28 +55,60 @@ def imports_at_run_time(path: Path) -> set[str]:
     return found
 
 
-def names(module: str, found: set[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for name in found)
+def room(module: str) -> str:
+    """The folder, or the file beside them, that a module is in; "" is the package itself."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_order_names_every_room() -> None:
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert rooms - {"__init__", "py", "__pycache__"} == set(ORDER)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=map(str, MODULES))
-def test_import_rules(path: Path) -> None:
-    found = imports_at_run_time(path)
-    own = path.relative_to("jitattn").as_posix()
-    if own not in TORCH_MAY:
-        assert not names("torch", found)
-    if own not in CUPY_MAY:
-        assert not names("cupy", found)
-    if own == "jit/enums.py":
-        assert not names("jitattn", found)
-    if own == "jit/spec.py":
-        assert all(names("jitattn.jit.enums", {name}) for name in found if names("jitattn", {name}))
-    if own == "reference.py":  # the oracle shares no code with what it judges
-        assert not names("jitattn.cpu", found)
-        assert not names("jitattn.problem", found)
-    if own.startswith("jit/"):  # nothing below asks anything above
-        for upper in ("attention", "dispatch", "explain", "problem", "cpu", "interop", "cli"):
-            assert not names(f"jitattn.{upper}", found)
+def test_imports_point_down(path: Path) -> None:
+    own = room(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+    below = ORDER[ORDER.index(own) :] if own else ORDER
+    found = {name for name in imports_at_run_time(path) if name.startswith("jitattn.")}
+    assert {room(name) for name in found} - {"__version__"} <= set(below)
+
+
+def test_modules_of_a_room_form_no_circle() -> None:
+    graph = {}
+    for path in MODULES:
+        name = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+        if room(name) != "compat":  # laid out as the originals are, circles included
+            graph[name] = imports_at_run_time(path)
+    for name in graph:
+        graph[name] = {other for other in graph[name] if other in graph and other != "jitattn"}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_reference_is_its_own() -> None:
+    """It shares no code with what it judges, but for values and the guard of MKL's first call."""
+    found = imports_at_run_time(Path("jitattn/reference.py"))
+    mine = {name for name in found if name.startswith("jitattn.")}
+    assert {room(name) for name in mine} <= {"values", "errors", "cpu"}
+    assert {name for name in mine if room(name) == "cpu"} <= {
+        "jitattn.cpu.vector_math",
+        "jitattn.cpu.vector_math.settle_vml",
+    }
+
+
+def test_lower_half_needs_neither_torch_nor_cupy() -> None:
+    rooms = ("cli", "plan", "kernels", "cache", "spec")
+    modules = [".".join(path.with_suffix("").parts) for path in MODULES]
+    lower = [name.removesuffix(".__init__") for name in modules if room(name) in rooms]
+    lower.remove("jitattn.cli.__main__")  # which runs a command
+    code = (
+        f"import importlib, sys; [importlib.import_module(name) for name in {lower}];"
+        "import jitattn.jit.pool;"
+        "print(sorted({'torch', 'cupy'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
 
 
 def test_import_loads_neither_torch_nor_cupy() -> None:

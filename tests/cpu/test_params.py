@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from jitattn.jit import params
 from jitattn.jit.sources import locate
+from jitattn.spec import params
 
 _CODES = {"int64_t": "q", "int32_t": "i", "uint32_t": "I", "float": "f"}
 

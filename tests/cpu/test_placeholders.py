@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import jitattn
-from jitattn.vml import settle_vml
+from jitattn.cpu.vector_math import settle_vml
 from tests.support.entries import ENTRIES, facts, real_tensors
 
 from ..support.inputs import random_qkv

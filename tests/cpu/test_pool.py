@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import jitattn
-from jitattn import dispatch
 from jitattn.errors import CacheMissError, InvalidInputError, UnsupportedError
-from jitattn.jit import build, choices, pool
-from jitattn.jit.enums import RowClass
+from jitattn.jit import build, pool
+from jitattn.plan import choices
+from jitattn.run import dispatch
+from jitattn.spec.enums import RowClass
 
 from .processes import FORK, together
 from .specs import forward_spec, merge_spec
@@ -184,7 +185,8 @@ def test_forbidden_compile_in_a_worker_keeps_its_kind(monkeypatch: pytest.Monkey
 
 
 def test_memo_saves_reading_the_templates(monkeypatch: pytest.MonkeyPatch) -> None:
-    from jitattn.jit import memo, sources
+    from jitattn.cache import memo
+    from jitattn.jit import sources
 
     sources.digest.cache_clear()
     first = sources.digest("merge")

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from jitattn.errors import InvalidInputError, UnsupportedError
-from jitattn.jit.enums import Access, Dtype, MaskKind
-from jitattn.jit.spec import Problem
-from jitattn.masks import Causal, Full
-from jitattn.problem import Call, Runtime, parse
-from jitattn.scores import NO_CHANGES
+from jitattn.request.problem import Call, Runtime, parse
+from jitattn.request.scores import NO_CHANGES
+from jitattn.spec.enums import Access, Dtype, MaskKind
+from jitattn.spec.kernel_spec import Problem
+from jitattn.values.masks import Causal, Full
 
 from ..support.inputs import random_qkv
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import jitattn
-from jitattn import prepared, prepared_specs
-from jitattn.attention import bind
-from jitattn.jit.enums import Dtype, MaskKind, Numerics, SeqLayout, Switch
-from jitattn.jit.spec import ChannelStatsSpec, FwdSpec, QuantizeSpec
-from jitattn.layouts import parse
-from jitattn.problem import Call
-from jitattn.tiles import max_smem_bytes
+from jitattn.api.attention import bind
+from jitattn.kernels import prepare_specs as prepared_specs
+from jitattn.kernels.tiles import max_smem_bytes
+from jitattn.request.layouts import parse
+from jitattn.request.problem import Call
+from jitattn.run import prepare as prepared
+from jitattn.spec.enums import Dtype, MaskKind, Numerics, SeqLayout, Switch
+from jitattn.spec.kernel_spec import ChannelStatsSpec, FwdSpec, QuantizeSpec
 
 
 def chosen(

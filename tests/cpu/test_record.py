@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from jitattn.jit import build, choices, record
-from jitattn.jit.files import HAS_OWNERS
-from jitattn.jit.spec import KernelSpec
+from jitattn.cache.files import HAS_OWNERS
+from jitattn.jit import build, record
+from jitattn.plan import choices
+from jitattn.spec.kernel_spec import KernelSpec
 
 from .processes import FORK, Child, together
 from .specs import merge_spec

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from jitattn.errors import InvalidInputError
-from jitattn.masks import Causal, Full
 from jitattn.reference import reference
+from jitattn.values.masks import Causal, Full
 from tests.support.inputs import random_qkv
 
 

@@ -10,11 +10,11 @@ import torch
 
 import jitattn
 from jitattn import Causal, Dense, Full, InvalidInputError, KeyPadding, Window
-from jitattn.attention import bind
-from jitattn.jit.spec import Problem
-from jitattn.layouts import parse
-from jitattn.masks import Both
-from jitattn.scores import stagings
+from jitattn.api.attention import bind
+from jitattn.request.layouts import parse
+from jitattn.request.scores import stagings
+from jitattn.spec.kernel_spec import Problem
+from jitattn.values.masks import Both
 from tests.support.inputs import random_qkv
 
 KEEP = torch.ones(2, 8, dtype=torch.bool)
@@ -124,8 +124,8 @@ def test_gradients_of_what_changes_scores() -> None:
         "sinks": torch.randn(2).requires_grad_(),
         "relative_bias": torch.randn(2, 3).requires_grad_(),
     }
-    from jitattn.cpu import attention_cpu
-    from jitattn.scores import Scores
+    from jitattn.cpu.attention import attention_cpu
+    from jitattn.request.scores import Scores
 
     def run(*tensors: torch.Tensor) -> torch.Tensor:
         q, k, v, bias = tensors
@@ -185,9 +185,9 @@ def test_transforms_of_torch_func_reach_a_bias() -> None:
 )
 def test_blocks_that_splits_are_chosen_by(arguments: dict[str, Any], blocks: int) -> None:
     """A bound on the blocks of 64 keys that one query visits, of 100."""
-    from jitattn import dispatch
-    from jitattn.attention import bind
-    from jitattn.layouts import parse
+    from jitattn.api.attention import bind
+    from jitattn.request.layouts import parse
+    from jitattn.run import dispatch
 
     tensors, call = bind(*random_qkv(1, 1, 6400, 4, 2, 16), arguments)
     problem, runtime = parse(tensors["q"], tensors["k"], tensors["v"], call)

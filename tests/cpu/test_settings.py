@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from jitattn.cache import settings
 from jitattn.errors import InvalidInputError
-from jitattn.jit import settings
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ import pytest
 
 import jitattn
 from jitattn.errors import InvalidInputError
-from jitattn.jit import choices, spec_files
-from jitattn.jit.choices import expand, specs_of, to_choice
 from jitattn.jit.codegen import render
 from jitattn.jit.device import Device
-from jitattn.jit.spec import FAMILIES, KernelSpec, spec_from_dict
+from jitattn.plan import choices, spec_files
+from jitattn.plan.choices import expand, specs_of, to_choice
+from jitattn.spec.kernel_spec import FAMILIES, KernelSpec, spec_from_dict
 
 from .commands import run
 from .specs import merge_spec

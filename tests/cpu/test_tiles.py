@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jitattn.errors import UnsupportedError
-from jitattn.gears import resolve_numerics
 from jitattn.jit.device import arch_of
-from jitattn.jit.enums import (
+from jitattn.kernels.tiles import choose_splits, fwd_spec, heads_per_tile, max_smem_bytes
+from jitattn.spec.enums import (
     Access,
     BiasKind,
     Dtype,
@@ -21,8 +21,8 @@ from jitattn.jit.enums import (
     Staging,
     Switch,
 )
-from jitattn.jit.spec import Problem
-from jitattn.tiles import choose_splits, fwd_spec, heads_per_tile, max_smem_bytes
+from jitattn.spec.kernel_spec import Problem
+from jitattn.values.gears import resolve_numerics
 
 ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
 

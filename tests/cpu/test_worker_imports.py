@@ -21,7 +21,8 @@ _BUILD = """
 import json, sys
 sys.path[:0] = {path!r}
 import jitattn
-from jitattn.jit import choices, pool
+from jitattn.jit import pool
+from jitattn.plan import choices
 choice = {{"family": "merge", "dtype": "bf16", "head_dim": [16, 32], "arch": 80}}
 found = list(pool.build_all(choices.specs_of([choice]), 2))
 print(json.dumps([jitattn.__file__, [(one.origin, one.error) for one in found]]))

@@ -84,14 +84,14 @@ def test_a_warm_call_compiles_nothing() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("dim", "groups"), [(64, 1), (20, 5), (250, 1), (256, 32), (7, 7)])
 def test_units_are_right_to_a_rounding(dtype: torch.dtype, dim: int, groups: int) -> None:
-    from jitattn.attention import bind
-    from jitattn.cosine import normalized_cuda
+    from jitattn.api.attention import bind
+    from jitattn.run.normalize import normalized
 
     x = torch.randn(2, 33, 3, dim, device="cuda").to(dtype)
     scale = torch.rand(3, device="cuda")
     norm = jitattn.L2Norm(groups, scale)
     _, call = bind(x, x, x, {"qk_norm": norm})
-    q, k = normalized_cuda(x, x, norm, call)
+    q, k = normalized(x, x, norm, call)
     exact = jitattn.l2norm(x.double(), groups)
     # A 16-bit result is rounded once; in fp32, sum, root and quotient are rounded as well.
     given = {

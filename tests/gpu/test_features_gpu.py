@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 
 import jitattn
-from jitattn.gears import resolve_numerics
 from jitattn.jit import build
-from jitattn.jit.enums import Access, BiasKind, MaskKind, RowClass, SeqLayout, Staging, Switch
-from jitattn.jit.spec import NormSpec, Problem
-from jitattn.tensors import DTYPES
-from jitattn.tiles import fwd_spec
+from jitattn.kernels.tiles import fwd_spec
+from jitattn.spec.enums import Access, BiasKind, MaskKind, RowClass, SeqLayout, Staging, Switch
+from jitattn.spec.kernel_spec import NormSpec, Problem
+from jitattn.values.gears import resolve_numerics
+from jitattn.values.tensors import DTYPES
 from tests.support.compare import rel_l2
 from tests.support.features import (
     FEATURES,

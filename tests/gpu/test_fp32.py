@@ -7,9 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jitattn
-from jitattn import halves
-from jitattn.gears import GEARS
-from jitattn.jit.enums import Dtype
+from jitattn.run import split_fp32 as halves
+from jitattn.spec.enums import Dtype
+from jitattn.values.gears import GEARS
 from tests.support.compare import max_error, rel_l2
 from tests.support.inputs import random_qkv
 

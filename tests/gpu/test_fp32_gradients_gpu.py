@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import jitattn
-from jitattn import halves
-from jitattn.attention import bind
-from jitattn.backward import run_backward
+from jitattn.api.attention import bind
+from jitattn.run import split_fp32 as halves
+from jitattn.run.backward import run_backward
 from tests.support.compare import rel_l2
 
 

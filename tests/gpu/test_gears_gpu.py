@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import jitattn
-from jitattn import halves, problem
-from jitattn.gears import GEARS
 from jitattn.jit.device import device
-from jitattn.jit.enums import Dtype, Numerics
-from jitattn.jit.spec import arch_number
-from jitattn.tensors import DTYPES
+from jitattn.request import problem
+from jitattn.run import split_fp32 as halves
+from jitattn.spec.enums import Dtype, Numerics
+from jitattn.spec.kernel_spec import arch_number
+from jitattn.values.gears import GEARS
+from jitattn.values.tensors import DTYPES
 from tests.support.compare import rel_l2
 from tests.support.inputs import random_qkv
 

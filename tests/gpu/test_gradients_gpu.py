@@ -10,14 +10,14 @@ import torch
 from hypothesis import given
 
 import jitattn
-from jitattn.backward import without_lists
-from jitattn.bwd_tiles import score_grad_spec, specs_of_backward
-from jitattn.gears import resolve_numerics
 from jitattn.jit import build
-from jitattn.jit.enums import Access, BiasKind, MaskKind, RowClass, ScoreTarget, Switch
-from jitattn.jit.spec import NormGradSpec, NormSpec, Problem
-from jitattn.tensors import DTYPES
-from jitattn.tiles import fwd_spec
+from jitattn.kernels.bwd_tiles import score_grad_spec, specs_of_backward
+from jitattn.kernels.tiles import fwd_spec
+from jitattn.run.backward import without_lists
+from jitattn.spec.enums import Access, BiasKind, MaskKind, RowClass, ScoreTarget, Switch
+from jitattn.spec.kernel_spec import NormGradSpec, NormSpec, Problem
+from jitattn.values.gears import resolve_numerics
+from jitattn.values.tensors import DTYPES
 from tests.support.compare import rel_l2
 from tests.support.features import KINDS
 from tests.support.gradients import (

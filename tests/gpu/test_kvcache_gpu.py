@@ -10,13 +10,13 @@ from hypothesis import given
 
 import jitattn
 from jitattn import Rotary
-from jitattn.gears import resolve_numerics
 from jitattn.jit import build
-from jitattn.jit.choices import specs_of
-from jitattn.jit.enums import Access, MaskKind, RowClass, SeqLayout
-from jitattn.jit.spec import Problem
-from jitattn.tensors import DTYPES
-from jitattn.tiles import fwd_spec
+from jitattn.kernels.tiles import fwd_spec
+from jitattn.plan.choices import specs_of
+from jitattn.spec.enums import Access, MaskKind, RowClass, SeqLayout
+from jitattn.spec.kernel_spec import Problem
+from jitattn.values.gears import resolve_numerics
+from jitattn.values.tensors import DTYPES
 from tests.support.compare import rel_l2
 from tests.support.kvcache import KINDS, CacheCase, cache_cases, check_kvcache
 from tests.support.precompile import CompileOnce
@@ -143,10 +143,10 @@ def test_rows_of_the_cache_that_do_not_exist_are_not_touched() -> None:
 
 @pytest.mark.real_gpu
 def test_warmup_loads_the_kernel_that_appends() -> None:
-    from jitattn.append import append_spec
-    from jitattn.dispatch import forget_kernels
     from jitattn.jit import launch
     from jitattn.jit.device import device
+    from jitattn.run.append import append_spec
+    from jitattn.run.dispatch import forget_kernels
 
     forget_kernels()
     q, k, v = torch.randn(3, 1, 8, 2, 24, device="cuda", dtype=torch.float16)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import jitattn
-from jitattn import lists
 from jitattn.reference import reference
+from jitattn.request import block_lists as lists
 
 from ..support.compare import rel_l2
 

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jitattn
-from jitattn import Causal, L2Norm, backward
+from jitattn import Causal, L2Norm
+from jitattn.run import backward
 from tests.support.compare import rel_l2
 from tests.support.entries import ENTRIES, facts, real_tensors
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import jitattn
-from jitattn import kv_parts
 from jitattn.reference import reference
+from jitattn.run import kv_parts
 from tests.support.compare import rel_l2
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32

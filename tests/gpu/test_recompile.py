@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import jitattn
-from jitattn import dispatch
 from jitattn.jit import build
+from jitattn.run import dispatch
 from tests.support.inputs import random_qkv
 
 pytestmark = pytest.mark.real_gpu

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 import jitattn
 from jitattn import Rotary
-from jitattn.jit.choices import specs_of
+from jitattn.plan.choices import specs_of
 from tests.support.precompile import CompileOnce
 from tests.support.random_cases import cases, check_part, in_parts
 from tests.support.rotary import RotaryCase, check_rotary, rotary_cases

@@ -10,12 +10,12 @@ from hypothesis import given
 
 import jitattn
 from jitattn import Causal, Full, Padded, Paged, Ragged
-from jitattn.gears import resolve_numerics
 from jitattn.jit import build
-from jitattn.jit.enums import Access, MaskKind, RowClass, SeqLayout
-from jitattn.jit.spec import Problem
-from jitattn.tensors import DTYPES
-from jitattn.tiles import fwd_spec
+from jitattn.kernels.tiles import fwd_spec
+from jitattn.spec.enums import Access, MaskKind, RowClass, SeqLayout
+from jitattn.spec.kernel_spec import Problem
+from jitattn.values.gears import resolve_numerics
+from jitattn.values.tensors import DTYPES
 from tests.support.compare import rel_l2
 from tests.support.layouts import KINDS, LayoutCase, check_layout, layout_cases
 from tests.support.precompile import CompileOnce

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import jitattn
-from jitattn import dispatch
-from jitattn.jit import build, choices, compilers
-from jitattn.jit.cache import DiskCache
-from jitattn.jit.entry import Entry, sha256
+from jitattn.cache.disk import DiskCache
+from jitattn.cache.entry import Entry, sha256
+from jitattn.jit import build, compilers
+from jitattn.plan import choices
+from jitattn.run import dispatch
 from tests.support.inputs import random_qkv
 
 from .fresh_process import ROOT, in_fresh_process

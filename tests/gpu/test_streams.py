@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import jitattn
-from jitattn import dispatch
+from jitattn.run import dispatch
 from tests.support.compare import rel_l2
 from tests.support.inputs import random_qkv
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from jitattn.masks import Full, Mask
 from jitattn.reference import Scores, attended
+from jitattn.values.masks import Full, Mask
 
 FULL = Full()
 NO_CHANGES = Scores()

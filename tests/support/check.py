@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from jitattn.cpu import run_cpu
-from jitattn.problem import Call, parse
+from jitattn.cpu.attention import run_cpu
 from jitattn.reference import reference
-from jitattn.scores import NO_CHANGES
+from jitattn.request.problem import Call, parse
+from jitattn.request.scores import NO_CHANGES
 
 from .baseline import baseline
 from .compare import assert_attn_close, assert_lse_close

@@ -35,11 +35,11 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from jitattn import dispatch, workspace
 from jitattn.jit import device, launch, sources
 from jitattn.jit.codegen import HEADER_NAME, render
-from jitattn.jit.params import STRUCTS
-from jitattn.jit.spec import KernelSpec, entry_symbol
+from jitattn.run import dispatch, workspace
+from jitattn.spec.kernel_spec import KernelSpec, entry_symbol
+from jitattn.spec.params import STRUCTS
 
 HERE = Path(__file__).parents[1] / "emulator"
 LIBRARY_FLAGS = (

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from jitattn.cosine import L2Norm
-from jitattn.masks import Causal, Dense, Full, KeyPadding, LocalStride, Mask, Window
+from jitattn.values.masks import Causal, Dense, Full, KeyPadding, LocalStride, Mask, Window
+from jitattn.values.norm import L2Norm
 
 from .layouts import LayoutCase, check_layout, layout_cases
 from .patterns import listed_rules, on_device

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from jitattn.masks import Causal, Full, Mask
+from jitattn.values.masks import Causal, Full, Mask
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 DTYPE_NAMES = {FP16: "fp16", BF16: "bf16", FP32: "fp32"}

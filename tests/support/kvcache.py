@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import jitattn
 from jitattn import reference
-from jitattn.masks import Causal, Full
-from jitattn.rotary import Rotary
-from jitattn.sequences import Ragged
+from jitattn.values.masks import Causal, Full
+from jitattn.values.rotary import Rotary
+from jitattn.values.sequences import Ragged
 
 from .compare import EPS, LSE_NOISE_ULPS, rel_l2
 

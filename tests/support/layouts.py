@@ -16,11 +16,11 @@ import torch
 from hypothesis import strategies as st
 
 import jitattn
-from jitattn.attention import bind
-from jitattn.cosine import normalized_cuda
-from jitattn.masks import Causal, Full
+from jitattn.api.attention import bind
 from jitattn.reference import Scores, of_sequence, reference
-from jitattn.sequences import Padded, Paged, Ragged
+from jitattn.run.normalize import normalized
+from jitattn.values.masks import Causal, Full
+from jitattn.values.sequences import Padded, Paged, Ragged
 
 from .baseline import baseline
 from .compare import assert_attn_close, assert_lse_close
@@ -273,7 +273,7 @@ def _units(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """q and k as the kernel normalised them; tests of their own compare them with the truth."""
     given = {name: value for name, value in arguments.items() if name not in ("q", "k", "v")}
     tensors, call = bind(arguments["q"], arguments["k"], arguments["v"], given)
-    q, k = normalized_cuda(tensors["q"], tensors["k"], arguments["qk_norm"], call)
+    q, k = normalized(tensors["q"], tensors["k"], arguments["qk_norm"], call)
     return q.cpu(), k.cpu()
 
 

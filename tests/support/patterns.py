@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from jitattn.masks import BlockSparse, Causal, Full, LocalStride, PerHead, Rule, Window
+from jitattn.values.masks import BlockSparse, Causal, Full, LocalStride, PerHead, Rule, Window
 
 _SIZES = (8, 16, 32, 64, 128)
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from jitattn.jit.entry import sha256
-from jitattn.jit.enums import RowClass
+from jitattn.cache.entry import sha256
 from jitattn.jit.pool import build_all
-from jitattn.jit.spec import KernelSpec
-from jitattn.problem import Call, Runtime, parse
-from jitattn.tiles import fwd_spec
+from jitattn.kernels.tiles import fwd_spec
+from jitattn.request.problem import Call, Runtime, parse
+from jitattn.spec.enums import RowClass
+from jitattn.spec.kernel_spec import KernelSpec
 
 from .grids import Case
 from .inputs import call_arguments, poisoned

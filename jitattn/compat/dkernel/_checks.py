@@ -8,7 +8,7 @@ import torch
 
 from jitattn.compat._errors import CheckFailedError, check
 from jitattn.errors import InvalidInputError
-from jitattn.sequences import check_index
+from jitattn.values.sequences import check_index
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from jitattn.masks import BlockSparse
-from jitattn.write_tracking import Snapshot
+from jitattn.values.masks import BlockSparse
+from jitattn.values.write_tracking import Snapshot
 
 if TYPE_CHECKING:
     from torch import Tensor

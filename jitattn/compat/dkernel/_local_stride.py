@@ -10,12 +10,12 @@ from jitattn.compat._errors import check
 from jitattn.compat.dkernel._kept import LARGEST_BLOCK
 from jitattn.compat.dkernel._module import SparseAttention
 from jitattn.compat.dkernel.utils import local_stride_blocks, multiple_of
-from jitattn.masks import LocalStride
+from jitattn.values.masks import LocalStride
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jitattn.masks import Mask
+    from jitattn.values.masks import Mask
 
 
 class LocalStrideSparseAttention(SparseAttention):

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from jitattn.attention import attention
+from jitattn.api.attention import attention
 from jitattn.compat._errors import CheckFailedError, check
 from jitattn.compat.dkernel._checks import check_indices, check_shapes
 from jitattn.compat.dkernel._kept import KeptMasks
 from jitattn.compat.dkernel._sequences import Placed, packed, padded
 from jitattn.compat.dkernel.utils import is_kv_cache_efficient, verify_sparse_pattern
 from jitattn.errors import InvalidInputError, UnsupportedError
-from jitattn.outputs import check_out
+from jitattn.request.outputs import check_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from jitattn.masks import Mask
+    from jitattn.values.masks import Mask
 
 _HINTS: Final = ("out", "d_splits", "inference")
 

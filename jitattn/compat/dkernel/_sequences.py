@@ -15,7 +15,7 @@ from jitattn.compat._errors import CheckFailedError
 from jitattn.compat._transfer import on_device
 from jitattn.compat.dkernel._checks import check_paddings
 from jitattn.errors import InvalidInputError
-from jitattn.sequences import Padded, Ragged
+from jitattn.values.sequences import Padded, Ragged
 
 if TYPE_CHECKING:
     from torch import Tensor

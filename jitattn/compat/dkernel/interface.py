@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from jitattn.api.merge import merge
 from jitattn.compat._errors import check
 from jitattn.compat.dkernel._checks import check_lse
 from jitattn.compat.dkernel._local_stride import LocalStrideSparseAttention
 from jitattn.compat.dkernel._module import SparseAttention
-from jitattn.merge import merge
 
 if TYPE_CHECKING:
     from torch import Tensor

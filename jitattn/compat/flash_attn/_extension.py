@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import jitattn.ops  # noqa: F401 - registers the operators
-from jitattn.attention import attention, bind
+import jitattn.run.operators  # noqa: F401 - registers the operators
+from jitattn.api.attention import attention, bind
 from jitattn.compat._errors import ExtensionError, errors_as
 from jitattn.compat.flash_attn._kvcache import with_kvcache
 from jitattn.compat.flash_attn._translate import (
@@ -29,10 +29,10 @@ from jitattn.compat.flash_attn._translate import (
     rounded_up,
     their_lse,
 )
-from jitattn.dropout import dropout_state
-from jitattn.encoding import encode
 from jitattn.errors import InvalidInputError
-from jitattn.sequences import Ragged
+from jitattn.run.encoding import encode
+from jitattn.values.dropout import dropout_state
+from jitattn.values.sequences import Ragged
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jitattn.attention import attention
+from jitattn.api.attention import attention
 from jitattn.compat._errors import ExtensionError, errors_as
 from jitattn.compat.flash_attn._translate import (
     WORDS,
@@ -22,14 +22,14 @@ from jitattn.compat.flash_attn._translate import (
     mask_of,
     their_lse,
 )
-from jitattn.dropout import dropout_state
-from jitattn.sequences import Ragged
+from jitattn.values.dropout import dropout_state
+from jitattn.values.sequences import Ragged
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jitattn.masks import Mask
-    from jitattn.sequences import Paged
+    from jitattn.values.masks import Mask
+    from jitattn.values.sequences import Paged
 
 
 @errors_as(ExtensionError, WORDS)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from jitattn.api.kvcache import attention_with_kvcache
 from jitattn.compat._errors import ExtensionError, errors_as
 from jitattn.compat.flash_attn._translate import CACHE_WORDS, in_rows, mask_of, their_lse
 from jitattn.errors import InvalidInputError
-from jitattn.kvcache import attention_with_kvcache
-from jitattn.rotary import Rotary
+from jitattn.values.rotary import Rotary
 
 if TYPE_CHECKING:
     from torch import Tensor

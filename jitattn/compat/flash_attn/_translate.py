@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from jitattn.autocast import outside_autocast
-from jitattn.dropout import dropout_mask
 from jitattn.errors import InvalidInputError, UnsupportedError
-from jitattn.masks import Causal, Full, Window
 from jitattn.reference import Scores, attended
-from jitattn.sequences import Paged, Ragged
+from jitattn.values.autocast import outside_autocast
+from jitattn.values.dropout import dropout_mask
+from jitattn.values.masks import Causal, Full, Window
+from jitattn.values.sequences import Paged, Ragged
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from jitattn.masks import Mask
+    from jitattn.values.masks import Mask
 
 #: What the core says, and what these functions do.
 WORDS: Final = {

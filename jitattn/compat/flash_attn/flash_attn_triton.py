@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from jitattn.attention import attention
+from jitattn.api.attention import attention
 from jitattn.compat._errors import CheckFailedError, errors_as
-from jitattn.masks import Causal, Full
+from jitattn.values.masks import Causal, Full
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,19 +14,20 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
-from jitattn.attention import attention
+from jitattn.api.attention import attention
+from jitattn.api.l2norm import l2norm
 from jitattn.compat.flash_cosine_sim_attention._plain import plain_attention
-from jitattn.cosine import L2Norm, l2norm
 from jitattn.errors import InvalidInputError
-from jitattn.layouts import parse_any
-from jitattn.masks import Causal, Full, KeyPadding
-from jitattn.problem import Call
-from jitattn.scores import NO_CHANGES, Scores
+from jitattn.request.layouts import parse_any
+from jitattn.request.problem import Call
+from jitattn.request.scores import NO_CHANGES, Scores
+from jitattn.values.masks import Causal, Full, KeyPadding
+from jitattn.values.norm import L2Norm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jitattn.masks import Mask
+    from jitattn.values.masks import Mask
 
 __all__ = [
     "debug",

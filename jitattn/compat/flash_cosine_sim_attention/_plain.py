@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jitattn.autocast import matmul, outside_autocast
-from jitattn.cosine import l2norm
+from jitattn.api.l2norm import l2norm
+from jitattn.values.autocast import matmul, outside_autocast
 
 if TYPE_CHECKING:
     from torch import Tensor

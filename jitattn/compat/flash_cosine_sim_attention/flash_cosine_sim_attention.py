@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from jitattn.api.l2norm import l2norm as _l2norm
 from jitattn.compat.flash_cosine_sim_attention import (
     debug,
     flash_cosine_sim_attention,
     l2norm_tensors,
     plain_cosine_sim_attention,
 )
-from jitattn.cosine import l2norm as _l2norm
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from jitattn.attention import attention
+from jitattn.api.attention import attention
 from jitattn.compat.flash_cosine_sim_attention import (
     flash_cosine_sim_attention,
     plain_cosine_sim_attention,
 )
 from jitattn.errors import InvalidInputError
-from jitattn.masks import Causal
+from jitattn.values.masks import Causal
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,11 +4,11 @@
 
 What is better here: every GPU from sm_80 on; fp16, bf16 and fp32; head dims from 1 to 256, grouped
 heads; gradients; keys are split over the whole GPU where queries are short; no call waits for the
-device where `q_max_seq_len` is given; sequence tensors may be int32; causal
-sequences of their own are aligned to the bottom right, each by its lengths; gears have meanings and
-guarantees (`jitattn.gears`). `version` picks the tile: 0 is for up to 16 query rows of a kv head, 1
-for up to 64, 2 for more, and -1 (the default) the one that fits; the split of the keys follows from
-their number. The gear is 4 until `set_default_gear` here says otherwise, whatever
+device where `q_max_seq_len` is given; sequence tensors may be int32; causal sequences of their own
+are aligned to the bottom right, each by its lengths; gears have meanings and guarantees
+(`values/gears.py`). `version` picks the tile: 0 is for up to 16 query rows of a kv head, 1 for up
+to 64, 2 for more, and -1 (the default) the one that fits; the split of the keys follows from their
+number. The gear is 4 until `set_default_gear` here says otherwise, whatever
 `jitattn.set_default_gear` says; as a context, it is so within. Sequences without keys give 0.
 
 Errors are of the original's kinds: an AssertionError for gear, version and missing sequence
@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from jitattn import __version__
-from jitattn.attention import attention
+from jitattn.api.attention import attention
+from jitattn.api.explain import explain
 from jitattn.compat._errors import CheckFailedError, ExtensionError, check, errors_as, in_words
 from jitattn.errors import InvalidInputError
-from jitattn.explain import explain
-from jitattn.gears import GEARS, DefaultGear
-from jitattn.masks import Causal, Full
-from jitattn.sequences import Ragged
+from jitattn.values.gears import GEARS, DefaultGear
+from jitattn.values.masks import Causal, Full
+from jitattn.values.sequences import Ragged
 
 if TYPE_CHECKING:
     from torch import Tensor

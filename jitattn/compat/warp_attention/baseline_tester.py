@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jitattn.autocast import matmul, outside_autocast
 from jitattn.compat.warp_attention.util import attn_flop, cuda_timeit
+from jitattn.values.autocast import matmul, outside_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Callable

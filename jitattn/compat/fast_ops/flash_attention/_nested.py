@@ -8,7 +8,7 @@ import torch
 
 from jitattn.compat._errors import ExtensionError
 from jitattn.compat._transfer import on_device
-from jitattn.sequences import Ragged
+from jitattn.values.sequences import Ragged
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jitattn.autocast import matmul, outside_autocast
+from jitattn.values.autocast import matmul, outside_autocast
 
 if TYPE_CHECKING:
     from torch import Tensor

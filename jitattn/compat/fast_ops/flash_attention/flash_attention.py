@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from jitattn.attention import attention
+from jitattn.api.attention import attention
 from jitattn.compat._errors import ExtensionError, errors_as
 from jitattn.compat.fast_ops.flash_attention._nested import flattened
-from jitattn.masks import Causal, Full
+from jitattn.values.masks import Causal, Full
 
 if TYPE_CHECKING:
     from torch import Tensor

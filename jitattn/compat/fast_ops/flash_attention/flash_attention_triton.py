@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from jitattn.attention import attention
+from jitattn.api.attention import attention
 from jitattn.compat._errors import CheckFailedError, ExtensionError, errors_as
-from jitattn.dropout import dropout_mask, dropout_state
-from jitattn.masks import Causal, Full
+from jitattn.values.dropout import dropout_mask, dropout_state
+from jitattn.values.masks import Causal, Full
 
 if TYPE_CHECKING:
     from torch import Tensor

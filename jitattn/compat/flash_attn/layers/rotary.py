@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from jitattn.apply_rotary import rotate
+from jitattn.api.apply_rotary import rotate
 from jitattn.compat._errors import CheckFailedError, errors_as
-from jitattn.rotary import Rotary
-from jitattn.rotary_cuda import Part
-from jitattn.rotary_ops import WHOLE
+from jitattn.run.rotary import Part
+from jitattn.run.rotary_operators import WHOLE
+from jitattn.values.rotary import Rotary
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,0 +1,200 @@
+"""`explain`: which kernel a call gets, and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from jitattn.api.attention import bind
+from jitattn.jit.device import device
+from jitattn.kernels.bwd_tiles import bwd_spec
+from jitattn.request.layouts import parse_any
+from jitattn.request.norm import call_of_normalized
+from jitattn.request.problem import is_deterministic
+from jitattn.request.scores import tensors_of
+from jitattn.run import prepare as prepared
+from jitattn.run.backward import kernel_problem
+from jitattn.run.dispatch import is_followed, plan
+from jitattn.run.normalize import like_normalized
+from jitattn.spec.enums import Access, RowClass
+from jitattn.values.gears import gear_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from jitattn.request.problem import Call
+    from jitattn.spec.kernel_spec import Problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What a call of `attention` would do. Numbers are 0 and texts empty where nothing applies."""
+
+    path: str  #: "cuda", "cpu", or "none" for a result without elements
+    device: str  #: name of the GPU
+    gear: int
+    problem: dict[str, str | int]  #: what was asked, as far as it changes code
+    kernel: dict[str, str | int]  #: every field of the kernel's spec, the tile's included
+    key: str  #: cache key
+    origin: str  #: where this process got the cubin: "disk", "read-only" (directory) or "compiled"
+    row_class: str
+    heads_per_tile: int  #: query heads packed into the rows of a tile
+    num_splits: int  #: 0: found out on the device, from the lengths
+    num_ctas: int
+    blocks_per_sm: int
+    registers: int  #: per thread
+    spill_bytes: int  #: per thread
+    smem_bytes: int  #: per CTA
+    #: Fields of the backward kernel's spec, if autograd follows the call; it is not compiled here.
+    backward: dict[str, str | int]
+    why: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain values, fit for JSON."""
+        return {**asdict(self), "why": list(self.why)}
+
+    def __str__(self) -> str:
+        """Lay the record out for reading."""
+        lines = [f"path         {self.path}" + (f" ({self.device})" if self.device else "")]
+        lines.append("problem      " + ", ".join(f"{k}={v}" for k, v in self.problem.items()))
+        if self.kernel:
+            tile = self.kernel
+            lines += [
+                f"kernel       {tile['family']} for {tile['arch']}, key {self.key[:16]}, "
+                f"from {self.origin}",
+                f"tile         {tile['block_q']} rows x {tile['block_kv']} keys, "
+                f"{tile['warps_q']} x {tile['warps_kv']} warps, stages {tile['stages']}",
+                f"work         {self.num_ctas} CTAs ({self.blocks_per_sm} a multiprocessor), "
+                f"{self.num_splits} splits, {self.heads_per_tile} heads a tile",
+                f"resources    {self.registers} registers, {self.spill_bytes} B spilled, "
+                f"{self.smem_bytes} B shared",
+            ]
+        if self.backward:
+            tile = self.backward
+            lines.append(
+                f"backward     {tile['block_q']} rows x {tile['block_kv']} keys, "
+                f"{tile['num_warps']} warps, stages {tile['stages']}, "
+                f"deterministic {tile['deterministic']}"
+            )
+        return "\n".join(lines + [f"because      {reason}" for reason in self.why])
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    **arguments: Any,  # noqa: ANN401 - those of attention
+) -> Explanation:
+    """Say which kernel `attention` would use for these arguments, and why.
+
+    Takes the arguments of `attention` and raises what it would raise. The kernel is compiled if
+    need be, but nothing is launched.
+
+    Returns
+    -------
+    Explanation
+        A frozen record with ``to_dict()`` and a readable ``str``.
+    """
+    tensors, call = bind(q, k, v, arguments)
+    q, k, v, num_splits = tensors["q"], tensors["k"], tensors["v"], call.num_splits
+    inputs = (q, k, v, *tensors_of(call).values())
+    problem, runtime, _ = parse_any(q, k, v, call)
+    if q.is_cuda and call.scores.qk_norm is not None and call.scores.qk_norm.normalize:
+        call = call_of_normalized(call, runtime.scale)
+        problem, runtime, _ = parse_any(*like_normalized(q, k), v, call)
+    gear = gear_of(call.gear, problem.dtype)
+    asked: dict[str, str | int] = {
+        "batch": runtime.batch,
+        "len_q": runtime.len_q,
+        "len_kv": runtime.len_kv,
+        "heads_q": runtime.heads_q,
+        "heads_kv": runtime.heads_kv,
+        "head_dim": problem.head_dim,
+        "head_dim_v": problem.head_dim_v,
+        "dtype": "fp64" if q.dtype is torch.float64 else problem.dtype.value,
+        "mask": problem.mask.value,
+        "q_layout": problem.q_layout.value,
+        "kv_layout": problem.kv_layout.value,
+    }
+    if not q.is_cuda or math.prod((runtime.batch, runtime.len_q, runtime.heads_q)) == 0:
+        path, why = "none", "the result has no elements"
+        if q.is_meta:
+            why = "q is on the meta device: it has a shape, and no GPU to choose a kernel for"
+        elif not q.is_cuda:
+            path, why = "cpu", "q is on the CPU"
+        return Explanation(
+            path=path,
+            device="",
+            gear=gear,
+            problem=asked,
+            kernel={},
+            key="",
+            origin="",
+            row_class="",
+            heads_per_tile=0,
+            num_splits=0,
+            num_ctas=0,
+            blocks_per_sm=0,
+            registers=0,
+            spill_bytes=0,
+            smem_bytes=0,
+            backward={},
+            why=(why,),
+        )
+    of_kernel = prepared.problem_of(problem, runtime, call, q.device.index) or problem
+    with torch.cuda.device(q.device):
+        chosen = plan(of_kernel, runtime, q.device.index, num_splits, call.tile_rows)
+    built = chosen.kernel.built
+    backward: dict[str, str | int] = {}
+    if is_followed(*inputs):
+        arch = device(q.device.index).arch
+        own = kernel_problem(problem, runtime, arch)
+        backward = bwd_spec(own, arch, deterministic=is_deterministic(call)).to_dict()
+    return Explanation(
+        path="cuda",
+        device=device(q.device.index).name,
+        gear=gear,
+        problem=asked,
+        kernel=built.spec.to_dict(),
+        key=built.key,
+        origin=built.origin,
+        row_class=chosen.rows.name,
+        heads_per_tile=chosen.heads_per_tile,
+        num_splits=chosen.num_splits,
+        num_ctas=chosen.num_ctas,
+        blocks_per_sm=chosen.kernel.blocks_per_sm,
+        registers=built.metadata.registers,
+        spill_bytes=built.metadata.spill_bytes,
+        smem_bytes=built.metadata.smem_bytes,
+        backward=backward,
+        why=_reasons(of_kernel, chosen.rows, chosen.heads_per_tile, chosen.num_splits, call),
+    )
+
+
+def _reasons(
+    problem: Problem, rows: RowClass, packed: int, num_splits: int, call: Call
+) -> tuple[str, ...]:
+    reasons = []
+    if call.tile_rows is not None:
+        reasons.append(f"tile_rows={call.tile_rows} was asked for")
+    elif rows is RowClass.MANY:
+        reasons.append("more than 64 rows a kv head: the tile for long queries")
+    else:
+        reasons.append(f"at most {rows.value} rows a kv head: the tile for short queries")
+    if packed > 1:
+        reasons.append(f"the {packed} query heads of a kv head share its tile, and so its reads")
+    if call.num_splits is not None:
+        reasons.append(f"num_splits={call.num_splits} was asked for")
+    elif num_splits > 1:
+        reasons.append("too few tiles to fill the GPU: the keys are split")
+    elif num_splits == 0:
+        reasons.append("lengths differ: every CTA counts them, and long sequences are split")
+    if problem.access is Access.ELEMENT:
+        reasons.append(
+            "a head_dim, stride or address is not a multiple of 16 bytes: one element at a time"
+        )
+    reasons.append(f"numerics {problem.numerics.value}")
+    return tuple(reasons)

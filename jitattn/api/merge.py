@@ -1,0 +1,303 @@
+"""`merge`: results over disjoint sets of keys become the result over all of them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from jitattn.cpu.vector_math import settle_vml
+from jitattn.errors import InternalError, InvalidInputError, UnsupportedError
+from jitattn.jit.device import device
+from jitattn.jit.get_kernel import loaded_kernel
+from jitattn.request.problem import axes
+from jitattn.run.autograd import FirstOrder, apply, first_order
+from jitattn.run.dispatch import has_duals
+from jitattn.run.indirect import is_watched
+from jitattn.spec.kernel_spec import MergeGradSpec, MergeSpec
+from jitattn.values.autocast import outside_autocast
+from jitattn.values.tensors import CPU_DTYPES, DTYPES, MAX_HEAD_DIM, address_of, readable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: Rows that a CTA handles: one a warp.
+_ROWS: Final = MergeSpec.num_threads // 32
+
+
+def merge(
+    outs: Sequence[Tensor] | Tensor,
+    lses: Sequence[Tensor] | Tensor,
+    *,
+    layout: str = "bshd",
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Merge results of attention of the same queries over disjoint sets of keys.
+
+    For prefix caches, for keys that are spread over devices, for chunks computed elsewhere. Exact:
+    softmax over all keys is the mean of the parts, weighted by exp(LSE). The parts are added in
+    their order, in fp32, so the result is bitwise reproducible.
+
+    Parameters
+    ----------
+    outs : sequence of Tensor [B, Lq, Hq, Dv], or one Tensor [S, B, Lq, Hq, Dv]
+        fp16, bf16 or fp32, on one device. With ``layout="bhsd"``, [B, Hq, Lq, Dv]; without a batch,
+        [total, Hq, Dv], as a ragged q gives it. A sequence is stacked first, which copies it.
+    lses : sequence of Tensor [B, Hq, Lq], or one Tensor [S, B, Hq, Lq]; fp32
+        Natural logarithms; without a batch, [Hq, total]. Where one is -inf, the part saw nothing,
+        and its values do not count, whatever they are.
+    layout : "bshd" or "bhsd"
+        Of tensors with a batch.
+    out_dtype : torch.dtype, default that of outs
+
+    Returns
+    -------
+    out : Tensor, as one of outs
+        0 where no part saw anything.
+    lse : Tensor, as one of lses
+        -inf there.
+
+    Raises
+    ------
+    InvalidInputError
+        Shapes, dtypes or devices do not fit together.
+    UnsupportedError
+        A dtype or head dim that no kernel exists for.
+
+    Examples
+    --------
+    >>> import torch, jitattn
+    >>> q, k, v = torch.randn(1, 4, 2, 16), *torch.randn(2, 1, 64, 2, 16)
+    >>> halves = [
+    ...     jitattn.attention(q, k[:, part], v[:, part], return_lse=True)
+    ...     for part in (slice(0, 40), slice(40, 64))
+    ... ]
+    >>> out, lse = jitattn.merge(*zip(*halves))
+    >>> torch.allclose(out, jitattn.attention(q, k, v), atol=1e-5)
+    True
+    """
+    axes(layout)
+    outs = outs if isinstance(outs, Tensor) else list(outs)
+    lses = lses if isinstance(lses, Tensor) else list(lses)
+    by_kernel = _has_kernel(outs, lses)
+    parts, part_lses = _stacked("outs", outs), _stacked("lses", lses)
+    dtype = parts.dtype if out_dtype is None else out_dtype
+    _check(parts, part_lses, layout, dtype)
+    merged = _merge if by_kernel else merge_plain
+    if parts.dim() == 4:  # flat: one sequence of all rows, heads second
+        flat_out, flat_lse = merged(parts[:, None], part_lses[:, None], dtype)
+        return flat_out[0].transpose(0, 1), flat_lse[0]
+    out, lse = merged(parts if layout == "bshd" else parts.transpose(2, 3), part_lses, dtype)
+    return (out if layout == "bhsd" else out.transpose(1, 2)), lse
+
+
+def _has_kernel(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> bool:
+    """Whether a kernel can read all of the tensors, and nobody has to see what is done to them.
+
+    Raises
+    ------
+    InvalidInputError
+        The memory of one is gone.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    named = [
+        (f"{name}[{idx}]", one)
+        for name, given in (("outs", outs), ("lses", lses))
+        for idx, one in enumerate([given] if isinstance(given, Tensor) else given)
+        if isinstance(one, Tensor)
+    ]
+    addresses = [address_of(name, one) for name, one in named]
+    if not all(one.is_cuda for _, one in named) or is_watched():
+        return False
+    return min(addresses, default=0) >= 0 and not has_duals(one for _, one in named)
+
+
+def _stacked(name: str, tensors: Sequence[Tensor] | Tensor) -> Tensor:
+    if isinstance(tensors, Tensor):
+        return tensors
+    parts = list(tensors)
+    for idx, part in enumerate(parts):
+        if not isinstance(part, Tensor):
+            raise InvalidInputError(
+                f"{name}[{idx}] is a {type(part).__name__}: it must be a torch tensor"
+            )
+        first = parts[0]
+        if (part.shape, part.dtype, part.device) != (first.shape, first.dtype, first.device):
+            raise InvalidInputError(
+                f"{name}[{idx}] is {part.dtype} {list(part.shape)} on {part.device}, {name}[0] "
+                f"{first.dtype} {list(first.shape)} on {first.device}: they must be alike"
+            )
+    if not parts:
+        raise InvalidInputError(f"{name} is empty: there must be at least one part")
+    return torch.stack(parts)
+
+
+def _check(parts: Tensor, lses: Tensor, layout: str, out_dtype: torch.dtype) -> None:
+    shape = list(parts.shape)
+    if parts.dim() == 5:
+        row, head = axes(layout)
+        expected = [shape[0], shape[1], shape[head + 1], shape[row + 1]]
+    elif parts.dim() == 4:
+        expected = [shape[0], shape[2], shape[1]]
+    else:
+        raise InvalidInputError(
+            f"outs has shape {shape[1:]} a part: it must be [B, Lq, Hq, Dv] or [total, Hq, Dv]"
+        )
+    if list(lses.shape) != expected or lses.device != parts.device:
+        raise InvalidInputError(
+            f"lses has shape {list(lses.shape[1:])} a part on {lses.device}: with outs "
+            f"{shape[1:]} on {parts.device} it must be {expected[1:]} there ({shape[0]} parts)"
+        )
+    wide = torch.promote_types(parts.dtype, torch.float32)
+    if lses.dtype not in (torch.float32, wide):
+        raise InvalidInputError(f"lses is {lses.dtype}: an LSE of {parts.dtype} is {wide}")
+    if shape[0] == 0:
+        raise InvalidInputError("outs is empty: there must be at least one part")
+    allowed = DTYPES if parts.is_cuda else CPU_DTYPES
+    if parts.dtype not in allowed or out_dtype not in allowed:
+        raise UnsupportedError(
+            f"outs is {parts.dtype} and out_dtype {out_dtype}: merge takes "
+            f"{', '.join(map(str, allowed))} there; cast with .to()"
+        )
+
+
+def _merge(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Merge parts [S, B, Lq, Hq, Dv] with LSEs [S, B, Hq, Lq] to out [B, Hq, Lq, Dv] and LSE."""
+    if torch.is_grad_enabled() and (parts.requires_grad or lses.requires_grad):
+        return apply(_Merge, parts, lses, out_dtype)
+    return _merge_cuda(parts, lses, out_dtype)
+
+
+class _Merge(FirstOrder):
+    """A merge as autograd sees it: parts and their LSEs in, out and LSE out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - autograd's
+        parts: Tensor,
+        lses: Tensor,
+        out_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Merge."""
+        out, lse = _merge_cuda(parts, lses, out_dtype)
+        ctx.save_for_backward(parts, lses, out, lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:  # noqa: ANN401
+        """Compute the gradients."""
+        parts, lses, out, lse = ctx.saved_tensors
+        if d_out is None:
+            if d_lse is None:
+                return None, None, None
+            d_out = torch.zeros_like(out)
+        return (*_merge_grad_cuda(parts, lses, out, lse, d_out, d_lse), None)
+
+
+@outside_autocast
+def merge_plain(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Merge as `_merge` does, by operators of torch that everything in torch knows."""
+    if not torch.compiler.is_dynamo_compiling():
+        settle_vml()
+    wide = torch.promote_types(parts.dtype, torch.float32)
+    lses = lses.to(wide)
+    highest = lses.detach().amax(dim=0)
+    highest = highest.masked_fill(highest == -math.inf, 0.0)
+    total, out = torch.zeros_like(highest), None
+    for part, lse in zip(parts, lses, strict=True):
+        weight = torch.exp(lse - highest)
+        # What a part holds where it saw nothing does not count, NaN neither.
+        values = part.transpose(1, 2).to(wide).masked_fill((lse == -math.inf)[..., None], 0.0)
+        total = total + weight
+        weighted = weight[..., None] * values
+        out = weighted if out is None else out + weighted
+    if out is None:
+        raise InternalError("there are no parts to merge")
+    blind = total == 0
+    total = total.masked_fill(blind, 1.0)
+    lse = (highest + total.log()).masked_fill(blind, -math.inf)
+    return (out / total[..., None]).to(out_dtype).contiguous(), lse
+
+
+def _merge_cuda(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    num_parts, batch, len_q, heads, dim = parts.shape
+    if not 1 <= dim <= MAX_HEAD_DIM:
+        raise UnsupportedError(f"outs has head_dim {dim}: it must be from 1 to {MAX_HEAD_DIM}")
+    if parts.stride(4) != 1 and dim > 1:
+        parts = parts.contiguous()
+    out = torch.empty(batch, heads, len_q, dim, dtype=out_dtype, device=parts.device)
+    lse = torch.empty(batch, heads, len_q, dtype=torch.float32, device=parts.device)
+    num_rows = batch * heads * len_q
+    if num_rows:
+        index = parts.get_device()
+        with torch.cuda.device(index):
+            spec = MergeSpec(
+                dtype=DTYPES[parts.dtype],
+                out_dtype=DTYPES[out_dtype],
+                head_dim_v=dim,
+                arch=device(index).arch,
+            )
+            loaded_kernel(spec, index).launch(
+                -(-num_rows // _ROWS),
+                torch._C._cuda_getCurrentRawStream(index),
+                parts.data_ptr(),
+                lses.data_ptr(),
+                out.data_ptr(),
+                lse.data_ptr(),
+                *(parts.stride(dimension) for dimension in (0, 1, 2, 3)),
+                *(lses.stride(dimension) for dimension in (0, 1, 3, 2)),
+                num_rows,
+                len_q,
+                heads,
+                num_parts,
+                0,
+            )
+    return out, lse
+
+
+def _merge_grad_cuda(
+    parts: Tensor, lses: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of parts and LSEs, as those are shaped."""
+    num_parts, batch, len_q, heads, dim = parts.shape
+    if parts.stride(4) != 1 and dim > 1:
+        parts = parts.contiguous()
+    d_out = readable("the gradient of out", d_out)
+    d_lse = None if d_lse is None else readable("the gradient of the LSE", d_lse)
+    lses, d_out = lses.contiguous(), d_out.to(out.dtype).contiguous()
+    d_parts = parts.new_empty(num_parts, batch, heads, len_q, dim)
+    d_lses = torch.empty_like(lses)
+    num_rows = batch * heads * len_q
+    if num_rows:
+        index = parts.get_device()
+        with torch.cuda.device(index):
+            spec = MergeGradSpec(
+                dtype=DTYPES[parts.dtype],
+                out_dtype=DTYPES[out.dtype],
+                head_dim_v=dim,
+                arch=device(index).arch,
+            )
+            loaded_kernel(spec, index).launch(
+                -(-num_rows // _ROWS),
+                torch._C._cuda_getCurrentRawStream(index),
+                parts.data_ptr(),
+                lses.data_ptr(),
+                out.data_ptr(),
+                lse.data_ptr(),
+                d_out.data_ptr(),
+                0 if d_lse is None else (d_lse := d_lse.contiguous()).data_ptr(),
+                d_parts.data_ptr(),
+                d_lses.data_ptr(),
+                *(parts.stride(dimension) for dimension in (0, 1, 2, 3)),
+                num_rows,
+                len_q,
+                heads,
+                num_parts,
+                0,
+            )
+    return d_parts.transpose(2, 3), d_lses

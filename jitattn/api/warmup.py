@@ -1,0 +1,228 @@
+"""`warmup`: compile and load kernels before they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from jitattn.api.apply_rotary import rotary_specs
+from jitattn.api.attention import bind
+from jitattn.errors import InvalidInputError, UnsupportedError
+from jitattn.jit import build, launch
+from jitattn.jit.device import device as device_of
+from jitattn.jit.pool import build_all
+from jitattn.kernels.prepare_specs import specs_for_gear
+from jitattn.plan.choices import expand, read_entries
+from jitattn.plan.choices import preset as preset_choices
+from jitattn.request.layouts import parse_any
+from jitattn.request.norm import call_of_normalized
+from jitattn.request.problem import is_deterministic
+from jitattn.request.scores import stagings
+from jitattn.run import normalize, workspace
+from jitattn.run.append import append_spec
+from jitattn.run.backward import specs_of_gradients
+from jitattn.run.dispatch import specs_of_problem
+from jitattn.spec.enums import Access
+from jitattn.values.gears import gear_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+    from jitattn.plan.choice_fields import Choice
+    from jitattn.spec.kernel_spec import KernelSpec
+    from jitattn.values.rotary import Rotary
+
+
+@dataclass(frozen=True, slots=True)
+class WarmedUp:
+    """What `warmup` did."""
+
+    kernels: int  #: now loaded on the device; 0 for tensors on the CPU, which need none
+    compiled: int  #: how many of them were compiled for that
+
+
+def warmup(
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    preset: str | Sequence[str] | None = None,
+    spec_file: str | Path | None = None,
+    specs: Iterable[Choice] | None = None,
+    device: torch.device | int | str | None = None,
+    jobs: int | None = None,
+    gradients: bool = False,
+    append: bool = False,
+    rotary: Rotary | None = None,
+    **arguments: Any,  # noqa: ANN401 - those of attention
+) -> WarmedUp:
+    """Compile and load ahead what later calls of `attention` need, on one device.
+
+    Lengths do not matter: the kernels for all of them are made, short queries and long, and the one
+    that merges splits. Do this before a CUDA graph is captured, and before requests come in. (The
+    lists of blocks of a `BlockSparse`, a `PerHead`, or a `LocalStride` that needs them, are no
+    kernels: the first call with the mask makes them, so make one before a capture.)
+
+    Parameters
+    ----------
+    q, k, v, **arguments
+        A call of `attention`; nothing is computed, and the tensors' contents do not matter.
+    preset : str or sequence of str, optional
+        Instead: model families, as `jitattn-cache prebuild --preset` knows them ("llama", "all").
+    spec_file : path, optional
+        Instead: a TOML or JSON file of choices, or a record that ``JITATTN_RECORD`` wrote. What it
+        says of architectures is passed over: the kernels are made for the device. A line of a
+        record that cannot be read costs a warning in the log.
+    specs : iterable of mapping, optional
+        Instead: choices, as such a file holds them: ``{"dtype": "bf16", "head_dim": 128, "mask":
+        "causal"}``.
+    device : torch.device, int or str, default that of q, else the current one
+        Where the kernels are loaded.
+    jobs : int, default the number of processors
+        Processes that compile.
+    gradients : bool
+        With a call: load the kernels of its backward pass as well.
+    append : bool
+        With a call: load the kernel that appends to a cache as well, for `attention_with_kvcache`.
+    rotary : Rotary, optional
+        With a call: load the kernels of `apply_rotary` as well; with `append`, the tables that such
+        calls will pass.
+
+    Returns
+    -------
+    WarmedUp
+        How many kernels are loaded, and how many of them were compiled for that. Nothing is done
+        for tensors on the CPU.
+
+    Raises
+    ------
+    InvalidInputError
+        No call, preset, file or spec is given, or more than one of them; or an argument is wrong.
+    UnsupportedError
+        There is no GPU of sm_80 or newer.
+    CompileError, LaunchError, CacheMissError
+        A kernel could not be compiled or loaded. The others are there all the same.
+
+    Examples
+    --------
+    >>> jitattn.warmup(q, k, v, mask=jitattn.Causal())       # doctest: +SKIP
+    >>> jitattn.warmup(preset=["llama", "sd"])                # doctest: +SKIP
+    """
+    ways = {"q": q, "preset": preset, "spec_file": spec_file, "specs": specs}
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) != 1:
+        raise InvalidInputError(
+            f"warmup got {', '.join(given) or 'nothing'}: it takes one of a call (q, k, v and the "
+            "other arguments of attention), preset, spec_file or specs"
+        )
+    if q is not None:
+        return _warm_call(q, k, v, arguments, device, jobs, gradients, append, rotary)
+    if arguments or k is not None or v is not None:
+        raise InvalidInputError(
+            f"warmup({given[0]}=...) takes no {', '.join(arguments) or 'k and v'}: arguments of "
+            "attention go with q, k and v"
+        )
+    if preset is not None:
+        names = [preset] if isinstance(preset, str) else preset
+        entries = [("preset", choice) for choice in preset_choices(names)]
+    elif spec_file is not None:
+        entries = read_entries(Path(spec_file))
+    else:
+        entries = [_entry(number, choice) for number, choice in enumerate(specs or ())]
+    index = _index(device)
+    arch = device_of(index).arch
+    found, errors = expand([(place, {**choice, "arch": arch}) for place, choice in entries])
+    for error in errors:
+        raise error
+    return _warm(found, index, jobs)
+
+
+def _entry(number: int, choice: object) -> tuple[str, Choice]:
+    place = f"specs[{number}]"
+    if not isinstance(choice, Mapping):
+        raise InvalidInputError(
+            f"{place} is a {type(choice).__name__}: it must be a mapping of fields, as in "
+            '{"dtype": "bf16", "head_dim": 128, "mask": "causal"}'
+        )
+    return place, choice
+
+
+def _warm_call(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    arguments: dict[str, Any],
+    device: torch.device | int | str | None,
+    jobs: int | None,
+    gradients: bool,
+    append: bool,
+    rotary: Rotary | None,
+) -> WarmedUp:
+    if k is None or v is None:
+        raise InvalidInputError("warmup got q without k and v: it takes all three of a call")
+    tensors, call = bind(q, k, v, arguments)
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+    problem, runtime, _ = parse_any(q, k, v, call)
+    if device is None and not q.is_cuda:
+        return WarmedUp(kernels=0, compiled=0)
+    index = _index(q.device if device is None else device)
+    arch = device_of(index).arch
+    specs: list[KernelSpec] = []
+    norm = call.scores.qk_norm
+    if norm is not None and norm.normalize:
+        made = normalize.norm_spec(q, k, norm, call, arch)
+        specs.append(made)
+        if gradients:
+            specs += normalize.norm_grad_specs(made)
+        call = call_of_normalized(call, runtime.scale)
+        problem, _, _ = parse_any(*normalize.like_normalized(q, k), v, call)
+    if gradients:
+        specs += specs_of_gradients(
+            problem, runtime.listed, call.scores, arch, deterministic=is_deterministic(call)
+        )
+    for bias_staged, dense_staged in stagings(call):
+        alike = replace(problem, bias_staged=bias_staged, dense_staged=dense_staged)
+        specs += specs_for_gear(alike, gear_of(call.gear, problem.dtype), arch)
+        specs += specs_of_problem(alike, arch)
+    if append:
+        specs += [append_spec(q.dtype, rotary, access, arch) for access in Access]
+    if rotary is not None:
+        specs += rotary_specs(q.dtype, rotary, arch)
+    return _warm(list(dict.fromkeys(specs)), index, jobs)
+
+
+def _index(device: torch.device | int | str | None) -> int:
+    if not torch.cuda.is_available():
+        raise UnsupportedError(
+            "torch sees no CUDA device to load kernels on; to compile without one, use "
+            "jitattn-cache prebuild --arch"
+        )
+    if device is None:
+        return torch.cuda.current_device()
+    chosen = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if chosen.type != "cuda":
+        raise InvalidInputError(
+            f"device={device}: kernels are loaded on a CUDA device; the CPU path needs none"
+        )
+    return torch.cuda.current_device() if chosen.index is None else chosen.index
+
+
+def _warm(specs: Sequence[KernelSpec], device_index: int, jobs: int | None) -> WarmedUp:
+    cold = [spec for spec in specs if not launch.is_loaded(spec, device_index)]
+    missing = [spec for spec in cold if build.find(spec) is None]
+    outcomes = list(build_all(missing, jobs))
+    failed = {outcome.spec: outcome for outcome in outcomes if outcome.error}
+    with torch.cuda.device(device_index):
+        workspace.prepare(device_index)
+        for spec in cold:
+            if spec not in failed:
+                launch.kernel(spec, device_index)
+    for outcome in failed.values():
+        raise outcome.exception()
+    return WarmedUp(len(specs), sum(outcome.origin == "compiled" for outcome in outcomes))

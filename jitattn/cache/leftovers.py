@@ -1,0 +1,223 @@
+"""Deletes what a cache can do without: drafts of dead writers, entries set aside, imports.
+
+Only names of the cache's own patterns are deleted, only in directories that are checked as a reader
+checks them, and never through a link.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import stat
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+from jitattn.cache.entry import KEY
+from jitattn.cache.store import FILE, SHARD
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from jitattn.cache.directory import Directory
+    from jitattn.cache.disk import DiskCache
+
+Kind: TypeAlias = Literal["draft", "aside", "import"]
+
+#: Directory of the imported archives, each under its digest.
+IMPORTED: Final = "imported"
+STALE_SECONDS: Final = 3600  #: a draft this old belongs to a writer that died
+KEEP_BAD: Final = 32  #: files that were set aside and stay for a look
+_DRAFT: Final = re.compile(r"[0-9]+-[0-9a-f]{16}")
+_ASIDE: Final = re.compile(r"[0-9a-f]{64}-[0-9a-f]{8}\.(?:cubin|json)")
+_IMPORT: Final = re.compile(r"\.[0-9a-f]{16}-[0-9]+-[0-9a-f]{8}")
+_VERSION: Final = re.compile(r"v[0-9]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """A file or folder that nobody needs, or will not need once its writer is done."""
+
+    kind: Kind
+    name: str
+    changed: float  #: time of its last change
+    bytes: int  #: 0 for the folder of an import
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether it is older than any writer takes; a time from the future is a wrong clock's."""
+        return abs(time.time() - self.changed) > STALE_SECONDS
+
+
+def find(cache: DiskCache, trouble: list[OSError]) -> list[Leftover]:
+    """List what there is, in use or not: drafts, files that were set aside, unfinished imports."""
+    found: list[Leftover] = []
+    with noted(trouble), cache.open() as store:
+        found += _in_store(store, trouble)
+    with noted(trouble), cache.open_root() as root:
+        found += _of_imports(root, trouble)
+    return found
+
+
+def sweep(cache: DiskCache, keep_bad: int, trouble: list[OSError], *, is_dry: bool = False) -> int:
+    """Delete what dead writers left, and all but the newest files that were set aside."""
+    count = 0
+    with noted(trouble), cache.open() as store:
+        found = _in_store(store, trouble)
+        drafts = [one for one in found if one.kind == "draft" and one.is_stale]
+        aside = [one for one in found if one.kind == "aside"]
+        doomed = drafts + aside[: max(0, len(aside) - keep_bad)]
+        count += len(doomed) if is_dry else _delete_files(store, doomed, trouble)
+    with noted(trouble), cache.open_root() as root, root.folder(IMPORTED) as imported:
+        # An import at work holds the lock. Where there are no locks, age tells.
+        are_dead = imported.lock()
+        dead = [one for one in _of_imports(root, trouble) if are_dead or one.is_stale]
+        for one in dead:
+            with noted(trouble):
+                count += is_dry or delete_import(imported, one.name)
+    return count
+
+
+def _in_store(store: Directory, trouble: list[OSError]) -> list[Leftover]:
+    """List the drafts, and then the files that were set aside, oldest first."""
+    aside = _listed(store, "bad", "aside", _ASIDE, trouble)
+    return [
+        *_listed(store, "tmp", "draft", _DRAFT, trouble),
+        *sorted(aside, key=lambda one: one.changed),
+    ]
+
+
+def _of_imports(root: Directory, trouble: list[OSError]) -> list[Leftover]:
+    return list(_listed(root, IMPORTED, "import", _IMPORT, trouble))
+
+
+def imports(cache: DiskCache, trouble: list[OSError]) -> list[str]:
+    """List the digests of the archives that were imported."""
+    with noted(trouble), cache.open_root() as root, root.folder(IMPORTED) as imported:
+        return list(filter(KEY.fullmatch, imported.names()))
+    return []
+
+
+def delete_imports(cache: DiskCache, trouble: list[OSError]) -> int:
+    """Delete all archives that were imported; returns how many were there."""
+    count = 0
+    with noted(trouble), cache.open_root() as root, root.folder(IMPORTED) as imported:
+        # So that nobody takes what is on its way out for what is left of an import that died.
+        imported.lock(is_shared=True)
+        for digest in filter(KEY.fullmatch, imported.names()):
+            with noted(trouble):
+                count += _delete_whole(imported, digest)
+    return count
+
+
+def _delete_whole(imported: Directory, digest: str) -> bool:
+    """Take an archive out of use at once, and then delete it.
+
+    Whoever imports the archive meanwhile finds its name free.
+    """
+    imported.folder(digest).close()  # one that is not trusted stays where it is
+    name = unfinished(digest)
+    imported.rename(digest, imported, name)
+    try:
+        return delete_import(imported, name)
+    except OSError:
+        with contextlib.suppress(OSError):
+            imported.rename(name, imported, digest)
+        raise
+
+
+def unfinished(digest: str) -> str:
+    """Name a folder of an archive that is not there yet, or not for long."""
+    return f".{digest[:16]}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _delete_files(store: Directory, doomed: list[Leftover], trouble: list[OSError]) -> int:
+    """Delete drafts and files that were set aside; returns how many were there."""
+    count = 0
+    for one in doomed:
+        with noted(trouble), store.folder("tmp" if one.kind == "draft" else "bad") as folder:
+            _delete_file(folder, one.name)
+            count += 1
+    return count
+
+
+@contextlib.contextmanager
+def noted(trouble: list[OSError]) -> Iterator[None]:
+    """Keep errors for a report, but for those of what is not there."""
+    try:
+        yield
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        trouble.append(error)
+
+
+def _delete_file(folder: Directory, name: str) -> None:
+    """Delete a file, or an empty directory in its place."""
+    if stat.S_ISDIR(folder.status(name).st_mode):
+        folder.rmdir(name)
+    else:
+        folder.unlink(name)
+
+
+def delete_import(folder: Directory, name: str, *, take_back: bool = False) -> bool:
+    """Delete the folder of an archive that nobody reads; False if it is gone already.
+
+    Parameters
+    ----------
+    take_back : bool
+        Go into directories of this user that others may write to, closing them first.
+
+    Raises
+    ------
+    OSError
+        Part of it cannot be deleted, or is none of the cache's files: that stays.
+    """
+    try:
+        if not stat.S_ISDIR(folder.status(name).st_mode):
+            folder.unlink(name)
+            return True
+        with _inner(folder, name, take_back) as top:
+            _delete_matching(top, "tmp", _DRAFT, take_back)
+            for version in filter(_VERSION.fullmatch, top.names()):
+                with _inner(top, version, take_back) as store:
+                    _delete_matching(store, "tmp", _DRAFT, take_back)
+                    for shard in filter(SHARD.fullmatch, store.names()):
+                        _delete_matching(store, shard, FILE, take_back)
+                top.rmdir(version)
+        folder.rmdir(name)
+    except FileNotFoundError:  # another process deletes it as well
+        return False
+    return True
+
+
+def _delete_matching(
+    parent: Directory, name: str, pattern: re.Pattern[str], take_back: bool
+) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        with _inner(parent, name, take_back) as folder:
+            # Metadata first: without it, the cubin counts for nothing.
+            for file in sorted(filter(pattern.fullmatch, folder.names()), reverse=True):
+                with contextlib.suppress(FileNotFoundError):
+                    _delete_file(folder, file)
+        parent.rmdir(name)
+
+
+def _inner(parent: Directory, name: str, take_back: bool) -> Directory:
+    if take_back:
+        with parent.folder(name, is_checked=False) as folder:
+            folder.take_back()
+    return parent.folder(name)
+
+
+def _listed(
+    parent: Directory, name: str, kind: Kind, pattern: re.Pattern[str], trouble: list[OSError]
+) -> Iterator[Leftover]:
+    with noted(trouble), parent.folder(name) as folder:
+        for one in filter(pattern.fullmatch, folder.names()):
+            with contextlib.suppress(FileNotFoundError):
+                status = folder.status(one)
+                size = 0 if kind == "import" else getattr(status, "st_blocks", 0) * 512
+                yield Leftover(kind, one, status.st_mtime, size)

@@ -1,0 +1,228 @@
+"""Tile tables of the backward kernels: pure functions of problem and architecture.
+
+Tuning knowledge is data with a comment. Figures: cuda_src/notes/0006.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from jitattn.errors import InternalError
+from jitattn.kernels.prepare_specs import backward_in_halves, split_spec
+from jitattn.kernels.tiles import half_of, max_smem_bytes
+from jitattn.spec.enums import (
+    Access,
+    BiasKind,
+    Dtype,
+    MaskKind,
+    Numerics,
+    ScoreTarget,
+    SeqLayout,
+    Staging,
+    Switch,
+)
+from jitattn.spec.kernel_spec import (
+    BwdSpec,
+    BwdTile,
+    KernelSpec,
+    Problem,
+    RoundSpec,
+    ScatterSpec,
+    ScoreGradSpec,
+    StatsSpec,
+    SumPartsSpec,
+    padded_head_dim,
+)
+from jitattn.values.gears import resolve_numerics
+
+#: block_q, block_kv, num_warps, warps_q, warps_keys, warps_dq, stages: the first that fits is
+#: taken, of the row for the largest padded head dim that it serves.
+_Row = tuple[int, int, int, int, int, int, int]
+_Table = dict[int, tuple[_Row, ...]]
+#: Four warps are for two CTAs on a multiprocessor, and left out where only one fits.
+#: TFLOP/s of an H200, bf16, 16k keys, full / causal.
+_TILES: Final[_Table] = {
+    # 287 / 281; 64x128 262 causal, 64x64 with 4 warps 274
+    64: ((128, 128, 8, 4, 4, 4, 2), (64, 128, 8, 2, 4, 2, 2), (64, 64, 8, 4, 2, 2, 2)),
+    # 325 / 313; 64x64 with 4 warps 310 causal, with 8 245, 128x64 262
+    128: ((64, 128, 8, 2, 4, 2, 2), (64, 64, 8, 4, 2, 2, 1)),
+    192: ((64, 64, 8, 4, 2, 2, 2), (64, 64, 8, 4, 2, 2, 1), (32, 64, 8, 2, 2, 2, 1)),
+    256: ((64, 64, 8, 4, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
+}
+#: Patterns whose blocks are of 64 keys or fewer: wider tiles visit what nobody sees. Local 16 of
+#: stride 8, us: D=64 1463 (128x128 2007), D=128 2611 (2 stages 2690, 128x64 3151, 64x128 3617).
+_SPARSE: Final[_Table] = {
+    **_TILES,
+    64: ((64, 64, 4, 2, 2, 2, 2), (64, 64, 4, 2, 2, 2, 1), (64, 64, 8, 4, 2, 2, 2)),
+    128: ((64, 64, 4, 2, 2, 2, 1), (64, 64, 8, 4, 2, 2, 2), (64, 64, 8, 4, 2, 2, 1)),
+}
+#: The same in blocks of 16 and 32, gathered. Local 32 of stride 8 in blocks of 32, us: D=64 1381
+#: (64x128 1465, 128x128 1389), D=128 2512 (64x64 with 4 warps 2899).
+_FINE: Final[_Table] = {**_SPARSE, 128: ((64, 128, 8, 2, 4, 2, 2), *_SPARSE[128])}
+#: Windows, us at D=128: 1024 keys 1330 (1 stage 1424, 64x128 1446), 4096 4024 (4344, 4161).
+_WINDOW: Final[_Table] = {**_SPARSE, 128: ((64, 64, 4, 2, 2, 2, 2), *_SPARSE[128])}
+#: Changes of scores need registers, and so do sequences that differ. D=64, softcap, us: 5591
+#: (128x128 6039).
+_CHANGED: Final[_Table] = {
+    **_TILES,
+    64: _SPARSE[64],
+    192: ((64, 64, 8, 4, 2, 2, 1), (32, 64, 8, 2, 2, 2, 1)),
+}
+_FP32: Final[_Table] = {
+    64: ((64, 64, 8, 4, 2, 2, 1), (32, 64, 8, 2, 2, 2, 1)),
+    128: ((32, 64, 8, 2, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
+    256: ((32, 32, 8, 2, 2, 2, 1), (16, 16, 8, 1, 1, 1, 1)),
+}
+#: fp32 as fp16 parts, which take as much room. us, full: D=64, 4 x 4k, 8 heads, 3343 (TF32 9837,
+#: 8 warps 3612 to 4371, two stages 4009, 32x64 3721 and more), D=128, 8k, 16 heads, 14834 (TF32
+#: 39451, 32x64 15185 and more, 32x32 16655 and more). Four warps of D=48 would spill.
+_HALVES: Final[_Table] = {
+    32: ((64, 64, 4, 2, 2, 2, 1), (64, 64, 8, 2, 2, 2, 1)),
+    48: ((64, 64, 8, 2, 2, 2, 1),),
+    64: ((64, 64, 4, 2, 2, 2, 1), (64, 64, 8, 2, 2, 2, 1)),
+    112: ((32, 64, 8, 2, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
+    128: ((64, 64, 8, 2, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
+}
+#: The same with what needs further registers: whatever is done with scores but masks of positions
+#: and key padding.
+_HALVES_CHANGED: Final[_Table] = {
+    64: ((64, 64, 8, 2, 2, 2, 1),),
+    128: ((32, 32, 8, 2, 2, 2, 1),),
+}
+#: The same of the gradients of what is added to scores: square, one stage.
+_SQUARES: Final[tuple[_Row, ...]] = (
+    (64, 64, 8, 4, 4, 4, 1),
+    (32, 32, 8, 2, 2, 2, 1),
+    (16, 16, 8, 1, 1, 1, 1),
+)
+
+
+def backward_problem(problem: Problem) -> Problem:
+    """Return what a forward problem is to its backward kernel.
+
+    A fixed shift cancels, matrices are read where they are, and pages of any size alike. Whatever
+    the gear, gradients have the numerics of gear 2; fp16 parts are kept where a kernel takes them.
+    """
+    in_halves = problem.numerics is Numerics.F16X3 and backward_in_halves(problem) is not None
+    return replace(
+        problem,
+        out_dtype=problem.dtype,
+        numerics=problem.numerics if in_halves else resolve_numerics(2, problem.dtype),
+        kv_layout=SeqLayout.PAGED if problem.kv_layout.page_group else problem.kv_layout,
+        fixed_shift=Switch.OFF,
+        bias_staged=Staging.OFF,
+        dense_staged=Staging.OFF,
+    )
+
+
+def bwd_spec(problem: Problem, arch: str, *, deterministic: bool = False) -> BwdSpec:
+    """Return the whole spec of the backward kernel of a forward problem on `arch`.
+
+    Raises
+    ------
+    UnsupportedError
+        `arch` is older than sm_80.
+    """
+    problem = backward_problem(problem)
+    limit = max_smem_bytes(arch)
+    dim = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v))
+    table = _TILES
+    if problem.numerics is Numerics.F16X3:
+        table = _HALVES_CHANGED if _changes_scores(problem) else _HALVES
+    elif problem.dtype is Dtype.FP32:
+        table = _FP32
+    elif problem.mask is MaskKind.WINDOW:
+        table = _WINDOW
+    elif problem.mask is MaskKind.FINE_STRIDE:
+        table = _FINE
+    elif problem.mask not in (MaskKind.FULL, MaskKind.CAUSAL):
+        table = _SPARSE
+    elif problem.access is Access.ELEMENT or _has_changes(problem) or not problem.is_uniform:
+        table = _CHANGED
+    switch = Switch.ON if deterministic else Switch.OFF
+    for row in next(rows for top, rows in table.items() if dim <= top):
+        spec = BwdSpec(problem=problem, tile=_tile(row), deterministic=switch, arch=arch)
+        if spec.smem_bytes <= (half_of(limit) if spec.tile.num_warps == 4 else limit):
+            return spec
+    raise InternalError(f"no backward tile fits {arch} for {problem}")
+
+
+def _has_changes(problem: Problem) -> bool:
+    """Return whether scores are changed by more than a sink, which takes one product a weight."""
+    return replace(problem, sinks=Switch.OFF).has_scores
+
+
+def _changes_scores(problem: Problem) -> bool:
+    names = ("relative_bias", "alibi", "softcap", "dense", "dropout")
+    changes = any(getattr(problem, name) is Switch.ON for name in names)
+    return changes or problem.bias is not BiasKind.NONE
+
+
+def score_grad_spec(problem: Problem, arch: str, target: ScoreTarget) -> ScoreGradSpec:
+    """Return the whole spec of a kernel for gradients of what is added to scores."""
+    problem = replace(backward_problem(problem), numerics=resolve_numerics(2, problem.dtype))
+    for row in _SQUARES:
+        spec = ScoreGradSpec(problem=problem, tile=_tile(row), target=target, arch=arch)
+        if spec.smem_bytes <= max_smem_bytes(arch):
+            return spec
+    raise InternalError(f"no tile of score gradients fits {arch} for {problem}")
+
+
+def _tile(row: _Row) -> BwdTile:
+    block_q, block_kv, num_warps, warps_q, warps_keys, warps_dq, stages = row
+    return BwdTile(
+        block_q=block_q,
+        block_kv=block_kv,
+        num_warps=num_warps,
+        warps_scores=min(num_warps, warps_q * (block_kv // 16)),
+        warps_q=warps_q,
+        warps_keys=warps_keys,
+        warps_dq=warps_dq,
+        stages=stages,
+        min_blocks_per_sm=1,
+    )
+
+
+def dq_spec(spec: BwdSpec) -> RoundSpec | SumPartsSpec:
+    """Return the kernel that makes dQ of the sums that a backward kernel leaves."""
+    problem, tile = spec.problem, spec.tile
+    if not spec.in_fragments:
+        return SumPartsSpec(dtype=problem.dtype, head_dim=problem.head_dim, arch=spec.arch)
+    return RoundSpec(
+        dtype=problem.dtype,
+        head_dim=problem.head_dim,
+        block_q=tile.block_q,
+        num_warps=tile.num_warps,
+        warps_dq=tile.warps_dq,
+        arch=spec.arch,
+    )
+
+
+def specs_of_parts(problem: Problem, arch: str) -> list[KernelSpec]:
+    """Return the kernels that add up parts of dK and dV for a backward problem: lengths decide."""
+    made: list[KernelSpec] = []
+    for dim in dict.fromkeys((problem.head_dim, problem.head_dim_v)):
+        if problem.kv_layout is not SeqLayout.PAGED:
+            made.append(SumPartsSpec(dtype=problem.dtype, head_dim=dim, arch=arch))
+        if problem.kv_layout is not SeqLayout.BATCHED:
+            made.append(ScatterSpec(dtype=problem.dtype, head_dim=dim, arch=arch))
+    return made
+
+
+def specs_of_backward(
+    problem: Problem, arch: str, *, deterministic: bool = False
+) -> list[KernelSpec]:
+    """Return every kernel that the backward pass of a call can need: lengths decide."""
+    spec = bwd_spec(problem, arch, deterministic=deterministic)
+    stats = [
+        StatsSpec(dtype=problem.out_dtype, head_dim_v=problem.head_dim_v, access=access, arch=arch)
+        for access in Access
+        if access is Access.ELEMENT or problem.head_dim_v * problem.out_dtype.bytes % 16 == 0
+    ]
+    specs: list[KernelSpec] = [spec, *stats, dq_spec(spec)]
+    in_halves = backward_in_halves(backward_problem(problem))
+    if in_halves is not None:
+        other = bwd_spec(in_halves, arch, deterministic=deterministic)
+        specs += [split_spec(in_halves, arch, gradients=True), other, dq_spec(other)]
+    return list(dict.fromkeys([*specs, *specs_of_parts(spec.problem, arch)]))

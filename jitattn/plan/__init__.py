@@ -1,0 +1,1 @@
+"""Which kernels serve a call, and which of them are made ahead."""

@@ -1,0 +1,1 @@
+"""One call, checked once: its problem, its sizes, and what kernels read of it."""

@@ -1,0 +1,155 @@
+"""Keep block lists for as long as the patterns that they were made from.
+
+Lists of a `BlockSparse` belong to the memory of its pattern: values made again from the same
+tensor, views of it and what operators are handed find them, and they go with the memory. Lists of
+rules without tensors are kept by value, up to a size. Nothing is freed that a queued kernel may
+read: every stream that uses a list is recorded with torch's allocator.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import torch
+
+from jitattn.values.masks import BlockSparse, PerHead
+from jitattn.values.write_tracking import Snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from jitattn.request.block_lists import Lists
+    from jitattn.values.masks import Rule
+
+#: Bytes of lists of rules without tensors, of all devices together.
+_MOST_BYTES: Final = 1 << 30
+
+Key: TypeAlias = tuple[Hashable, ...]
+
+
+def patterns_of(rule: Rule) -> list[Tensor]:
+    """Return the pattern tensors of a rule, in order."""
+    parts = rule.rules if isinstance(rule, PerHead) else (rule,)
+    return [part.pattern for part in parts if isinstance(part, BlockSparse)]
+
+
+def identity_of(rule: Rule) -> Hashable:
+    """Return a key that rules over the same memory share; valid while that memory is alive."""
+    if isinstance(rule, PerHead):
+        return tuple(identity_of(part) for part in rule.rules)
+    if not isinstance(rule, BlockSparse):
+        return rule
+    pattern = rule.pattern
+    memory = pattern.untyped_storage()._cdata
+    place = (pattern.data_ptr(), tuple(pattern.shape), pattern.stride())
+    return (memory, *place, rule.block_size, rule.causal)
+
+
+class _Entry:
+    """Lists, and what they depend on."""
+
+    __slots__ = ("lists", "snapshots", "streams")
+
+    def __init__(self, lists: Lists, snapshots: list[Snapshot], home: int) -> None:
+        self.lists = lists
+        self.snapshots = snapshots
+        self.streams = {home}
+
+    def still_holds(self, patterns: list[Tensor]) -> bool:
+        return all(
+            snapshot.still_holds(pattern)
+            for snapshot, pattern in zip(self.snapshots, patterns, strict=True)
+        )
+
+    def record_use(self, device: torch.device) -> None:
+        """Let the allocator wait for the current stream before it gives the memory away."""
+        if device.type != "cuda":
+            return
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        if stream not in self.streams:
+            current = torch.cuda.current_stream(device)
+            for tensor in (self.lists.groups, self.lists.spans, self.lists.heads):
+                tensor.record_stream(current)
+            self.streams.add(stream)
+
+
+class ListCache:
+    """Lists by rule, device and lengths; thread-safe."""
+
+    def __init__(self, most_bytes: int = _MOST_BYTES) -> None:
+        self._lock = threading.RLock()  # memory may die, and be dropped here, while it is held
+        self._of_patterns: dict[Key, _Entry] = {}
+        #: Keys of the lists that read a pattern's memory, by that memory.
+        self._readers: dict[int, set[Key]] = {}
+        self._of_values: OrderedDict[Key, _Entry] = OrderedDict()
+        self._most_bytes = most_bytes
+        self._bytes = 0
+        #: Lists whose addresses are in captured graphs: kept for the life of the process.
+        self._captured: list[Lists] = []
+
+    def __len__(self) -> int:
+        return len(self._of_patterns) + len(self._of_values)
+
+    def find(self, key: Key, rule: Rule, device: torch.device) -> Lists | None:
+        """Return the lists made earlier, if the patterns were not written to since."""
+        patterns = patterns_of(rule)
+        with self._lock:
+            entry = (self._of_patterns if patterns else self._of_values).get(key)
+            if entry is not None and not patterns:
+                self._of_values.move_to_end(key)
+        if entry is None or not entry.still_holds(patterns):
+            return None
+        entry.record_use(device)
+        return entry.lists
+
+    def make(self, key: Key, rule: Rule, device: torch.device, build: Callable[[], Lists]) -> Lists:
+        """Build lists in the current stream, wait until they are there, and keep them."""
+        patterns = patterns_of(rule)
+        snapshots = [Snapshot(pattern) for pattern in patterns]
+        stream = 0
+        made = build()
+        if device.type == "cuda":
+            stream = torch._C._cuda_getCurrentRawStream(device.index)
+            torch.cuda.current_stream(device).synchronize()  # any stream may read them from here on
+        entry = _Entry(made, snapshots, stream)
+        with self._lock:
+            if patterns:
+                self._keep_with_patterns(key, entry, patterns)
+            else:
+                self._keep_by_value(key, entry)
+        return made
+
+    def pin(self, lists: Lists) -> None:
+        """Keep lists for good: a graph that is being captured reads them."""
+        with self._lock:
+            if not any(lists is pinned for pinned in self._captured):
+                self._captured.append(lists)
+
+    def _keep_with_patterns(self, key: Key, entry: _Entry, patterns: list[Tensor]) -> None:
+        self._of_patterns[key] = entry
+        for pattern in patterns:
+            storage = pattern.untyped_storage()  # one Python object for as long as the memory lives
+            memory = storage._cdata
+            if memory not in self._readers:
+                self._readers[memory] = set()
+                weakref.finalize(storage, self._drop, memory).atexit = False
+            self._readers[memory].add(key)
+
+    def _drop(self, memory: int) -> None:
+        with self._lock:
+            for key in self._readers.pop(memory, ()):
+                self._of_patterns.pop(key, None)
+
+    def _keep_by_value(self, key: Key, entry: _Entry) -> None:
+        replaced = self._of_values.pop(key, None)
+        self._of_values[key] = entry
+        self._bytes += entry.lists.nbytes - (0 if replaced is None else replaced.lists.nbytes)
+        while self._bytes > self._most_bytes and len(self._of_values) > 1:
+            _, oldest = self._of_values.popitem(last=False)
+            self._bytes -= oldest.lists.nbytes

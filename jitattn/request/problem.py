@@ -1,0 +1,479 @@
+"""Validation: the arguments of a call → `Problem` (changes machine code) + `Runtime` (does not).
+
+The one validation of the CPU and the GPU path. It runs on every call, so the usual call pays for
+plain comparisons only: texts are built when something is wrong, and `Problem`s are kept, keyed by
+the few facts that they follow from (a closed, small set: dtypes, head dims, mask kind, gear and
+the alignment class; never lengths, counts or strides).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TypeAlias
+
+import torch
+
+from jitattn.errors import (
+    InternalError,
+    InvalidInputError,
+    UnsupportedError,
+    WithoutMemoryError,
+)
+from jitattn.jit.device import device
+from jitattn.request.outputs import check_out
+from jitattn.request.scores import NO_CHANGES, Fields
+from jitattn.spec.enums import Access, Dtype, MaskKind, RowClass, SeqLayout
+from jitattn.spec.kernel_spec import Problem
+from jitattn.values.gears import get_default_gear, resolve_numerics
+from jitattn.values.given import integer, real
+from jitattn.values.masks import Causal, Full, is_mask
+from jitattn.values.tensors import (
+    CPU_DTYPES,
+    DTYPES,
+    LOW_ADDRESS,
+    MAX_HEAD_DIM,
+    address_of,
+    refuse_nested,
+    short,
+    strides_of,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from jitattn.request.scores import Scores
+    from jitattn.values.masks import Mask, Rule
+    from jitattn.values.sequences import KvSequences, QSequences
+
+#: batch, len_q, len_kv, heads_q, heads_kv, head_dim, head_dim_v.
+_Sizes: TypeAlias = tuple[int, int, int, int, int, int, int]
+#: Strides in elements, (batch, row, head); 0 for a dimension of size 0 or 1, which no index passes.
+Strides: TypeAlias = tuple[int, int, int]
+
+MAX_SPLITS: Final = 256
+_FP64: Final = torch.float64
+#: Rows, keys and heads are counted in 32 bits.
+_MAX_COUNT: Final = 2**31 - 1
+#: |scale| · log2(e) travels as an fp32 number.
+_MAX_SCALE: Final = 3.4e38 / math.log2(math.e)
+
+#: What `tile_rows` may be, and the kernel that it is.
+TILE_ROWS: Final = {16: RowClass.ROWS16, 64: RowClass.ROWS64, 128: RowClass.MANY}
+#: The gear, None for the dtype's own, and whether the GPU is faster with fp16 accumulators.
+Setting: TypeAlias = tuple[int | None, bool]
+_problems: dict[tuple[object, ...], Problem] = {}
+
+
+class Call(NamedTuple):
+    """The keyword arguments of `attention`, as they were given."""
+
+    mask: Mask
+    scale: float | None
+    layout: str
+    gear: int | None
+    out: Tensor | None
+    out_dtype: torch.dtype | None
+    num_splits: int | None
+    return_lse: bool
+    q_seqs: QSequences
+    kv_seqs: KvSequences
+    scores: Scores = NO_CHANGES
+    deterministic: bool = False
+    tile_rows: int | None = None
+
+
+class Indices(NamedTuple):
+    """Where sequences lie that differ from each other, as a kernel reads it.
+
+    Addresses are 0 for what does not exist. Indices are read as 4-byte words: of one of 8 bytes,
+    the low word.
+    """
+
+    #: q_start, q_stop, kv_start, kv_stop, block_table, and the stride of the table's rows in words
+    addresses: tuple[int, ...]
+    bottom_right: bool  #: the diagonal of each sequence is moved by its Lkv - Lq
+    #: q_word, kv_word, table_word, q_span_kind, kv_span_kind, q_rows, kv_rows, num_pages,
+    #: page_size, page_div_mul, page_div_shift: as `FwdSeqParams` has them
+    counts: tuple[int, ...]
+    is_flat: bool  #: q is [total, Hq, D], and so out; LSE is [Hq, total]
+
+    @property
+    def q_rows_in_all(self) -> int | None:
+        """Query rows of all sequences together, at most; None if they may share rows."""
+        q_stop_is_length, q_rows = self.counts[3], self.counts[5]
+        return q_rows if self.is_flat and not q_stop_is_length else None
+
+
+class Runtime(NamedTuple):
+    """What a call hands to a kernel beside the code: sizes, strides and numbers.
+
+    Strides are in elements, as (batch, row, head), whatever the layout was.
+    """
+
+    batch: int
+    len_q: int
+    len_kv: int
+    heads_q: int
+    heads_kv: int  #: 0 only with heads_q == 0
+    q_strides: Strides
+    k_strides: Strides
+    v_strides: Strides
+    scale: float  #: finite, any sign
+    diagonal: int  #: causal, window: query i sees the keys <= i + diagonal; 0 for Full
+    indices: Indices | None = None  #: None: every sequence fills its row of the batch
+    score_params: tuple[float, ...] = ()  #: fields of `FwdScoreParams`; empty: nothing but a scale
+    listed: Rule | None = None  #: what lists of blocks are made of
+
+
+def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime]:
+    """Check every argument of `attention` and sort its facts by what they change.
+
+    Here, every sequence fills its row of the batch, and the mask is `Full` or `Causal`;
+    `layouts.parse` handles all others too.
+
+    Parameters
+    ----------
+    q, k, v : Tensor
+        torch tensors only.
+    call : Call
+
+    Returns
+    -------
+    problem : Problem
+        What changes machine code; the same object for the same facts.
+    runtime : Runtime
+        What does not.
+
+    Raises
+    ------
+    InvalidInputError
+        An argument breaks a rule. The message gives argument and value, the rule, the way out.
+    UnsupportedError
+        The request is legal, but nothing computes it yet: a gear, a dtype, a device.
+    """
+    mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, *_, tile_rows = call
+    row, head = axes(layout)
+    batch, len_q, len_kv, heads_q, heads_kv, head_dim, head_dim_v = _sizes(q, k, v, row, head)
+    diagonal = _diagonal(mask, len_q, len_kv)
+    check_options(q, gear, out_dtype, num_splits, return_lse, tile_rows)
+    result_dtype = q.dtype if out_dtype is None else out_dtype
+
+    try:
+        q_stride, k_stride, v_stride = q.stride(), k.stride(), v.stride()
+        at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        # The low bits of an "or" are clear exactly when those of every part are.
+        address = at_q | at_k | at_v
+        odd = at_q < LOW_ADDRESS or at_k < LOW_ADDRESS or at_v < LOW_ADDRESS or q.is_neg()
+        odd = odd or q_stride[3] != 1 or k_stride[3] != 1 or v_stride[3] != 1
+        odd = odd or k.is_neg() or v.is_neg()
+    except RuntimeError:  # sparse, nested, inside a transform
+        odd, address = True, 0
+    if odd:  # name what is wrong, if it is wrong
+        address = address_of("q", q) | address_of("k", k) | address_of("v", v)
+        q_stride, k_stride, v_stride = strides_of("q", q), strides_of("k", k), strides_of("v", v)
+        if address < 0:
+            raise WithoutMemoryError
+    # A stride that no index passes says nothing.
+    q_strides = qb, qr, qh = (
+        q_stride[0] if batch > 1 else 0,
+        q_stride[row] if len_q > 1 else 0,
+        q_stride[head] if heads_q > 1 else 0,
+    )
+    k_strides = kb, kr, kh = (
+        k_stride[0] if batch > 1 else 0,
+        k_stride[row] if len_kv > 1 else 0,
+        k_stride[head] if heads_kv > 1 else 0,
+    )
+    v_strides = vb, vr, vh = (
+        v_stride[0] if batch > 1 else 0,
+        v_stride[row] if len_kv > 1 else 0,
+        v_stride[head] if heads_kv > 1 else 0,
+    )
+    size = q.element_size()
+    units = (qb | qr | qh | kb | kr | kh | vb | vr | vh | head_dim | head_dim_v) * size
+    if out is not None:
+        shape = (batch, len_q, heads_q, head_dim_v)
+        if layout == "bhsd":
+            shape = (batch, heads_q, len_q, head_dim_v)
+        check_out(out, (q, k, v), shape, result_dtype)
+        address |= address_of("out", out)
+        if address < 0:
+            raise WithoutMemoryError
+        steps = zip(strides_of("out", out)[:3], shape, strict=False)
+        for unit in (head_dim_v, *(step for step, count in steps if count > 1)):
+            units |= unit * out.element_size()
+
+    aligned = (address | units) & 15 == 0
+    kind = MaskKind.CAUSAL if type(mask) is Causal else MaskKind.FULL
+    setting = setting_of(gear, q)
+    key = (q.dtype, result_dtype, head_dim, head_dim_v, setting, aligned, kind)
+    problem = _problems.get(key)
+    return problem_of(key) if problem is None else problem, Runtime(
+        batch,
+        len_q,
+        len_kv,
+        heads_q,
+        heads_kv,
+        q_strides,
+        k_strides,
+        v_strides,
+        head_dim**-0.5 if scale is None else checked_scale(scale),
+        diagonal,
+    )
+
+
+def is_deterministic(call: Call) -> bool:
+    """Whether dq is to be the same in every run: as the call says, or torch's own switch."""
+    return call.deterministic or torch.are_deterministic_algorithms_enabled()
+
+
+def axes(layout: str) -> tuple[int, int]:
+    """Return which dimensions of a batched tensor are rows and heads."""
+    if layout == "bshd":
+        return 1, 2
+    if layout == "bhsd":
+        return 2, 1
+    raise InvalidInputError(
+        f"layout={layout!r}: the layout is 'bshd' ([B, L, H, D]) or 'bhsd' ([B, H, L, D])"
+    )
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor, row: int, head: int) -> _Sizes:
+    """Check types, dtypes, devices and shapes of the inputs against each other."""
+    shape_q, shape_k, shape_v = check_alike(q, k, v)
+    if not len(shape_q) == len(shape_k) == len(shape_v) == 4:
+        raise InvalidInputError(
+            f"q, k and v must have 4 dimensions each, batch first and head_dim last "
+            f"({shapes(q, k, v)}); add a batch with .unsqueeze(0), or say where the sequences lie "
+            "with q_seqs and kv_seqs"
+        )
+    batch, heads_q, heads_kv = shape_q[0], shape_q[head], shape_k[head]
+    len_q, len_kv, head_dim = shape_q[row], shape_k[row], shape_q[3]
+    if (
+        shape_k[0] != batch
+        or shape_k[3] != head_dim
+        or shape_v[0] != batch
+        or shape_v[row] != len_kv
+        or shape_v[head] != heads_kv
+    ):
+        _refuse_shapes(q, k, v, row, head)
+    check_counts(q, k, v, batch, len_q, len_kv, heads_q, heads_kv)
+    return batch, len_q, len_kv, heads_q, heads_kv, head_dim, shape_v[3]
+
+
+def check_alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.Size, torch.Size, torch.Size]:
+    """Check types, dtypes and devices of the inputs against each other; return their shapes."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise InvalidInputError(
+                f"{name} is a {type(tensor).__name__}: q, k and v must be torch tensors"
+            )
+    dtype, device = q.dtype, q.device
+    if not k.dtype == v.dtype == dtype:
+        raise InvalidInputError(
+            f"q is {short(dtype)}, k is {short(k.dtype)} and v is {short(v.dtype)}: "
+            "they must have one dtype; cast them with .to()"
+        )
+    if not k.device == v.device == device:
+        raise InvalidInputError(
+            f"q is on {device}, k is on {k.device} and v is on {v.device}: "
+            "they must be on one device; move them with .to()"
+        )
+    if not (q.is_cuda or q.is_cpu or q.is_meta):
+        raise UnsupportedError(
+            f"q is on {device}: attention runs on CUDA and CPU tensors; move q, k and v with .to()"
+        )
+    if dtype is _FP64 and q.is_cuda:
+        raise UnsupportedError(
+            f"q is float64 on {device}: kernels take {', '.join(map(short, DTYPES))}; cast q, k "
+            "and v with .to(), or move them to the CPU, whose path computes in fp64"
+        )
+    try:
+        return q.shape, k.shape, v.shape
+    except RuntimeError:  # a nested tensor has none
+        refuse_nested((("q", q), ("k", k), ("v", v)))
+        raise
+
+
+def check_counts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: int,
+    len_q: int,
+    len_kv: int,
+    heads_q: int,
+    heads_kv: int,
+) -> None:
+    """Check head counts against each other, and that everything can be counted in 32 bits."""
+    if (heads_q % heads_kv if heads_kv else heads_q) != 0:
+        raise InvalidInputError(
+            f"q has {heads_q} heads but k and v have {heads_kv}: the heads of q must be a multiple "
+            f"of those of k and v ({shapes(q, k, v)}); check the layout argument"
+        )
+    rows = len_q * (heads_q // heads_kv) if heads_kv else len_q
+    if rows > _MAX_COUNT or len_kv > _MAX_COUNT or batch * heads_q > _MAX_COUNT:
+        raise InvalidInputError(
+            f"len_q * (heads_q / heads_kv) is {rows}, len_kv is {len_kv} and batch * heads_q is "
+            f"{batch * heads_q}: each must be below 2**31; split the call"
+        )
+
+
+def _diagonal(mask: Mask, len_q: int, len_kv: int) -> int:
+    """Check the mask, and say where the causal diagonal starts."""
+    if type(mask) is Full:
+        return 0
+    if isinstance(mask, Causal):
+        return len_kv - len_q if mask.align == "bottom_right" else 0
+    raise _no_mask(mask)
+
+
+def check_mask(mask: Mask) -> None:
+    """Refuse what is no mask."""
+    if not is_mask(mask):
+        raise _no_mask(mask)
+
+
+def _no_mask(mask: object) -> InvalidInputError:
+    kind = type(mask)
+    if isinstance(mask, torch.Tensor):
+        hint = "wrap a tensor in KeyPadding(...) or Dense(...)"
+    elif isinstance(mask, bool):
+        hint = "for is_causal=True pass Causal(), else leave mask out"
+    elif isinstance(mask, type):
+        hint = "the mask is a value, not a class: write Full() or Causal()"
+    elif mask is None:
+        hint = "leave mask out to let every query see every key"
+    else:
+        hint = "see jitattn.values.masks"
+    return InvalidInputError(
+        f"mask is a {kind.__name__}: it must be one of jitattn's masks, as Full() or Causal(); "
+        f"{hint}"
+    )
+
+
+def check_options(
+    q: Tensor,
+    gear: int | None,
+    out_dtype: torch.dtype | None,
+    num_splits: int | None,
+    return_lse: bool,
+    tile_rows: int | None,
+) -> None:
+    """Check what is small. Types come first: 2.0 and True would pass for 2 and 1 in a key."""
+    if gear is not None and type(gear) is not int:
+        resolve_numerics(gear, DTYPES.get(q.dtype, Dtype.FP16))  # refuses it
+    if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
+        raise InvalidInputError(
+            f"out_dtype={out_dtype!r}: it must be the dtype of q or torch.float32, as a torch.dtype"
+        )
+    if num_splits is not None and not 1 <= (integer(num_splits) or 0) <= MAX_SPLITS:
+        raise InvalidInputError(
+            f"num_splits={num_splits!r}: it must be an int from 1 to {MAX_SPLITS}; "
+            "leave it out to have it chosen"
+        )
+    if type(return_lse) is not bool:
+        raise InvalidInputError(f"return_lse={return_lse!r}: it must be True or False")
+    if tile_rows is not None and integer(tile_rows) not in TILE_ROWS:
+        raise InvalidInputError(
+            f"tile_rows={tile_rows!r}: it must be one of {', '.join(map(str, TILE_ROWS))}; "
+            "leave it out to have it chosen"
+        )
+
+
+def checked_scale(scale: float) -> float:
+    """Return the scale as a float; refuse what is none."""
+    number = real(scale)
+    if number is not None and -_MAX_SCALE < number < _MAX_SCALE:
+        return number
+    what = "a tensor" if isinstance(scale, torch.Tensor) else repr(scale)
+    raise InvalidInputError(
+        f"scale={what}: it must be a number that is finite in fp32 (negative and 0 are fine); "
+        "pass a float, or leave it out for 1/sqrt(head_dim)"
+    )
+
+
+def setting_of(gear: int | None, q: Tensor) -> Setting:
+    """Return what decides the numerics, beside the dtype."""
+    if gear is None:
+        gear = get_default_gear()
+    if gear is None or gear < 3:  # no GPU makes a difference
+        return gear, False
+    return gear, q.is_cuda and device(q.get_device()).has_fast_halves
+
+
+def problem_of(facts: tuple[Any, ...]) -> Problem:
+    """Return the `Problem` of these facts, always the same object."""
+    problem = _problems.get(facts)
+    if problem is None:
+        problem = _problems[facts] = _new_problem(*facts)
+    return problem
+
+
+def _new_problem(
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    setting: Setting,
+    aligned: bool,
+    mask: MaskKind,
+    q_layout: SeqLayout = SeqLayout.BATCHED,
+    kv_layout: SeqLayout = SeqLayout.BATCHED,
+    *others: Any,  # noqa: ANN401 - `scores.Fields` without the mask
+) -> Problem:
+    """Check what is worth checking once per kind of call, and build its `Problem`."""
+    if dtype not in CPU_DTYPES:
+        raise UnsupportedError(
+            f"q is {short(dtype)}: attention takes {', '.join(map(short, CPU_DTYPES))} (which is "
+            "for the CPU); cast q, k and v with .to()"
+        )
+    if out_dtype not in (dtype, torch.float32):
+        raise UnsupportedError(
+            f"out_dtype={out_dtype}: the result has the dtype of q ({short(dtype)}) or float32; "
+            "cast it afterwards"
+        )
+    for name, dim in (("head_dim", head_dim), ("head_dim of v", head_dim_v)):
+        if not 1 <= dim <= MAX_HEAD_DIM:
+            raise UnsupportedError(
+                f"{name} is {dim}: it must be from 1 to {MAX_HEAD_DIM}; "
+                "check the layout, or split the heads"
+            )
+    # No kernel is chosen for fp64, which is for the CPU: its gears are those of fp32.
+    kind, out_kind = (DTYPES.get(one, Dtype.FP32) for one in (dtype, out_dtype))
+    return Problem(
+        dtype=kind,
+        out_dtype=out_kind,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        mask=mask,
+        numerics=resolve_numerics(setting[0], kind, has_fast_halves=setting[1]),
+        q_layout=q_layout,
+        kv_layout=kv_layout,
+        access=Access.VEC16 if aligned else Access.ELEMENT,
+        **dict(zip(Fields._fields[1:], others, strict=False)),
+    )
+
+
+def _refuse_shapes(q: Tensor, k: Tensor, v: Tensor, row: int, head: int) -> NoReturn:
+    """Name the first size that does not fit."""
+    for what, axis, one, other in (
+        ("batch", 0, ("q", q), ("k", k)),
+        ("batch", 0, ("q", q), ("v", v)),
+        ("head_dim", 3, ("q", q), ("k", k)),
+        ("length", row, ("k", k), ("v", v)),
+        ("heads", head, ("k", k), ("v", v)),
+    ):
+        (name, tensor), (name_other, tensor_other) = one, other
+        if tensor.shape[axis] != tensor_other.shape[axis]:
+            raise InvalidInputError(
+                f"{name_other} has {what} {tensor_other.shape[axis]} but {name} has "
+                f"{tensor.shape[axis]}: they must match ({shapes(q, k, v)}); "
+                "check the layout argument"
+            )
+    raise InternalError(f"shapes were refused without a reason: {shapes(q, k, v)}")
+
+
+def shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Name the shapes of the inputs, for a message."""
+    return f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"

@@ -1,0 +1,359 @@
+"""What is done with scores beside scaling them: masks that are tensors, windows, biases, softcap.
+
+Validation of these arguments → the fields of `Problem` that they change, and the numbers and
+addresses that a kernel reads (`FwdScoreParams`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jitattn.errors import InvalidInputError
+from jitattn.request import norm as norms
+from jitattn.request.score_checks import Sizes, matrix, padding, softcap_of, vector
+from jitattn.spec.enums import BiasKind, MaskKind, Staging, Switch
+from jitattn.values.masks import (
+    BlockSparse,
+    Both,
+    Causal,
+    Dense,
+    Full,
+    KeyPadding,
+    LocalStride,
+    PerHead,
+    parts_of,
+)
+from jitattn.values.norm import L2Norm
+from jitattn.values.tensors import index_address
+
+if TYPE_CHECKING:
+    from jitattn.request.problem import Call
+    from jitattn.values.dropout import Dropout
+    from jitattn.values.masks import Rule
+
+#: The left bound of a window that has none.
+NO_LEFT: Final = -(2**30)
+#: Windows count positions in both directions.
+_MAX_WINDOW_LENGTH: Final = 2**30
+#: Lists count groups of keys, and their windows positions in both directions.
+_MAX_LISTED_LENGTH: Final = 2**28
+#: What kernels do not read of small tables.
+_NARROW: Final = (torch.float16, torch.bfloat16)
+#: Block sizes of local + stride patterns that need no lists: whole kernel blocks.
+_KERNEL_BLOCKS: Final = (64, 128)
+
+
+class Scores(NamedTuple):
+    """The keyword arguments of `attention` that change scores, as they were given."""
+
+    bias: Tensor | None = None
+    relative_bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    dropout: Dropout | None = None
+    qk_norm: L2Norm | None = None
+
+
+NO_CHANGES: Final = Scores()
+
+
+def in_fp32(scores: Scores) -> Scores:
+    """Return the arguments with small tables in fp32, as kernels read them; autograd follows."""
+    changes: dict[str, Any] = {}
+    for name in ("relative_bias", "alibi_slopes", "sinks"):
+        table = _widened(name, getattr(scores, name))
+        if table is not None:
+            changes[name] = table
+    norm = scores.qk_norm
+    if isinstance(norm, L2Norm):
+        head_scale = _widened("L2Norm(head_scale)", norm.head_scale)
+        if head_scale is not None:
+            changes["qk_norm"] = replace(norm, head_scale=head_scale)
+    return scores._replace(**changes) if changes else scores
+
+
+def _widened(name: str, table: Any) -> Tensor | None:  # noqa: ANN401 - checked later
+    """Return a table of 16 bits in fp32, None for any other."""
+    if not isinstance(table, Tensor) or table.dtype not in _NARROW:
+        return None
+    if not torch.compiler.is_dynamo_compiling():
+        index_address(name, table)  # refuses memory that is gone
+    return table.float()
+
+
+class Fields(NamedTuple):
+    """The fields of `Problem` that depend on these arguments."""
+
+    mask: MaskKind
+    bias: BiasKind
+    relative_bias: Switch
+    alibi: Switch
+    softcap: Switch
+    sinks: Switch
+    key_padding: Switch
+    dense: Switch
+    dropout: Switch
+    fixed_shift: Switch
+    bias_staged: Staging
+    dense_staged: Staging
+
+
+class Checked(NamedTuple):
+    """What a kernel needs to know."""
+
+    fields: Fields
+    bottom_right: bool
+    diagonal: int  #: beside the Lkv - Lq of a sequence, if bottom_right
+    params: tuple[float, ...]  #: as `FwdScoreParams` has them; `left` without Lkv - Lq
+    has_memory: bool  #: no tensor is a placeholder
+
+
+def tensors_of(call: Call) -> dict[str, Tensor]:
+    """Return the tensors among these arguments, by name."""
+    parts = parts_of(call.mask)
+    found = {
+        "bias": call.scores.bias,
+        "relative_bias": call.scores.relative_bias,
+        "alibi_slopes": call.scores.alibi_slopes,
+        "sinks": call.scores.sinks,
+        "KeyPadding(...)": None if parts.key_padding is None else parts.key_padding.keep,
+        "Dense(...)": None if parts.dense is None else parts.dense.keep,
+    }
+    if isinstance(call.scores.qk_norm, L2Norm):
+        found["L2Norm(head_scale)"] = call.scores.qk_norm.head_scale
+    patterns = patterns_of(parts.rule)
+    for idx, pattern in enumerate(patterns):
+        found["BlockSparse(...)" if len(patterns) == 1 else f"BlockSparse(...) no. {idx}"] = pattern
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def of_sequence(call: Call, idx: int) -> Call:
+    """Return the arguments of one sequence of the batch."""
+    if not isinstance(call.mask, KeyPadding | Dense | Both) and call.scores == NO_CHANGES:
+        return call
+    parts = parts_of(call.mask)
+    padding, dense = parts.key_padding, parts.dense
+    if padding is not None:
+        padding = KeyPadding(padding.keep[idx : idx + 1])
+    if dense is not None and dense.keep.shape[0] > 1:
+        dense = Dense(dense.keep[idx : idx + 1])
+    scores = call.scores
+    if scores.bias is not None and scores.bias.shape[0] > 1:
+        scores = scores._replace(bias=scores.bias[idx : idx + 1])
+    if scores.alibi_slopes is not None and scores.alibi_slopes.dim() == 2:
+        scores = scores._replace(alibi_slopes=scores.alibi_slopes[idx : idx + 1])
+    if scores.dropout is not None:
+        scores = scores._replace(dropout=scores.dropout._replace(first_batch=idx))
+    return call._replace(mask=Both(parts.rule, padding, dense), scores=scores)
+
+
+def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
+    """Check mask and score arguments, and return what kernels need.
+
+    Raises
+    ------
+    InvalidInputError
+        An argument breaks a rule. The message gives argument and value, the rule, the way out.
+    """
+    parts = parts_of(call.mask)
+    for name, value in tensors_of(call).items():
+        if not isinstance(value, Tensor):
+            raise InvalidInputError(
+                f"{name} is a {type(value).__name__}: it must be a torch tensor"
+            )
+        if value.device != q.device:
+            raise InvalidInputError(
+                f"{name} is on {value.device}, q is on {q.device}: they must be on one device; "
+                "move it with .to()"
+            )
+    bias, relative, slopes, softcap, sinks, dropout, norm = call.scores
+    heads = sizes.heads
+    dense = None if parts.dense is None else parts.dense.keep
+    nowhere = (0, (0, 0, 0))
+    of_bias = nowhere if bias is None else matrix("bias", bias, (q.dtype, torch.float32), sizes)
+    of_dense = nowhere if dense is None else matrix("Dense(...)", dense, (torch.bool,), sizes)
+    at_padding, padding_stride = 0, 0
+    if parts.key_padding is not None:
+        at_padding, padding_stride = padding(parts.key_padding.keep, sizes)
+    addresses = (
+        of_bias[0],
+        vector("relative_bias", relative, ((heads, -1), (1, -1))),
+        vector("alibi_slopes", slopes, ((heads,), (sizes.batch, heads))),
+        vector("sinks", sinks, ((heads,),)),
+        at_padding,
+        of_dense[0],
+        0 if dropout is None else index_address("dropout_state", dropout.state),
+    )
+    # What is not among the parameters of the kernel for attention.
+    read = [index_address("BlockSparse(...)", pattern) for pattern in patterns_of(parts.rule)]
+    if softcap is not None:
+        softcap = softcap_of(softcap)
+    shift = None
+    if norm is not None:
+        read.append(norms.check(norm, q, heads, call))
+        if bias is relative is slopes is None and softcap is None:
+            shift = norms.shift_of(norm, scale, q.dtype)
+    kind, bottom_right, diagonal, left, keep_first, lifts = _rule(parts.rule, sizes)
+    magnitude = abs(scale) or 1e-30  # as dispatch has it for a scale of 0
+    is_paired = False
+    if bias is not None:
+        address, steps = of_bias
+        pair = 2 * bias.element_size()
+        is_paired = (address | (steps[0] | steps[1] | steps[2]) * bias.element_size()) % pair == 0
+    fields = Fields(
+        kind,
+        BiasKind.NONE
+        if bias is None
+        else BiasKind.SAME
+        if bias.dtype == q.dtype
+        else BiasKind.FP32,
+        _switch(relative),
+        _switch(slopes),
+        _switch(softcap),
+        _switch(sinks),
+        _switch(parts.key_padding),
+        _switch(parts.dense),
+        _switch(dropout),
+        _switch(shift),
+        _staged(bias, of_bias, by_row=True),
+        _staged(dense, of_dense, by_row=False),
+    )
+    params = (
+        *addresses,
+        *of_bias[1],
+        *of_dense[1],
+        padding_stride,
+        slopes.stride(0) if slopes is not None and slopes.dim() == 2 and len(slopes) > 1 else 0,
+        relative.stride(0) if relative is not None and len(relative) > 1 else 0,
+        left,
+        keep_first,
+        lifts,
+        0 if relative is None else relative.shape[1] // 2,
+        is_paired,
+        bias is not None and of_bias[1][1:] == (0, 0),
+        1.0 / magnitude,
+        0.0 if softcap is None else 2 * math.log2(math.e) * magnitude / softcap,
+        0.0 if softcap is None else softcap / magnitude,
+        *_pattern(parts.rule, sizes),
+        shift or 0.0,
+        0 if dropout is None else dropout.threshold,
+        1.0 if dropout is None else dropout.scale,
+    )
+    return Checked(fields, bottom_right, diagonal, params, min(*addresses, *read) >= 0)
+
+
+def patterns_of(rule: Rule) -> list[Tensor]:
+    """Return the patterns of blocks in a rule."""
+    rules = rule.rules if isinstance(rule, PerHead) else (rule,)
+    return [part.pattern for part in rules if isinstance(part, BlockSparse)]
+
+
+def _switch(value: object) -> Switch:
+    return Switch.OFF if value is None else Switch.ON
+
+
+def _staged(
+    matrix: Tensor | None, where: tuple[int, tuple[int, int, int]], *, by_row: bool
+) -> Staging:
+    """How a matrix may come: all its rows at multiples of 16 bytes, or the one row of all."""
+    if matrix is None:
+        return Staging.OFF
+    address, (batch, head, row) = where
+    if (address | (batch | head | row) * matrix.element_size()) & 15 or not _ends_whole(matrix):
+        return Staging.OFF
+    if matrix.shape[2] > 1:
+        return Staging.MATRIX
+    return Staging.ROW if by_row and head == 0 else Staging.OFF
+
+
+def stagings(call: Call) -> list[tuple[Staging, Staging]]:
+    """Return how bias and dense mask may come in calls like this, whatever their lengths.
+
+    Lengths decide whether rows lie at multiples of 16 bytes.
+    """
+    dense = parts_of(call.mask).dense
+
+    def ways(matrix: Tensor | None, *, by_row: bool) -> list[Staging]:
+        if matrix is not None and matrix.shape[2] > 1:
+            return [Staging.OFF, Staging.MATRIX]
+        return [Staging.OFF, Staging.ROW] if matrix is not None and by_row else [Staging.OFF]
+
+    of_bias = ways(call.scores.bias, by_row=True)
+    of_dense = ways(None if dense is None else dense.keep, by_row=False)
+    return list(itertools.product(of_bias, of_dense))
+
+
+def _ends_whole(matrix: Tensor) -> bool:
+    """Whether the last 16 bytes that a copy of the last row names are in memory of the tensor."""
+    size = matrix.element_size()
+    beyond = -matrix.shape[3] * size % 16
+    if beyond == 0:
+        return True
+    last = sum((n - 1) * step for n, step in zip(matrix.shape, matrix.stride(), strict=True))
+    end = (matrix.storage_offset() + last + 1) * size
+    return end + beyond <= matrix.untyped_storage().nbytes()
+
+
+def _pattern(rule: Rule, sizes: Sizes) -> tuple[int, ...]:
+    """local_blocks, stride, head_step, head_shift, first_dense, block_log2."""
+    if isinstance(rule, PerHead):
+        if len(rule.rules) not in (sizes.heads, sizes.heads_kv):
+            raise InvalidInputError(
+                f"PerHead([...]) has {len(rule.rules)} rules: there must be one for each of the "
+                f"{sizes.heads} query heads, or of the {sizes.heads_kv} kv heads"
+            )
+        for part in rule.rules:
+            _pattern(part, sizes)
+    if isinstance(rule, BlockSparse) and len(rule.blocks) not in (1, sizes.heads, sizes.heads_kv):
+        raise InvalidInputError(
+            f"BlockSparse(pattern) is for {len(rule.blocks)} heads: it must be for 1, for the "
+            f"{sizes.heads} query heads, or for the {sizes.heads_kv} kv heads"
+        )
+    if not isinstance(rule, LocalStride):
+        return (0, 1, 0, 0, 0, 0)
+    if rule.num_dense_heads > sizes.heads_kv:
+        raise InvalidInputError(
+            f"LocalStride(num_dense_heads={rule.num_dense_heads}): there are only "
+            f"{sizes.heads_kv} kv heads"
+        )
+    return (
+        rule.local[0],
+        rule.vert_stride,
+        rule.step(max(1, sizes.heads)),
+        rule.head_offset,
+        sizes.heads_kv - rule.num_dense_heads,
+        rule.block_size.bit_length() - 1,
+    )
+
+
+def _rule(rule: Rule, sizes: Sizes) -> tuple[MaskKind, bool, int, int, int, bool]:
+    """Kind, whether aligned to the bottom right, diagonal, left, keep_first, full_on_decode."""
+    if isinstance(rule, Full):
+        return MaskKind.FULL, False, 0, 0, 0, False
+    if isinstance(rule, Causal):
+        return MaskKind.CAUSAL, rule.align == "bottom_right", 0, 0, 0, False
+    if isinstance(rule, LocalStride) and rule.causal and rule.block_size in _KERNEL_BLOCKS:
+        return MaskKind.LOCAL_STRIDE, True, 0, 0, 0, False
+    if isinstance(rule, LocalStride | BlockSparse | PerHead):
+        first_row = rule.first_row if isinstance(rule, BlockSparse) else None
+        longest = max(sizes.len_kv, sizes.len_q + (first_row or 0))
+        if longest > _MAX_LISTED_LENGTH:
+            raise InvalidInputError(
+                f"{type(rule).__name__}(...): positions up to {longest}: lists of blocks take at "
+                f"most {_MAX_LISTED_LENGTH}"
+            )
+        return MaskKind.BLOCK_LISTS, first_row is None, first_row or 0, 0, 0, False
+    if max(sizes.len_q, sizes.len_kv) > _MAX_WINDOW_LENGTH:
+        raise InvalidInputError(
+            f"Window(...): lengths of {sizes.len_q} and {sizes.len_kv}: a window takes at most "
+            f"{_MAX_WINDOW_LENGTH}"
+        )
+    left, right, keep_first = rule.reach
+    return MaskKind.WINDOW, True, right, -left, keep_first, rule.full_on_decode

@@ -1,0 +1,1 @@
+"""A call carried out: outputs, workspace, launches; autograd; operators."""

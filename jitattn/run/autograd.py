@@ -1,0 +1,156 @@
+"""Attention on a GPU under autograd: the forward kernel, and the backward kernels when asked.
+
+The CPU path needs none of this: it is made of differentiable operations, and gives derivatives of
+every order, and forward mode too.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.autograd import Function
+
+from jitattn.errors import NO_FORWARD_MODE, NO_SECOND_ORDER, UnsupportedError
+from jitattn.request.norm import RowOrder
+from jitattn.run import normalize
+from jitattn.run.backward import run_backward
+from jitattn.run.encoding import KeptCall
+from jitattn.values.autocast import outside_autocast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from jitattn.request.problem import Call
+    from jitattn.values.norm import L2Norm
+
+#: What is added to scores and may have a gradient, as `Scores` names it.
+ADDED: Final = ("bias", "relative_bias", "alibi_slopes", "sinks")
+
+
+class _Refused(Function):
+    """Passes gradients on, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
+        """Return the first `count` as they are: gradients, before what they depend on."""
+        del ctx
+        return tuple(gradient.view_as(gradient) for gradient in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # noqa: ANN401
+        """Refuse."""
+        raise UnsupportedError(NO_SECOND_ORDER)
+
+
+def first_order(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Let a backward pass run outside of autograd; what it returns refuses to be differentiated.
+
+    (torch's own `once_differentiable` does the like, but not where only saved tensors require
+    gradients, and its error names no way out.)
+    """
+    compute = outside_autocast(backward)
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
+        with torch.no_grad():
+            found = compute(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return found
+        places = [idx for idx, value in enumerate(found) if isinstance(value, torch.Tensor)]
+        sources = [x for x in (*gradients, *ctx.saved_tensors) if isinstance(x, torch.Tensor)]
+        refused = _Refused.apply(len(places), *(found[idx] for idx in places), *sources)  # type: ignore[no-untyped-call]
+        result = list(found)
+        for idx, value in zip(places, refused, strict=True):
+            result[idx] = value
+        return tuple(result)
+
+    return wrapped
+
+
+class FirstOrder(Function):
+    """What functions with kernels refuse."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: ANN401 - autograd's
+        """Refuse forward mode."""
+        raise UnsupportedError(NO_FORWARD_MODE)
+
+
+class Attention(FirstOrder):
+    """`attention` as autograd sees it: q, k, v and what is added to scores in, out and LSE out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - autograd's
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        relative_bias: Tensor | None,
+        alibi_slopes: Tensor | None,
+        sinks: Tensor | None,
+        call: Call,
+        compute: Callable[[Tensor, Tensor, Tensor, Call], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """Compute out and LSE."""
+        out, lse = compute(q, k, v, call._replace(return_lse=True))
+        kept = KeptCall(call._replace(out=None))
+        ctx.save_for_backward(q, k, v, out, lse, *kept.take_tensors())
+        ctx.call = kept
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:  # noqa: ANN401
+        """Compute the gradients."""
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        if d_out is None:
+            if d_lse is None:
+                return (None,) * 9
+            d_out = torch.zeros_like(out)
+        needs = dict(zip(ADDED, ctx.needs_input_grad[3:], strict=False))
+        wanted = [name for name, needed in needs.items() if needed]
+        call = ctx.call.call_with(tensors)
+        found = run_backward(q, k, v, out, lse, d_out, d_lse, call, wanted)
+        return (*found, None, None)
+
+
+class Normalize(FirstOrder):
+    """The normalisation of cosine attention: q, k and the scale of each head in, q and k out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - autograd's
+        q: Tensor,
+        k: Tensor,
+        head_scale: Tensor | None,
+        norm: L2Norm,
+        call: Call,
+    ) -> tuple[Tensor, Tensor]:
+        """Normalise."""
+        ctx.save_for_backward(q, k, head_scale)
+        ctx.groups, ctx.rows = norm.groups, RowOrder.of(call)
+        ctx.set_materialize_grads(False)
+        return normalize.normalized(q, k, norm, call)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, d_q: Tensor | None, d_k: Tensor | None) -> Any:  # noqa: ANN401
+        """Compute the gradients."""
+        q, k, head_scale = ctx.saved_tensors
+        wants_scale = ctx.needs_input_grad[2]
+        dq, dk, d_scale = normalize.normalized_grad(
+            (q, k), (d_q, d_k), head_scale, ctx.groups, ctx.rows, wants_scale=wants_scale
+        )
+        return dq, dk, d_scale, None, None
+
+
+def apply(function: type[Function], *inputs: object) -> tuple[Tensor, Tensor]:
+    """Apply one of them; autograd's own has no types."""
+    first, second = function.apply(*inputs)
+    return first, second

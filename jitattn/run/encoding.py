@@ -1,0 +1,310 @@
+"""A call of attention as tensors, integers and numbers, which is what operators take, and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
+
+from jitattn.request.problem import Call, axes, is_deterministic
+from jitattn.request.scores import NO_CHANGES, Scores
+from jitattn.values.dropout import Dropout
+from jitattn.values.masks import (
+    BlockSparse,
+    Both,
+    Causal,
+    Dense,
+    Full,
+    KeyPadding,
+    LocalStride,
+    PerHead,
+    Window,
+    parts_of,
+)
+from jitattn.values.norm import L2Norm
+from jitattn.values.sequences import Padded, Paged, Ragged
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from jitattn.values.masks import Mask, Rule
+
+_NONE: Final = -(2**40)  #: stands for an integer that is None
+LAYOUTS: Final = ("bshd", "bhsd")
+DTYPES: Final = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Encoded(NamedTuple):
+    """A call beside q, k and v."""
+
+    tensors: list[Tensor]
+    ints: list[int]
+    floats: list[float]
+
+
+class KeptCall:
+    """A call as an autograd context keeps it: without its tensors, which autograd is to save.
+
+    Tensors of masks, sequences, scores and dropout are read again by the backward pass: autograd
+    must know of them, to notice writes and to let its hooks move them.
+    """
+
+    __slots__ = ("_call", "_floats", "_ints", "tensors")
+
+    def __init__(self, call: Call) -> None:
+        self.tensors: tuple[Tensor, ...] = ()
+        self._call: Call | None = call
+        if not _is_without_tensors(call):
+            tensors, self._ints, self._floats = encode(call)
+            self.tensors, self._call = tuple(tensors), None
+
+    def take_tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors to save, and let go of them."""
+        tensors, self.tensors = self.tensors, ()
+        return tensors
+
+    def call_with(self, tensors: Sequence[Tensor]) -> Call:
+        """Return the call, given the tensors that were saved."""
+        if self._call is not None:
+            return self._call
+        return decode(list(tensors), self._ints, self._floats)
+
+
+def _is_without_tensors(call: Call) -> bool:
+    is_plain = type(call.mask) in (Full, Causal, Window, LocalStride)
+    return is_plain and call.q_seqs is call.kv_seqs is None and call.scores == NO_CHANGES
+
+
+class Writer:
+    """Takes a call apart, in the order in which `Reader` puts it together."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.ints: list[int] = []
+        self.floats: list[float] = [0.0]  # autograd takes an empty list for one of tensors
+
+    def encoded(self) -> Encoded:
+        """Return what was written."""
+        return Encoded(self.tensors, self.ints, self.floats)
+
+    def tensor(self, value: Tensor | None) -> None:
+        """Write a tensor, or None."""
+        if value is None:
+            self.ints.append(_NONE)
+        else:
+            self.ints.append(len(self.tensors))
+            self.tensors.append(value)
+
+    def integer(self, value: int | None) -> None:
+        """Write an integer or a bool, or None."""
+        self.ints.append(_NONE if value is None else int(value))
+
+    def number(self, value: float | None) -> None:
+        """Write a number, or None."""
+        self.ints.append(0 if value is None else 1)
+        if value is not None:
+            self.floats.append(float(value))
+
+    def rule(self, rule: Rule) -> None:
+        """Write a mask of positions or a pattern."""
+        if isinstance(rule, Full):
+            self.integer(0)
+        elif isinstance(rule, Causal):
+            self.integer(1)
+            self.integer(rule.align == "bottom_right")
+        elif isinstance(rule, Window):
+            self.integer(2)
+            self.integer(rule.left)
+            self.integer(rule.right)
+            self.integer(rule.keep_first)
+            self.integer(rule.full_on_decode)
+        elif isinstance(rule, LocalStride):
+            local = rule.local_blocks
+            self.integer(3)
+            self.integer(rule.block_size)
+            self.integer(local[0] if isinstance(local, tuple) else local)
+            self.integer(local[1] if isinstance(local, tuple) else None)
+            self.integer(rule.vert_stride)
+            self.integer(rule.head_step)
+            self.integer(rule.head_offset)
+            self.integer(rule.num_dense_heads)
+            self.integer(rule.homo_head)
+            self.integer(rule.causal)
+        elif isinstance(rule, BlockSparse):
+            self.integer(4)
+            self.tensor(rule.pattern)
+            self.integer(rule.block_size)
+            self.integer(rule.causal)
+            self.integer(rule.first_row)
+        else:
+            self.integer(5)
+            self.integer(len(rule.rules))
+            for part in rule.rules:
+                self.rule(part)
+
+    def sequences(self, seqs: Any) -> None:  # noqa: ANN401 - one of three, or None
+        """Write where sequences lie."""
+        if seqs is None:
+            self.integer(0)
+            return
+        self.integer(1 if isinstance(seqs, Ragged) else 2 if isinstance(seqs, Padded) else 3)
+        self.tensor(seqs.cumulative)
+        if seqs.cumulative is None:
+            self.tensor(seqs.start)
+            self.tensor(seqs.stop)
+        self.integer(seqs.stop_is_length)
+        self.integer(seqs._max_length)
+        self.integer(seqs._overlaps)
+        if isinstance(seqs, Padded):
+            self.tensor(seqs.batch_idx)
+        elif isinstance(seqs, Paged):
+            self.tensor(seqs.block_table)
+
+
+class Reader:
+    """Puts a call together again."""
+
+    def __init__(self, tensors: list[Tensor], ints: list[int], floats: list[float]) -> None:
+        self._tensors, self._ints, self._floats = tensors, iter(ints), iter(floats[1:])
+
+    def integer(self) -> Any:  # noqa: ANN401 - int or None
+        """Read an integer, or None."""
+        value = next(self._ints)
+        return None if value == _NONE else value
+
+    def tensor(self) -> Any:  # noqa: ANN401 - Tensor or None
+        """Read a tensor, or None."""
+        value = self.integer()
+        return None if value is None else self._tensors[value]
+
+    def number(self) -> float | None:
+        """Read a number, or None."""
+        return next(self._floats) if self.integer() else None
+
+    def rule(self) -> Any:  # noqa: ANN401 - a rule
+        """Read a mask of positions or a pattern."""
+        kind = self.integer()
+        if kind == 0:
+            return Full()
+        if kind == 1:
+            return Causal("bottom_right" if self.integer() else "top_left")
+        if kind == 2:
+            left, right = self.integer(), self.integer()
+            return Window(left, right, self.integer(), bool(self.integer()))
+        if kind == 3:
+            size, first, second = self.integer(), self.integer(), self.integer()
+            return LocalStride(
+                size,
+                first if second is None else (first, second),
+                self.integer(),
+                self.integer(),
+                self.integer(),
+                self.integer(),
+                bool(self.integer()),
+                bool(self.integer()),
+            )
+        if kind == 4:
+            pattern = self.tensor()
+            return BlockSparse(pattern, self.integer(), bool(self.integer()), self.integer())
+        return PerHead([self.rule() for _ in range(self.integer())])
+
+    def sequences(self) -> Any:  # noqa: ANN401 - one of three, or None
+        """Read where sequences lie."""
+        kind = self.integer()
+        if kind == 0:
+            return None
+        cumulative, start, stop = self.tensor(), None, None
+        if cumulative is None:
+            start, stop = self.tensor(), self.tensor()
+        is_length, longest, overlaps = bool(self.integer()), self.integer(), self.integer()
+        cls: Any = (Ragged, Padded, Paged)[kind - 1]
+        made = cls.__new__(cls)
+        made._hold(cls.__name__, cumulative, start, stop, is_length, longest)
+        if kind > 1:
+            object.__setattr__(made, "batch_idx" if kind == 2 else "block_table", self.tensor())
+        object.__setattr__(made, "_overlaps", None if overlaps is None else bool(overlaps))
+        return made
+
+
+def encode(call: Call) -> Encoded:
+    """Take a call apart; `torch.compile` traces this."""
+    return encoder(call).encoded()
+
+
+def encoder(call: Call) -> Writer:
+    """Take a call apart, with room for more."""
+    axes(call.layout)  # refuses what is none
+    writer = Writer()
+    # First what shapes depend on.
+    writer.integer(LAYOUTS.index(call.layout))
+    writer.integer(DTYPES.index(call.out_dtype))
+    parts = parts_of(call.mask)
+    writer.rule(parts.rule)
+    writer.tensor(None if parts.key_padding is None else parts.key_padding.keep)
+    writer.tensor(None if parts.dense is None else parts.dense.keep)
+    writer.number(call.scale)
+    writer.integer(call.gear)
+    writer.integer(call.num_splits)
+    writer.integer(call.tile_rows)
+    writer.integer(is_deterministic(call))
+    writer.sequences(call.q_seqs)
+    writer.sequences(call.kv_seqs)
+    scores = call.scores
+    for value in (scores.bias, scores.relative_bias, scores.alibi_slopes, scores.sinks):
+        writer.tensor(value)
+    writer.number(scores.softcap)
+    writer.integer(None if scores.dropout is None else scores.dropout.threshold)
+    writer.tensor(None if scores.dropout is None else scores.dropout.state)
+    norm = scores.qk_norm
+    writer.integer(None if norm is None else norm.groups)
+    writer.tensor(None if norm is None else norm.head_scale)
+    writer.number(None if norm is None else norm.bound)
+    writer.integer(None if norm is None else norm.normalize)
+    return writer
+
+
+def decode(tensors: list[Tensor], ints: list[int], floats: list[float]) -> Call:
+    """Put a call together; it asks for the LSE."""
+    return read_call(Reader(tensors, ints, floats))
+
+
+def read_call(reader: Reader) -> Call:
+    """Put a call together, and leave what comes after it."""
+    layout, out_dtype = LAYOUTS[reader.integer()], DTYPES[reader.integer()]
+    rule, padding, dense = reader.rule(), reader.tensor(), reader.tensor()
+    mask: Mask = rule
+    if padding is not None or dense is not None:
+        mask = Both(
+            rule,
+            None if padding is None else KeyPadding(padding),
+            None if dense is None else Dense(dense),
+        )
+    scale = reader.number()
+    gear, num_splits, tile_rows = reader.integer(), reader.integer(), reader.integer()
+    deterministic = bool(reader.integer())
+    q_seqs, kv_seqs = reader.sequences(), reader.sequences()
+    bias, relative, slopes, sinks = (reader.tensor() for _ in range(4))
+    softcap = reader.number()
+    threshold, state = reader.integer(), reader.tensor()
+    dropout = None if threshold is None else Dropout(threshold, state)
+    groups, head_scale, bound = reader.integer(), reader.tensor(), reader.number()
+    normalize = reader.integer()
+    norm = None if groups is None else L2Norm(groups, head_scale, bound, bool(normalize))
+    scores = Scores(bias, relative, slopes, softcap, sinks, dropout, norm)
+    return Call(
+        mask,
+        scale,
+        layout,
+        gear,
+        None,
+        out_dtype,
+        num_splits,
+        True,
+        q_seqs,
+        kv_seqs,
+        scores,
+        deterministic,
+        tile_rows,
+    )

@@ -1,0 +1,166 @@
+"""Calls that are not launched at once: traced, watched, transformed, or of tensors without memory.
+
+They go through the operators (ops.py, kvcache_ops.py), which tracers, dispatch modes, meta and fake
+tensors know, or, inside a transform of torch.func on a GPU, through transforms.py. On the CPU the
+usual path is one of operators that all of these know, and is taken where it can be.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+from jitattn.errors import NO_FORWARD_MODE, UnsupportedError
+from jitattn.request import problem
+from jitattn.request.layouts import check_kinds, parse_any
+from jitattn.request.outputs import check_out
+from jitattn.request.scores import tensors_of
+from jitattn.run.dispatch import has_duals, run
+from jitattn.run.encoding import encode
+from jitattn.run.kvcache import prepare_with_kvcache, run_with_kvcache
+from jitattn.run.kvcache_operators import encode_with_kvcache
+from jitattn.run.transforms import attention_in_transform
+from jitattn.values.norm import check_kind
+from jitattn.values.tensors import has_symbols, is_placeholder, is_transformed, refuse_nested
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from jitattn.request.problem import Call
+    from jitattn.run.kvcache import KvCache
+
+
+num_dispatch_modes: Final[Callable[[], int]] = torch._C._len_torch_dispatch_stack
+is_tracing: Final[Callable[[], bool]] = torch._C._is_tracing  #: by torch.jit.trace
+
+
+def is_watched() -> bool:
+    """Whether a tracer or a dispatch mode looks on, to which a launch shows nothing."""
+    return num_dispatch_modes() > 0 or is_tracing()
+
+
+def attention_indirectly(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Any:  # noqa: ANN401
+    """Compute `attention` on torch tensors that are not plain, or while somebody looks on.
+
+    Raises
+    ------
+    InvalidInputError, UnsupportedError
+        As `attention`, or a transform of torch.func has no rule for the call.
+    """
+    refuse_nested((("q", q), ("k", k), ("v", v)))
+    _check(q, k, v, call)
+    way = _Way.of(q, [k, v, *tensors_of(call).values(), *_indices(call)])
+    if way is _Way.USUAL:
+        return run(q, k, v, call)
+    if way is _Way.TRANSFORM:
+        if call.out is not None:
+            raise UnsupportedError(
+                "out is given inside a transform of torch.func: leave it out, and use the result"
+            )
+        return _asked_for(attention_in_transform(q, k, v, encode(call)), call)
+    if way is _Way.SHAPES:
+        with disable_proxy_modes_tracing():
+            parse_any(q, k, v, call)  # the operator refuses nothing
+    results = torch.ops.jitattn.attention(q, k, v, *encode(call))
+    return _asked_for(_into_out(results, call, (q, k, v), way), call)
+
+
+def kvcache_indirectly(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: KvCache, call: Call
+) -> Any:  # noqa: ANN401
+    """Compute `attention_with_kvcache` likewise.
+
+    Raises
+    ------
+    InvalidInputError, UnsupportedError
+    """
+    inputs = (q, k_cache, v_cache)
+    refuse_nested((("q", q), ("k_cache", k_cache), ("v_cache", v_cache)))
+    _check(*inputs, call)
+    given = encode_with_kvcache(cache, call)
+    way = _Way.of(q, [k_cache, v_cache, *given.tensors])
+    if way is _Way.USUAL:
+        return run_with_kvcache(*inputs, cache, call)
+    if way is _Way.TRANSFORM:
+        raise UnsupportedError(
+            "attention_with_kvcache inside a transform of torch.func (grad, vmap, jvp …): it "
+            "writes in place, which is not followed on a GPU; call it outside, or use attention"
+        )
+    if way is _Way.SHAPES:
+        with disable_proxy_modes_tracing():
+            prepare_with_kvcache(*inputs, cache, call)
+    results = torch.ops.jitattn.attention_with_kvcache(*inputs, *given)
+    return _asked_for(_into_out(results, call, inputs, way), call)
+
+
+class _Way(enum.Enum):
+    """How a call is computed."""
+
+    USUAL = enum.auto()  #: as any
+    TRANSFORM = enum.auto()  #: by functions that torch.func can take apart
+    SHAPES = enum.auto()  #: by the operator, on placeholders
+    SYMBOLS = enum.auto()  #: likewise, of sizes that are not known
+    VALUES = enum.auto()  #: by the operator, on tensors with values
+
+    @classmethod
+    def of(cls, q: Tensor, others: Sequence[Tensor]) -> _Way:
+        """Return the way of a call that these tensors take part in."""
+        tensors = [q, *others]
+        is_symbolic = is_tracing() or has_symbols(tensors)
+        is_usual = not (q.is_cuda or is_symbolic)  # on the CPU
+        if any(map(is_transformed, tensors)):
+            return cls.USUAL if is_usual else cls.TRANSFORM
+        if has_duals(tensors):
+            if not is_usual:
+                raise UnsupportedError(NO_FORWARD_MODE)
+            return cls.USUAL
+        if any(map(is_placeholder, tensors)):
+            return cls.SYMBOLS if is_symbolic else cls.SHAPES
+        return cls.USUAL if is_usual or not is_watched() else cls.VALUES
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
+    """Refuse what cannot even be written down for an operator."""
+    problem.check_alike(q, k, v)
+    problem.axes(call.layout)
+    problem.check_mask(call.mask)
+    problem.check_options(
+        q, call.gear, call.out_dtype, call.num_splits, call.return_lse, call.tile_rows
+    )
+    check_kinds(call.q_seqs, call.kv_seqs, q.device)
+    check_kind(call.scores.qk_norm)
+
+
+def _indices(call: Call) -> list[Tensor]:
+    """Return the tensors that say where sequences lie."""
+    found = []
+    for seqs in (call.q_seqs, call.kv_seqs):
+        names = ("start", "stop", "batch_idx", "block_table")
+        found += [getattr(seqs, name, None) for name in names]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _into_out(
+    results: tuple[Tensor, Tensor], call: Call, inputs: tuple[Tensor, Tensor, Tensor], way: _Way
+) -> tuple[Tensor, Tensor]:
+    """Write the result of an operator where the caller wants it."""
+    result, lse = results
+    if call.out is None:
+        return result, lse
+    if way is _Way.VALUES and call.q_seqs is not None:
+        raise UnsupportedError(
+            "out and q_seqs are given while a tracer or a dispatch mode looks on: rows that belong "
+            "to no sequence could not be left alone; leave out out, and use the result"
+        )
+    if way is not _Way.SYMBOLS:
+        check_out(call.out, inputs, tuple(result.shape), result.dtype)
+    return call.out.copy_(result), lse
+
+
+def _asked_for(results: Sequence[Tensor], call: Call) -> Any:  # noqa: ANN401
+    return tuple(results) if call.return_lse else results[0]

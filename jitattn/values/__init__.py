@@ -1,0 +1,1 @@
+"""What users pass: masks, sequences, rotary tables, gears, dropout states."""

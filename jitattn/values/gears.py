@@ -1,0 +1,190 @@
+"""The five gears: one dial from accurate to fast, and what each setting guarantees.
+
+A gear is a promise about numbers, never about kernels: `resolve_numerics` maps (gear, dtype) to the
+numerics class that keeps the promise, and only that class enters a spec. Several gears may share
+one class, so equal kernels stay one kernel.
+
+This module imports no torch and no CuPy.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from jitattn.errors import InvalidInputError
+from jitattn.spec.enums import Dtype, Numerics
+from jitattn.values.given import integer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gear:
+    """One setting of the dial."""
+
+    number: int  #: 0 (most accurate) … 4 (fastest)
+    what: str  #: how the products are formed and summed
+    #: Guaranteed relative L2 error against fp64 of the same inputs, by input dtype: Gaussian data,
+    #: head_dim 128, 4096 keys, fp32 output. Rounding the output adds 2.1e-4 (fp16), 1.7e-3 (bf16).
+    rel_l2: dict[Dtype, float]
+
+
+#: Every gear by number.
+GEARS: Final[dict[int, Gear]] = {
+    gear.number: gear
+    for gear in (
+        Gear(
+            number=0,
+            what="every product split hi + lo, in fp16 parts where queries are long, else in TF32 "
+            "(16-bit inputs, whose products are exact: P)",
+            rel_l2={Dtype.FP16: 2e-6, Dtype.BF16: 1e-5, Dtype.FP32: 2e-6},
+        ),
+        Gear(
+            number=1,
+            what="fp32 accumulation, P split hi + lo (fp32 inputs: as 0)",
+            rel_l2={Dtype.FP16: 2e-6, Dtype.BF16: 1e-5, Dtype.FP32: 2e-6},
+        ),
+        Gear(
+            number=2,
+            what="FlashAttention-2 numerics: fp32 accumulation, P in 16 bits (fp32 inputs: as 0)",
+            rel_l2={Dtype.FP16: 4e-4, Dtype.BF16: 3e-3, Dtype.FP32: 2e-6},
+        ),
+        Gear(
+            number=3,
+            what="fp16 inputs on GeForce cards of sm_86 and sm_89: P V in fp16, promoted every 64 "
+            "keys; else as 2 (fp32 inputs: one product, of fp16 parts or TF32)",
+            rel_l2={Dtype.FP16: 2e-3, Dtype.BF16: 4e-3, Dtype.FP32: 1e-3},
+        ),
+        Gear(
+            number=4,
+            what="16-bit inputs, long queries, masks of positions: Q and K in 8 bits, of which K "
+            "loses its mean, and sums in fp16 of 2048 keys each; else as 3",
+            rel_l2={Dtype.FP16: 2e-2, Dtype.BF16: 2e-2, Dtype.FP32: 1e-3},
+        ),
+    )
+}
+
+#: The gear of a call that names none, where `set_default_gear` has not said otherwise.
+DEFAULT_GEAR: Final[dict[Dtype, int]] = {Dtype.FP16: 2, Dtype.BF16: 2, Dtype.FP32: 0}
+
+_SIXTEEN: Final = (
+    Numerics.SPLIT_P,
+    Numerics.SPLIT_P,
+    Numerics.F32_ACC,
+    Numerics.F32_ACC,
+    Numerics.F32_ACC,
+)
+#: Where the GeForce cards multiply twice as fast into fp16 accumulators, and the others do not.
+FAST_HALVES_ARCHS: Final = ("sm_86", "sm_89")
+#: Numerics classes by gear.
+_NUMERICS: Final[dict[Dtype, tuple[Numerics, ...]]] = {
+    Dtype.FP16: _SIXTEEN,
+    Dtype.BF16: _SIXTEEN,
+    Dtype.FP32: (
+        Numerics.TF32X3,
+        Numerics.TF32X3,
+        Numerics.TF32X3,
+        Numerics.TF32,
+        Numerics.TF32,
+    ),
+}
+_default: int | None = None
+
+
+class DefaultGear:
+    """What `set_default_gear` returns: a context that gives the default before it back."""
+
+    def __init__(self, give_back: Callable[[], object]) -> None:
+        self._give_back = give_back
+
+    def __enter__(self) -> None:
+        """Nothing is left to do."""
+
+    def __exit__(self, *error: object) -> None:
+        """Give the default back."""
+        self._give_back()
+
+
+def set_default_gear(gear: int | None) -> DefaultGear:
+    """Set the gear of all later calls that name none, in this process.
+
+    Parameters
+    ----------
+    gear : int or None
+        0 to 4; None is the default of each dtype, 2 for 16-bit inputs and 0 for fp32 ones.
+
+    Returns
+    -------
+    DefaultGear
+        To be used as a context, or to be dropped.
+
+    Raises
+    ------
+    InvalidInputError
+        It is no gear.
+
+    Examples
+    --------
+    >>> import jitattn
+    >>> with jitattn.set_default_gear(1):
+    ...     jitattn.get_default_gear()
+    1
+    >>> jitattn.get_default_gear() is None
+    True
+    """
+    global _default
+    if gear is not None:
+        _check(gear, None)
+    before, _default = _default, gear
+    return DefaultGear(functools.partial(set_default_gear, before))
+
+
+def get_default_gear() -> int | None:
+    """Return what `set_default_gear` has set, or None."""
+    return _default
+
+
+def gear_of(gear: int | None, dtype: Dtype) -> int:
+    """Return the gear of a call that asks for `gear`, or for none."""
+    if gear is None:
+        gear = _default
+    return DEFAULT_GEAR[dtype] if gear is None else gear
+
+
+def resolve_numerics(gear: int | None, dtype: Dtype, *, has_fast_halves: bool = False) -> Numerics:
+    """Return the numerics class that keeps the promise of a gear.
+
+    Parameters
+    ----------
+    gear : int or None
+        0 to 4; None means the default: 2 for 16-bit inputs, 0 for fp32 ones.
+    dtype : Dtype
+        Element type of q, k and v.
+    has_fast_halves : bool
+        Whether the GPU multiplies faster into fp16 accumulators.
+
+    Raises
+    ------
+    InvalidInputError
+        `gear` is no gear at all.
+    """
+    if gear is None:
+        gear = DEFAULT_GEAR[dtype]
+    _check(gear, dtype)
+    if gear >= 3 and has_fast_halves and dtype is Dtype.FP16:
+        return Numerics.F16_ACC
+    return _NUMERICS[dtype][gear]
+
+
+def _check(gear: object, dtype: Dtype | None) -> None:
+    if integer(gear) not in GEARS:
+        usual = "2 for 16-bit inputs and 0 for fp32 ones"
+        if dtype is not None:
+            usual = f"{DEFAULT_GEAR[dtype]} for {dtype} inputs"
+        raise InvalidInputError(
+            f"gear={gear!r}: a gear is an int from 0 (most accurate) to 4 (fastest); "
+            f"leave it out for the default, {usual}"
+        )

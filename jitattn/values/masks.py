@@ -1,0 +1,398 @@
+"""Mask values: who may see whom. Frozen; this module imports no torch.
+
+True means attend. `a & b` is what both let through: at most one of the rules that positions decide
+(`Full`, `Causal`, `Window`, `LocalStride`, `BlockSparse`, `PerHead`), at most one `KeyPadding` and
+at most one `Dense`. (A `Causal` and a `Window` are one window, and a `BlockSparse` may be causal.)
+
+All can be copied, deep-copied and pickled. Rules of numbers are equal, and have one hash, if their
+numbers are; a mask that holds a tensor (`BlockSparse`, `KeyPadding`, `Dense`, and what `&` makes of
+them) is equal to itself alone, as tensors are not compared, and so is no copy of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+
+from jitattn.errors import InvalidInputError
+from jitattn.values.given import integer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+Align: TypeAlias = Literal["bottom_right", "top_left"]
+_MAX_REACH = 2**30
+_BLOCK_SIZES = (8, 16, 32, 64, 128)
+
+
+class _Mask:
+    """What all masks have in common: `&`."""
+
+    __slots__ = ()
+
+    def __and__(self, other: object) -> Mask:
+        if not isinstance(other, _Mask):
+            return NotImplemented
+        return both(self, other)
+
+
+def _is_count(mask: _Mask, name: str, value: object, least: int, most: int) -> bool:
+    """Return whether a field is an integer in this range; one of numpy's becomes an int."""
+    number = integer(value)
+    if number is None or not least <= number <= most:
+        return False
+    if type(value) is not int and value is getattr(mask, name):
+        object.__setattr__(mask, name, number)
+    return True
+
+
+def _check_block_size(mask: _Mask, size: object) -> None:
+    if not _is_count(mask, "block_size", size, 0, 128) or integer(size) not in _BLOCK_SIZES:
+        raise InvalidInputError(
+            f"{type(mask).__name__}(block_size={size!r}): it must be one of {_BLOCK_SIZES}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Full(_Mask):
+    """Every query sees every key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Causal(_Mask):
+    """A query sees its own position and everything before it.
+
+    Parameters
+    ----------
+    align : "bottom_right" or "top_left"
+        Which corner of the [Lq, Lkv] score matrix the diagonal goes through. Bottom-right (the
+        default) lets the last query see every key: key <= query + Lkv - Lq. Top-left lets the
+        first query see the first key only: key <= query. They differ when Lq != Lkv.
+    """
+
+    align: Align = "bottom_right"
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown corner by name."""
+        if self.align not in get_args(Align):
+            raise InvalidInputError(
+                f"Causal(align={self.align!r}): align must be one of {get_args(Align)}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Window(_Mask):
+    """A query sees the keys around its own position, and the first ones of the sequence if asked.
+
+    With p = query + Lkv - Lq, the query's position among the keys, it sees the keys from p - left
+    to p + right, and of the first `keep_first` keys those up to p + right. Lengths and positions
+    are those of each sequence.
+
+    Parameters
+    ----------
+    left, right : int or None
+        How many keys before and after its own position a query sees; None for all of them.
+    keep_first : int
+        Keys at the beginning that the left bound does not hide (attention sinks).
+    full_on_decode : bool
+        Lift the left bound for sequences with one query.
+    """
+
+    left: int | None = None
+    right: int | None = None
+    keep_first: int = 0
+    full_on_decode: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what is no reach."""
+        for name in ("left", "right", "keep_first"):
+            value = getattr(self, name)
+            if value is None and name != "keep_first":
+                continue
+            if not _is_count(self, name, value, 0, 2**31 - 1):
+                allowed = "an int of at least 0" + ("" if name == "keep_first" else ", or None")
+                raise InvalidInputError(f"Window({name}={value!r}): it must be {allowed}")
+        if type(self.full_on_decode) is not bool:
+            raise InvalidInputError(
+                f"Window(full_on_decode={self.full_on_decode!r}): it must be True or False"
+            )
+
+    @property
+    def reach(self) -> tuple[int, int, int]:
+        """Return (left, right, keep_first), as large as lengths can be where there is no bound."""
+        left = _MAX_REACH if self.left is None else min(self.left, _MAX_REACH)
+        right = _MAX_REACH if self.right is None else min(self.right, _MAX_REACH)
+        return left, right, min(self.keep_first, _MAX_REACH)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStride(_Mask):
+    """Block-sparse: the blocks nearby, and every so many-th of those before (phi-3-small, dkernel).
+
+    Queries and keys are cut into blocks, queries by their positions among the keys. With i and j a
+    query's and a key's block, and h the kv head: causal, a query sees a key up to its own position
+    if i - j < local_blocks, or (j + h * head_step + head_offset) % vert_stride == 0, or its head is
+    one of the last `num_dense_heads`. Not causal, it sees a key if d % vert_stride == 0, where d
+    counts the blocks between j and the local ones on its side; heads are alike then.
+
+    Parameters
+    ----------
+    block_size : 8, 16, 32, 64 or 128
+        Queries and keys of a block. On a GPU, causal patterns in blocks of 64 and 128 are computed
+        where they are needed, and so are gradients of those in blocks of 16 and 32; others become
+        lists of blocks, made by the first call.
+    local_blocks : int, or (int, int) if not causal
+        Blocks around a query's own that it sees, its own among them; to the left and to the right.
+    vert_stride : int
+        1 is dense.
+    head_step : int, default max(1, vert_stride // Hq)
+        By which the stride of each kv head is moved against that of the one before.
+    head_offset : int
+    num_dense_heads : int
+        kv heads, the last ones, that see everything before them.
+    homo_head : bool
+        All heads alike: a head_step of 0.
+    causal : bool
+        Not causal, a query before the first key (where Lq > Lkv) sees nothing either.
+    """
+
+    block_size: int
+    local_blocks: int | tuple[int, int]
+    vert_stride: int
+    head_step: int | None = None
+    head_offset: int = 0
+    num_dense_heads: int = 0
+    homo_head: bool = False
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what is no pattern."""
+        _check_block_size(self, self.block_size)
+        local = self.local_blocks
+        if isinstance(local, tuple):
+            if self.causal or len(local) != 2:
+                raise InvalidInputError(
+                    f"LocalStride(local_blocks={local!r}): two numbers are for causal=False"
+                )
+            if type(local[0]) is not int or type(local[1]) is not int:
+                pair = tuple(
+                    number if integer(number) is None else integer(number) for number in local
+                )
+                object.__setattr__(self, "local_blocks", pair)
+        for name, value, least in (
+            ("local_blocks", self.local[0], 1),
+            ("local_blocks", self.local[1], 1),
+            ("vert_stride", self.vert_stride, 1),
+            ("head_step", self.head_step, 0),
+            ("head_offset", self.head_offset, 0),
+            ("num_dense_heads", self.num_dense_heads, 0),
+        ):
+            if name == "head_step" and value is None:
+                continue
+            if not _is_count(self, name, value, least, 2**16 - 1):
+                raise InvalidInputError(
+                    f"LocalStride({name}={value!r}): it must be an int from {least} to {2**16 - 1}"
+                )
+
+    @property
+    def local(self) -> tuple[int, int]:
+        """Local blocks to the left and to the right."""
+        local = self.local_blocks
+        return local if isinstance(local, tuple) else (local, local)
+
+    def step(self, heads_q: int) -> int:
+        """Return by how much a kv head's stride is moved against that of the one before."""
+        if self.homo_head:
+            return 0
+        return max(1, self.vert_stride // heads_q) if self.head_step is None else self.head_step
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockSparse(_Mask):
+    """Any pattern of blocks.
+
+    The query at position p = query + Lkv - Lq among the keys sees key j if
+    ``pattern[head, p // block_size, j // block_size]``. What lies outside the pattern is not seen.
+
+    Parameters
+    ----------
+    pattern : Tensor, [rows, columns] or [heads, rows, columns], bool
+        True = attend; one for all heads, one for each kv head or for each query head. It may be
+        rectangular. Lists for the GPU are made from it by the first call, kept for as long as its
+        memory lives, and made again by the first call after a write to it. A tensor made under
+        `torch.inference_mode` is compared with what it held at every call, which waits for the GPU.
+        Writes that torch does not see (by another library over DLPack): see `changed`.
+    block_size : 8, 16, 32, 64 or 128
+        Queries and keys of a block.
+    causal : bool
+        Let no query see beyond its own position, within blocks too. As ``& Causal()``.
+    first_row : int, optional
+        Position of query 0 in each sequence, in place of Lkv - Lq: for a part of the queries, as in
+        sequence partition.
+    """
+
+    pattern: Tensor
+    block_size: int
+    causal: bool = False
+    first_row: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no pattern."""
+        _check_block_size(self, self.block_size)
+        shape, dtype = getattr(self.pattern, "shape", None), getattr(self.pattern, "dtype", None)
+        if shape is None or len(shape) not in (2, 3) or str(dtype) != "torch.bool":
+            raise InvalidInputError(
+                f"BlockSparse(pattern) is {dtype} {shape and list(shape)}: it must be a torch.bool "
+                "tensor [rows, columns] or [heads, rows, columns]"
+            )
+        first = self.first_row
+        if first is not None and not _is_count(self, "first_row", first, 0, _MAX_REACH - 1):
+            raise InvalidInputError(
+                f"BlockSparse(first_row={first!r}): it must be an int from 0, or None for Lkv - Lq"
+            )
+
+    def changed(self) -> None:
+        """Say that the pattern was written to by what torch does not see.
+
+        Torch counts its own writes. A kernel of another library that writes to the memory of the
+        pattern over DLPack, or to a raw pointer, is not counted: call this after it.
+        """
+        from jitattn.values.write_tracking import mark_as_written
+
+        mark_as_written(self.pattern)
+
+    @property
+    def blocks(self) -> Tensor:
+        """The pattern as [heads, rows, columns]."""
+        return self.pattern if self.pattern.dim() == 3 else self.pattern[None]
+
+
+@dataclass(frozen=True, slots=True)
+class PerHead(_Mask):
+    """A rule for each head, side by side in one launch.
+
+    Parameters
+    ----------
+    rules : sequence of Full, Causal, Window, LocalStride or BlockSparse
+        For each query head, or for each kv head.
+    """
+
+    rules: tuple[HeadRule, ...]
+
+    def __init__(self, rules: Sequence[HeadRule]) -> None:
+        """Refuse what is no rule of one head."""
+        object.__setattr__(self, "rules", tuple(rules))
+        for rule in self.rules:
+            if not isinstance(rule, Full | Causal | Window | LocalStride | BlockSparse):
+                raise InvalidInputError(
+                    f"PerHead([... {rule!r} ...]): each must be a Full, Causal, Window, "
+                    "LocalStride or BlockSparse; intersect tensors with the whole of it"
+                )
+            if rule == Causal("top_left") or getattr(rule, "first_row", None) is not None:
+                raise InvalidInputError(
+                    f"PerHead([... {rule!r} ...]): positions count from the end, as in Causal() "
+                    "and with first_row=None"
+                )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeyPadding(_Mask):
+    """Keys that no query of their sequence sees.
+
+    Hidden keys and values must be finite all the same: a NaN or an infinity may reach results.
+
+    Parameters
+    ----------
+    keep : Tensor, [B, Lkv], bool
+        True = attend. With sequences of their own (`kv_seqs`), columns count from a sequence's
+        first key.
+    """
+
+    keep: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dense(_Mask):
+    """Any mask, as a matrix; it costs its memory and the time to read it.
+
+    Parameters
+    ----------
+    keep : Tensor, [B or 1, Hq or 1, Lq or 1, Lkv], bool
+        True = attend. With sequences, rows and columns count from the first ones of each.
+    """
+
+    keep: Tensor
+
+
+_FULL = Full()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Both(_Mask):
+    """What a rule of positions and tensors let through together; made by `&`."""
+
+    rule: Rule  # a default would end a graph of torch 2.11
+    key_padding: KeyPadding | None = None
+    dense: Dense | None = None
+
+
+HeadRule: TypeAlias = Full | Causal | Window | LocalStride | BlockSparse
+Rule: TypeAlias = HeadRule | PerHead
+Mask: TypeAlias = Rule | KeyPadding | Dense | Both
+
+
+def is_mask(value: object) -> bool:
+    """Return whether this is one of the masks."""
+    return isinstance(value, _Mask)
+
+
+def parts_of(mask: _Mask) -> Both:
+    """Take a mask apart."""
+    if isinstance(mask, Both):
+        return mask
+    if isinstance(mask, KeyPadding):
+        return Both(_FULL, key_padding=mask)
+    if isinstance(mask, Dense):
+        return Both(_FULL, dense=mask)
+    if isinstance(mask, Full | Causal | Window | LocalStride | BlockSparse | PerHead):
+        return Both(mask)
+    raise InvalidInputError(f"mask={mask!r}: it is none of jitattn's masks")
+
+
+def both(one: _Mask, other: _Mask) -> Mask:
+    """Return the intersection of two masks.
+
+    Raises
+    ------
+    InvalidInputError
+        They hold two rules, or two tensors of a kind, that cannot be one.
+    """
+    first, second = parts_of(one), parts_of(other)
+    for name in ("key_padding", "dense"):
+        if getattr(first, name) is not None and getattr(second, name) is not None:
+            raise InvalidInputError(
+                f"{one} & {other}: at most one {name} takes part; intersect their tensors with &"
+            )
+    rule = _one_rule(first.rule, second.rule)
+    result = Both(rule, first.key_padding or second.key_padding, first.dense or second.dense)
+    return rule if result.key_padding is None and result.dense is None else result
+
+
+def _one_rule(one: Rule, other: Rule) -> Rule:
+    if isinstance(one, Full) or one == other:
+        return other
+    if isinstance(other, Full):
+        return one
+    for window, causal in ((one, other), (other, one)):
+        if isinstance(window, Window) and causal == Causal():
+            return replace(window, right=0)
+        if isinstance(window, BlockSparse) and causal == Causal() and window.first_row is None:
+            return replace(window, causal=True)
+        if isinstance(window, LocalStride) and window.causal and causal == Causal():
+            return window
+    raise InvalidInputError(
+        f"{one} & {other}: at most one rule of positions takes part in a mask; use a Dense mask, "
+        "or say it as one Window"
+    )
