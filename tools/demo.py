@@ -107,9 +107,9 @@ def on_gpu() -> bool:
 def disk_warm_ms(call: Any) -> float:
     """First call after the process forgot its kernels: read, check, load, launch."""
     from jitattn.jit import build
-    from jitattn.run import dispatch
+    from jitattn.run import forward
 
-    dispatch.forget_kernels()
+    forward.forget_kernels()
     build.clear_memory()
     return wall_ms(call)
 

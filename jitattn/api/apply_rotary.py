@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from jitattn.cpu.rotary import Positions, apply_rotary_cpu
 from jitattn.errors import InvalidInputError
-from jitattn.run.dispatch import is_followed
+from jitattn.run.forward import is_followed
 from jitattn.run.rotary import Rotation, by_heads, rotary_spec, rotate_cuda, rotate_followed
 from jitattn.run.rotary_operators import WHOLE
 from jitattn.spec.enums import Access

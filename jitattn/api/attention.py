@@ -14,7 +14,7 @@ from jitattn.errors import WithoutMemoryError
 from jitattn.request.problem import Call
 from jitattn.request.score_checks import softcap_of
 from jitattn.request.scores import NO_CHANGES, Scores, in_fp32
-from jitattn.run.dispatch import run
+from jitattn.run.forward import run
 from jitattn.run.indirect import attention_indirectly, is_tracing, num_dispatch_modes
 from jitattn.run.operators import call_operator
 from jitattn.values.dropout import Dropout, check_state, threshold_of

@@ -10,14 +10,16 @@ import torch
 
 from jitattn.api.attention import bind
 from jitattn.jit.device import device
+from jitattn.jit.get_kernel import loaded_kernel
 from jitattn.kernels.bwd_tiles import bwd_spec
+from jitattn.plan.backward import kernel_problem
+from jitattn.plan.forward import forward
 from jitattn.request.layouts import parse_any
 from jitattn.request.norm import call_of_normalized
 from jitattn.request.problem import is_deterministic
 from jitattn.request.scores import tensors_of
-from jitattn.run import prepare as prepared
-from jitattn.run.backward import kernel_problem
-from jitattn.run.dispatch import is_followed, plan
+from jitattn.run.execute import LoadedDevice
+from jitattn.run.forward import is_followed
 from jitattn.run.normalize import like_normalized
 from jitattn.spec.enums import Access, RowClass
 from jitattn.values.gears import gear_of
@@ -99,7 +101,7 @@ def explain(
         A frozen record with ``to_dict()`` and a readable ``str``.
     """
     tensors, call = bind(q, k, v, arguments)
-    q, k, v, num_splits = tensors["q"], tensors["k"], tensors["v"], call.num_splits
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
     inputs = (q, k, v, *tensors_of(call).values())
     problem, runtime, _ = parse_any(q, k, v, call)
     if q.is_cuda and call.scores.qk_norm is not None and call.scores.qk_norm.normalize:
@@ -144,10 +146,11 @@ def explain(
             backward={},
             why=(why,),
         )
-    of_kernel = prepared.problem_of(problem, runtime, call, q.device.index) or problem
     with torch.cuda.device(q.device):
-        chosen = plan(of_kernel, runtime, q.device.index, num_splits, call.tile_rows)
-    built = chosen.kernel.built
+        here = LoadedDevice(q.device.index)
+        planned = forward(problem, runtime, call, (0, 0, 0), None, here)
+        kernel = loaded_kernel(planned.tiling.spec, q.device.index)
+    chosen, built = planned.tiling, kernel.built
     backward: dict[str, str | int] = {}
     if is_followed(*inputs):
         arch = device(q.device.index).arch
@@ -165,12 +168,12 @@ def explain(
         heads_per_tile=chosen.heads_per_tile,
         num_splits=chosen.num_splits,
         num_ctas=chosen.num_ctas,
-        blocks_per_sm=chosen.kernel.blocks_per_sm,
+        blocks_per_sm=kernel.blocks_per_sm,
         registers=built.metadata.registers,
         spill_bytes=built.metadata.spill_bytes,
         smem_bytes=built.metadata.smem_bytes,
         backward=backward,
-        why=_reasons(of_kernel, chosen.rows, chosen.heads_per_tile, chosen.num_splits, call),
+        why=_reasons(planned.problem, chosen.rows, chosen.heads_per_tile, chosen.num_splits, call),
     )
 
 

@@ -14,7 +14,7 @@ from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel
 from jitattn.request.problem import axes
 from jitattn.run.autograd import FirstOrder, apply, first_order
-from jitattn.run.dispatch import has_duals
+from jitattn.run.forward import has_duals
 from jitattn.run.indirect import is_watched
 from jitattn.spec.kernel_spec import MergeGradSpec, MergeSpec
 from jitattn.values.autocast import outside_autocast

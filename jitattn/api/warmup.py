@@ -16,17 +16,17 @@ from jitattn.jit import build, launch
 from jitattn.jit.device import device as device_of
 from jitattn.jit.pool import build_all
 from jitattn.kernels.prepare_specs import specs_for_gear
+from jitattn.plan.backward import specs_of_gradients, target_of
 from jitattn.plan.choices import expand, read_entries
 from jitattn.plan.choices import preset as preset_choices
+from jitattn.plan.forward import specs_of_problem
 from jitattn.request.layouts import parse_any
 from jitattn.request.norm import call_of_normalized
 from jitattn.request.problem import is_deterministic
 from jitattn.request.scores import stagings
 from jitattn.run import normalize, workspace
 from jitattn.run.append import append_spec
-from jitattn.run.backward import specs_of_gradients
-from jitattn.run.dispatch import specs_of_problem
-from jitattn.spec.enums import Access
+from jitattn.spec.enums import Access, ScoreTarget
 from jitattn.values.gears import gear_of
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jitattn.plan.choice_fields import Choice
+    from jitattn.request.scores import Scores
     from jitattn.spec.kernel_spec import KernelSpec
     from jitattn.values.rotary import Rotary
 
@@ -183,8 +184,9 @@ def _warm_call(
         call = call_of_normalized(call, runtime.scale)
         problem, _, _ = parse_any(*normalize.like_normalized(q, k), v, call)
     if gradients:
+        targets = _targets_of(call.scores)
         specs += specs_of_gradients(
-            problem, runtime.listed, call.scores, arch, deterministic=is_deterministic(call)
+            problem, runtime.listed, targets, arch, deterministic=is_deterministic(call)
         )
     for bias_staged, dense_staged in stagings(call):
         alike = replace(problem, bias_staged=bias_staged, dense_staged=dense_staged)
@@ -195,6 +197,14 @@ def _warm_call(
     if rotary is not None:
         specs += rotary_specs(q.dtype, rotary, arch)
     return _warm(list(dict.fromkeys(specs)), index, jobs)
+
+
+def _targets_of(scores: Scores) -> list[ScoreTarget]:
+    """Return which gradients of what is added to scores a call can have."""
+    targets = [] if scores.bias is None else [target_of(tuple(scores.bias.shape))]
+    if scores.relative_bias is not None or scores.alibi_slopes is not None:
+        targets.append(ScoreTarget.DISTANCE)
+    return targets
 
 
 def _index(device: torch.device | int | str | None) -> int:

@@ -10,20 +10,23 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 import sys
 import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from jitattn.cache import files, settings
 from jitattn.errors import LaunchError
 from jitattn.jit.build import build, rebuild
 from jitattn.spec.kernel_spec import entry_symbol
-from jitattn.spec.params import STRUCTS
+from jitattn.spec.params import FIELDS, STRUCTS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from jitattn.jit.build import Built
     from jitattn.spec.kernel_spec import KernelSpec
 
@@ -48,9 +51,14 @@ class _ThreadState(threading.local):
     """The parameter buffers of a thread, and the devices whose context it has made current."""
 
     def __init__(self) -> None:
-        size = max(struct.size for struct in STRUCTS.values())
+        size = max(one.size for one in STRUCTS.values())
         self.buffer = ctypes.create_string_buffer(size)
-        self.args = (import_cupy().cuda.function.CPointer(ctypes.addressof(self.buffer)),)
+        self.view = memoryview(self.buffer).cast("B")
+        address = ctypes.addressof(self.buffer)
+        self.args = (import_cupy().cuda.function.CPointer(address),)
+        self._pointers = (ctypes.c_void_p * 1)(address)
+        self.params = ctypes.addressof(self._pointers)  #: as cuLaunchKernel takes them
+        self.launch = import_cupy().cuda.driver.launchKernel
         self.stream = _Stream()
         self.devices: set[int] = set()
 
@@ -69,6 +77,16 @@ class Kernel:
     _smem_bytes: int
     _pack: Any
 
+    def bind(self, grid: int, numbers: Mapping[str, float], dynamic: Sequence[str]) -> BoundLaunch:
+        """Return the kernel with its grid and all parameters but those named `dynamic`.
+
+        Raises
+        ------
+        LaunchError
+            A parameter is missing, unknown or given twice.
+        """
+        return BoundLaunch(self, grid, Layout.of(self.spec.params, numbers, dynamic))
+
     def launch(self, grid: int, stream: int, *params: float) -> None:
         """Start the kernel on `grid` CTAs in a raw CUDA stream.
 
@@ -83,6 +101,86 @@ class Kernel:
         self._pack(thread.buffer, 0, *params)
         thread.stream.ptr = stream
         self._function((grid, 1, 1), self._block, thread.args, self._smem_bytes, thread.stream)
+
+
+class Layout(NamedTuple):
+    """A parameter struct with its constant fields filled in, and where the others go."""
+
+    template: bytes
+    #: Runs of dynamic fields: a packer, its offset, and which of the dynamic values it takes.
+    runs: tuple[tuple[Any, int, int, int], ...]
+    order: tuple[int, ...]  #: place among the names as they were given, by place in the struct
+
+    @classmethod
+    def of(cls, params: str, numbers: Mapping[str, float], dynamic: Sequence[str]) -> Layout:
+        """Fill in a struct by name.
+
+        Raises
+        ------
+        LaunchError
+            A parameter is missing, unknown or given twice.
+        """
+        fields = FIELDS[params]
+        names = [name for name, _ in fields]
+        given = [*numbers, *dynamic]
+        if len(set(given)) != len(given) or set(given) != set(names):
+            doubled = sorted({name for name in given if given.count(name) > 1})
+            missing, unknown = set(names) - set(given), set(given) - set(names)
+            raise LaunchError(
+                f"parameters of {params}: missing {sorted(missing)}, unknown {sorted(unknown)}, "
+                f"given twice {doubled}; this is a fault of jitattn, please report it"
+            )
+        template = STRUCTS[params].pack(*(numbers.get(name, 0) for name in names))
+        found: list[tuple[str, int, list[int]]] = []  # codes, offset, places
+        offset, is_adjacent = 0, False
+        for name, code in fields:
+            if name in numbers:
+                is_adjacent = False
+            elif is_adjacent:
+                codes, start, places = found[-1]
+                found[-1] = (codes + code, start, [*places, dynamic.index(name)])
+            else:
+                found.append((code, offset, [dynamic.index(name)]))
+                is_adjacent = True
+            offset += struct.calcsize("=" + code)
+        runs, first = [], 0
+        for codes, start, places in found:
+            runs.append((struct.Struct("=" + codes).pack_into, start, first, first + len(places)))
+            first += len(places)
+        return cls(template, tuple(runs), tuple(place for *_, places in found for place in places))
+
+
+class BoundLaunch:
+    """A kernel with all that does not change from call to call; `launch` gives it the rest."""
+
+    __slots__ = ("_block", "_function", "_smem", "grid", "kernel", "layout")
+
+    def __init__(self, kernel: Kernel, grid: int, layout: Layout) -> None:
+        self.kernel, self.grid, self.layout = kernel, grid, layout
+        self._function = kernel._function.ptr
+        self._block, self._smem = kernel._block[0], kernel._smem_bytes
+
+    def launch(self, stream: int, values: Sequence[int]) -> None:
+        """Start the kernel in a raw CUDA stream.
+
+        Parameters
+        ----------
+        stream : int
+        values : sequence of int
+            The dynamic parameters, in the order of the struct (`layout.order`).
+        """
+        thread = _thread_state()
+        if self.kernel.device_index not in thread.devices:
+            # A thread that has made no CUDA call yet has no current context; this makes it one.
+            import_cupy().cuda.runtime.free(0)
+            thread.devices.add(self.kernel.device_index)
+        template, runs, _ = self.layout
+        thread.view[: len(template)] = template
+        for pack_into, offset, first, end in runs:
+            pack_into(thread.buffer, offset, *values[first:end])
+        thread.launch(
+            self._function, self.grid, 1, 1, self._block, 1, 1, self._smem, stream, thread.params, 0
+        )
 
 
 _kernels: dict[tuple[KernelSpec, int], Kernel] = {}
@@ -209,7 +307,7 @@ def can_make(directory: Path) -> bool:
 
 
 def _after_fork_in_child() -> None:
-    # A child cannot use its parent's CUDA context; `dispatch` says so.
+    # A child cannot use its parent's CUDA context; `run.forward` says so.
     _kernels.clear()
     _state.clear()
 

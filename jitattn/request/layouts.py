@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
 from jitattn.errors import InvalidInputError, WithoutMemoryError
-from jitattn.request import norm as norms
 from jitattn.request import problem
+from jitattn.request.block_lists import heads_agree
 from jitattn.request.outputs import check_out
 from jitattn.request.problem import Indices, Runtime
 from jitattn.request.score_checks import Sizes
-from jitattn.request.scores import NO_CHANGES, NO_LEFT, check
-from jitattn.spec.enums import Access, MaskKind, SeqLayout, Staging, Switch
-from jitattn.spec.params import FWD_SCORE_FIELDS, divisor
-from jitattn.values.masks import Causal, Full, parts_of
+from jitattn.request.scores import check
+from jitattn.spec.enums import MaskKind, SeqLayout, Staging
+from jitattn.spec.params import FWD_SCORE_FIELDS, NO_LEFT, divisor
+from jitattn.values.masks import parts_of
 from jitattn.values.norm import DEFAULT_SCALE
 from jitattn.values.sequences import LENGTHS, Padded, Paged, Ragged
 from jitattn.values.tensors import NO_ADDRESS, address_of, index_address, strides_of
@@ -24,16 +24,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jitattn.request.problem import Call
-    from jitattn.request.scores import Checked
     from jitattn.spec.kernel_spec import Problem
     from jitattn.values.sequences import KvSequences, QSequences
 
 _MAX_COUNT: Final = 2**31 - 1
 #: Bytes of a row of K or V up to which there is room for tiles of a bias beside it.
 _LARGEST_STAGED: Final = 512
-#: What `check` says of norms, by all that it depends on.
-_checked_norms: dict[tuple[object, ...], Checked] = {}
-_MOST_NORMS: Final = 256
 #: Place of the left bound among the score parameters.
 _LEFT: Final = [name for name, _ in FWD_SCORE_FIELDS].index("left")
 
@@ -52,10 +48,16 @@ class _Side(NamedTuple):
     outer_size: int = 0  #: of a batched tensor: its rows of the batch
 
 
+class Parsed(NamedTuple):
+    """Facts of a call, also of one that cannot be launched."""
+
+    problem: Problem
+    runtime: Runtime
+    has_memory: bool  #: no tensor is a placeholder, or one of a transform on a GPU
+
+
 def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime]:
     """Check every argument of `attention`, and sort its facts by what they change.
-
-    As `problem.parse`, for calls with `q_seqs` or `kv_seqs` too.
 
     Raises
     ------
@@ -66,32 +68,20 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
     WithoutMemoryError
         A tensor is a placeholder, or is inside a transform and on a GPU.
     """
-    is_uniform = call.q_seqs is None and call.kv_seqs is None
-    if is_uniform and type(call.mask) in (Full, Causal):
-        if call.scores is NO_CHANGES:
-            return problem.parse(q, k, v, call)
-        if _is_norm_only(call.scores):
-            return _parse_cosine(q, k, v, call)
     parsed = parse_any(q, k, v, call)
     if not parsed.has_memory:
         raise WithoutMemoryError
     return parsed.problem, parsed.runtime
 
 
-class Parsed(NamedTuple):
-    """Facts of a call, also of one that cannot be launched."""
-
-    problem: Problem
-    runtime: Runtime
-    has_memory: bool  #: no tensor is a placeholder, or one of a transform on a GPU
-
-
 def parse_any(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Parsed:
-    """Parse any call, without the short cut that `parse` takes; asks no placeholder its address."""
+    """Parse as `parse` does; asks no placeholder its address."""
     is_uniform = call.q_seqs is None and call.kv_seqs is None
     problem.check_alike(q, k, v)
     problem.axes(call.layout)
     check_kinds(call.q_seqs, call.kv_seqs, q.device)
+    if is_uniform:
+        problem.check_batched(q, k, v, call.layout)
     ours = _q_side(q, call)
     theirs = _kv_side("k", k, call)
     _check_fit(q, k, v, ours, theirs, _kv_side("v", v, call))
@@ -103,7 +93,7 @@ def parse_any(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Parsed:
     )
 
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
-    usual = head_dim**-0.5 if call.scores.qk_norm is None else DEFAULT_SCALE
+    usual = max(1, head_dim) ** -0.5 if call.scores.qk_norm is None else DEFAULT_SCALE
     scale = usual if call.scale is None else problem.checked_scale(call.scale)
     sizes = Sizes(batch, ours.heads, theirs.heads, ours.longest, theirs.longest, is_uniform)
     scores = check(call, q, scale, sizes)
@@ -142,6 +132,7 @@ def parse_any(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Parsed:
     has_memory = address >= 0 and scores.has_memory
     if indices is not None:
         has_memory = has_memory and min(indices.addresses) >= 0
+    rule = parts_of(call.mask).rule
     runtime = Runtime(
         batch,
         ours.longest,
@@ -155,79 +146,15 @@ def parse_any(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Parsed:
         diagonal,
         indices,
         params if found.has_scores else (),
-        parts_of(call.mask).rule if is_listed else None,
+        rule if is_listed else None,
+        is_listed and heads_agree(rule, ours.heads, theirs.heads),
+        q.dim() == 3,
+        k.dim() == 3,
+        _are_apart(call.q_seqs) and _are_apart(call.kv_seqs),
+        _shares_rows(call.kv_seqs),
+        call.kv_seqs.block_table.shape[1] if isinstance(call.kv_seqs, Paged) else 1,
     )
     return Parsed(found, runtime, has_memory)
-
-
-def _is_norm_only(scores: tuple[Any, ...]) -> bool:
-    bias, relative, slopes, softcap, sinks, dropout, norm = scores
-    others_are_none = bias is relative is slopes is softcap is sinks is dropout is None
-    return others_are_none and norm is not None
-
-
-def _parse_cosine(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime]:
-    """Parse a batched call with a norm and nothing else that is done with scores.
-
-    What `check` says of it follows from a few facts, and is kept.
-    """
-    if call.scale is None:
-        call = call._replace(scale=DEFAULT_SCALE)
-    found, runtime = problem.parse(q, k, v, call)
-    norm: Any = call.scores.qk_norm
-    if norms.check(norm, q, runtime.heads_q, call) < 0:
-        raise WithoutMemoryError
-    bound = (norm.groups, norm.bound, norm.head_scale is None)
-    key = (type(call.mask), runtime.scale, q.dtype, bound)
-    scores = _checked_norms.get(key)
-    if scores is None:
-        sizes = (runtime.batch, runtime.heads_q, runtime.heads_kv, runtime.len_q, runtime.len_kv)
-        if len(_checked_norms) >= _MOST_NORMS:
-            _checked_norms.clear()
-        scores = _checked_norms[key] = check(call, q, runtime.scale, Sizes(*sizes, True))
-    if scores.fields.fixed_shift is Switch.OFF:
-        return found, runtime
-    result_dtype = q.dtype if call.out_dtype is None else call.out_dtype
-    dims = (q.shape[3], v.shape[3])
-    setting, aligned = problem.setting_of(call.gear, q), found.access is Access.VEC16
-    layouts = (SeqLayout.BATCHED, SeqLayout.BATCHED)
-    facts = (q.dtype, result_dtype, *dims, setting, aligned, *scores.fields[:1], *layouts)
-    params = _of_uniform(scores.params, runtime.diagonal, runtime.len_q)
-    return problem.problem_of((*facts, *scores.fields[1:])), runtime._replace(score_params=params)
-
-
-def of_normalized(
-    q: Tensor, k: Tensor, v: Tensor, parsed: tuple[Problem, Runtime], call: Call
-) -> tuple[Problem, Runtime]:
-    """Return what `parse` says of a call whose q and k have been normalised since.
-
-    Parameters
-    ----------
-    q, k : Tensor
-        Contiguous, and on addresses of their own; all else is as it was.
-    parsed : (Problem, Runtime)
-        Of the call before.
-    call : Call
-        As `norm.call_of_normalized` has it.
-    """
-    found, runtime = parsed
-    if found.access is not Access.VEC16:  # it may be aligned now
-        return parse(q, k, v, call)
-    strides = [_row_strides(x, call.layout) for x in (q, k)]
-    return found, runtime._replace(q_strides=strides[0], k_strides=strides[1])
-
-
-def _row_strides(tensor: Tensor, layout: str) -> problem.Strides:
-    """Strides as `_strides` has them, of a flat or a batched tensor."""
-    stride, shape = tensor.stride(), tensor.shape
-    if len(shape) == 3:
-        return 0, stride[0] if shape[0] > 1 else 0, stride[1] if shape[1] > 1 else 0
-    row, head = problem.axes(layout)
-    return (
-        stride[0] if shape[0] > 1 else 0,
-        stride[row] if shape[row] > 1 else 0,
-        stride[head] if shape[head] > 1 else 0,
-    )
 
 
 def _of_uniform(params: tuple[float, ...], corner: int, len_q: int) -> tuple[float, ...]:
@@ -410,6 +337,20 @@ def _indices(call: Call, ours: _Side, theirs: _Side, bottom_right: bool) -> Indi
         ),
         isinstance(q_seqs, Ragged),
     )
+
+
+def _are_apart(seqs: QSequences | KvSequences) -> bool:
+    """Whether no row is of two sequences, but for pages."""
+    if isinstance(seqs, Ragged):
+        return not seqs.stop_is_length  # cumulative lengths
+    if isinstance(seqs, Padded):
+        return seqs.batch_idx is None
+    return True
+
+
+def _shares_rows(seqs: KvSequences) -> bool:
+    """Whether sequences may share rows of k and v."""
+    return isinstance(seqs, Paged) or (isinstance(seqs, Padded) and seqs.batch_idx is not None)
 
 
 def _words(index: Tensor) -> int:

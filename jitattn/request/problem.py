@@ -17,25 +17,20 @@ from jitattn.errors import (
     InternalError,
     InvalidInputError,
     UnsupportedError,
-    WithoutMemoryError,
 )
 from jitattn.jit.device import device
-from jitattn.request.outputs import check_out
 from jitattn.request.scores import NO_CHANGES, Fields
-from jitattn.spec.enums import Access, Dtype, MaskKind, RowClass, SeqLayout
+from jitattn.spec.enums import TILE_ROWS, Access, Dtype, MaskKind, SeqLayout
 from jitattn.spec.kernel_spec import Problem
 from jitattn.values.gears import get_default_gear, resolve_numerics
 from jitattn.values.given import integer, real
-from jitattn.values.masks import Causal, Full, is_mask
+from jitattn.values.masks import is_mask
 from jitattn.values.tensors import (
     CPU_DTYPES,
     DTYPES,
-    LOW_ADDRESS,
     MAX_HEAD_DIM,
-    address_of,
     refuse_nested,
     short,
-    strides_of,
 )
 
 if TYPE_CHECKING:
@@ -45,8 +40,6 @@ if TYPE_CHECKING:
     from jitattn.values.masks import Mask, Rule
     from jitattn.values.sequences import KvSequences, QSequences
 
-#: batch, len_q, len_kv, heads_q, heads_kv, head_dim, head_dim_v.
-_Sizes: TypeAlias = tuple[int, int, int, int, int, int, int]
 #: Strides in elements, (batch, row, head); 0 for a dimension of size 0 or 1, which no index passes.
 Strides: TypeAlias = tuple[int, int, int]
 
@@ -57,8 +50,6 @@ _MAX_COUNT: Final = 2**31 - 1
 #: |scale| · log2(e) travels as an fp32 number.
 _MAX_SCALE: Final = 3.4e38 / math.log2(math.e)
 
-#: What `tile_rows` may be, and the kernel that it is.
-TILE_ROWS: Final = {16: RowClass.ROWS16, 64: RowClass.ROWS64, 128: RowClass.MANY}
 #: The gear, None for the dtype's own, and whether the GPU is faster with fp16 accumulators.
 Setting: TypeAlias = tuple[int | None, bool]
 _problems: dict[tuple[object, ...], Problem] = {}
@@ -123,103 +114,12 @@ class Runtime(NamedTuple):
     indices: Indices | None = None  #: None: every sequence fills its row of the batch
     score_params: tuple[float, ...] = ()  #: fields of `FwdScoreParams`; empty: nothing but a scale
     listed: Rule | None = None  #: what lists of blocks are made of
-
-
-def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime]:
-    """Check every argument of `attention` and sort its facts by what they change.
-
-    Here, every sequence fills its row of the batch, and the mask is `Full` or `Causal`;
-    `layouts.parse` handles all others too.
-
-    Parameters
-    ----------
-    q, k, v : Tensor
-        torch tensors only.
-    call : Call
-
-    Returns
-    -------
-    problem : Problem
-        What changes machine code; the same object for the same facts.
-    runtime : Runtime
-        What does not.
-
-    Raises
-    ------
-    InvalidInputError
-        An argument breaks a rule. The message gives argument and value, the rule, the way out.
-    UnsupportedError
-        The request is legal, but nothing computes it yet: a gear, a dtype, a device.
-    """
-    mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, *_, tile_rows = call
-    row, head = axes(layout)
-    batch, len_q, len_kv, heads_q, heads_kv, head_dim, head_dim_v = _sizes(q, k, v, row, head)
-    diagonal = _diagonal(mask, len_q, len_kv)
-    check_options(q, gear, out_dtype, num_splits, return_lse, tile_rows)
-    result_dtype = q.dtype if out_dtype is None else out_dtype
-
-    try:
-        q_stride, k_stride, v_stride = q.stride(), k.stride(), v.stride()
-        at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        # The low bits of an "or" are clear exactly when those of every part are.
-        address = at_q | at_k | at_v
-        odd = at_q < LOW_ADDRESS or at_k < LOW_ADDRESS or at_v < LOW_ADDRESS or q.is_neg()
-        odd = odd or q_stride[3] != 1 or k_stride[3] != 1 or v_stride[3] != 1
-        odd = odd or k.is_neg() or v.is_neg()
-    except RuntimeError:  # sparse, nested, inside a transform
-        odd, address = True, 0
-    if odd:  # name what is wrong, if it is wrong
-        address = address_of("q", q) | address_of("k", k) | address_of("v", v)
-        q_stride, k_stride, v_stride = strides_of("q", q), strides_of("k", k), strides_of("v", v)
-        if address < 0:
-            raise WithoutMemoryError
-    # A stride that no index passes says nothing.
-    q_strides = qb, qr, qh = (
-        q_stride[0] if batch > 1 else 0,
-        q_stride[row] if len_q > 1 else 0,
-        q_stride[head] if heads_q > 1 else 0,
-    )
-    k_strides = kb, kr, kh = (
-        k_stride[0] if batch > 1 else 0,
-        k_stride[row] if len_kv > 1 else 0,
-        k_stride[head] if heads_kv > 1 else 0,
-    )
-    v_strides = vb, vr, vh = (
-        v_stride[0] if batch > 1 else 0,
-        v_stride[row] if len_kv > 1 else 0,
-        v_stride[head] if heads_kv > 1 else 0,
-    )
-    size = q.element_size()
-    units = (qb | qr | qh | kb | kr | kh | vb | vr | vh | head_dim | head_dim_v) * size
-    if out is not None:
-        shape = (batch, len_q, heads_q, head_dim_v)
-        if layout == "bhsd":
-            shape = (batch, heads_q, len_q, head_dim_v)
-        check_out(out, (q, k, v), shape, result_dtype)
-        address |= address_of("out", out)
-        if address < 0:
-            raise WithoutMemoryError
-        steps = zip(strides_of("out", out)[:3], shape, strict=False)
-        for unit in (head_dim_v, *(step for step, count in steps if count > 1)):
-            units |= unit * out.element_size()
-
-    aligned = (address | units) & 15 == 0
-    kind = MaskKind.CAUSAL if type(mask) is Causal else MaskKind.FULL
-    setting = setting_of(gear, q)
-    key = (q.dtype, result_dtype, head_dim, head_dim_v, setting, aligned, kind)
-    problem = _problems.get(key)
-    return problem_of(key) if problem is None else problem, Runtime(
-        batch,
-        len_q,
-        len_kv,
-        heads_q,
-        heads_kv,
-        q_strides,
-        k_strides,
-        v_strides,
-        head_dim**-0.5 if scale is None else checked_scale(scale),
-        diagonal,
-    )
+    heads_agree: bool = True  #: the query heads of a kv head share its lists
+    q_is_flat: bool = False  #: q is [total, Hq, D]
+    k_is_flat: bool = False  #: k and v are [total, Hkv, D]
+    rows_are_apart: bool = True  #: no row of q or k is of two sequences, but for pages
+    shares_rows: bool = False  #: sequences may share rows of k and v: pages, or rows by index
+    table_width: int = 1  #: entries of a row of the block table
 
 
 def is_deterministic(call: Call) -> bool:
@@ -238,27 +138,24 @@ def axes(layout: str) -> tuple[int, int]:
     )
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor, row: int, head: int) -> _Sizes:
-    """Check types, dtypes, devices and shapes of the inputs against each other."""
-    shape_q, shape_k, shape_v = check_alike(q, k, v)
+def check_batched(q: Tensor, k: Tensor, v: Tensor, layout: str) -> None:
+    """Check the shapes of inputs against each other whose sequences fill the batch."""
+    row, head = axes(layout)
+    shape_q, shape_k, shape_v = q.shape, k.shape, v.shape
     if not len(shape_q) == len(shape_k) == len(shape_v) == 4:
         raise InvalidInputError(
             f"q, k and v must have 4 dimensions each, batch first and head_dim last "
             f"({shapes(q, k, v)}); add a batch with .unsqueeze(0), or say where the sequences lie "
             "with q_seqs and kv_seqs"
         )
-    batch, heads_q, heads_kv = shape_q[0], shape_q[head], shape_k[head]
-    len_q, len_kv, head_dim = shape_q[row], shape_k[row], shape_q[3]
     if (
-        shape_k[0] != batch
-        or shape_k[3] != head_dim
-        or shape_v[0] != batch
-        or shape_v[row] != len_kv
-        or shape_v[head] != heads_kv
+        shape_k[0] != shape_q[0]
+        or shape_k[3] != shape_q[3]
+        or shape_v[0] != shape_q[0]
+        or shape_v[row] != shape_k[row]
+        or shape_v[head] != shape_k[head]
     ):
         _refuse_shapes(q, k, v, row, head)
-    check_counts(q, k, v, batch, len_q, len_kv, heads_q, heads_kv)
-    return batch, len_q, len_kv, heads_q, heads_kv, head_dim, shape_v[3]
 
 
 def check_alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.Size, torch.Size, torch.Size]:
@@ -317,15 +214,6 @@ def check_counts(
             f"len_q * (heads_q / heads_kv) is {rows}, len_kv is {len_kv} and batch * heads_q is "
             f"{batch * heads_q}: each must be below 2**31; split the call"
         )
-
-
-def _diagonal(mask: Mask, len_q: int, len_kv: int) -> int:
-    """Check the mask, and say where the causal diagonal starts."""
-    if type(mask) is Full:
-        return 0
-    if isinstance(mask, Causal):
-        return len_kv - len_q if mask.align == "bottom_right" else 0
-    raise _no_mask(mask)
 
 
 def check_mask(mask: Mask) -> None:

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from jitattn.values.dropout import Dropout
     from jitattn.values.masks import Rule
 
-#: The left bound of a window that has none.
-NO_LEFT: Final = -(2**30)
 #: Windows count positions in both directions.
 _MAX_WINDOW_LENGTH: Final = 2**30
 #: Lists count groups of keys, and their windows positions in both directions.
@@ -201,7 +199,7 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         if bias is relative is slopes is None and softcap is None:
             shift = norms.shift_of(norm, scale, q.dtype)
     kind, bottom_right, diagonal, left, keep_first, lifts = _rule(parts.rule, sizes)
-    magnitude = abs(scale) or 1e-30  # as dispatch has it for a scale of 0
+    magnitude = abs(scale) or 1e-30  # as `plan.arguments` has it for a scale of 0
     is_paired = False
     if bias is not None:
         address, steps = of_bias

@@ -10,7 +10,7 @@ from torch import Tensor
 from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel
 from jitattn.request.problem import axes
-from jitattn.run.dispatch import check_cuda
+from jitattn.run.forward import check_cuda
 from jitattn.spec.enums import Access, RotaryStyle
 from jitattn.spec.kernel_spec import AppendSpec
 from jitattn.values.sequences import LENGTHS, Paged

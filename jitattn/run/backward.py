@@ -1,32 +1,21 @@
-"""The backward pass on a GPU: row statistics, then dK, dV and the sums of dQ, then dQ.
-
-Memory beside the results: LSE and delta in fp32 (8 bytes a row and head, 16 with sinks), and the
-sums of dQ in fp32 (4 bytes an element of q, rounded up to whole tiles); where the kernel takes fp32
-as fp16 parts (halves.py), as much again as q, k, v and dO; where dK and dV come in parts
-(kv_parts.py), 4 bytes an element of these for each part. No tensor is Lq x Lkv.
-"""
+"""The backward pass on a GPU: operands made ready, the plan carried out, gradients returned."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from jitattn.errors import UnsupportedError
-from jitattn.jit.device import device
-from jitattn.jit.get_kernel import loaded_kernel
-from jitattn.kernels.bwd_tiles import bwd_spec, dq_spec, score_grad_spec, specs_of_backward
-from jitattn.request.layouts import parse
+from jitattn.errors import InternalError, UnsupportedError
+from jitattn.plan.backward import Backward, BackwardOperands, backward
+from jitattn.plan.kv_parts import KvGradient
 from jitattn.request.problem import is_deterministic
-from jitattn.run import kv_parts
-from jitattn.run import split_fp32 as halves
-from jitattn.run.backward_pass import Pass, Rows
-from jitattn.run.score_gradients import score_gradients, target_of
-from jitattn.spec.enums import Access, MaskKind, Numerics, ScoreTarget, SeqLayout
-from jitattn.spec.kernel_spec import RoundSpec, StatsSpec, padded_head_dim
-from jitattn.values.masks import LocalStride
-from jitattn.values.sequences import overlaps
+from jitattn.request.request import request_of
+from jitattn.run.execute import BoundPlan, LoadedDevice, add_lists
+from jitattn.run.score_gradients import score_gradients
+from jitattn.spec.enums import Access, SeqLayout
+from jitattn.values.masks import parts_of
+from jitattn.values.sequences import Padded, Paged, overlaps
 from jitattn.values.tensors import DTYPES, readable
 
 if TYPE_CHECKING:
@@ -34,19 +23,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from jitattn.request.problem import Call, Runtime
-    from jitattn.request.scores import Scores
-    from jitattn.spec.kernel_spec import BwdSpec, KernelSpec, Problem
-    from jitattn.values.masks import Rule
+    from jitattn.request.problem import Call, Strides
+    from jitattn.request.request import Addresses, Request
 
-#: Blocks of local + stride patterns whose keys the kernel gathers.
-_FINE_BLOCKS: Final = (16, 32)
 #: Largest dS, and dO, that fp16 operands are scaled to, as a power of two.
 _LARGEST_FP16_LOG2: Final = 15.0
 
 
 class Gradients(NamedTuple):
-    """What a backward pass gives; `None` where nothing was asked for."""
+    """Gradients of a call; `None` where nothing was asked for."""
 
     dq: Tensor
     dk: Tensor
@@ -55,6 +40,31 @@ class Gradients(NamedTuple):
     relative_bias: Tensor | None = None
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
+
+
+class _Rows(NamedTuple):
+    """Dimensions of rows and heads in a tensor like q; those of the LSE follow."""
+
+    is_flat: bool
+    row: int
+    head: int
+
+    @classmethod
+    def of(cls, q: Tensor, layout: str) -> _Rows:
+        """Return those of q."""
+        if q.dim() == 3:
+            return cls(True, 0, 1)
+        return cls(False, 1, 2) if layout == "bshd" else cls(False, 2, 1)
+
+    def strides(self, tensor: Tensor) -> Strides:
+        """Return (batch, row, head) of a tensor like q."""
+        stride = tensor.stride()
+        return (0 if self.is_flat else stride[0], stride[self.row], stride[self.head])
+
+    def by_head(self, tensor: Tensor) -> Strides:
+        """Return (batch, head, row) of a tensor like the LSE."""
+        stride = tensor.stride()
+        return (0 if self.is_flat else stride[0], stride[-2], stride[-1])
 
 
 def settle_overlaps(call: Call) -> None:
@@ -102,19 +112,17 @@ def run_backward(
     if call.scale is not None and negated:
         # q k^T * -s = q (-k)^T * s
         k, call = -k, call._replace(scale=-call.scale)
-    problem, runtime = parse(q, k, v, call._replace(out=None))
+    if call.out is not None:
+        call = call._replace(out=None)
+    request, addresses = request_of(q, k, v, call)
+    runtime = request.runtime
     out, lse = readable("out", out), readable("lse", lse)
     d_out = readable("the gradient of out", d_out)
     d_lse = None if d_lse is None else readable("the gradient of the LSE", d_lse)
-    row_axis, head_axis = 0, 1
-    if q.dim() == 4:
-        row_axis, head_axis = (1, 2) if call.layout == "bshd" else (2, 1)
-    batch = q.shape[0] if row_axis else 1
-    rows = Rows(batch, q.shape[row_axis], q.shape[head_axis], head_axis, row_axis)
     dense = torch.contiguous_format
     sizes = (runtime.batch, runtime.len_q, runtime.len_kv, q.numel(), k.numel(), v.numel())
     is_empty = 0 in sizes
-    is_sparse = is_empty or problem.kv_layout is not SeqLayout.BATCHED
+    is_sparse = is_empty or request.problem.kv_layout is not SeqLayout.BATCHED
     like = torch.zeros_like if is_sparse else torch.empty_like
     dk, dv = like(k, memory_format=dense), like(v, memory_format=dense)
     dq = (torch.zeros_like if is_empty else torch.empty_like)(q, memory_format=dense)
@@ -126,38 +134,94 @@ def run_backward(
                 for name in wanted
             }
             return found._replace(**zeros)
-        d_out_scale = _scale_of_d_out(q, v, d_out, d_lse, call)
-        stats = _row_stats(rows, out, lse, d_out, d_lse, d_out_scale, problem, call)
-        d_out = d_out.to(q.dtype) if d_out_scale is None else (d_out * d_out_scale[0]).to(q.dtype)
-        needs_copy = d_out.stride(-1) != 1 and d_out.shape[-1] > 1
-        if needs_copy or (problem.access is Access.VEC16 and not _aligned(d_out)):
-            d_out = d_out.clone(memory_format=dense)  # contiguous() would keep an odd address
-        index = q.get_device()
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        arch = device(index).arch
-        whole = Pass(
-            q,
-            k,
-            v,
-            d_out,
-            stats,
-            problem,
-            runtime,
-            call,
-            rows,
-            arch,
-            index,
-            stream,
-            rows.strides(d_out),
-            d_out_scale,
-        )
-        _main(whole, dq, dk, dv)
-        others = score_gradients(whole, wanted)
+        others = _launch(request, addresses, call, found, (v, out, lse, d_out, d_lse), wanted)
     return found._replace(dk=-dk if negated else dk, **others)
 
 
+def _launch(
+    request: Request,
+    addresses: Addresses,
+    call: Call,
+    found: Gradients,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    wanted: Collection[str],
+) -> dict[str, Tensor]:
+    """Fill dq, dk and dv, and return the other gradients; `tensors`: v, out, lse, d_out, d_lse."""
+    v, out, lse, d_out, d_lse = tensors
+    dq, dk, dv = found[:3]
+    d_out_scale = _scale_of_d_out(dq.dtype, v, d_out, d_lse, call)
+    out, of_rows = _in_lines(out), _in_lines(d_out.to(out.dtype))
+    main = d_out.to(dq.dtype) if d_out_scale is None else (d_out * d_out_scale[0]).to(dq.dtype)
+    needs_copy = main.stride(-1) != 1 and main.shape[-1] > 1
+    if needs_copy or (request.problem.access is Access.VEC16 and not _is_aligned(main)):
+        main = main.clone(memory_format=torch.contiguous_format)  # contiguous() keeps odd addresses
+    rows = _Rows.of(dq, call.layout)
+    bias, dropout = call.scores.bias, call.scores.dropout
+    has_bias = bias is not None and "bias" in wanted
+    operands = BackwardOperands(
+        batch=1 if rows.is_flat else dq.shape[0],
+        length=dq.shape[rows.row],
+        is_flat=rows.is_flat,
+        out_strides=rows.strides(out),
+        d_out_strides=rows.strides(of_rows),
+        main_d_out_strides=rows.strides(main),
+        lse_strides=rows.by_head(lse),
+        d_lse_strides=None if d_lse is None else rows.by_head(d_lse),
+        is_aligned=_is_aligned(out) and _is_aligned(of_rows),
+        has_scale=d_out_scale is not None,
+        dq_strides=rows.strides(dq),
+        dk=_kv_gradient("dk", dk, call),
+        dv=_kv_gradient("dv", dv, call),
+        wanted=tuple(wanted),
+        bias_shape=tuple(bias.shape) if bias is not None and has_bias else None,
+        bias_dtype=str(DTYPES[bias.dtype]) if bias is not None and has_bias else "",
+        dropout_scale=1.0 if dropout is None else dropout.scale,
+        num_splits=call.num_splits,
+        deterministic=is_deterministic(call),
+    )
+    index = dq.get_device()
+    ready: tuple[Backward, BoundPlan] | None = request.plans.get(operands)
+    if ready is None:
+        here = LoadedDevice(index)
+        planned = backward(request.problem, request.runtime_of(call), operands, here)
+        ready = request.plans[operands] = planned, BoundPlan(planned.plan, index, dq.device)
+    planned, bound = ready
+    used = {
+        "out": out, "lse": lse, "d_lse": d_lse, "d_out_of_rows": of_rows, "d_out": main,
+        "d_out_scale": d_out_scale, "dq": dq, "dk": dk, "dv": dv,
+    }  # fmt: skip
+    if planned.needs_entries:
+        used["entries"], used["bounds"] = _entries(dk, call)
+    addresses |= {name: x.data_ptr() for name, x in used.items() if x is not None}
+    runtime = request.runtime
+    lists = [
+        add_lists(
+            addresses,
+            parts_of(call.mask).rule,
+            (runtime.heads_q, runtime.heads_kv),
+            planned.longest_listed,
+            positions,
+            dq.device,
+        )
+        for positions in planned.tile_positions
+    ]
+    buffers = bound.run(addresses, torch._C._cuda_getCurrentRawStream(index))
+    del lists, used  # until everything that reads them is launched
+    return score_gradients(buffers, call.scores, runtime, planned.bias_differs, wanted)
+
+
+def _in_lines(tensor: Tensor) -> Tensor:
+    """Return a tensor whose rows have no gaps."""
+    return tensor.contiguous() if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 else tensor
+
+
+def _kv_gradient(name: str, gradient: Tensor, call: Call) -> KvGradient:
+    row = 1 if call.layout == "bshd" or isinstance(call.kv_seqs, Paged) else 2
+    return KvGradient(name, tuple(gradient.shape), row, gradient.dim() == 3)
+
+
 def _scale_of_d_out(
-    q: Tensor, v: Tensor, d_out: Tensor, d_lse: Tensor | None, call: Call
+    dtype: torch.dtype, v: Tensor, d_out: Tensor, d_lse: Tensor | None, call: Call
 ) -> Tensor | None:
     """Return a power of two by which dO and dS fit fp16, and its inverse, on the device.
 
@@ -165,7 +229,7 @@ def _scale_of_d_out(
     of rows of dO with v, or means of its rows, at most |dO| |v|. Rows that are not finite count for
     nothing here: they reach the gradients that depend on them in any case.
     """
-    if q.dtype is not torch.float16 or (d_out.dtype is torch.float16 and d_lse is None):
+    if dtype is not torch.float16 or (d_out.dtype is torch.float16 and d_lse is None):
         return None
 
     def largest(values: Tensor) -> Tensor:
@@ -182,37 +246,8 @@ def _scale_of_d_out(
     return torch.stack([exponent, -exponent]).exp2()
 
 
-def kernel_problem(problem: Problem, runtime: Runtime, arch: str) -> Problem:
-    """Return the problem of the kernel for dq, dk and dv of a call."""
-    own = without_lists(problem, runtime.listed, arch)
-    if own is not problem:
-        return own
-    return halves.backward_problem_of(problem, runtime) or problem
-
-
-def without_lists(problem: Problem, rule: Rule | None, arch: str) -> Problem:
-    """Return that of lists of `rule`; small blocks of a causal local + stride need no lists."""
-    if not (isinstance(rule, LocalStride) and rule.causal and rule.block_size in _FINE_BLOCKS):
-        return problem
-    whole = replace(problem, mask=MaskKind.LOCAL_STRIDE)
-    if bwd_spec(whole, arch).tile.block_kv <= rule.block_size:
-        return whole
-    return replace(problem, mask=MaskKind.FINE_STRIDE)
-
-
-def specs_of_gradients(
-    problem: Problem, rule: Rule | None, scores: Scores, arch: str, *, deterministic: bool
-) -> list[KernelSpec]:
-    """Return every kernel that the backward pass of a call can need; `rule`: what is listed."""
-    own = without_lists(problem, rule, arch)
-    specs = specs_of_backward(own, arch, deterministic=deterministic)
-    targets = [] if scores.bias is None else [target_of(scores.bias)]
-    if scores.relative_bias is not None or scores.alibi_slopes is not None:
-        targets.append(ScoreTarget.DISTANCE)
-    return [*specs, *(score_grad_spec(problem, arch, target) for target in targets)]
-
-
-def _aligned(tensor: Tensor) -> bool:
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether rows begin at multiples of 16 bytes, and end there."""
     units = tensor.data_ptr() | tensor.shape[-1] * tensor.element_size()
     for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
         if size > 1:
@@ -220,189 +255,25 @@ def _aligned(tensor: Tensor) -> bool:
     return units & 15 == 0
 
 
-def _row_stats(
-    rows: Rows,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    d_out_scale: Tensor | None,
-    problem: Problem,
-    call: Call,
-) -> Tensor:
-    """Return the statistics of every row, [2 or, with sinks, 4, B, Hq, Lq].
+def _entries(gradient: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Return the places of a block table in the order of their pages, and where each page begins.
 
-    They are LSE in base 2, delta, the part of the weights that a sink leaves, and what the row adds
-    to dsinks.
+    Places that no key of their sequence is in come last, behind all pages.
     """
-    index = out.get_device()
-    if out.stride(-1) != 1 and out.shape[-1] > 1:
-        out = out.contiguous()
-    d_out = d_out.to(out.dtype)
-    if d_out.stride(-1) != 1 and d_out.shape[-1] > 1:
-        d_out = d_out.contiguous()
-    spec = StatsSpec(
-        dtype=DTYPES[out.dtype],
-        head_dim_v=problem.head_dim_v,
-        access=Access.VEC16 if _aligned(out) and _aligned(d_out) else Access.ELEMENT,
-        arch=device(index).arch,
-    )
-    sinks = call.scores.sinks
-    stats = out.new_empty(
-        (2 if sinks is None else 4, rows.batch, rows.heads, rows.length), dtype=torch.float32
-    )
-    num_rows = rows.batch * rows.heads * rows.length
-    loaded_kernel(spec, index).launch(
-        -(-num_rows * spec.lanes // spec.num_threads),
-        torch._C._cuda_getCurrentRawStream(index),
-        out.data_ptr(),
-        d_out.data_ptr(),
-        lse.data_ptr(),
-        0 if d_lse is None else d_lse.data_ptr(),
-        0 if sinks is None else sinks.data_ptr(),
-        0 if d_out_scale is None else d_out_scale.data_ptr(),
-        stats[0].data_ptr(),
-        stats[1].data_ptr(),
-        0 if sinks is None else stats[2].data_ptr(),
-        0 if sinks is None else stats[3].data_ptr(),
-        *rows.strides(out),
-        *rows.strides(d_out),
-        *rows.stat_strides(lse),
-        *((0, 0, 0) if d_lse is None else rows.stat_strides(d_lse)),
-        num_rows,
-        rows.length,
-        rows.heads,
-    )
-    return stats
-
-
-def _main(whole: Pass, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Compute dq, dk and dv."""
-    runtime, call = whole.runtime, whole.call
-    problem = kernel_problem(whole.problem, runtime, whole.arch)
-    if problem.mask is not whole.problem.mask:  # without lists, whose sequences count as different
-        corner = runtime.len_kv - runtime.len_q if problem.is_uniform else 0
-        runtime = runtime._replace(diagonal=corner, listed=None)
-        whole = whole._replace(problem=problem, runtime=runtime)
-    deterministic = is_deterministic(call)
-    spec = bwd_spec(problem, whole.arch, deterministic=deterministic)
-    dq_sum, strides = _room_for_dq(whole, spec, dq)
-    turns = None
-    if deterministic:
-        heads = runtime.batch * runtime.heads_q
-        num_q_tiles, _ = whole.num_tiles(problem, spec.tile)
-        turns = torch.zeros(heads * num_q_tiles, dtype=torch.int32, device=dq.device)
-    ours = whole.in_halves(problem) if problem.numerics is Numerics.F16X3 else whole
-    _launch_main(ours, spec, dq_sum, strides, (dk, dv), turns)
-    _round_dq(whole, spec, dq_sum, strides, dq)
-
-
-def _room_for_dq(whole: Pass, spec: BwdSpec, dq: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """Return zeros for the sums of dQ, and their strides."""
-    if spec.in_fragments:
-        num_q_tiles, _ = whole.num_tiles(spec.problem, spec.tile)
-        per_head = num_q_tiles * spec.tile.block_q * spec.dq_columns
-        heads = whole.runtime.heads_q
-        dq_sum = dq.new_zeros(whole.runtime.batch * heads * per_head, dtype=torch.float32)
-        return dq_sum, (heads * per_head, 0, per_head)
-    dq_sum = torch.zeros(dq.shape, dtype=torch.float32, device=dq.device)
-    return dq_sum, whole.rows.strides(dq_sum)
-
-
-def _launch_main(
-    whole: Pass,
-    spec: BwdSpec,
-    dq_sum: Tensor,
-    strides: tuple[int, int, int],
-    gradients: tuple[Tensor, Tensor],
-    turns: Tensor | None,
-) -> None:
-    """Launch the kernel for the sums of dQ, dK and dV, and what adds up parts of the latter."""
-    runtime, call = whole.runtime, whole.call
-    tiles = whole.num_tiles(spec.problem, spec.tile)
-    here = device(whole.device_index)
-    kernel = loaded_kernel(spec, whole.device_index)
-    split = kv_parts.choose_split(
-        spec,
-        here.num_sms * kernel.blocks_per_sm,
-        runtime,
-        tiles,
-        is_fixed=call.num_splits is not None,
-    )
-    is_plain = split.num_ctas == split.num_launches == 1 and not kv_parts.shares_rows(call)
-    if is_plain:
-        targets = [kv_parts.plain_target(gradient, call) for gradient in gradients]
+    seqs, num_pages = call.kv_seqs, gradient.shape[0]
+    if isinstance(seqs, Paged):
+        pages, page_size = seqs.block_table, gradient.shape[1]
+        width = pages.shape[1]
+        begin = torch.arange(width, device=gradient.device, dtype=torch.int64) * page_size
+        start = 0 if seqs.start is None else seqs.start[:, None]
+        stop = seqs.length[:, None] + start
+        is_used = (begin < stop) & (begin + page_size > start)
+    elif isinstance(seqs, Padded) and seqs.batch_idx is not None:
+        pages = seqs.batch_idx[:, None]
+        is_used = torch.ones_like(pages, dtype=torch.bool)
     else:
-        targets = [
-            kv_parts.parts_target(gradient, split, spec.problem, runtime, call)
-            for gradient in gradients
-        ]
-    in_parts = 0 if is_plain else 1 if split.num_launches == 1 else 2
-    for idx in range(split.num_launches):
-        first = idx * split.tiles_per_launch
-        whole.launch(
-            spec,
-            tiles[1] * runtime.heads_kv * runtime.batch * split.num_ctas,
-            dq_sum,
-            strides,
-            (targets[0], targets[1]),
-            turns,
-            num_q_splits=split.num_ctas,
-            in_parts=in_parts,
-            q_tiles=(first, min(first + split.tiles_per_launch, 2**31 - 1)),
-        )
-    if is_plain:
-        return
-    of_dv = 1.0 if call.scores.dropout is None else call.scores.dropout.scale
-    for target, gradient, scale in zip(targets, gradients, (whole.scale, of_dv), strict=True):
-        kv_parts.combine(target, gradient, scale, whole.scale_address(1), runtime, call, whole.arch)
-
-
-def _round_dq(
-    whole: Pass, spec: BwdSpec, dq_sum: Tensor, strides: tuple[int, int, int], dq: Tensor
-) -> None:
-    """Launch the kernel that makes dQ of its sums."""
-    rows = whole.rows
-    num_rows = rows.batch * rows.length * rows.heads
-    rounding = dq_spec(spec)
-    kernel = loaded_kernel(rounding, whole.device_index)
-    operands = (dq_sum.data_ptr(), dq.data_ptr(), whole.scale_address(1))
-    if not isinstance(rounding, RoundSpec):
-        kernel.launch(
-            -(-num_rows * -(-spec.problem.head_dim // 4) // rounding.num_threads),
-            whole.stream,
-            *operands,
-            0,
-            *strides,
-            *rows.strides(dq),
-            num_rows,
-            rows.length,
-            rows.heads,
-            1,
-            whole.scale,
-        )
-        return
-    runtime, tile = whole.runtime, spec.tile
-    num_q_tiles, _ = whole.num_tiles(spec.problem, tile)
-    first_position = 0
-    if runtime.listed is not None:  # tiles begin where lists do
-        corner = runtime.diagonal
-        if runtime.indices is not None and runtime.indices.bottom_right:
-            corner += runtime.len_kv - runtime.len_q
-        first_position = corner & (tile.block_q - 1)
-    columns = padded_head_dim(spec.problem.head_dim) // rounding.column_tiles
-    heads = runtime.batch * runtime.heads_q
-    num_threads = heads * num_q_tiles * tile.block_q * columns // 4
-    kernel.launch(
-        -(-num_threads // rounding.num_threads),
-        whole.stream,
-        *operands,
-        strides[0],
-        strides[2],
-        *rows.strides(dq),
-        num_rows,
-        rows.length,
-        rows.heads,
-        whole.scale,
-        first_position,
-    )
+        raise InternalError("no sequences share keys")
+    is_used = is_used & (pages >= 0) & (pages < num_pages)
+    ordered, entries = pages.long().masked_fill(~is_used, num_pages).flatten().sort(stable=True)
+    every = torch.arange(num_pages + 1, device=gradient.device, dtype=torch.int64)
+    return entries, torch.searchsorted(ordered, every)

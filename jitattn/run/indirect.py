@@ -18,8 +18,8 @@ from jitattn.request import problem
 from jitattn.request.layouts import check_kinds, parse_any
 from jitattn.request.outputs import check_out
 from jitattn.request.scores import tensors_of
-from jitattn.run.dispatch import has_duals, run
 from jitattn.run.encoding import encode
+from jitattn.run.forward import has_duals, run
 from jitattn.run.kvcache import prepare_with_kvcache, run_with_kvcache
 from jitattn.run.kvcache_operators import encode_with_kvcache
 from jitattn.run.transforms import attention_in_transform

@@ -15,10 +15,10 @@ from jitattn.errors import (
     WithoutMemoryError,
 )
 from jitattn.request import problem as checks
-from jitattn.request.layouts import parse_any
+from jitattn.request.request import find
 from jitattn.request.scores import in_fp32
 from jitattn.run.append import Append, append_cuda
-from jitattn.run.dispatch import has_duals, run_parsed
+from jitattn.run.forward import has_duals, run_request
 from jitattn.values.given import integer
 from jitattn.values.masks import Full
 from jitattn.values.rotary import Rotary
@@ -26,8 +26,8 @@ from jitattn.values.sequences import Padded, Paged, Ragged, check_index
 from jitattn.values.tensors import address_of, index_address, refuse_nested, strides_of
 
 if TYPE_CHECKING:
-    from jitattn.request.problem import Call, Runtime
-    from jitattn.spec.kernel_spec import Problem
+    from jitattn.request.problem import Call
+    from jitattn.request.request import Addresses, Request
     from jitattn.values.sequences import KvSequences
 
 
@@ -108,8 +108,8 @@ class Prepared(NamedTuple):
     turned: Tensor  #: q, or where the turned q goes
     new: Append | None  #: None: nothing is appended
     call: Call
-    problem: Problem
-    runtime: Runtime
+    request: Request
+    addresses: Addresses
     has_memory: bool  #: no tensor is a placeholder, or one of a transform on a GPU
 
 
@@ -122,7 +122,7 @@ def run_with_kvcache(
     ------
     InvalidInputError, UnsupportedError
     """
-    turned, new, call, problem, runtime, has_memory = prepare_with_kvcache(
+    turned, new, call, request, addresses, has_memory = prepare_with_kvcache(
         q, k_cache, v_cache, cache, call
     )
     if not has_memory:
@@ -137,7 +137,7 @@ def run_with_kvcache(
         check_contents(cache, call.kv_seqs, new, room, k_cache.shape[0])
         if new is not None:
             append_cpu(q, turned, new)
-    return run_parsed(turned, k_cache, v_cache, problem, runtime, call)
+    return run_request(turned, k_cache, v_cache, request, addresses, call)
 
 
 def prepare_with_kvcache(
@@ -180,7 +180,7 @@ def prepare_with_kvcache(
     turned = q
     if cache.rotary is not None:
         turned = torch.empty_like(q, memory_format=torch.contiguous_format)
-    problem, runtime, has_memory = parse_any(turned, k_cache, v_cache, call)
+    request, addresses, has_memory = find(turned, k_cache, v_cache, call)
     new = None
     if k is not None and v is not None:
         follows = not isinstance(call.mask, Full)
@@ -200,7 +200,7 @@ def prepare_with_kvcache(
         has_memory = _check_new(q, new, num_new) and has_memory
     elif isinstance(length, int):
         _check_room(length, 0, _room(kv_seqs, k_cache, call.layout))
-    return Prepared(turned, new, call, problem, runtime, has_memory)
+    return Prepared(turned, new, call, request, addresses, has_memory)
 
 
 def _stop(

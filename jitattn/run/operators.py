@@ -17,8 +17,8 @@ from torch.torch_version import TorchVersion
 from jitattn.errors import UnsupportedError
 from jitattn.request.scores import in_fp32
 from jitattn.run.backward import run_backward
-from jitattn.run.dispatch import run
 from jitattn.run.encoding import DTYPES, LAYOUTS, decode, encode
+from jitattn.run.forward import run
 from jitattn.values.autocast import outside_autocast
 
 if TYPE_CHECKING:

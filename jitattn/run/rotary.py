@@ -13,7 +13,7 @@ from jitattn.jit import launch
 from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel
 from jitattn.run.autograd import FirstOrder
-from jitattn.run.dispatch import check_cuda
+from jitattn.run.forward import check_cuda
 from jitattn.spec.enums import Access, Switch
 from jitattn.spec.kernel_spec import RotarySpec
 from jitattn.values.tensors import DTYPES, address_of

@@ -6,6 +6,7 @@ This module imports nothing of jitattn, and no torch.
 from __future__ import annotations
 
 from enum import IntEnum, StrEnum
+from typing import Final
 
 
 class Dtype(StrEnum):
@@ -137,3 +138,7 @@ class RowClass(IntEnum):
     ROWS16 = 16
     ROWS64 = 64
     MANY = 0
+
+
+#: What `tile_rows` may be, and the kernel that it is.
+TILE_ROWS: Final = {16: RowClass.ROWS16, 64: RowClass.ROWS64, 128: RowClass.MANY}

@@ -552,6 +552,10 @@ STRUCTS: Final = {
 }
 
 
+#: The left bound of a window that has none.
+NO_LEFT: Final = -(2**30)
+
+
 @functools.cache
 def divisor(number: int) -> tuple[int, int]:
     """Return `fast_divisor`, remembered."""

@@ -45,7 +45,7 @@ def test_first_vector_functions_run_on_one_element() -> None:
 def test_docstring_example() -> None:
     import sys
 
-    module = sys.modules["jitattn.attention"]
+    module = sys.modules["jitattn.api.attention"]
     finder = doctest.DocTestFinder(recurse=False)
     (test,) = finder.find(attention_function, module=module, globs={})
     results = doctest.DocTestRunner().run(test)

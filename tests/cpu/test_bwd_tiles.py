@@ -14,8 +14,8 @@ from jitattn.kernels.bwd_tiles import (
     specs_of_backward,
 )
 from jitattn.kernels.tiles import MAX_SMEM_BYTES
+from jitattn.plan.backward import without_lists
 from jitattn.plan.choices import command, specs_of, to_choice
-from jitattn.run.backward import without_lists
 from jitattn.spec.enums import (
     Access,
     BiasKind,

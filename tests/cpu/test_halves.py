@@ -9,14 +9,14 @@ import torch
 
 import jitattn
 from jitattn.api.attention import bind
+from jitattn.plan import prepare
 from jitattn.request.layouts import parse
-from jitattn.run import split_fp32 as halves
 from jitattn.spec.enums import Numerics, Switch
 
 
 @pytest.fixture(autouse=True)
 def _small_calls_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(halves, "LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(prepare, "LEAST_PRODUCTS", 1)
 
 
 def chosen(
@@ -28,7 +28,7 @@ def chosen(
     v = torch.zeros(1, len_kv, 2, dim_v, dtype=dtype)
     _, call = bind(q, k, v, given)
     problem, runtime = parse(q, k, v, call)
-    return halves.problem_of(problem, runtime, call)
+    return prepare.kernel_problem(problem, runtime, call, "sm_90")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_calls_that_take_three_tf32_products(given: dict[str, Any]) -> None:
 
 def test_small_calls_take_three_tf32_products(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(len_q=200, len_kv=300) is not None
-    monkeypatch.setattr(halves, "LEAST_PRODUCTS", 2 * 200 * 300 * 64 + 1)
+    monkeypatch.setattr(prepare, "LEAST_PRODUCTS", 2 * 200 * 300 * 64 + 1)
     assert chosen(len_q=200, len_kv=300) is None
     assert chosen(len_q=201, len_kv=300) is not None
 
@@ -102,7 +102,7 @@ def chosen_backward(**given: Any) -> Any:
     q, k = (torch.zeros(1, length, 2, dim, dtype=dtype) for length in (len_q, len_kv))
     v = torch.zeros(1, len_kv, 2, dim_v, dtype=dtype)
     _, call = bind(q, k, v, given)
-    return halves.backward_problem_of(*parse(q, k, v, call))
+    return prepare.backward_kernel_problem(*parse(q, k, v, call))
 
 
 KEEP = jitattn.KeyPadding(torch.ones(1, 300, dtype=torch.bool))
@@ -126,7 +126,7 @@ KEEP = jitattn.KeyPadding(torch.ones(1, 300, dtype=torch.bool))
 def test_backward_passes_that_have_parts(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(halves, "LEAST_BACKWARD_PRODUCTS", 1)
+    monkeypatch.setattr(prepare, "LEAST_BACKWARD_PRODUCTS", 1)
     assert chosen_backward(**given).numerics is Numerics.F16X3
 
 
@@ -147,11 +147,11 @@ def test_backward_passes_that_have_parts(
 def test_backward_passes_that_take_three_tf32_products(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(halves, "LEAST_BACKWARD_PRODUCTS", 1)
+    monkeypatch.setattr(prepare, "LEAST_BACKWARD_PRODUCTS", 1)
     assert chosen_backward(**given) is None
 
 
 def test_small_backward_passes_take_three_tf32_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(halves, "LEAST_BACKWARD_PRODUCTS", 2 * 200 * 300 * 64 + 1)
+    monkeypatch.setattr(prepare, "LEAST_BACKWARD_PRODUCTS", 2 * 200 * 300 * 64 + 1)
     assert chosen_backward(len_q=200, len_kv=300) is None
     assert chosen_backward(len_q=201, len_kv=300) is not None

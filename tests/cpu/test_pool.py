@@ -16,8 +16,7 @@ import torch
 import jitattn
 from jitattn.errors import CacheMissError, InvalidInputError, UnsupportedError
 from jitattn.jit import build, pool
-from jitattn.plan import choices
-from jitattn.run import dispatch
+from jitattn.plan import choices, forward
 from jitattn.spec.enums import RowClass
 
 from .processes import FORK, together
@@ -144,7 +143,7 @@ def test_record_that_cannot_be_written_is_one_warning(
 
 def test_warmup_of_a_call_needs_all_its_kernels() -> None:
     spec = forward_spec("sm_80", 64)
-    specs = dispatch.specs_of_problem(spec.problem, "sm_80")
+    specs = forward.specs_of_problem(spec.problem, "sm_80")
     choice = {"dtype": "bf16", "head_dim": 64, "mask": "full"}
     assert {*specs} == {*choices.specs_of([choice], ["80"])}
 

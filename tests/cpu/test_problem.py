@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from jitattn.errors import InvalidInputError, UnsupportedError
-from jitattn.request.problem import Call, Runtime, parse
+from jitattn.request.layouts import parse
+from jitattn.request.problem import Call, Runtime
 from jitattn.request.scores import NO_CHANGES
 from jitattn.spec.enums import Access, Dtype, MaskKind
 from jitattn.spec.kernel_spec import Problem

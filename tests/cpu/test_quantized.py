@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +13,10 @@ import jitattn
 from jitattn.api.attention import bind
 from jitattn.kernels import prepare_specs as prepared_specs
 from jitattn.kernels.tiles import max_smem_bytes
+from jitattn.plan.prepare import kernel_problem
+from jitattn.plan.step import Buffer
 from jitattn.request.layouts import parse
 from jitattn.request.problem import Call
-from jitattn.run import prepare as prepared
 from jitattn.spec.enums import Dtype, MaskKind, Numerics, SeqLayout, Switch
 from jitattn.spec.kernel_spec import ChannelStatsSpec, FwdSpec, QuantizeSpec
 
@@ -35,9 +35,7 @@ def chosen(
 def problem_of(q: torch.Tensor, k: torch.Tensor, call: Call, arch: str) -> Any:
     """What an architecture's call has prepared."""
     problem, runtime = parse(q, k, k, call)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepared, "device", lambda _: SimpleNamespace(arch=arch))
-        return prepared.problem_of(problem, runtime, call, 0)
+    return kernel_problem(problem, runtime, call, arch)
 
 
 def in_pages(start: torch.Tensor | None = None) -> jitattn.Paged:
@@ -177,5 +175,5 @@ def test_shared_memory_is_there(dtype: Dtype, out_dtype: Dtype, mask: MaskKind) 
 
 
 def test_strides_where_there_is_one_of_a_kind() -> None:
-    assert prepared.strides_of(torch.zeros(2, 3, 4, 8)) == (96, 8, 32)
-    assert prepared.strides_of(torch.zeros(1, 1, 4, 8)) == (0, 8, 0)
+    assert Buffer((2, 3, 4, 8), "int8").strides() == (96, 8, 32)
+    assert Buffer((1, 1, 4, 8), "int8").strides() == (0, 8, 0)

@@ -185,14 +185,19 @@ def test_transforms_of_torch_func_reach_a_bias() -> None:
 )
 def test_blocks_that_splits_are_chosen_by(arguments: dict[str, Any], blocks: int) -> None:
     """A bound on the blocks of 64 keys that one query visits, of 100."""
+    from dataclasses import replace
+
     from jitattn.api.attention import bind
+    from jitattn.kernels.tiles import fwd_spec
+    from jitattn.plan.forward import blocks_seen
     from jitattn.request.layouts import parse
-    from jitattn.run import dispatch
+    from jitattn.spec.enums import RowClass
 
     tensors, call = bind(*random_qkv(1, 1, 6400, 4, 2, 16), arguments)
     problem, runtime = parse(tensors["q"], tensors["k"], tensors["v"], call)
-    kernel = dispatch._FwdKernel(None, block_q=16, block_kv=64, num_slots=132)
-    assert dispatch._blocks_seen(problem, runtime, kernel) == blocks
+    spec = fwd_spec(problem, "sm_90", RowClass.ROWS16)
+    tile = replace(spec.tile, block_q=16, block_kv=64)
+    assert blocks_seen(problem, runtime, tile) == blocks
 
 
 def test_contents_and_sizes_pick_no_other_kernel() -> None:

@@ -7,7 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jitattn
-from jitattn.run import split_fp32 as halves
+from jitattn.plan import prepare
+from jitattn.request import request
 from jitattn.spec.enums import Dtype
 from jitattn.values.gears import GEARS
 from tests.support.compare import max_error, rel_l2
@@ -53,7 +54,8 @@ def test_long_queries(causal: bool) -> None:
 
 @pytest.fixture
 def _small_calls_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(halves, "LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(request, "_requests", {})
+    monkeypatch.setattr(prepare, "LEAST_PRODUCTS", 1)
 
 
 in_halves = pytest.mark.usefixtures("_small_calls_too")

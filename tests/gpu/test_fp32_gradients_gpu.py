@@ -9,15 +9,17 @@ import torch
 
 import jitattn
 from jitattn.api.attention import bind
-from jitattn.run import split_fp32 as halves
+from jitattn.plan import prepare
+from jitattn.request import request
 from jitattn.run.backward import run_backward
 from tests.support.compare import rel_l2
 
 
 @pytest.fixture(autouse=True)
 def _small_calls_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(halves, "LEAST_PRODUCTS", 1)
-    monkeypatch.setattr(halves, "LEAST_BACKWARD_PRODUCTS", 1)
+    monkeypatch.setattr(request, "_requests", {})
+    monkeypatch.setattr(prepare, "LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(prepare, "LEAST_BACKWARD_PRODUCTS", 1)
 
 
 def tensors(

@@ -10,8 +10,8 @@ import torch
 
 import jitattn
 from jitattn.jit.device import device
-from jitattn.request import problem
-from jitattn.run import split_fp32 as halves
+from jitattn.plan import prepare
+from jitattn.request import problem, request
 from jitattn.spec.enums import Dtype, Numerics
 from jitattn.spec.kernel_spec import arch_number
 from jitattn.values.gears import GEARS
@@ -29,6 +29,7 @@ def geforce(monkeypatch: pytest.MonkeyPatch) -> None:
     own = replace(device(0), name="NVIDIA GeForce RTX 3090", arch="sm_86")
     monkeypatch.setattr(problem, "device", lambda _: own)
     monkeypatch.setattr(problem, "_problems", {})
+    monkeypatch.setattr(request, "_requests", {})
 
 
 def tensors(
@@ -245,7 +246,8 @@ def test_weights_far_below_the_largest_keep_their_bits(
     gear: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last key outweighs each other one by 10 nats, and has nothing to give."""
-    monkeypatch.setattr(halves, "LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(request, "_requests", {})
+    monkeypatch.setattr(prepare, "LEAST_PRODUCTS", 1)
     q, k, v = (x / 2 for x in tensors(dtype, 200, 512, (2, 2), 64))
     q[..., 0], k[..., 0] = 8.0, 0.0
     k[:, -1, :, 0], v[:, -1] = 10.0, 0.0
@@ -259,7 +261,8 @@ def test_scores_of_any_size(
     dtype: torch.dtype, gear: int, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where scores have no fractions, weights are still weights."""
-    monkeypatch.setattr(halves, "LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(request, "_requests", {})
+    monkeypatch.setattr(prepare, "LEAST_PRODUCTS", 1)
     q, k, v = tensors(dtype, 130, 128, (2, 2), 64)
     out, lse = jitattn.attention(q, k, v, gear=gear, scale=scale, return_lse=True)
     assert (out.abs() <= v.abs().max() * 1.001).all()

@@ -13,7 +13,7 @@ import jitattn
 from jitattn.jit import build
 from jitattn.kernels.bwd_tiles import score_grad_spec, specs_of_backward
 from jitattn.kernels.tiles import fwd_spec
-from jitattn.run.backward import without_lists
+from jitattn.plan.backward import without_lists
 from jitattn.spec.enums import Access, BiasKind, MaskKind, RowClass, ScoreTarget, Switch
 from jitattn.spec.kernel_spec import NormGradSpec, NormSpec, Problem
 from jitattn.values.gears import resolve_numerics

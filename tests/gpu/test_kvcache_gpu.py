@@ -146,7 +146,7 @@ def test_warmup_loads_the_kernel_that_appends() -> None:
     from jitattn.jit import launch
     from jitattn.jit.device import device
     from jitattn.run.append import append_spec
-    from jitattn.run.dispatch import forget_kernels
+    from jitattn.run.forward import forget_kernels
 
     forget_kernels()
     q, k, v = torch.randn(3, 1, 8, 2, 24, device="cuda", dtype=torch.float16)

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import jitattn
 from jitattn import Causal, L2Norm
-from jitattn.run import backward
+from jitattn.plan import backward
+from jitattn.request import request
 from tests.support.compare import rel_l2
 from tests.support.entries import ENTRIES, facts, real_tensors
 
@@ -142,6 +143,7 @@ def test_torchs_switch_for_determinism(warn_only: bool, monkeypatch: pytest.Monk
         asked.append(deterministic)
         return bwd_spec(*args, deterministic=deterministic)
 
+    monkeypatch.setattr(request, "_requests", {})
     monkeypatch.setattr(backward, "bwd_spec", noted)
     q, k, v = (x.requires_grad_() for x in inputs())
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import jitattn
+from jitattn.plan import kv_parts
 from jitattn.reference import reference
-from jitattn.run import kv_parts
+from jitattn.request import request
 from tests.support.compare import rel_l2
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -43,6 +44,7 @@ def splits(monkeypatch: pytest.MonkeyPatch) -> list[kv_parts.Split]:
         found.append(choose(spec, 264, *rest, **more))
         return found[-1]
 
+    monkeypatch.setattr(request, "_requests", {})
     monkeypatch.setattr(kv_parts, "choose_split", noted)
     return found
 

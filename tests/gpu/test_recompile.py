@@ -9,7 +9,7 @@ import torch
 
 import jitattn
 from jitattn.jit import build
-from jitattn.run import dispatch
+from jitattn.run import forward
 from tests.support.inputs import random_qkv
 
 pytestmark = pytest.mark.real_gpu
@@ -59,7 +59,7 @@ def test_lengths_batch_heads_and_strides_compile_nothing() -> None:
 
 def test_splitting_for_the_first_time_compiles_nothing() -> None:
     tensors = {"dtype": torch.bfloat16, "device": "cuda"}
-    dispatch.forget_kernels()
+    forward.forget_kernels()
     build.clear_memory()
     short = random_qkv(1, 4, 50, 2, 2, 64, **tensors)
     assert jitattn.explain(*short).num_splits == 1

@@ -17,7 +17,7 @@ from jitattn.cache.disk import DiskCache
 from jitattn.cache.entry import Entry, sha256
 from jitattn.jit import build, compilers
 from jitattn.plan import choices
-from jitattn.run import dispatch
+from jitattn.run import forward
 from tests.support.inputs import random_qkv
 
 from .fresh_process import ROOT, in_fresh_process
@@ -29,7 +29,7 @@ slow = pytest.mark.slow
 def test_warmup_then_capture() -> None:
     q, k, v = random_qkv(1, 7, 300, 4, 2, 40, dtype=BF16, device="cuda")
     truth = jitattn.attention(q, k, v, mask=jitattn.Causal())
-    dispatch.forget_kernels()
+    forward.forget_kernels()
     done = jitattn.warmup(q, k, v, mask=jitattn.Causal())
     assert done.kernels == len(_specs(40))
     long = random_qkv(1, 200, 300, 4, 2, 40, dtype=BF16, device="cuda")

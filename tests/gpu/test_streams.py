@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import jitattn
-from jitattn.run import dispatch
+from jitattn.run import forward
 from tests.support.compare import rel_l2
 from tests.support.inputs import random_qkv
 
@@ -50,7 +50,7 @@ def test_graph_replays_with_new_inputs(num_splits: int) -> None:
 def test_cold_kernel_during_capture_is_refused_and_the_stream_survives() -> None:
     q, k, v = random_qkv(1, 4, 100, 2, 2, 48, dtype=BF16, device="cuda")
     truth = jitattn.attention(q, k, v)
-    dispatch.forget_kernels()
+    forward.forget_kernels()
     graph = torch.cuda.CUDAGraph()
     with (
         pytest.raises(jitattn.LaunchError, match=r"jitattn\.warmup"),
@@ -69,7 +69,7 @@ def test_cold_kernel_during_capture_is_refused_and_the_stream_survives() -> None
 def test_first_split_may_come_during_capture() -> None:
     q, k, v = random_qkv(1, 4, 900, 2, 2, 48, dtype=BF16, device="cuda")
     truth = jitattn.attention(q, k, v, num_splits=4)
-    dispatch.forget_kernels()
+    forward.forget_kernels()
     jitattn.attention(q, k, v, num_splits=1)  # makes counters ready too
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -8,7 +8,8 @@ import torch
 
 from jitattn.cpu.attention import run_cpu
 from jitattn.reference import reference
-from jitattn.request.problem import Call, parse
+from jitattn.request.layouts import parse
+from jitattn.request.problem import Call
 from jitattn.request.scores import NO_CHANGES
 
 from .baseline import baseline

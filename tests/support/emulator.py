@@ -24,7 +24,7 @@ import subprocess
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +37,8 @@ from torch.overrides import TorchFunctionMode
 
 from jitattn.jit import device, launch, sources
 from jitattn.jit.codegen import HEADER_NAME, render
-from jitattn.run import dispatch, workspace
+from jitattn.request import request
+from jitattn.run import workspace
 from jitattn.spec.kernel_spec import KernelSpec, entry_symbol
 from jitattn.spec.params import STRUCTS
 
@@ -129,11 +130,20 @@ class EmulatedKernel:
         metadata = SimpleNamespace(**facts)
         return SimpleNamespace(spec=self.spec, key="", origin="emulated", metadata=metadata)
 
+    def bind(
+        self, grid: int, numbers: Mapping[str, float], dynamic: Sequence[str]
+    ) -> EmulatedLaunch:
+        """Stand in for the method of `launch.Kernel`."""
+        return EmulatedLaunch(self, grid, launch.Layout.of(self.spec.params, numbers, dynamic))
+
     def launch(self, grid: int, stream: int, *params: float) -> None:
         """Run the kernel to its end."""
+        self.run(grid, STRUCTS[self.spec.params].pack(*params))
+
+    def run(self, grid: int, given: bytes) -> None:
+        """Run the kernel to its end, with its parameter struct."""
         spec = self.spec
         self.emulator.launched.append(spec)
-        given = STRUCTS[spec.params].pack(*params)
         # A kernel gives the same in any order; each kernel and grid is run in one of four.
         order = zlib.crc32(f"{spec.to_key()} {grid}".encode())
         options = _Options(order & 1, order >> 1 & 1)
@@ -146,6 +156,22 @@ class EmulatedKernel:
         found = b"" if memory is None else library.emulate_found()
         if found:
             raise AssertionError(f"{spec.to_key()}\n{found.decode()}")
+
+
+@dataclass(frozen=True)
+class EmulatedLaunch:
+    """Stands in for `launch.BoundLaunch`."""
+
+    kernel: EmulatedKernel
+    grid: int
+    layout: launch.Layout
+
+    def launch(self, stream: int, values: Sequence[int]) -> None:
+        """Run the kernel to its end."""
+        given = bytearray(self.layout.template)
+        for pack_into, offset, first, end in self.layout.runs:
+            pack_into(given, offset, *values[first:end])
+        self.kernel.run(self.grid, bytes(given))
 
 
 @functools.cache
@@ -294,7 +320,7 @@ def emulated(arch: str, *, watched: bool = False) -> Iterator[Emulator]:
             (workspace, "_zeros", _zeros),
             (workspace, "_of_stream", {}),
             (workspace, "_for_captures", {}),
-            (dispatch, "_fwd_kernels", {}),
+            (request, "_requests", {}),
         ):
             patch.setattr(target, attribute, value, raising=False)
         device.device.cache_clear()

@@ -15,7 +15,8 @@ from filelock import FileLock
 from jitattn.cache.entry import sha256
 from jitattn.jit.pool import build_all
 from jitattn.kernels.tiles import fwd_spec
-from jitattn.request.problem import Call, Runtime, parse
+from jitattn.request.layouts import parse
+from jitattn.request.problem import Call, Runtime
 from jitattn.spec.enums import RowClass
 from jitattn.spec.kernel_spec import KernelSpec
 

@@ -1,0 +1,249 @@
+"""The plan of a forward pass: preparation of operands, then the kernel for attention.
+
+Which kernels serve a call, with which tile, packing and splits, follows from the problem, the sizes
+and the GPU alone: never from the contents of a tensor, nor from addresses.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from jitattn.errors import UnsupportedError
+from jitattn.jit.launch import MAX_GRID
+from jitattn.kernels.tiles import choose_splits, fwd_spec, heads_per_tile, merge_cost
+from jitattn.plan import arguments, prepare
+from jitattn.plan.step import Buffer, Place, Plan, Step
+from jitattn.spec.enums import TILE_ROWS, MaskKind, RowClass
+from jitattn.spec.params import FWD_SCORE_FIELDS, NO_LEFT, divisor
+
+if TYPE_CHECKING:
+    from jitattn.plan.step import Device
+    from jitattn.request.problem import Call, Runtime, Strides
+    from jitattn.spec.kernel_spec import FwdSpec, KernelSpec, Problem, Tile
+
+#: A call with more query tiles than this many times the CTAs that the GPU holds needs no splits.
+_BALANCED_TILES: Final = 4
+_SCORES: Final = [name for name, _ in FWD_SCORE_FIELDS]
+
+
+class Tiling(NamedTuple):
+    """How the rows and keys of a call are cut."""
+
+    spec: FwdSpec
+    rows: RowClass
+    heads_per_tile: int
+    num_q_tiles: int  #: of the longest sequence
+    num_splits: int  #: 0: every CTA finds out from the lengths
+    num_slots: int  #: CTAs that the GPU holds at a time
+    num_ctas: int
+
+
+class Forward(NamedTuple):
+    """The plan of a forward pass, and what `run` and `explain` ask of it."""
+
+    plan: Plan
+    problem: Problem  #: of the kernel for attention
+    tiling: Tiling
+    longest_listed: int  #: positions that block lists cover; 0 where there are none
+    tile_positions: int
+    along_mean: str = ""  #: buffer of what the LSE lacks, unscaled: quantised calls
+
+
+def forward(
+    problem: Problem,
+    runtime: Runtime,
+    call: Call,
+    out_strides: Strides,
+    lse_strides: tuple[int, int] | None,
+    device: Device,
+) -> Forward:
+    """Return the plan of a call with at least one row.
+
+    Parameters
+    ----------
+    problem, runtime : Problem, Runtime
+        As the call was parsed.
+    call : Call
+    out_strides : (int, int, int)
+        Of the result, as (batch, row, head).
+    lse_strides : (int, int), optional
+        Of the LSE, as (batch, head); None: it is not asked for.
+    device : Device
+
+    Raises
+    ------
+    LaunchError
+        A kernel is not loaded and the stream is capturing a graph.
+    UnsupportedError
+        The call needs more CTAs than a grid has.
+    """
+    prepared = prepare.operands(problem, runtime, call, device.arch)
+    kernel_problem, kernel_runtime = prepared.problem, prepared.runtime
+    tiling = tile(kernel_problem, kernel_runtime, call.num_splits, call.tile_rows, device)
+    positions = tile_positions(tiling.spec.tile.block_q, tiling.heads_per_tile)
+    step, buffers = _attend(prepared, tiling, out_strides, lse_strides, positions)
+    counters = max(prepared.plan.num_counters, tiling.num_ctas if tiling.num_splits != 1 else 0)
+    longest = 0
+    if runtime.listed is not None:
+        longest = max(runtime.len_kv, runtime.diagonal + runtime.len_q)
+    return Forward(
+        Plan((*prepared.plan.steps, step), {**prepared.plan.buffers, **buffers}, counters),
+        kernel_problem,
+        tiling,
+        longest,
+        positions,
+        prepared.along_mean,
+    )
+
+
+def tile(
+    problem: Problem,
+    runtime: Runtime,
+    num_splits: int | None,
+    tile_rows: int | None,
+    device: Device,
+) -> Tiling:
+    """Choose tile, packing and splits.
+
+    Raises
+    ------
+    UnsupportedError
+        The call needs more CTAs than a grid has.
+    """
+    packed = _packed(runtime)
+    num_rows = runtime.len_q * packed
+    rows = RowClass.MANY
+    if tile_rows is not None:
+        rows = TILE_ROWS[tile_rows]
+    elif num_rows <= RowClass.ROWS64:
+        rows = RowClass.ROWS16 if num_rows <= RowClass.ROWS16 else RowClass.ROWS64
+    spec = fwd_spec(problem, device.arch, rows)
+    num_slots = device.slots(spec)
+    block_q = spec.tile.block_q
+    if runtime.listed is not None:
+        # Tiles begin where lists do: at most so many rows of the first one do not exist.
+        num_rows += (tile_positions(block_q, packed) - 1) * packed
+    num_q_tiles = -(-num_rows // block_q)
+    head_tiles = runtime.heads_q // packed
+    num_tiles = num_q_tiles * runtime.batch
+    if runtime.indices is not None and (rows_in_all := runtime.indices.q_rows_in_all) is not None:
+        # Fewer where most sequences are shorter than the longest: one more for each, at most.
+        beyond = num_rows - runtime.len_q * packed
+        rows_in_all = rows_in_all * packed + beyond * runtime.batch
+        num_tiles = min(num_tiles, rows_in_all // block_q + runtime.batch)
+    num_items = num_tiles
+    if runtime.indices is None:
+        if num_splits is None:
+            num_splits = choose_splits(
+                num_tiles * head_tiles,
+                blocks_seen(problem, runtime, spec.tile),
+                num_slots,
+                merge_cost(block_q),
+            )
+        num_items *= num_splits
+    elif num_splits is not None:
+        num_items *= num_splits
+    elif num_tiles * head_tiles > _BALANCED_TILES * num_slots:
+        num_splits = 1
+    else:
+        # At most one item more than its share of the slots for each query tile.
+        num_splits, num_items = 0, num_tiles + num_slots // head_tiles + 1
+    num_ctas = num_items * head_tiles
+    if num_ctas > MAX_GRID:
+        raise UnsupportedError(
+            f"the call needs {num_ctas} CTAs: a grid has at most 2**31 - 1; split the batch"
+        )
+    return Tiling(spec, rows, packed, num_q_tiles, num_splits, num_slots, num_ctas)
+
+
+def tile_positions(block_q: int, packed: int) -> int:
+    """Return how many query positions a tile has whose heads are packed."""
+    return max(1, block_q // packed)
+
+
+def specs_of_problem(problem: Problem, arch: str) -> list[KernelSpec]:
+    """Return every kernel that calls with this problem can need, whatever their lengths."""
+    return list(dict.fromkeys(fwd_spec(problem, arch, rows) for rows in RowClass))
+
+
+def _packed(runtime: Runtime) -> int:
+    """Return how many query heads share a tile."""
+    group = runtime.heads_q // runtime.heads_kv
+    packed = heads_per_tile(runtime.len_q, group)
+    if runtime.listed is None or packed == 1:
+        return packed
+    # A tile is of one list, and of a power of two of positions.
+    return packed if runtime.heads_agree and packed & (packed - 1) == 0 else 1
+
+
+def blocks_seen(problem: Problem, runtime: Runtime, tile: Tile) -> int:
+    """Return the key blocks that a query tile visits, where all sequences are alike."""
+    num_blocks = -(-runtime.len_kv // tile.block_kv)
+    if problem.mask not in (MaskKind.LOCAL_STRIDE, MaskKind.WINDOW):
+        return num_blocks
+    scores = dict(zip(_SCORES, runtime.score_params, strict=True))
+    if problem.mask is MaskKind.LOCAL_STRIDE:
+        per_block = (1 << int(scores["block_log2"])) // tile.block_kv
+        local = int((scores["local_blocks"] + 3) * per_block)
+        return min(num_blocks, local + int(num_blocks // scores["stride"]))
+    left, keep_first = int(scores["left"]), int(scores["keep_first"])
+    if left <= NO_LEFT:
+        return num_blocks
+    reach = min(runtime.diagonal, runtime.len_kv) - left + min(runtime.len_q, tile.block_q)
+    return min(num_blocks, reach // tile.block_kv + 2 - (-keep_first // tile.block_kv))
+
+
+def _attend(
+    prepared: prepare.Prepared,
+    tiling: Tiling,
+    out_strides: Strides,
+    lse_strides: tuple[int, int] | None,
+    positions: int,
+) -> tuple[Step, dict[str, Buffer]]:
+    """Return the launch of the kernel for attention, and its workspace."""
+    problem, runtime, spec = prepared.problem, prepared.runtime, tiling.spec
+    packed = tiling.heads_per_tile
+    multiplier, shift = divisor(packed)
+    row_stride, head_stride = lse_strides or (0, 0)
+    numbers: dict[str, float] = {
+        **arguments.strides("q", runtime.q_strides),
+        **arguments.strides("k", runtime.k_strides),
+        **arguments.strides("v", runtime.v_strides),
+        **arguments.strides("out", out_strides),
+        "lse_stride_batch": row_stride,
+        "lse_stride_head": head_stride,
+        "batch": runtime.batch,
+        "len_q": runtime.len_q,
+        "len_kv": runtime.len_kv,
+        "heads_q": runtime.heads_q,
+        "heads_per_kv": runtime.heads_q // runtime.heads_kv,
+        "heads_per_tile": packed,
+        "num_q_tiles": tiling.num_q_tiles,
+        "num_splits": tiling.num_splits,
+        "num_slots": tiling.num_slots,
+        "diagonal": runtime.diagonal,
+        "negate_q": runtime.scale < 0,
+        "row_div_mul": multiplier,
+        "row_div_shift": shift,
+        "scale_log2": arguments.positive_scale(runtime) * arguments.LOG2_E,
+    }
+    places = {**prepared.inputs, "out": Place("out")}
+    if lse_strides is None:
+        numbers["lse"] = 0
+    else:
+        places["lse"] = Place("lse")
+    buffers: dict[str, Buffer] = {}
+    if tiling.num_splits == 1:
+        numbers |= dict.fromkeys(("partial_out", "partial_lse", "arrivals"), 0)
+    else:
+        # One allocation for both: values of every item, and after them their LSEs.
+        num_rows = tiling.num_ctas * spec.tile.block_q
+        values = num_rows * problem.head_dim_v
+        buffers["partial"] = Buffer((values + num_rows,), "fp32")
+        places["partial_out"] = Place("partial")
+        places["partial_lse"] = Place("partial", 4 * values)
+        places["arrivals"] = Place("counters")
+    more_numbers, more_places = arguments.tail(problem, runtime, positions)
+    numbers |= {**more_numbers, **prepared.scale_numbers}
+    places |= {**more_places, **prepared.scale_places}
+    return Step(spec, tiling.num_ctas, numbers, places), buffers
