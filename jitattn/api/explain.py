@@ -50,13 +50,14 @@ class Explanation:
     registers: int  #: per thread
     spill_bytes: int  #: per thread
     smem_bytes: int  #: per CTA
+    steps: tuple[str, ...]  #: launches in order: family and CTAs
     #: Fields of the backward kernel's spec, if autograd follows the call; it is not compiled here.
     backward: dict[str, str | int]
     why: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain values, fit for JSON."""
-        return {**asdict(self), "why": list(self.why)}
+        return {**asdict(self), "steps": list(self.steps), "why": list(self.why)}
 
     def __str__(self) -> str:
         """Lay the record out for reading."""
@@ -73,6 +74,7 @@ class Explanation:
                 f"{self.num_splits} splits, {self.heads_per_tile} heads a tile",
                 f"resources    {self.registers} registers, {self.spill_bytes} B spilled, "
                 f"{self.smem_bytes} B shared",
+                f"launches     {', '.join(self.steps)}",
             ]
         if self.backward:
             tile = self.backward
@@ -143,6 +145,7 @@ def explain(
             registers=0,
             spill_bytes=0,
             smem_bytes=0,
+            steps=(),
             backward={},
             why=(why,),
         )
@@ -172,6 +175,7 @@ def explain(
         registers=built.metadata.registers,
         spill_bytes=built.metadata.spill_bytes,
         smem_bytes=built.metadata.smem_bytes,
+        steps=tuple(f"{step.spec.family} ({step.grid} CTAs)" for step in planned.plan.steps),
         backward=backward,
         why=_reasons(planned.problem, chosen.rows, chosen.heads_per_tile, chosen.num_splits, call),
     )

@@ -53,7 +53,6 @@ _Facts: TypeAlias = "tuple[Hashable, ...]"
 #: Masks that are equal by value.
 _BY_VALUE: Final = frozenset((Full, Causal, Window, LocalStride))
 _NUMBERS: Final = frozenset((type(None), int, float))
-_INTEGERS: Final = frozenset((type(None), int))
 _MOST_REQUESTS: Final = 4096
 _requests: dict[_Facts, Request] = {}
 
@@ -145,15 +144,17 @@ def forget_requests() -> None:
 def _facts(q: Tensor, k: Tensor, v: Tensor, call: Call, addresses: Addresses) -> _Facts | None:
     """Return what every check of a call depends on, and note addresses; None: check it anew."""
     mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, q_seqs, kv_seqs = call[:10]
-    if not (
-        type(scale) in _NUMBERS
-        and type(gear) in _INTEGERS
-        and type(num_splits) in _INTEGERS
-        and type(call.tile_rows) in _INTEGERS
+    tile_rows = call.tile_rows
+    is_usual = (
+        (scale is None or type(scale) in _NUMBERS)
+        and (gear is None or type(gear) is int)
+        and (num_splits is None or type(num_splits) is int)
+        and (tile_rows is None or type(tile_rows) is int)
+        and (out_dtype is None or type(out_dtype) is torch.dtype)
         and type(return_lse) is bool
         and type(layout) is str
-        and (out_dtype is None or type(out_dtype) is torch.dtype)
-    ):
+    )
+    if not is_usual:
         return None
     try:
         at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
@@ -166,7 +167,7 @@ def _facts(q: Tensor, k: Tensor, v: Tensor, call: Call, addresses: Addresses) ->
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
             (at_q | at_k | at_v) & 15, scale, layout,
             get_default_gear() if gear is None else gear, gear is None,
-            out_dtype, num_splits, call.tile_rows,
+            out_dtype, num_splits, tile_rows,
             (out is None, q_seqs is None, kv_seqs is None, call.scores is NO_CHANGES),
         ]  # fmt: skip
     except (AttributeError, RuntimeError):  # no tensors; sparse, nested, inside a transform

@@ -15,8 +15,9 @@ from jitattn.plan.forward import Forward, forward
 from jitattn.request.norm import call_of_normalized
 from jitattn.request.problem import is_deterministic
 from jitattn.request.request import forget_requests, request_of
+from jitattn.request.scores import NO_CHANGES
 from jitattn.run import normalize
-from jitattn.run.autograd import ADDED, Attention, Normalize, apply
+from jitattn.run.autograd import Attention, Normalize, apply
 from jitattn.run.backward import settle_overlaps
 from jitattn.run.execute import BoundPlan, LoadedDevice, add_lists
 from jitattn.spec.enums import SeqLayout
@@ -56,8 +57,9 @@ def run_request(
         request, addresses = request_of(q, k, v, call)
     if not q.is_cuda:
         return run_cpu(q, k, v, request.runtime, call)
-    added = [getattr(call.scores, name) for name in ADDED]
-    if not is_followed(q, k, v, *added):
+    scores = call.scores
+    added = (scores.bias, scores.relative_bias, scores.alibi_slopes, scores.sinks)
+    if not is_followed(q, k, v, *(() if scores is NO_CHANGES else added)):
         return _run_cuda(q, k, v, request, addresses, call)
     settle_overlaps(call)
     call = call._replace(deterministic=is_deterministic(call))
@@ -175,8 +177,9 @@ def is_followed(*tensors: Tensor | None) -> bool:
     """
     if forward_ad._current_level >= 0 and has_duals(tensors):
         raise UnsupportedError(NO_FORWARD_MODE)
-    wants = any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    return wants and torch.is_grad_enabled()
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def has_duals(tensors: Iterable[Tensor | None]) -> bool:

@@ -1,0 +1,195 @@
+"""Plans: every step names every argument of its kernel, and no other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import jitattn
+from jitattn.api.attention import bind
+from jitattn.errors import LaunchError
+from jitattn.jit.launch import Layout
+from jitattn.plan.backward import Backward, BackwardOperands, backward
+from jitattn.plan.forward import Forward, forward
+from jitattn.plan.kv_parts import KvGradient
+from jitattn.plan.step import Place, Plan
+from jitattn.request.layouts import parse_any
+from jitattn.spec.kernel_spec import KernelSpec
+
+ENDS = jitattn.Ragged.from_cu_seqlens(torch.tensor([0, 300, 500], dtype=torch.int32), 300)
+PAGES = jitattn.Paged(torch.zeros(2, 20, dtype=torch.int32), torch.tensor([300, 300]))
+PATTERN = torch.ones(1, 40, 40, dtype=torch.bool)
+KEEP = torch.ones(2, 300, dtype=torch.bool)
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "splits": {"len_q": 4, "num_splits": 3},
+    "causal": {"mask": jitattn.Causal()},
+    "window": {"mask": jitattn.Window(30, 0, 4)},
+    "stride": {"mask": jitattn.LocalStride(64, 2, 3)},
+    "small stride": {"mask": jitattn.LocalStride(16, 2, 3)},
+    "lists": {"mask": jitattn.BlockSparse(PATTERN, 16, causal=True)},
+    "lists and bias": {
+        "mask": jitattn.BlockSparse(PATTERN, 16), "bias": torch.zeros(1, 4, 300, 300).half()
+    },
+    "padding": {"mask": jitattn.KeyPadding(KEEP)},
+    "dense": {"mask": jitattn.Dense(KEEP[:, None, None])},
+    "bias": {"bias": torch.zeros(1, 4, 300, 300)},
+    "distance": {"relative_bias": torch.zeros(4, 9), "alibi_slopes": torch.zeros(4)},
+    "sinks": {"sinks": torch.zeros(4), "softcap": 3.0},
+    "dropout": {"dropout_p": 0.5},
+    "bound": {"qk_norm": jitattn.L2Norm(normalize=False)},
+    "8 bits": {"gear": 4, "dim": 128},
+    "8 bits, ragged": {"gear": 4, "dim": 128, "q_seqs": ENDS, "kv_seqs": ENDS},
+    "8 bits in pages": {"gear": 4, "dim": 128, "kv_seqs": PAGES},
+    "fp32": {"dtype": torch.float32},
+    "fp32 parts": {"dtype": torch.float32, "len_q": 4096, "len_kv": 4096},
+    "fp32 parts with padding": {
+        "dtype": torch.float32, "len_q": 4096, "len_kv": 4096,
+        "mask": jitattn.KeyPadding(torch.ones(2, 4096, dtype=torch.bool)),
+    },
+    "ragged": {"q_seqs": ENDS, "kv_seqs": ENDS, "mask": jitattn.Causal()},
+    "padded": {"kv_seqs": jitattn.Padded(torch.tensor([9, 300]))},
+    "rows by index": {
+        "kv_seqs": jitattn.Padded(torch.tensor([9, 300]), batch_idx=torch.tensor([1, 0]))
+    },
+    "pages": {"kv_seqs": PAGES},
+    "few keys": {"len_q": 100_000, "len_kv": 16},
+    "few keys in fp32": {"len_q": 300_000, "len_kv": 16, "dtype": torch.float32},
+}  # fmt: skip
+
+
+class Device:
+    """A GPU of many multiprocessors."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+
+    def slots(self, spec: KernelSpec) -> int:
+        return 264
+
+
+def call_of(given: dict[str, Any]) -> Any:
+    """q, k, v on the meta device, or with indices on the CPU; and the call."""
+    given = dict(given)
+    dim, dtype = given.pop("dim", 64), given.pop("dtype", torch.float16)
+    len_q, len_kv = given.pop("len_q", 300), given.pop("len_kv", 300)
+    q = torch.empty(2, len_q, 4, dim, dtype=dtype)
+    k = torch.empty(2, len_kv, 2, dim, dtype=dtype)
+    if given.get("q_seqs") is not None:
+        q, k = q.flatten(0, 1), k.flatten(0, 1)
+    if isinstance(given.get("kv_seqs"), jitattn.Paged):
+        k = torch.empty(20, 16, 2, dim, dtype=dtype)
+    _, call = bind(q, k, k, given)
+    return q, k, call
+
+
+def forward_of(given: dict[str, Any], arch: str) -> Forward:
+    q, k, call = call_of(given)
+    parsed = parse_any(q, k, k, call)
+    return forward(parsed.problem, parsed.runtime, call, (1, 2, 3), (4, 5), Device(arch))
+
+
+def backward_of(given: dict[str, Any], arch: str, *, deterministic: bool = False) -> Backward:
+    q, k, call = call_of(given)
+    parsed = parse_any(q, k, k, call)
+    scores = call.scores
+    names = ("bias", "relative_bias", "alibi_slopes", "sinks")
+    steps = (1, 2, 3)
+    operands = BackwardOperands(
+        batch=2, length=q.shape[-3], is_flat=q.dim() == 3, out_strides=steps, d_out_strides=steps,
+        main_d_out_strides=steps, lse_strides=steps, d_lse_strides=steps, is_aligned=True,
+        has_scale=True, dq_strides=steps,
+        dk=KvGradient("dk", tuple(k.shape), 1, k.dim() == 3),
+        dv=KvGradient("dv", tuple(k.shape), 1, k.dim() == 3),
+        wanted=tuple(name for name in names if getattr(scores, name) is not None),
+        bias_shape=None if scores.bias is None else tuple(scores.bias.shape),
+        bias_dtype="fp32", dropout_scale=2.0, num_splits=None, deterministic=deterministic,
+    )  # fmt: skip
+    return backward(parsed.problem, parsed.runtime, operands, Device(arch))
+
+
+def check(plan: Plan) -> None:
+    operands = {
+        "q", "k", "v", "out", "lse", "d_out", "d_out_of_rows", "d_lse", "d_out_scale", "dq", "dk",
+        "dv", "entries", "bounds", "counters", "bias", "relative_bias", "alibi_slopes", "sinks",
+        "key_padding", "dense", "dropout_state", "q_start", "q_stop", "kv_start", "kv_stop",
+        "block_table",
+    }  # fmt: skip
+    used = set()
+    for step in plan.steps:
+        layout = Layout.of(step.spec.params, step.numbers, tuple(step.places))
+        assert sorted(layout.order) == list(range(len(step.places)))
+        assert 0 < step.grid < 2**31
+        for place in step.places.values():
+            name = place.name
+            assert name in operands or name in plan.buffers or name.startswith("list_")
+            used.add(name)
+    assert plan.buffers.keys() <= used | {"stats"}
+    assert ("counters" in used) == (plan.num_counters > 0)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", CALLS)
+def test_every_argument_of_a_forward_pass_is_named(name: str, arch: str) -> None:
+    check(forward_of(CALLS[name], arch).plan)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "splits"])
+def test_every_argument_of_a_backward_pass_is_named(
+    name: str, arch: str, deterministic: bool
+) -> None:
+    check(backward_of(CALLS[name], arch, deterministic=deterministic).plan)
+
+
+def families(plan: Plan) -> list[str]:
+    return [step.spec.family for step in plan.steps]
+
+
+def test_steps_of_plans() -> None:
+    assert families(forward_of(CALLS["plain"], "sm_90").plan) == ["fwd"]
+    parts = forward_of(CALLS["fp32 parts"], "sm_90").plan
+    assert [*families(parts)][-1] == "fwd"
+    assert len(parts.steps) == 2
+    assert len(forward_of(CALLS["8 bits"], "sm_90").plan.steps) == 3
+    assert len(backward_of(CALLS["plain"], "sm_90").plan.steps) == 3
+    # Splits of the queries, whose parts of dk and dv a kernel each adds up.
+    assert len(backward_of(CALLS["few keys"], "sm_90").plan.steps) == 5
+    assert len(backward_of(CALLS["distance"], "sm_90").plan.steps) == 4
+
+
+def test_plans_depend_on_no_address() -> None:
+    """Tensors made anew lie elsewhere."""
+    first, second = (forward_of(CALLS["sinks"], "sm_90").plan for _ in range(2))
+    assert [step.numbers for step in first.steps] == [step.numbers for step in second.steps]
+    assert first == second
+
+
+@pytest.mark.parametrize("fault", ["missing", "unknown", "doubled"])
+def test_faulty_arguments_are_refused(fault: str) -> None:
+    step = forward_of(CALLS["sinks"], "sm_90").plan.steps[-1]
+    numbers, places = dict(step.numbers), dict(step.places)
+    if fault == "missing":
+        del numbers["len_q"]
+    elif fault == "unknown":
+        numbers["length_q"] = 1
+    else:
+        places["len_q"] = Place("q")
+    with pytest.raises(LaunchError, match="len"):
+        Layout.of(step.spec.params, numbers, tuple(places))
+
+
+def test_dynamic_arguments_go_where_their_names_are() -> None:
+    step = forward_of(CALLS["ragged"], "sm_90").plan.steps[-1]
+    names = tuple(step.places)
+    layout = Layout.of(step.spec.params, step.numbers, names)
+    values = {name: 1000 + idx for idx, name in enumerate(names)}
+    filled = bytearray(layout.template)
+    ordered = [values[names[idx]] for idx in layout.order]
+    for pack_into, offset, first, end in layout.runs:
+        pack_into(filled, offset, *ordered[first:end])
+    whole = Layout.of(step.spec.params, {**step.numbers, **values}, ())
+    assert bytes(filled) == whole.template

@@ -1,0 +1,160 @@
+"""Requests: which calls share one, and what is looked at anew at every call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import jitattn
+from jitattn.api.attention import bind
+from jitattn.errors import InvalidInputError
+from jitattn.request import request
+from jitattn.request.request import find
+
+KEEP = torch.ones(2, 40, dtype=torch.bool)
+PATTERN = torch.ones(1, 3, 3, dtype=torch.bool)
+
+
+@pytest.fixture(autouse=True)
+def _no_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request, "_requests", {})
+
+
+def found(dtype: torch.dtype = torch.float16, shift: int = 0, **given: Any) -> request.Found:
+    """The request of a call, whose tensors begin `shift` elements after an aligned address."""
+    length = given.pop("length", 40)
+    q, k, v = (
+        torch.zeros(2 * length * 2 * 16 + 8, dtype=dtype)[shift : shift + 2 * length * 2 * 16]
+        for _ in range(3)
+    )
+    q, k, v = (x.view(2, length, 2, 16) for x in (q, k, v))
+    if given.pop("flat", False):
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    _, call = bind(q, k, v, given)
+    return find(q, k, v, call)
+
+
+def ragged(ends: list[int], longest: int = 40) -> jitattn.Ragged:
+    return jitattn.Ragged.from_cu_seqlens(torch.tensor(ends, dtype=torch.int32), longest)
+
+
+def bias(rows: int = 40) -> torch.Tensor:
+    return torch.zeros(1, 2, rows, 40, dtype=torch.float16)
+
+
+SHARED = {
+    "plain": lambda: {},
+    "causal": lambda: {"mask": jitattn.Causal()},
+    "window": lambda: {"mask": jitattn.Window(3, 0)},
+    "key padding": lambda: {"mask": jitattn.KeyPadding(KEEP.clone())},
+    "pattern": lambda: {"mask": jitattn.BlockSparse(PATTERN.clone(), 16)},
+    "bias": lambda: {"bias": bias()},
+    "softcap": lambda: {"softcap": 3.0, "scale": 0.5},
+    "sinks": lambda: {"sinks": torch.zeros(2)},
+    "norm": lambda: {"qk_norm": jitattn.L2Norm()},
+    "ragged": lambda: {"flat": True, "q_seqs": ragged([0, 9, 80]), "kv_seqs": ragged([0, 9, 80])},
+    "padded": lambda: {"kv_seqs": jitattn.Padded(torch.tensor([9, 40]))},
+    "dropout": lambda: {"dropout_p": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_like_calls_share_a_request(name: str) -> None:
+    """Other tensors, other contents: the same facts."""
+    first, second = found(**SHARED[name]()), found(**SHARED[name]())
+    assert first.request is second.request
+    assert first.addresses.keys() == second.addresses.keys()
+    assert len(request._requests) == 1
+
+
+DIFFERENT = {
+    "dtype": {"dtype": torch.bfloat16},
+    "alignment": {"shift": 1},
+    "length": {"length": 41},
+    "mask": {"mask": jitattn.Causal()},
+    "alignment of a mask": {"mask": jitattn.Causal("top_left")},
+    "reach": {"mask": jitattn.Window(3, 0)},
+    "another reach": {"mask": jitattn.Window(4, 0)},
+    "scale": {"scale": 0.5},
+    "gear": {"gear": 1},
+    "out_dtype": {"out_dtype": torch.float32},
+    "num_splits": {"num_splits": 2},
+    "tile_rows": {"tile_rows": 16},
+    "bias": {"bias": bias()},
+    "bias of one row": {"bias": bias(1)},
+    "fp32 bias": {"bias": bias().float()},
+    "bias with room behind it": {"bias": torch.zeros(4, 2, 40, 40, dtype=torch.float16)[:1]},
+    "padding": {"mask": jitattn.KeyPadding(KEEP)},
+    "padding and causal": {"mask": jitattn.KeyPadding(KEEP) & jitattn.Causal()},
+    "dense": {"mask": jitattn.Dense(KEEP[:, None, None])},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"sinks": torch.zeros(2)},
+    "slopes": {"alibi_slopes": torch.zeros(2)},
+    "relative": {"relative_bias": torch.zeros(2, 3)},
+    "norm": {"qk_norm": jitattn.L2Norm()},
+    "norm in groups": {"qk_norm": jitattn.L2Norm(2)},
+    "dropout": {"dropout_p": 0.5},
+    "more dropout": {"dropout_p": 0.25},
+    "padded keys": {"kv_seqs": jitattn.Padded(torch.tensor([9, 40]))},
+    "padded queries": {"q_seqs": jitattn.Padded(torch.tensor([9, 40]))},
+    "padded with a bound": {"kv_seqs": jitattn.Padded(torch.tensor([9, 20]), max_length=20)},
+    "left padding": {"kv_seqs": jitattn.Padded(torch.tensor([9, 30]), torch.tensor([0, 2]))},
+    "rows by index": {
+        "kv_seqs": jitattn.Padded(torch.tensor([9, 40]), batch_idx=torch.tensor([1, 0]))
+    },
+    "pattern": {"mask": jitattn.BlockSparse(PATTERN, 16)},
+    "causal pattern": {"mask": jitattn.BlockSparse(PATTERN, 16, causal=True)},
+    "rules": {"mask": jitattn.PerHead([jitattn.Full(), jitattn.Window(3)])},
+    "two rules alike": {"mask": jitattn.PerHead([jitattn.Window(3), jitattn.Window(3)])},
+}  # fmt: skip
+
+
+def test_calls_that_differ_have_requests_of_their_own() -> None:
+    names = ["", *DIFFERENT]
+    requests = [found(**(DIFFERENT[name] if name else {})).request for name in names]
+    again = [found(**(DIFFERENT[name] if name else {})).request for name in names]
+    assert [one is other for one, other in zip(requests, again, strict=True)] == [True] * len(names)
+    assert len(set(map(id, requests))) == len(names)
+
+
+def test_a_default_gear_makes_another_request() -> None:
+    usual = found()
+    with jitattn.set_default_gear(1):
+        other = found()
+    assert usual.request is not other.request
+    assert usual.request.problem.numerics is not other.request.problem.numerics
+    assert found().request is usual.request
+
+
+@pytest.mark.parametrize("given", [{"num_splits": True}, {"gear": 2.0}, {"tile_rows": 16.0}])
+def test_equal_numbers_of_other_types_are_refused(given: dict[str, Any]) -> None:
+    ((name, value),) = given.items()
+    found(**{name: int(value)})
+    with pytest.raises(InvalidInputError, match=name):
+        found(**given)
+
+
+def test_memory_of_the_result_is_looked_at_every_time() -> None:
+    q = torch.zeros(2, 40, 2, 16)
+    out = torch.empty_like(q)
+    jitattn.attention(q, q, q, out=out)
+    jitattn.attention(q, q, q, out=out)
+    with pytest.raises(InvalidInputError, match="memory of q"):
+        jitattn.attention(q, q, q, out=q)
+
+
+def test_rules_and_tensors_are_not_kept() -> None:
+    first, second = (jitattn.BlockSparse(PATTERN.clone(), 16) for _ in range(2))
+    request_of_first = found(mask=first).request
+    assert request_of_first.runtime.listed is None
+    _, call = bind(*(torch.zeros(2, 40, 2, 16) for _ in range(3)), {"mask": second})
+    assert request_of_first.runtime_of(call).listed is second
+
+
+def test_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request, "_MOST_REQUESTS", 3)
+    for length in range(1, 10):
+        found(length=length)
+    assert len(request._requests) <= 3
