@@ -35,12 +35,13 @@ sys.path.insert(0, str(REPOSITORY))
 import torch
 from _backward import bench_backward
 from _doors import bench_doors
+from _host import bench_host
 from _scores import bench_density, bench_flex, bench_scores, plot_density
 from _seeds import bench_cosine, bench_dkernel, bench_warp_attention
 from _sequences import bench_sequences
 from _service import bench_compile, bench_service
 from _table import print_table, say
-from _timing import Spread, host_times, kernel_times
+from _timing import Spread, kernel_times
 
 import jitattn
 
@@ -214,29 +215,6 @@ def bench_read(report: Report, rounds: int) -> None:
     figures = kernel_times({"sum": lambda _: data.sum()}, sets=1, rounds=rounds)["sum"]
     report.add("decode", "read 4 GiB", "torch.sum", "kernel_us", figures)
     say(f"plain read: {data.nbytes / figures.p50 / 1e3:.0f} GB/s")
-
-
-def bench_host(report: Report, rounds: int) -> None:
-    """Host time of warm eager calls."""
-    shape = Shape(1, 512, 512, 8, 8, 64)
-    q, k, v = shape.inputs()[0]
-    chat = Shape(1, 8, 16384, 32, 8, 128)
-    q_chat, k_chat, v_chat = chat.inputs()[0]
-    turned_q, turned_k, turned_v = (x.transpose(1, 2) for x in (q, k, v))
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    calls = {
-        (_OURS, str(shape)): lambda: jitattn.attention(q, k, v),
-        (_OURS, f"{chat} (splits)"): lambda: jitattn.attention(q_chat, k_chat, v_chat),
-        ("sdpa", str(shape)): lambda: sdpa(turned_q, turned_k, turned_v),
-    }
-    table = []
-    for (provider, name), call in calls.items():
-        figures = host_times(call, rounds=rounds * 30)
-        report.add("host", name, provider, "host_us", figures)
-        table.append(
-            (name, provider, f"{figures.p50:.1f}", f"{figures.p20:.1f}..{figures.p80:.1f}")
-        )
-    print_table("host time of a warm eager call", ("shape", "provider", "us", "p20..p80"), table)
 
 
 def common_facts() -> dict[str, str]:
