@@ -256,7 +256,8 @@ def _scores(
     if not isinstance(q, Tensor):
         q = interop.from_all({"q": q})["q"]
     dropout = None
-    threshold = threshold_of(dropout_p)
+    is_off = type(dropout_p) is float and dropout_p == 0.0
+    threshold = 0 if is_off else threshold_of(dropout_p)
     if threshold:
         state = draw_state(q.device) if dropout_state is None else dropout_state
         check_state(state, q.device)

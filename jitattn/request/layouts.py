@@ -147,7 +147,7 @@ def parse_any(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Parsed:
         indices,
         params if found.has_scores else (),
         rule if is_listed else None,
-        is_listed and heads_agree(rule, ours.heads, theirs.heads),
+        is_listed and has_memory and heads_agree(rule, ours.heads, theirs.heads),
         q.dim() == 3,
         k.dim() == 3,
         _are_apart(call.q_seqs) and _are_apart(call.kv_seqs),

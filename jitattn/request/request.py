@@ -33,7 +33,7 @@ from jitattn.values.masks import (
 )
 from jitattn.values.norm import L2Norm
 from jitattn.values.sequences import Padded, Paged, Ragged
-from jitattn.values.tensors import LOW_ADDRESS, address_of, index_address
+from jitattn.values.tensors import LOW_ADDRESS, PLAIN, address_of, index_address
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -154,7 +154,7 @@ def _facts(q: Tensor, k: Tensor, v: Tensor, call: Call, addresses: Addresses) ->
         and type(return_lse) is bool
         and type(layout) is str
     )
-    if not is_usual:
+    if not is_usual or type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN:
         return None
     try:
         at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
@@ -198,6 +198,8 @@ def _note_tensor(
     if tensor is None:
         facts.append(None)
         return True
+    if type(tensor) not in PLAIN:  # some warn when asked for an address
+        return False
     try:
         address = tensor.data_ptr()
         if address < LOW_ADDRESS or tensor.is_neg():
@@ -288,10 +290,8 @@ def _note_scores(scores: Scores, facts: list[Any], addresses: Addresses) -> bool
     if dropout is None:
         facts.append(None)
     else:
-        address = dropout.state.data_ptr()
-        if address < LOW_ADDRESS:
+        if not _note_tensor("dropout_state", dropout.state, facts, addresses):
             return False
-        addresses["dropout_state"] = address
         facts.append(dropout.threshold)
     if norm is None:
         facts.append(None)

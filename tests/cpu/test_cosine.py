@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 import jitattn
 from jitattn import L2Norm
-from jitattn.request import layouts
-from jitattn.request.norm import call_of_normalized, shift_of
-from jitattn.request.problem import Call
-from jitattn.request.scores import Scores
-from jitattn.run.normalize import like_normalized
+from jitattn.request.norm import shift_of
 from jitattn.values.sequences import Paged
 
 from ..support.inputs import random_qkv
@@ -118,44 +112,6 @@ def test_pages_are_normalised_when_they_are_stored() -> None:
     norm = jitattn.L2Norm(normalize=False)
     out = jitattn.attention(*units, v, kv_seqs=pages, qk_norm=norm)
     torch.testing.assert_close(out, jitattn.attention(q, k, v, qk_norm=jitattn.L2Norm()))
-
-
-def calls_with_norms() -> Iterator[tuple[list[torch.Tensor], Call]]:
-    """Calls of either layout, aligned and not, with a bound and without one."""
-    for layout, dtype, heads in itertools.product(
-        ("bshd", "bhsd"), (torch.float16, torch.float32), (4, 1)
-    ):
-        lengths = ((2, 7), (2, 9), (2, 9))
-        q, k, v = (torch.randn(b, n, heads, 48).to(dtype) for b, n in lengths)
-        odd = torch.randn(2, 9, heads, 49).to(dtype)[..., 1:]
-        learned = torch.ones(heads)
-        norms = (L2Norm(), L2Norm(3), L2Norm(1, learned), L2Norm(1, learned, 2.0))
-        for tensors in ([q, k, v], [q[:1], k[:1], v[:1]], [q, odd, v], [q, k, odd]):
-            own = tensors if layout == "bshd" else [x.transpose(1, 2) for x in tensors]
-            for mask, scale, norm in itertools.product(
-                (jitattn.Full(), jitattn.Causal(), jitattn.Causal("top_left")),
-                (None, 2.0, 1e4),
-                norms,
-            ):
-                others = (layout, None, None, torch.float32, None, True, None, None)
-                yield own, Call(mask, scale, *others, Scores(qk_norm=norm))
-
-
-def test_a_call_with_a_norm_is_parsed_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = list(calls_with_norms())
-    quick = [layouts.parse(*tensors, call) for tensors, call in calls]
-    monkeypatch.setattr(layouts, "_is_norm_only", lambda _: False)
-    assert quick == [layouts.parse(*tensors, call) for tensors, call in calls]
-    assert len({problem.fixed_shift for problem, _ in quick}) == 2
-
-
-def test_normalised_tensors_need_no_second_look() -> None:
-    for tensors, call in calls_with_norms():
-        parsed = layouts.parse(*tensors, call)
-        q, k = like_normalized(*tensors[:2])
-        after = call_of_normalized(call, parsed[1].scale)
-        found = layouts.of_normalized(q, k, tensors[2], parsed, after)
-        assert found == layouts.parse(q, k, tensors[2], after)
 
 
 def test_a_norm_that_is_refused() -> None:

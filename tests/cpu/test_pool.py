@@ -94,7 +94,7 @@ def test_script_without_a_main_guard(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "print('started')\n"
-        "from jitattn.jit import pool, choices\n"
+        "from jitattn.jit import pool\nfrom jitattn.plan import choices\n"
         "choice = {'dtype': 'bf16', 'head_dim': 16, 'mask': 'full', 'arch': 80}\n"
         "print([o.origin for o in pool.build_all(choices.specs_of([choice]), 2)])\n"
     )

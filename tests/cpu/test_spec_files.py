@@ -86,7 +86,7 @@ def test_one_bad_spec_never_ends_a_prebuild(tmp_path: Path) -> None:
 @pytest.fixture
 def warmed(monkeypatch: pytest.MonkeyPatch) -> list[KernelSpec]:
     """What `warmup` would load on an sm_80, which is not there."""
-    module, found = importlib.import_module("jitattn.warmup"), []
+    module, found = importlib.import_module("jitattn.api.warmup"), []
     device = Device(index=0, name="", arch="sm_80", num_sms=1)
     monkeypatch.setattr(module, "_index", lambda _: 0)
     monkeypatch.setattr(module, "device_of", lambda _: device)
