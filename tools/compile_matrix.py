@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import os
@@ -15,37 +14,21 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _table import say
 
 from jitattn.jit import compilers
-from jitattn.kernels.bwd_tiles import bwd_spec, score_grad_spec, specs_of_backward
-from jitattn.kernels.prepare_specs import HEAD_DIMS as DIMS_IN_8_BITS
-from jitattn.kernels.prepare_specs import backward_in_halves, specs_for_gear, split_spec
-from jitattn.kernels.tiles import fwd_spec
 from jitattn.plan.choices import preset, specs_of
-from jitattn.spec.enums import (
-    Access,
-    BiasKind,
-    Dtype,
-    MaskKind,
-    Numerics,
-    RowClass,
-    ScoreTarget,
-    SeqLayout,
-    Staging,
-    Switch,
-)
-from jitattn.spec.kernel_spec import KernelSpec, MergeGradSpec, MergeSpec, Problem
-from jitattn.values.gears import resolve_numerics
+from jitattn.spec.enums import MatrixSize
+from jitattn.spec.kernel_spec import KernelSpec, families
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 BUDGET_FILE: Final = REPOSITORY / "tests" / "data" / "resource_budget.json"
@@ -55,66 +38,11 @@ TUNED: Final = ("sm_80", "sm_86", "sm_89", "sm_90")
 #: Architectures that run untuned: the short matrix.
 UNTUNED: Final = ("sm_87", "sm_100", "sm_120")
 
-#: Head dims of real models; together with the largest of each tile row they are the matrix.
-MODEL_DIMS: Final = (40, 64, 72, 80, 96, 112, 128, 160, 192, 256)
-ALL_DIMS: Final = tuple(range(16, 257, 16))
-#: Where the sequences of q, and of k and v, lie, beside batched.
-LAYOUTS: Final = (
-    (SeqLayout.RAGGED, SeqLayout.RAGGED),
-    (SeqLayout.BATCHED, SeqLayout.PAGED),
-    (SeqLayout.RAGGED, SeqLayout.PAGED),
-    (SeqLayout.BATCHED, SeqLayout.PAGED16),
-)
-
-
 #: Fields of optional inputs.
 OPTIONAL: Final = (
     "bias", "relative_bias", "alibi", "softcap", "sinks", "key_padding", "dense", "dropout",
     "fixed_shift", "bias_staged", "dense_staged",
 )  # fmt: skip
-#: Masks, biases and the like: each alone, and two that meet in models.
-FEATURES: Final[tuple[dict[str, Any], ...]] = (
-    {"mask": MaskKind.WINDOW},
-    {"mask": MaskKind.LOCAL_STRIDE},
-    {"mask": MaskKind.WINDOW, "sinks": Switch.ON},
-    {"mask": MaskKind.WINDOW, "softcap": Switch.ON},
-    {"mask": MaskKind.WINDOW, "kv_layout": SeqLayout.PAGED16},
-    {"bias": BiasKind.SAME},
-    {"bias": BiasKind.FP32},
-    {"relative_bias": Switch.ON},
-    {"alibi": Switch.ON},
-    {"bias": BiasKind.SAME, "bias_staged": Staging.ROW},
-    {"bias": BiasKind.SAME, "bias_staged": Staging.MATRIX},
-    {"bias": BiasKind.FP32, "bias_staged": Staging.MATRIX},
-    {"mask": MaskKind.FULL, "key_padding": Switch.ON},
-    {"mask": MaskKind.FULL, "dense": Switch.ON},
-    {"dense": Switch.ON, "dense_staged": Staging.MATRIX},
-    {"dropout": Switch.ON},
-    {"fixed_shift": Switch.ON},
-    {"mask": MaskKind.BLOCK_LISTS},
-    {"mask": MaskKind.BLOCK_LISTS, "kv_layout": SeqLayout.PAGED},
-    {"mask": MaskKind.BLOCK_LISTS, "kv_layout": SeqLayout.PAGED16},
-    {"mask": MaskKind.BLOCK_LISTS, "dropout": Switch.ON},
-)
-
-
-#: The same of backward kernels.
-BACKWARD_FEATURES: Final[tuple[dict[str, Any], ...]] = (
-    {"mask": MaskKind.WINDOW},
-    {"mask": MaskKind.LOCAL_STRIDE},
-    {"mask": MaskKind.FINE_STRIDE},
-    {"mask": MaskKind.BLOCK_LISTS},
-    {"q_layout": SeqLayout.RAGGED, "kv_layout": SeqLayout.RAGGED},
-    {"bias": BiasKind.SAME},
-    {"bias": BiasKind.FP32},
-    {"relative_bias": Switch.ON, "alibi": Switch.ON},
-    {"softcap": Switch.ON},
-    {"mask": MaskKind.FULL, "key_padding": Switch.ON},
-    {"mask": MaskKind.FULL, "dense": Switch.ON},
-    {"dropout": Switch.ON},
-    {"sinks": Switch.ON},
-    {"kv_layout": SeqLayout.PAGED},
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,19 +93,6 @@ def kernel_name(fields: dict[str, str | int]) -> str:
     return " ".join(map(str, parts))
 
 
-def problem(dtype: Dtype, head_dim: int, mask: MaskKind = MaskKind.CAUSAL, **other: Any) -> Problem:
-    """Return a problem with the default numerics; `other` sets further fields."""
-    return Problem(
-        dtype=dtype,
-        out_dtype=other.pop("out_dtype", dtype),
-        head_dim=head_dim,
-        head_dim_v=other.pop("head_dim_v", head_dim),
-        mask=mask,
-        numerics=resolve_numerics(None, dtype),
-        **other,
-    )
-
-
 def matrix(arch: str, *, full: bool = False, short: bool = False) -> list[KernelSpec]:
     """Return the specs of an architecture, each once.
 
@@ -185,160 +100,13 @@ def matrix(arch: str, *, full: bool = False, short: bool = False) -> list[Kernel
     of real models, every kernel of the presets, and one for each further class of the spec; `full`
     takes every multiple of 16 in every dtype and row class, `short` the last of all these only.
     """
-    is_short = short or arch not in TUNED
-    specs = _full(arch) if full else _short(arch) if is_short else _rows(arch)
+    size = MatrixSize.TUNED if arch in TUNED and not short else MatrixSize.SHORT
+    if full:
+        size = MatrixSize.FULL
+    specs = [spec for family in families().values() for spec in family.matrix(arch, size)]
+    if size >= MatrixSize.TUNED:
+        specs += specs_of(preset(["all"]), [arch])
     return list({spec.to_key(): spec for spec in specs}.values())
-
-
-def _full(arch: str) -> Iterator[KernelSpec]:
-    for dtype in Dtype:
-        for rows in RowClass:
-            for mask in (MaskKind.FULL, MaskKind.CAUSAL):
-                for dim in ALL_DIMS:
-                    yield fwd_spec(problem(dtype, dim, mask), arch, rows)
-    yield from _rows(arch)
-
-
-def _rows(arch: str) -> Iterator[KernelSpec]:
-    for dtype in (Dtype.BF16, Dtype.FP32):
-        for rows in RowClass:
-            # The last head dim of a run of equal tiles needs the most registers and shared memory.
-            largest = {}
-            for dim in ALL_DIMS:
-                spec = fwd_spec(problem(dtype, dim), arch, rows)
-                largest[spec.tile] = spec
-            yield from largest.values()
-    for dim in MODEL_DIMS:
-        yield fwd_spec(problem(Dtype.BF16, dim), arch, RowClass.MANY)
-    yield from specs_of(preset(["all"]), [arch])
-    for q_layout, kv_layout in LAYOUTS:
-        for dim in (64, 128):
-            for rows in RowClass:
-                pair = problem(Dtype.BF16, dim, q_layout=q_layout, kv_layout=kv_layout)
-                yield fwd_spec(pair, arch, rows)
-    for features in FEATURES:
-        for dim, rows in ((64, RowClass.MANY), (128, RowClass.MANY), (128, RowClass.ROWS16)):
-            yield fwd_spec(problem(Dtype.BF16, dim, **features), arch, rows)
-    yield from _backward(arch)
-    yield from _gears(arch)
-    yield from _short(arch)
-
-
-def _gears(arch: str) -> Iterator[KernelSpec]:
-    """Numerics that no default gear has; fp16 accumulators where a call can get them."""
-    kinds = [(Dtype.BF16, Numerics.SPLIT_P), (Dtype.FP32, Numerics.TF32)]
-    if arch in ("sm_86", "sm_89"):
-        kinds.append((Dtype.FP16, Numerics.F16_ACC))
-    for dtype, numerics in kinds:
-        for dim in (64, 128, 192, 256):
-            yield fwd_spec(_geared(dtype, dim, numerics), arch, RowClass.MANY)
-        yield fwd_spec(_geared(dtype, 128, numerics, MaskKind.FULL), arch, RowClass.MANY)
-        yield fwd_spec(_geared(dtype, 128, numerics, MaskKind.WINDOW), arch, RowClass.MANY)
-        ragged = replace(
-            _geared(dtype, 128, numerics), q_layout=SeqLayout.RAGGED, kv_layout=SeqLayout.RAGGED
-        )
-        yield fwd_spec(ragged, arch, RowClass.MANY)
-        for rows in (RowClass.ROWS16, RowClass.ROWS64):
-            yield fwd_spec(_geared(dtype, 128, numerics), arch, rows)
-    for dim in DIMS_IN_8_BITS:
-        for mask in (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE):
-            yield from specs_for_gear(problem(Dtype.BF16, dim, mask), 4, arch)
-    yield from specs_for_gear(problem(Dtype.FP16, 128), 4, arch)
-    yield from specs_for_gear(problem(Dtype.FP16, 128, head_dim_v=64), 4, arch)
-    for dim, mask in itertools.product(DIMS_IN_8_BITS, (MaskKind.CAUSAL, MaskKind.WINDOW)):
-        yield from _in_8_bits(arch, dim, mask, SeqLayout.RAGGED)
-    for dim, layout in itertools.product(DIMS_IN_8_BITS, (SeqLayout.PAGED, SeqLayout.PAGED16)):
-        for mask in (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE):
-            yield from _in_8_bits(arch, dim, mask, layout)
-    for numerics, dim in itertools.product((Numerics.F16X3, Numerics.F16X1), (16, 64, 80, 128)):
-        yield split_spec(_geared(Dtype.FP32, dim, numerics), arch)
-        for mask in (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE):
-            yield fwd_spec(_geared(Dtype.FP32, dim, numerics, mask), arch, RowClass.MANY)
-    for numerics, dim in itertools.product((Numerics.F16X3, Numerics.F16X1), (64, 128)):
-        padded = _geared(Dtype.FP32, dim, numerics, MaskKind.FULL, key_padding=Switch.ON)
-        yield fwd_spec(padded, arch, RowClass.MANY)
-    unequal = replace(problem(Dtype.FP32, 128, head_dim_v=64), numerics=Numerics.F16X3)
-    yield split_spec(unequal, arch)
-    yield fwd_spec(unequal, arch, RowClass.MANY)
-
-
-def _geared(
-    dtype: Dtype, dim: int, numerics: Numerics, mask: MaskKind = MaskKind.CAUSAL, **other: Any
-) -> Problem:
-    return replace(problem(dtype, dim, mask, **other), numerics=numerics)
-
-
-def _in_8_bits(arch: str, dim: int, mask: MaskKind, kv_layout: SeqLayout) -> Iterator[KernelSpec]:
-    q_layout = SeqLayout.RAGGED
-    asked = problem(Dtype.BF16, dim, mask, q_layout=q_layout, kv_layout=kv_layout)
-    yield from specs_for_gear(asked, 4, arch)
-
-
-def _backward(arch: str) -> Iterator[KernelSpec]:
-    bf16, fp32 = Dtype.BF16, Dtype.FP32
-    for dim in (32, 64, 96, 128, 192, 256):
-        yield bwd_spec(problem(bf16, dim), arch)
-    for dim in (64, 128):
-        yield bwd_spec(problem(bf16, dim, MaskKind.FULL), arch)
-        yield bwd_spec(problem(bf16, dim), arch, deterministic=True)
-        for features in BACKWARD_FEATURES:
-            yield bwd_spec(problem(bf16, dim, **features), arch)
-    for dim in (64, 128, 256):
-        yield bwd_spec(problem(fp32, dim), arch)
-    yield from _backward_in_halves(arch)
-    yield bwd_spec(problem(bf16, 192, head_dim_v=128), arch)
-    yield bwd_spec(problem(bf16, 100, access=Access.ELEMENT), arch)
-    biased = problem(bf16, 128, bias=BiasKind.FP32, relative_bias=Switch.ON)
-    for target in ScoreTarget:
-        yield score_grad_spec(biased, arch, target)
-    yield score_grad_spec(problem(bf16, 256, bias=BiasKind.SAME), arch, ScoreTarget.MATRIX)
-    listed = problem(bf16, 64, MaskKind.BLOCK_LISTS, bias=BiasKind.SAME)
-    yield score_grad_spec(listed, arch, ScoreTarget.MATRIX)
-
-
-def _backward_in_halves(arch: str) -> Iterator[KernelSpec]:
-    for dim in (16, 64, 80, 128):
-        own = _geared(Dtype.FP32, dim, Numerics.F16X3)
-        yield split_spec(own, arch, gradients=True)
-        yield bwd_spec(own, arch)
-    for dim in (64, 128):
-        yield bwd_spec(_geared(Dtype.FP32, dim, Numerics.F16X3, MaskKind.FULL), arch)
-        yield bwd_spec(_geared(Dtype.FP32, dim, Numerics.F16X3), arch, deterministic=True)
-        for features in BACKWARD_FEATURES:
-            asked = backward_in_halves(problem(Dtype.FP32, dim, **features))
-            if asked is not None:
-                yield bwd_spec(asked, arch)
-
-
-def _short(arch: str) -> Iterator[KernelSpec]:
-    many, bf16 = RowClass.MANY, Dtype.BF16
-    for dim in (64, 128):
-        yield fwd_spec(problem(bf16, dim), arch, many)
-        yield fwd_spec(problem(bf16, dim, MaskKind.FULL), arch, many)
-    for rows in (RowClass.ROWS16, RowClass.ROWS64):
-        yield fwd_spec(problem(bf16, 128), arch, rows)
-    yield fwd_spec(problem(Dtype.FP16, 128), arch, many)
-    yield fwd_spec(problem(Dtype.FP32, 128), arch, many)
-    yield fwd_spec(problem(bf16, 128, out_dtype=Dtype.FP32), arch, many)
-    yield fwd_spec(problem(bf16, 192, head_dim_v=128), arch, many)
-    for dim in (7, 128):
-        yield fwd_spec(problem(bf16, dim, access=Access.ELEMENT), arch, many)
-    yield fwd_spec(problem(Dtype.FP32, 33, access=Access.ELEMENT), arch, many)
-    for merging in (MergeSpec, MergeGradSpec):
-        yield merging(dtype=bf16, out_dtype=bf16, head_dim_v=128, arch=arch)
-    yield from specs_of([{"family": ["append", "rotary"], "dtype": ["bf16", "fp32"]}], [arch])
-    mixed = {"family": ["append", "rotary"], "dtype": "bf16", "table_dtype": "fp32"}
-    yield from specs_of([mixed], [arch])
-    yield from specs_of_backward(problem(bf16, 64), arch)
-    yield from specs_of_backward(problem(Dtype.FP32, 33, access=Access.ELEMENT), arch)
-    yield score_grad_spec(problem(bf16, 64, bias=BiasKind.SAME), arch, ScoreTarget.ROW)
-    norms = {
-        "family": ["norm", "norm_grad"],
-        "dtype": ["bf16", "fp32"],
-        "head_dim": 64,
-        "groups": [1, 8],
-    }
-    yield from specs_of([norms], [arch])
 
 
 def build_one(spec: KernelSpec) -> Figures:

@@ -13,11 +13,10 @@
 //             written. Positions that the tables of cos and sin do not have turn nothing.
 #pragma once
 
-#include "jitattn/enums.cuh"
-#include "jitattn/params.cuh"
 #include "jitattn/rotary_pairs.cuh"
-#include "jitattn/sequence.cuh"
+#include "jitattn/spans.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

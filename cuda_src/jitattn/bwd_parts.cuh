@@ -8,7 +8,6 @@
 #pragma once
 
 #include "jitattn/bwd_traits.cuh"
-#include "jitattn/enums.cuh"
 #include "jitattn/power_scale.cuh"
 #include "jitattn/ptx/math.cuh"
 #include "jitattn/ptx/shared.cuh"
@@ -16,6 +15,7 @@
 #include "jitattn/sequence.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

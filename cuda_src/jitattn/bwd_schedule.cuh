@@ -2,10 +2,10 @@
 #pragma once
 
 #include "jitattn/bwd_traits.cuh"
-#include "jitattn/enums.cuh"
 #include "jitattn/schedule.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

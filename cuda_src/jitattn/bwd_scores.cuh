@@ -18,10 +18,8 @@
 #include "jitattn/bwd_traits.cuh"
 #include "jitattn/bwd_weights.cuh"
 #include "jitattn/element.cuh"
-#include "jitattn/enums.cuh"
 #include "jitattn/key_lists.cuh"
 #include "jitattn/key_rows.cuh"
-#include "jitattn/params.cuh"
 #include "jitattn/ptx/cp_async.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/rows.cuh"
@@ -29,6 +27,7 @@
 #include "jitattn/sequence.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

@@ -38,11 +38,9 @@
 #include "jitattn/debug.cuh"
 #include "jitattn/dq_fragments.cuh"
 #include "jitattn/element.cuh"
-#include "jitattn/enums.cuh"
 #include "jitattn/fine_stride.cuh"
 #include "jitattn/key_lists.cuh"
 #include "jitattn/key_rows.cuh"
-#include "jitattn/params.cuh"
 #include "jitattn/ptx/cp_async.cuh"
 #include "jitattn/ptx/global.cuh"
 #include "jitattn/ptx/shared.cuh"
@@ -52,6 +50,7 @@
 #include "jitattn/sequence.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

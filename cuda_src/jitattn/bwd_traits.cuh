@@ -2,8 +2,6 @@
 // agrees.
 #pragma once
 
-#include "jitattn/enums.cuh"
-#include "jitattn/params.cuh"
 #include "jitattn/power_scale.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/tile/copy.cuh"
@@ -12,6 +10,7 @@
 #include "jitattn/tile/mma_tf32.cuh"
 #include "jitattn/tile/warp_grid.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

@@ -4,7 +4,6 @@
 
 #include "jitattn/bwd_traits.cuh"
 #include "jitattn/dropout.cuh"
-#include "jitattn/enums.cuh"
 #include "jitattn/fine_stride.cuh"
 #include "jitattn/key_lists.cuh"
 #include "jitattn/mask.cuh"
@@ -16,6 +15,7 @@
 #include "jitattn/sequence.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

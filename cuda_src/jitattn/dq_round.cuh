@@ -8,11 +8,10 @@
 
 #include "jitattn/dq_fragments.cuh"
 #include "jitattn/element.cuh"
-#include "jitattn/enums.cuh"
-#include "jitattn/params.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/tile/warp_grid.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

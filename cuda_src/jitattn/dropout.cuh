@@ -8,13 +8,12 @@
 // at least p. Key: the halves of the seed, moved by the high half of the offset: every bit counts.
 #pragma once
 
-#include "jitattn/enums.cuh"
 #include "jitattn/key_lists.cuh"
-#include "jitattn/params.cuh"
 #include "jitattn/rows.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

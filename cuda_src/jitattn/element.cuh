@@ -1,10 +1,10 @@
 // One element of a tensor, outside of tiles: its storage type, and fp32 to and fro.
 #pragma once
 
-#include "jitattn/enums.cuh"
 #include "jitattn/ptx/math.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

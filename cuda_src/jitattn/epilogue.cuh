@@ -4,8 +4,6 @@
 #pragma once
 
 #include "jitattn/element.cuh"
-#include "jitattn/enums.cuh"
-#include "jitattn/params.cuh"
 #include "jitattn/ptx/math.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/rows.cuh"
@@ -18,6 +16,7 @@
 #include "jitattn/tile/swizzle.cuh"
 #include "jitattn/traits.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

@@ -7,14 +7,13 @@
 #pragma once
 
 #include "jitattn/bwd_schedule.cuh"
-#include "jitattn/enums.cuh"
 #include "jitattn/key_lists.cuh"
-#include "jitattn/params.cuh"
 #include "jitattn/rows.cuh"
 #include "jitattn/schedule.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

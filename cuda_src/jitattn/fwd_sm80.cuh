@@ -37,12 +37,10 @@
 
 #include "jitattn/debug.cuh"
 #include "jitattn/dropout.cuh"
-#include "jitattn/enums.cuh"
 #include "jitattn/epilogue.cuh"
 #include "jitattn/gathered_rows.cuh"
 #include "jitattn/key_lists.cuh"
 #include "jitattn/mask.cuh"
-#include "jitattn/params.cuh"
 #include "jitattn/ptx/cp_async.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/ptx/special.cuh"
@@ -55,6 +53,7 @@
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/traits.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

@@ -9,13 +9,13 @@
 // group. There is room for two batches.
 #pragma once
 
-#include "jitattn/params.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/rows.cuh"
 #include "jitattn/schedule.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/traits.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

@@ -4,13 +4,13 @@
 // of it every head has a window (schedule.cuh: ListHead), so that bounds need not be at blocks.
 #pragma once
 
-#include "jitattn/params.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/rows.cuh"
 #include "jitattn/schedule.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

@@ -2,11 +2,10 @@
 // all sequences, or a page.
 #pragma once
 
-#include "jitattn/enums.cuh"
-#include "jitattn/params.cuh"
 #include "jitattn/rows.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

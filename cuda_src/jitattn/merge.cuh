@@ -8,10 +8,9 @@
 #pragma once
 
 #include "jitattn/element.cuh"
-#include "jitattn/enums.cuh"
-#include "jitattn/params.cuh"
 #include "jitattn/ptx/math.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

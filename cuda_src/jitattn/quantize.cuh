@@ -22,13 +22,11 @@
 #pragma once
 
 #include "jitattn/element.cuh"
-#include "jitattn/enums.cuh"
-#include "jitattn/params.cuh"
 #include "jitattn/ptx/global.cuh"
 #include "jitattn/ptx/math.cuh"
-#include "jitattn/rows.cuh"
-#include "jitattn/sequence.cuh"
+#include "jitattn/spans.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

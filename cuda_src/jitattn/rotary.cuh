@@ -14,11 +14,10 @@
 // Bounds      Rows of no sequence, and positions that the tables do not have, are left as they are.
 #pragma once
 
-#include "jitattn/enums.cuh"
-#include "jitattn/params.cuh"
 #include "jitattn/rotary_pairs.cuh"
-#include "jitattn/sequence.cuh"
+#include "jitattn/spans.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

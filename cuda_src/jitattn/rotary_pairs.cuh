@@ -5,8 +5,8 @@
 #pragma once
 
 #include "jitattn/element.cuh"
-#include "jitattn/enums.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

@@ -2,10 +2,10 @@
 // parts), one for each row and each block of keys.
 #pragma once
 
-#include "jitattn/enums.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

@@ -5,16 +5,10 @@
 // With heads_per_tile = 1 a row is a position.
 #pragma once
 
-#include "jitattn/params.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
-
-// n / divisor for 0 <= n < 2^31 (jitattn/spec/params.py: fast_divisor).
-__device__ __forceinline__ int divide(int n, uint32_t mul, uint32_t shift) {
-  const uint32_t dividend = n;
-  return static_cast<int>((__umulhi(dividend, mul) + dividend) >> shift);
-}
 
 struct RowMap {
   uint32_t div_mul;

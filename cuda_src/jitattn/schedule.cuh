@@ -6,11 +6,10 @@
 // graph stays right when lengths change.
 #pragma once
 
-#include "jitattn/enums.cuh"
-#include "jitattn/params.cuh"
 #include "jitattn/rows.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

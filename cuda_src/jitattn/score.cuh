@@ -4,7 +4,6 @@
 #pragma once
 
 #include "jitattn/element.cuh"
-#include "jitattn/enums.cuh"
 #include "jitattn/key_lists.cuh"
 #include "jitattn/ptx/math.cuh"
 #include "jitattn/ptx/shared.cuh"
@@ -14,6 +13,7 @@
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/traits.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

@@ -11,11 +11,10 @@
 // Work split  A CTA has kSplitRows rows of a head of Q, dO, K or V: blocks fastest, then heads.
 #pragma once
 
-#include "jitattn/enums.cuh"
-#include "jitattn/params.cuh"
 #include "jitattn/power_scale.cuh"
 #include "jitattn/ptx/math.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

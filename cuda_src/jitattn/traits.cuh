@@ -2,8 +2,6 @@
 #pragma once
 
 #include "jitattn/element.cuh"
-#include "jitattn/enums.cuh"
-#include "jitattn/params.cuh"
 #include "jitattn/sequence.cuh"
 #include "jitattn/tile/accumulator.cuh"
 #include "jitattn/tile/copy.cuh"
@@ -16,6 +14,7 @@
 #include "jitattn/tile/parked_sums.cuh"
 #include "jitattn/tile/staged_matrix.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

@@ -53,6 +53,12 @@ __device__ __forceinline__ Division divide(int64_t number, int32_t divisor) {
   return {low / by, low % by};
 }
 
+// n / divisor for 0 <= n < 2^31 (jitattn/spec/arguments.py: fast_divisor).
+__device__ __forceinline__ int divide(int n, uint32_t mul, uint32_t shift) {
+  const uint32_t dividend = n;
+  return static_cast<int>((__umulhi(dividend, mul) + dividend) >> shift);
+}
+
 // Of a power of two.
 __host__ __device__ constexpr int log2_of(int number) {
   return number <= 1 ? 0 : 1 + log2_of(number / 2);

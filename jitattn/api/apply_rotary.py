@@ -23,8 +23,8 @@ from jitattn.values.tensors import DTYPES
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from jitattn.kernels.rotary import RotarySpec
     from jitattn.run.rotary import Index, Part
-    from jitattn.spec.kernel_spec import RotarySpec
 
 _MAX_COUNT: Final = 2**31 - 1
 

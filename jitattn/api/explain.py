@@ -11,7 +11,7 @@ import torch
 from jitattn.api.attention import bind
 from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel
-from jitattn.kernels.bwd_tiles import bwd_spec
+from jitattn.kernels.bwd import bwd_spec
 from jitattn.plan.backward import kernel_problem
 from jitattn.plan.forward import forward
 from jitattn.request.layouts import parse_any

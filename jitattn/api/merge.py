@@ -12,11 +12,11 @@ from jitattn.cpu.vector_math import settle_vml
 from jitattn.errors import InternalError, InvalidInputError, UnsupportedError
 from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel
+from jitattn.kernels.merge import MergeGradSpec, MergeSpec
 from jitattn.request.problem import axes
 from jitattn.run.autograd import FirstOrder, apply, first_order
 from jitattn.run.forward import has_duals
 from jitattn.run.indirect import is_watched
-from jitattn.spec.kernel_spec import MergeGradSpec, MergeSpec
 from jitattn.values.autocast import outside_autocast
 from jitattn.values.tensors import CPU_DTYPES, DTYPES, MAX_HEAD_DIM, address_of, readable
 
@@ -245,17 +245,22 @@ def _merge_cuda(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Te
             loaded_kernel(spec, index).launch(
                 -(-num_rows // _ROWS),
                 torch._C._cuda_getCurrentRawStream(index),
-                parts.data_ptr(),
-                lses.data_ptr(),
-                out.data_ptr(),
-                lse.data_ptr(),
-                *(parts.stride(dimension) for dimension in (0, 1, 2, 3)),
-                *(lses.stride(dimension) for dimension in (0, 1, 3, 2)),
-                num_rows,
-                len_q,
-                heads,
-                num_parts,
-                0,
+                part_stride_part=parts.stride(0),
+                part_stride_batch=parts.stride(1),
+                part_stride_row=parts.stride(2),
+                part_stride_head=parts.stride(3),
+                parts=parts.data_ptr(),
+                part_lses=lses.data_ptr(),
+                out=out.data_ptr(),
+                lse=lse.data_ptr(),
+                lse_stride_part=lses.stride(0),
+                lse_stride_batch=lses.stride(1),
+                lse_stride_row=lses.stride(3),
+                lse_stride_head=lses.stride(2),
+                num_rows=num_rows,
+                len_q=len_q,
+                heads_q=heads,
+                num_parts=num_parts,
             )
     return out, lse
 
@@ -285,19 +290,21 @@ def _merge_grad_cuda(
             loaded_kernel(spec, index).launch(
                 -(-num_rows // _ROWS),
                 torch._C._cuda_getCurrentRawStream(index),
-                parts.data_ptr(),
-                lses.data_ptr(),
-                out.data_ptr(),
-                lse.data_ptr(),
-                d_out.data_ptr(),
-                0 if d_lse is None else (d_lse := d_lse.contiguous()).data_ptr(),
-                d_parts.data_ptr(),
-                d_lses.data_ptr(),
-                *(parts.stride(dimension) for dimension in (0, 1, 2, 3)),
-                num_rows,
-                len_q,
-                heads,
-                num_parts,
-                0,
+                part_stride_part=parts.stride(0),
+                part_stride_batch=parts.stride(1),
+                part_stride_row=parts.stride(2),
+                part_stride_head=parts.stride(3),
+                parts=parts.data_ptr(),
+                part_lses=lses.data_ptr(),
+                out=out.data_ptr(),
+                lse=lse.data_ptr(),
+                d_out=d_out.data_ptr(),
+                d_lse=0 if d_lse is None else (d_lse := d_lse.contiguous()).data_ptr(),
+                d_parts=d_parts.data_ptr(),
+                d_part_lses=d_lses.data_ptr(),
+                num_rows=num_rows,
+                len_q=len_q,
+                heads_q=heads,
+                num_parts=num_parts,
             )
     return d_parts.transpose(2, 3), d_lses

@@ -15,7 +15,7 @@ from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.jit import build, launch
 from jitattn.jit.device import device as device_of
 from jitattn.jit.pool import build_all
-from jitattn.kernels.prepare_specs import specs_for_gear
+from jitattn.kernels.fwd import specs_for_gear
 from jitattn.plan.backward import specs_of_gradients, target_of
 from jitattn.plan.choices import expand, read_entries
 from jitattn.plan.choices import preset as preset_choices

@@ -29,8 +29,8 @@ from jitattn.cache.store import Store
 from jitattn.errors import JitAttnError
 from jitattn.jit import compilers, launch, nvrtc, sources
 from jitattn.jit.layers import layers
+from jitattn.kernels.merge import MergeSpec
 from jitattn.spec.enums import Dtype
-from jitattn.spec.kernel_spec import MergeSpec
 
 Status: TypeAlias = Literal["ok", "warn", "bad"]
 

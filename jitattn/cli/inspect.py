@@ -34,7 +34,6 @@ from jitattn.cli.entries import (
 )
 from jitattn.jit import sources
 from jitattn.jit.codegen import render
-from jitattn.plan import choices
 from jitattn.spec.kernel_spec import spec_from_dict
 from jitattn.spec.text import one_line
 
@@ -114,7 +113,7 @@ def show(key: str, source: bool, as_json: bool) -> None:
     except ValueError:
         pass  # of a version with other specs
     else:
-        command = choices.command(spec)
+        command = spec.command()
         text = render(spec)
         if sha256(text.encode()) == metadata.header_digest:
             header = text

@@ -116,7 +116,7 @@ def _choice(
 
 def _report_plan(specs: list[KernelSpec], cache: DiskCache, as_json: bool) -> None:
     there = {spec: _is_there(spec, cache) for spec in specs}
-    rows = [{**choices.to_choice(spec), "cached": there[spec]} for spec in specs]
+    rows = [{**spec.to_choice(), "cached": there[spec]} for spec in specs]
     lines = [
         f"{'cached  ' if there[spec] else 'to make '} {describe(spec.to_dict())}" for spec in specs
     ]

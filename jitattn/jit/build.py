@@ -212,11 +212,9 @@ def _make(spec: KernelSpec) -> Built:
 
 
 def _missing(spec: KernelSpec) -> str:
-    from jitattn.plan.choices import command
-
     return (
         f"the {spec.family} kernel of this call is not in the cache, and JITATTN_NO_COMPILE=1 "
-        f"forbids compiling it\n  spec: {spec.to_key()}\n  make it ahead with: {command(spec)}"
+        f"forbids compiling it\n  spec: {spec.to_key()}\n  make it ahead with: {spec.command()}"
     )
 
 

@@ -1,16 +1,21 @@
 """`KernelSpec` → the text of jitattn_spec.h, which the templates are specialised by.
 
-One line a field, named by one rule: snake_case becomes kCamelCase, an enum value likewise.
+It declares what a kernel reads of the host, and nothing of other families: the enums of its spec's
+fields, its parameter structs, and the spec itself, one line a field, named by one rule: snake_case
+becomes kCamelCase, an enum value likewise.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import fields
 from enum import StrEnum
+from itertools import chain
+from typing import TYPE_CHECKING
 
 from jitattn.spec.kernel_spec import KernelSpec, arch_number
-from jitattn.spec.params import STRUCTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 #: Name under which the templates include the generated text.
 HEADER_NAME = "jitattn_spec.h"
@@ -18,11 +23,19 @@ HEADER_NAME = "jitattn_spec.h"
 
 def render(spec: KernelSpec) -> str:
     """Return the generated header of `spec`."""
+    kinds = dict.fromkeys(type(value) for _, value in spec.flat_fields())
     lines = [
         f"// Generated: the {spec.family} kernel for {spec.arch}.",
         "#pragma once",
         "",
-        '#include "jitattn/enums.cuh"',
+        '#include "jitattn/types.cuh"',
+        "",
+        "namespace jitattn {",
+        "",
+        *(_enum(kind) for kind in kinds if issubclass(kind, StrEnum)),
+        "",
+        *chain.from_iterable((*struct.render(), "") for struct in spec.structs),
+        "}  // namespace jitattn",
         "",
         "struct Spec {",
         *(f"  static constexpr {line}" for line in _members(spec)),
@@ -37,21 +50,17 @@ def camel(name: str) -> str:
     return "k" + "".join(part[:1].upper() + part[1:] for part in name.split("_"))
 
 
-def _members(spec: KernelSpec) -> list[str]:
-    members = [
-        _member(field.name, getattr(part, field.name))
-        for part in spec.parts
-        for field in fields(part)
-        if field.name != "arch"
-    ]
-    return [
-        _member("arch", arch_number(spec.arch)),
-        *members,
-        *(_member(name, getattr(spec, name)) for name in spec.derived),
-        _member("num_threads", spec.num_threads),
-        _member("smem_bytes", spec.smem_bytes),
-        _member("params_bytes", STRUCTS[spec.params].size),
-    ]
+def _enum(kind: type[StrEnum]) -> str:
+    return f"enum class {kind.__name__} {{ {', '.join(camel(one.value) for one in kind)} }};"
+
+
+def _members(spec: KernelSpec) -> Iterator[str]:
+    yield _member("arch", arch_number(spec.arch))
+    for name, value in spec.flat_fields():
+        yield _member(name, value)
+    for name in (*spec.derived, "num_threads", "smem_bytes"):
+        yield _member(name, getattr(spec, name))
+    yield _member("params_bytes", spec.arguments.size)
 
 
 def _member(name: str, value: StrEnum | int) -> str:

@@ -10,24 +10,24 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import struct
 import sys
 import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from jitattn.cache import files, settings
 from jitattn.errors import LaunchError
 from jitattn.jit.build import build, rebuild
+from jitattn.spec.arguments import MAX_BYTES
 from jitattn.spec.kernel_spec import entry_symbol
-from jitattn.spec.params import FIELDS, STRUCTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from jitattn.jit.build import Built
+    from jitattn.spec.arguments import ArgumentTable, Layout
     from jitattn.spec.kernel_spec import KernelSpec
 
 #: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -51,8 +51,7 @@ class _ThreadState(threading.local):
     """The parameter buffers of a thread, and the devices whose context it has made current."""
 
     def __init__(self) -> None:
-        size = max(one.size for one in STRUCTS.values())
-        self.buffer = ctypes.create_string_buffer(size)
+        self.buffer = ctypes.create_string_buffer(MAX_BYTES)
         self.view = memoryview(self.buffer).cast("B")
         address = ctypes.addressof(self.buffer)
         self.args = (import_cupy().cuda.function.CPointer(address),)
@@ -75,79 +74,36 @@ class Kernel:
     _function: Any
     _block: tuple[int, int, int]
     _smem_bytes: int
-    _pack: Any
+    _arguments: ArgumentTable
 
     def bind(self, grid: int, numbers: Mapping[str, float], dynamic: Sequence[str]) -> BoundLaunch:
-        """Return the kernel with its grid and all parameters but those named `dynamic`.
+        """Return the kernel with its grid and all arguments but those named `dynamic`.
 
         Raises
         ------
         LaunchError
-            A parameter is missing, unknown or given twice.
+            An argument is missing, unknown or given twice.
         """
-        return BoundLaunch(self, grid, Layout.of(self.spec.params, numbers, dynamic))
+        return BoundLaunch(self, grid, self._arguments.layout(numbers, dynamic))
 
-    def launch(self, grid: int, stream: int, *params: float) -> None:
+    def launch(self, grid: int, stream: int, **arguments: float) -> None:
         """Start the kernel on `grid` CTAs in a raw CUDA stream.
 
-        `params` are the fields of the family's parameter struct, in order. The device must be the
-        current one of the thread.
+        The device must be the current one of the thread.
+
+        Raises
+        ------
+        LaunchError
+            An argument is missing or unknown.
         """
         thread = _thread_state()
         if self.device_index not in thread.devices:
             # A thread that has made no CUDA call yet has no current context; this makes it one.
             import_cupy().cuda.runtime.free(0)
             thread.devices.add(self.device_index)
-        self._pack(thread.buffer, 0, *params)
+        self._arguments.pack_into(thread.buffer, arguments)
         thread.stream.ptr = stream
         self._function((grid, 1, 1), self._block, thread.args, self._smem_bytes, thread.stream)
-
-
-class Layout(NamedTuple):
-    """A parameter struct with its constant fields filled in, and where the others go."""
-
-    template: bytes
-    #: Runs of dynamic fields: a packer, its offset, and which of the dynamic values it takes.
-    runs: tuple[tuple[Any, int, int, int], ...]
-    order: tuple[int, ...]  #: place among the names as they were given, by place in the struct
-
-    @classmethod
-    def of(cls, params: str, numbers: Mapping[str, float], dynamic: Sequence[str]) -> Layout:
-        """Fill in a struct by name.
-
-        Raises
-        ------
-        LaunchError
-            A parameter is missing, unknown or given twice.
-        """
-        fields = FIELDS[params]
-        names = [name for name, _ in fields]
-        given = [*numbers, *dynamic]
-        if len(set(given)) != len(given) or set(given) != set(names):
-            doubled = sorted({name for name in given if given.count(name) > 1})
-            missing, unknown = set(names) - set(given), set(given) - set(names)
-            raise LaunchError(
-                f"parameters of {params}: missing {sorted(missing)}, unknown {sorted(unknown)}, "
-                f"given twice {doubled}; this is a fault of jitattn, please report it"
-            )
-        template = STRUCTS[params].pack(*(numbers.get(name, 0) for name in names))
-        found: list[tuple[str, int, list[int]]] = []  # codes, offset, places
-        offset, is_adjacent = 0, False
-        for name, code in fields:
-            if name in numbers:
-                is_adjacent = False
-            elif is_adjacent:
-                codes, start, places = found[-1]
-                found[-1] = (codes + code, start, [*places, dynamic.index(name)])
-            else:
-                found.append((code, offset, [dynamic.index(name)]))
-                is_adjacent = True
-            offset += struct.calcsize("=" + code)
-        runs, first = [], 0
-        for codes, start, places in found:
-            runs.append((struct.Struct("=" + codes).pack_into, start, first, first + len(places)))
-            first += len(places)
-        return cls(template, tuple(runs), tuple(place for *_, places in found for place in places))
 
 
 class BoundLaunch:
@@ -167,7 +123,7 @@ class BoundLaunch:
         ----------
         stream : int
         values : sequence of int
-            The dynamic parameters, in the order of the struct (`layout.order`).
+            The dynamic arguments, in the order of the struct (`layout.order`).
         """
         thread = _thread_state()
         if self.kernel.device_index not in thread.devices:
@@ -259,7 +215,7 @@ def _load(built: Built, device_index: int) -> Kernel:
         _function=function,
         _block=(spec.num_threads, 1, 1),
         _smem_bytes=spec.smem_bytes,
-        _pack=STRUCTS[spec.params].pack_into,
+        _arguments=spec.arguments,
     )
 
 

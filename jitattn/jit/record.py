@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Final
 
 from jitattn.cache import files, settings
 from jitattn.errors import JitAttnError
-from jitattn.plan.choices import to_choice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,7 +53,7 @@ def note(spec: KernelSpec) -> None:
         return
     _noted.add((path, spec))
     try:
-        _append(path, json.dumps(to_choice(spec)).encode() + b"\n")
+        _append(path, json.dumps(spec.to_choice()).encode() + b"\n")
     except (OSError, JitAttnError) as error:
         files.warn_once(path, f"JITATTN_RECORD={path}: it cannot be written ({error})")
 

@@ -5,11 +5,11 @@ Tuning knowledge is data with a comment. Figures: cuda_src/notes/0006.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from jitattn.errors import InternalError
-from jitattn.kernels.prepare_specs import backward_in_halves, split_spec
+from jitattn.kernels.operands import backward_in_halves
 from jitattn.kernels.tiles import half_of, max_smem_bytes
 from jitattn.spec.enums import (
     Access,
@@ -17,23 +17,11 @@ from jitattn.spec.enums import (
     Dtype,
     MaskKind,
     Numerics,
-    ScoreTarget,
     SeqLayout,
     Staging,
     Switch,
 )
-from jitattn.spec.kernel_spec import (
-    BwdSpec,
-    BwdTile,
-    KernelSpec,
-    Problem,
-    RoundSpec,
-    ScatterSpec,
-    ScoreGradSpec,
-    StatsSpec,
-    SumPartsSpec,
-    padded_head_dim,
-)
+from jitattn.spec.kernel_spec import Problem, padded_head_dim
 from jitattn.values.gears import resolve_numerics
 
 #: block_q, block_kv, num_warps, warps_q, warps_keys, warps_dq, stages: the first that fits is
@@ -98,6 +86,41 @@ _SQUARES: Final[tuple[_Row, ...]] = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BwdTile:
+    """How the work of a backward kernel is cut. Each product has its own grid of warps."""
+
+    block_q: int  #: rows of a step
+    block_kv: int  #: keys of a CTA
+    num_warps: int
+    warps_scores: int  #: warps that compute scores
+    warps_q: int  #: of them side by side along the rows
+    warps_keys: int  #: warps side by side along the rows of dK and dV
+    warps_dq: int  #: along the rows of dQ
+    stages: int  #: Q and dO buffers; 1 takes four barriers a step, 2 two
+    min_blocks_per_sm: int  #: what __launch_bounds__ promises
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a CTA."""
+        return 32 * self.num_warps
+
+
+def smem_bytes(problem: Problem, tile: BwdTile) -> int:
+    """Dynamic shared memory of a CTA; `bwd_traits.cuh` asserts the same number."""
+    dims = padded_head_dim(problem.head_dim) + padded_head_dim(problem.head_dim_v)
+    rows = tile.block_kv + tile.stages * tile.block_q
+    size = (rows * dims + 2 * tile.block_q * tile.block_kv) * problem.dtype.bytes
+    stats = 3 if problem.sinks is Switch.ON else 2
+    size += 2 * 4 * stats * tile.block_q
+    if problem.numerics.num_parts:  # scales of Q, dO and dS
+        size += 2 * 16 + 4 * tile.warps_scores
+    if problem.mask is MaskKind.BLOCK_LISTS:
+        groups = tile.block_kv // 16
+        size += 2 * 8 * groups + 2 * (tile.num_threads // 8) + tile.num_threads * groups * 4
+    return size
+
+
 def backward_problem(problem: Problem) -> Problem:
     """Return what a forward problem is to its backward kernel.
 
@@ -116,15 +139,14 @@ def backward_problem(problem: Problem) -> Problem:
     )
 
 
-def bwd_spec(problem: Problem, arch: str, *, deterministic: bool = False) -> BwdSpec:
-    """Return the whole spec of the backward kernel of a forward problem on `arch`.
+def choose_tile(problem: Problem, arch: str) -> BwdTile:
+    """Return the tile of the backward kernel of a backward problem.
 
     Raises
     ------
     UnsupportedError
         `arch` is older than sm_80.
     """
-    problem = backward_problem(problem)
     limit = max_smem_bytes(arch)
     dim = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v))
     table = _TILES
@@ -140,12 +162,21 @@ def bwd_spec(problem: Problem, arch: str, *, deterministic: bool = False) -> Bwd
         table = _SPARSE
     elif problem.access is Access.ELEMENT or _has_changes(problem) or not problem.is_uniform:
         table = _CHANGED
-    switch = Switch.ON if deterministic else Switch.OFF
     for row in next(rows for top, rows in table.items() if dim <= top):
-        spec = BwdSpec(problem=problem, tile=_tile(row), deterministic=switch, arch=arch)
-        if spec.smem_bytes <= (half_of(limit) if spec.tile.num_warps == 4 else limit):
-            return spec
+        tile = _tile(row)
+        budget = half_of(limit) if tile.num_warps == 4 else limit
+        if smem_bytes(problem, tile) <= budget:
+            return tile
     raise InternalError(f"no backward tile fits {arch} for {problem}")
+
+
+def choose_square(problem: Problem, arch: str) -> BwdTile:
+    """Return the tile of a kernel for gradients of what is added to scores."""
+    for row in _SQUARES:
+        tile = _tile(row)
+        if smem_bytes(problem, tile) <= max_smem_bytes(arch):
+            return tile
+    raise InternalError(f"no tile of score gradients fits {arch} for {problem}")
 
 
 def _has_changes(problem: Problem) -> bool:
@@ -157,16 +188,6 @@ def _changes_scores(problem: Problem) -> bool:
     names = ("relative_bias", "alibi", "softcap", "dense", "dropout")
     changes = any(getattr(problem, name) is Switch.ON for name in names)
     return changes or problem.bias is not BiasKind.NONE
-
-
-def score_grad_spec(problem: Problem, arch: str, target: ScoreTarget) -> ScoreGradSpec:
-    """Return the whole spec of a kernel for gradients of what is added to scores."""
-    problem = replace(backward_problem(problem), numerics=resolve_numerics(2, problem.dtype))
-    for row in _SQUARES:
-        spec = ScoreGradSpec(problem=problem, tile=_tile(row), target=target, arch=arch)
-        if spec.smem_bytes <= max_smem_bytes(arch):
-            return spec
-    raise InternalError(f"no tile of score gradients fits {arch} for {problem}")
 
 
 def _tile(row: _Row) -> BwdTile:
@@ -182,47 +203,3 @@ def _tile(row: _Row) -> BwdTile:
         stages=stages,
         min_blocks_per_sm=1,
     )
-
-
-def dq_spec(spec: BwdSpec) -> RoundSpec | SumPartsSpec:
-    """Return the kernel that makes dQ of the sums that a backward kernel leaves."""
-    problem, tile = spec.problem, spec.tile
-    if not spec.in_fragments:
-        return SumPartsSpec(dtype=problem.dtype, head_dim=problem.head_dim, arch=spec.arch)
-    return RoundSpec(
-        dtype=problem.dtype,
-        head_dim=problem.head_dim,
-        block_q=tile.block_q,
-        num_warps=tile.num_warps,
-        warps_dq=tile.warps_dq,
-        arch=spec.arch,
-    )
-
-
-def specs_of_parts(problem: Problem, arch: str) -> list[KernelSpec]:
-    """Return the kernels that add up parts of dK and dV for a backward problem: lengths decide."""
-    made: list[KernelSpec] = []
-    for dim in dict.fromkeys((problem.head_dim, problem.head_dim_v)):
-        if problem.kv_layout is not SeqLayout.PAGED:
-            made.append(SumPartsSpec(dtype=problem.dtype, head_dim=dim, arch=arch))
-        if problem.kv_layout is not SeqLayout.BATCHED:
-            made.append(ScatterSpec(dtype=problem.dtype, head_dim=dim, arch=arch))
-    return made
-
-
-def specs_of_backward(
-    problem: Problem, arch: str, *, deterministic: bool = False
-) -> list[KernelSpec]:
-    """Return every kernel that the backward pass of a call can need: lengths decide."""
-    spec = bwd_spec(problem, arch, deterministic=deterministic)
-    stats = [
-        StatsSpec(dtype=problem.out_dtype, head_dim_v=problem.head_dim_v, access=access, arch=arch)
-        for access in Access
-        if access is Access.ELEMENT or problem.head_dim_v * problem.out_dtype.bytes % 16 == 0
-    ]
-    specs: list[KernelSpec] = [spec, *stats, dq_spec(spec)]
-    in_halves = backward_in_halves(backward_problem(problem))
-    if in_halves is not None:
-        other = bwd_spec(in_halves, arch, deterministic=deterministic)
-        specs += [split_spec(in_halves, arch, gradients=True), other, dq_spec(other)]
-    return list(dict.fromkeys([*specs, *specs_of_parts(spec.problem, arch)]))

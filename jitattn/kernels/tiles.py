@@ -1,4 +1,4 @@
-"""Tile tables and split counts: pure functions of problem, architecture, row class and counts.
+"""Forward tiles and split counts: pure functions of problem, architecture, row class and counts.
 
 Tuning knowledge is data with a comment. Nothing here reads a tensor. Figures: cuda_src/notes/0001.
 """
@@ -6,7 +6,7 @@ Tuning knowledge is data with a comment. Nothing here reads a tensor. Figures: c
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from jitattn.errors import InternalError, UnsupportedError
@@ -20,7 +20,7 @@ from jitattn.spec.enums import (
     Staging,
     Switch,
 )
-from jitattn.spec.kernel_spec import FwdSpec, Problem, Tile, arch_number, padded_head_dim
+from jitattn.spec.kernel_spec import Problem, arch_number, padded_head_dim
 
 #: Largest shared memory of a block in bytes, by architecture; others get the smallest of these.
 MAX_SMEM_BYTES: Final = {
@@ -120,6 +120,69 @@ _IN_8_BITS_LARGE_SMEM: Final[_Table] = {**_IN_8_BITS, 128: (128, 64, 4, 2)}
 
 #: Rows of the largest tile, by which packing is judged.
 _LARGEST_BLOCK_Q: Final = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """How the work is cut: what we chose for a problem on an architecture."""
+
+    block_q: int  #: rows of a CTA's query tile (after GQA packing)
+    block_kv: int  #: keys of one step
+    warps_q: int  #: warps side by side along the rows; each owns block_q / warps_q rows
+    warps_kv: int  #: warps side by side along the keys of a step
+    stages: int  #: K and V buffers; 1 takes two barriers a step, 2 or more one
+    min_blocks_per_sm: int  #: what __launch_bounds__ promises
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a CTA."""
+        return 32 * self.warps_q * self.warps_kv
+
+
+def holds_q(problem: Problem, tile: Tile) -> bool:
+    """Whether Q stays in registers; `traits.cuh` has the same rule."""
+    dim = padded_head_dim(problem.head_dim)
+    if not problem.numerics.is_quantized or dim > 128:
+        return False
+    if problem.numerics is Numerics.INT8_F16:
+        return tile.block_kv <= (32 if dim > 64 else 64)
+    has_gap = problem.mask in (MaskKind.WINDOW, MaskKind.LOCAL_STRIDE)
+    return tile.stages > 1 and not has_gap
+
+
+def smem_bytes(problem: Problem, tile: Tile) -> int:
+    """Dynamic shared memory of a CTA; `traits.cuh` asserts the same number."""
+    dim, dim_v = padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v)
+    size = 2 * problem.numerics.num_parts or problem.dtype.bytes
+    size_qk = 1 if problem.numerics.is_quantized else size
+    s_q = tile.block_q * dim * size_qk
+    if problem.numerics is Numerics.INT8_F16:
+        # Sums in fp16 that wait, and the maxima that they are for: where Q was, if it is held.
+        s_parked = tile.block_q * (2 * dim_v + 16)
+        s_q = max(s_q, s_parked) if holds_q(problem, tile) else s_q + s_parked
+    s_kv = tile.stages * tile.block_kv * (dim * size_qk + dim_v * size)
+    # After the loop the same space carries the output tile, and the partial results of the
+    # warps that split the keys: r_o, m and l of every warp_kv but the first, in fp32.
+    s_out = tile.block_q * dim_v * (2 if problem.out_dtype is not Dtype.FP32 else 0)
+    s_merge = (tile.warps_kv - 1) * tile.block_q * (dim_v + 2) * 4
+    # Behind that: the plan of a CTA, and the rows of keys that are gathered.
+    s_rows = 0
+    if group := problem.gather_group:
+        group = group if tile.num_threads >= 128 else 1
+        batch = 8 if group == 16 else 4  # blocks that are looked up together
+        s_rows = 2 * batch * (tile.block_kv // group) * 16
+        if problem.mask is MaskKind.BLOCK_LISTS:
+            s_rows += 2 * batch * (tile.block_kv // 16) * 8
+    # And tiles of a bias and of a dense mask, with room between their rows.
+    s_matrices = 0
+    if problem.bias_staged is not Staging.OFF:
+        wide = problem.bias is BiasKind.FP32 or problem.dtype is Dtype.FP32
+        pitch = tile.block_kv * 4 + 32 if wide else tile.block_kv * 2 + 16
+        rows = tile.block_q if problem.bias_staged is Staging.MATRIX else 1
+        s_matrices += tile.stages * rows * pitch
+    if problem.dense_staged is Staging.MATRIX:
+        s_matrices += tile.stages * tile.block_q * (tile.block_kv + 16)
+    return max(s_q + s_kv, s_out, s_merge) + 64 + s_rows + s_matrices
 
 
 def max_smem_bytes(arch: str) -> int:
@@ -273,7 +336,7 @@ def _rows64(problem: Problem, limit: int) -> list[tuple[int, Tile]]:
 
 def _largest_that_fits(problem: Problem, arch: str, candidates: list[tuple[int, Tile]]) -> Tile:
     for budget, tile in candidates:
-        if FwdSpec(problem=problem, tile=tile, arch=arch).smem_bytes <= budget:
+        if smem_bytes(problem, tile) <= budget:
             return tile
     raise InternalError(f"no tile of {candidates} fits {arch} for {problem}")
 
@@ -292,11 +355,6 @@ def _tile(block_q: int, block_kv: int, warps_q: int, warps_kv: int, stages: int)
         stages=stages,
         min_blocks_per_sm=1,
     )
-
-
-def fwd_spec(problem: Problem, arch: str, rows: RowClass) -> FwdSpec:
-    """Return the whole spec of the forward kernel of `problem` on `arch`."""
-    return FwdSpec(problem=problem, tile=choose_tile(problem, arch, rows), arch=arch)
 
 
 def heads_per_tile(len_q: int, group: int) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
+from jitattn.kernels.fwd_arguments import FWD_SCORE, FWD_SEQ
 from jitattn.plan.step import Place
-from jitattn.spec.params import FWD_LIST_FIELDS, FWD_SCORE_FIELDS, FWD_SEQ_FIELDS
+from jitattn.request.arguments import ListArguments, alike
 
 if TYPE_CHECKING:
     from jitattn.request.problem import Runtime, Strides
@@ -15,12 +16,7 @@ if TYPE_CHECKING:
 LOG2_E: Final = math.log2(math.e)
 #: Stands for a scale of 0, with which a hidden score, -inf, would become NaN.
 TINY_SCALE: Final = 1e-30
-_SEQUENCES: Final = [name for name, _ in FWD_SEQ_FIELDS]
-_SEQUENCE_ADDRESSES: Final = [name for name, code in FWD_SEQ_FIELDS if code == "Q"]
-_SCORES: Final = [name for name, _ in FWD_SCORE_FIELDS]
-_SCORE_ADDRESSES: Final = [name for name, code in FWD_SCORE_FIELDS if code == "Q"]
-#: Arguments that come with block lists.
-LISTED: Final = [name for name, _ in FWD_LIST_FIELDS][:5]
+_ADDRESSES: Final = [one.name for one in (*FWD_SEQ.fields, *FWD_SCORE.fields) if one.is_address]
 
 
 def positive_scale(runtime: Runtime) -> float:
@@ -37,23 +33,20 @@ def strides(name: str, steps: Strides) -> dict[str, float]:
 def sequences(runtime: Runtime) -> tuple[dict[str, float], dict[str, Place]]:
     """Return where sequences lie."""
     indices = runtime.indices
-    if indices is None:  # a kernel for uniform sequences reads none of them
-        nothing: dict[str, float] = dict.fromkeys(_SEQUENCES, 0)
-        return nothing, {}
-    values = (*indices.addresses, indices.bottom_right, *indices.counts)
-    numbers: dict[str, float] = dict(zip(_SEQUENCES, values, strict=True))
-    return _split(numbers, _SEQUENCE_ADDRESSES)
+    found = alike(runtime.len_q, runtime.len_kv) if indices is None else indices.arguments
+    return _split(found._asdict())
 
 
 def scores(runtime: Runtime) -> tuple[dict[str, float], dict[str, Place]]:
     """Return what is done with scores."""
-    return _split(dict(zip(_SCORES, runtime.score_params, strict=True)), _SCORE_ADDRESSES)
+    return _split({} if runtime.scores is None else runtime.scores._asdict())
 
 
 def lists(tile_positions: int) -> tuple[dict[str, float], dict[str, Place]]:
     """Return what is known of block lists ahead; the rest comes with the lists themselves."""
-    numbers: dict[str, float] = {"tile_mask": tile_positions - 1, "reserved": 0}
-    return numbers, {name: Place(list_operand(name, tile_positions)) for name in LISTED}
+    numbers: dict[str, float] = {"tile_mask": tile_positions - 1}
+    names = ListArguments._fields
+    return numbers, {name: Place(list_operand(name, tile_positions)) for name in names}
 
 
 def list_operand(name: str, tile_positions: int) -> str:
@@ -80,9 +73,7 @@ def tail(
     return numbers, places
 
 
-def _split(
-    values: dict[str, float], addresses: list[str]
-) -> tuple[dict[str, float], dict[str, Place]]:
+def _split(values: dict[str, float]) -> tuple[dict[str, float], dict[str, Place]]:
     """Separate addresses, which differ from call to call, but for those that are 0: absent."""
-    places = {name: Place(name) for name in addresses if values[name]}
+    places = {name: Place(name) for name in _ADDRESSES if values.get(name)}
     return {name: value for name, value in values.items() if name not in places}, places

@@ -13,26 +13,26 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from jitattn.errors import UnsupportedError
 from jitattn.jit.launch import MAX_GRID
-from jitattn.kernels.bwd_tiles import bwd_spec, dq_spec, score_grad_spec, specs_of_backward
+from jitattn.kernels.bwd import bwd_spec, dq_spec, specs_of_backward
+from jitattn.kernels.bwd_scores import ScoreGradSpec, score_grad_spec
+from jitattn.kernels.round import RoundSpec
+from jitattn.kernels.stats import StatsSpec
 from jitattn.plan import arguments, kv_parts, prepare
 from jitattn.plan.step import Buffer, Place, Plan, Step
 from jitattn.spec.enums import Access, MaskKind, Numerics, ScoreTarget, SeqLayout, Switch
-from jitattn.spec.kernel_spec import RoundSpec, ScoreGradSpec, StatsSpec, padded_head_dim
+from jitattn.spec.kernel_spec import padded_head_dim
 from jitattn.values.masks import LocalStride
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+    from jitattn.kernels.bwd import BwdSpec
+    from jitattn.kernels.bwd_tiles import BwdTile
     from jitattn.plan.kv_parts import KvGradient, KvTarget
     from jitattn.plan.prepare import Prepared
     from jitattn.plan.step import Device
     from jitattn.request.problem import Runtime, Strides
-    from jitattn.spec.kernel_spec import (
-        BwdSpec,
-        BwdTile,
-        KernelSpec,
-        Problem,
-    )
+    from jitattn.spec.kernel_spec import KernelSpec, Problem
     from jitattn.values.masks import Rule
 
 #: Blocks of local + stride patterns whose keys the kernel gathers.
@@ -356,7 +356,7 @@ def _postprocess(whole: _Pass, spec: BwdSpec, dq_strides: Strides) -> Step:
     first_position = 0
     if runtime.listed is not None:  # tiles begin where lists do
         corner = runtime.diagonal
-        if runtime.indices is not None and runtime.indices.bottom_right:
+        if runtime.indices is not None and runtime.indices.arguments.bottom_right:
             corner += runtime.len_kv - runtime.len_q
         first_position = corner & (tile.block_q - 1)
     columns = padded_head_dim(spec.problem.head_dim) // rounding.column_tiles

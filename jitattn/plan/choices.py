@@ -22,38 +22,24 @@ import itertools
 import logging
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, get_type_hints
 
 from jitattn.errors import InvalidInputError, JitAttnError
-from jitattn.kernels.bwd_tiles import score_grad_spec, specs_of_backward
-from jitattn.kernels.prepare_specs import numerics_fault, specs_for_gear
-from jitattn.kernels.tiles import fwd_spec
+from jitattn.kernels.fwd import FwdSpec
+from jitattn.kernels.operands import numerics_fault
+from jitattn.kernels.problem_spec import ProblemSpec, usual_problem
 from jitattn.plan import spec_files
 from jitattn.plan.choice_fields import DEFAULTS, Choice, Fields
-from jitattn.spec.enums import Access, Dtype, MaskKind, RowClass, ScoreTarget, Switch
-from jitattn.spec.kernel_spec import (
-    ARCH,
-    FAMILIES,
-    PLAIN_FAMILIES,
-    BwdSpec,
-    FwdSpec,
-    KernelSpec,
-    PlainSpec,
-    Problem,
-    ScoreGradSpec,
-    arch_number,
-    impossible,
-)
-from jitattn.values.gears import DEFAULT_GEAR, FAST_HALVES_ARCHS, resolve_numerics
+from jitattn.spec.enums import Dtype, MaskKind, RowClass
+from jitattn.spec.kernel_spec import ARCH, KernelSpec, Problem, arch_number, families
+from jitattn.values.gears import DEFAULT_GEAR, resolve_numerics
 
 _LOG: Final = logging.getLogger("jitattn")
 _PRESETS: Final = Path(__file__).resolve().parents[1] / "presets.toml"
-#: Fields of a choice that are no fields of `Problem`.
-_OTHER_FIELDS: Final = ("family", "arch", "gear", "rows", "deterministic", "target")
 _DIMENSIONS: Final = ("dtype", "head_dim", "head_dim_v", "mask")
 
 
@@ -123,47 +109,6 @@ def expand(
     return list(specs), errors
 
 
-def to_choice(spec: KernelSpec) -> dict[str, str | int]:
-    """Return the choice that stands for exactly one kernel."""
-    flat = spec.to_dict()
-    problem = {field.name: flat[field.name] for field in fields(Problem) if field.name in flat}
-    if isinstance(spec, BwdSpec):
-        extra = {"deterministic": flat["deterministic"]}
-        return {"family": spec.family, "arch": spec.arch, **problem, **extra}
-    if isinstance(spec, ScoreGradSpec):
-        return {"family": spec.family, "arch": spec.arch, **problem, "target": flat["target"]}
-    if not isinstance(spec, FwdSpec):
-        return flat
-    rows = next(
-        (row for row in RowClass if fwd_spec(spec.problem, spec.arch, row) == spec), RowClass.MANY
-    )
-    return {"family": spec.family, "arch": spec.arch, **problem, "rows": rows.name.lower()}
-
-
-def command(spec: KernelSpec) -> str:
-    """Return the shell command that makes a kernel, with the others that its calls can need."""
-    base = f"jitattn-cache prebuild --arch {spec.arch.removeprefix('sm_')}"
-    if not isinstance(spec, FwdSpec | BwdSpec | ScoreGradSpec):
-        others = [field.name for field in fields(spec) if field.name not in ("arch", "dtype")]
-        words = [base, f"--dtype {spec.dtype}", f"--set family={spec.family}"]
-        return " ".join([*words, *(f"--set {name}={getattr(spec, name)}" for name in others)])
-    problem = spec.problem
-    dims = f"{problem.head_dim}"
-    if problem.head_dim_v != problem.head_dim:
-        dims += f":{problem.head_dim_v}"
-    words = [base, f"--dtype {problem.dtype}", f"--head-dim {dims}", f"--mask {problem.mask}"]
-    usual = _problem({}, problem.dtype, problem.head_dim, problem.head_dim_v, problem.mask)
-    for field in fields(Problem):
-        value = getattr(problem, field.name)
-        if value != getattr(usual, field.name):
-            words.append(f"--set {field.name}={value}")
-    if isinstance(spec, BwdSpec):
-        words.append(f"--set family=bwd --set deterministic={spec.deterministic}")
-    if isinstance(spec, ScoreGradSpec):
-        words.append(f"--set family=bwd_scores --set target={spec.target}")
-    return " ".join(words)
-
-
 def read_entries(path: Path) -> list[tuple[str, Choice]]:
     """Read the choices of a spec file, each with its place; what is no choice costs a warning.
 
@@ -226,8 +171,9 @@ def arch_name(value: object) -> str:
 
 def _expand(choice: Choice, archs: Sequence[str], where: str) -> list[KernelSpec]:
     given = Fields(choice, where)
-    families = given.words("family", FAMILIES) or [FwdSpec.family]
-    plain = [PLAIN_FAMILIES[family] for family in families if family in PLAIN_FAMILIES]
+    known = families()
+    kinds = [known[name] for name in given.words("family", known) or [FwdSpec.family]]
+    plain = [kind for kind in kinds if not issubclass(kind, ProblemSpec)]
     _check(given, plain)
     named = [arch_name(value) for value in given.values("arch") or archs]
     if not named:
@@ -238,65 +184,63 @@ def _expand(choice: Choice, archs: Sequence[str], where: str) -> list[KernelSpec
     specs: dict[KernelSpec, None] = {}
     for kind in plain:
         specs.update(dict.fromkeys(_plain_specs(kind, given, named)))
-    if set(families) <= set(PLAIN_FAMILIES):
+    tiled = [kind for kind in _problem_kinds() if kind in kinds]
+    if not tiled:
         return list(specs)
     rows = given.row_classes() or [*RowClass]
-    deterministic = [Switch(word) for word in given.values("deterministic")] or [Switch.OFF]
-    targets = [ScoreTarget(word) for word in given.values("target")] or [*ScoreTarget]
     for (problem, gear), arch in itertools.product(_problems(given), named):
-        listed = problem
-        if problem.mask is MaskKind.FINE_STRIDE:  # a pattern that other kernels have lists of
-            listed = replace(problem, mask=MaskKind.BLOCK_LISTS)
-        if FwdSpec.family in families:
-            specs.update(dict.fromkeys(_forward_specs(listed, gear, arch, rows)))
-        if BwdSpec.family in families:
-            for switch in deterministic:
-                made = specs_of_backward(problem, arch, deterministic=switch is Switch.ON)
-                specs.update(dict.fromkeys(made))
-        if ScoreGradSpec.family in families:
-            for target in targets:
-                specs[score_grad_spec(listed, arch, target)] = None
+        for kind in tiled:
+            for options in _options(kind, given):
+                specs.update(dict.fromkeys(kind.of_calls(problem, gear, arch, rows, **options)))
     return list(specs)
 
 
-def _check(given: Fields, plain: Sequence[type[PlainSpec]]) -> None:
+def _problem_kinds() -> list[type[ProblemSpec]]:
+    return [kind for kind in families().values() if issubclass(kind, ProblemSpec)]
+
+
+def _other_fields() -> tuple[str, ...]:
+    """Fields of a choice that are no fields of `Problem`."""
+    options = (name for kind in _problem_kinds() for name in kind.options)
+    return ("family", "arch", "gear", "rows", *options)
+
+
+def _options(kind: type[ProblemSpec], given: Fields) -> Iterator[dict[str, Any]]:
+    """Yield every combination of the options of a family, typed."""
+    hints = get_type_hints(kind)
+    values = [
+        [hints[name](word) for word in given.values(name)] or usual
+        for name, usual in kind.options.items()
+    ]
+    for chosen in itertools.product(*values):
+        yield dict(zip(kind.options, chosen, strict=True))
+
+
+def _check(given: Fields, plain: Sequence[type[KernelSpec]]) -> None:
     """Refuse unknown fields, and values that a field cannot have, whatever the families need."""
     allowed = problem_fields()
-    own = (field.name for kind in plain for field in fields(kind))
-    given.check_names({*_OTHER_FIELDS, *allowed, *own}, (*_OTHER_FIELDS, *allowed))
+    own = (field.name for kind in plain for field in fields(kind))  # type: ignore[arg-type]
+    others = _other_fields()
+    given.check_names({*others, *allowed, *own}, (*others, *allowed))
     for name in given.choice:
         words = allowed.get(name)
         if words is not None:
             given.words(name, words)
-    given.words("deterministic", [*Switch])
-    given.words("target", [*ScoreTarget])
+    for kind in _problem_kinds():
+        hints = get_type_hints(kind)
+        for name in kind.options:
+            given.words(name, [*hints[name]])
     given.row_classes()
     for gear in given.values("gear"):
         resolve_numerics(gear, Dtype.FP16)
 
 
-def _forward_specs(
-    problem: Problem, gear: int | None, arch: str, rows: Sequence[RowClass]
-) -> Iterator[KernelSpec]:
-    """Every kernel that calls of a gear can need; the GPU and the lengths decide which they do.
-
-    Without a gear, those with the numerics of `problem`.
-    """
-    numerics = {problem.numerics}
-    if gear is not None and arch in FAST_HALVES_ARCHS:
-        numerics.add(resolve_numerics(gear, problem.dtype, has_fast_halves=True))
-    for one, row in itertools.product(sorted(numerics), rows):
-        yield fwd_spec(replace(problem, numerics=one), arch, row)
-    if gear is not None and RowClass.MANY in rows:
-        yield from specs_for_gear(problem, gear, arch)
-
-
 def _plain_specs(
-    kind: type[PlainSpec], given: Fields, archs: Sequence[str]
+    kind: type[KernelSpec], given: Fields, archs: Sequence[str]
 ) -> Iterator[KernelSpec]:
     """Every kernel of a family without tiles; dtypes that are not named are that of the inputs."""
     hints = get_type_hints(kind)
-    names = [field.name for field in fields(kind) if field.name != "arch"]
+    names = [field.name for field in fields(kind) if field.name != "arch"]  # type: ignore[arg-type]
     options: list[list[Any]] = []
     for name in names:
         is_named = name in given.choice or name in DEFAULTS
@@ -312,8 +256,8 @@ def _plain_specs(
     for arch, *chosen in itertools.product(archs, *options):
         values = dict(zip(names, chosen, strict=True))
         filled = {name: values["dtype"] if one is None else one for name, one in values.items()}
-        spec = kind(arch=arch, **filled)
-        reason = impossible(spec)
+        spec = kind(arch=arch, **filled)  # type: ignore[call-arg]
+        reason = spec.fault()
         if reason is not None:
             given.refuse(reason)
         yield spec
@@ -323,7 +267,7 @@ def _problems(given: Fields) -> list[tuple[Problem, int | None]]:
     """Every problem of a choice, with its gear; with None if numerics are named instead."""
     dims = given.head_dims()
     dtypes = [Dtype(word) for word in given.values("dtype")]
-    skipped = {*_DIMENSIONS, *_OTHER_FIELDS} - {"gear"}
+    skipped = {*_DIMENSIONS, *_other_fields()} - {"gear"}
     others = [name for name in given.choice if name not in skipped]
     values = [given.values(name) for name in others]
     found: list[tuple[Problem, int | None]] = []
@@ -345,18 +289,5 @@ def _problem(
     """Fill in what a choice leaves open as the usual call would have it."""
     hints = get_type_hints(Problem)
     given = {name: hints[name](value) for name, value in chosen.items() if name != "gear"}
-    aligned = (head_dim * dtype.bytes) % 16 == 0 == (head_dim_v * dtype.bytes) % 16
-    usual: dict[str, Any] = {
-        "dtype": dtype,
-        "out_dtype": dtype,
-        "head_dim": head_dim,
-        "head_dim_v": head_dim_v,
-        "mask": hints["mask"](mask),
-        "access": Access.VEC16 if aligned else Access.ELEMENT,
-    }
-    if "numerics" not in given:
-        usual["numerics"] = resolve_numerics(chosen.get("gear"), dtype)
-    for field in fields(Problem):
-        if field.name not in usual and field.name not in given and field.default is MISSING:
-            raise InvalidInputError(f"the field {field.name} is missing")
-    return Problem(**{**usual, **given})
+    gear = chosen.get("gear")
+    return usual_problem(dtype, head_dim, head_dim_v, MaskKind(mask), gear, **given)

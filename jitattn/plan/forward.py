@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from jitattn.errors import UnsupportedError
 from jitattn.jit.launch import MAX_GRID
-from jitattn.kernels.tiles import choose_splits, fwd_spec, heads_per_tile, merge_cost
+from jitattn.kernels.fwd import fwd_spec
+from jitattn.kernels.tiles import choose_splits, heads_per_tile, merge_cost
 from jitattn.plan import arguments, prepare
 from jitattn.plan.step import Buffer, Place, Plan, Step
+from jitattn.spec.arguments import NO_LEFT, divisor
 from jitattn.spec.enums import TILE_ROWS, MaskKind, RowClass
-from jitattn.spec.params import FWD_SCORE_FIELDS, NO_LEFT, divisor
 
 if TYPE_CHECKING:
+    from jitattn.kernels.fwd import FwdSpec
+    from jitattn.kernels.tiles import Tile
     from jitattn.plan.step import Device
     from jitattn.request.problem import Call, Runtime, Strides
-    from jitattn.spec.kernel_spec import FwdSpec, KernelSpec, Problem, Tile
+    from jitattn.spec.kernel_spec import KernelSpec, Problem
 
 #: A call with more query tiles than this many times the CTAs that the GPU holds needs no splits.
 _BALANCED_TILES: Final = 4
-_SCORES: Final = [name for name, _ in FWD_SCORE_FIELDS]
 
 
 class Tiling(NamedTuple):
@@ -179,18 +181,17 @@ def _packed(runtime: Runtime) -> int:
 def blocks_seen(problem: Problem, runtime: Runtime, tile: Tile) -> int:
     """Return the key blocks that a query tile visits, where all sequences are alike."""
     num_blocks = -(-runtime.len_kv // tile.block_kv)
-    if problem.mask not in (MaskKind.LOCAL_STRIDE, MaskKind.WINDOW):
+    scores = runtime.scores
+    if scores is None:
         return num_blocks
-    scores = dict(zip(_SCORES, runtime.score_params, strict=True))
     if problem.mask is MaskKind.LOCAL_STRIDE:
-        per_block = (1 << int(scores["block_log2"])) // tile.block_kv
-        local = int((scores["local_blocks"] + 3) * per_block)
-        return min(num_blocks, local + int(num_blocks // scores["stride"]))
-    left, keep_first = int(scores["left"]), int(scores["keep_first"])
-    if left <= NO_LEFT:
+        per_block = (1 << scores.block_log2) // tile.block_kv
+        seen = (scores.local_blocks + 3) * per_block + num_blocks // scores.stride
+        return min(num_blocks, seen)
+    if problem.mask is not MaskKind.WINDOW or scores.left <= NO_LEFT:
         return num_blocks
-    reach = min(runtime.diagonal, runtime.len_kv) - left + min(runtime.len_q, tile.block_q)
-    return min(num_blocks, reach // tile.block_kv + 2 - (-keep_first // tile.block_kv))
+    reach = min(runtime.diagonal, runtime.len_kv) - scores.left + min(runtime.len_q, tile.block_q)
+    return min(num_blocks, reach // tile.block_kv + 2 - (-scores.keep_first // tile.block_kv))
 
 
 def _attend(

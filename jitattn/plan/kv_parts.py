@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from jitattn.kernels.kv_scatter import ScatterSpec
+from jitattn.kernels.sum_parts import SumPartsSpec
 from jitattn.plan import arguments
 from jitattn.plan.step import Buffer, Place, Step
 from jitattn.spec.enums import Dtype, SeqLayout
-from jitattn.spec.kernel_spec import ScatterSpec, SumPartsSpec
 
 if TYPE_CHECKING:
+    from jitattn.kernels.bwd import BwdSpec
     from jitattn.request.problem import Runtime
-    from jitattn.spec.kernel_spec import BwdSpec, KernelSpec, Problem
+    from jitattn.spec.kernel_spec import KernelSpec, Problem
 
 #: Rows that a CTA adds up. The relative drift is about 2^-25 for each MMA of 16 rows in 16 bits,
 #: which is a third of the rounding to that dtype then; fp32 sums are rounded to nearest.
@@ -203,6 +205,5 @@ def combine(
         "kv_rows": of_sequences["kv_rows"],
         "kv_word": of_sequences["kv_word"],
         "kv_span_kind": of_sequences["kv_span_kind"],
-        "reserved": 0,
     }
     return Step(spec, -(-num_threads // spec.num_threads), numbers, places)

@@ -24,7 +24,7 @@ head, which its largest finite number decides: beside that, numbers keep 11 bits
 it, and 2^-25 is the least that is left. In pages v stays where it is, and sums are in fp32, as
 where v is not as wide as q and k. Calls that this does not serve have the numerics of gear 3: short
 queries, a decoding step above all, which would wait for K to be read twice; sequences that may
-share rows of one tensor; and problems without a kernel for it (jitattn/kernels/prepare_specs.py).
+share rows of one tensor; and problems without a kernel for it (jitattn/kernels/operands.py).
 
 Memory: fp16 parts take as much as q, k, v and dO, one part of each half of it. 8 bits take half the
 memory of q and k, all that v takes, 8 bytes a row of q, and 12 bytes a channel for every 512 rows
@@ -38,19 +38,17 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from jitattn.errors import UnsupportedError
 from jitattn.jit.launch import MAX_GRID
 from jitattn.kernels.bwd_tiles import backward_problem
-from jitattn.kernels.prepare_specs import (
+from jitattn.kernels.operands import (
     BLOCK_KEYS,
-    CHUNK_ROWS,
     backward_in_halves,
     problem_in_8_bits,
     problem_in_halves,
-    specs_of_rounding,
-    split_spec,
 )
+from jitattn.kernels.quantize import CHUNK_ROWS, specs_of_rounding
+from jitattn.kernels.split_halves import split_spec
 from jitattn.plan import arguments
 from jitattn.plan.step import Buffer, Place, Plan, Step
 from jitattn.spec.enums import Dtype, Numerics, RowClass, Switch
-from jitattn.spec.params import divisor
 from jitattn.values.gears import gear_of
 
 if TYPE_CHECKING:
@@ -88,7 +86,7 @@ def operands(problem: Problem, runtime: Runtime, call: Call, arch: str) -> Prepa
     if chosen is None:
         return Prepared(problem, runtime, Plan((), {}), _OPERANDS, {}, {})
     if not chosen.has_scores:  # the bound of cosine attention is not needed
-        runtime = runtime._replace(score_params=())
+        runtime = runtime._replace(scores=None)
     return (
         quantized(chosen, runtime, arch)
         if chosen.numerics.is_quantized
@@ -167,7 +165,6 @@ def split(
         "len_kv": len_kv,
         "heads_q": heads_q,
         "heads_kv": heads_kv,
-        "reserved": 0,
     }
     places = {
         **_OPERANDS,
@@ -220,11 +217,6 @@ def quantized(problem: Problem, runtime: Runtime, arch: str) -> Prepared:
     len_q, len_kv = runtime.len_q, runtime.len_kv
     numbers, places = arguments.sequences(runtime)
     del numbers["bottom_right"]
-    if runtime.indices is None:
-        multiplier, shift = divisor(1)
-        numbers |= {"q_word": 1, "kv_word": 1, "table_word": 1, "page_size": 1}
-        numbers |= {"q_span_kind": 1, "kv_span_kind": 1, "q_rows": len_q, "kv_rows": len_kv}
-        numbers |= {"page_div_mul": multiplier, "page_div_shift": shift}
     rows_q = int(numbers["q_rows"])
     rows_kv = len_kv if problem.kv_layout.page_group else int(numbers["kv_rows"])  # out of pages
     flat = (runtime.q_is_flat, runtime.k_is_flat)

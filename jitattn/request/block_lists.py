@@ -16,6 +16,7 @@ import torch
 
 from jitattn.errors import InternalError, LaunchError
 from jitattn.patterns import sees_block
+from jitattn.request.arguments import ListArguments
 from jitattn.request.block_list_cache import ListCache, identity_of
 from jitattn.values.masks import BlockSparse, Causal, Full, LocalStride, PerHead, Window
 
@@ -50,14 +51,14 @@ class Lists(NamedTuple):
         return sum(tensor.nbytes for tensor in (self.groups, self.spans, self.heads))
 
     @property
-    def params(self) -> tuple[int, int, int, int, int]:
-        """Return the first fields of `FwdListParams`."""
-        return (
-            self.groups.data_ptr(),
-            self.spans.data_ptr(),
-            self.heads.data_ptr(),
-            self.spans.shape[1],
-            self.positions_log2,
+    def arguments(self) -> ListArguments:
+        """What a kernel reads."""
+        return ListArguments(
+            list_groups=self.groups.data_ptr(),
+            list_spans=self.spans.data_ptr(),
+            list_heads=self.heads.data_ptr(),
+            list_tiles=self.spans.shape[1],
+            list_log2=self.positions_log2,
         )
 
 

@@ -8,13 +8,14 @@ import torch
 
 from jitattn.errors import InvalidInputError, WithoutMemoryError
 from jitattn.request import problem
+from jitattn.request.arguments import ScoreArguments, SequenceArguments
 from jitattn.request.block_lists import heads_agree
 from jitattn.request.outputs import check_out
 from jitattn.request.problem import Indices, Runtime
 from jitattn.request.score_checks import Sizes
 from jitattn.request.scores import check
+from jitattn.spec.arguments import NO_LEFT, divisor
 from jitattn.spec.enums import MaskKind, SeqLayout, Staging
-from jitattn.spec.params import FWD_SCORE_FIELDS, NO_LEFT, divisor
 from jitattn.values.masks import parts_of
 from jitattn.values.norm import DEFAULT_SCALE
 from jitattn.values.sequences import LENGTHS, Padded, Paged, Ragged
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 _MAX_COUNT: Final = 2**31 - 1
 #: Bytes of a row of K or V up to which there is room for tiles of a bias beside it.
 _LARGEST_STAGED: Final = 512
-#: Place of the left bound among the score parameters.
-_LEFT: Final = [name for name, _ in FWD_SCORE_FIELDS].index("left")
 
 
 class _Side(NamedTuple):
@@ -122,16 +121,16 @@ def parse_any(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Parsed:
     aligned = ((0 if address < 0 else address) | units) & 15 == 0
     facts = (q.dtype, result_dtype, head_dim, head_dim_v, setting, aligned, scores.fields.mask)
     found = problem.problem_of((*facts, *layouts, *scores.fields[1:]))
-    diagonal, params = scores.diagonal, scores.params
+    diagonal, arguments = scores.diagonal, scores.arguments
     is_listed = found.mask is MaskKind.BLOCK_LISTS
     if found.is_uniform:
         corner = theirs.longest - ours.longest if scores.bottom_right else 0
         diagonal += corner
-        params = _of_uniform(params, corner, ours.longest)
+        arguments = _of_uniform(arguments, corner, ours.longest)
     indices = None if found.is_uniform else _indices(call, ours, theirs, scores.bottom_right)
     has_memory = address >= 0 and scores.has_memory
     if indices is not None:
-        has_memory = has_memory and min(indices.addresses) >= 0
+        has_memory = has_memory and indices.arguments.has_memory
     rule = parts_of(call.mask).rule
     runtime = Runtime(
         batch,
@@ -145,7 +144,7 @@ def parse_any(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Parsed:
         scale,
         diagonal,
         indices,
-        params if found.has_scores else (),
+        arguments if found.has_scores else None,
         rule if is_listed else None,
         is_listed and has_memory and heads_agree(rule, ours.heads, theirs.heads),
         q.dim() == 3,
@@ -157,11 +156,11 @@ def parse_any(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Parsed:
     return Parsed(found, runtime, has_memory)
 
 
-def _of_uniform(params: tuple[float, ...], corner: int, len_q: int) -> tuple[float, ...]:
+def _of_uniform(arguments: ScoreArguments, corner: int, len_q: int) -> ScoreArguments:
     """Move the left bound of a window to where all sequences have it."""
-    left, _, lifts = params[_LEFT : _LEFT + 3]
-    moved = NO_LEFT if left <= NO_LEFT or (lifts and len_q == 1) else left + corner
-    return (*params[:_LEFT], moved, *params[_LEFT + 1 :])
+    if arguments.left <= NO_LEFT or (arguments.full_on_decode and len_q == 1):
+        return arguments._replace(left=NO_LEFT)
+    return arguments._replace(left=arguments.left + corner)
 
 
 def check_kinds(q_seqs: QSequences, kv_seqs: KvSequences, device: torch.device) -> None:
@@ -320,23 +319,28 @@ def _indices(call: Call, ours: _Side, theirs: _Side, bottom_right: bool) -> Indi
         batch_idx = kv_seqs.batch_idx
         table, table_word = index_address("batch_idx", batch_idx), _words(batch_idx)
         num_pages = theirs.outer_size
-    return Indices(
-        (q_start, q_stop, kv_start, kv_stop, table, table_stride),
-        bottom_right,
-        (
-            q_word,
-            kv_word,
-            table_word,
-            q_kind,
-            kv_kind,
-            ours.rows,
-            kv_rows,
-            num_pages,
-            page_size,
-            *divisor(page_size),
-        ),
-        isinstance(q_seqs, Ragged),
+    div_mul, div_shift = divisor(page_size)
+    arguments = SequenceArguments(
+        q_start=q_start,
+        q_stop=q_stop,
+        kv_start=kv_start,
+        kv_stop=kv_stop,
+        block_table=table,
+        table_stride=table_stride,
+        bottom_right=bottom_right,
+        q_word=q_word,
+        kv_word=kv_word,
+        table_word=table_word,
+        q_span_kind=q_kind,
+        kv_span_kind=kv_kind,
+        q_rows=ours.rows,
+        kv_rows=kv_rows,
+        num_pages=num_pages,
+        page_size=page_size,
+        page_div_mul=div_mul,
+        page_div_shift=div_shift,
     )
+    return Indices(arguments, isinstance(q_seqs, Ragged))
 
 
 def _are_apart(seqs: QSequences | KvSequences) -> bool:

@@ -36,6 +36,7 @@ from jitattn.values.tensors import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from jitattn.request.arguments import ScoreArguments, SequenceArguments
     from jitattn.request.scores import Scores
     from jitattn.values.masks import Mask, Rule
     from jitattn.values.sequences import KvSequences, QSequences
@@ -74,25 +75,16 @@ class Call(NamedTuple):
 
 
 class Indices(NamedTuple):
-    """Where sequences lie that differ from each other, as a kernel reads it.
+    """Where sequences lie that differ from each other."""
 
-    Addresses are 0 for what does not exist. Indices are read as 4-byte words: of one of 8 bytes,
-    the low word.
-    """
-
-    #: q_start, q_stop, kv_start, kv_stop, block_table, and the stride of the table's rows in words
-    addresses: tuple[int, ...]
-    bottom_right: bool  #: the diagonal of each sequence is moved by its Lkv - Lq
-    #: q_word, kv_word, table_word, q_span_kind, kv_span_kind, q_rows, kv_rows, num_pages,
-    #: page_size, page_div_mul, page_div_shift: as `FwdSeqParams` has them
-    counts: tuple[int, ...]
+    arguments: SequenceArguments
     is_flat: bool  #: q is [total, Hq, D], and so out; LSE is [Hq, total]
 
     @property
     def q_rows_in_all(self) -> int | None:
         """Query rows of all sequences together, at most; None if they may share rows."""
-        q_stop_is_length, q_rows = self.counts[3], self.counts[5]
-        return q_rows if self.is_flat and not q_stop_is_length else None
+        found = self.arguments
+        return found.q_rows if self.is_flat and not found.q_span_kind else None
 
 
 class Runtime(NamedTuple):
@@ -112,7 +104,7 @@ class Runtime(NamedTuple):
     scale: float  #: finite, any sign
     diagonal: int  #: causal, window: query i sees the keys <= i + diagonal; 0 for Full
     indices: Indices | None = None  #: None: every sequence fills its row of the batch
-    score_params: tuple[float, ...] = ()  #: fields of `FwdScoreParams`; empty: nothing but a scale
+    scores: ScoreArguments | None = None  #: what is done with scores; None: nothing but a scale
     listed: Rule | None = None  #: what lists of blocks are made of
     heads_agree: bool = True  #: the query heads of a kv head share its lists
     q_is_flat: bool = False  #: q is [total, Hq, D]

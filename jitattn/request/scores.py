@@ -1,7 +1,7 @@
 """What is done with scores beside scaling them: masks that are tensors, windows, biases, softcap.
 
 Validation of these arguments → the fields of `Problem` that they change, and the numbers and
-addresses that a kernel reads (`FwdScoreParams`).
+addresses that a kernel reads (`ScoreArguments`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from jitattn.errors import InvalidInputError
 from jitattn.request import norm as norms
+from jitattn.request.arguments import ScoreArguments
 from jitattn.request.score_checks import Sizes, matrix, padding, softcap_of, vector
 from jitattn.spec.enums import BiasKind, MaskKind, Staging, Switch
 from jitattn.values.masks import (
@@ -109,7 +110,7 @@ class Checked(NamedTuple):
     fields: Fields
     bottom_right: bool
     diagonal: int  #: beside the Lkv - Lq of a sequence, if bottom_right
-    params: tuple[float, ...]  #: as `FwdScoreParams` has them; `left` without Lkv - Lq
+    arguments: ScoreArguments  #: `left` without Lkv - Lq
     has_memory: bool  #: no tensor is a placeholder
 
 
@@ -223,28 +224,38 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         _staged(bias, of_bias, by_row=True),
         _staged(dense, of_dense, by_row=False),
     )
-    params = (
+    local_blocks, stride, head_step, head_shift, first_dense, block_log2 = _pattern(
+        parts.rule, sizes
+    )
+    arguments = ScoreArguments(
         *addresses,
         *of_bias[1],
         *of_dense[1],
-        padding_stride,
-        slopes.stride(0) if slopes is not None and slopes.dim() == 2 and len(slopes) > 1 else 0,
-        relative.stride(0) if relative is not None and len(relative) > 1 else 0,
-        left,
-        keep_first,
-        lifts,
-        0 if relative is None else relative.shape[1] // 2,
-        is_paired,
-        bias is not None and of_bias[1][1:] == (0, 0),
-        1.0 / magnitude,
-        0.0 if softcap is None else 2 * math.log2(math.e) * magnitude / softcap,
-        0.0 if softcap is None else softcap / magnitude,
-        *_pattern(parts.rule, sizes),
-        shift or 0.0,
-        0 if dropout is None else dropout.threshold,
-        1.0 if dropout is None else dropout.scale,
+        key_padding_stride=padding_stride,
+        alibi_stride_batch=0
+        if slopes is None or slopes.dim() < 2 or len(slopes) < 2
+        else slopes.stride(0),
+        relative_stride_head=0 if relative is None or len(relative) < 2 else relative.stride(0),
+        left=left,
+        keep_first=keep_first,
+        full_on_decode=lifts,
+        relative_reach=0 if relative is None else relative.shape[1] // 2,
+        bias_is_paired=is_paired,
+        bias_is_shared=bias is not None and of_bias[1][1:] == (0, 0),
+        inverse_scale=1.0 / magnitude,
+        softcap_in=0.0 if softcap is None else 2 * math.log2(math.e) * magnitude / softcap,
+        softcap_out=0.0 if softcap is None else softcap / magnitude,
+        local_blocks=local_blocks,
+        stride=stride,
+        head_step=head_step,
+        head_shift=head_shift,
+        first_dense=first_dense,
+        block_log2=block_log2,
+        neg_shift=shift or 0.0,
+        dropout_threshold=0 if dropout is None else dropout.threshold,
+        dropout_scale=1.0 if dropout is None else dropout.scale,
     )
-    return Checked(fields, bottom_right, diagonal, params, min(*addresses, *read) >= 0)
+    return Checked(fields, bottom_right, diagonal, arguments, min(*addresses, *read) >= 0)
 
 
 def patterns_of(rule: Rule) -> list[Tensor]:

@@ -117,6 +117,6 @@ def add_lists(
         They are not there, and the current stream is capturing a graph.
     """
     made = block_lists.lists_of(rule, heads, longest, tile_positions, like)
-    for name, value in zip(arguments.LISTED, made.params, strict=True):
+    for name, value in made.arguments._asdict().items():
         addresses[arguments.list_operand(name, tile_positions)] = value
     return made

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel, on_gpu
+from jitattn.kernels.norm import NormGradSpec, NormSpec
 from jitattn.request.norm import RowOrder
 from jitattn.spec.enums import Access
-from jitattn.spec.kernel_spec import NormGradSpec, NormSpec
 from jitattn.values.tensors import DTYPES, readable
 
 if TYPE_CHECKING:
@@ -20,8 +20,13 @@ if TYPE_CHECKING:
     from jitattn.request.problem import Call
     from jitattn.values.norm import L2Norm
 
-#: Two inner sizes, and strides.
-_Side: TypeAlias = tuple[int, int, tuple[int, int, int]]
+
+class _Side(NamedTuple):
+    """Sizes and strides of q or of k as the kernels see it."""
+
+    rows: int
+    heads: int  #: faster than rows: those of a [B, H, L, D] tensor are its rows
+    strides: tuple[int, int, int]  #: of batch, rows and heads
 
 
 def normalized(q: Tensor, k: Tensor, norm: L2Norm, call: Call) -> tuple[Tensor, Tensor]:
@@ -32,7 +37,7 @@ def normalized(q: Tensor, k: Tensor, norm: L2Norm, call: Call) -> tuple[Tensor, 
     if not slices_q + slices_k:
         return q_out, k_out
     rows = RowOrder.of(call)
-    sides = _sides(q, k, rows)
+    sides = of_q, of_k = _sides(q, k, rows)
     index = q.get_device()
     with on_gpu(index):
         spec = _norm_spec(q.dtype, head_dim, groups, _aligned(q, k, sides), device(index).arch)
@@ -40,21 +45,25 @@ def normalized(q: Tensor, k: Tensor, norm: L2Norm, call: Call) -> tuple[Tensor, 
         loaded_kernel(spec, index).launch(
             -(-(slices_q + slices_k) * spec.lanes // spec.num_threads),
             torch._C._cuda_getCurrentRawStream(index),
-            q.data_ptr(),
-            k.data_ptr(),
-            q_out.data_ptr(),
-            k_out.data_ptr(),
-            0 if scale is None else scale.data_ptr(),
-            *sides[0][2],
-            *sides[1][2],
-            slices_q,
-            slices_k,
-            sides[0][0],
-            sides[1][0],
-            sides[0][1],
-            sides[1][1],
-            rows.heads_first,
-            not rows.heads_first,
+            q=q.data_ptr(),
+            k=k.data_ptr(),
+            q_out=q_out.data_ptr(),
+            k_out=k_out.data_ptr(),
+            head_scale=0 if scale is None else scale.data_ptr(),
+            q_stride_batch=of_q.strides[0],
+            q_stride_row=of_q.strides[1],
+            q_stride_head=of_q.strides[2],
+            k_stride_batch=of_k.strides[0],
+            k_stride_row=of_k.strides[1],
+            k_stride_head=of_k.strides[2],
+            num_slices_q=slices_q,
+            num_slices_k=slices_k,
+            len_q=of_q.rows,
+            len_k=of_k.rows,
+            heads_q=of_q.heads,
+            heads_k=of_k.heads,
+            scale_stride_row=rows.heads_first,
+            scale_stride_head=not rows.heads_first,
         )
     return q_out, k_out
 
@@ -83,8 +92,7 @@ def normalized_grad(
         num_slices = x.numel() // x.shape[-1] * groups
         if not num_slices:
             continue
-        first, second, strides = side
-        units = x.shape[-1] | strides[0] | strides[1] | strides[2]
+        units = x.shape[-1] | side.strides[0] | side.strides[1] | side.strides[2]
         aligned = (x.data_ptr() | d_y.data_ptr() | units * x.element_size()) & 15 == 0
         index = x.get_device()
         along = None
@@ -102,17 +110,19 @@ def normalized_grad(
             loaded_kernel(spec, index).launch(
                 -(-num_slices * spec.lanes // spec.num_threads),
                 torch._C._cuda_getCurrentRawStream(index),
-                x.data_ptr(),
-                d_y.data_ptr(),
-                dx.data_ptr(),
-                0 if scale is None else scale.data_ptr(),
-                0 if along is None else along.data_ptr(),
-                *strides,
-                num_slices,
-                first,
-                second,
-                heads_first,
-                not heads_first,
+                x=x.data_ptr(),
+                d_y=d_y.data_ptr(),
+                dx=dx.data_ptr(),
+                head_scale=0 if scale is None else scale.data_ptr(),
+                d_scale=0 if along is None else along.data_ptr(),
+                x_stride_batch=side.strides[0],
+                x_stride_row=side.strides[1],
+                x_stride_head=side.strides[2],
+                num_slices=num_slices,
+                len=side.rows,
+                heads=side.heads,
+                scale_stride_row=heads_first,
+                scale_stride_head=not heads_first,
             )
         if along is not None:
             head_axis = 1 if heads_first or x.dim() == 3 else 2
@@ -133,7 +143,7 @@ def norm_spec(q: Tensor, k: Tensor, norm: L2Norm, call: Call, arch: str) -> Norm
 
 
 def _aligned(q: Tensor, k: Tensor, sides: tuple[_Side, _Side]) -> bool:
-    (_, _, of_q), (_, _, of_k) = sides
+    of_q, of_k = sides[0].strides, sides[1].strides
     units = q.shape[-1] | of_q[0] | of_q[1] | of_q[2] | of_k[0] | of_k[1] | of_k[2]
     return (q.data_ptr() | k.data_ptr() | units * q.element_size()) & 15 == 0
 
@@ -170,10 +180,8 @@ def _sides(q: Tensor, k: Tensor, rows: RowOrder) -> tuple[_Side, _Side]:
 
 
 def _side(tensor: Tensor, is_flat: bool) -> _Side:
-    """Two inner sizes, of which the second is the faster, and strides (batch, first, second).
-
-    Copies keep the order of their dimensions: "heads" of a [B, H, L, D] tensor are its rows.
-    """
+    """Return the inner sizes of a tensor: copies keep the order of its dimensions."""
+    stride, shape = tensor.stride(), tensor.shape
     if is_flat:
-        return tensor.shape[0], tensor.shape[1], (0, tensor.stride(0), tensor.stride(1))
-    return tensor.shape[1], tensor.shape[2], (tensor.stride(0), tensor.stride(1), tensor.stride(2))
+        return _Side(shape[0], shape[1], (0, stride[0], stride[1]))
+    return _Side(shape[1], shape[2], (stride[0], stride[1], stride[2]))

@@ -12,10 +12,10 @@ from jitattn.errors import UnsupportedError
 from jitattn.jit import launch
 from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel
+from jitattn.kernels.rotary import RotarySpec
 from jitattn.run.autograd import FirstOrder
 from jitattn.run.forward import check_cuda
 from jitattn.spec.enums import Access, Switch
-from jitattn.spec.kernel_spec import RotarySpec
 from jitattn.values.tensors import DTYPES, address_of
 
 if TYPE_CHECKING:
@@ -210,30 +210,36 @@ def _launch(
     loaded_kernel(spec, index).launch(
         num_ctas,
         torch._C._cuda_getCurrentRawStream(index),
-        x.data_ptr(),
-        out.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        0 if offsets is None else address_of("offset", offsets),
-        0 if cu_seqlens is None else address_of("cu_seqlens", cu_seqlens),
-        *x_strides,
-        *out_strides,
-        *table_strides,
-        batch * length,
-        batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        length,
-        heads,
-        head_dim,
-        2 * half,
-        table_rows,
-        rotation.offset,
-        1 if offsets is None else offsets.element_size() // 4,
-        1 if cu_seqlens is None else cu_seqlens.element_size() // 4,
-        units_per_row,
-        groups,
-        rotation.in_place,
-        -1.0 if rotation.back else 1.0,
-        0,
+        x=x.data_ptr(),
+        out=out.data_ptr(),
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        offsets=0 if offsets is None else address_of("offset", offsets),
+        cu_seqlens=0 if cu_seqlens is None else address_of("cu_seqlens", cu_seqlens),
+        x_stride_batch=x_strides[0],
+        x_stride_row=x_strides[1],
+        x_stride_head=x_strides[2],
+        x_stride_column=x_strides[3],
+        out_stride_batch=out_strides[0],
+        out_stride_row=out_strides[1],
+        out_stride_head=out_strides[2],
+        out_stride_column=out_strides[3],
+        cos_stride=table_strides[0],
+        sin_stride=table_strides[1],
+        num_rows=batch * length,
+        batch=batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        len=length,
+        heads=heads,
+        head_dim=head_dim,
+        rotary_dim=2 * half,
+        table_rows=table_rows,
+        offset=rotation.offset,
+        offset_word=1 if offsets is None else offsets.element_size() // 4,
+        cu_word=1 if cu_seqlens is None else cu_seqlens.element_size() // 4,
+        units_per_row=units_per_row,
+        head_groups=groups,
+        in_place=rotation.in_place,
+        sign=-1.0 if rotation.back else 1.0,
     )
 
 

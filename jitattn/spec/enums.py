@@ -1,11 +1,11 @@
-"""The kinds that specs are made of: every enum of cuda_src/jitattn/enums.cuh, under the same names.
+"""The kinds that specs are made of; the generated header declares those of its kernel in C++.
 
 This module imports nothing of jitattn, and no torch.
 """
 
 from __future__ import annotations
 
-from enum import IntEnum, StrEnum
+from enum import IntEnum, StrEnum, auto
 from typing import Final
 
 
@@ -138,6 +138,14 @@ class RowClass(IntEnum):
     ROWS16 = 16
     ROWS64 = 64
     MANY = 0
+
+
+class MatrixSize(IntEnum):
+    """How much of a family the compile matrix holds; a larger one has all of a smaller."""
+
+    SHORT = auto()  #: one kernel for each class of the spec
+    TUNED = auto()  #: and every row of the tile tables, and the head dims of real models
+    FULL = auto()  #: and every multiple of 16, in every dtype and row class
 
 
 #: What `tile_rows` may be, and the kernel that it is.

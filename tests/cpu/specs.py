@@ -7,9 +7,10 @@ import random
 import struct
 
 from jitattn.cache.entry import Entry, Metadata, cache_key, sha256
-from jitattn.kernels.tiles import fwd_spec
+from jitattn.kernels.fwd import FwdSpec, fwd_spec
+from jitattn.kernels.merge import MergeSpec
 from jitattn.spec.enums import Dtype, MaskKind, Numerics, RowClass
-from jitattn.spec.kernel_spec import FwdSpec, MergeSpec, Problem
+from jitattn.spec.kernel_spec import Problem
 
 
 def merge_spec(arch: str = "sm_80", head_dim_v: int = 16) -> MergeSpec:

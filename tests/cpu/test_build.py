@@ -84,7 +84,8 @@ def test_threads_compile_once() -> None:
 _WORK = """
 import json, sys, time
 from jitattn.jit import build
-from jitattn.spec.kernel_spec import Dtype, MergeSpec
+from jitattn.kernels.merge import MergeSpec
+from jitattn.spec.enums import Dtype
 while time.time() < float(sys.argv[1]):
     pass
 built = build.build(MergeSpec(dtype=Dtype.BF16, out_dtype=Dtype.BF16, head_dim_v=16, arch="sm_80"))

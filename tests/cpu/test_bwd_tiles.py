@@ -6,16 +6,13 @@ import itertools
 
 import pytest
 
-from jitattn.kernels.bwd_tiles import (
-    backward_problem,
-    bwd_spec,
-    dq_spec,
-    score_grad_spec,
-    specs_of_backward,
-)
+from jitattn.kernels.bwd import BwdSpec, bwd_spec, dq_spec, specs_of_backward
+from jitattn.kernels.bwd_scores import ScoreGradSpec, score_grad_spec
+from jitattn.kernels.bwd_tiles import backward_problem
+from jitattn.kernels.fwd import FwdSpec
 from jitattn.kernels.tiles import MAX_SMEM_BYTES
 from jitattn.plan.backward import without_lists
-from jitattn.plan.choices import command, specs_of, to_choice
+from jitattn.plan.choices import specs_of
 from jitattn.spec.enums import (
     Access,
     BiasKind,
@@ -27,14 +24,7 @@ from jitattn.spec.enums import (
     Staging,
     Switch,
 )
-from jitattn.spec.kernel_spec import (
-    BwdSpec,
-    FwdSpec,
-    Problem,
-    ScoreGradSpec,
-    padded_head_dim,
-    spec_from_dict,
-)
+from jitattn.spec.kernel_spec import Problem, padded_head_dim, spec_from_dict
 from jitattn.values.gears import resolve_numerics
 from jitattn.values.masks import LocalStride
 
@@ -109,8 +99,8 @@ def test_specs_come_back_from_their_text(deterministic: bool) -> None:
     ]
     for spec in specs:
         assert spec_from_dict(spec.to_dict()) == spec
-        assert spec in specs_of([to_choice(spec)])
-        assert f"family={spec.family}" in command(spec)
+        assert spec in specs_of([spec.to_choice()])
+        assert f"family={spec.family}" in spec.command()
 
 
 def test_training_is_one_choice() -> None:
@@ -129,7 +119,7 @@ def test_kernels_of_fp16_parts_are_among_those_of_a_backward_pass(deterministic:
     assert {dq_spec(spec) for spec in kernels} <= set(specs)
     for spec in specs:
         assert spec_from_dict(spec.to_dict()) == spec
-        assert spec in specs_of([to_choice(spec)])
+        assert spec in specs_of([spec.to_choice()])
     ragged = problem(Dtype.FP32, q_layout=SeqLayout.RAGGED, kv_layout=SeqLayout.RAGGED)
     assert {spec.family for spec in specs_of_backward(ragged, "sm_90")} == {
         "bwd",

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from jitattn.errors import InvalidInputError
+from jitattn.kernels.fwd import FwdSpec
+from jitattn.kernels.merge import MergeSpec
 from jitattn.plan import choices
 from jitattn.spec.enums import Access, Dtype, Numerics, RowClass
-from jitattn.spec.kernel_spec import FwdSpec, MergeSpec, spec_from_dict
+from jitattn.spec.kernel_spec import spec_from_dict
 
 from .specs import forward_spec, merge_spec
 
@@ -43,7 +45,7 @@ def test_repetition_is_built_once() -> None:
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.to_key())
 def test_choice_of_one_kernel_and_back(spec: FwdSpec | MergeSpec) -> None:
-    choice = json.loads(json.dumps(choices.to_choice(spec)))
+    choice = json.loads(json.dumps(spec.to_choice()))
     assert choices.specs_of([choice]) == [spec]
     assert spec_from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
@@ -56,7 +58,7 @@ def test_command_makes_the_kernel(
 
     from jitattn.cli import main
 
-    words = shlex.split(choices.command(spec))
+    words = shlex.split(spec.command())
     assert words[0] == "jitattn-cache"
     done = CliRunner().invoke(main, [*words[1:], "-j", "1", "--json"])
     assert done.exit_code == 0, done.output
@@ -82,7 +84,7 @@ def test_toml_json_and_lines_say_the_same(tmp_path: Path) -> None:
 
 
 def test_record_of_one_line(tmp_path: Path) -> None:
-    (tmp_path / "one").write_text(json.dumps(choices.to_choice(merge_spec())) + "\n")
+    (tmp_path / "one").write_text(json.dumps(merge_spec().to_choice()) + "\n")
     assert choices.specs_of(choices.read_file(tmp_path / "one")) == [merge_spec()]
 
 

@@ -17,7 +17,6 @@ from jitattn.cache.disk import DiskCache
 from jitattn.cache.entry import Entry, sha256
 from jitattn.cli import main
 from jitattn.jit import build, compilers
-from jitattn.plan import choices
 
 from .commands import result, run
 from .specs import CACHED, fake_entry, merge_spec
@@ -154,7 +153,7 @@ def test_export_import_clear(filled: DiskCache, tmp_path: Path) -> None:
 
 def test_export_of_choices_leaves_bad_ones_out(filled: DiskCache, tmp_path: Path) -> None:
     spec_file = tmp_path / "kernels.json"
-    spec_file.write_text(json.dumps([choices.to_choice(CACHED[0]), choices.to_choice(CACHED[2])]))
+    spec_file.write_text(json.dumps([CACHED[0].to_choice(), CACHED[2].to_choice()]))
     archive = str(tmp_path / "kernels.zip")
     assert result("export", archive, "--spec", str(spec_file))["kernels"] == 2
     filled.paths(build.build(CACHED[0]).key)[0].write_bytes(b"bad")
@@ -226,7 +225,7 @@ def test_export_makes_nothing_that_import_refuses(filled: DiskCache, tmp_path: P
 def test_export_says_what_is_missing(filled: DiskCache, tmp_path: Path) -> None:
     archive = tmp_path / "kernels.zip"
     spec_file = tmp_path / "kernels.json"
-    wanted = [choices.to_choice(spec) for spec in (CACHED[0], merge_spec(head_dim_v=32))]
+    wanted = [spec.to_choice() for spec in (CACHED[0], merge_spec(head_dim_v=32))]
     spec_file.write_text(json.dumps(wanted))
     done = run("export", str(archive), "--spec", str(spec_file), "--json")
     assert done.exit_code == 0

@@ -25,8 +25,9 @@ from jitattn.cache.entry import (
 )
 from jitattn.jit import build, compilers, layers, sources
 from jitattn.jit.codegen import render
+from jitattn.kernels.norm import NormSpec
 from jitattn.spec.enums import Dtype
-from jitattn.spec.kernel_spec import NormSpec, spec_from_dict
+from jitattn.spec.kernel_spec import spec_from_dict
 
 from .commands import run
 from .specs import fake_entry, forward_spec, merge_spec

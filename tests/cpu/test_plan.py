@@ -10,7 +10,6 @@ import torch
 import jitattn
 from jitattn.api.attention import bind
 from jitattn.errors import LaunchError
-from jitattn.jit.launch import Layout
 from jitattn.plan.backward import Backward, BackwardOperands, backward
 from jitattn.plan.forward import Forward, forward
 from jitattn.plan.kv_parts import KvGradient
@@ -119,7 +118,7 @@ def check(plan: Plan) -> None:
     }  # fmt: skip
     used = set()
     for step in plan.steps:
-        layout = Layout.of(step.spec.params, step.numbers, tuple(step.places))
+        layout = step.spec.arguments.layout(step.numbers, tuple(step.places))
         assert sorted(layout.order) == list(range(len(step.places)))
         assert 0 < step.grid < 2**31
         for place in step.places.values():
@@ -179,17 +178,16 @@ def test_faulty_arguments_are_refused(fault: str) -> None:
     else:
         places["len_q"] = Place("q")
     with pytest.raises(LaunchError, match="len"):
-        Layout.of(step.spec.params, numbers, tuple(places))
+        step.spec.arguments.layout(numbers, tuple(places))
 
 
 def test_dynamic_arguments_go_where_their_names_are() -> None:
     step = forward_of(CALLS["ragged"], "sm_90").plan.steps[-1]
     names = tuple(step.places)
-    layout = Layout.of(step.spec.params, step.numbers, names)
+    layout = step.spec.arguments.layout(step.numbers, names)
     values = {name: 1000 + idx for idx, name in enumerate(names)}
     filled = bytearray(layout.template)
     ordered = [values[names[idx]] for idx in layout.order]
-    for pack_into, offset, first, end in layout.runs:
-        pack_into(filled, offset, *ordered[first:end])
-    whole = Layout.of(step.spec.params, {**step.numbers, **values}, ())
+    layout.fill(filled, ordered)
+    whole = step.spec.arguments.layout({**step.numbers, **values}, ())
     assert bytes(filled) == whole.template

@@ -11,14 +11,15 @@ import torch
 
 import jitattn
 from jitattn.api.attention import bind
-from jitattn.kernels import prepare_specs as prepared_specs
+from jitattn.kernels.fwd import FwdSpec, specs_for_gear
+from jitattn.kernels.operands import HEAD_DIMS
+from jitattn.kernels.quantize import CHUNK_ROWS, ChannelStatsSpec, QuantizeSpec, specs_of_rounding
 from jitattn.kernels.tiles import max_smem_bytes
 from jitattn.plan.prepare import kernel_problem
 from jitattn.plan.step import Buffer
 from jitattn.request.layouts import parse
 from jitattn.request.problem import Call
 from jitattn.spec.enums import Dtype, MaskKind, Numerics, SeqLayout, Switch
-from jitattn.spec.kernel_spec import ChannelStatsSpec, FwdSpec, QuantizeSpec
 
 
 def chosen(
@@ -114,11 +115,11 @@ def test_rows_that_no_16_bytes_reach_are_as_with_gear_3() -> None:
 
 
 def test_kernels_that_bring_them_there() -> None:
-    stats, rounding = prepared_specs.specs_of_rounding(chosen(), "sm_86")
+    stats, rounding = specs_of_rounding(chosen(), "sm_86")
     assert isinstance(stats, ChannelStatsSpec)
     assert isinstance(rounding, QuantizeSpec)
     assert (stats.chunk_rows, stats.head_dim, stats.arch) == (
-        prepared_specs.CHUNK_ROWS,
+        CHUNK_ROWS,
         128,
         "sm_86",
     )
@@ -150,7 +151,7 @@ def test_kernels_for_gear_4(
     problem = replace(
         chosen(), numerics=Numerics.F32_ACC, dtype=dtype, head_dim_v=dim_v, kv_layout=layout
     )
-    stats, rounding, forward = prepared_specs.specs_for_gear(problem, 4, "sm_90")
+    stats, rounding, forward = specs_for_gear(problem, 4, "sm_90")
     assert isinstance(stats, ChannelStatsSpec)
     assert isinstance(rounding, QuantizeSpec)
     assert stats.paged is rounding.paged is paged
@@ -164,13 +165,13 @@ def test_kernels_for_gear_4(
 @pytest.mark.parametrize("mask", [MaskKind.CAUSAL, MaskKind.LOCAL_STRIDE])
 def test_shared_memory_is_there(dtype: Dtype, out_dtype: Dtype, mask: MaskKind) -> None:
     for dim, layout, arch in itertools.product(
-        prepared_specs.HEAD_DIMS, SeqLayout, ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+        HEAD_DIMS, SeqLayout, ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
     ):
         problem = replace(
             chosen(), numerics=Numerics.F32_ACC, dtype=dtype, out_dtype=out_dtype, mask=mask,
             head_dim=dim, head_dim_v=dim, kv_layout=layout,
         )  # fmt: skip
-        for spec in prepared_specs.specs_for_gear(problem, 4, arch):
+        for spec in specs_for_gear(problem, 4, arch):
             assert spec.smem_bytes <= max_smem_bytes(arch)
 
 

@@ -188,7 +188,7 @@ def test_blocks_that_splits_are_chosen_by(arguments: dict[str, Any], blocks: int
     from dataclasses import replace
 
     from jitattn.api.attention import bind
-    from jitattn.kernels.tiles import fwd_spec
+    from jitattn.kernels.fwd import fwd_spec
     from jitattn.plan.forward import blocks_seen
     from jitattn.request.layouts import parse
     from jitattn.spec.enums import RowClass

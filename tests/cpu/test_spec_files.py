@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import random
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ import jitattn
 from jitattn.errors import InvalidInputError
 from jitattn.jit.codegen import render
 from jitattn.jit.device import Device
+from jitattn.kernels.problem_spec import ProblemSpec
 from jitattn.plan import choices, spec_files
-from jitattn.plan.choices import expand, specs_of, to_choice
-from jitattn.spec.kernel_spec import FAMILIES, KernelSpec, spec_from_dict
+from jitattn.plan.choices import expand, specs_of
+from jitattn.spec.kernel_spec import KernelSpec, families, spec_from_dict
 
 from .commands import run
 from .specs import merge_spec
 
-GOOD = [json.dumps(to_choice(merge_spec(head_dim_v=dim))) for dim in (16, 32, 48)]
+GOOD = [json.dumps(merge_spec(head_dim_v=dim).to_choice()) for dim in (16, 32, 48)]
 BAD_LINES = [
     "{broken", GOOD[0][:30], GOOD[0][:30] + GOOD[1], "7", "[]", "null", '"x"', "\udcff\udcfe",
     '{"a": "\udcff"}', "[" * 50_000, '{"head_dim": ' + "9" * 5000 + "}",
@@ -154,7 +156,7 @@ def test_names_of_files_are_shown_on_one_line(tmp_path: Path) -> None:
 FIELDS: dict[str, list[Any]] = {
     **{name: words or [16, 64, 128, 192, 256, 24, "192:128"]
        for name, words in choices.problem_fields().items()},
-    "family": list(FAMILIES), "arch": [80, 86, "90", "sm_100", "120"], "gear": [0, 1, 2, 3, 4],
+    "family": list(families()), "arch": [80, 86, "90", "sm_100", "120"], "gear": [0, 1, 2, 3, 4],
     "rows": ["rows16", "many"], "deterministic": ["on", "off"], "target": ["matrix", "row"],
     "groups": [1, 2, 48, 128, 200], "chunk_rows": [512, 64], "paged": ["on"], "values": ["off"],
     "num_parts": [1, 2], "gradients": ["on"], "block_q": [0, 64],
@@ -178,7 +180,11 @@ NEEDED = {
 @pytest.mark.parametrize("field", FIELDS)
 def test_strange_value_is_an_error_that_names_the_field(field: str) -> None:
     family = next(
-        (name for name, kind in choices.PLAIN_FAMILIES.items() if field in kind.__annotations__),
+        (
+            name
+            for name, kind in families().items()
+            if not issubclass(kind, ProblemSpec) and field in {one.name for one in fields(kind)}
+        ),
         "fwd",
     )
     base = {"family": family, "arch": 80, "head_dim": 64, "dtype": "fp16", **NEEDED.get(family, {})}
@@ -229,6 +235,6 @@ def test_every_kernel_that_may_be_recorded_can_be_read_back() -> None:
     plain = ["norm", "norm_grad", "append", "merge", "merge_grad", "rotary"]
     asked.append({"family": plain})
     specs = specs_of(asked, ["86", "90"])
-    assert {spec.family for spec in specs} == set(FAMILIES)
+    assert {spec.family for spec in specs} == set(families())
     for spec in specs:
-        assert spec in specs_of([to_choice(spec)])
+        assert spec in specs_of([spec.to_choice()])

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from jitattn.errors import UnsupportedError
 from jitattn.jit.device import arch_of
-from jitattn.kernels.tiles import choose_splits, fwd_spec, heads_per_tile, max_smem_bytes
+from jitattn.kernels.fwd import fwd_spec
+from jitattn.kernels.tiles import choose_splits, heads_per_tile, max_smem_bytes
 from jitattn.spec.enums import (
     Access,
     BiasKind,

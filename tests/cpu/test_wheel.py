@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 _COMPILE = """
 import json, jitattn
 from jitattn.jit import build, sources
-from jitattn.spec.kernel_spec import Dtype, MergeSpec
+from jitattn.kernels.merge import MergeSpec
+from jitattn.spec.enums import Dtype
 built = build.build(MergeSpec(dtype=Dtype.FP16, out_dtype=Dtype.FP16, head_dim_v=16, arch="sm_86"))
 print(json.dumps([jitattn.__file__, str(sources.locate()), built.origin, len(built.cubin)]))
 """

@@ -10,9 +10,10 @@ from hypothesis import given
 
 import jitattn
 from jitattn.jit import build
-from jitattn.kernels.tiles import fwd_spec
+from jitattn.kernels.fwd import fwd_spec
+from jitattn.kernels.norm import NormSpec
 from jitattn.spec.enums import Access, BiasKind, MaskKind, RowClass, SeqLayout, Staging, Switch
-from jitattn.spec.kernel_spec import NormSpec, Problem
+from jitattn.spec.kernel_spec import Problem
 from jitattn.values.gears import resolve_numerics
 from jitattn.values.tensors import DTYPES
 from tests.support.compare import rel_l2

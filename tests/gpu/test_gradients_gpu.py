@@ -11,11 +11,13 @@ from hypothesis import given
 
 import jitattn
 from jitattn.jit import build
-from jitattn.kernels.bwd_tiles import score_grad_spec, specs_of_backward
-from jitattn.kernels.tiles import fwd_spec
+from jitattn.kernels.bwd import specs_of_backward
+from jitattn.kernels.bwd_scores import score_grad_spec
+from jitattn.kernels.fwd import fwd_spec
+from jitattn.kernels.norm import NormGradSpec, NormSpec
 from jitattn.plan.backward import without_lists
 from jitattn.spec.enums import Access, BiasKind, MaskKind, RowClass, ScoreTarget, Switch
-from jitattn.spec.kernel_spec import NormGradSpec, NormSpec, Problem
+from jitattn.spec.kernel_spec import Problem
 from jitattn.values.gears import resolve_numerics
 from jitattn.values.tensors import DTYPES
 from tests.support.compare import rel_l2

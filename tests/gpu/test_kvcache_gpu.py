@@ -11,7 +11,7 @@ from hypothesis import given
 import jitattn
 from jitattn import Rotary
 from jitattn.jit import build
-from jitattn.kernels.tiles import fwd_spec
+from jitattn.kernels.fwd import fwd_spec
 from jitattn.plan.choices import specs_of
 from jitattn.spec.enums import Access, MaskKind, RowClass, SeqLayout
 from jitattn.spec.kernel_spec import Problem

@@ -39,8 +39,8 @@ from jitattn.jit import device, launch, sources
 from jitattn.jit.codegen import HEADER_NAME, render
 from jitattn.request import request
 from jitattn.run import workspace
+from jitattn.spec.arguments import Layout
 from jitattn.spec.kernel_spec import KernelSpec, entry_symbol
-from jitattn.spec.params import STRUCTS
 
 HERE = Path(__file__).parents[1] / "emulator"
 LIBRARY_FLAGS = (
@@ -134,11 +134,11 @@ class EmulatedKernel:
         self, grid: int, numbers: Mapping[str, float], dynamic: Sequence[str]
     ) -> EmulatedLaunch:
         """Stand in for the method of `launch.Kernel`."""
-        return EmulatedLaunch(self, grid, launch.Layout.of(self.spec.params, numbers, dynamic))
+        return EmulatedLaunch(self, grid, self.spec.arguments.layout(numbers, dynamic))
 
-    def launch(self, grid: int, stream: int, *params: float) -> None:
+    def launch(self, grid: int, stream: int, **arguments: float) -> None:
         """Run the kernel to its end."""
-        self.run(grid, STRUCTS[self.spec.params].pack(*params))
+        self.run(grid, self.spec.arguments.pack(arguments))
 
     def run(self, grid: int, given: bytes) -> None:
         """Run the kernel to its end, with its parameter struct."""
@@ -164,13 +164,12 @@ class EmulatedLaunch:
 
     kernel: EmulatedKernel
     grid: int
-    layout: launch.Layout
+    layout: Layout
 
     def launch(self, stream: int, values: Sequence[int]) -> None:
         """Run the kernel to its end."""
         given = bytearray(self.layout.template)
-        for pack_into, offset, first, end in self.layout.runs:
-            pack_into(given, offset, *values[first:end])
+        self.layout.fill(given, values)
         self.kernel.run(self.grid, bytes(given))
 
 

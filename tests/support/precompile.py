@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from jitattn.cache.entry import sha256
 from jitattn.jit.pool import build_all
-from jitattn.kernels.tiles import fwd_spec
+from jitattn.kernels.fwd import fwd_spec
 from jitattn.request.layouts import parse
 from jitattn.request.problem import Call, Runtime
 from jitattn.spec.enums import RowClass

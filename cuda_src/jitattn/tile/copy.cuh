@@ -1,11 +1,11 @@
 // Copies of row-major tiles from global to shared memory, by all threads of a CTA.
 #pragma once
 
-#include "jitattn/enums.cuh"
 #include "jitattn/ptx/cp_async.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/tile/swizzle.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

@@ -6,7 +6,6 @@
 // that sums become infinite, and the result with them. (notes/0007)
 #pragma once
 
-#include "jitattn/enums.cuh"
 #include "jitattn/ptx/ldmatrix.cuh"
 #include "jitattn/ptx/mma_sm80.cuh"
 #include "jitattn/tile/accumulator.cuh"
@@ -14,6 +13,7 @@
 #include "jitattn/tile/mma_f32_acc.cuh"
 #include "jitattn/tile/promoted_output.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

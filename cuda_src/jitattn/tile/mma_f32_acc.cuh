@@ -1,13 +1,13 @@
 // Numerics class f32_acc: 16-bit operands, fp32 accumulators, mma.m16n8k16.
 #pragma once
 
-#include "jitattn/enums.cuh"
 #include "jitattn/ptx/ldmatrix.cuh"
 #include "jitattn/ptx/math.cuh"
 #include "jitattn/ptx/mma_sm80.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

@@ -6,12 +6,12 @@
 // tiles, addresses and ldmatrix are those of 16-bit tiles of half the width.
 #pragma once
 
-#include "jitattn/enums.cuh"
 #include "jitattn/ptx/ldmatrix.cuh"
 #include "jitattn/ptx/mma_sm80.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/tile/mma_f32_acc.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

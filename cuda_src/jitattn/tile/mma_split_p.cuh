@@ -6,12 +6,12 @@
 #pragma once
 
 #include "jitattn/element.cuh"
-#include "jitattn/enums.cuh"
 #include "jitattn/ptx/ldmatrix.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/tile/mma_f32_acc.cuh"
 #include "jitattn/tile/promoted_output.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

@@ -9,13 +9,13 @@
 // result by ordinary fp32 additions, which round. (notes/0002)
 #pragma once
 
-#include "jitattn/enums.cuh"
 #include "jitattn/ptx/ldmatrix.cuh"
 #include "jitattn/ptx/math.cuh"
 #include "jitattn/ptx/mma_sm80.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

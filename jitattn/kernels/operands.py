@@ -1,4 +1,4 @@
-"""Which problems have kernels whose operands others prepare, and which; without torch.
+"""Selects the problems whose operands are quantized or split for the kernel; without torch.
 
 Gear 4 brings Q and K to 8 bits and V to fp16, and fp32 inputs become one or two fp16 parts each.
 Neither is there for whatever is done with scores but masks of positions and, with fp16 parts, key
@@ -12,26 +12,23 @@ import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from jitattn.kernels.tiles import fwd_spec
 from jitattn.spec.enums import (
     Access,
     BiasKind,
     Dtype,
     MaskKind,
     Numerics,
-    RowClass,
     Switch,
 )
-from jitattn.spec.kernel_spec import ChannelStatsSpec, QuantizeSpec, SplitHalvesSpec, arch_number
+from jitattn.spec.kernel_spec import arch_number
 
 if TYPE_CHECKING:
-    from jitattn.spec.kernel_spec import KernelSpec, Problem
+    from jitattn.spec.kernel_spec import Problem
 
 #: Head dims in 8 bits, and the largest as fp16 parts, which are multiples of 16.
 HEAD_DIMS: Final = (32, 64, 128, 256)
 LARGEST_IN_HALVES: Final = 128
-#: Rows of a CTA that looks at channels; and of one that rounds or splits, whose keys share a scale.
-CHUNK_ROWS: Final = 512
+#: Rows of a CTA that quantizes or splits; keys of one scale.
 BLOCK_KEYS: Final = 64
 #: Below these head dims, exponentials and not products are what a step waits for. Gear 2's time
 #: over gear 4's on an H200, full / causal: D=32 1.00 / 1.05, D=64 1.16 / 1.13; with sums in fp32
@@ -42,8 +39,6 @@ _IN_HALVES: Final = {Numerics.TF32X3: Numerics.F16X3, Numerics.TF32: Numerics.F1
 _MASKS: Final = (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE)
 _TO_SCORES: Final = ("relative_bias", "alibi", "softcap", "sinks", "dense", "dropout",
                      "fixed_shift")  # fmt: skip
-
-
 #: Numerics classes by the dtype of the inputs.
 _NUMERICS: Final = {
     Dtype.FP16: (Numerics.F32_ACC, Numerics.SPLIT_P, Numerics.F16_ACC, Numerics.INT8,
@@ -67,17 +62,6 @@ def numerics_fault(problem: Problem) -> str | None:
     return None
 
 
-def specs_for_gear(problem: Problem, gear: int, arch: str) -> list[KernelSpec]:
-    """Return every kernel by which calls of a gear can have prepared operands: lengths decide."""
-    in_8_bits = problem_in_8_bits(problem, arch) if gear == 4 else None
-    if in_8_bits is not None:
-        return [*specs_of_rounding(in_8_bits, arch), fwd_spec(in_8_bits, arch, RowClass.MANY)]
-    in_halves = problem_in_halves(problem)
-    if in_halves is not None:
-        return [split_spec(in_halves, arch), fwd_spec(in_halves, arch, RowClass.MANY)]
-    return []
-
-
 @functools.cache
 def problem_in_8_bits(problem: Problem, arch: str) -> Problem | None:
     """Return the problem of the kernel for 8 bits, if there is one that pays on `arch`."""
@@ -91,19 +75,6 @@ def problem_in_8_bits(problem: Problem, arch: str) -> Problem | None:
     if arch_number(arch) >= 90 and problem.head_dim < _LEAST_ON_SM90[numerics]:
         return None
     return replace(problem, numerics=numerics)
-
-
-def specs_of_rounding(in_8_bits: Problem, arch: str) -> list[KernelSpec]:
-    """Return the kernels that prepare q, k and v for a problem in 8 bits."""
-    paged = Switch.ON if in_8_bits.kv_layout.page_group else Switch.OFF
-    dtype, dim = in_8_bits.dtype, in_8_bits.head_dim
-    values = Switch.ON if in_8_bits.numerics is Numerics.INT8_F16 else Switch.OFF
-    return [
-        ChannelStatsSpec(
-            dtype=dtype, head_dim=dim, chunk_rows=CHUNK_ROWS, paged=paged, values=values, arch=arch
-        ),
-        QuantizeSpec(dtype=dtype, head_dim=dim, paged=paged, values=values, arch=arch),
-    ]
 
 
 @functools.cache
@@ -133,19 +104,6 @@ def backward_in_halves(problem: Problem) -> Problem | None:
     fits &= problem.bias is BiasKind.NONE and problem.dense is Switch.OFF
     fits &= problem.mask is not MaskKind.FINE_STRIDE  # a scale is of 64 neighbouring keys
     return replace(problem, numerics=Numerics.F16X3) if fits else None
-
-
-@functools.cache
-def split_spec(problem: Problem, arch: str, *, gradients: bool = False) -> SplitHalvesSpec:
-    """Return the kernel that makes the parts for a problem that has them."""
-    return SplitHalvesSpec(
-        dtype=problem.dtype,
-        head_dim=problem.head_dim,
-        head_dim_v=problem.head_dim_v,
-        num_parts=problem.numerics.num_parts,
-        gradients=Switch.ON if gradients else Switch.OFF,
-        arch=arch,
-    )
 
 
 def _is_plain(problem: Problem) -> bool:

@@ -1,0 +1,195 @@
+"""The backward kernel: its spec, and which kernels a backward pass needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from jitattn.kernels.bwd_arguments import BWD_STRUCTS, BWD_TABLES, bwd_arguments
+from jitattn.kernels.bwd_tiles import BwdTile, backward_problem, choose_tile, smem_bytes
+from jitattn.kernels.kv_scatter import ScatterSpec
+from jitattn.kernels.matrix import BACKWARD_FEATURES, problem
+from jitattn.kernels.operands import backward_in_halves
+from jitattn.kernels.problem_spec import ProblemSpec
+from jitattn.kernels.round import RoundSpec
+from jitattn.kernels.split_halves import split_spec
+from jitattn.kernels.stats import stats_specs
+from jitattn.kernels.sum_parts import SumPartsSpec
+from jitattn.spec.arguments import ArgumentStruct, ArgumentTable
+from jitattn.spec.enums import (
+    Access,
+    Dtype,
+    MaskKind,
+    MatrixSize,
+    Numerics,
+    RowClass,
+    SeqLayout,
+    Switch,
+)
+from jitattn.spec.kernel_spec import KernelSpec, Problem, padded_head_dim
+
+
+class BackwardSpec(ProblemSpec):
+    """Base of the kernels that have a backward tile and the arguments of a backward kernel."""
+
+    __slots__ = ()
+    problem: Problem
+    tile: BwdTile
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a CTA."""
+        return self.tile.num_threads
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a CTA."""
+        return smem_bytes(self.problem, self.tile)
+
+    @property
+    def arguments(self) -> ArgumentTable:
+        """The parameter struct of this kernel."""
+        return bwd_arguments(self.problem)
+
+    @property
+    def structs(self) -> tuple[ArgumentStruct, ...]:
+        """Structs of the generated header."""
+        return BWD_STRUCTS
+
+    @classmethod
+    def tables(cls) -> tuple[ArgumentTable, ...]:
+        """Return the parameter structs that kernels of this family have."""
+        return BWD_TABLES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BwdSpec(BackwardSpec):
+    """The backward kernel: dK, dV, and the sums of dQ."""
+
+    family: ClassVar[str] = "bwd"
+    options: ClassVar[Mapping[str, tuple[StrEnum, ...]]] = {"deterministic": (Switch.OFF,)}
+    problem: Problem  #: as `backward_problem` has it
+    tile: BwdTile
+    deterministic: Switch  #: key blocks add to dQ in their order
+    arch: str
+
+    @property
+    def in_fragments(self) -> bool:
+        """Whether the sums of dQ lie in fragment order."""
+        return self.problem.q_layout == self.problem.kv_layout == SeqLayout.BATCHED
+
+    @property
+    def dq_columns(self) -> int:
+        """Columns of a query tile's sums in fragment order."""
+        across = self.tile.num_warps // self.tile.warps_dq
+        units = padded_head_dim(self.problem.head_dim) // 16
+        return across * -(-units // across) * 16
+
+    @classmethod
+    def of_calls(
+        cls,
+        problem: Problem,
+        gear: int | None,
+        arch: str,
+        rows: Sequence[RowClass],
+        **options: Any,  # noqa: ANN401 - of the type of each field
+    ) -> Iterator[KernelSpec]:
+        """Yield every kernel that the backward pass of a call can need: lengths decide."""
+        del gear, rows
+        deterministic = options["deterministic"] is Switch.ON
+        yield from specs_of_backward(problem, arch, deterministic=deterministic)
+
+    @classmethod
+    def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
+        """Yield the specs that the compile matrix has of this family, and of dQ after it."""
+        if size >= MatrixSize.TUNED:
+            yield from _in_16_bits(arch)
+            yield from _in_fp32(arch)
+        yield from specs_of_backward(problem(Dtype.BF16, 64), arch)
+        yield from specs_of_backward(problem(Dtype.FP32, 33, access=Access.ELEMENT), arch)
+
+
+def bwd_spec(problem: Problem, arch: str, *, deterministic: bool = False) -> BwdSpec:
+    """Return the whole spec of the backward kernel of a forward problem on `arch`.
+
+    Raises
+    ------
+    UnsupportedError
+        `arch` is older than sm_80.
+    """
+    problem = backward_problem(problem)
+    switch = Switch.ON if deterministic else Switch.OFF
+    tile = choose_tile(problem, arch)
+    return BwdSpec(problem=problem, tile=tile, deterministic=switch, arch=arch)
+
+
+def dq_spec(spec: BwdSpec) -> RoundSpec | SumPartsSpec:
+    """Return the kernel that makes dQ of the sums that a backward kernel leaves."""
+    problem, tile = spec.problem, spec.tile
+    if not spec.in_fragments:
+        return SumPartsSpec(dtype=problem.dtype, head_dim=problem.head_dim, arch=spec.arch)
+    return RoundSpec(
+        dtype=problem.dtype,
+        head_dim=problem.head_dim,
+        block_q=tile.block_q,
+        num_warps=tile.num_warps,
+        warps_dq=tile.warps_dq,
+        arch=spec.arch,
+    )
+
+
+def specs_of_parts(problem: Problem, arch: str) -> list[KernelSpec]:
+    """Return the kernels that add up parts of dK and dV for a backward problem: lengths decide."""
+    made: list[KernelSpec] = []
+    for dim in dict.fromkeys((problem.head_dim, problem.head_dim_v)):
+        if problem.kv_layout is not SeqLayout.PAGED:
+            made.append(SumPartsSpec(dtype=problem.dtype, head_dim=dim, arch=arch))
+        if problem.kv_layout is not SeqLayout.BATCHED:
+            made.append(ScatterSpec(dtype=problem.dtype, head_dim=dim, arch=arch))
+    return made
+
+
+def specs_of_backward(
+    problem: Problem, arch: str, *, deterministic: bool = False
+) -> list[KernelSpec]:
+    """Return every kernel that the backward pass of a call can need: lengths decide."""
+    spec = bwd_spec(problem, arch, deterministic=deterministic)
+    stats = stats_specs(problem.out_dtype, problem.head_dim_v, arch)
+    specs: list[KernelSpec] = [spec, *stats, dq_spec(spec)]
+    in_halves = backward_in_halves(backward_problem(problem))
+    if in_halves is not None:
+        other = bwd_spec(in_halves, arch, deterministic=deterministic)
+        specs += [split_spec(in_halves, arch, gradients=True), other, dq_spec(other)]
+    return list(dict.fromkeys([*specs, *specs_of_parts(spec.problem, arch)]))
+
+
+def _in_16_bits(arch: str) -> Iterator[KernelSpec]:
+    bf16 = Dtype.BF16
+    for dim in (32, 64, 96, 128, 192, 256):
+        yield bwd_spec(problem(bf16, dim), arch)
+    for dim in (64, 128):
+        yield bwd_spec(problem(bf16, dim, MaskKind.FULL), arch)
+        yield bwd_spec(problem(bf16, dim), arch, deterministic=True)
+        for features in BACKWARD_FEATURES:
+            yield bwd_spec(problem(bf16, dim, **features), arch)
+    yield bwd_spec(problem(bf16, 192, head_dim_v=128), arch)
+    yield bwd_spec(problem(bf16, 100, access=Access.ELEMENT), arch)
+
+
+def _in_fp32(arch: str) -> Iterator[KernelSpec]:
+    """Yield TF32 products, and fp16 parts wherever they serve."""
+    fp32 = Dtype.FP32
+    for dim in (64, 128, 256):
+        yield bwd_spec(problem(fp32, dim), arch)
+    for dim in (16, 64, 80, 128):
+        yield bwd_spec(problem(fp32, dim, numerics=Numerics.F16X3), arch)
+    for dim in (64, 128):
+        causal = problem(fp32, dim, numerics=Numerics.F16X3)
+        yield bwd_spec(replace(causal, mask=MaskKind.FULL), arch)
+        yield bwd_spec(causal, arch, deterministic=True)
+        for features in BACKWARD_FEATURES:
+            asked = backward_in_halves(problem(fp32, dim, **features))
+            if asked is not None:
+                yield bwd_spec(asked, arch)

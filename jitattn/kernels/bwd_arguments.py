@@ -1,0 +1,101 @@
+"""Arguments of the backward kernels: those of the forward kernel (`fwd_arguments.py`), and more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from jitattn.kernels.fwd_arguments import FWD_STRUCTS, FWD_TABLES, SCALED, fwd_arguments
+from jitattn.spec.arguments import Argument, ArgumentStruct, ArgumentTable, strides
+
+if TYPE_CHECKING:
+    from jitattn.spec.kernel_spec import Problem
+
+#: What a backward kernel reads beside the parameters of its forward kernel, of which it leaves
+#: out `out`, `lse` and those of splits.
+BWD: Final = ArgumentStruct(
+    "BwdParams",
+    (
+        Argument("d_out", "const void*", "[B, Lq, Hq, Dv], dtype of q"),
+        Argument(
+            "lse_log2",
+            "const float*",
+            "[B, Hq, Lq] or, ragged, [Hq, total]: log2(e) LSE; +inf for blind rows",
+        ),
+        Argument("delta", "const float*", "likewise: rowsum(dO * O) - dLSE"),
+        Argument(
+            "sink_rest",
+            "const float*",
+            "likewise: part of the weights that a sink leaves to the keys",
+        ),
+        Argument(
+            "d_out_scale",
+            "const float*",
+            "[2]: by which dO and delta are scaled, and its inverse; null: 1",
+        ),
+        Argument(
+            "dq_sum",
+            "float*",
+            "dQ / scale, zeroed; in fragment order, or as q. bwd_scores.cuh: the gradient of "
+            "the bias; or, zeroed, [2, B, Hq, Lq + Lkv]",
+        ),
+        Argument("dk", "void*", "[B, Lkv, Hkv, D]; in parts: fp32, and unscaled"),
+        Argument("dv", "void*", "[B, Lkv, Hkv, Dv]; likewise"),
+        Argument(
+            "turns",
+            "int32_t*",
+            "[B, Hq, num_q_tiles], zeroed: key blocks that have added; null: any",
+        ),
+        *strides("d_out", "batch", "row", "head"),
+        *strides("dk", "batch", "row", "head"),
+        *strides("dv", "batch", "row", "head"),
+        *strides("dk", "split"),
+        *strides("dv", "split"),
+        Argument(
+            "dq_stride_batch",
+            "int64_t",
+            "of dq_sum as q; in fragment order, of batch and head",
+        ),
+        *strides("dq", "row", "head"),
+        Argument("stat_stride_batch", "int64_t", "of lse_log2 and delta"),
+        *strides("stat", "head"),
+        Argument("num_kv_tiles", "int32_t", "of the longest sequence"),
+        Argument("num_q_splits", "int32_t", "CTAs that share the query tiles of a key block"),
+        Argument(
+            "in_parts",
+            "int32_t",
+            "dk and dv are fp32 parts of splits and sequences: 1 written, 2 added to",
+        ),
+        Argument("first_q_tile", "int32_t", "of this launch"),
+        Argument("end_q_tile", "int32_t"),
+        Argument("scale", "float", "|scale|"),
+        Argument(
+            "target_batch",
+            "int32_t",
+            "bwd_scores.cuh: batches and heads of the gradient, 1 or B and 1 or Hq",
+        ),
+        Argument("target_heads", "int32_t"),
+    ),
+    base="Base",
+)
+
+#: And where operands are fp16 parts.
+BWD_SCALED: Final = ArgumentStruct(
+    "BwdScaledParams",
+    (Argument("d_out_part_scale", "const float*", "[B, Hq, ceil(Lq / 64)], contiguous"),),
+    base="BwdParams<Base>",
+)
+
+BWD_STRUCTS: Final = (*FWD_STRUCTS, BWD, BWD_SCALED)
+_TABLES: Final = {
+    forward: forward.extended(BWD, BWD_SCALED)
+    if SCALED in forward.structs
+    else forward.extended(BWD)
+    for forward in FWD_TABLES
+}
+#: Every parameter struct of the backward kernels.
+BWD_TABLES: Final = tuple(_TABLES.values())
+
+
+def bwd_arguments(problem: Problem) -> ArgumentTable:
+    """Return the arguments of a backward kernel of a problem."""
+    return _TABLES[fwd_arguments(problem)]

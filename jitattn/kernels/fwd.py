@@ -1,0 +1,197 @@
+"""The forward kernel: its spec, and which of its kernels calls need."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from jitattn.kernels.fwd_arguments import FWD_STRUCTS, FWD_TABLES, fwd_arguments
+from jitattn.kernels.matrix import (
+    ALL_DIMS,
+    FEATURES,
+    LAYOUTS,
+    MODEL_DIMS,
+    masks_of,
+    problem,
+    problems_in_8_bits,
+    problems_in_halves,
+)
+from jitattn.kernels.operands import problem_in_8_bits, problem_in_halves
+from jitattn.kernels.problem_spec import ProblemSpec
+from jitattn.kernels.quantize import specs_of_rounding
+from jitattn.kernels.split_halves import split_spec
+from jitattn.kernels.tiles import Tile, choose_tile, smem_bytes
+from jitattn.spec.arguments import ArgumentStruct, ArgumentTable
+from jitattn.spec.enums import (
+    Access,
+    Dtype,
+    MaskKind,
+    MatrixSize,
+    Numerics,
+    RowClass,
+    SeqLayout,
+    Switch,
+)
+from jitattn.spec.kernel_spec import KernelSpec, Problem
+from jitattn.values.gears import FAST_HALVES_ARCHS, resolve_numerics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FwdSpec(ProblemSpec):
+    """The forward kernel."""
+
+    family: ClassVar[str] = "fwd"
+    problem: Problem
+    tile: Tile
+    arch: str  #: "sm_80", "sm_90" …
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a CTA."""
+        return self.tile.num_threads
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a CTA."""
+        return smem_bytes(self.problem, self.tile)
+
+    @property
+    def arguments(self) -> ArgumentTable:
+        """The parameter struct of this kernel."""
+        return fwd_arguments(self.problem)
+
+    @property
+    def structs(self) -> tuple[ArgumentStruct, ...]:
+        """Structs of the generated header."""
+        return FWD_STRUCTS
+
+    @classmethod
+    def tables(cls) -> tuple[ArgumentTable, ...]:
+        """Return the parameter structs that kernels of this family have."""
+        return FWD_TABLES
+
+    def to_choice(self) -> dict[str, str | int]:
+        """Return the choice that stands for exactly this kernel: its row class decides the tile."""
+        same = (row for row in RowClass if fwd_spec(self.problem, self.arch, row) == self)
+        return {**ProblemSpec.to_choice(self), "rows": next(same, RowClass.MANY).name.lower()}
+
+    @classmethod
+    def of_calls(
+        cls,
+        problem: Problem,
+        gear: int | None,
+        arch: str,
+        rows: Sequence[RowClass],
+        **options: Any,  # noqa: ANN401 - there are none
+    ) -> Iterator[KernelSpec]:
+        """Yield every kernel that calls of a gear can need; the GPU and the lengths decide."""
+        del options
+        problem = listed_problem(problem)
+        numerics = {problem.numerics}
+        if gear is not None and arch in FAST_HALVES_ARCHS:
+            numerics.add(resolve_numerics(gear, problem.dtype, has_fast_halves=True))
+        for one, row in itertools.product(sorted(numerics), rows):
+            yield fwd_spec(replace(problem, numerics=one), arch, row)
+        if gear is not None and RowClass.MANY in rows:
+            yield from specs_for_gear(problem, gear, arch)
+
+    @classmethod
+    def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
+        """Yield the specs that the compile matrix has of this family."""
+        if size is MatrixSize.FULL:
+            masks = (MaskKind.FULL, MaskKind.CAUSAL)
+            for dtype, rows, mask, dim in itertools.product(Dtype, RowClass, masks, ALL_DIMS):
+                yield fwd_spec(problem(dtype, dim, mask), arch, rows)
+        if size >= MatrixSize.TUNED:
+            yield from _rows_of_tables(arch)
+            yield from _gears(arch)
+        yield from _short(arch)
+
+
+def fwd_spec(problem: Problem, arch: str, rows: RowClass) -> FwdSpec:
+    """Return the whole spec of the forward kernel of `problem` on `arch`."""
+    return FwdSpec(problem=problem, tile=choose_tile(problem, arch, rows), arch=arch)
+
+
+def listed_problem(problem: Problem) -> Problem:
+    """Return a problem with lists of blocks for a pattern that only backward kernels compute."""
+    if problem.mask is MaskKind.FINE_STRIDE:
+        return replace(problem, mask=MaskKind.BLOCK_LISTS)
+    return problem
+
+
+def specs_for_gear(problem: Problem, gear: int, arch: str) -> list[KernelSpec]:
+    """Return every kernel by which calls of a gear can have prepared operands: lengths decide."""
+    in_8_bits = problem_in_8_bits(problem, arch) if gear == 4 else None
+    if in_8_bits is not None:
+        return [*specs_of_rounding(in_8_bits, arch), fwd_spec(in_8_bits, arch, RowClass.MANY)]
+    in_halves = problem_in_halves(problem)
+    if in_halves is not None:
+        return [split_spec(in_halves, arch), fwd_spec(in_halves, arch, RowClass.MANY)]
+    return []
+
+
+def _rows_of_tables(arch: str) -> Iterator[KernelSpec]:
+    """Yield every row of the tile tables, the head dims of models, layouts, masks and the like."""
+    for dtype in (Dtype.BF16, Dtype.FP32):
+        for rows in RowClass:
+            # The last head dim of a run of equal tiles needs the most registers and shared memory.
+            largest = {}
+            for dim in ALL_DIMS:
+                spec = fwd_spec(problem(dtype, dim), arch, rows)
+                largest[spec.tile] = spec
+            yield from largest.values()
+    for dim in MODEL_DIMS:
+        yield fwd_spec(problem(Dtype.BF16, dim), arch, RowClass.MANY)
+    for (q_layout, kv_layout), dim, rows in itertools.product(LAYOUTS, (64, 128), RowClass):
+        pair = problem(Dtype.BF16, dim, q_layout=q_layout, kv_layout=kv_layout)
+        yield fwd_spec(pair, arch, rows)
+    for features in FEATURES:
+        for dim, rows in ((64, RowClass.MANY), (128, RowClass.MANY), (128, RowClass.ROWS16)):
+            yield fwd_spec(problem(Dtype.BF16, dim, **features), arch, rows)
+
+
+def _gears(arch: str) -> Iterator[KernelSpec]:
+    """Yield numerics of no default gear; fp16 accumulators where a call can get them."""
+    many, ragged = RowClass.MANY, SeqLayout.RAGGED
+    kinds = [(Dtype.BF16, Numerics.SPLIT_P), (Dtype.FP32, Numerics.TF32)]
+    if arch in ("sm_86", "sm_89"):
+        kinds.append((Dtype.FP16, Numerics.F16_ACC))
+    for dtype, numerics in kinds:
+        for dim in (64, 128, 192, 256):
+            yield fwd_spec(problem(dtype, dim, numerics=numerics), arch, many)
+        causal = problem(dtype, 128, numerics=numerics)
+        for mask in (MaskKind.FULL, MaskKind.WINDOW):
+            yield fwd_spec(replace(causal, mask=mask), arch, many)
+        yield fwd_spec(replace(causal, q_layout=ragged, kv_layout=ragged), arch, many)
+        for rows in (RowClass.ROWS16, RowClass.ROWS64):
+            yield fwd_spec(causal, arch, rows)
+    for in_8_bits in problems_in_8_bits(arch):
+        yield fwd_spec(in_8_bits, arch, many)
+    for in_halves in problems_in_halves():
+        if in_halves.head_dim != in_halves.head_dim_v:
+            yield fwd_spec(in_halves, arch, many)
+            continue
+        for masked in masks_of(in_halves):
+            yield fwd_spec(masked, arch, many)
+        if in_halves.head_dim in (64, 128):
+            full = replace(in_halves, mask=MaskKind.FULL, key_padding=Switch.ON)
+            yield fwd_spec(full, arch, many)
+
+
+def _short(arch: str) -> Iterator[KernelSpec]:
+    many, bf16 = RowClass.MANY, Dtype.BF16
+    for dim in (64, 128):
+        yield fwd_spec(problem(bf16, dim), arch, many)
+        yield fwd_spec(problem(bf16, dim, MaskKind.FULL), arch, many)
+    for rows in (RowClass.ROWS16, RowClass.ROWS64):
+        yield fwd_spec(problem(bf16, 128), arch, rows)
+    yield fwd_spec(problem(Dtype.FP16, 128), arch, many)
+    yield fwd_spec(problem(Dtype.FP32, 128), arch, many)
+    yield fwd_spec(problem(bf16, 128, out_dtype=Dtype.FP32), arch, many)
+    yield fwd_spec(problem(bf16, 192, head_dim_v=128), arch, many)
+    for dim in (7, 128):
+        yield fwd_spec(problem(bf16, dim, access=Access.ELEMENT), arch, many)
+    yield fwd_spec(problem(Dtype.FP32, 33, access=Access.ELEMENT), arch, many)

@@ -1,0 +1,117 @@
+"""Problems of the compile matrix, which several families have kernels for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Final
+
+from jitattn.kernels.operands import HEAD_DIMS, problem_in_8_bits
+from jitattn.spec.enums import BiasKind, Dtype, MaskKind, Numerics, SeqLayout, Staging, Switch
+from jitattn.spec.kernel_spec import Problem
+from jitattn.values.gears import resolve_numerics
+
+#: Head dims of real models; together with the largest of each tile row they are the matrix.
+MODEL_DIMS: Final = (40, 64, 72, 80, 96, 112, 128, 160, 192, 256)
+ALL_DIMS: Final = tuple(range(16, 257, 16))
+#: Where the sequences of q, and of k and v, lie, beside batched.
+LAYOUTS: Final = (
+    (SeqLayout.RAGGED, SeqLayout.RAGGED),
+    (SeqLayout.BATCHED, SeqLayout.PAGED),
+    (SeqLayout.RAGGED, SeqLayout.PAGED),
+    (SeqLayout.BATCHED, SeqLayout.PAGED16),
+)
+#: Masks, biases and the like: each alone, and two that meet in models.
+FEATURES: Final[tuple[dict[str, Any], ...]] = (
+    {"mask": MaskKind.WINDOW},
+    {"mask": MaskKind.LOCAL_STRIDE},
+    {"mask": MaskKind.WINDOW, "sinks": Switch.ON},
+    {"mask": MaskKind.WINDOW, "softcap": Switch.ON},
+    {"mask": MaskKind.WINDOW, "kv_layout": SeqLayout.PAGED16},
+    {"bias": BiasKind.SAME},
+    {"bias": BiasKind.FP32},
+    {"relative_bias": Switch.ON},
+    {"alibi": Switch.ON},
+    {"bias": BiasKind.SAME, "bias_staged": Staging.ROW},
+    {"bias": BiasKind.SAME, "bias_staged": Staging.MATRIX},
+    {"bias": BiasKind.FP32, "bias_staged": Staging.MATRIX},
+    {"mask": MaskKind.FULL, "key_padding": Switch.ON},
+    {"mask": MaskKind.FULL, "dense": Switch.ON},
+    {"dense": Switch.ON, "dense_staged": Staging.MATRIX},
+    {"dropout": Switch.ON},
+    {"fixed_shift": Switch.ON},
+    {"mask": MaskKind.BLOCK_LISTS},
+    {"mask": MaskKind.BLOCK_LISTS, "kv_layout": SeqLayout.PAGED},
+    {"mask": MaskKind.BLOCK_LISTS, "kv_layout": SeqLayout.PAGED16},
+    {"mask": MaskKind.BLOCK_LISTS, "dropout": Switch.ON},
+)
+#: The same of backward kernels.
+BACKWARD_FEATURES: Final[tuple[dict[str, Any], ...]] = (
+    {"mask": MaskKind.WINDOW},
+    {"mask": MaskKind.LOCAL_STRIDE},
+    {"mask": MaskKind.FINE_STRIDE},
+    {"mask": MaskKind.BLOCK_LISTS},
+    {"q_layout": SeqLayout.RAGGED, "kv_layout": SeqLayout.RAGGED},
+    {"bias": BiasKind.SAME},
+    {"bias": BiasKind.FP32},
+    {"relative_bias": Switch.ON, "alibi": Switch.ON},
+    {"softcap": Switch.ON},
+    {"mask": MaskKind.FULL, "key_padding": Switch.ON},
+    {"mask": MaskKind.FULL, "dense": Switch.ON},
+    {"dropout": Switch.ON},
+    {"sinks": Switch.ON},
+    {"kv_layout": SeqLayout.PAGED},
+)
+_POSITIONAL: Final = (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE)
+
+
+def problem(
+    dtype: Dtype,
+    head_dim: int,
+    mask: MaskKind = MaskKind.CAUSAL,
+    **other: Any,  # noqa: ANN401 - of whatever type the field is
+) -> Problem:
+    """Return a problem with the default numerics; `other` sets further fields."""
+    return Problem(
+        **{
+            "dtype": dtype,
+            "out_dtype": dtype,
+            "head_dim": head_dim,
+            "head_dim_v": head_dim,
+            "mask": mask,
+            "numerics": resolve_numerics(None, dtype),
+            **other,
+        }
+    )
+
+
+def problems_in_8_bits(arch: str) -> Iterator[Problem]:
+    """Yield the problems of gear 4 that have kernels in 8 bits on `arch`."""
+    bf16, fp16 = Dtype.BF16, Dtype.FP16
+    asked = [problem(bf16, dim, mask) for dim in HEAD_DIMS for mask in _POSITIONAL]
+    asked += [problem(fp16, 128), problem(fp16, 128, head_dim_v=64)]
+    in_pages = (SeqLayout.PAGED, SeqLayout.PAGED16)
+    for kv_layout, masks in (
+        (SeqLayout.RAGGED, (MaskKind.CAUSAL, MaskKind.WINDOW)),
+        *((layout, _POSITIONAL) for layout in in_pages),
+    ):
+        layouts = {"q_layout": SeqLayout.RAGGED, "kv_layout": kv_layout}
+        asked += [problem(bf16, dim, mask, **layouts) for dim in HEAD_DIMS for mask in masks]
+    for one in asked:
+        in_8_bits = problem_in_8_bits(one, arch)
+        if in_8_bits is not None:
+            yield in_8_bits
+
+
+def problems_in_halves() -> Iterator[Problem]:
+    """Yield problems of fp32 inputs as fp16 parts, one for each split kernel."""
+    for numerics, dim in itertools.product((Numerics.F16X3, Numerics.F16X1), (16, 64, 80, 128)):
+        yield problem(Dtype.FP32, dim, numerics=numerics)
+    yield problem(Dtype.FP32, 128, head_dim_v=64, numerics=Numerics.F16X3)
+
+
+def masks_of(asked: Problem) -> Iterator[Problem]:
+    """Yield a problem with every mask of positions."""
+    for mask in _POSITIONAL:
+        yield replace(asked, mask=mask)

@@ -1,0 +1,209 @@
+"""Argument tables: one declaration of a kernel's parameter struct, for the host and the device.
+
+A kernel takes one struct by value. Its table names each field once, with C++ type and meaning: the
+C++ struct of the generated header is rendered from it, and a launch packs named values by it.
+8-byte fields lie before 4-byte ones, in whatever order they are declared, so that neither side pads
+between fields; the end is padded to a multiple of 8 bytes. A struct may extend another, as in C++.
+
+Meanings are not rendered: a reworded one makes no other kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import struct
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from jitattn.errors import InternalError, LaunchError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+#: Format letters of `struct`; every pointer is "Q".
+_CODES: Final = {"int64_t": "q", "int32_t": "i", "uint32_t": "I", "float": "f"}
+_BYTES: Final = {"Q": 8, "q": 8, "i": 4, "I": 4, "f": 4}
+#: Parameters of a kernel, as far as every driver takes them.
+MAX_BYTES: Final = 4096
+
+
+class Argument(NamedTuple):
+    """A field of a parameter struct."""
+
+    name: str
+    type: str  #: in C++: a pointer, int64_t, int32_t, uint32_t or float
+    meaning: str = ""
+
+    @property
+    def is_address(self) -> bool:
+        """Whether it is a pointer."""
+        return self.type.endswith("*")
+
+    @property
+    def code(self) -> str:
+        """Format letter of `struct`."""
+        return "Q" if self.is_address else _CODES[self.type]
+
+
+def strides(tensor: str, *dimensions: str) -> tuple[Argument, ...]:
+    """Return the fields for strides of a tensor, in elements."""
+    return tuple(Argument(f"{tensor}_stride_{one}", "int64_t") for one in dimensions)
+
+
+@dataclass(frozen=True, slots=True)
+class ArgumentStruct:
+    """A struct of the generated header; `Base` in the name of its base makes it a template."""
+
+    name: str
+    fields: tuple[Argument, ...]  #: in any order that reads well
+    base: str = ""
+
+    @property
+    def in_order(self) -> tuple[Argument, ...]:
+        """The fields as they lie in memory: the wide ones first, else as declared."""
+        return tuple(sorted(self.fields, key=lambda field: -_BYTES[field.code]))
+
+    @property
+    def format(self) -> str:
+        """Format of `struct`, with the padding at the end."""
+        codes = "".join(field.code for field in self.in_order)
+        return codes + "4x" * (sum(_BYTES[code] for code in codes) // 4 % 2)
+
+    def render(self) -> list[str]:
+        """Return the lines of the C++ struct."""
+        template = ["template <class Base>"] if "Base" in self.base else []
+        head = f"struct {self.name} : {self.base} {{" if self.base else f"struct {self.name} {{"
+        return [*template, head, *(f"  {one.type} {one.name};" for one in self.in_order), "};"]
+
+
+class ArgumentTable:
+    """The arguments of a kernel: a struct with all that it extends, from the root."""
+
+    def __init__(self, *structs: ArgumentStruct) -> None:
+        self.structs: Final = structs
+        self.fields: Final = tuple(field for one in structs for field in one.in_order)
+        self.names: Final = tuple(field.name for field in self.fields)
+        self._struct: Final = struct.Struct("=" + "".join(one.format for one in structs))
+        self.size: Final = self._struct.size
+        self._take: Final = operator.itemgetter(*self.names)
+        repeated = _repeated(self.names)
+        if repeated or self.size > MAX_BYTES:
+            raise InternalError(f"{self.name} has {self.size} bytes, and {repeated} twice")
+
+    @property
+    def name(self) -> str:
+        """Name of the last struct."""
+        return self.structs[-1].name
+
+    def extended(self, *structs: ArgumentStruct) -> ArgumentTable:
+        """Return the table of a struct that extends this one."""
+        return ArgumentTable(*self.structs, *structs)
+
+    def pack_into(self, buffer: Any, named: Mapping[str, float]) -> None:  # noqa: ANN401
+        """Write all arguments at the start of a buffer.
+
+        Raises
+        ------
+        LaunchError
+            An argument is missing or unknown.
+        """
+        if len(named) != len(self.names):
+            self._check(tuple(named))
+        try:
+            values = self._take(named)
+        except KeyError:
+            self._check(tuple(named))
+            raise
+        self._struct.pack_into(buffer, 0, *values)
+
+    def pack(self, named: Mapping[str, float]) -> bytes:
+        """Return all arguments as bytes; errors as of `pack_into`."""
+        buffer = bytearray(self.size)
+        self.pack_into(buffer, named)
+        return bytes(buffer)
+
+    def layout(self, constant: Mapping[str, float], varying: Sequence[str]) -> Layout:
+        """Pack the constant arguments, and find where those that change from call to call go.
+
+        Raises
+        ------
+        LaunchError
+            An argument is missing, unknown or given twice.
+        """
+        self._check((*constant, *varying))
+        template = self.pack({**dict.fromkeys(varying, 0), **constant})
+        offsets = self.offsets()
+        runs: list[tuple[Any, int, int, int]] = []
+        codes, begin, first = "", 0, 0
+        ordered = [name for name in self.names if name not in constant]
+        for idx, name in enumerate(ordered):
+            offset, code = offsets[name]
+            if codes and offset != begin + struct.calcsize("=" + codes):
+                runs.append((struct.Struct("=" + codes).pack_into, begin, first, idx))
+                codes = ""
+            if not codes:
+                begin, first = offset, idx
+            codes += code
+        if codes:
+            runs.append((struct.Struct("=" + codes).pack_into, begin, first, len(ordered)))
+        return Layout(template, tuple(runs), tuple(map(tuple(varying).index, ordered)))
+
+    def offsets(self) -> dict[str, tuple[int, str]]:
+        """Return offset in bytes and format letter of every argument."""
+        found: dict[str, tuple[int, str]] = {}
+        begin = 0
+        for one in self.structs:
+            offset = begin
+            for field in one.in_order:
+                found[field.name] = offset, field.code
+                offset += _BYTES[field.code]
+            begin += struct.calcsize("=" + one.format)
+        return found
+
+    def _check(self, given: tuple[str, ...]) -> None:
+        missing, unknown = set(self.names) - set(given), set(given) - set(self.names)
+        doubled = _repeated(given)
+        if missing or unknown or doubled:
+            raise LaunchError(
+                f"arguments of {self.name}: missing {sorted(missing)}, unknown {sorted(unknown)}, "
+                f"given twice {doubled}; this is a fault of jitattn, please report it"
+            )
+
+
+class Layout(NamedTuple):
+    """A parameter struct with its constant fields filled in, and where the others go."""
+
+    template: bytes
+    #: Neighbours among the varying fields: a packer, its offset, and which of the values it takes.
+    runs: tuple[tuple[Any, int, int, int], ...]
+    order: tuple[int, ...]  #: place among the names as they were given, by place in the struct
+
+    def fill(self, buffer: Any, values: Sequence[float]) -> None:  # noqa: ANN401
+        """Write the varying fields, in the order of the struct, where they go."""
+        for pack_into, offset, first, end in self.runs:
+            pack_into(buffer, offset, *values[first:end])
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
+#: The left bound of a window that has none.
+NO_LEFT: Final = -(2**30)
+
+
+@functools.cache
+def divisor(number: int) -> tuple[int, int]:
+    """Return `fast_divisor`, remembered."""
+    return fast_divisor(number)
+
+
+def fast_divisor(divisor: int) -> tuple[int, int]:
+    """Multiplier and shift with n // divisor == (mulhi(n, mul) + n) >> shift for 0 <= n < 2**31.
+
+    Granlund and Montgomery, "Division by invariant integers using multiplication", 1994.
+    """
+    shift = (divisor - 1).bit_length()
+    return ((1 << 32) * ((1 << shift) - divisor)) // divisor + 1, shift
