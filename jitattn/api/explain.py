@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jitattn.api.attention import bind
+from jitattn.jit import backend
 from jitattn.jit.device import device
 from jitattn.kernels.bwd_tiles import bwd_spec
 from jitattn.request.layouts import parse_any
@@ -145,7 +146,7 @@ def explain(
             why=(why,),
         )
     of_kernel = prepared.problem_of(problem, runtime, call, q.device.index) or problem
-    with torch.cuda.device(q.device):
+    with backend.active.on_device(q.device):
         chosen = plan(of_kernel, runtime, q.device.index, num_splits, call.tile_rows)
     built = chosen.kernel.built
     backward: dict[str, str | int] = {}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jitattn.cpu.vector_math import settle_vml
 from jitattn.errors import InternalError, InvalidInputError, UnsupportedError
+from jitattn.jit import backend
 from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel
 from jitattn.request.problem import axes
@@ -235,7 +236,7 @@ def _merge_cuda(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Te
     num_rows = batch * heads * len_q
     if num_rows:
         index = parts.get_device()
-        with torch.cuda.device(index):
+        with backend.active.on_device(index):
             spec = MergeSpec(
                 dtype=DTYPES[parts.dtype],
                 out_dtype=DTYPES[out_dtype],
@@ -244,7 +245,7 @@ def _merge_cuda(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Te
             )
             loaded_kernel(spec, index).launch(
                 -(-num_rows // _ROWS),
-                torch._C._cuda_getCurrentRawStream(index),
+                backend.active.stream(index),
                 parts.data_ptr(),
                 lses.data_ptr(),
                 out.data_ptr(),
@@ -275,7 +276,7 @@ def _merge_grad_cuda(
     num_rows = batch * heads * len_q
     if num_rows:
         index = parts.get_device()
-        with torch.cuda.device(index):
+        with backend.active.on_device(index):
             spec = MergeGradSpec(
                 dtype=DTYPES[parts.dtype],
                 out_dtype=DTYPES[out.dtype],
@@ -284,7 +285,7 @@ def _merge_grad_cuda(
             )
             loaded_kernel(spec, index).launch(
                 -(-num_rows // _ROWS),
-                torch._C._cuda_getCurrentRawStream(index),
+                backend.active.stream(index),
                 parts.data_ptr(),
                 lses.data_ptr(),
                 out.data_ptr(),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from jitattn.errors import UnsupportedError
+from jitattn.jit import backend
 from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel
 from jitattn.kernels.bwd_tiles import bwd_spec, dq_spec, score_grad_spec, specs_of_backward
@@ -119,7 +120,7 @@ def run_backward(
     dk, dv = like(k, memory_format=dense), like(v, memory_format=dense)
     dq = (torch.zeros_like if is_empty else torch.empty_like)(q, memory_format=dense)
     found = Gradients(dq, dk, dv)
-    with torch.cuda.device(q.get_device()):
+    with backend.active.on_device(q.get_device()):
         if is_empty:
             zeros = {
                 name: torch.zeros_like(getattr(call.scores, name), memory_format=dense)
@@ -133,7 +134,7 @@ def run_backward(
         if needs_copy or (problem.access is Access.VEC16 and not _aligned(d_out)):
             d_out = d_out.clone(memory_format=dense)  # contiguous() would keep an odd address
         index = q.get_device()
-        stream = torch._C._cuda_getCurrentRawStream(index)
+        stream = backend.active.stream(index)
         arch = device(index).arch
         whole = Pass(
             q,
@@ -254,7 +255,7 @@ def _row_stats(
     num_rows = rows.batch * rows.heads * rows.length
     loaded_kernel(spec, index).launch(
         -(-num_rows * spec.lanes // spec.num_threads),
-        torch._C._cuda_getCurrentRawStream(index),
+        backend.active.stream(index),
         out.data_ptr(),
         d_out.data_ptr(),
         lse.data_ptr(),

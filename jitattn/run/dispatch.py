@@ -7,7 +7,6 @@ reports it. The way down is: problem → row class and packing → spec → kern
 from __future__ import annotations
 
 import math
-import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from jitattn.errors import (
     LaunchError,
     UnsupportedError,
 )
-from jitattn.jit import launch
+from jitattn.jit import backend, launch
 from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel
 from jitattn.kernels.tiles import choose_splits, fwd_spec, heads_per_tile, merge_cost
@@ -235,7 +234,7 @@ def _blocks_seen(problem: Problem, runtime: Runtime, kernel: _FwdKernel) -> int:
 
 def _load(problem: Problem, rows: RowClass, device_index: int) -> _FwdKernel:
     here = device(device_index)
-    if not torch.cuda.is_current_stream_capturing():
+    if not backend.active.is_capturing():
         workspace.prepare(device_index)
     spec = fwd_spec(problem, here.arch, rows)
     kernel = loaded_kernel(spec, device_index)
@@ -260,10 +259,10 @@ def _run_cuda(
             lse.fill_(float("-inf"))
     if runtime.batch * runtime.heads_q * runtime.len_q:
         device_index = q.get_device()
-        if device_index == torch._C._cuda_getDevice():
+        if device_index == backend.active.current_device():
             _launch(q, k, v, out, lse, problem, runtime, call, device_index)
         else:
-            with torch.cuda.device(device_index):
+            with backend.active.on_device(device_index):
                 _launch(q, k, v, out, lse, problem, runtime, call, device_index)
     return out if lse is None else (out, lse)
 
@@ -292,7 +291,7 @@ def has_duals(tensors: Iterable[Tensor | None]) -> bool:
 
 def check_cuda() -> None:
     """Refuse a process that cannot use its GPU."""
-    if torch.cuda._is_in_bad_fork():
+    if backend.active.is_in_bad_fork():
         raise LaunchError(
             "this process was forked from one that had used CUDA, which does not survive that; "
             "start worker processes with the 'spawn' start method"
@@ -330,7 +329,7 @@ def _launch(
     kernel, _, packed, num_q_tiles, splits, num_slots, num_ctas, block_q = plan(
         problem, runtime, device_index, call.num_splits, call.tile_rows
     )
-    stream = torch._C._cuda_getCurrentRawStream(device_index)
+    stream = backend.active.stream(device_index)
     batch, len_q, heads_q = runtime.batch, runtime.len_q, runtime.heads_q
     indices = runtime.indices
     is_flat = indices is not None and indices.is_flat
@@ -419,11 +418,9 @@ def specs_of_problem(problem: Problem, arch: str) -> list[KernelSpec]:
 
 
 def forget_kernels() -> None:
-    """Forget which kernels calls have got: in a forked child, and in tests."""
+    """Forget the loaded kernels of calls: with another backend, in a forked child, in tests."""
     _fwd_kernels.clear()
     launch.unload_all()
 
 
-if hasattr(os, "register_at_fork"):
-    # A child cannot use kernels that its parent loaded.
-    os.register_at_fork(after_in_child=forget_kernels)
+backend.on_change(forget_kernels)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from jitattn.errors import InternalError
+from jitattn.jit import backend
 from jitattn.jit.get_kernel import loaded_kernel
 from jitattn.spec.enums import Dtype, SeqLayout
 from jitattn.spec.kernel_spec import ScatterSpec, SumPartsSpec
@@ -138,7 +139,7 @@ def combine(
         Address of another factor, or 0.
     """
     index = gradient.get_device()
-    stream = torch._C._cuda_getCurrentRawStream(index)
+    stream = backend.active.stream(index)
     dim = gradient.shape[-1]
     num_rows = gradient.numel() // dim
     num_threads = num_rows * -(-dim // 4)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from jitattn.jit import backend
 from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel, on_gpu
 from jitattn.request.norm import RowOrder
@@ -39,7 +40,7 @@ def normalized(q: Tensor, k: Tensor, norm: L2Norm, call: Call) -> tuple[Tensor, 
         scale = None if norm.head_scale is None else norm.head_scale.contiguous()
         loaded_kernel(spec, index).launch(
             -(-(slices_q + slices_k) * spec.lanes // spec.num_threads),
-            torch._C._cuda_getCurrentRawStream(index),
+            backend.active.stream(index),
             q.data_ptr(),
             k.data_ptr(),
             q_out.data_ptr(),
@@ -101,7 +102,7 @@ def normalized_grad(
             )
             loaded_kernel(spec, index).launch(
                 -(-num_slices * spec.lanes // spec.num_threads),
-                torch._C._cuda_getCurrentRawStream(index),
+                backend.active.stream(index),
                 x.data_ptr(),
                 d_y.data_ptr(),
                 dx.data_ptr(),

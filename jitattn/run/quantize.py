@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from jitattn.errors import UnsupportedError
-from jitattn.jit import launch
+from jitattn.jit import backend, launch
 from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel
 from jitattn.kernels.prepare_specs import (
@@ -92,7 +92,7 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, problem: Problem, runtime: Runtime
         More CTAs are needed than a grid has.
     """
     index = q.get_device()
-    stream = torch._C._cuda_getCurrentRawStream(index)
+    stream = backend.active.stream(index)
     batch, dim = runtime.batch, problem.head_dim
     heads_q, heads_kv = runtime.heads_q, runtime.heads_kv
     len_q, len_kv = runtime.len_q, runtime.len_kv

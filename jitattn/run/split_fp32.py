@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from jitattn.errors import UnsupportedError
-from jitattn.jit import launch
+from jitattn.jit import backend, launch
 from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel
 from jitattn.kernels.bwd_tiles import backward_problem
@@ -109,7 +109,7 @@ def split(
         More CTAs are needed than a grid has.
     """
     index = q.get_device()
-    stream = torch._C._cuda_getCurrentRawStream(index)
+    stream = backend.active.stream(index)
     batch, heads_q, heads_kv = runtime.batch, runtime.heads_q, runtime.heads_kv
     len_q, len_kv = runtime.len_q, runtime.len_kv
     spec = split_spec(problem, device(index).arch, gradients=d_out is not None)
