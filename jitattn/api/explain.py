@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jitattn.api.attention import bind
+from jitattn.jit import backend
 from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel
 from jitattn.kernels.bwd import bwd_spec
@@ -149,7 +150,7 @@ def explain(
             backward={},
             why=(why,),
         )
-    with torch.cuda.device(q.device):
+    with backend.active.on_device(q.device):
         here = LoadedDevice(q.device.index)
         planned = forward(problem, runtime, call, (0, 0, 0), None, here)
         kernel = loaded_kernel(planned.tiling.spec, q.device.index)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jitattn.cpu.vector_math import settle_vml
 from jitattn.errors import InternalError, InvalidInputError, UnsupportedError
+from jitattn.jit import backend
 from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel
 from jitattn.kernels.merge import MergeGradSpec, MergeSpec
@@ -235,7 +236,7 @@ def _merge_cuda(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Te
     num_rows = batch * heads * len_q
     if num_rows:
         index = parts.get_device()
-        with torch.cuda.device(index):
+        with backend.active.on_device(index):
             spec = MergeSpec(
                 dtype=DTYPES[parts.dtype],
                 out_dtype=DTYPES[out_dtype],
@@ -244,7 +245,7 @@ def _merge_cuda(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Te
             )
             loaded_kernel(spec, index).launch(
                 -(-num_rows // _ROWS),
-                torch._C._cuda_getCurrentRawStream(index),
+                backend.active.stream(index),
                 part_stride_part=parts.stride(0),
                 part_stride_batch=parts.stride(1),
                 part_stride_row=parts.stride(2),
@@ -280,7 +281,7 @@ def _merge_grad_cuda(
     num_rows = batch * heads * len_q
     if num_rows:
         index = parts.get_device()
-        with torch.cuda.device(index):
+        with backend.active.on_device(index):
             spec = MergeGradSpec(
                 dtype=DTYPES[parts.dtype],
                 out_dtype=DTYPES[out.dtype],
@@ -289,7 +290,7 @@ def _merge_grad_cuda(
             )
             loaded_kernel(spec, index).launch(
                 -(-num_rows // _ROWS),
-                torch._C._cuda_getCurrentRawStream(index),
+                backend.active.stream(index),
                 part_stride_part=parts.stride(0),
                 part_stride_batch=parts.stride(1),
                 part_stride_row=parts.stride(2),

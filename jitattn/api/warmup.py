@@ -12,7 +12,7 @@ import torch
 from jitattn.api.apply_rotary import rotary_specs
 from jitattn.api.attention import bind
 from jitattn.errors import InvalidInputError, UnsupportedError
-from jitattn.jit import build, launch
+from jitattn.jit import backend, build
 from jitattn.jit.device import device as device_of
 from jitattn.jit.pool import build_all
 from jitattn.kernels.fwd import specs_for_gear
@@ -224,15 +224,15 @@ def _index(device: torch.device | int | str | None) -> int:
 
 
 def _warm(specs: Sequence[KernelSpec], device_index: int, jobs: int | None) -> WarmedUp:
-    cold = [spec for spec in specs if not launch.is_loaded(spec, device_index)]
+    cold = [spec for spec in specs if not backend.active.is_loaded(spec, device_index)]
     missing = [spec for spec in cold if build.find(spec) is None]
     outcomes = list(build_all(missing, jobs))
     failed = {outcome.spec: outcome for outcome in outcomes if outcome.error}
-    with torch.cuda.device(device_index):
+    with backend.active.on_device(device_index):
         workspace.prepare(device_index)
         for spec in cold:
             if spec not in failed:
-                launch.kernel(spec, device_index)
+                backend.active.load(spec, device_index)
     for outcome in failed.values():
         raise outcome.exception()
     return WarmedUp(len(specs), sum(outcome.origin == "compiled" for outcome in outcomes))

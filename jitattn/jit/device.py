@@ -9,9 +9,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-import torch
-
 from jitattn.errors import UnsupportedError
+from jitattn.jit import backend
 from jitattn.values.gears import FAST_HALVES_ARCHS
 
 
@@ -39,13 +38,16 @@ def device(index: int) -> Device:
     UnsupportedError
         The GPU is older than sm_80.
     """
-    properties = torch.cuda.get_device_properties(index)
+    properties = backend.active.properties(index)
     return Device(
         index=index,
         name=properties.name,
         arch=arch_of(properties.major, properties.minor),
         num_sms=properties.multi_processor_count,
     )
+
+
+backend.on_change(device.cache_clear)
 
 
 def arch_of(major: int, minor: int) -> str:

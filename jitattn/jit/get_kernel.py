@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Final
 
-import torch
-
 from jitattn.errors import LaunchError
-from jitattn.jit import launch
+from jitattn.jit import backend, launch
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -20,9 +18,9 @@ _NOTHING: Final = contextlib.nullcontext()
 
 def on_gpu(device_index: int) -> AbstractContextManager[None]:
     """Return a context in which a GPU is the current one; free where it is."""
-    if device_index == torch._C._cuda_getDevice():
+    if device_index == backend.active.current_device():
         return _NOTHING
-    return torch.cuda.device(device_index)
+    return backend.active.on_device(device_index)
 
 
 def loaded_kernel(spec: KernelSpec, device_index: int) -> launch.Kernel:
@@ -33,10 +31,10 @@ def loaded_kernel(spec: KernelSpec, device_index: int) -> launch.Kernel:
     LaunchError
         The kernel is not loaded, and the current stream is capturing a graph.
     """
-    if not launch.is_loaded(spec, device_index) and torch.cuda.is_current_stream_capturing():
+    if not backend.active.is_loaded(spec, device_index) and backend.active.is_capturing():
         raise LaunchError(
             f"the {spec.family} kernel of this call is not loaded, and the current stream is "
             "capturing a CUDA graph: compiling and loading are not possible then; call "
             "jitattn.warmup with the same arguments before the capture"
         )
-    return launch.kernel(spec, device_index)
+    return backend.active.load(spec, device_index)

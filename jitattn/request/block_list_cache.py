@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import torch
 
+from jitattn.jit import backend
 from jitattn.values.masks import BlockSparse, PerHead
 from jitattn.values.write_tracking import Snapshot
 
@@ -71,7 +72,7 @@ class _Entry:
         """Let the allocator wait for the current stream before it gives the memory away."""
         if device.type != "cuda":
             return
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        stream = backend.active.stream(device.index)
         if stream not in self.streams:
             current = torch.cuda.current_stream(device)
             for tensor in (self.lists.groups, self.lists.spans, self.lists.heads):
@@ -115,7 +116,7 @@ class ListCache:
         stream = 0
         made = build()
         if device.type == "cuda":
-            stream = torch._C._cuda_getCurrentRawStream(device.index)
+            stream = backend.active.stream(device.index)
             torch.cuda.current_stream(device).synchronize()  # any stream may read them from here on
         entry = _Entry(made, snapshots, stream)
         with self._lock:

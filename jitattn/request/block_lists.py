@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from jitattn.errors import InternalError, LaunchError
+from jitattn.jit import backend
 from jitattn.patterns import sees_block
 from jitattn.request.arguments import ListArguments
 from jitattn.request.block_list_cache import ListCache, identity_of
@@ -120,7 +121,7 @@ def lists_of(
     positions = max(_CELL, tile_positions, smallest)
     key = (identity_of(rule), heads, covered, positions, device)
     found = _cache.find(key, rule, device)
-    is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    is_capturing = device.type == "cuda" and backend.active.is_capturing()
     if found is None:
         if is_capturing:
             raise LaunchError(

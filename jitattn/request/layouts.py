@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from jitattn.errors import InvalidInputError, WithoutMemoryError
+from jitattn.jit import backend
 from jitattn.request import problem
 from jitattn.request.arguments import ScoreArguments, SequenceArguments
 from jitattn.request.block_lists import heads_agree
@@ -228,7 +229,7 @@ def _flat(tensor: Tensor, seqs: Ragged, name: str) -> _Side:
     if not seqs.knows_max_length():
         if index_address(name, seqs.stop) == NO_ADDRESS:  # nothing to be read, nor to be launched
             return _Side(seqs.batch, longest, tensor.shape[1], longest, 0, 1, None)
-        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        if tensor.is_cuda and backend.active.is_capturing():
             raise InvalidInputError(
                 f"{name}: the largest length is not known, and cannot be read while a CUDA graph "
                 "is captured; give max_length"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from jitattn.jit import backend
 from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel
 from jitattn.kernels.append import AppendSpec
@@ -60,7 +61,7 @@ def append_cuda(q: Tensor, turned: Tensor, new: Append) -> None:
     """Write the new tokens into the cache, the turned queries, and the rows in use afterwards."""
     check_cuda()
     index = q.get_device()
-    with torch.cuda.device(index):
+    with backend.active.on_device(index):
         _launch(q, turned, new, index)
 
 
@@ -128,7 +129,7 @@ def _launch(q: Tensor, turned: Tensor, new: Append, index: int) -> None:
         return
     loaded_kernel(spec, index).launch(
         batch * ctas,
-        torch._C._cuda_getCurrentRawStream(index),
+        backend.active.stream(index),
         k_stride_batch=of_k[0],
         k_stride_row=of_k[1],
         k_stride_head=of_k[2],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from jitattn.errors import InternalError, UnsupportedError
+from jitattn.jit import backend
 from jitattn.plan.backward import Backward, BackwardOperands, backward
 from jitattn.plan.kv_parts import KvGradient
 from jitattn.request.problem import is_deterministic
@@ -127,7 +128,7 @@ def run_backward(
     dk, dv = like(k, memory_format=dense), like(v, memory_format=dense)
     dq = (torch.zeros_like if is_empty else torch.empty_like)(q, memory_format=dense)
     found = Gradients(dq, dk, dv)
-    with torch.cuda.device(q.get_device()):
+    with backend.active.on_device(q.get_device()):
         if is_empty:
             zeros = {
                 name: torch.zeros_like(getattr(call.scores, name), memory_format=dense)
@@ -205,7 +206,7 @@ def _launch(
         )
         for positions in planned.tile_positions
     ]
-    buffers = bound.run(addresses, torch._C._cuda_getCurrentRawStream(index))
+    buffers = bound.run(addresses, backend.active.stream(index))
     del lists, used  # until everything that reads them is launched
     return score_gradients(buffers, call.scores, runtime, planned.bias_differs, wanted)
 

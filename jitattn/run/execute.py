@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
+from jitattn.jit import backend
 from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel
 from jitattn.plan import arguments
@@ -66,7 +67,7 @@ class BoundPlan:
             (name, buffer.shape, _DTYPES[buffer.dtype], buffer.is_zeroed)
             for name, buffer in plan.buffers.items()
         ]
-        if not torch.cuda.is_current_stream_capturing():
+        if not backend.active.is_capturing():
             workspace.prepare(device_index)
         self._steps = []
         for step in plan.steps:

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from jitattn.cpu.attention import run_cpu
 from jitattn.cpu.norm import normalized as normalized_on_cpu
 from jitattn.errors import NO_FORWARD_MODE, InternalError, LaunchError, UnsupportedError
-from jitattn.jit import launch
+from jitattn.jit import backend, launch
 from jitattn.plan.forward import Forward, forward
 from jitattn.request.norm import call_of_normalized
 from jitattn.request.problem import is_deterministic
@@ -93,9 +93,9 @@ def _run_cuda(
 ) -> Tensor | tuple[Tensor, Tensor]:
     check_cuda()
     device_index = q.get_device()
-    if device_index == torch._C._cuda_getDevice():
+    if device_index == backend.active.current_device():
         return _attend(q, v, request, addresses, call, device_index)
-    with torch.cuda.device(device_index):
+    with backend.active.on_device(device_index):
         return _attend(q, v, request, addresses, call, device_index)
 
 
@@ -129,7 +129,7 @@ def _attend(
             rule, heads = parts_of(call.mask).rule, (runtime.heads_q, runtime.heads_kv)
             longest, positions = planned.longest_listed, planned.tile_positions
             made = add_lists(addresses, rule, heads, longest, positions, q.device)
-        buffers = bound.run(addresses, torch._C._cuda_getCurrentRawStream(device_index))
+        buffers = bound.run(addresses, backend.active.stream(device_index))
         del made  # until everything that reads them is launched
         if lse is not None and planned.along_mean:
             lse.add_(buffers[planned.along_mean].view(lse.shape), alpha=runtime.scale)
@@ -192,11 +192,14 @@ def has_duals(tensors: Iterable[Tensor | None]) -> bool:
 
 def check_cuda() -> None:
     """Refuse a process that cannot use its GPU."""
-    if torch.cuda._is_in_bad_fork():
+    if backend.active.is_in_bad_fork():
         raise LaunchError(
             "this process was forked from one that had used CUDA, which does not survive that; "
             "start worker processes with the 'spawn' start method"
         )
+
+
+backend.on_change(forget_requests)
 
 
 def forget_kernels() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from jitattn.jit import backend
 from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel, on_gpu
 from jitattn.kernels.norm import NormGradSpec, NormSpec
@@ -44,7 +45,7 @@ def normalized(q: Tensor, k: Tensor, norm: L2Norm, call: Call) -> tuple[Tensor, 
         scale = None if norm.head_scale is None else norm.head_scale.contiguous()
         loaded_kernel(spec, index).launch(
             -(-(slices_q + slices_k) * spec.lanes // spec.num_threads),
-            torch._C._cuda_getCurrentRawStream(index),
+            backend.active.stream(index),
             q=q.data_ptr(),
             k=k.data_ptr(),
             q_out=q_out.data_ptr(),
@@ -109,7 +110,7 @@ def normalized_grad(
             )
             loaded_kernel(spec, index).launch(
                 -(-num_slices * spec.lanes // spec.num_threads),
-                torch._C._cuda_getCurrentRawStream(index),
+                backend.active.stream(index),
                 x=x.data_ptr(),
                 d_y=d_y.data_ptr(),
                 dx=dx.data_ptr(),

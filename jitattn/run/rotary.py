@@ -9,7 +9,7 @@ import torch
 
 from jitattn.cpu.rotary import Positions
 from jitattn.errors import UnsupportedError
-from jitattn.jit import launch
+from jitattn.jit import backend, launch
 from jitattn.jit.device import device
 from jitattn.jit.get_kernel import loaded_kernel
 from jitattn.kernels.rotary import RotarySpec
@@ -110,10 +110,10 @@ def rotate_cuda(
     if x.numel():
         positions = Positions(rotation.offset, offsets, cu_seqlens)
         index = x.get_device()
-        if index == torch._C._cuda_getDevice():
+        if index == backend.active.current_device():
             _launch_parts(x, out, positions, rotation, tables, index)
         else:
-            with torch.cuda.device(index):
+            with backend.active.on_device(index):
                 _launch_parts(x, out, positions, rotation, tables, index)
     if rotation.in_place:
         torch.autograd.graph.increment_version(x)
@@ -209,7 +209,7 @@ def _launch(
         return
     loaded_kernel(spec, index).launch(
         num_ctas,
-        torch._C._cuda_getCurrentRawStream(index),
+        backend.active.stream(index),
         x=x.data_ptr(),
         out=out.data_ptr(),
         cos=cos.data_ptr(),

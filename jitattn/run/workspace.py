@@ -8,13 +8,12 @@ captures, for as long as the process lives.
 
 from __future__ import annotations
 
-import os
 from typing import Final
 
 import torch
 
 from jitattn.errors import LaunchError
-from jitattn.jit import launch
+from jitattn.jit import backend
 
 #: Counters of a stream at first; they grow.
 _FIRST: Final = 4096
@@ -33,7 +32,7 @@ def arrivals(count: int, device_index: int, stream: int) -> int:
     LaunchError
         A graph is being captured, and nothing was launched on this device before that.
     """
-    if torch.cuda.is_current_stream_capturing():
+    if backend.active.is_capturing():
         return _captured(count, device_index)
     found = _of_stream.get((device_index, stream))
     if found is None or found.numel() < count:
@@ -71,10 +70,9 @@ def _captured(count: int, device_index: int) -> int:
 def _zeros(count: int, device_index: int) -> torch.Tensor:
     # Not torch.zeros, whose kernel takes 4 ms to load in a new process.
     counters = torch.empty(count, dtype=torch.int32, device=f"cuda:{device_index}")
-    stream = torch._C._cuda_getCurrentRawStream(device_index)
-    launch.zero(counters.data_ptr(), 4 * count, stream)
+    stream = backend.active.stream(device_index)
+    backend.active.zero(counters.data_ptr(), 4 * count, stream)
     return counters
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+backend.on_change(_forget)

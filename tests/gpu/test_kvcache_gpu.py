@@ -143,7 +143,7 @@ def test_rows_of_the_cache_that_do_not_exist_are_not_touched() -> None:
 
 @pytest.mark.real_gpu
 def test_warmup_loads_the_kernel_that_appends() -> None:
-    from jitattn.jit import launch
+    from jitattn.jit import backend
     from jitattn.jit.device import device
     from jitattn.run.append import append_spec
     from jitattn.run.forward import forget_kernels
@@ -155,4 +155,4 @@ def test_warmup_loads_the_kernel_that_appends() -> None:
     jitattn.warmup(q, k, v, mask=jitattn.Causal(), append=True, rotary=rotary)
     for access in Access:
         spec = append_spec(torch.float16, rotary, access, device(0).arch)
-        assert launch.is_loaded(spec, 0)
+        assert backend.active.is_loaded(spec, 0)

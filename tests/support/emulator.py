@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,10 +35,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from jitattn.jit import device, launch, sources
+from jitattn.jit import backend, sources
+from jitattn.jit.backend import Backend
 from jitattn.jit.codegen import HEADER_NAME, render
-from jitattn.request import request
-from jitattn.run import workspace
 from jitattn.spec.arguments import Layout
 from jitattn.spec.kernel_spec import KernelSpec, entry_symbol
 
@@ -111,7 +110,7 @@ class Emulator:
     memory: Memory | None = None
 
     def kernel(self, spec: KernelSpec, device_index: int) -> EmulatedKernel:
-        """Stand in for `launch.kernel`."""
+        """Stand in for `Backend.load`."""
         return EmulatedKernel(spec, self)
 
 
@@ -259,10 +258,6 @@ def _run(*command: str) -> None:
         raise AssertionError(f"{' '.join(command)}\n{done.stderr[:4000]}")
 
 
-def _zeros(count: int, device_index: int) -> torch.Tensor:
-    return torch.zeros(count, dtype=torch.int32)
-
-
 class _OnProcessor(TorchFunctionMode):
     """What is asked to be on a GPU is on the processor."""
 
@@ -282,6 +277,23 @@ def _moved(value: Any) -> Any:
     return torch.device("cpu") if is_gpu else value
 
 
+def _torch_cuda(number: int, properties: SimpleNamespace) -> ModuleType:
+    """Return torch.cuda as tests and public queries see it with one GPU."""
+    module = ModuleType("torch.cuda")
+    vars(module).update(vars(torch.cuda))
+    vars(module).update(
+        is_available=lambda: True,
+        device_count=lambda: 1,
+        current_device=lambda: 0,
+        synchronize=lambda *_: None,
+        get_device_capability=lambda *_: divmod(number, 10),
+        get_device_properties=lambda _: properties,
+        device=lambda _: contextlib.nullcontext(),
+        is_current_stream_capturing=lambda: False,
+    )
+    return module
+
+
 @contextlib.contextmanager
 def emulated(arch: str, *, watched: bool = False) -> Iterator[Emulator]:
     """Let calls believe in a GPU of an architecture, whose kernels are emulated."""
@@ -297,34 +309,26 @@ def emulated(arch: str, *, watched: bool = False) -> Iterator[Emulator]:
     properties = SimpleNamespace(
         name="emulated", major=number // 10, minor=number % 10, multi_processor_count=_NUM_SMS
     )
+    own = Backend(
+        stream=lambda _: 0,
+        current_device=lambda: 0,
+        is_capturing=lambda: False,
+        is_in_bad_fork=lambda: False,
+        on_device=lambda _: contextlib.nullcontext(),
+        properties=lambda _: properties,
+        load=emulator.kernel,
+        is_loaded=lambda *_: True,
+        zero=lambda address, size, _: ctypes.memset(address, 0, size),
+    )
     with pytest.MonkeyPatch.context() as patch:
-        for target, attribute, value in (
-            (torch.Tensor, "is_cuda", property(lambda _: True)),
-            (torch.Tensor, "get_device", lambda _: 0),
-            (torch.Tensor, "data_ptr", noted_data_ptr),
-            (torch.cuda, "is_available", lambda: True),
-            (torch.cuda, "device_count", lambda: 1),
-            (torch.cuda, "current_device", lambda: 0),
-            (torch.cuda, "synchronize", lambda *_: None),
-            (torch.cuda, "get_device_capability", lambda *_: divmod(number, 10)),
-            (torch.cuda, "get_device_properties", lambda _: properties),
-            (torch.cuda, "device", lambda _: contextlib.nullcontext()),
-            (torch.cuda, "is_current_stream_capturing", lambda: False),
-            (torch.cuda, "_is_in_bad_fork", lambda: False),
-            (torch._C, "_cuda_getCurrentRawStream", lambda _: 0),
-            (torch._C, "_cuda_getDevice", lambda: 0),
-            (launch, "kernel", emulator.kernel),
-            (launch, "is_loaded", lambda *_: True),
-            (launch, "zero", lambda address, size, _: ctypes.memset(address, 0, size)),
-            (workspace, "_zeros", _zeros),
-            (workspace, "_of_stream", {}),
-            (workspace, "_for_captures", {}),
-            (request, "_requests", {}),
-        ):
-            patch.setattr(target, attribute, value, raising=False)
-        device.device.cache_clear()
+        # Tensors, and torch's own face of the GPU.
+        patch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+        patch.setattr(torch.Tensor, "get_device", lambda _: 0)
+        patch.setattr(torch.Tensor, "data_ptr", noted_data_ptr)
+        patch.setattr(torch, "cuda", _torch_cuda(number, properties))
+        before = backend.install(own)
         try:
             with _OnProcessor():
                 yield emulator
         finally:
-            device.device.cache_clear()
+            backend.install(before)

@@ -1,0 +1,85 @@
+"""The seam between jitattn and a GPU's runtime: streams and devices of torch, kernels of CuPy.
+
+Calls ask `backend.active`, whose fields are torch's own C functions: no Python call is added to a
+launch. `install` puts another backend in its place, the emulator of the tests say, and forgets
+what the process knows of the GPUs before it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from jitattn.errors import LaunchError
+from jitattn.jit import launch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from jitattn.spec.kernel_spec import KernelSpec
+
+
+def _without_cuda(*_: object) -> Any:  # noqa: ANN401 - stands in for functions of torch._C
+    raise LaunchError("this build of torch has no CUDA; install one that has, or use the CPU path")
+
+
+_CURRENT_STREAM: Final = getattr(torch._C, "_cuda_getCurrentRawStream", _without_cuda)
+_CURRENT_DEVICE: Final = getattr(torch._C, "_cuda_getDevice", _without_cuda)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """The functions of a GPU's runtime that calls use."""
+
+    #: Raw handle of torch's current stream on a device.
+    stream: Callable[[int], int] = _CURRENT_STREAM
+    #: Index of the current device of the thread.
+    current_device: Callable[[], int] = _CURRENT_DEVICE
+    #: Whether the current stream is capturing a CUDA graph.
+    is_capturing: Callable[[], bool] = torch._C._cuda_isCurrentStreamCapturing
+    #: Whether the process was forked from one that had used CUDA.
+    is_in_bad_fork: Callable[[], bool] = torch.cuda._is_in_bad_fork
+    #: Context in which a device is the current one.
+    on_device: Callable[[int | torch.device], AbstractContextManager[None]] = torch.cuda.device
+    #: Name, compute capability and multiprocessors of a device.
+    properties: Callable[[int], Any] = torch.cuda.get_device_properties
+    #: Kernel of a spec on a device: loaded, from the cache, or compiled.
+    load: Callable[[KernelSpec, int], launch.Kernel] = launch.kernel
+    #: Whether `load` would return without loading anything.
+    is_loaded: Callable[[KernelSpec, int], bool] = launch.is_loaded
+    #: Sets bytes of device memory to zero: address, bytes, stream.
+    zero: Callable[[int, int, int], object] = launch.zero
+
+
+#: The backend of this process.
+active = Backend()
+_forget: list[Callable[[], object]] = []
+
+
+def install(backend: Backend) -> Backend:
+    """Let calls use another backend from here on; returns the one before."""
+    global active
+    before, active = active, backend
+    _forget_all()
+    return before
+
+
+def on_change(forget: Callable[[], object]) -> None:
+    """Have a function called when what is known of the GPUs no longer holds.
+
+    That is with another backend, and in a forked child, which cannot use its parent's GPU memory.
+    """
+    _forget.append(forget)
+
+
+def _forget_all() -> None:
+    for forget in _forget:
+        forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
