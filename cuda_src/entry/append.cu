@@ -1,4 +1,4 @@
-#include "jitattn/append.cuh"
+#include "jitattn/kvcache/append.cuh"
 #include "jitattn_spec.h"
 
 extern "C" __global__ void __launch_bounds__(Spec::kNumThreads, 1)

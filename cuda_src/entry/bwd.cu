@@ -1,4 +1,4 @@
-#include "jitattn/bwd_sm80.cuh"
+#include "jitattn/bwd/sm80/kernel.cuh"
 #include "jitattn_spec.h"
 
 extern "C" __global__ void __launch_bounds__(jitattn::BwdTraits<Spec>::kNumThreads,

@@ -1,4 +1,4 @@
-#include "jitattn/quantize.cuh"
+#include "jitattn/prepare/quantize.cuh"
 #include "jitattn_spec.h"
 
 extern "C" __global__ void __launch_bounds__(Spec::kNumThreads)

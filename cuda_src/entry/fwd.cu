@@ -1,4 +1,4 @@
-#include "jitattn/fwd_sm80.cuh"
+#include "jitattn/fwd/sm80/kernel.cuh"
 #include "jitattn_spec.h"
 
 extern "C" __global__ void __launch_bounds__(jitattn::FwdTraits<Spec>::kNumThreads,

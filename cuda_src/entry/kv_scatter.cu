@@ -1,4 +1,4 @@
-#include "jitattn/kv_scatter.cuh"
+#include "jitattn/bwd/kv_scatter.cuh"
 #include "jitattn_spec.h"
 
 extern "C" __global__ void __launch_bounds__(Spec::kNumThreads)

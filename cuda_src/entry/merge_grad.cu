@@ -1,4 +1,4 @@
-#include "jitattn/merge.cuh"
+#include "jitattn/combine/merge_grad.cuh"
 #include "jitattn_spec.h"
 
 extern "C" __global__ void __launch_bounds__(Spec::kNumThreads)

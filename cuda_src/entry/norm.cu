@@ -1,4 +1,4 @@
-#include "jitattn/l2norm.cuh"
+#include "jitattn/prepare/l2norm.cuh"
 #include "jitattn_spec.h"
 
 extern "C" __global__ void __launch_bounds__(Spec::kNumThreads)

@@ -1,4 +1,4 @@
-#include "jitattn/dq_round.cuh"
+#include "jitattn/bwd/dq_round.cuh"
 #include "jitattn_spec.h"
 
 extern "C" __global__ void __launch_bounds__(Spec::kNumThreads)

@@ -1,4 +1,4 @@
-#include "jitattn/split_halves.cuh"
+#include "jitattn/prepare/split_halves.cuh"
 #include "jitattn_spec.h"
 
 extern "C" __global__ void __launch_bounds__(Spec::kNumThreads)

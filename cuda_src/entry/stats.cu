@@ -1,4 +1,4 @@
-#include "jitattn/row_stats.cuh"
+#include "jitattn/bwd/row_stats.cuh"
 #include "jitattn_spec.h"
 
 extern "C" __global__ void __launch_bounds__(Spec::kNumThreads)

@@ -1,4 +1,4 @@
-#include "jitattn/sum_parts.cuh"
+#include "jitattn/bwd/sum_parts.cuh"
 #include "jitattn_spec.h"
 
 extern "C" __global__ void __launch_bounds__(Spec::kNumThreads)

@@ -3,7 +3,7 @@
 Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) gives 16 bits
 for every weight from (state, batch, head, query, key), so that nothing has to be stored: a backward
 pass, another layout or another device draws the same weights. All 128 bits of a state count.
-`cuda_src/jitattn/dropout.cuh` says which bits are whose.
+`cuda_src/jitattn/attention/dropout.cuh` says which bits are whose.
 """
 
 from __future__ import annotations

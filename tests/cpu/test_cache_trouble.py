@@ -354,7 +354,7 @@ HOSTILE = "#error taken from the working directory\n"
 def test_no_home(public: Path, home: str | None) -> None:
     """A user that no list of users knows, in a working directory that lays traps."""
     work, temporary = public / "work", public / "temporary"
-    for name in ("jitattn_spec.h", "jitattn.pch", "jitattn/merge.cuh", "entry/merge.cu"):
+    for name in ("jitattn_spec.h", "jitattn.pch", "jitattn/combine/merge.cuh", "entry/merge.cu"):
         trap = work / name
         trap.parent.mkdir(parents=True, exist_ok=True)
         trap.write_text(HOSTILE)

@@ -34,9 +34,9 @@ def test_missing_templates_say_so(tmp_path: Path) -> None:
 
 def test_closure_holds_what_is_included_and_no_more() -> None:
     forward, merge = sources.closure("fwd"), sources.closure("merge")
-    assert "jitattn/fwd_sm80.cuh" in forward.headers
+    assert "jitattn/fwd/sm80/kernel.cuh" in forward.headers
     assert "jitattn/ptx/ldmatrix.cuh" in forward.headers
-    assert "jitattn/fwd_sm80.cuh" not in merge.headers
+    assert "jitattn/fwd/sm80/kernel.cuh" not in merge.headers
     assert "jitattn_spec.h" not in forward.headers
 
 

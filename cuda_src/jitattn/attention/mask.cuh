@@ -1,0 +1,64 @@
+// Hides the scores that positions hide from a row. Only blocks with hidden scores come here.
+#pragma once
+
+#include "jitattn/attention/rows.cuh"
+#include "jitattn/attention/schedule.cuh"
+#include "jitattn/attention/sequence.cuh"
+#include "jitattn/tile/fragment.cuh"
+#include "jitattn/types.cuh"
+
+namespace jitattn {
+
+// r_s: scores of rows first_row .. and keys first_key .. of this warp; hidden ones become -inf.
+template <class Spec, int kRowTiles, int kKeyTiles>
+__device__ __forceinline__ void mask_scores(float (&r_s)[kRowTiles][kKeyTiles][4],
+                                            const FwdParamsOf<Spec>& params,
+                                            const Sequence& sequence, const RowMap& rows,
+                                            int first_head, int first_row, int first_key_idx,
+                                            int lane_idx) {
+  const int column = first_key_idx + accumulator_column(lane_idx);
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + m * 16 + accumulator_row(lane_idx, half);
+      const int position = rows.position(row);
+      const int limit = visible_keys<Spec>(params, sequence, position) - column;
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& score = r_s[m][n][2 * half + i];
+          score = n * 8 + i < limit ? score : -infinity();
+        }
+      }
+      if constexpr (Spec::kMask == MaskKind::kWindow) {
+        const int first = first_key<Spec>(params, sequence, first_head, position) - column;
+        const int kept = params.keep_first - column;
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float& score = r_s[m][n][2 * half + i];
+            score = n * 8 + i >= first || n * 8 + i < kept ? score : -infinity();
+          }
+        }
+      }
+      if constexpr (Spec::kMask == MaskKind::kLocalStride) {
+        // A kernel block lies in one pattern block.
+        const bool sees = is_kept<Spec>(params, first_head, first_key_idx) ||
+                          first_key_idx >= first_key<Spec>(params, sequence, first_head, position);
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float& score = r_s[m][n][2 * half + i];
+            score = sees ? score : -infinity();
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace jitattn

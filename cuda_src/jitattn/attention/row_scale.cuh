@@ -1,0 +1,99 @@
+// What a score is multiplied by before exp2: one number, or, for operands with scales (8 bits, fp16
+// parts), one for each row and each block of keys.
+#pragma once
+
+#include "jitattn/attention/sequence.cuh"
+#include "jitattn/tile/fragment.cuh"
+#include "jitattn/types.cuh"
+#include "jitattn_spec.h"
+
+namespace jitattn {
+
+template <class Spec, int kRowTiles, bool kIsPerRow = kIsScaled<Spec>>
+struct RowScale {
+  float scale_log2;
+
+  __device__ explicit RowScale(const FwdParamsOf<Spec>& params) : scale_log2(params.scale_log2) {}
+  __device__ float operator()(int, int) const { return scale_log2; }
+  // A score without what its accumulator began with; and an addend for scores with it.
+  __device__ float bare(float score) const { return score; }
+  __device__ float addend(int, int, float addend) const { return addend; }
+};
+
+template <class Spec, int kRowTiles>
+struct RowScale<Spec, kRowTiles, true> {
+  static constexpr float kOffset = kIsQuantized<Spec> ? 12582912.f : 0.f;  // mma_int8.cuh
+  // Of a score's unit, base 2: beyond, a product with kOffset would round off more than a weight
+  // may be off by.
+  static constexpr float kCoarse = 0x1p-4f;
+  static constexpr int kKeys = 64;  // that share a scale: quantize.cuh
+  static_assert(kKeys % (Spec::kBlockKv / Spec::kWarpsKv) == 0, "a warp's keys share a scale");
+
+  float of_row[kRowTiles][2];  // with scale_log2
+  float coarse_keys;           // of_keys beyond which a unit is coarse
+  float offset;                // what scores of this block have in them
+  float of_keys;
+  float of_values;  // of V of the same keys; 1 where V is as it was given
+
+  __device__ explicit RowScale(const FwdParamsOf<Spec>&)
+      : coarse_keys(0.f), offset(kOffset), of_keys(1.f), of_values(1.f) {}
+
+  // g_scale: of the first query of the sequence, and the first head of the tile.
+  template <class Rows>
+  __device__ void load_rows(const FwdParamsOf<Spec>& params, const Rows& rows, const float* g_scale,
+                            int first_row, int lane_idx) {
+    float most = 0.f;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row =
+            min_of(first_row + m * 16 + accumulator_row(lane_idx, half), rows.num_rows - 1);
+        const int position = rows.position(row);
+        const int64_t head = rows.head(row, position);
+        const float of_q = __ldg(g_scale + head * params.q_scale_stride_head + position);
+        of_row[m][half] = of_q * params.scale_log2;
+        // Nor may the product with that of keys be 0 (quantize.cuh).
+        if constexpr (kIsQuantized<Spec>) of_row[m][half] = fmaxf(of_row[m][half], 1e-20f);
+        most = fmaxf(most, of_row[m][half]);
+      }
+    }
+    coarse_keys = kCoarse / most;
+  }
+
+  // Where units are coarse, scores lose at once what they began with. (Lanes of a row agree.)
+  template <int kKeyTiles>
+  __device__ void take_off(float (&r_s)[kRowTiles][kKeyTiles][4]) {
+    const bool is_coarse = of_keys > coarse_keys;
+    offset = is_coarse ? 0.f : kOffset;
+    if (!is_coarse) return;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) r_s[m][n][i] -= kOffset;
+      }
+    }
+  }
+
+  // kv_head: of all sequences.
+  __device__ void load_keys(const FwdParamsOf<Spec>& params, int64_t kv_head, int first_key) {
+    const int64_t idx = kv_head * ceil_div(params.len_kv, kKeys) + first_key / kKeys;
+    of_keys = __ldg(params.k_scale + idx);
+    if constexpr (kIsInHalves<Spec>) of_values = __ldg(params.v_scale + idx);
+  }
+
+  __device__ float operator()(int m, int half) const {
+    const float product = of_row[m][half] * of_keys;
+    // Never 0, with which a hidden score, -inf, would become NaN.
+    return kIsQuantized<Spec> ? product : fmaxf(product, 0x1p-100f);
+  }
+  __device__ float bare(float score) const { return kIsQuantized<Spec> ? score - offset : score; }
+  __device__ float addend(int m, int half, float addend) const {
+    if constexpr (!kIsQuantized<Spec>) return addend;
+    return fmaf(-offset, (*this)(m, half), addend);
+  }
+};
+
+}  // namespace jitattn

@@ -1,0 +1,417 @@
+// Which query tile, head, sequence and key range a CTA works on.
+//
+// An item is a query tile of one sequence with one part (split) of its keys; every head tile has
+// them all. Where all sequences are alike, items follow from the CTA's number alone. Where they
+// differ, every CTA reads the lengths and counts: no plan has to be made beforehand, and a captured
+// graph stays right when lengths change.
+#pragma once
+
+#include "jitattn/attention/rows.cuh"
+#include "jitattn/attention/sequence.cuh"
+#include "jitattn/types.cuh"
+#include "jitattn_spec.h"
+
+namespace jitattn {
+
+struct WorkTile {
+  int q_tile_idx;
+  int split_idx;
+  int num_splits;  // of this query tile
+  int head_idx;    // first query head of the tile
+  int batch_idx;   // negative: no work for this CTA
+  int item;        // number of the tile's first split among all items
+};
+
+// Full: query tiles fastest, so that neighbouring CTAs share the K and V of one head in L2.
+// A bias matrix: heads fastest, which most often share it.
+// Causal: heads fastest and the last (longest) query tiles first, so that short tiles fill the end
+// of the run. (9 to 11 % on causal in an earlier experiment; notes/0001)
+template <class Spec>
+__device__ __forceinline__ WorkTile uniform_tile(const FwdParams& params, uint32_t cta_idx) {
+  const uint32_t num_q_tiles = params.num_q_tiles, num_splits = params.num_splits;
+  const uint32_t head_tiles = params.heads_q / params.heads_per_tile;
+  uint32_t q_tile_idx, split_idx, head_and_batch;
+  if constexpr (Spec::kMask == MaskKind::kCausal || Spec::kMask == MaskKind::kLocalStride ||
+                Spec::kBiasStaged == Staging::kMatrix) {
+    const uint32_t num_heads_and_batch = head_tiles * params.batch;
+    const uint32_t slower = cta_idx / num_heads_and_batch;
+    head_and_batch = cta_idx % num_heads_and_batch;
+    split_idx = slower % num_splits;
+    q_tile_idx = num_q_tiles - 1 - slower / num_splits;
+  } else {
+    const uint32_t slower = cta_idx / num_q_tiles;
+    q_tile_idx = cta_idx % num_q_tiles;
+    split_idx = slower % num_splits;
+    head_and_batch = slower / num_splits;
+  }
+  WorkTile tile;
+  tile.q_tile_idx = q_tile_idx;
+  tile.split_idx = split_idx;
+  tile.num_splits = num_splits;
+  tile.head_idx = (head_and_batch % head_tiles) * params.heads_per_tile;
+  tile.batch_idx = head_and_batch / head_tiles;
+  tile.item = (tile.batch_idx * num_q_tiles + q_tile_idx) * num_splits;
+  return tile;
+}
+
+// Query tiles and key blocks of a sequence.
+struct Extent {
+  int num_q_tiles;
+  int num_kv_blocks;
+};
+
+template <class Spec>
+__device__ __forceinline__ Extent extent_of(const FwdParamsOf<Spec>& params, int batch_idx) {
+  if (batch_idx >= params.batch) return {0, 0};
+  const int len_q = q_span<Spec>(params, batch_idx).length;
+  int num_rows = len_q * params.heads_per_tile;
+  const Span kv = kv_span<Spec>(params, batch_idx);
+  if (kHasLists<Spec> && len_q > 0) {
+    num_rows += list_shift<Spec>(params, {0, len_q}, kv) * params.heads_per_tile;
+  }
+  const int num_q_tiles = ceil_div(num_rows, Spec::kBlockQ);
+  const int num_kv_blocks = ceil_div(kv.length, Spec::kBlockKv);
+  if constexpr (Spec::kMask == MaskKind::kWindow) {
+    if (params.left > kNoLeft && !lifts_left<Spec>(params, len_q)) {
+      // At most: the reach of a tile's queries, wherever it begins within a block, and the first.
+      const int positions = min_of(len_q, Spec::kBlockQ);
+      const int64_t reach = static_cast<int64_t>(params.diagonal) - params.left + positions;
+      const int64_t blocks =
+          reach / Spec::kBlockKv + 2 + ceil_div(params.keep_first, Spec::kBlockKv);
+      return {num_q_tiles, static_cast<int>(min_of<int64_t>(num_kv_blocks, blocks))};
+    }
+  }
+  if constexpr (Spec::kMask == MaskKind::kLocalStride) {
+    // At most, but for dense heads: the local blocks and one more, and every stride-th before them.
+    const int per_block = 1 << (params.block_log2 - log2_of(Spec::kBlockKv));
+    const int64_t local = static_cast<int64_t>(params.local_blocks + 2) * per_block;
+    const int64_t blocks = local + num_kv_blocks / params.stride + per_block;
+    return {num_q_tiles, static_cast<int>(min_of<int64_t>(num_kv_blocks, blocks))};
+  }
+  return {num_q_tiles, num_kv_blocks};
+}
+
+__device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(0xffffffffu, value); }
+
+// The same in every warp of the CTA. Longest first, roughly: sequences come in classes of halving
+// lengths, and in their order within a class. Balanced (num_splits = 0), no item has more key
+// blocks than the mean load of a CTA slot.
+template <class Spec>
+__device__ __forceinline__ WorkTile counted_tile(const FwdParamsOf<Spec>& params,
+                                                 uint32_t cta_idx) {
+  constexpr int kClasses = 4, kFewestBlocks = 4;
+  const int lane_idx = threadIdx.x % 32;
+  const int head_tiles = params.heads_q / params.heads_per_tile;
+  // Read once where one round of lanes holds them all: this is on the way to the first copy.
+  const Extent first_extent = extent_of<Spec>(params, lane_idx);
+  auto extent_at = [&](int base) {
+    return base == 0 ? first_extent : extent_of<Spec>(params, base + lane_idx);
+  };
+
+  // ---- Key blocks of the longest item
+  int most_blocks = params.len_kv;  // one split each
+  if (params.num_splits == 0) {
+    int64_t load = 0;
+    int num_tiles = 0;
+#pragma unroll 1
+    for (int base = 0; base < params.batch; base += 32) {
+      const Extent extent = extent_at(base);
+      load += warp_sum(extent.num_q_tiles * extent.num_kv_blocks);
+      num_tiles += warp_sum(extent.num_q_tiles);
+    }
+    // Rounding by some 1e-7 here is less than the grid has to spare (dispatch.py: plan).
+    const float mean = static_cast<float>(load) * head_tiles / params.num_slots;
+    most_blocks = max_of(kFewestBlocks, static_cast<int>(ceilf(mean)));
+    // If all items can run at once, they should: rounding up must not begin a second wave.
+    const int share = max_of(1, params.num_slots / head_tiles);
+#pragma unroll 1
+    for (int attempt = 0; attempt < 3 && num_tiles <= share; ++attempt) {
+      int num_items = 0;
+#pragma unroll 1
+      for (int base = 0; base < params.batch; base += 32) {
+        const Extent extent = extent_at(base);
+        const int splits = max_of(1, ceil_div(extent.num_kv_blocks, most_blocks));
+        num_items += warp_sum(extent.num_q_tiles * splits);
+      }
+      if (num_items <= share) break;
+      most_blocks = ceil_div(most_blocks * num_items, share);
+    }
+  }
+  auto splits_of = [&](const Extent& extent) {
+    if (params.num_splits > 0) return params.num_splits;
+    return max_of(1, ceil_div(extent.num_kv_blocks, most_blocks));
+  };
+
+  // ---- The sequence that holds this CTA's item
+  WorkTile tile;
+  tile.batch_idx = -1;
+  const int wanted = cta_idx / head_tiles;
+  tile.head_idx = (cta_idx % head_tiles) * params.heads_per_tile;
+  const int longest = ceil_div(params.len_kv, Spec::kBlockKv);
+  int before = 0;  // items of the sequences passed
+#pragma unroll 1
+  for (int length_class = 0; length_class < kClasses; ++length_class) {
+    const int most = length_class == 0 ? longest : longest >> length_class;
+    const int below = length_class == kClasses - 1 ? -1 : longest >> (length_class + 1);
+#pragma unroll 1
+    for (int base = 0; base < params.batch; base += 32) {
+      const Extent extent = extent_at(base);
+      const bool in_class = extent.num_kv_blocks <= most && extent.num_kv_blocks > below;
+      const int splits = splits_of(extent);
+      const int items = in_class ? extent.num_q_tiles * splits : 0;
+      int upto = items;  // of this lane and those before it
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, upto, step);
+        if (lane_idx >= step) upto += other;
+      }
+      const uint32_t passed = __ballot_sync(0xffffffffu, before + upto > wanted);
+      if (passed != 0) {
+        const int lane = __ffs(passed) - 1;
+        const int first = before + __shfl_sync(0xffffffffu, upto - items, lane);
+        const int num_splits = __shfl_sync(0xffffffffu, splits, lane);
+        const int num_q_tiles = __shfl_sync(0xffffffffu, extent.num_q_tiles, lane);
+        const int idx = wanted - first;
+        tile.batch_idx = base + lane;
+        tile.num_splits = num_splits;
+        tile.split_idx = idx % num_splits;
+        tile.q_tile_idx = num_q_tiles - 1 - idx / num_splits;
+        tile.item = wanted - tile.split_idx;
+        return tile;
+      }
+      before += __shfl_sync(0xffffffffu, upto, 31);
+    }
+  }
+  return tile;
+}
+
+template <class Spec>
+__device__ __forceinline__ WorkTile work_tile(const FwdParamsOf<Spec>& params, uint32_t cta_idx) {
+  if constexpr (kIsUniform<Spec>) {
+    return uniform_tile<Spec>(params, cta_idx);
+  } else {
+    return counted_tile<Spec>(params, cta_idx);
+  }
+}
+
+// Keys that the query at `position` may see: [0, limit), or with a window, of those [first, limit)
+// and the first ones. Where all sequences are alike, straight from the parameters: copies in
+// registers made the main loop spill.
+template <class Spec>
+__device__ __forceinline__ int visible_keys(const FwdParamsOf<Spec>& params,
+                                            const Sequence& sequence, int position) {
+  const int len_kv = kIsUniform<Spec> ? params.len_kv : sequence.len_kv;
+  if constexpr (Spec::kMask == MaskKind::kFull || kHasLists<Spec>) return len_kv;
+  return min_of(len_kv, position + 1 + (kIsUniform<Spec> ? params.diagonal : sequence.diagonal));
+}
+
+// A local + stride pattern, of one kv head.
+template <class Spec>
+struct LocalStride {
+  const FwdScoreParams& params;
+  const int shift;  // column j is on the stride if (j + shift) % stride == 0
+  const bool is_dense;
+
+  __device__ LocalStride(const FwdScoreParams& params, int head_idx)
+      : params(params),
+        shift(head_idx / params.heads_per_kv * params.head_step + params.head_shift),
+        is_dense(head_idx / params.heads_per_kv >= params.first_dense) {}
+
+  // First key of the local blocks of a query at key position `own`.
+  __device__ int first_local(int own) const {
+    if (is_dense) return 0;
+    return max_of(0, (own >> params.block_log2) - params.local_blocks + 1) << params.block_log2;
+  }
+  // After the last query, by its key position, to which the block of a key is local.
+  __device__ int64_t end_of_local(int key) const {
+    return static_cast<int64_t>((key >> params.block_log2) + params.local_blocks)
+           << params.block_log2;
+  }
+  __device__ int first_column() const {
+    const int past = shift % params.stride;
+    return past == 0 ? 0 : params.stride - past;
+  }
+  __device__ bool is_on_stride(int key) const {
+    return ((key >> params.block_log2) + shift) % params.stride == 0;
+  }
+};
+
+// First key that the query at `position` sees, those aside that it sees before a gap.
+template <class Spec>
+__device__ __forceinline__ int first_key(const FwdParamsOf<Spec>& params, const Sequence& sequence,
+                                         int head_idx, int position) {
+  if constexpr (Spec::kMask == MaskKind::kWindow) {
+    return max_of(0, position + (kIsUniform<Spec> ? left_of<Spec>(params, 0) : sequence.left));
+  } else if constexpr (kHasStride<Spec>) {
+    const int own = position + (kIsUniform<Spec> ? params.diagonal : sequence.diagonal);
+    return LocalStride<Spec>(params, head_idx).first_local(max_of(0, own));
+  }
+  return 0;
+}
+
+// Whether a key before first_key is seen all the same.
+template <class Spec>
+__device__ __forceinline__ bool is_kept(const FwdParamsOf<Spec>& params, int head_idx, int key) {
+  if constexpr (Spec::kMask == MaskKind::kWindow) return key < params.keep_first;
+  if constexpr (Spec::kMask == MaskKind::kLocalStride) {
+    return LocalStride<Spec>(params, head_idx).is_on_stride(key);
+  }
+  return false;
+}
+
+// What a CTA whose sequences differ has found out, for its epilogue.
+struct CtaPlan {
+  WorkTile tile;
+  Sequence sequence;
+};
+
+// What a list says of a group of 16 keys.
+struct ListedGroup {
+  int first_key;  // kNoKey: there is no such group
+  uint32_t bits;
+};
+
+constexpr int kNoKey = 0x3ffffff0;
+
+// The window of a head: the query at key position p sees the listed keys up to
+// p + right, of those the ones from p + left on, or before keep_first.
+struct ListHead {
+  int right;
+  int left;
+  int keep_first;
+};
+
+// The key blocks of a CTA, by ordinals: those that any row of the tile may see, without gaps. First
+// the kept ones (of the first keys, or on the stride), then all from some block on; or those of a
+// list.
+struct KvBlockRange {
+  int begin;
+  int end;
+  int num_kept;
+  int gap;               // block - ordinal of the others
+  int kept_first;        // local + stride: first kept block,
+  int kept_log2;         // kernel blocks of a pattern block, as a power of two,
+  int kept_step;         // and kernel blocks from a kept pattern block to the next
+  const int2* g_groups;  // lists: the groups of this tile,
+  int num_groups;        // how many of them any row may see,
+  int num_keys;          // and their keys that exist
+  ListHead head;
+
+  __device__ ListedGroup listed_group(int idx, bool is_wanted) const {
+    if (!is_wanted || idx >= num_groups) return {kNoKey, 0};
+    const int2 group = __ldg(g_groups + idx);
+    return {group.x * 16, static_cast<uint32_t>(group.y)};
+  }
+
+  template <class Spec>
+  __device__ int block_at(int ordinal) const {
+    if constexpr (kHasGap<Spec>) {
+      if (ordinal >= num_kept) return ordinal + gap;
+      if constexpr (Spec::kMask == MaskKind::kLocalStride) {
+        const int within = ordinal & ((1 << kept_log2) - 1);
+        return kept_first + (ordinal >> kept_log2) * kept_step + within;
+      }
+    }
+    return ordinal;
+  }
+};
+
+// What a head has: its list (x: 2 list + 1 if positions below 0 see nothing) and its window.
+template <class Spec>
+__device__ __forceinline__ int4 load_list_head(const FwdListParams& params,
+                                               const Sequence& sequence, int head_idx) {
+  // A query alone may have another rule.
+  const bool is_alone = sequence.len_q - sequence.first_position == 1;
+  return __ldg(params.list_heads + (is_alone ? params.heads_q : 0) + head_idx);
+}
+
+// The groups listed for a query tile, sorted by their keys.
+struct ListSpan {
+  const int2* g_groups;
+  int count;
+
+  // Groups that begin before `key`.
+  __device__ int before(int key) const {
+    int below = 0, above = count;
+    // Most often all do, or all but a few.
+    if (above > 0 && __ldg(g_groups + above - 1).x * 16 < key) below = above;
+    while (below < above) {
+      const int middle = (below + above) / 2;
+      if (__ldg(g_groups + middle).x * 16 < key) {
+        below = middle + 1;
+      } else {
+        above = middle;
+      }
+    }
+    return below;
+  }
+};
+
+// Of the tile whose first query is at `position`.
+__device__ __forceinline__ ListSpan listed_span(const FwdListParams& params,
+                                                const Sequence& sequence, const int4& head,
+                                                int position) {
+  const int first = position + sequence.diagonal;  // a tile does not straddle 0
+  const int list_tile = max_of(first, 0) >> params.list_log2;
+  if ((first < 0 && (head.x & 1) != 0) || list_tile >= params.list_tiles) return {nullptr, 0};
+  const int2 span =
+      __ldg(params.list_spans + static_cast<int64_t>(head.x >> 1) * params.list_tiles + list_tile);
+  return {params.list_groups + span.x, span.y};
+}
+
+// Of the groups listed for this tile those that any of its rows may see.
+template <class Spec>
+__device__ __forceinline__ void find_list(KvBlockRange& range, const FwdListParams& params,
+                                          const Sequence& sequence, const RowMap& rows,
+                                          const WorkTile& tile, int first_row, int last_row) {
+  const int4 head = load_list_head<Spec>(params, sequence, tile.head_idx);
+  range.head = {head.y, head.z, head.w};
+  const ListSpan span = listed_span(params, sequence, head, rows.position(first_row));
+  range.g_groups = span.g_groups;
+  const int last = rows.position(last_row) + sequence.diagonal;
+  const int count = span.before(min_of(sequence.len_kv, last + 1 + head.y));
+  range.num_groups = count;
+  if (count == 0) return;
+  const int last_key = __ldg(range.g_groups + count - 1).x * 16;
+  range.num_keys = (count - 1) * 16 + min_of(16, sequence.len_kv - last_key);
+}
+
+// Cut evenly into the tile's splits.
+template <class Spec>
+__device__ __forceinline__ KvBlockRange kv_block_range(const FwdParamsOf<Spec>& params,
+                                                       const Sequence& sequence, const RowMap& rows,
+                                                       const WorkTile& tile) {
+  const int first_row = tile.q_tile_idx * Spec::kBlockQ;
+  const int last_row = min_of(first_row + Spec::kBlockQ, rows.num_rows) - 1;
+  const int visible = max_of(0, visible_keys<Spec>(params, sequence, rows.position(last_row)));
+  int num_blocks = ceil_div(visible, Spec::kBlockKv);
+  KvBlockRange range = {};
+  if constexpr (kHasLists<Spec>) {
+    find_list<Spec>(range, params, sequence, rows, tile, first_row, last_row);
+    num_blocks = ceil_div(range.num_groups, Spec::kBlockKv / 16);
+  }
+  if constexpr (kHasGap<Spec>) {
+    const int key = first_key<Spec>(params, sequence, tile.head_idx, rows.position(first_row));
+    const int first = min_of(key / Spec::kBlockKv, num_blocks);
+    if constexpr (Spec::kMask == MaskKind::kWindow) {
+      range.num_kept = min_of(first, ceil_div(params.keep_first, Spec::kBlockKv));
+    } else {
+      static_assert((Spec::kBlockKv & (Spec::kBlockKv - 1)) == 0, "pattern blocks hold whole ones");
+      const int column = LocalStride<Spec>(params, tile.head_idx).first_column();
+      range.kept_log2 = params.block_log2 - log2_of(Spec::kBlockKv);
+      range.kept_first = column << range.kept_log2;
+      range.kept_step = params.stride << range.kept_log2;
+      const int columns = key >> params.block_log2;  // before the local ones
+      const int kept = columns > column ? ceil_div(columns - column, params.stride) : 0;
+      range.num_kept = min_of(first, kept << range.kept_log2);
+    }
+    range.gap = first - range.num_kept;
+    num_blocks -= range.gap;
+  }
+  const int per_split = ceil_div(num_blocks, tile.num_splits);
+  range.begin = min_of(tile.split_idx * per_split, num_blocks);
+  range.end = min_of(range.begin + per_split, num_blocks);
+  return range;
+}
+
+}  // namespace jitattn

@@ -1,0 +1,217 @@
+// What is added to scores and done with them: softcap, ALiBi, biases, and -inf for what tensors
+// hide. Scores are q k^T here, not scaled yet: whatever is added is divided by the scale, by which
+// the softmax multiplies it again. (Most often it comes first, and q k^T is added to it.)
+#pragma once
+
+#include "jitattn/attention/key_lists.cuh"
+#include "jitattn/attention/rows.cuh"
+#include "jitattn/attention/schedule.cuh"
+#include "jitattn/attention/sequence.cuh"
+#include "jitattn/fwd/sm80/traits.cuh"
+#include "jitattn/ptx/math.cuh"
+#include "jitattn/ptx/shared.cuh"
+#include "jitattn/tile/element.cuh"
+#include "jitattn/tile/fragment.cuh"
+#include "jitattn/types.cuh"
+#include "jitattn_spec.h"
+
+namespace jitattn {
+
+template <class Spec>
+constexpr bool kAddsToScores =
+    Spec::kBias != BiasKind::kNone || Spec::kRelativeBias == Switch::kOn ||
+    Spec::kAlibi == Switch::kOn || Spec::kKeyPadding == Switch::kOn ||
+    (Spec::kDense == Switch::kOn && Spec::kDenseStaged == Staging::kOff);
+
+// r_s = cap tanh(scale r_s / cap) / scale. tanh y = 1 - 2 / (e^2y + 1), to some 1e-7; the
+// hardware's own tanh is 2^-11.
+template <class Spec, int kRowTiles, int kKeyTiles>
+__device__ __forceinline__ void cap_scores(float (&r_s)[kRowTiles][kKeyTiles][4],
+                                           const FwdScoreParams& params) {
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float e2y = ptx::exp2_approx(r_s[m][n][i] * params.softcap_in);
+        const float tanh = 1.f - 2.f * ptx::rcp_approx(e2y + 1.f);
+        r_s[m][n][i] = tanh * params.softcap_out;
+      }
+    }
+  }
+}
+
+// What is below -3e7 hides, as -inf does. A maximum is rounded to fp32 and subtracted exactly: from
+// 2^26 on, the rounding error itself would leave the range of fp16 weights.
+template <class Spec>
+__device__ __forceinline__ float bounded_bias(float bias) {
+  if constexpr (Spec::kBias == BiasKind::kSame && Spec::kDtype == Dtype::kFp16) return bias;
+  return bias < -3e7f ? -infinity() : bias;
+}
+
+// r_s += (biases) / scale, and -inf where tensors hide, for the rows first_row .. of this warp.
+// Nothing is read for rows and keys that do not exist. s_bias: a staged bias at the first row and
+// key of the warp.
+template <class Spec, int kRowTiles, int kKeyTiles>
+__device__ __forceinline__ void add_to_scores(float (&r_s)[kRowTiles][kKeyTiles][4],
+                                              const FwdParamsOf<Spec>& params,
+                                              const Sequence& sequence, const RowMap& rows,
+                                              int batch_idx, int first_head, int first_row,
+                                              const KeyColumns<Spec>& columns, uint32_t s_bias,
+                                              int lane_idx) {
+  using Traits = MatrixTraits<Spec>;
+  using Bias = typename Traits::Bias;
+  using T = typename Bias::type;
+  constexpr bool kReadsBias = Spec::kBias != BiasKind::kNone && !Traits::kStagesBias;
+  constexpr bool kReadsDense = Spec::kDense == Switch::kOn && !Traits::kStagesDense;
+  constexpr bool kStagesRow = Spec::kBiasStaged == Staging::kRow;
+  constexpr bool kStagesMatrix = Spec::kBiasStaged == Staging::kMatrix;
+  auto load_staged = [&](float (&pair)[2], int row_in_warp, int n) {
+    const int column = n * 8 + accumulator_column(lane_idx);
+    Bias::load_pair_shared(pair, s_bias + row_in_warp * Traits::StagedBias::kPitch +
+                                     column * static_cast<int>(sizeof(T)));
+    pair[0] = bounded_bias<Spec>(pair[0]);
+    pair[1] = bounded_bias<Spec>(pair[1]);
+  };
+  auto load_bias = [&](float (&pair)[2], const T* g_row, int key) {
+    if (params.bias_is_paired && key + 1 < sequence.len_kv) {
+      Bias::load_pair(pair, g_row + key);
+    } else {
+      if (key < sequence.len_kv) pair[0] = Bias::load(__ldg(g_row + key));
+      if (key + 1 < sequence.len_kv) pair[1] = Bias::load(__ldg(g_row + key + 1));
+    }
+    pair[0] = bounded_bias<Spec>(pair[0]);
+    pair[1] = bounded_bias<Spec>(pair[1]);
+  };
+
+  // ---- What all rows have in common: a column is read once
+  if constexpr (kReadsBias || kStagesRow || Spec::kKeyPadding == Switch::kOn) {
+    const bool adds_bias = kReadsBias && params.bias_is_shared;
+    if (Spec::kKeyPadding == Switch::kOn || kStagesRow || adds_bias) {
+      const T* g_row = static_cast<const T*>(params.bias) + batch_idx * params.bias_stride_batch +
+                       first_head * params.bias_stride_head;
+      const uint8_t* g_padding = params.key_padding + batch_idx * params.key_padding_stride;
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+        const int key = columns(n);
+        float pair[2] = {0.f, 0.f};
+        if (adds_bias) load_bias(pair, g_row, key);
+        if constexpr (kStagesRow) load_staged(pair, 0, n);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          pair[i] *= params.inverse_scale;
+          if constexpr (Spec::kKeyPadding == Switch::kOn) {
+            const bool keeps = key + i < sequence.len_kv && __ldg(g_padding + key + i) != 0;
+            pair[i] = keeps ? pair[i] : -infinity();
+          }
+        }
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) r_s[m][n][i] += pair[i % 2];
+        }
+      }
+    }
+  }
+  constexpr bool kHasRows = Spec::kRelativeBias == Switch::kOn || Spec::kAlibi == Switch::kOn ||
+                            kReadsDense || kStagesMatrix;
+  if (!kHasRows && (!kReadsBias || params.bias_is_shared)) return;
+
+  // ---- What each row has of its own
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row_in_warp = m * 16 + accumulator_row(lane_idx, half);
+      const int row = min_of(first_row + row_in_warp, rows.num_rows - 1);
+      const int position = rows.position(row);
+      const int64_t head = first_head + rows.head(row, position);
+      const int own_key = position + sequence.len_kv - sequence.len_q;
+
+      const T* g_bias = nullptr;
+      if constexpr (kReadsBias) {
+        g_bias = static_cast<const T*>(params.bias) + batch_idx * params.bias_stride_batch +
+                 head * params.bias_stride_head +
+                 matrix_row<Spec>(sequence, position) * params.bias_stride_row;
+      }
+      const uint8_t* g_dense = nullptr;
+      if constexpr (kReadsDense) {
+        g_dense = params.dense + batch_idx * params.dense_stride_batch +
+                  head * params.dense_stride_head +
+                  matrix_row<Spec>(sequence, position) * params.dense_stride_row;
+      }
+      float slope = 0.f;
+      if constexpr (Spec::kAlibi == Switch::kOn) {
+        slope = __ldg(params.alibi_slopes + batch_idx * params.alibi_stride_batch + head);
+      }
+      const float* g_relative = nullptr;
+      if constexpr (Spec::kRelativeBias == Switch::kOn) {
+        g_relative = params.relative_bias + head * params.relative_stride_head;
+      }
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+        float pair[2] = {0.f, 0.f};
+        const int key = columns(n);
+        if constexpr (kReadsBias) {
+          if (!params.bias_is_shared) load_bias(pair, g_bias, key);
+        }
+        if constexpr (kStagesMatrix) load_staged(pair, row_in_warp, n);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int distance = key + i - own_key;
+          if constexpr (Spec::kAlibi == Switch::kOn) {
+            pair[i] -= slope * static_cast<float>(distance < 0 ? -distance : distance);
+          }
+          if constexpr (Spec::kRelativeBias == Switch::kOn) {
+            const int reach = params.relative_reach;
+            pair[i] += __ldg(g_relative + reach + max_of(-reach, min_of(reach, distance)));
+          }
+          pair[i] *= params.inverse_scale;
+          if constexpr (kReadsDense) {
+            const bool stays = key + i < sequence.len_kv && __ldg(g_dense + key + i) != 0;
+            pair[i] = stays ? pair[i] : -infinity();
+          }
+          r_s[m][n][2 * half + i] += pair[i];
+        }
+      }
+    }
+  }
+}
+
+// Hides what a staged mask hides; s_dense: its tile at the first row and key of the warp.
+template <class Spec, int kRowTiles, int kKeyTiles>
+__device__ __forceinline__ void hide_staged(float (&r_s)[kRowTiles][kKeyTiles][4], uint32_t s_dense,
+                                            int lane_idx) {
+  using Dense = typename MatrixTraits<Spec>::StagedDense;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t s_row = s_dense + (m * 16 + accumulator_row(lane_idx, half)) * Dense::kPitch;
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+        const uint32_t s_pair = s_row + n * 8 + accumulator_column(lane_idx);
+        const uint32_t keeps = ptx::ld_shared_b32(s_pair & ~3u) >> (s_pair & 2u) * 8;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& score = r_s[m][n][2 * half + i];
+          score = (keeps >> 8 * i & 0xffu) != 0 ? score : -infinity();
+        }
+      }
+    }
+  }
+}
+
+// What a sink adds to the sum of a row whose scores are exp2(score - max), with -max given.
+template <class Spec>
+__device__ __forceinline__ float sink_weight(const FwdParamsOf<Spec>& params, int head_idx,
+                                             float neg_max_log2) {
+  if constexpr (Spec::kSinks == Switch::kOn) {
+    constexpr float kLog2e = 1.4426950408889634f;
+    return ptx::exp2_approx(fmaf(__ldg(params.sinks + head_idx), kLog2e, neg_max_log2));
+  }
+  return 0.f;
+}
+
+}  // namespace jitattn

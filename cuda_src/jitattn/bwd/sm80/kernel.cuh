@@ -1,0 +1,641 @@
+// What        Gradients of q, k and v on mma.sync, ldmatrix and cp.async: sm_80 and every newer
+// GPU.
+//
+// Math        P = exp2(S * scale_log2 - lse_log2), with the very S of the forward kernel
+//             dV += P^T dO
+//             dS = P (dO V^T - delta),  with softcap times 1 - tanh^2
+//             dK += scale dS^T Q,  dQ += scale dS K
+//
+// Paper       Dao, FlashAttention-2, arXiv:2307.08691, Algorithm 2. We differ in: query heads of a
+//             kv head are visited by one CTA, so that dK and dV have one writer; the query tiles of
+//             a key block follow from the mask (bwd_schedule.cuh).
+//
+// Work split  One CTA: kBlockKv keys of one kv head, whose dK and dV stay in registers, and all
+//             query tiles that see them, or one of num_q_splits parts of these, of all query heads.
+//             Each product has its own grid of warps (warp_grid.cuh).
+//
+// Shared      K, V for the whole run; Q and dO, kStages of each; P and dS, through which the scores'
+// memory      grid of warps hands over to the others; LSE and delta of the rows.
+//
+// Pipeline    kStages == 2: the copies of tile i + 1 start with step i; two barriers a step.
+//               step i | wait i | barrier | start i+1 | S dP -> P dS | barrier | dV  dQ  dK |
+//             kStages == 1: dO of the next tile lands under dQ and dK, Q is waited for; four.
+//
+// dQ          Every key block adds to the sums of dQ in global memory (bwd_traits.cuh), in any
+//             order; or, with kDeterministic, in the order of the keys: blocks wait for their
+//             turns. All blocks of a head are started in that order, so those waited for are
+//             running.
+//
+// dK, dV      Rounded and written; or, where query tiles are split or sequences share keys, left as
+//             fp32 parts, which another kernel adds up in order (dq_round.cuh, kv_scatter.cuh).
+//             Sums of very many steps would drift: tensor cores truncate.
+#pragma once
+
+#include "jitattn/attention/key_lists.cuh"
+#include "jitattn/attention/rows.cuh"
+#include "jitattn/attention/schedule.cuh"
+#include "jitattn/attention/sequence.cuh"
+#include "jitattn/bwd/sm80/dq_fragments.cuh"
+#include "jitattn/bwd/sm80/fine_stride.cuh"
+#include "jitattn/bwd/sm80/key_rows.cuh"
+#include "jitattn/bwd/sm80/parts.cuh"
+#include "jitattn/bwd/sm80/schedule.cuh"
+#include "jitattn/bwd/sm80/traits.cuh"
+#include "jitattn/bwd/sm80/weights.cuh"
+#include "jitattn/debug.cuh"
+#include "jitattn/ptx/cp_async.cuh"
+#include "jitattn/ptx/global.cuh"
+#include "jitattn/ptx/shared.cuh"
+#include "jitattn/ptx/special.cuh"
+#include "jitattn/tile/element.cuh"
+#include "jitattn/tile/fragment.cuh"
+#include "jitattn/types.cuh"
+#include "jitattn_spec.h"
+
+namespace jitattn {
+
+// BwdParams::in_parts.
+constexpr int kAddedParts = 2;
+
+// Writes a warp's part of dK or dV: row `row` of the key block to row row_of(row) from g_first on;
+// or, of fp32 parts, adds it.
+template <Dtype kDtype, int kHeadDim, class Grid, int kRowTiles, int kColumnTiles, class RowOf>
+__device__ __forceinline__ void store_gradient(const float (&r)[kRowTiles][kColumnTiles][4],
+                                               const Grid& grid,
+                                               typename Scalar<kDtype>::type* g_first,
+                                               int64_t row_stride, int num_rows, RowOf row_of,
+                                               float scale, bool adds, int lane_idx) {
+  using Element = Scalar<kDtype>;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = grid.first_row + m * 16 + accumulator_row(lane_idx, half);
+      if (row >= num_rows) continue;
+      auto* g_row = g_first + static_cast<int64_t>(row_of(row)) * row_stride;
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+        const int column = grid.first_column + n * 8 + accumulator_column(lane_idx);
+        if (n >= grid.num_tiles) continue;
+        float left = r[m][n][2 * half] * scale, right = r[m][n][2 * half + 1] * scale;
+        if constexpr (kHeadDim % 2 == 0 && kDtype != Dtype::kFp32) {
+          using Mma = MmaF32Acc<kDtype>;
+          if (column < kHeadDim) {
+            *reinterpret_cast<uint32_t*>(g_row + column) = Mma::pack(left, right);
+          }
+        } else {
+          if (adds) {
+            if (column < kHeadDim) left += Element::load(g_row[column]);
+            if (column + 1 < kHeadDim) right += Element::load(g_row[column + 1]);
+          }
+          if (column < kHeadDim) g_row[column] = Element::round(left);
+          if (column + 1 < kHeadDim) g_row[column + 1] = Element::round(right);
+        }
+      }
+    }
+  }
+}
+
+// Keys of a kernel block that exist.
+template <class Spec>
+__device__ __forceinline__ int keys_in_block(const BwdParamsOf<Spec>& params,
+                                             const Sequence& sequence, const KvTile& tile) {
+  if constexpr (kGathersKeys<Spec>) {
+    return GatheredKeys<Spec>(params, sequence, tile.kv_head * params.heads_per_kv, tile.tile)
+        .num_keys();
+  }
+  return min_of(Spec::kBlockKv, sequence.len_kv - tile.tile * Spec::kBlockKv);
+}
+
+// Writes dK and dV of a key block, in the layout of k and v or, as parts, by split and sequence.
+// Indices are derived anew: the main loop has no registers to keep them in.
+template <class Spec, Dtype kDtype, class DkTiles, class GridDk, class DvTiles, class GridDv>
+__device__ __forceinline__ void store_gradients(const BwdParamsOf<Spec>& params,
+                                                const DkTiles& r_dk, const GridDk& grid_dk,
+                                                float scale_dk, const DvTiles& r_dv,
+                                                const GridDv& grid_dv, float scale_dv, bool adds,
+                                                int lane_idx) {
+  using T = typename Scalar<kDtype>::type;
+  const KvTile tile = kv_tile_of<Spec>(params, ptx::cta_idx());
+  const Sequence sequence = Sequence::of<Spec>(params, tile.batch);
+  const int num_keys = keys_in_block<Spec>(params, sequence, tile);
+  const auto key_of = keys_of_block<Spec>(params, sequence, tile.kv_head, tile.tile);
+  const int64_t first_row = shares_rows<Spec>(params) ? 0 : sequence.kv_start;
+  auto first_of = [&](void* gradient, int64_t split, int64_t batch, int64_t row, int64_t head) {
+    return static_cast<T*>(gradient) + tile.split * split + tile.batch * batch + first_row * row +
+           tile.kv_head * head;
+  };
+  store_gradient<kDtype, Spec::kHeadDim>(
+      r_dk, grid_dk,
+      first_of(params.dk, params.dk_stride_split, params.dk_stride_batch, params.dk_stride_row,
+               params.dk_stride_head),
+      params.dk_stride_row, num_keys, key_of, scale_dk, adds, lane_idx);
+  store_gradient<kDtype, Spec::kHeadDimV>(
+      r_dv, grid_dv,
+      first_of(params.dv, params.dv_stride_split, params.dv_stride_batch, params.dv_stride_row,
+               params.dv_stride_head),
+      params.dv_stride_row, num_keys, key_of, scale_dv, adds, lane_idx);
+}
+
+template <class Spec>
+__device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
+  using Traits = BwdTraits<Spec>;
+  using Mma = typename Traits::Mma;
+  using Element = typename Traits::Element;
+  using GridS = typename Traits::GridS;
+  constexpr int kBlockQ = Spec::kBlockQ, kBlockKv = Spec::kBlockKv;
+  constexpr int kRowTiles = GridS::kRowTiles, kKeyTiles = GridS::kColumnTiles;
+  constexpr int kStages = Spec::kStages;
+  using Weights = TileWeights<Spec>;
+  using Products = TileProducts<Spec>;
+  using Scores = typename Weights::Scores;
+
+  // ---- Indices
+  const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
+  const KvTile tile_idx = kv_tile_of<Spec>(params, blockIdx.x);
+  const int kv_tile = tile_idx.tile, kv_head_idx = tile_idx.kv_head, batch_idx = tile_idx.batch;
+  const Sequence sequence = Sequence::of<Spec>(params, batch_idx);
+  const int first_key = kv_tile * kBlockKv;  // of neighbouring keys
+  using Keys = typename Conditional<kGathersKeys<Spec>, GatheredKeys<Spec>, KeyBlock<Spec>>::type;
+  const int num_keys = keys_in_block<Spec>(params, sequence, tile_idx);
+  if (num_keys <= 0) return;
+  auto tiles_of = [&](const Keys& keys) {
+    const TileRange seen = keys.tiles().within(params.first_q_tile, params.end_q_tile);
+    return seen.part(kv_tile_of<Spec>(params, ptx::cta_idx()).split, params.num_q_splits);
+  };
+  if (params.in_parts == kAddedParts) {  // the heads of a kv head see alike
+    const Keys keys(params, sequence, kv_head_idx * params.heads_per_kv, kv_tile);
+    if (tiles_of(keys).is_empty()) return;
+  }
+  const KeyRows<Spec> key_rows(params, sequence, batch_idx);
+  const RowMap rows(sequence.len_q);
+  const GridS grid_s(warp_idx);
+  const typename Traits::GridDk grid_dk(warp_idx);
+  const typename Traits::GridDv grid_dv(warp_idx);
+  const typename Traits::GridDq grid_dq(warp_idx);
+
+  // ---- Shared storage
+  extern __shared__ __align__(128) unsigned char s_storage[];
+  const uint32_t s_k_addr = ptx::shared_addr(s_storage);
+  const uint32_t s_v_addr = s_k_addr + Traits::kOffsetV;
+  const uint32_t s_q_addr = s_k_addr + Traits::kOffsetQ;
+  const uint32_t s_do_addr = s_k_addr + Traits::kOffsetDo;
+  const uint32_t s_p_addr = s_k_addr + Traits::kOffsetP;
+  const uint32_t s_ds_addr = s_k_addr + Traits::kOffsetDs;
+  const uint32_t s_stats_addr = s_k_addr + Traits::kOffsetStats;
+  const uint32_t s_listed_addr = s_k_addr + Traits::kOffsetListed;
+  const uint32_t s_found_addr = s_k_addr + Traits::kOffsetFound;
+  JITATTN_DEVICE_ASSERT(s_k_addr % 128 == 0);
+  const PartScales<Spec> scales(params, batch_idx, kv_head_idx, first_key,
+                                s_k_addr + Traits::kOffsetScales);
+
+  // ---- Per-lane addresses
+  const typename Traits::CopyQ copy_q(threadIdx.x, params.q_stride_row);
+  const typename Traits::CopyDo copy_do(threadIdx.x, params.d_out_stride_row);
+  using LayoutQk = typename Traits::LayoutQk;
+  using LayoutV = typename Traits::LayoutV;
+  using LayoutP = typename Traits::LayoutP;
+  constexpr int kChunksQk = LayoutQk::kRowBytes / 16, kChunksV = LayoutV::kRowBytes / 16;
+  const uint32_t lane_q_addr = s_q_addr + grid_s.first_row * LayoutQk::kRowBytes +
+                               lane_offset_row_first<kChunksQk>(lane_idx);
+  const uint32_t lane_do_addr =
+      s_do_addr + grid_s.first_row * LayoutV::kRowBytes + lane_offset_row_first<kChunksV>(lane_idx);
+  const uint32_t lane_k_addr = s_k_addr + grid_s.first_column * LayoutQk::kRowBytes +
+                               lane_offset_chunk_first<kChunksQk>(lane_idx);
+  const uint32_t lane_v_addr = s_v_addr + grid_s.first_column * LayoutV::kRowBytes +
+                               lane_offset_chunk_first<kChunksV>(lane_idx);
+
+  // ---- K and V
+  {
+    auto load_keys = [&](const auto& copy, uint32_t s_addr, const void* tensor, int64_t batch,
+                         int64_t row, int64_t head) {
+      const Element* g_head = static_cast<const Element*>(tensor) + kv_head_idx * head;
+      if constexpr (kGathersKeys<Spec> || kIsPaged<Spec>) {
+        const auto key_of = keys_of_block<Spec>(params, sequence, kv_head_idx, kv_tile);
+        const char* g_lane = copy.lane(reinterpret_cast<const char*>(g_head));
+        copy.template load_rows<true, false>(s_addr, g_lane, num_keys, [&](int skip) {
+          return key_rows.offset(key_of(copy.row + skip), batch, row) *
+                 static_cast<int64_t>(sizeof(Element));
+        });
+      } else {
+        const Element* g_first = g_head + key_rows.offset(first_key, batch, row);
+        copy.load_tail(s_addr, copy.share(reinterpret_cast<const char*>(g_first)), num_keys);
+      }
+    };
+    const typename Traits::CopyK copy_k(threadIdx.x, params.k_stride_row);
+    const typename Traits::CopyV copy_v(threadIdx.x, params.v_stride_row);
+    copy_k.zero_padding(s_k_addr);
+    copy_v.zero_padding(s_v_addr);
+#pragma unroll
+    for (int stage = 0; stage < kStages; ++stage) {
+      copy_q.zero_padding(s_q_addr + stage * Traits::kBytesQ);
+      copy_do.zero_padding(s_do_addr + stage * Traits::kBytesDo);
+    }
+    load_keys(copy_k, s_k_addr, params.k, params.k_stride_batch, params.k_stride_row,
+              params.k_stride_head);
+    load_keys(copy_v, s_v_addr, params.v, params.v_stride_batch, params.v_stride_row,
+              params.v_stride_head);
+  }
+
+  // ---- Register tiles
+  float r_dk[Traits::GridDk::kRowTiles][Traits::GridDk::kColumnTiles][4] = {};
+  float r_dv[Traits::GridDv::kRowTiles][Traits::GridDv::kColumnTiles][4] = {};
+
+#pragma unroll 1
+  for (int group_head = 0; group_head < params.heads_per_kv; ++group_head) {
+    const int head_idx = kv_head_idx * params.heads_per_kv + group_head;
+    const Keys keys(params, sequence, head_idx, kv_tile);
+    const TileRange range = tiles_of(keys);
+    int first_keys[kGathersKeys<Spec> ? kKeyTiles / 2 : 1];  // of this warp's groups
+    bool is_on_stride = false;
+    if constexpr (kGathersKeys<Spec>) {
+      is_on_stride = keys.is_on;
+#pragma unroll
+      for (int i = 0; i < kKeyTiles / 2; ++i) {
+        first_keys[i] = keys.first_key_of_group(grid_s.first_column + i * 16);
+      }
+    }
+    const char* g_q = reinterpret_cast<const char*>(
+        static_cast<const Element*>(params.q) + batch_idx * params.q_stride_batch +
+        static_cast<int64_t>(sequence.q_start) * params.q_stride_row +
+        head_idx * params.q_stride_head);
+    const char* g_do = reinterpret_cast<const char*>(
+        static_cast<const Element*>(params.d_out) + batch_idx * params.d_out_stride_batch +
+        static_cast<int64_t>(sequence.q_start) * params.d_out_stride_row +
+        head_idx * params.d_out_stride_head);
+    const int64_t first_stat = batch_idx * params.stat_stride_batch +
+                               head_idx * params.stat_stride_head + sequence.q_start;
+
+    // Copies of one query tile.
+    auto load_tile = [&](const auto& copy, uint32_t s_addr, const char* g_first, int64_t row_stride,
+                         int tile) {
+      const int first_row = tile * kBlockQ;
+      const int num_rows = sequence.len_q - first_row;
+      if constexpr (kHasLists<Spec>) {
+        // The first rows of a tile may not exist.
+        copy.template load_rows<true, false>(s_addr, copy.lane(g_first), num_rows, [&](int skip) {
+          const int row = max_of(first_row + copy.row + skip, sequence.first_position);
+          return row * row_stride * static_cast<int64_t>(sizeof(Element));
+        });
+      } else {
+        const int64_t skipped = first_row * row_stride * static_cast<int64_t>(sizeof(Element));
+        copy.load_tail(s_addr, copy.share(g_first + skipped), num_rows);
+      }
+    };
+    auto load_q = [&](int stage, int tile) {
+      load_tile(copy_q, s_q_addr + stage * Traits::kBytesQ, g_q, params.q_stride_row, tile);
+    };
+    auto load_do = [&](int stage, int tile) {
+      load_tile(copy_do, s_do_addr + stage * Traits::kBytesDo, g_do, params.d_out_stride_row, tile);
+    };
+
+    // Statistics of a tile's rows, and its scales: fetched a step ahead, kept in registers until
+    // there is room.
+    constexpr int kNumRowStats = Traits::kRowStats * kBlockQ;
+    constexpr int kNumStats = kNumRowStats + PartScales<Spec>::kPerTile;
+    constexpr int kStatsPerThread = ceil_div(kNumStats, Traits::kNumThreads);
+    float r_stats[kStatsPerThread];
+    auto fetch_stats = [&](int tile) {
+#pragma unroll
+      for (int i = 0; i < kStatsPerThread; ++i) {
+        const int idx = i * Traits::kNumThreads + threadIdx.x;
+        const int stat = idx / kBlockQ;
+        const int row = tile * kBlockQ + idx % kBlockQ;
+        const bool exists =
+            idx < kNumRowStats && row < sequence.len_q && row >= sequence.first_position;
+        const float* g_stats = stat == 0 ? params.lse_log2 : params.delta;
+        if (Traits::kHasSinks && stat == 2) g_stats = params.sink_rest;
+        r_stats[i] = exists ? __ldg(g_stats + first_stat + row) : stat == 0 ? infinity() : 0.f;
+        if (kNumStats > kNumRowStats && idx >= kNumRowStats && idx < kNumStats) {
+          r_stats[i] = scales.load(params, batch_idx, head_idx, tile, idx - kNumRowStats);
+        }
+      }
+    };
+    auto keep_stats = [&](int stage) {
+#pragma unroll
+      for (int i = 0; i < kStatsPerThread; ++i) {
+        const int idx = i * Traits::kNumThreads + threadIdx.x;
+        if (idx < kNumStats) {
+          ptx::st_shared_b32(s_stats_addr + stage * Traits::kBytesStats + idx * 4,
+                             __float_as_uint(r_stats[i]));
+        }
+      }
+    };
+
+    // ---- Lists: which tiles of a chunk have this key block in their list, and where
+    constexpr int kChunk = kHasLists<Spec> ? Traits::kNumThreads : 0x40000000;
+    int4 list_head = {};
+    if constexpr (kHasLists<Spec>) list_head = load_list_head<Spec>(params, sequence, head_idx);
+    auto span_of = [&](int tile) {
+      if constexpr (kHasLists<Spec>) {
+        return listed_span(params, sequence, list_head, tile * kBlockQ);
+      }
+    };
+    // Tile `chunk + idx`: bit idx % 32 of word idx / 32 says whether its list has any of this key
+    // block, the same of s_free_addr whether all rows see all of it; then what the list says.
+    constexpr int kGroups = kBlockKv / 16;
+    const uint32_t s_free_addr = s_found_addr + Traits::kBytesAny;
+    auto s_bits_of = [&](int idx) {
+      return s_found_addr + 2 * Traits::kBytesAny + idx * kGroups * 4;
+    };
+    // As key_lists.cuh wants it.
+    auto keep_listed = [&](int stage, int tile, int chunk) {
+      if constexpr (kHasLists<Spec>) {
+        const int group = threadIdx.x;
+        if (group >= kGroups) return;
+        const uint64_t bits = ptx::ld_shared_b32(s_bits_of(tile - chunk) + group * 4);
+        const int64_t entry = static_cast<int64_t>(bits << 32) | (first_key + group * 16);
+        ptx::st_shared_b64(s_listed_addr + stage * Traits::kBytesListed + group * 8, entry);
+      }
+    };
+
+#pragma unroll 1
+    for (int chunk = range.begin; chunk < range.end; chunk += kChunk) {
+      const int chunk_end = range.end - chunk > kChunk ? chunk + kChunk : range.end;
+      if constexpr (kHasLists<Spec>) {
+        const int tile = chunk + threadIdx.x;
+        uint32_t bits[kGroups] = {};
+        bool is_listed = false, sees_all = false;
+        if (tile < chunk_end) {
+          const ListSpan span = span_of(tile);
+          const int last = min_of((tile + 1) * kBlockQ, sequence.len_q) - 1 + sequence.diagonal;
+          const int first = max_of(tile * kBlockQ, sequence.first_position) + sequence.diagonal;
+          const bool is_near =
+              first_key <= last + list_head.y &&
+              (first_key + num_keys > first + list_head.z || first_key < list_head.w);
+          if (is_near) is_listed = load_listed_bits(bits, span, first_key, num_keys);
+          sees_all = is_listed && num_keys == kBlockKv &&
+                     first_key + kBlockKv - 1 <= first + list_head.y &&
+                     (first_key >= last + list_head.z || first_key + kBlockKv <= list_head.w) &&
+                     has_all_cells(bits, params.list_log2);
+        }
+        const uint32_t any = __ballot_sync(0xffffffffu, is_listed);
+        const uint32_t all = __ballot_sync(0xffffffffu, sees_all);
+        ptx::barrier_sync<Traits::kNumThreads>();  // the last chunk's are read
+        if (lane_idx == 0) {
+          ptx::st_shared_b32(s_found_addr + warp_idx * 4, any);
+          ptx::st_shared_b32(s_free_addr + warp_idx * 4, all);
+        }
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+          ptx::st_shared_b32(s_bits_of(threadIdx.x) + i * 4, bits[i]);
+        }
+        ptx::barrier_sync<Traits::kNumThreads>();
+      }
+      auto next_tile = [&](int tile) {
+        if constexpr (kHasLists<Spec>) {
+          for (int idx = tile - chunk; idx < chunk_end - chunk; idx = (idx / 32 + 1) * 32) {
+            const uint32_t any = ptx::ld_shared_b32(s_found_addr + idx / 32 * 4) >> idx % 32;
+            if (any != 0) return chunk + idx + __ffs(any) - 1;
+          }
+          return max_of(tile, chunk_end);
+        }
+        return tile;
+      };
+      auto is_free = [&](int tile) {
+        if constexpr (kHasLists<Spec>) {
+          const int idx = tile - chunk;
+          return (ptx::ld_shared_b32(s_free_addr + idx / 32 * 4) >> idx % 32 & 1) != 0;
+        }
+        return keys.is_free(tile);
+      };
+      // Key blocks that a list leaves out still take their turns.
+      auto wait_turn = [&](int tile, int turn) {
+        if constexpr (Spec::kDeterministic == Switch::kOn) {
+          if (threadIdx.x == 0) {
+            const int32_t* g_turn =
+                params.turns +
+                (static_cast<int64_t>(batch_idx) * params.heads_q + head_idx) * params.num_q_tiles +
+                tile;
+            while (ptx::ld_acquire(g_turn) != turn) __nanosleep(64);
+          }
+          ptx::barrier_sync<Traits::kNumThreads>();
+        }
+      };
+      auto end_turn = [&](int tile) {
+        if constexpr (Spec::kDeterministic == Switch::kOn) {
+          __threadfence();
+          ptx::barrier_sync<Traits::kNumThreads>();
+          if (threadIdx.x == 0) {
+            int32_t* g_turn =
+                params.turns +
+                (static_cast<int64_t>(batch_idx) * params.heads_q + head_idx) * params.num_q_tiles +
+                tile;
+            ptx::red_release_add(g_turn, 1);
+          }
+        }
+      };
+
+      int stage = 0;  // of two: LSE, delta and lists; of kStages: Q and dO
+      auto step = [&](int tile, int next, auto is_masked) {
+        constexpr bool kIsMasked = decltype(is_masked)::value;
+        const int buffer = kStages == 2 ? stage : 0;
+        const uint32_t s_q_now = s_q_addr + buffer * Traits::kBytesQ;
+        const uint32_t s_do_now = s_do_addr + buffer * Traits::kBytesDo;
+        // Protects: this step's tiles before anyone reads them; the others, and P and dS, which the
+        // last step read, before anyone writes them.
+        ptx::cp_async_wait<0>();
+        ptx::barrier_sync<Traits::kNumThreads>();
+        const bool has_next = next < chunk_end;
+        if (has_next) {
+          if constexpr (kStages == 2) {
+            load_q(stage ^ 1, next);
+            load_do(stage ^ 1, next);
+          }
+          fetch_stats(next);
+        }
+        ptx::cp_async_commit();
+
+        // ---- P and dS
+        const int warp_row = tile * kBlockQ + grid_s.first_row;
+        const int warp_key = first_key + grid_s.first_column;
+        KeyColumns<Spec> columns = {accumulator_column(lane_idx) +
+                                    (kHasGroups<Spec> ? 0 : warp_key)};
+        if constexpr (kHasLists<Spec>) {
+          columns.s_listed =
+              s_listed_addr + stage * Traits::kBytesListed + grid_s.first_column / 16 * 8;
+        }
+        if constexpr (kGathersKeys<Spec>) {
+#pragma unroll
+          for (int i = 0; i < kKeyTiles / 2; ++i) columns.first_keys[i] = first_keys[i];
+        }
+        const uint32_t s_stats_now = s_stats_addr + stage * Traits::kBytesStats;
+        const uint32_t s_lse = s_stats_now + grid_s.first_row * 4;
+        if (Traits::kNumScoreWarps == Traits::kNumWarps || warp_idx < Traits::kNumScoreWarps) {
+          Scores r_p, r_dp;
+          const ListHead window = {list_head.y, list_head.z, list_head.w};
+          const typename Weights::Tile where = {batch_idx, head_idx, warp_row, warp_key,
+                                                columns,   lane_idx, window,   is_on_stride};
+          Weights weights(params, sequence, rows, where);
+          weights.template compute<kIsMasked>(
+              r_p, r_dp, lane_q_addr + buffer * Traits::kBytesQ, lane_k_addr,
+              lane_do_addr + buffer * Traits::kBytesDo, lane_v_addr, s_lse,
+              scales.of_q(s_stats_now) * scales.of_k, scales.of_d_out(s_stats_now) * scales.of_v);
+#pragma unroll
+          for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int row = m * 16 + accumulator_row(lane_idx, half);
+              const float delta = ptx::ld_shared_f32(s_lse + (kBlockQ + row) * 4);
+              const float rest = Weights::sink_rest(s_lse, row);
+#pragma unroll
+              for (int n = 0; n < kKeyTiles; ++n) {
+                float p[2], d_s[2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                  const float whole = r_p[m][n][2 * half + i];
+                  p[i] = weights.dropped(whole, m, half, n, i);
+                  if constexpr (Traits::kHasSinks) p[i] *= rest;
+                  d_s[i] =
+                      weights.d_score(whole, r_dp[m][n][2 * half + i], delta, rest, m, half, n, i);
+                  d_s[i] = weights.capped(d_s[i], m, half, n, i);
+                }
+                if constexpr (kIsInHalves<Spec>) {
+#pragma unroll
+                  for (int i = 0; i < 2; ++i) {
+                    r_p[m][n][2 * half + i] = p[i];
+                    r_dp[m][n][2 * half + i] = d_s[i];
+                  }
+                } else {
+                  const int column = grid_s.first_column + n * 8 + accumulator_column(lane_idx);
+                  Mma::template store_pair<LayoutP>(s_p_addr, grid_s.first_row + row, column, p[0],
+                                                    p[1]);
+                  Mma::template store_pair<LayoutP>(s_ds_addr, grid_s.first_row + row, column,
+                                                    d_s[0], d_s[1]);
+                }
+              }
+            }
+          }
+          if constexpr (kIsInHalves<Spec>) {
+            scales.store(r_p, r_dp, grid_s, s_p_addr, s_ds_addr, warp_idx, lane_idx);
+          }
+        }
+        if (has_next) {
+          keep_stats(stage ^ 1);
+          keep_listed(stage ^ 1, next, chunk);
+        }
+        ptx::barrier_sync<Traits::kNumThreads>();  // P and dS are there
+
+        // ---- dV, dQ, dK
+        const float scale_dv = scales.of_d_out(s_stats_now) / PartScales<Spec>::kLiftP;
+        Products::template add_transposed<LayoutV>(r_dv, s_p_addr, grid_dv, s_do_now, lane_idx,
+                                                   [&](int, int) { return scale_dv; });
+        if constexpr (kStages == 1) {
+          ptx::barrier_sync<Traits::kNumThreads>();  // dO is read
+          if (has_next) load_do(0, next);
+          ptx::cp_async_commit();
+        }
+        {
+          using Grid = typename Traits::GridDq;
+          float r_dq[Grid::kRowTiles][Grid::kColumnTiles][4] = {};
+          Products::template add<LayoutQk>(
+              r_dq, s_ds_addr, grid_dq, s_k_addr, lane_idx, [&](int key, int m) {
+                return scales.of_ds(grid_dq.first_row + m * 16, key) * scales.of_k;
+              });
+          wait_turn(tile, kHasLists<Spec> ? kv_tile : keys.turn(tile));
+          float* g_dq =
+              params.dq_sum + batch_idx * params.dq_stride_batch + head_idx * params.dq_stride_head;
+          if constexpr (Traits::kDqInFragments) {
+            using Fragments = DqFragments<Spec::kArch>;
+            constexpr int kTiles = Grid::kRowTiles * Grid::kColumnTiles;
+            g_dq += static_cast<int64_t>(tile) * (kBlockQ * Grid::kPaddedColumns) +
+                    warp_idx * (kTiles * Fragments::kTile);
+#pragma unroll
+            for (int m = 0; m < Grid::kRowTiles; ++m) {
+#pragma unroll
+              for (int n = 0; n < Grid::kColumnTiles; ++n) {
+                if (n >= grid_dq.num_tiles) continue;
+                Fragments::add(g_dq + (m * Grid::kColumnTiles + n) * Fragments::kTile, r_dq[m][n],
+                               lane_idx);
+              }
+            }
+          } else {
+#pragma unroll
+            for (int m = 0; m < Grid::kRowTiles; ++m) {
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                const int row =
+                    tile * kBlockQ + grid_dq.first_row + m * 16 + accumulator_row(lane_idx, half);
+                if (row >= sequence.len_q || row < sequence.first_position) continue;
+                float* g_row = g_dq + (sequence.q_start + row) * params.dq_stride_row +
+                               grid_dq.first_column + accumulator_column(lane_idx);
+#pragma unroll
+                for (int n = 0; n < Grid::kColumnTiles; ++n) {
+                  const int column = grid_dq.first_column + n * 8 + accumulator_column(lane_idx);
+                  const float left = r_dq[m][n][2 * half], right = r_dq[m][n][2 * half + 1];
+                  if (n >= grid_dq.num_tiles) continue;
+                  if constexpr (Spec::kHeadDim % 2 == 0 && Spec::kArch >= 90) {
+                    if (column < Spec::kHeadDim) ptx::red_add_v2(g_row + n * 8, left, right);
+                  } else {
+                    if (column < Spec::kHeadDim) ptx::red_add(g_row + n * 8, left);
+                    if (column + 1 < Spec::kHeadDim) ptx::red_add(g_row + n * 8 + 1, right);
+                  }
+                }
+              }
+            }
+          }
+          end_turn(tile);
+        }
+        const float scale_q = scales.of_q(s_stats_now);
+        Products::template add_transposed<LayoutQk>(
+            r_dk, s_ds_addr, grid_dk, s_q_now, lane_idx, [&](int row, int m) {
+              return scales.of_ds(row, grid_dk.first_row + m * 16) * scale_q;
+            });
+        if constexpr (kStages == 1) {
+          ptx::barrier_sync<Traits::kNumThreads>();  // Q is read
+          if (has_next) load_q(0, next);
+          ptx::cp_async_commit();
+        }
+        stage ^= 1;
+      };
+
+      int tile = next_tile(chunk);
+      if constexpr (kHasLists<Spec> && Spec::kDeterministic == Switch::kOn) {
+        for (int skipped = chunk; skipped < tile; ++skipped) {
+          wait_turn(skipped, kv_tile);
+          end_turn(skipped);
+        }
+      }
+      if (tile < chunk_end) {
+        // The last step of the head before may still be reading.
+        ptx::barrier_sync<Traits::kNumThreads>();
+        load_q(0, tile);
+        load_do(0, tile);
+        fetch_stats(tile);
+        keep_stats(0);
+        keep_listed(0, tile, chunk);
+      }
+      ptx::cp_async_commit();
+#pragma unroll 1
+      while (tile < chunk_end) {
+        const int next = next_tile(tile + 1);
+        if (is_free(tile)) {
+          step(tile, next, FalseType{});
+        } else {
+          step(tile, next, TrueType{});
+        }
+        if constexpr (kHasLists<Spec> && Spec::kDeterministic == Switch::kOn) {
+          for (int skipped = tile + 1; skipped < next; ++skipped) {
+            wait_turn(skipped, kv_tile);
+            end_turn(skipped);
+          }
+        }
+        tile = next;
+      }
+    }
+  }
+
+  // ---- Results
+  if (params.in_parts) {
+    store_gradients<Spec, Dtype::kFp32>(params, r_dk, grid_dk, 1.f, r_dv, grid_dv, 1.f,
+                                        params.in_parts == kAddedParts, lane_idx);
+  } else {
+    const float unscale = params.d_out_scale == nullptr ? 1.f : __ldg(params.d_out_scale + 1);
+    float scale_dv = unscale;
+    if constexpr (Spec::kDropout == Switch::kOn) scale_dv *= params.dropout_scale;
+    store_gradients<Spec, Spec::kDtype>(params, r_dk, grid_dk, params.scale * unscale, r_dv,
+                                        grid_dv, scale_dv, false, lane_idx);
+  }
+}
+
+}  // namespace jitattn

@@ -1,0 +1,115 @@
+// Numbers derived from the generated Spec of a backward kernel, and the checks that the host
+// agrees.
+#pragma once
+
+#include "jitattn/attention/sequence.cuh"
+#include "jitattn/tile/copy.cuh"
+#include "jitattn/tile/mma/f16_parts.cuh"
+#include "jitattn/tile/mma/f32_acc.cuh"
+#include "jitattn/tile/mma/tf32.cuh"
+#include "jitattn/tile/power_scale.cuh"
+#include "jitattn/tile/warp_grid.cuh"
+#include "jitattn/types.cuh"
+#include "jitattn_spec.h"
+
+namespace jitattn {
+
+template <class Spec>
+using BwdParamsOf = typename Conditional<kIsInHalves<Spec>, BwdScaledParams<FwdParamsOf<Spec>>,
+                                         BwdParams<FwdParamsOf<Spec>>>::type;
+
+// The products of a backward kernel.
+template <Numerics kNumerics, Dtype kDtype>
+struct BwdMmaOf {
+  using type = MmaF32Acc<kDtype>;
+};
+template <Dtype kDtype>
+struct BwdMmaOf<Numerics::kF16x3, kDtype> {
+  using type = MmaF16Parts<3>;
+};
+template <Dtype kDtype>
+struct BwdMmaOf<Numerics::kTf32x3, kDtype> {
+  using type = MmaTf32<3>;
+};
+
+template <class Spec>
+struct BwdTraits {
+  static_assert(Spec::kArch >= 80, "the backward kernel needs sm_80 or newer");
+  static_assert(sizeof(BwdParamsOf<Spec>) == Spec::kParamsBytes,
+                "host and device disagree on BwdParams");
+
+  using Mma = typename BwdMmaOf<Spec::kNumerics, Spec::kDtype>::type;
+  using Element = typename Mma::Element;
+  static constexpr int kSize = sizeof(Element);
+  static constexpr int kNumThreads = Spec::kNumThreads;
+  static constexpr int kNumWarps = kNumThreads / 32;
+
+  // Statistics of a row: LSE and delta, and what a sink leaves.
+  static constexpr bool kHasSinks = Spec::kSinks == Switch::kOn;
+  static constexpr int kRowStats = kHasSinks ? 3 : 2;
+
+  // Columns, padded to whole MMAs.
+  static constexpr int kDim = ceil_div(Spec::kHeadDim, 16) * 16;
+  static constexpr int kDimV = ceil_div(Spec::kHeadDimV, 16) * 16;
+
+  // Elements of a row. Two parts lie side by side; a tile has one scale, where rows have them.
+  static constexpr int kParts = kIsInHalves<Spec> ? 2 : 1;
+  static constexpr int kWidthQk = kParts * kDim, kWidthV = kParts * kDimV;
+  static_assert(!kIsInHalves<Spec> ||
+                (kDim == Spec::kHeadDim && kDimV == Spec::kHeadDimV && kIsUniform<Spec> &&
+                 kRowsPerScale % Spec::kBlockQ == 0 && kRowsPerScale % Spec::kBlockKv == 0));
+
+  // Scores, by the first warps only where there are few of them.
+  static constexpr int kNumScoreWarps = Spec::kWarpsScores;
+  // Scores and dP [block_q, block_kv]; dK and dV [block_kv, ...]; dQ [block_q, kDim].
+  using GridS = WarpGrid<Spec::kBlockQ, Spec::kBlockKv, Spec::kWarpsQ, kNumScoreWarps>;
+  using GridDk = WarpGrid<Spec::kBlockKv, kDim, Spec::kWarpsKeys, kNumWarps>;
+  using GridDv = WarpGrid<Spec::kBlockKv, kDimV, Spec::kWarpsKeys, kNumWarps>;
+  using GridDq = WarpGrid<Spec::kBlockQ, kDim, Spec::kWarpsDq, kNumWarps>;
+  static_assert(GridS::kUnits % GridS::kWarpsAcross == 0, "every warp has keys");
+
+  using LayoutQk = Swizzle<kWidthQk * kSize / 16>;
+  using LayoutV = Swizzle<kWidthV * kSize / 16>;
+  using LayoutP = Swizzle<kParts * Spec::kBlockKv * kSize / 16>;
+
+  template <int kRows, int kHeadDim, int kPaddedDim>
+  using Copy = TileCopy<Element, kRows, kHeadDim, kPaddedDim, kNumThreads, Spec::kAccess>;
+  using CopyQ = Copy<Spec::kBlockQ, kParts * Spec::kHeadDim, kWidthQk>;
+  using CopyDo = Copy<Spec::kBlockQ, kParts * Spec::kHeadDimV, kWidthV>;
+  using CopyK = Copy<Spec::kBlockKv, kParts * Spec::kHeadDim, kWidthQk>;
+  using CopyV = Copy<Spec::kBlockKv, kParts * Spec::kHeadDimV, kWidthV>;
+
+  // Shared memory in bytes: K, V, the Q buffers, the dO buffers, P, dS, two buffers of the
+  // statistics of every row and of the scales of Q and dO, those of dS, and the groups that a list
+  // names of this key block, twice.
+  static constexpr int kBytesK = Spec::kBlockKv * kWidthQk * kSize;
+  static constexpr int kBytesV = Spec::kBlockKv * kWidthV * kSize;
+  static constexpr int kBytesQ = Spec::kBlockQ * kWidthQk * kSize;
+  static constexpr int kBytesDo = Spec::kBlockQ * kWidthV * kSize;
+  static constexpr int kBytesP = Spec::kBlockQ * kParts * Spec::kBlockKv * kSize;
+  static constexpr int kBytesRowStats = Spec::kBlockQ * 4 * kRowStats;
+  static constexpr int kBytesStats = kBytesRowStats + (kIsInHalves<Spec> ? 16 : 0);
+  static constexpr int kBytesListed = Spec::kBlockKv / 16 * 8;
+  static constexpr int kOffsetV = kBytesK;
+  static constexpr int kOffsetQ = kOffsetV + kBytesV;
+  static constexpr int kOffsetDo = kOffsetQ + Spec::kStages * kBytesQ;
+  static constexpr int kOffsetP = kOffsetDo + Spec::kStages * kBytesDo;
+  static constexpr int kOffsetDs = kOffsetP + kBytesP;
+  static constexpr int kOffsetStats = kOffsetDs + kBytesP;
+  static constexpr int kOffsetScales = kOffsetStats + 2 * kBytesStats;
+  static constexpr int kOffsetListed = kOffsetScales + (kIsInHalves<Spec> ? kNumScoreWarps * 4 : 0);
+  // Of as many query tiles as there are threads: whether the list has any of it, whether every row
+  // sees all of it, and what the list says.
+  static constexpr int kOffsetFound = kOffsetListed + (kHasLists<Spec> ? 2 * kBytesListed : 0);
+  static constexpr int kBytesAny = kNumThreads / 8;
+  static constexpr int kBytesFound = 2 * kBytesAny + kNumThreads * (Spec::kBlockKv / 16) * 4;
+  static constexpr int kSmemBytes = kOffsetFound + (kHasLists<Spec> ? kBytesFound : 0);
+  static_assert(kSmemBytes == Spec::kSmemBytes, "host and device disagree on shared memory");
+
+  // Sums of dQ lie in fragment order where all sequences are alike: a tile is a block of its own
+  // there, and a warp adds to neighbouring addresses. (notes/0006)
+  static constexpr bool kDqInFragments =
+      Spec::kQLayout == SeqLayout::kBatched && Spec::kKvLayout == SeqLayout::kBatched;
+};
+
+}  // namespace jitattn

@@ -1,0 +1,178 @@
+// Weights and their gradients, for a query tile and a key block: what every backward
+// kernel computes anew. A warp holds the rows and keys that its grid gives it.
+#pragma once
+
+#include "jitattn/attention/dropout.cuh"
+#include "jitattn/attention/key_lists.cuh"
+#include "jitattn/attention/mask.cuh"
+#include "jitattn/attention/rows.cuh"
+#include "jitattn/attention/schedule.cuh"
+#include "jitattn/attention/score.cuh"
+#include "jitattn/attention/sequence.cuh"
+#include "jitattn/bwd/sm80/fine_stride.cuh"
+#include "jitattn/bwd/sm80/traits.cuh"
+#include "jitattn/ptx/math.cuh"
+#include "jitattn/ptx/shared.cuh"
+#include "jitattn/tile/fragment.cuh"
+#include "jitattn/types.cuh"
+#include "jitattn_spec.h"
+
+namespace jitattn {
+
+template <class Spec>
+struct TileWeights {
+  using Traits = BwdTraits<Spec>;
+  using Mma = typename Traits::Mma;
+  static constexpr int kRowTiles = Traits::GridS::kRowTiles;
+  static constexpr int kKeyTiles = Traits::GridS::kColumnTiles;
+  static constexpr bool kIsCapped = Spec::kSoftcap == Switch::kOn;
+  static constexpr bool kDrops = Spec::kDropout == Switch::kOn;
+  using Scores = float[kRowTiles][kKeyTiles][4];
+
+  // Where this warp is.
+  struct Tile {
+    int batch_idx;
+    int head_idx;
+    int first_row;  // position of its first row
+    int first_key;
+    KeyColumns<Spec> columns;
+    int lane_idx;
+    ListHead window;            // lists
+    bool is_on_stride = false;  // gathered keys
+  };
+
+  const BwdParamsOf<Spec>& params;
+  const Sequence& sequence;
+  const RowMap& rows;
+  const Tile& tile;
+  float r_slope[kIsCapped ? kRowTiles : 1][kIsCapped ? kKeyTiles : 1][4];  // 1 - tanh^2
+  KeptWeights<Spec, kRowTiles, kKeyTiles> kept;
+
+  __device__ TileWeights(const BwdParamsOf<Spec>& params, const Sequence& sequence,
+                         const RowMap& rows, const Tile& tile)
+      : params(params), sequence(sequence), rows(rows), tile(tile) {}
+
+  // r_p: weights, dropped ones too; r_dp: dO V^T. Lane addresses as fragment.cuh gives them; s_lse:
+  // of the warp's first row. Scales undo those of operands in parts.
+  template <bool kIsMasked>
+  __device__ void compute(Scores& r_p, Scores& r_dp, uint32_t lane_q_addr, uint32_t lane_k_addr,
+                          uint32_t lane_do_addr, uint32_t lane_v_addr, uint32_t s_lse,
+                          float scale_qk = 1.f, float scale_dov = 1.f) {
+    // ---- Scores
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) r_p[m][n][i] = r_dp[m][n][i] = 0.f;
+      }
+    }
+    if constexpr (!kIsCapped) change(r_p);
+    add_product<Traits::kDim>(r_p, lane_q_addr, lane_k_addr, scale_qk);
+    if constexpr (kIsCapped) {
+      cap_scores<Spec>(r_p, params);
+      const float inverse = 1.f / params.softcap_out;
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float tanh = r_p[m][n][i] * inverse;
+            r_slope[m][n][i] = 1.f - tanh * tanh;
+          }
+        }
+      }
+      change(r_p);
+    }
+    if constexpr (kIsMasked) hide(r_p);
+
+    // ---- Weights
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = m * 16 + accumulator_row(tile.lane_idx, half);
+        const float neg_lse = -ptx::ld_shared_f32(s_lse + row * 4);
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            r_p[m][n][i] = ptx::exp2_approx(fmaf(r_p[m][n][i], params.scale_log2, neg_lse));
+          }
+        }
+      }
+    }
+
+    // ---- Their gradients
+    add_product<Traits::kDimV>(r_dp, lane_do_addr, lane_v_addr, scale_dov);
+    if constexpr (kDrops) {
+      kept.draw(params, sequence, rows, tile.batch_idx, tile.head_idx, tile.first_row, tile.columns,
+                tile.lane_idx);
+    }
+  }
+
+  // The gradient of the score that the softmax saw, of a weight and its gradient.
+  __device__ float d_score(float p, float d_p, float delta, float rest, int m, int half, int n,
+                           int i) const {
+    if constexpr (kDrops) d_p = dropped(d_p, m, half, n, i) * params.dropout_scale;
+    if constexpr (Traits::kHasSinks) return p * (rest * d_p - delta);
+    return p * (d_p - delta);
+  }
+
+  // What a sink leaves of the weights of a row; s_lse as above.
+  __device__ static float sink_rest(uint32_t s_lse, int row) {
+    if constexpr (Traits::kHasSinks)
+      return ptx::ld_shared_f32(s_lse + (2 * Spec::kBlockQ + row) * 4);
+    return 1.f;
+  }
+
+  // A value of r_p, or 0 if dropout drops it.
+  __device__ float dropped(float value, int m, int half, int n, int i) const {
+    if constexpr (kDrops) return kept.keeps(m, half, n, i) ? value : 0.f;
+    return value;
+  }
+
+  // From the gradient of a score to that of scale q k^T.
+  __device__ float capped(float value, int m, int half, int n, int i) const {
+    if constexpr (kIsCapped) return value * r_slope[m][n][2 * half + i];
+    return value;
+  }
+
+ private:
+  template <int kDim>
+  __device__ static void add_product(Scores& r, uint32_t lane_a_addr, uint32_t lane_b_addr,
+                                     float scale) {
+    if constexpr (kIsInHalves<Spec>) {
+      Mma::template add_scaled_scores<kDim>(r, lane_a_addr, lane_b_addr, scale);
+    } else {
+      Mma::template add_scores<kDim>(r, lane_a_addr, lane_b_addr);
+    }
+  }
+
+  __device__ void change(Scores& r_s) const {
+    if constexpr (kAddsToScores<Spec>) {
+      add_to_scores<Spec>(r_s, params, sequence, rows, tile.batch_idx, tile.head_idx,
+                          tile.first_row, tile.columns, 0, tile.lane_idx);
+    }
+  }
+
+  __device__ void hide(Scores& r_s) const {
+    if constexpr (kHasLists<Spec>) {
+      const uint32_t s_listed = tile.columns.s_listed;
+      if (!sees_all_listed<Spec, kKeyTiles>(params, sequence, tile.window, s_listed, tile.first_row,
+                                            tile.first_row + kRowTiles * 16 - 1)) {
+        mask_listed<Spec>(r_s, params, sequence, rows, tile.window, s_listed, tile.first_row,
+                          tile.lane_idx);
+      }
+    } else if constexpr (kGathersKeys<Spec>) {
+      mask_gathered<Spec>(r_s, params, sequence, rows, tile.columns, tile.is_on_stride,
+                          tile.first_row, tile.lane_idx);
+    } else {
+      mask_scores<Spec>(r_s, params, sequence, rows, tile.head_idx, tile.first_row, tile.first_key,
+                        tile.lane_idx);
+    }
+  }
+};
+
+}  // namespace jitattn

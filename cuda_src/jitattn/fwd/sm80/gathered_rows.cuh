@@ -1,0 +1,164 @@
+// Where the rows of gathered keys and values lie, keys in pages or in lists of groups: byte
+// offsets, resolved well ahead of their copies. Of keys in 8 bits, which lie in no page, the values
+// alone.
+//
+// Keys are looked up in groups that lie together: of 16 in lists, and where pages hold a multiple
+// of that, else one by one. Blocks come in batches of kBatch. In the first step of a batch, all
+// threads look up the next one, and leave the offsets of each group's first K row and V row in
+// shared memory at the end of the step, where all copies find them, with what a list says of the
+// group. There is room for two batches.
+#pragma once
+
+#include "jitattn/attention/rows.cuh"
+#include "jitattn/attention/schedule.cuh"
+#include "jitattn/attention/sequence.cuh"
+#include "jitattn/fwd/sm80/traits.cuh"
+#include "jitattn/ptx/shared.cuh"
+#include "jitattn/types.cuh"
+#include "jitattn_spec.h"
+
+namespace jitattn {
+
+template <class Spec>
+struct GatheredRows {
+  using Traits = FwdTraits<Spec>;
+  static constexpr int kGroup = Traits::kGroup;
+  static constexpr int kGroups = Spec::kBlockKv / kGroup;  // of a block
+  static constexpr int kBatch = Traits::kGatherBatch;
+  static constexpr int kBatchGroups = kBatch * kGroups;
+  static constexpr int kGroupsPerThread = ceil_div(kBatchGroups, Traits::kNumThreads);
+  static_assert(kBatch > Spec::kStages, "a batch is looked up before its first copy");
+  static constexpr int64_t kElementBytes = sizeof(typename Traits::Element);
+  // A thread's rows lie whole groups apart, so that its place in the group is always the same.
+  static_assert(!Traits::kIsGathered || (Traits::CopyK::kRowsPerPass % kGroup == 0 &&
+                                         Traits::CopyV::kRowsPerPass % kGroup == 0));
+
+  // Page and row within it of the first key of this thread's groups of one batch, and its entry.
+  struct Lookup {
+    int page[kGroupsPerThread];
+    int row[kGroupsPerThread];
+    ListedGroup listed[kHasLists<Spec> ? kGroupsPerThread : 1];
+  };
+
+  const FwdParamsOf<Spec>& params;
+  const int32_t* g_table;  // of this sequence
+  const uint32_t s_addr;   // [2 * kBatch, kGroups] pairs of int64
+  const int kv_start, len_kv;
+
+  __device__ GatheredRows(const FwdParamsOf<Spec>& params, const Sequence& sequence, int batch_idx,
+                          uint32_t s_storage_addr)
+      : params(params),
+        g_table(table_of(params, batch_idx)),
+        s_addr(s_storage_addr + Traits::kOffsetRows),
+        kv_start(sequence.kv_start),
+        len_kv(sequence.len_kv) {}
+
+  __device__ static int batch_of(uint32_t ordinal) { return ordinal / kBatch; }
+
+  // Whether the next batch is to be looked up in the step of this block.
+  __device__ static bool is_first_of_batch(uint32_t ordinal) {
+    return ordinal % kBatch == kBatch - 1;
+  }
+
+  // Batches are of ordinals, and visited from right to left.
+  __device__ Lookup look_up(int batch, const KvBlockRange& range) const {
+    Lookup found;
+#pragma unroll
+    for (int i = 0; i < kGroupsPerThread; ++i) {
+      int key = batch * (kBatch * Spec::kBlockKv) + group_of(i) * kGroup;
+      if constexpr (kHasGap<Spec>) {
+        const int ordinal = batch * kBatch + group_of(i) / kGroups;
+        key = range.template block_at<Spec>(ordinal) * Spec::kBlockKv +
+              group_of(i) % kGroups * kGroup;
+      }
+      if constexpr (kHasLists<Spec>) {
+        const int slot = batch * kBatchGroups + group_of(i);
+        found.listed[i] = range.listed_group(slot * kGroup / 16, is_mine(i) && batch >= 0);
+        key = found.listed[i].first_key + slot * kGroup % 16;
+      }
+      found.page[i] = 0;
+      found.row[i] = 0;
+      if (!is_mine(i) || batch < 0 || key >= len_kv) continue;
+      if constexpr (!Traits::kIsPaged) {
+        found.row[i] = key;
+      } else {
+        const int idx = divide(kv_start + key, params.page_div_mul, params.page_div_shift);
+        found.row[i] = kv_start + key - idx * params.page_size;
+        found.page[i] = load_index(g_table, idx, params.table_word);
+      }
+    }
+    return found;
+  }
+
+  __device__ void store(const Lookup& found, int batch) const {
+#pragma unroll
+    for (int i = 0; i < kGroupsPerThread; ++i) {
+      if (!is_mine(i)) continue;
+      // Whatever the table says, no page is read but those that exist.
+      const bool exists =
+          Traits::kIsPaged && static_cast<uint32_t>(found.page[i]) < params.num_pages;
+      const int64_t page = exists ? found.page[i] : 0, row = found.row[i];
+      const uint32_t slot = slot_addr((batch & 1) * kBatch, group_of(i));
+      const int64_t offset_v =
+          (page * params.v_stride_batch + row * params.v_stride_row) * kElementBytes;
+      if constexpr (Traits::kGathersK) {
+        ptx::st_shared_v2_b64(
+            slot, (page * params.k_stride_batch + row * params.k_stride_row) * kElementBytes,
+            offset_v);
+      } else {
+        ptx::st_shared_b64(slot + 8, offset_v);
+      }
+      if constexpr (kHasLists<Spec>) {
+        const uint32_t key = group_of(i) * kGroup;
+        if (key % 16 != 0) continue;
+        const int64_t bits = found.listed[i].bits;
+        ptx::st_shared_b64(
+            listed_addr((batch & 1) * kBatch) + key / 16 * 8,
+            static_cast<int64_t>(bits << 32) | static_cast<uint32_t>(found.listed[i].first_key));
+      }
+    }
+  }
+
+  // Where the entries of a block's groups are kept.
+  __device__ uint32_t listed_addr(uint32_t ordinal) const {
+    return s_addr + (Traits::kOffsetListed - Traits::kOffsetRows) +
+           ordinal % (2 * kBatch) * (Spec::kBlockKv / 16 * 8);
+  }
+
+  // For copies of K, whose first row of a thread is `first_row`: where this thread's pointer into
+  // the first page stands, and the bytes from there to its row `skip` rows on, of the block of an
+  // ordinal.
+  __device__ const char* lane_k(const char* g_lane, int first_row) const {
+    return g_lane + first_row % kGroup * params.k_stride_row * kElementBytes;
+  }
+  __device__ int64_t offset_k(int ordinal, int first_row, int skip) const {
+    return ptx::ld_shared_b64(row_addr(ordinal, first_row, skip));
+  }
+  // The same of V.
+  __device__ const char* lane_v(const char* g_lane, int first_row) const {
+    return g_lane + first_row % kGroup * params.v_stride_row * kElementBytes;
+  }
+  __device__ int64_t offset_v(int ordinal, int first_row, int skip) const {
+    return ptx::ld_shared_b64(row_addr(ordinal, first_row, skip) + 8);
+  }
+
+ private:
+  __device__ static const int32_t* table_of(const FwdParamsOf<Spec>& params, int batch_idx) {
+    if constexpr (Traits::kIsPaged) return params.block_table + batch_idx * params.table_stride;
+    return nullptr;
+  }
+
+  __device__ static int group_of(int i) { return threadIdx.x + i * Traits::kNumThreads; }
+  __device__ static bool is_mine(int i) {
+    return kBatchGroups % Traits::kNumThreads == 0 || group_of(i) < kBatchGroups;
+  }
+
+  __device__ uint32_t slot_addr(uint32_t slot, uint32_t group) const {
+    return s_addr + (slot * kGroups + group) * 16;
+  }
+  __device__ uint32_t row_addr(uint32_t ordinal, uint32_t first_row, int skip) const {
+    return slot_addr(ordinal % (2 * kBatch), first_row / kGroup) + skip / kGroup * 16;
+  }
+};
+
+}  // namespace jitattn

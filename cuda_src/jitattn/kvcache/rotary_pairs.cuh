@@ -1,0 +1,73 @@
+// One lane's share of a rotary embedding: kUnit pairs of columns, turned in fp32 and rounded once.
+//
+// A pair is the columns 2 i and 2 i + 1 (interleaved), or i and i + half. Either way, kUnit
+// neighbouring pairs are two accesses of x, and kUnit neighbours of a row of the tables.
+#pragma once
+
+#include "jitattn/tile/element.cuh"
+#include "jitattn/types.cuh"
+#include "jitattn_spec.h"
+
+namespace jitattn {
+
+template <class Spec, bool kInterleaved>
+struct RotaryPairs {
+  using Element = Scalar<Spec::kDtype>;
+  using Table = Scalar<Spec::kTableDtype>;
+  using T = typename Element::type;
+  using TableT = typename Table::type;
+  static constexpr int kUnit =  // elements of one access
+      Spec::kAccess == Access::kVec16 ? 16 / static_cast<int>(sizeof(T)) : 1;
+  static constexpr int kTableBytes = kUnit * static_cast<int>(sizeof(TableT));
+  struct alignas(kUnit * sizeof(T)) Unit {
+    T element[kUnit];
+  };
+  struct alignas(min_of(kTableBytes, 16)) TableUnit {
+    TableT element[kUnit];
+  };
+
+  float cos[kUnit];
+  float sin[kUnit];
+
+  // Of the pairs from `pair` on; sign -1 turns the other way: the gradient.
+  __device__ void load_angles(const TableT* g_cos, const TableT* g_sin, int pair, float sign) {
+    const TableUnit own_cos = *reinterpret_cast<const TableUnit*>(g_cos + pair);
+    const TableUnit own_sin = *reinterpret_cast<const TableUnit*>(g_sin + pair);
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      cos[i] = Table::load(own_cos.element[i]);
+      sin[i] = sign * Table::load(own_sin.element[i]);
+    }
+  }
+
+  // Columns of the two accesses that hold the pairs from `pair` on, of `half` in all.
+  __device__ static int first_column(int pair) { return kInterleaved ? 2 * pair : pair; }
+  __device__ static int second_column(int pair, int half) {
+    return kInterleaved ? 2 * pair + kUnit : pair + half;
+  }
+
+  // (a, b) -> (a cos - b sin, b cos + a sin) for each pair.
+  __device__ void turn(Unit& first, Unit& second) const {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      // Interleaved, pair i is two neighbours, of which access 0 has the first kUnit.
+      T& a_bits = kInterleaved ? at(first, second, 2 * i) : first.element[i];
+      T& b_bits = kInterleaved ? at(first, second, 2 * i + 1) : second.element[i];
+      const float a = Element::load(a_bits), b = Element::load(b_bits);
+      a_bits = Element::round(a * cos[i] - b * sin[i]);
+      b_bits = Element::round(b * cos[i] + a * sin[i]);
+    }
+  }
+
+  __device__ static Unit load(const T* g_unit) { return *reinterpret_cast<const Unit*>(g_unit); }
+  __device__ static void store(T* g_unit, const Unit& unit) {
+    *reinterpret_cast<Unit*>(g_unit) = unit;
+  }
+
+ private:
+  __device__ static T& at(Unit& first, Unit& second, int idx) {
+    return idx < kUnit ? first.element[idx] : second.element[idx - kUnit];
+  }
+};
+
+}  // namespace jitattn
