@@ -142,12 +142,98 @@ CUDA_FILES = sorted(
 )
 
 
+#: Folders of device code below cuda_src/jitattn, and those that each may include beside itself.
+#: The files beside them (types, enums, params, debug) may be included by all but ptx.
+CUDA_FOLDERS = {
+    "ptx": (),
+    "tile": ("ptx",),
+    "attention": ("ptx", "tile"),
+    "fwd": ("ptx", "tile", "attention"),
+    "bwd": ("ptx", "tile", "attention"),
+    "prepare": ("ptx", "tile", "attention"),
+    "kvcache": ("ptx", "tile", "attention"),
+    "combine": ("ptx", "tile", "attention"),
+}
+#: Shared parts that still name the tile map of the forward kernel.
+NAMES_TRAITS = ("jitattn/attention/epilogue.cuh", "jitattn/attention/score.cuh")
+#: Files and functions over their limits, and how long they may be until they are split.
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 80
+LONG_FILES = {
+    "jitattn/bwd/sm80/kernel.cuh": 642,
+    "jitattn/fwd/sm80/kernel.cuh": 494,
+    "jitattn/params.cuh": 539,
+    "jitattn/prepare/quantize.cuh": 471,
+}
+LONG_FUNCTIONS = {
+    ("jitattn/attention/schedule.cuh", "counted_tile"): 87,
+    ("jitattn/attention/score.cuh", "add_to_scores"): 124,
+    ("jitattn/bwd/sm80/kernel.cuh", "attn_bwd"): 499,
+    ("jitattn/bwd/sm80/scores.cuh", "attn_bwd_scores"): 280,
+    ("jitattn/fwd/sm80/kernel.cuh", "attn_fwd"): 431,
+    ("jitattn/prepare/quantize.cuh", "channel_stats"): 153,
+    ("jitattn/prepare/quantize.cuh", "quantize"): 115,
+    ("jitattn/prepare/split_halves.cuh", "split_halves"): 97,
+}
+
+
+def _functions(text: str) -> dict[str, int]:
+    """Lines of each device function of a file by name, from its return type to its last brace."""
+    found: dict[str, int] = {}
+    lines = text.split("\n")
+    for first, line in enumerate(lines):
+        match = re.search(r"__(?:device|global)__.*", line)
+        if match is None or line.lstrip().startswith("//"):
+            continue
+        head = " ".join(lines[first : first + 8])
+        named = re.search(r"(\w+|operator\S+)\(", re.sub(r"__launch_bounds__\(.*?\)", "", head))
+        assert named is not None, line
+        depth, has_body = 0, False
+        for last in range(first, len(lines)):
+            depth += lines[last].count("{") - lines[last].count("}")
+            has_body = has_body or "{" in lines[last]
+            if depth == 0 and lines[last].endswith(";") and not has_body:
+                break  # a declaration
+            if depth == 0 and has_body and lines[last].endswith("}"):
+                found[named[1]] = max(found.get(named[1], 0), last - first + 1)
+                break
+        else:
+            raise AssertionError(f"no end of {named[1]}")
+    return found
+
+
+@pytest.mark.parametrize("path", CUDA_FILES, ids=map(str, CUDA_FILES))
+def test_cuda_sizes(path: Path) -> None:
+    text = (ROOT / "cuda_src" / path).read_text()
+    own = path.as_posix()
+    assert text.count("\n") <= LONG_FILES.get(own, MAX_FILE_LINES)
+    functions = _functions(text)
+    if path.suffix == ".cu":
+        assert len(functions) == 1
+    for name, length in functions.items():
+        assert length <= LONG_FUNCTIONS.get((own, name), MAX_FUNCTION_LINES), name
+
+
+def test_listed_device_code_is_long() -> None:
+    files = {path.as_posix(): (ROOT / "cuda_src" / path).read_text() for path in CUDA_FILES}
+    for own in LONG_FILES:
+        assert files[own].count("\n") > MAX_FILE_LINES, own
+    for own, name in LONG_FUNCTIONS:
+        assert _functions(files[own])[name] > MAX_FUNCTION_LINES, name
+
+
 @pytest.mark.parametrize("path", CUDA_FILES, ids=map(str, CUDA_FILES))
 def test_cuda_include_rules(path: Path) -> None:
     text = (ROOT / "cuda_src" / path).read_text()
     included = re.findall(r'#include (["<].*?[">])', text)
     own = path.as_posix()
-    kernels = {'"jitattn/fwd_sm80.cuh"', '"jitattn/merge.cuh"'}
+    kernels = {f'"{path.as_posix()}"' for path in CUDA_FILES if path.name == "kernel.cuh"}
+    assert kernels
+    folder = path.parts[1] if len(path.parts) > 2 else ""
+    if path.parts[0] == "jitattn" and folder:
+        for name in included:
+            parts = name.strip('"').split("/")
+            if len(parts) > 2 and not (own in NAMES_TRAITS and parts[-1] == "traits.cuh"):
+                assert parts[1] in (folder, *CUDA_FOLDERS[folder]), name
     if own.startswith("jitattn/ptx/"):
         assert set(included) <= {'"jitattn/types.cuh"'}
     else:
