@@ -1,4 +1,4 @@
-#include "jitattn/prepare/quantize.cuh"
+#include "jitattn/prepare/channel_stats.cuh"
 #include "jitattn_spec.h"
 
 extern "C" __global__ void __launch_bounds__(Spec::kNumThreads)

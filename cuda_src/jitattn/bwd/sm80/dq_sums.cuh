@@ -4,12 +4,11 @@
 #include "jitattn/attention/sequence.cuh"
 #include "jitattn/bwd/sm80/dq_fragments.cuh"
 #include "jitattn/bwd/sm80/traits.cuh"
-#include "jitattn/enums.cuh"
-#include "jitattn/params.cuh"
 #include "jitattn/ptx/global.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 

@@ -10,13 +10,12 @@
 #include "jitattn/bwd/sm80/parts.cuh"
 #include "jitattn/bwd/sm80/schedule.cuh"
 #include "jitattn/bwd/sm80/traits.cuh"
-#include "jitattn/enums.cuh"
-#include "jitattn/params.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/ptx/special.cuh"
 #include "jitattn/tile/element.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
+#include "jitattn_spec.h"
 
 namespace jitattn {
 
