@@ -1,10 +1,10 @@
 """Operands that kernels make for the kernel for attention: fp16 parts of fp32, or 8 bits.
 
 fp32 operands come as fp16 parts for long queries: two each, or one in gears 3 and 4. A kernel makes
-the parts (cuda_src/jitattn/prepare/split_halves.cuh), then the kernel for attention multiplies these, at
-twice the rate of TF32. Calls that this does not serve take TF32 products: short queries, sequences
-of their own and pages, whatever is done with scores but masks of positions and key padding, head
-dims that are no multiple of 16 or above 128, other alignments than 16 bytes.
+the parts (cuda_src/jitattn/prepare/split_halves.cuh), then the kernel for attention multiplies
+these, at twice the rate of TF32. Calls that this does not serve take TF32 products: short queries,
+sequences of their own and pages, whatever is done with scores but masks of positions and key
+padding, head dims that are no multiple of 16 or above 128, other alignments than 16 bytes.
 
 A scale is of one row of q, and of 64 rows of a head of k or v: beside a finite number that is 2^20
 times as large, others of these rows keep 18 bits, and 2^-38 of it is the least that is left,
@@ -16,9 +16,9 @@ dense masks, which may hide keys that hold anything. All scales are of 64 rows t
 too: beside a row of dO that is 2^20 times as large, dq of another keeps 18 bits.
 
 Gear 4 has Q and K in 8 bits, for long queries. Two kernels bring them to 8 bits
-(cuda_src/jitattn/prepare/quantize.cuh). Keys in pages come to 8 bits at every call, and outside the pages,
-which nothing writes to: a page that several sequences share comes once for each, as each has a mean
-of its own. The output is summed in fp16, of 2048 keys at a time
+(cuda_src/jitattn/prepare/quantize.cuh). Keys in pages come to 8 bits at every call, and outside the
+pages, which nothing writes to: a page that several sequences share comes once for each, as each has
+a mean of its own. The output is summed in fp16, of 2048 keys at a time
 (cuda_src/jitattn/tile/parked_sums.cuh). For that, v comes to fp16 with a power of two for each
 head, which its largest finite number decides: beside that, numbers keep 11 bits down to 2^-14 of
 it, and 2^-25 is the least that is left. In pages v stays where it is, and sums are in fp32, as

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from jitattn.spec.arguments import divisor
-from jitattn.values.sequences import LENGTHS
+from jitattn.spec.enums import LENGTHS
 
 
 class SequenceArguments(NamedTuple):

@@ -19,7 +19,7 @@ from jitattn.spec.arguments import NO_LEFT, divisor
 from jitattn.spec.enums import MaskKind, SeqLayout, Staging
 from jitattn.values.masks import parts_of
 from jitattn.values.norm import DEFAULT_SCALE
-from jitattn.values.sequences import LENGTHS, Padded, Paged, Ragged
+from jitattn.values.sequences import Padded, Paged, Ragged
 from jitattn.values.tensors import NO_ADDRESS, address_of, index_address, strides_of
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from jitattn.jit.get_kernel import loaded_kernel
 from jitattn.kernels.append import AppendSpec
 from jitattn.request.problem import axes
 from jitattn.run.forward import check_cuda
-from jitattn.spec.enums import Access, RotaryStyle
-from jitattn.values.sequences import LENGTHS, Paged
+from jitattn.spec.enums import LENGTHS, Access, RotaryStyle
+from jitattn.values.sequences import Paged
 from jitattn.values.tensors import DTYPES
 
 if TYPE_CHECKING:

@@ -150,3 +150,6 @@ class MatrixSize(IntEnum):
 
 #: What `tile_rows` may be, and the kernel that it is.
 TILE_ROWS: Final = {16: RowClass.ROWS16, 64: RowClass.ROWS64, 128: RowClass.MANY}
+
+#: What a kernel takes starts and stops of sequences for: `SpanKind` in attention/spans.cuh.
+STOPS, LENGTHS, CUMULATIVE = 0, 1, 2

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import torch
 
 from jitattn.errors import InternalError, InvalidInputError
+from jitattn.spec.enums import CUMULATIVE, LENGTHS, STOPS
 from jitattn.values.frozen import Frozen
 from jitattn.values.given import integer
 from jitattn.values.tensors import NO_ADDRESS, index_address
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 _INDEX_DTYPES: Final = (torch.int32, torch.int64)
 _MOST: Final = 2**31
-#: What a kernel takes starts and stops for: `SpanKind` in sequence.cuh.
-STOPS, LENGTHS, CUMULATIVE = 0, 1, 2
 
 
 class _Spans(Frozen):

@@ -80,9 +80,13 @@ def test_line_numbers_name_no_directory_of_this_machine(
 def test_line_numbers_are_those_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     good = closure("merge")
     bad = replace(good, headers={**good.headers})
-    bad.headers["jitattn/combine/merge.cuh"] += "\nthis is no C++;\n"
-    number = bad.headers["jitattn/combine/merge.cuh"].count("\n")
-    for value, name in (("0", "jitattn/combine/merge.cuh"), ("1", "/cuda_src/jitattn/combine/merge.cuh")):
+    own = "jitattn/combine/merge.cuh"
+    bad.headers[own] += "\nthis is no C++;\n"
+    number = bad.headers[own].count("\n")
+    for value, name in (
+        ("0", "jitattn/combine/merge.cuh"),
+        ("1", "/cuda_src/jitattn/combine/merge.cuh"),
+    ):
         monkeypatch.setenv("JITATTN_LINEINFO", value)
         with pytest.raises(CompileError) as caught:
             nvrtc.compile_spec(merge_spec(), bad)
