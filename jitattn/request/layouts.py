@@ -16,7 +16,7 @@ from jitattn.request.problem import Indices, Runtime
 from jitattn.request.score_checks import Sizes
 from jitattn.request.scores import check
 from jitattn.spec.arguments import NO_LEFT, divisor
-from jitattn.spec.enums import MaskKind, SeqLayout, Staging
+from jitattn.spec.enums import LENGTHS, MaskKind, SeqLayout, Staging
 from jitattn.values.masks import parts_of
 from jitattn.values.norm import DEFAULT_SCALE
 from jitattn.values.sequences import Padded, Paged, Ragged
