@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F  # noqa: N812 - as everyone has it
 from _table import print_table
-from _timing import Spread, host_times
+from _timing import Spread, host_times_in_turns
 
 import jitattn
 
@@ -122,9 +122,9 @@ def bench_host(report: Report, rounds: int) -> None:
     """Time warm eager calls on the host."""
     rows = []
     for case in host_cases():
-        found = {}
-        for provider, call in (("jitattn", case.ours), ("sdpa", case.theirs)):
-            found[provider] = figures = host_times(call, rounds=rounds * 30)
+        pair = {"jitattn": case.ours, "sdpa": case.theirs}
+        found = host_times_in_turns(pair, rounds=rounds * 30)
+        for provider, figures in found.items():
             report.add("host", case.name, provider, "host_us", figures)
         ours, theirs = found["jitattn"].p50, found["sdpa"].p50
         calls = python_calls(case.ours)

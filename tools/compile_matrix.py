@@ -1,7 +1,9 @@
 """The compile matrix: every row of the tile tables, compiled for its architecture. No GPU needed.
 
 ``python tools/compile_matrix.py`` compiles it and fails on an error or an unlisted spill;
-`resource_report.py` prints its figures and tests/cpu/test_compile_matrix.py tests it.
+`resource_report.py` prints its figures and tests/cpu/test_compile_matrix.py tests it. Figures of
+kernels that have not changed since come from tests/data/kernel_figures.json, by their cache keys,
+which are made anew from the sources; ``--rebuild`` compiles all, ``--update`` writes the file.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import _figures
 from _table import say
 
 from jitattn.jit import compilers
@@ -130,6 +133,35 @@ def build_one(spec: KernelSpec) -> Figures:
     )
 
 
+def kept(specs: Sequence[KernelSpec]) -> dict[KernelSpec, Figures]:
+    """Return the figures of kernels that have not changed since these were written."""
+    from jitattn.jit import build
+
+    figures = _figures.load()
+    found = {}
+    for spec in specs:
+        row = figures.get(build.key_of(spec)) if figures else None
+        if row is not None:
+            values = dict(zip(_figures.FIELDS, row, strict=True))
+            found[spec] = Figures(spec.to_dict(), **values, origin="kept")
+    return found
+
+
+def update(figures: Sequence[Figures]) -> None:
+    """Write the figures of whole matrices to the file; others in it go."""
+    from jitattn.jit import build
+    from jitattn.spec.kernel_spec import spec_from_dict
+
+    rows = {}
+    for one in figures:
+        key = build.key_of(spec_from_dict(one.spec))
+        rows[key] = [
+            round(value) if name == "compile_ms" else value
+            for name, value in ((name, getattr(one, name)) for name in _figures.FIELDS)
+        ]
+    _figures.save(rows, str(max(compilers.installed())))
+
+
 def build_all(
     specs: Sequence[KernelSpec],
     *,
@@ -194,9 +226,21 @@ def parse_arches(text: str) -> tuple[str, ...]:
 
 
 def collect(
-    arches: Sequence[str], *, full: bool, short: bool, jobs: int | None, quiet: bool
+    arches: Sequence[str],
+    *,
+    full: bool,
+    short: bool,
+    jobs: int | None,
+    quiet: bool,
+    rebuild: bool = False,
 ) -> list[Figures]:
-    """Build the matrices of some architectures, in the user's cache or a fresh temporary one."""
+    """Build the matrices of some architectures, in the user's cache or a fresh temporary one.
+
+    Parameters
+    ----------
+    rebuild : bool
+        Build kernels whose figures are kept, too.
+    """
     specs = [spec for arch in arches for spec in matrix(arch, full=full, short=short)]
     count = 0
 
@@ -214,7 +258,10 @@ def collect(
         added = {name: value for name, value in defaults.items() if name not in os.environ}
         os.environ.update(added)
         try:
-            return build_all(specs, jobs=jobs, on_done=progress)
+            known = {} if rebuild else kept(specs)
+            missing = [spec for spec in specs if spec not in known]
+            built = dict(zip(missing, build_all(missing, jobs=jobs, on_done=progress), strict=True))
+            return [known[spec] if spec in known else built[spec] for spec in specs]
         finally:
             for name in added:
                 del os.environ[name]
@@ -228,7 +275,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--short", action="store_true", help="one for each class of the spec")
     parser.add_argument("-j", "--jobs", type=int, default=None)
     parser.add_argument("--json", action="store_true", help="figures on stdout, nothing else")
+    parser.add_argument("--rebuild", action="store_true", help="compile what has not changed, too")
+    parser.add_argument("--update", action="store_true", help="keep the figures of all matrices")
     arguments = parser.parse_args(argv)
+    everything = ",".join(TUNED + UNTUNED)
+    if arguments.update and (arguments.arch != everything or arguments.full or arguments.short):
+        parser.error("--update keeps the figures of all matrices: no --arch, --full or --short")
 
     start = time.perf_counter()
     figures = collect(
@@ -237,14 +289,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         short=arguments.short,
         jobs=arguments.jobs,
         quiet=arguments.json,
+        rebuild=arguments.rebuild,
     )
     seconds = time.perf_counter() - start
     bad = problems(figures, load_budget())
     if arguments.json:
         say(json.dumps([asdict(row) for row in figures], indent=1))
     else:
-        compiled = sum(row.compile_ms for row in figures) / 1e3
-        say(f"{len(figures)} kernels, {compiled:.1f} s in the compiler, {seconds:.1f} s in all")
+        built = [row for row in figures if row.origin == "compiled"]
+        compiled = sum(row.compile_ms for row in built) / 1e3
+        say(
+            f"{len(figures)} kernels, {len(built)} compiled by NVRTC {max(compilers.installed())} "
+            f"({compiled:.1f} s in the compiler), {seconds:.1f} s in all"
+        )
+    if arguments.update and not any(row.error for row in figures):
+        update(figures)
     for line in bad:
         print(line, file=sys.stderr)
     return 1 if bad else 0

@@ -38,28 +38,33 @@ _DEFAULT_SMEM_BYTES: Final = 48 * 1024
 MAX_GRID: Final = 2**31 - 1
 
 
-class _Stream:
-    """What CuPy asks of a stream: an object with `.ptr`."""
+class _Thread:
+    """The parameter buffer of a thread, and the devices whose context it has made current."""
 
-    __slots__ = ("ptr",)
-
-    def __init__(self) -> None:
-        self.ptr = 0
-
-
-class _ThreadState(threading.local):
-    """The parameter buffers of a thread, and the devices whose context it has made current."""
+    __slots__ = ("_pointers", "buffer", "devices", "params", "view")
 
     def __init__(self) -> None:
         self.buffer = ctypes.create_string_buffer(MAX_BYTES)
         self.view = memoryview(self.buffer).cast("B")
-        address = ctypes.addressof(self.buffer)
-        self.args = (import_cupy().cuda.function.CPointer(address),)
-        self._pointers = (ctypes.c_void_p * 1)(address)
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
         self.params = ctypes.addressof(self._pointers)  #: as cuLaunchKernel takes them
-        self.launch = import_cupy().cuda.driver.launchKernel
-        self.stream = _Stream()
         self.devices: set[int] = set()
+
+
+_local = threading.local()
+
+
+def _thread_on(device_index: int) -> _Thread:
+    """Return what a thread launches with, its context on the current device made."""
+    try:
+        thread: _Thread = _local.thread
+    except AttributeError:
+        thread = _local.thread = _Thread()
+    if device_index not in thread.devices:
+        # A thread that has made no CUDA call yet has no current context; this makes it one.
+        import_cupy().cuda.runtime.free(0)
+        thread.devices.add(device_index)
+    return thread
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +77,8 @@ class Kernel:
     blocks_per_sm: int  #: blocks that fit on a multiprocessor at a time
     _module: Any  # dropping it would unload the function
     _function: Any
-    _block: tuple[int, int, int]
+    _launch: Any  # cuLaunchKernel, as CuPy has it
+    _block: int  # threads
     _smem_bytes: int
     _arguments: ArgumentTable
 
@@ -96,25 +102,21 @@ class Kernel:
         LaunchError
             An argument is missing or unknown.
         """
-        thread = _thread_state()
-        if self.device_index not in thread.devices:
-            # A thread that has made no CUDA call yet has no current context; this makes it one.
-            import_cupy().cuda.runtime.free(0)
-            thread.devices.add(self.device_index)
+        thread = _thread_on(self.device_index)
         self._arguments.pack_into(thread.buffer, arguments)
-        thread.stream.ptr = stream
-        self._function((grid, 1, 1), self._block, thread.args, self._smem_bytes, thread.stream)
+        block, smem = self._block, self._smem_bytes
+        self._launch(self._function.ptr, grid, 1, 1, block, 1, 1, smem, stream, thread.params, 0)
 
 
 class BoundLaunch:
     """A kernel with all that does not change from call to call; `launch` gives it the rest."""
 
-    __slots__ = ("_block", "_function", "_smem", "grid", "kernel", "layout")
+    __slots__ = ("_block", "_function", "_launch", "_smem", "grid", "kernel", "layout")
 
     def __init__(self, kernel: Kernel, grid: int, layout: Layout) -> None:
         self.kernel, self.grid, self.layout = kernel, grid, layout
-        self._function = kernel._function.ptr
-        self._block, self._smem = kernel._block[0], kernel._smem_bytes
+        self._function, self._launch = kernel._function.ptr, kernel._launch
+        self._block, self._smem = kernel._block, kernel._smem_bytes
 
     def launch(self, stream: int, values: Sequence[int]) -> None:
         """Start the kernel in a raw CUDA stream.
@@ -125,23 +127,19 @@ class BoundLaunch:
         values : sequence of int
             The dynamic arguments, in the order of the struct (`layout.order`).
         """
-        thread = _thread_state()
-        if self.kernel.device_index not in thread.devices:
-            # A thread that has made no CUDA call yet has no current context; this makes it one.
-            import_cupy().cuda.runtime.free(0)
-            thread.devices.add(self.kernel.device_index)
+        thread = _thread_on(self.kernel.device_index)
         template, runs, _ = self.layout
         thread.view[: len(template)] = template
+        buffer = thread.buffer
         for pack_into, offset, first, end in runs:
-            pack_into(thread.buffer, offset, *values[first:end])
-        thread.launch(
+            pack_into(buffer, offset, *values[first:end])
+        self._launch(
             self._function, self.grid, 1, 1, self._block, 1, 1, self._smem, stream, thread.params, 0
         )
 
 
 _kernels: dict[tuple[KernelSpec, int], Kernel] = {}
 _lock = threading.Lock()
-_state: list[_ThreadState] = []
 
 
 def kernel(spec: KernelSpec, device_index: int) -> Kernel:
@@ -213,18 +211,11 @@ def _load(built: Built, device_index: int) -> Kernel:
         blocks_per_sm=max(1, blocks_per_sm),
         _module=module,
         _function=function,
-        _block=(spec.num_threads, 1, 1),
+        _launch=driver.launchKernel,
+        _block=spec.num_threads,
         _smem_bytes=spec.smem_bytes,
         _arguments=spec.arguments,
     )
-
-
-def _thread_state() -> _ThreadState:
-    if not _state:
-        with _lock:
-            if not _state:
-                _state.append(_ThreadState())
-    return _state[0]
 
 
 @functools.cache
@@ -265,7 +256,7 @@ def can_make(directory: Path) -> bool:
 def _after_fork_in_child() -> None:
     # A child cannot use its parent's CUDA context; `run.forward` says so.
     _kernels.clear()
-    _state.clear()
+    _local.__dict__.clear()
 
 
 if hasattr(os, "register_at_fork"):

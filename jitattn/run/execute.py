@@ -90,7 +90,7 @@ class BoundPlan:
         dict
             The buffers, by name.
         """
-        buffers = {}
+        buffers: dict[str, torch.Tensor] = {}
         for name, shape, dtype, is_zeroed in self._buffers:
             make = torch.zeros if is_zeroed else torch.empty
             buffers[name] = made = make(shape, dtype=dtype, device=self._device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -23,6 +24,17 @@ def _emulated(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.fail(f"--emulate: {missing()}")
     with emulated(arch, watched=request.config.getoption("--watch")):
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _autograds_thread_has_a_context(_emulated: None, request: pytest.FixtureRequest) -> None:
+    """Give it one: where its first work is a product of torch's own, cuBLAS warns."""
+    if request.config.getoption("--emulate") is not None or not torch.cuda.is_available():
+        return
+    x = torch.ones(2, 2, device="cuda", requires_grad=True)
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        (x @ x).sum().backward()
 
 
 @pytest.fixture(scope="session")

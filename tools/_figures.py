@@ -1,0 +1,37 @@
+"""Figures of kernels, kept by key, so that only what has changed is built again.
+
+A key is made of templates, generated header, options and compiler (`cache.entry.cache_key`),
+as they are now: figures of other sources or of another compiler are not found.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FIGURES_FILE: Final = Path(__file__).resolve().parents[1] / "tests" / "data" / "kernel_figures.json"
+#: Fields of a row, in order.
+FIELDS: Final = ("registers", "spill_bytes", "smem_bytes", "cubin_bytes", "compile_ms")
+_ABOUT: Final = (
+    "Figures of the kernels of the compile matrix by cache key: "
+    f"{', '.join(FIELDS)}. Written by tools/compile_matrix.py --update."
+)
+
+
+def load(path: Path = FIGURES_FILE) -> dict[str, list[Any]]:
+    """Return the figures that are kept, by key; none if there is no file."""
+    if not path.exists():
+        return {}
+    found: dict[str, list[Any]] = json.loads(path.read_text())["figures"]
+    return found
+
+
+def save(figures: Mapping[str, list[Any]], compiler: str, path: Path = FIGURES_FILE) -> None:
+    """Write figures, a line a kernel, sorted."""
+    rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(figures[key])}" for key in sorted(figures))
+    head = f' "about": {json.dumps(_ABOUT)},\n "compiler": {json.dumps(compiler)},\n'
+    path.write_text(f'{{\n{head} "figures": {{\n{rows}\n }}\n}}\n')
