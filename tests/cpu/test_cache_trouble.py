@@ -290,7 +290,7 @@ def test_two_versions_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Each finds its own kernels and none of the other's."""
     other = tmp_path / "cuda_src"
     shutil.copytree(sources.locate(), other)
-    changed = other / "jitattn" / "merge.cuh"
+    changed = other / "jitattn" / "combine" / "merge.cuh"
     changed.write_text(changed.read_text() + "\n// another version\n")
     here = sources.locate()
     keys = {}
@@ -331,7 +331,7 @@ def test_changed_template_with_an_older_time_is_noticed(
     first = build.build(merge_spec())
     _as_a_new_process()
     assert build.build(merge_spec()).origin == "disk"
-    path = root / "jitattn" / "merge.cuh"
+    path = root / "jitattn" / "combine" / "merge.cuh"
     status, text = path.stat(), path.read_text()
     changed = text.replace("The", "teh", 1) if "The" in text else text.replace("the", "teh", 1)
     assert len(changed) == len(text)

@@ -49,7 +49,7 @@ def test_show(filled: DiskCache) -> None:
     shown = result("show", built.key[:12])
     assert shown["key"] == built.key
     assert shown["spec"] == CACHED[2].to_dict()
-    assert shown["command"] == choices.command(CACHED[2])
+    assert shown["command"] == CACHED[2].command()
     assert "jitattn_fwd" in shown["log"]
     assert "kHeadDim = 16" in shown["header"]
     assert shown["templates_are_current"]

@@ -23,7 +23,7 @@ from .processes import FORK, Child, together
 from .specs import merge_spec
 
 SPECS = [merge_spec(head_dim_v=dim) for dim in range(1, 9)]
-LINES = [json.dumps(choices.to_choice(spec)) for spec in SPECS]
+LINES = [json.dumps(spec.to_choice()) for spec in SPECS]
 POSIX = pytest.mark.skipif(not HAS_OWNERS, reason="needs POSIX owners, links and FIFOs")
 AS_ROOT = pytest.mark.skipif(
     not HAS_OWNERS or os.geteuid() != 0, reason="needs root, to act as other users"
