@@ -79,11 +79,10 @@ class _OfSlices(KernelSpec):
 
     def fault(self) -> str | None:
         """Name the number that no kernel can have; None if all are possible."""
-        if self.head_dim % self.groups:
-            return KernelSpec.fault(self) or (
-                f"groups={self.groups}: it must divide head_dim={self.head_dim}"
-            )
-        return KernelSpec.fault(self)
+        reason = KernelSpec.fault(self)
+        if reason is None and self.head_dim % self.groups:
+            return f"groups={self.groups}: it must divide head_dim={self.head_dim}"
+        return reason
 
     @classmethod
     def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
