@@ -12,7 +12,6 @@ from jitattn.cache.disk import DiskCache
 from jitattn.cache.entry import Entry
 from jitattn.cli.common import fitting
 from jitattn.jit import build
-from jitattn.plan import choices
 
 from .commands import result, run
 from .specs import CACHED, fake_entry
