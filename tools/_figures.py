@@ -22,12 +22,12 @@ _ABOUT: Final = (
 )
 
 
-def load(path: Path = FIGURES_FILE) -> dict[str, list[Any]]:
-    """Return the figures that are kept, by key; none if there is no file."""
+def load(path: Path = FIGURES_FILE) -> tuple[dict[str, list[Any]], str]:
+    """Return the figures that are kept, by key, and their compiler; none if there is no file."""
     if not path.exists():
-        return {}
-    found: dict[str, list[Any]] = json.loads(path.read_text())["figures"]
-    return found
+        return {}, ""
+    found = json.loads(path.read_text())
+    return found["figures"], found["compiler"]
 
 
 def save(figures: Mapping[str, list[Any]], compiler: str, path: Path = FIGURES_FILE) -> None:

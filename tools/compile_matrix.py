@@ -60,6 +60,8 @@ class Figures:
     compile_ms: float = 0.0
     origin: str = ""
     error: str = ""
+    key: str = ""  #: in the cache, of the compiler that made it
+    compiler: str = ""
 
     @property
     def name(self) -> str:
@@ -130,6 +132,8 @@ def build_one(spec: KernelSpec) -> Figures:
         cubin_bytes=len(built.cubin),
         compile_ms=meta.compile_ms,
         origin=str(built.origin),
+        key=meta.key,
+        compiler=meta.toolchain,
     )
 
 
@@ -137,29 +141,38 @@ def kept(specs: Sequence[KernelSpec]) -> dict[KernelSpec, Figures]:
     """Return the figures of kernels that have not changed since these were written."""
     from jitattn.jit import build
 
-    figures = _figures.load()
+    figures, compiler = _figures.load()
     found = {}
-    for spec in specs:
-        row = figures.get(build.key_of(spec)) if figures else None
+    for spec in specs if figures else ():
+        key = build.key_of(spec)
+        row = figures.get(key)
         if row is not None:
             values = dict(zip(_figures.FIELDS, row, strict=True))
-            found[spec] = Figures(spec.to_dict(), **values, origin="kept")
+            found[spec] = Figures(
+                spec.to_dict(), **values, origin="kept", key=key, compiler=compiler
+            )
     return found
 
 
 def update(figures: Sequence[Figures]) -> None:
-    """Write the figures of whole matrices to the file; others in it go."""
-    from jitattn.jit import build
-    from jitattn.spec.kernel_spec import spec_from_dict
+    """Write the figures of whole matrices to the file, by the keys that they were made under.
 
-    rows = {}
-    for one in figures:
-        key = build.key_of(spec_from_dict(one.spec))
-        rows[key] = [
+    Raises
+    ------
+    ValueError
+        They are of several compilers.
+    """
+    compilers_seen = {one.compiler for one in figures}
+    if len(compilers_seen) != 1:
+        raise ValueError(f"figures of several compilers: {sorted(compilers_seen)}; use --rebuild")
+    rows = {
+        one.key: [
             round(value) if name == "compile_ms" else value
             for name, value in ((name, getattr(one, name)) for name in _figures.FIELDS)
         ]
-    _figures.save(rows, str(max(compilers.installed())))
+        for one in figures
+    }
+    _figures.save(rows, compilers_seen.pop())
 
 
 def build_all(
@@ -302,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{len(figures)} kernels, {len(built)} compiled by NVRTC {max(compilers.installed())} "
             f"({compiled:.1f} s in the compiler), {seconds:.1f} s in all"
         )
-    if arguments.update and not any(row.error for row in figures):
+    if arguments.update and not bad:
         update(figures)
     for line in bad:
         print(line, file=sys.stderr)
