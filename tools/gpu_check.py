@@ -220,12 +220,19 @@ def run_bench(root: Path) -> list[dict[str, str]]:
             return [{name: row.get(name, "") for name in keep} for row in csv.DictReader(file)]
 
 
-def run_sanitizer(root: Path, tool: str, keyword: str, log: Path) -> dict[str, Any]:
-    """Run a sanitizer over some tests, and return its findings; `log` is written as they come."""
+def run_sanitizer(
+    root: Path, tool: str, keyword: str, log: Path, device: str | None = None
+) -> dict[str, Any]:
+    """Run a sanitizer over some tests, and return its findings; `log` is written as they come.
+
+    `device` is the only one that the tests see; None lets them see all.
+    """
     pytest = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-x", "-k", keyword]
     command = ["compute-sanitizer", "--tool", tool]
     command += ["--error-exitcode", str(SANITIZER_FOUND), *pytest]
     environment = os.environ | SANITIZER_ENVIRONMENT
+    if device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = device
     try:
         with log.open("w") as file:
             done = subprocess.run(
@@ -254,6 +261,18 @@ def pytest_summary(text: str) -> str:
     """Return pytest's own last line, '3 passed in 1.20s'; memcheck's summary is none of it."""
     lines = re.findall(r"^=*\s*(\d+ [a-z]+.* in [\d.]+s.*?)\s*=*$", text, flags=re.MULTILINE)
     return str(lines[-1]) if lines else "none ran"
+
+
+def visible_devices() -> list[str]:
+    """Return the indices or UUIDs of the CUDA devices that a child sees; none without a driver."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip()]
+    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return []
 
 
 def machine_facts(root: Path) -> dict[str, Any]:
@@ -297,12 +316,19 @@ def check(root: Path, parts: Sequence[str], arguments: argparse.Namespace) -> in
     kept = old if old is not None and _same_run(old, record) else {}
     record |= {part: kept.get(part) for part in PARTS} | {"files": hashes}
 
+    devices = visible_devices()
+
+    def device_of(part: str) -> str | None:
+        """Spread the sanitizers over the devices; the tests run on the first if with them."""
+        used = devices[1:] if arguments.at_once else devices
+        return used[list(SANITIZERS).index(part) % len(used)] if used else None
+
     def run_part(part: str) -> tuple[str, Any]:
         if part == "tests":
             return part, run_tests(root, arguments.pytest_args, arguments.workers, arguments.out)
         with tempfile.TemporaryDirectory(prefix="jitattn-gpu-check-") as folder:
             log = (arguments.out or Path(folder)) / f"{part}.log"
-            return part, run_sanitizer(root, *SANITIZERS[part], log)
+            return part, run_sanitizer(root, *SANITIZERS[part], log, device_of(part))
 
     # Sanitizers wait for the CPU's reference most of the time: all at once. The tests have compiled
     # what they need, and want the processors for themselves.
