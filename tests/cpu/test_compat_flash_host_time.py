@@ -20,7 +20,7 @@ OPERATIONS = {
     "qkv packed": ["aten.unbind.int"],
     "kv packed": ["aten.unbind.int"],
     "varlen qkv packed": ["aten.unbind.int"],
-    "cache, LSE": ["aten.nan_to_num.default"],
+    "cache, LSE": ["aten.nan_to_num_.default"],
 }
 
 
