@@ -68,7 +68,7 @@ def check_indices(where: tuple[Tensor | None, ...], q: Tensor) -> None:
 def check_paddings(left: Tensor | None, seqlens: Tensor | None, len_kv: int) -> None:
     """Check the numbers that need not be waited for, those that are not on a GPU."""
     here = [x for x in (left, seqlens) if x is not None and not x.is_cuda]
-    if torch.compiler.is_compiling() or not here:
+    if not here or torch.compiler.is_compiling():
         return
     ends = here[0].long() + here[1] if len(here) == 2 else here[0]
     is_wrong = ends > len_kv

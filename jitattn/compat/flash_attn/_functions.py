@@ -75,7 +75,8 @@ def flash_attn_func(
     """
     rule = plain_mask(causal, window_size, keep_first)
     if rule is None:
-        rule = mask_of(causal, window_size, keep_first, force_fa_decode, lengths_of(q, k))
+        longest = None if causal else lengths_of(q, k)
+        rule = mask_of(causal, window_size, keep_first, force_fa_decode, longest)
     return _attend(
         q,
         k,

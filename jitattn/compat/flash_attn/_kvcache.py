@@ -148,7 +148,7 @@ def with_kvcache(
         block_table = in_rows(block_table)
     mask = plain_mask(causal, window_size, keep_first)
     if mask is None:
-        longest = q.shape[1], _room(k_cache, block_table)
+        longest = None if causal else (q.shape[1], _room(k_cache, block_table))
         mask = mask_of(causal, window_size, keep_first, force_fa_decode, longest)
     given: dict[str, Any] = {
         "length": cache_seqlens,

@@ -62,15 +62,15 @@ def mask_of(
     window_size: Sequence[int],
     keep_first: int,
     force_fa_decode: bool,
-    longest: tuple[int, int],
+    longest: tuple[int, int] | None,
 ) -> Mask:
     """Return the rule; without a bound on the left, `keep_first` and the like mean nothing.
 
     Parameters
     ----------
-    longest : (int, int)
+    longest : (int, int), optional
         Largest lengths of queries and of keys: with more queries than keys, a reach to the right
-        over all keys is no bound there.
+        over all keys is no bound there. A causal rule needs none.
 
     Raises
     ------
@@ -88,10 +88,9 @@ def mask_of(
         raise InvalidInputError(
             f"window_size={window_size!r}: it must be two ints (left, right), -1 for no bound"
         ) from error
-    len_q, len_kv = longest
     if causal:
         right = 0
-    elif right >= len_kv and len_q > len_kv:
+    elif longest is not None and right >= longest[1] and longest[0] > longest[1]:
         right = -1
     if left < 0:
         if right <= 0:
@@ -130,7 +129,9 @@ def in_rows(x: Tensor) -> Tensor:
 def all_in_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return three tensors as `in_rows` does."""
     try:
-        if q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        if q.is_contiguous() and k.is_contiguous() and v.is_contiguous():
+            return q, k, v
+        if q.stride()[-1] == k.stride()[-1] == v.stride()[-1] == 1:
             return q, k, v
     except (IndexError, RuntimeError):  # no dimensions, or no strides
         pass
