@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import torch
 from _doors_bench_cases import DoorCase, cases
 from _table import print_table
-from _timing import Spread, host_times, spread
+from _timing import Spread, host_times_in_turns, spread
 
 import jitattn
 from jitattn.compat.flash_attn import (
@@ -201,7 +201,8 @@ def bench_doors(report: Report, rounds: int) -> None:
     table = []
     for one in (*flash_attn_calls("cuda"), *cases("cuda")):
         figures = {"core": one.core, "door": one.call}
-        times = {name: host_times(call, rounds=rounds * 30) for name, call in figures.items()}
+        # In turns: what a drifting clock adds is no part of the difference.
+        times = host_times_in_turns(figures, rounds=rounds * 30)
         for name, found in times.items():
             report.add("doors", f"{one.door}: {one.name}", name, "host_us", found)
         core, door = times["core"].p50, times["door"].p50

@@ -69,7 +69,10 @@ def _capture(call: Callable[[int], object], sets: int) -> torch.cuda.CUDAGraph:
 def host_times_in_turns(
     calls: dict[str, Callable[[], object]], *, rounds: int
 ) -> dict[str, Spread]:
-    """Time warm calls on the host as `host_times` does, one after another in every round."""
+    """Time warm calls on the host, up to their return, one after another in every round.
+
+    The GPU is idle before each.
+    """
     for call in calls.values():
         for _ in range(50):
             call()
@@ -81,16 +84,3 @@ def host_times_in_turns(
             call()
             samples[name].append((time.perf_counter() - start) * 1e6)
     return {name: spread(values) for name, values in samples.items()}
-
-
-def host_times(call: Callable[[], object], *, rounds: int) -> Spread:
-    """Time a warm call on the host, up to its return; the GPU is idle before each."""
-    for _ in range(20):
-        call()
-    samples = []
-    for _ in range(rounds):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        samples.append((time.perf_counter() - start) * 1e6)
-    return spread(samples)

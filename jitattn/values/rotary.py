@@ -39,14 +39,8 @@ class Rotary(Frozen):
     interleaved: bool
 
     def __init__(self, cos: Tensor, sin: Tensor, *, interleaved: bool) -> None:
-        for name, table in (("cos", cos), ("sin", sin)):
-            if not isinstance(table, Tensor) or table.dim() != 2:
-                what = list(table.shape) if isinstance(table, Tensor) else type(table).__name__
-                raise InvalidInputError(
-                    f"Rotary({name}={what}): it must be a tensor [positions, rotary_dim / 2]"
-                )
-            if table.layout is not torch.strided or not table.is_contiguous():
-                strides_of(f"Rotary({name}=...)", table)
+        _check_table("cos", cos)
+        _check_table("sin", sin)
         if cos.shape != sin.shape or cos.dtype != sin.dtype or cos.device != sin.device:
             raise InvalidInputError(
                 f"Rotary: cos is {cos.dtype} {list(cos.shape)} on {cos.device}, sin {sin.dtype} "
@@ -63,3 +57,13 @@ class Rotary(Frozen):
     def rotary_dim(self) -> int:
         """Number of columns that are turned."""
         return 2 * self.cos.shape[1]
+
+
+def _check_table(name: str, table: object) -> None:
+    if not isinstance(table, Tensor) or table.dim() != 2:
+        what = list(table.shape) if isinstance(table, Tensor) else type(table).__name__
+        raise InvalidInputError(
+            f"Rotary({name}={what}): it must be a tensor [positions, rotary_dim / 2]"
+        )
+    if table.layout is not torch.strided or not table.is_contiguous():
+        strides_of(f"Rotary({name}=...)", table)

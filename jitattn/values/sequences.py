@@ -73,7 +73,7 @@ class _Spans(Frozen):
 
     def _set_cumulative(self, cu_seqlens: Tensor, max_length: int | None) -> None:
         check_index("from_cu_seqlens(cu_seqlens=...)", cu_seqlens, 1)
-        if not cu_seqlens.shape[0]:
+        if not cu_seqlens.numel():
             raise InvalidInputError("cu_seqlens is empty: it has one entry more than sequences")
         self._hold("from_cu_seqlens", cu_seqlens, None, None, False, max_length)
 
@@ -92,7 +92,9 @@ class _Spans(Frozen):
         hold(self, "_start", start)
         hold(self, "_stop", stop)
         hold(self, "stop_is_length", stop_is_length)
-        hold(self, "_max_length", checked_max_length(name, max_length))
+        if not (type(max_length) is int and 0 <= max_length < _MOST):
+            max_length = checked_max_length(name, max_length)
+        hold(self, "_max_length", max_length)
         hold(self, "_overlaps", None)
 
     @property
@@ -393,7 +395,7 @@ def checked_max_length(name: str, max_length: object) -> int | None:
     if max_length is None:
         return None
     number = integer(max_length)
-    if number is None or not 0 <= number < 2**31:
+    if number is None or not 0 <= number < _MOST:
         raise InvalidInputError(
             f"{name}(max_length={max_length!r}): it must be an int from 0 to 2**31 - 1"
         )

@@ -20,8 +20,10 @@ OPERATIONS = {
     "qkv packed": ["aten.unbind.int"],
     "kv packed": ["aten.unbind.int"],
     "varlen qkv packed": ["aten.unbind.int"],
-    "cache, LSE": ["aten.nan_to_num.default"],
+    "cache, LSE": ["aten.nan_to_num_.default"],
 }
+#: Python calls of a call, and of one that makes values of where its sequences lie.
+MOST_CALLS, MOST_OF_SEQUENCES = 10, 19
 
 
 class Noted(TorchDispatchMode):
@@ -45,7 +47,8 @@ def test_no_operation_and_few_calls(name: str) -> None:
         with Noted() as noted:
             CALLS[name].call()
         assert noted.names == OPERATIONS.get(name, [])
-        assert python_calls(CALLS[name].call) <= 25
+        most = MOST_OF_SEQUENCES if name.startswith("varlen") else MOST_CALLS
+        assert python_calls(CALLS[name].call) <= most
 
 
 @pytest.mark.parametrize("name", list(CALLS))

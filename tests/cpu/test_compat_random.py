@@ -6,20 +6,22 @@ import pytest
 import torch
 
 from tests.support import compat_random as drawn
+from tests.support import compat_random_dkernel as drawn_dkernel
+from tests.support import compat_random_flash as drawn_flash
 
 FP32 = torch.float32
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 
 
-@pytest.mark.parametrize("name", drawn.FLASH)
+@pytest.mark.parametrize("name", drawn_flash.FLASH)
 @pytest.mark.parametrize("seed", range(12))
 def test_flash_attn(name: str, seed: int) -> None:
-    drawn.check_flash(name, seed, FP32, "cpu")
+    drawn_flash.check_flash(name, seed, FP32, "cpu")
 
 
 @pytest.mark.parametrize("seed", range(25))
 def test_flash_attn_with_a_cache(seed: int) -> None:
-    drawn.check_flash_cache(seed, FP32, "cpu")
+    drawn_flash.check_flash_cache(seed, FP32, "cpu")
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -32,7 +34,7 @@ def test_fast_ops(seed: int) -> None:
     drawn.check_fast_ops(seed, FP32, "cpu")
 
 
-@pytest.mark.parametrize("where", drawn.DKERNEL)
+@pytest.mark.parametrize("where", drawn_dkernel.DKERNEL)
 @pytest.mark.parametrize("seed", range(6))
 def test_dkernel(where: str, seed: int) -> None:
-    drawn.check_dkernel(where, seed, FP32, "cpu")
+    drawn_dkernel.check_dkernel(where, seed, FP32, "cpu")

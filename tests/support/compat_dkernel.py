@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .compare import rel_l2
+
+#: Head dim, and tokens of a block.
+D, SIZE = 16, 16
+
 
 def sees(
     heads: int,
@@ -89,3 +94,30 @@ def first_row(shape: tuple[int, int], len_q: int, len_kv: int, causal: bool) -> 
     if shape[0] == shape[1]:
         return past if past < 0 and not causal else 0
     return min(past, 0) if len_q == 1 and shape[0] > 1 else past
+
+
+def tensors(
+    len_q: int, len_kv: int, heads: tuple[int, int] = (4, 2), seed: int = 0
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((2, len_q, heads[0], D), (2, len_kv, heads[1], D), (2, len_kv, heads[1], D))
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+def check(
+    result: Tensor, truth: Tensor, leaves: list[Tensor], lses: tuple[Tensor, Tensor] | None = None
+) -> None:
+    """Values, and gradients of all leaves; with LSEs, ours and true ones, through both."""
+    assert result.shape == truth.shape
+    assert rel_l2(result, truth) < 1e-5
+    results, truths = [result], [truth]
+    if lses is not None:
+        torch.testing.assert_close(lses[0], lses[1].float())
+        results.append(lses[0])
+        truths.append(lses[1])
+    generator = torch.Generator().manual_seed(7)
+    given = [torch.randn(x.shape, generator=generator) for x in truths]
+    got = torch.autograd.grad(results, leaves, given)
+    wanted = torch.autograd.grad(truths, leaves, [x.double() for x in given])
+    for one, other in zip(got, wanted, strict=True):
+        assert rel_l2(one, other) < 1e-4

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _INDICES: Final = ("cu_seqlen_k", "cu_seqlen_q", "left_paddings", "seqlens")
+#: The first of them, which go with packed tensors.
+_NUM_PACKED: Final = 2
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, seq_dim: int | None) -> None:
@@ -44,26 +46,29 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, seq_dim: int | None) -> None:
 
 def check_indices(where: tuple[Tensor | None, ...], q: Tensor) -> None:
     """Check what says where sequences lie."""
-    for name, index in zip(_INDICES, where, strict=True):
+    dims = q.dim()
+    for idx, index in enumerate(where):
         if index is None:
             continue
+        name, is_packed = _INDICES[idx], idx < _NUM_PACKED
         check_index(name, index, 1)
-        is_packed = name.startswith("cu_")
-        if is_packed != (q.dim() == 3):
+        if is_packed != (dims == 3):
             raise CheckFailedError(
-                f"{name} is given and q is {q.dim()}-D: cu_seqlen_k and cu_seqlen_q go with 3-D "
+                f"{name} is given and q is {dims}-D: cu_seqlen_k and cu_seqlen_q go with 3-D "
                 "tensors, left_paddings and seqlens with 4-D ones"
             )
-        entries, batch = index.shape[0], q.shape[0]
-        if entries == 0 if is_packed else entries != batch:
-            count = "one more than there are sequences" if is_packed else f"{batch}, as q has rows"
+        entries = index.numel()
+        if entries == 0 if is_packed else entries != q.shape[0]:
+            count = "one more than there are sequences"
+            if not is_packed:
+                count = f"{q.shape[0]}, as q has rows"
             raise CheckFailedError(f"{name} has {entries} entries: it must have {count}")
 
 
 def check_paddings(left: Tensor | None, seqlens: Tensor | None, len_kv: int) -> None:
     """Check the numbers that need not be waited for, those that are not on a GPU."""
     here = [x for x in (left, seqlens) if x is not None and not x.is_cuda]
-    if torch.compiler.is_compiling() or not here:
+    if not here or torch.compiler.is_compiling():
         return
     ends = here[0].long() + here[1] if len(here) == 2 else here[0]
     is_wrong = ends > len_kv

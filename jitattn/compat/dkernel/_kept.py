@@ -38,7 +38,7 @@ class KeptMasks:
             # An index, not a symbol: shapes of patterns are facts of a graph.
             blocks = self._moved(pattern, operator.index(moved))
             return BlockSparse(blocks, size, self._causal, first_row)
-        key = (moved, first_row, pattern.device)
+        key = (moved, first_row, id(pattern))  # which no other has while it is kept here
         known = self._masks.get(key)
         if known is not None and known[0] is pattern and known[1].still_holds(pattern):
             return known[2]

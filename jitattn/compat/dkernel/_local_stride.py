@@ -75,7 +75,6 @@ class LocalStrideSparseAttention(SparseAttention):
         self.head_sliding_offset = head_sliding_offset
         self.active_head_range = None if homo_head else active_head_range
         self._patterns: dict[torch.device, Tensor] = {}
-        self._rules: dict[tuple[int, int], LocalStride | None] = {}
         self._written(1)  # refuses what is no pattern
 
     @property
@@ -112,17 +111,10 @@ class LocalStrideSparseAttention(SparseAttention):
         count = self.max_seqlen // self.block_size
         return count, count
 
-    def _masks_of(self, heads: tuple[int, int], shift: int, device: torch.device) -> list[Mask]:
-        if torch.compiler.is_compiling():
-            rule = self._closed_form(heads)
-        else:
-            if heads not in self._rules:
-                self._rules[heads] = self._closed_form(heads)
-            rule = self._rules[heads]
+    def _rules_of(self, heads: tuple[int, int], shift: int) -> list[Mask] | None:
+        rule = self._closed_form(heads)
         # Positions count, so not where rows of the pattern do.
-        if rule is None or shift != 0:
-            return super()._masks_of(heads, shift, device)
-        return [rule]
+        return None if rule is None or shift != 0 else [rule]
 
     def _closed_form(self, heads: tuple[int, int]) -> LocalStride | None:
         """Return the pattern as a rule of positions, if it is one of these heads."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
@@ -12,7 +12,7 @@ from jitattn.api.attention import attention
 from jitattn.compat._errors import CheckFailedError, check
 from jitattn.compat.dkernel._checks import check_indices, check_shapes
 from jitattn.compat.dkernel._kept import KeptMasks
-from jitattn.compat.dkernel._sequences import Placed, packed, padded
+from jitattn.compat.dkernel._sequences import packed, padded
 from jitattn.compat.dkernel.utils import is_kv_cache_efficient, verify_sparse_pattern
 from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.request.outputs import check_out
@@ -25,6 +25,20 @@ if TYPE_CHECKING:
     from jitattn.values.masks import Mask
 
 _HINTS: Final = ("out", "d_splits", "inference")
+#: Shapes of calls that a module knows at a time.
+_MOST_FACTS: Final = 256
+
+
+class Facts(NamedTuple):
+    """What follows from the shapes of a call."""
+
+    is_packed: bool
+    layout: str
+    heads: tuple[int, int]  #: of q and of k
+    lengths: tuple[int, int]  #: of q and of k: tokens of a sequence, or of all where packed
+    most_positions: int | None  #: tokens of its rows, where a pattern has fewer rows than columns
+    shift: int  #: by how many tokens positions are ahead of rows of the pattern
+    masks: list[Mask] | None  #: if they are rules of numbers
 
 
 class SparseAttention(torch.nn.Module):
@@ -127,6 +141,8 @@ class SparseAttention(torch.nn.Module):
         )
         self.kwargs = kwargs
         self._kept = KeptMasks(block_size, causal)
+        self._facts: dict[tuple[object, ...], Facts] = {}
+        self._facts_are_of: Tensor | None = None
 
     def forward(
         self,
@@ -180,40 +196,44 @@ class SparseAttention(torch.nn.Module):
         InvalidInputError
             Anything else that breaks a rule; it is a `ValueError`.
         """
-        q, k, v = _unpacked(q, k, v, split_qkv)
-        check_shapes(q, k, v, self.seq_dim)
-        where = (cu_seqlen_k, cu_seqlen_q, left_paddings, seqlens)
-        if q.dim() == 3 or not (cu_seqlen_k is cu_seqlen_q is left_paddings is seqlens is None):
-            check_indices(where, q)
-        if not (sm_scale is None or isinstance(sm_scale, numbers.Real)):
+        if k is None or v is None:
+            q, k, v = _unpacked(q, k, v, split_qkv)
+        is_batch = cu_seqlen_k is cu_seqlen_q is left_paddings is seqlens is None
+        facts = self._facts_of(q, k, v, is_batch)
+        if facts.is_packed or not is_batch:
+            check_indices((cu_seqlen_k, cu_seqlen_q, left_paddings, seqlens), q)
+        if not (sm_scale is None or type(sm_scale) is float or isinstance(sm_scale, numbers.Real)):
             raise InvalidInputError(
                 f"sm_scale is a {type(sm_scale).__name__}: it must be a number; pass a float, or "
                 "leave it out for 1 / sqrt(head dim)"
             )
         arguments: dict[str, Any] = {"scale": sm_scale or None, "return_lse": return_lse}
-        shift, placed = 0, None
-        if q.dim() == 3:
+        shift, placed = facts.shift, None
+        if facts.is_packed:
             longest = (max_seqlen_q, max_seqlen_k)
-            placed = packed(q, k, cu_seqlen_q, cu_seqlen_k, longest, self.max_seqlen)
+            sizes = (facts.lengths, facts.heads, self.max_seqlen)
+            placed = packed(*sizes, cu_seqlen_q, cu_seqlen_k, longest, q.device)
         else:
             if not max_seqlen_q is max_seqlen_k is None:
                 raise CheckFailedError(
                     "max_seqlen_q or max_seqlen_k is given and q is 4-D: they go with 3-D tensors; "
                     "lengths of 4-D ones are in seqlens"
                 )
-            arguments["layout"] = "bhsd" if self.seq_dim == 2 else "bshd"
-            shift, placed = self._placed(q, k, left_paddings, seqlens)
+            arguments["layout"] = facts.layout
+            if not is_batch:
+                placed = padded(*facts.lengths, left_paddings, seqlens, q.device)
         if placed is not None:
             arguments["q_seqs"], arguments["kv_seqs"], longest_kv, tile_rows = placed
             arguments["tile_rows"] = tile_rows
-            if longest_kv is not None:
-                self._check_positions(longest_kv)
-        head_dim = 1 if q.dim() == 3 or self.seq_dim == 2 else 2
-        masks = self._masks_of((q.shape[head_dim], k.shape[head_dim]), shift, q.device)
+            if longest_kv is not None and facts.most_positions is not None:
+                self._check_positions(longest_kv, facts.most_positions)
+        masks = facts.masks
+        if masks is None:
+            masks = self._masks_of(facts.heads, shift, q.device)
         out = self.kwargs.get("out")
         if out is not None and torch.is_grad_enabled() and any(map(_wants, (q, k, v))):
             out = None
-        has_padding = q.dim() == 4 and placed is not None and placed.q_seqs is not None
+        has_padding = not facts.is_packed and placed is not None and placed.q_seqs is not None
         if out is not None and (len(masks) > 1 or has_padding):
             if torch.compiler.is_compiling():
                 raise UnsupportedError("out is given under torch.compile: make the module without")
@@ -224,23 +244,51 @@ class SparseAttention(torch.nn.Module):
         both = [attention(q, k, v, mask=mask, **arguments) for mask in masks]
         return self._joined(both, shift % self.block_size, return_lse, out)
 
-    def _placed(
-        self,
-        q: Tensor,
-        k: Tensor,
-        left_paddings: Tensor | None,
-        seqlens: Tensor | None,
-    ) -> tuple[int, Placed | None]:
-        """Return by how many tokens positions are ahead of rows, and where sequences lie."""
+    def _facts_of(self, q: Tensor, k: Tensor, v: Tensor, is_batch: bool) -> Facts:
+        """Return what follows from the shapes of a call, which are checked; kept by them.
+
+        Raises
+        ------
+        CheckFailedError, InvalidInputError
+        """
+        if torch.compiler.is_compiling():  # shapes may be symbols
+            return self._checked_facts(q, k, v, is_batch)
+        pattern = self._buffers.get("sparse_pattern")
+        if pattern is not self._facts_are_of:
+            self._facts.clear()
+            self._facts_are_of = pattern
+        key: tuple[object, ...]
+        try:
+            key = (
+                type(q), type(k), type(v), q.shape, k.shape, v.shape, is_batch,
+                self.seq_dim, self.max_seqlen,
+            )  # fmt: skip
+            known = self._facts.get(key)
+        except (AttributeError, RuntimeError):  # no tensors, or nested ones
+            return self._checked_facts(q, k, v, is_batch)
+        if known is None:
+            if len(self._facts) >= _MOST_FACTS:
+                self._facts.clear()
+            known = self._facts[key] = self._checked_facts(q, k, v, is_batch)
+        return known
+
+    def _checked_facts(self, q: Tensor, k: Tensor, v: Tensor, is_batch: bool) -> Facts:
+        check_shapes(q, k, v, self.seq_dim)
+        rows, columns = self._size
+        most = rows * self.block_size if rows < columns else None
+        if q.dim() == 3:
+            lengths, heads = (q.shape[0], k.shape[0]), (q.shape[1], k.shape[1])
+            return Facts(True, "bshd", heads, lengths, most, 0, self._rules_of(heads, 0))
         seq_dim = self.seq_dim or 1
-        len_q, len_kv = q.shape[seq_dim], k.shape[seq_dim]
+        heads = (q.shape[3 - seq_dim], k.shape[3 - seq_dim])
+        len_q, len_kv = lengths = (q.shape[seq_dim], k.shape[seq_dim])
         if len_kv > self.max_seqlen:
             raise CheckFailedError(
                 f"k has {len_kv} tokens: the pattern has room for {self.max_seqlen}"
             )
-        if left_paddings is None and seqlens is None:
-            return len_kv - len_q - self._first_row(len_q, len_kv), None
-        return 0, padded(len_q, len_kv, left_paddings, seqlens, q.device)
+        shift = len_kv - len_q - self._first_row(len_q, len_kv) if is_batch else 0
+        layout = "bhsd" if seq_dim == 2 else "bshd"
+        return Facts(False, layout, heads, lengths, most, shift, self._rules_of(heads, shift))
 
     @property
     def _size(self) -> tuple[int, int]:
@@ -268,22 +316,26 @@ class SparseAttention(torch.nn.Module):
             )
         return first
 
-    def _check_positions(self, len_kv: int) -> None:
+    def _check_positions(self, longest: int, most: int) -> None:
         """Refuse a pattern without rows for all positions: paddings and packing count by them."""
-        rows, columns = self._size
-        if rows < columns and len_kv > rows * self.block_size:
+        if longest > most:
             raise CheckFailedError(
-                f"sequences of up to {len_kv} tokens, padded or packed: rows of the pattern count "
-                f"by positions there, and it has {rows} of {self.block_size} tokens; give it as "
-                "many rows as columns"
+                f"sequences of up to {longest} tokens, padded or packed: rows of the pattern count "
+                f"by positions there, and it has {most // self.block_size} of {self.block_size} "
+                "tokens; give it as many rows as columns"
             )
+
+    def _rules_of(self, heads: tuple[int, int], shift: int) -> list[Mask] | None:
+        """Return the mask if it is a rule of numbers; None: it is made of the pattern."""
+        return None
 
     def _masks_of(self, heads: tuple[int, int], shift: int, device: torch.device) -> list[Mask]:
         """Return the mask of a call, or two of which each query takes one (see `_joined`)."""
         pattern = self._pattern_on(device)
-        if pattern.shape[0] not in (1, *heads):
+        count = pattern.size(0)
+        if count != 1 and count not in heads:
             raise CheckFailedError(
-                f"the pattern has {len(pattern)} heads: q has {heads[0]} and k {heads[1]}"
+                f"the pattern has {count} heads: q has {heads[0]} and k {heads[1]}"
             )
         if shift == 0:
             return [self._kept.mask(pattern)]

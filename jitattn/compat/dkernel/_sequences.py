@@ -31,23 +31,27 @@ class Placed(NamedTuple):
 
 
 def packed(
-    q: Tensor,
-    k: Tensor,
+    totals: tuple[int, int],
+    heads: tuple[int, int],
+    room: int,
     cu_seqlen_q: Tensor | None,
     cu_seqlen_k: Tensor | None,
     longest: tuple[int | None, int | None],
-    room: int,
+    device: torch.device,
 ) -> Placed:
     """Return where packed sequences lie.
 
     Parameters
     ----------
-    q, k : Tensor, [total, heads, D]
+    totals, heads : (int, int)
+        Tokens of all sequences, and heads, of q and of k.
+    room : int
+        Tokens that the pattern has room for.
     cu_seqlen_q, cu_seqlen_k : Tensor, [B + 1]
     longest : (int or None, int or None)
         Bounds on the lengths of q and of k, as the caller knows them.
-    room : int
-        Tokens that the pattern has room for.
+    device : torch.device
+        Of q.
 
     Raises
     ------
@@ -55,25 +59,25 @@ def packed(
     """
     if cu_seqlen_k is None:
         raise CheckFailedError("cu_seqlen_k is None: 3-D tensors need it")
-    for name, bound in (("max_seqlen_q", longest[0]), ("max_seqlen_k", longest[1])):
-        if bound is not None and (type(bound) is not int or not 0 <= bound <= room):
-            raise CheckFailedError(
-                f"{name}={bound!r}: it must be an int from 0 to what the pattern has room for, "
-                f"{room}"
-            )
-    batch, total_q, total_kv = cu_seqlen_k.shape[0] - 1, q.shape[0], k.shape[0]
-    if cu_seqlen_q is not None and cu_seqlen_q.shape[0] != batch + 1:
+    longest_q, longest_kv = longest
+    if longest_q is not None:
+        _check_bound("max_seqlen_q", longest_q, room)
+    if longest_kv is not None:
+        _check_bound("max_seqlen_k", longest_kv, room)
+    total_q, total_kv = totals
+    batch = cu_seqlen_k.numel() - 1
+    if cu_seqlen_q is not None and cu_seqlen_q.numel() != batch + 1:
         raise CheckFailedError(
-            f"cu_seqlen_q has {cu_seqlen_q.shape[0]} entries and cu_seqlen_k {batch + 1}: both "
+            f"cu_seqlen_q has {cu_seqlen_q.numel()} entries and cu_seqlen_k {batch + 1}: both "
             "need one more than there are sequences"
         )
-    longest_q, longest_kv = longest
-    lengths_q, lengths_kv = _on_host(cu_seqlen_q), _on_host(cu_seqlen_k)
-    cu_k = on_device("cu_seqlen_k", cu_seqlen_k, q.device)
+    lengths_q, lengths_kv = None, _on_host(cu_seqlen_k)
+    cu_k = on_device("cu_seqlen_k", cu_seqlen_k, device)
     if cu_seqlen_q is not None:
-        cu_q = on_device("cu_seqlen_q", cu_seqlen_q, q.device)
+        lengths_q = _on_host(cu_seqlen_q)
+        cu_q = on_device("cu_seqlen_q", cu_seqlen_q, device)
     elif total_q == batch:
-        cu_q, longest_q = torch.arange(batch + 1, dtype=cu_k.dtype, device=q.device), 1
+        cu_q, longest_q = torch.arange(batch + 1, dtype=cu_k.dtype, device=device), 1
     elif total_q == total_kv:
         cu_q, lengths_q = cu_k, lengths_kv
         longest_q = longest_kv if longest_q is None else longest_q
@@ -94,7 +98,7 @@ def packed(
         _check_lengths(lengths_q, lengths_kv)
     tile_rows = None
     if longest_q is None and not torch.compiler.is_compiling():
-        tile_rows = _usual_rows(total_q, batch, q.shape[1] // max(1, k.shape[1]))
+        tile_rows = _usual_rows(total_q, batch, heads[0] // max(1, heads[1]))
     bound = room if longest_kv is None else longest_kv
     kv_seqs = Ragged.from_cu_seqlens(cu_k, bound)
     q_seqs = kv_seqs
@@ -133,9 +137,16 @@ def padded(
     return Placed(kv_seqs if len_q == len_kv else None, kv_seqs, len_kv)
 
 
-def _on_host(cu_seqlens: Tensor | None) -> list[int] | None:
+def _check_bound(name: str, bound: int, room: int) -> None:
+    if type(bound) is not int or not 0 <= bound <= room:
+        raise CheckFailedError(
+            f"{name}={bound!r}: it must be an int from 0 to what the pattern has room for, {room}"
+        )
+
+
+def _on_host(cu_seqlens: Tensor) -> list[int] | None:
     """Return the lengths of sequences if they are to be had without waiting for a device."""
-    if cu_seqlens is None or cu_seqlens.is_cuda or torch.compiler.is_compiling():
+    if cu_seqlens.is_cuda or torch.compiler.is_compiling():
         return None
     return [stop - start for start, stop in pairwise(cu_seqlens.tolist())]
 

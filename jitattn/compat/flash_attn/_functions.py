@@ -15,11 +15,12 @@ from jitattn.api.attention import attention
 from jitattn.compat._errors import ExtensionError, errors_as
 from jitattn.compat.flash_attn._translate import (
     WORDS,
+    all_in_rows,
     dmask_of,
-    in_rows,
     keys_of,
     lengths_of,
     mask_of,
+    plain_mask,
     their_lse,
 )
 from jitattn.values.dropout import dropout_state
@@ -72,7 +73,10 @@ def flash_attn_func(
     -------
     Tensor, [B, Lq, Hq, D], or three with `return_attn_probs`
     """
-    rule = mask_of(causal, window_size, keep_first, force_fa_decode, lengths_of(q, k))
+    rule = plain_mask(causal, window_size, keep_first)
+    if rule is None:
+        longest = None if causal else lengths_of(q, k)
+        rule = mask_of(causal, window_size, keep_first, force_fa_decode, longest)
     return _attend(
         q,
         k,
@@ -194,8 +198,10 @@ def flash_attn_varlen_func(
     The others, and the result, are those of `flash_attn_func`.
     """
     longest_q, longest_k = int(max_seqlen_q), int(max_seqlen_k)
-    longest = (longest_q, longest_k)
-    rule = mask_of(causal, window_size, keep_first, force_fa_decode, longest)
+    rule = plain_mask(causal, window_size, keep_first)
+    if rule is None:
+        longest = (longest_q, longest_k)
+        rule = mask_of(causal, window_size, keep_first, force_fa_decode, longest)
     q_seqs = Ragged.from_cu_seqlens(cu_seqlens_q, longest_q)
     kv_seqs: Ragged | Paged = q_seqs
     is_plain = block_table is None and seqused_k is None and leftpad_k is None
@@ -311,7 +317,7 @@ def _attend(
     kv_seqs: Ragged | Paged | None = None,
 ) -> Any:  # noqa: ANN401
     """Call the core: out, or (out, lse, S_dmask)."""
-    q, k, v = in_rows(q), in_rows(k), in_rows(v)
+    q, k, v = all_in_rows(q, k, v)
     state = None
     if return_attn_probs and dropout_p > 0.0:  # S_dmask is drawn from it once more
         state = dropout_state(q.device)

@@ -9,7 +9,14 @@ import torch
 
 from jitattn.api.kvcache import attention_with_kvcache
 from jitattn.compat._errors import ExtensionError, errors_as
-from jitattn.compat.flash_attn._translate import CACHE_WORDS, in_rows, mask_of, their_lse
+from jitattn.compat.flash_attn._translate import (
+    CACHE_WORDS,
+    all_in_rows,
+    in_rows,
+    into_their_lse,
+    mask_of,
+    plain_mask,
+)
 from jitattn.errors import InvalidInputError
 from jitattn.values.rotary import Rotary
 
@@ -125,48 +132,53 @@ def with_kvcache(
     rotary = None
     if rotary_cos is not None and rotary_sin is not None:
         rotary = Rotary(rotary_cos, rotary_sin, interleaved=bool(rotary_interleaved))
-    room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if cache_seqlens is None:
         if k is not None:
             raise InvalidInputError("k and v need cache_seqlens: where in the cache do they go?")
-        cache_seqlens = room
+        cache_seqlens = _room(k_cache, block_table)
     elif not isinstance(cache_seqlens, torch.Tensor):
         cache_seqlens = operator.index(cache_seqlens)
-    q = in_rows(q)
-    if k is not None and v is not None:
-        k, v = in_rows(k), in_rows(v)
+    if k is None or v is None:
+        q = in_rows(q)
+    else:
+        q, k, v = all_in_rows(q, k, v)
     if cache_batch_idx is not None:
         cache_batch_idx = in_rows(cache_batch_idx)
     if block_table is not None:
         block_table = in_rows(block_table)
-    mask = mask_of(causal, window_size, keep_first, force_fa_decode, (q.shape[1], room))
-
-    def attend() -> Any:  # noqa: ANN401 - Tensor, or two
-        return attention_with_kvcache(
-            q,
-            k_cache,
-            v_cache,
-            k,
-            v,
-            length=cache_seqlens,
-            rotary=rotary,
-            left_pad=cache_leftpad,
-            batch_idx=cache_batch_idx,
-            block_table=block_table,
-            mask=mask,
-            scale=softmax_scale,
-            out=out,
-            num_splits=num_splits or None,
-            return_lse=return_lse,
-            alibi_slopes=alibi_slopes,
-            softcap=softcap or None,
-        )
-
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k_cache, v_cache, k, v)
-    ):
+    mask = plain_mask(causal, window_size, keep_first)
+    if mask is None:
+        longest = None if causal else (q.shape[1], _room(k_cache, block_table))
+        mask = mask_of(causal, window_size, keep_first, force_fa_decode, longest)
+    given: dict[str, Any] = {
+        "length": cache_seqlens,
+        "rotary": rotary,
+        "left_pad": cache_leftpad,
+        "batch_idx": cache_batch_idx,
+        "block_table": block_table,
+        "mask": mask,
+        "scale": softmax_scale,
+        "out": out,
+        "num_splits": num_splits or None,
+        "return_lse": return_lse,
+        "alibi_slopes": alibi_slopes,
+        "softcap": softcap or None,
+    }
+    are_followed = torch.is_grad_enabled() and (
+        q.requires_grad
+        or k_cache.requires_grad
+        or v_cache.requires_grad
+        or (k is not None and k.requires_grad)
+        or (v is not None and v.requires_grad)
+    )
+    if are_followed:
         with torch.no_grad():
-            found = attend()
+            found = attention_with_kvcache(q, k_cache, v_cache, k, v, **given)
     else:
-        found = attend()
-    return (found[0], their_lse(found[1])) if return_lse else (found, None)
+        found = attention_with_kvcache(q, k_cache, v_cache, k, v, **given)
+    return (found[0], into_their_lse(found[1])) if return_lse else (found, None)
+
+
+def _room(k_cache: Tensor, block_table: Tensor | None) -> int:
+    """Return the rows of the cache that a sequence may have."""
+    return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])

@@ -47,20 +47,30 @@ DMASK_BLOCK: Final = 64
 _DMASK_UNIT: Final = 128
 
 
+def plain_mask(causal: bool, window_size: Sequence[int], keep_first: int) -> Mask | None:
+    """Return the rule of a call without a window; None: `mask_of` says, or refuses.
+
+    The usual call, whose lengths need not be looked at.
+    """
+    if type(keep_first) is int and type(window_size) is tuple and window_size == _NO_WINDOW:
+        return None if keep_first < 0 else _CAUSAL if causal else _FULL
+    return None
+
+
 def mask_of(
     causal: bool,
     window_size: Sequence[int],
     keep_first: int,
     force_fa_decode: bool,
-    longest: tuple[int, int],
+    longest: tuple[int, int] | None,
 ) -> Mask:
     """Return the rule; without a bound on the left, `keep_first` and the like mean nothing.
 
     Parameters
     ----------
-    longest : (int, int)
+    longest : (int, int), optional
         Largest lengths of queries and of keys: with more queries than keys, a reach to the right
-        over all keys is no bound there.
+        over all keys is no bound there. A causal rule needs none.
 
     Raises
     ------
@@ -72,15 +82,15 @@ def mask_of(
     if type(window_size) is tuple and window_size == _NO_WINDOW:
         return _CAUSAL if causal else _FULL
     try:
-        left, right = (operator.index(reach) for reach in window_size)
+        left, right = window_size
+        left, right = operator.index(left), operator.index(right)
     except (TypeError, ValueError) as error:
         raise InvalidInputError(
             f"window_size={window_size!r}: it must be two ints (left, right), -1 for no bound"
         ) from error
-    len_q, len_kv = longest
     if causal:
         right = 0
-    elif right >= len_kv and len_q > len_kv:
+    elif longest is not None and right >= longest[1] and longest[0] > longest[1]:
         right = -1
     if left < 0:
         if right <= 0:
@@ -116,6 +126,18 @@ def in_rows(x: Tensor) -> Tensor:
         return x
 
 
+def all_in_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return three tensors as `in_rows` does."""
+    try:
+        if q.is_contiguous() and k.is_contiguous() and v.is_contiguous():
+            return q, k, v
+        if q.stride()[-1] == k.stride()[-1] == v.stride()[-1] == 1:
+            return q, k, v
+    except (IndexError, RuntimeError):  # no dimensions, or no strides
+        pass
+    return in_rows(q), in_rows(k), in_rows(v)
+
+
 def keys_of(
     cu_seqlens_k: Tensor,
     max_seqlen_k: int,
@@ -149,6 +171,11 @@ def keys_of(
 def their_lse(lse: Tensor) -> Tensor:
     """Rows that see nothing have +inf there."""
     return lse.nan_to_num(_NAN, _INFINITY, _INFINITY)
+
+
+def into_their_lse(lse: Tensor) -> Tensor:
+    """Change an LSE that nobody else has, and no gradient goes through, into theirs."""
+    return lse.nan_to_num_(_NAN, _INFINITY, _INFINITY)
 
 
 def our_lse(lse: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ each is an `InvalidInputError` too.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -69,15 +70,14 @@ def flash_attn_triton(
     ExtensionError
         The last two sizes of bias are others; a RuntimeError.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.is_nested or tensor.dim() != 4:
-            raise CheckFailedError(
-                f"{name} is nested or has {tensor.dim()} dimensions: it must be a dense tensor "
-                "[B, L, H, D]; FlashAttentionFunction takes nested ones"
-            )
+    are_nested = q.is_nested or k.is_nested or v.is_nested
+    if are_nested or not q.ndim == k.ndim == v.ndim == 4:
+        raise _not_dense(q, k, v)
+    batch, len_q, heads, _ = q.shape
+    len_kv = k.shape[1]
     if bias is not None:
-        _check_bias(bias, q.shape[1], k.shape[1])
-    count = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
+        _check_bias(bias, len_q, len_kv)
+    count = batch * heads * len_q * len_kv
     state = None
     if dropout_p:
         state = _next_state(count, q.device)
@@ -133,13 +133,23 @@ def increment_philox_state(increment: int) -> tuple[int, int]:
     return seed, offset
 
 
+def _not_dense(q: Tensor, k: Tensor, v: Tensor) -> CheckFailedError:
+    """Return what is said of the first tensor that is no dense one of four dimensions."""
+    first = ((name, x) for name, x in (("q", q), ("k", k), ("v", v)) if x.is_nested or x.ndim != 4)
+    name, tensor = next(first)
+    return CheckFailedError(
+        f"{name} is nested or has {tensor.ndim} dimensions: it must be a dense tensor "
+        "[B, L, H, D]; FlashAttentionFunction takes nested ones"
+    )
+
+
 def _check_bias(bias: Tensor, len_q: int, len_kv: int) -> None:
-    if bias.is_nested or bias.dim() != 4:
+    if bias.is_nested or bias.ndim != 4:
         raise CheckFailedError(
-            f"bias is nested or has {bias.dim()} dimensions: it must be a dense tensor "
+            f"bias is nested or has {bias.ndim} dimensions: it must be a dense tensor "
             "[B, H, Lq, Lkv]"
         )
-    rows, columns = bias.shape[2:]
+    _, _, rows, columns = bias.shape
     if columns != len_kv or rows not in (1, len_q):
         raise ExtensionError(
             f"bias has shape {list(bias.shape)}: its last two sizes must be (1, {len_kv}) or "
@@ -175,13 +185,19 @@ def _moving_generator(device: torch.device) -> torch.Generator | None:
 
     There torch moves it, by what was drawn, and draws anew in every replay.
     """
-    if device.type != "cuda" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _is_gpu(device):
         return None
     if torch.cuda.is_current_stream_capturing():
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
     generator: torch.Generator = torch.cuda.default_generators[index]
     return generator
+
+
+@functools.lru_cache(maxsize=64)
+def _is_gpu(device: torch.device) -> bool:
+    """Whether a device is a GPU; kept, as a device writes its type anew each time."""
+    return device.type == "cuda"
 
 
 def _rounded(count: int) -> int:
