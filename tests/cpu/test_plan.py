@@ -119,7 +119,8 @@ def check(plan: Plan) -> None:
     used = set()
     for step in plan.steps:
         layout = step.spec.arguments.layout(step.numbers, tuple(step.places))
-        assert sorted(layout.order) == list(range(len(step.places)))
+        order = [part for part in layout.parts if isinstance(part, int)]
+        assert sorted(order) == list(range(len(step.places)))
         assert 0 < step.grid < 2**31
         for place in step.places.values():
             name = place.name
@@ -186,8 +187,7 @@ def test_dynamic_arguments_go_where_their_names_are() -> None:
     names = tuple(step.places)
     layout = step.spec.arguments.layout(step.numbers, names)
     values = {name: 1000 + idx for idx, name in enumerate(names)}
-    filled = bytearray(layout.template)
-    ordered = [values[names[idx]] for idx in layout.order]
-    layout.fill(filled, ordered)
-    whole = step.spec.arguments.layout({**step.numbers, **values}, ())
-    assert bytes(filled) == whole.template
+    filled = bytearray(layout.size)
+    given = [part if isinstance(part, bytes) else values[names[part]] for part in layout.parts]
+    layout.pack_into(filled, 0, *given)
+    assert bytes(filled) == step.spec.arguments.pack({**step.numbers, **values})

@@ -85,7 +85,10 @@ DIFFERENT = {
     "bias": {"bias": bias()},
     "bias of one row": {"bias": bias(1)},
     "fp32 bias": {"bias": bias().float()},
-    "bias with room behind it": {"bias": torch.zeros(4, 2, 40, 40, dtype=torch.float16)[:1]},
+    "bias of odd rows": {"length": 44, "bias": torch.zeros(1, 2, 44, 44).half()},
+    "bias of odd rows with room behind it": {
+        "length": 44, "bias": torch.zeros(4, 2, 44, 44).half()[:1]
+    },
     "padding": {"mask": jitattn.KeyPadding(KEEP)},
     "padding and causal": {"mask": jitattn.KeyPadding(KEEP) & jitattn.Causal()},
     "dense": {"mask": jitattn.Dense(KEEP[:, None, None])},
