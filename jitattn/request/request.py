@@ -57,6 +57,12 @@ _INTEGERS: Final = frozenset((type(None), int))
 _SEQUENCES: Final = frozenset((Ragged, Padded, Paged))
 _MOST_REQUESTS: Final = 4096
 _requests: dict[_Facts, Request] = {}
+#: A request of each kind of plain call, whatever its number of keys.
+_of_any_length: dict[_Facts, Request] = {}
+#: Facts of a call with no options.
+_NUM_PLAIN: Final = 11
+#: Keys are counted in 32 bits.
+_MAX_COUNT: Final = 2**31 - 1
 
 
 class Request:
@@ -140,6 +146,9 @@ def _checked(
             shape = (*q.shape[:-1], v.shape[-1])
             check_out(call.out, (q, k, v), shape, call.out_dtype or q.dtype)
         return Found(request, addresses, True)
+    if facts is not None and (request := _longer(facts)) is not None:
+        _keep(facts, request)
+        return Found(request, addresses, True)
     seqs = [one for one in (call.q_seqs, call.kv_seqs) if isinstance(one, Ragged)]
     was_known = all(one.knows_max_length() for one in seqs)
     parsed = parse_any(q, k, v, call)
@@ -150,15 +159,51 @@ def _checked(
     if facts is None:
         addresses = _addresses(q, k, v, call)
     elif parsed.has_memory:
-        if len(_requests) >= _MOST_REQUESTS:
-            _requests.clear()
-        _requests[facts] = request
+        _keep(facts, request)
     return Found(request, addresses, parsed.has_memory)
+
+
+def _keep(facts: _Facts, request: Request) -> None:
+    if len(_requests) >= _MOST_REQUESTS:
+        forget_requests()
+    _requests[facts] = request
+    but_lengths = _without_length(facts)
+    if but_lengths is not None:
+        _of_any_length.setdefault(but_lengths, request)
+
+
+def _without_length(facts: _Facts) -> _Facts | None:
+    """Return the facts of a plain call without its number of keys; None: they are of another.
+
+    A row of a single key has no stride, and one of none has no kernel.
+    """
+    if len(facts) != _NUM_PLAIN:
+        return None
+    _, _, _, (batch, num_keys, *rest), (_, num_values, *rest_v), _, of_k, of_v, *_ = facts
+    if len(rest) != 2 or not 1 < num_keys == num_values <= _MAX_COUNT:
+        return None
+    first = (of_k[0], of_v[0]) if batch > 1 else None
+    return (*facts[:3], facts[3][0], *rest, facts[4][0], *rest_v, facts[5], first, of_k[1:],
+            of_v[1:], *facts[8:])  # fmt: skip
+
+
+def _longer(facts: _Facts) -> Request | None:
+    """Return the request of a plain call that differs from a known one in its number of keys."""
+    but_lengths = _without_length(facts)
+    known = None if but_lengths is None else _of_any_length.get(but_lengths)
+    if known is None:
+        return None
+    runtime, num_keys = known.runtime, facts[3][1]
+    diagonal = runtime.diagonal
+    if facts[-1] == "bottom_right":
+        diagonal += num_keys - runtime.len_kv
+    return Request(known.problem, runtime._replace(len_kv=num_keys, diagonal=diagonal))
 
 
 def forget_requests() -> None:
     """Forget all requests and their plans: in a forked child, and in tests."""
     _requests.clear()
+    _of_any_length.clear()
 
 
 def _facts(q: Tensor, k: Tensor, v: Tensor, call: Call, addresses: Addresses) -> _Facts | None:

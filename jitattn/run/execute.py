@@ -75,7 +75,7 @@ class BoundPlan:
         if not backend.active.is_capturing():
             workspace.prepare(device_index)
         self._steps: list[tuple[Callable[..., None], Callable[[Addresses], Iterable[Any]]]] = []
-        self._constants: dict[bytes, bytes] = {}
+        self._constants: Addresses = {}
         derived: dict[Place, None] = {}
         for step in plan.steps:
             places = tuple(step.places.values())
@@ -94,6 +94,14 @@ class BoundPlan:
                     keys.append(places[part].name)
             self._steps.append((bound.launch, operator.itemgetter(*keys)))
         self._derived = tuple(derived)
+
+    def with_values(self, values: dict[str, int]) -> BoundPlan:
+        """Return the same plan, with some of its operands known."""
+        other = BoundPlan.__new__(BoundPlan)
+        other._index, other._num_counters = self._index, self._num_counters
+        other._buffers, other._steps, other._derived = self._buffers, self._steps, self._derived
+        other._constants = {**self._constants, **values}
+        return other
 
     def run(self, addresses: Addresses, stream: int) -> dict[str, torch.Tensor]:
         """Launch every step in a raw CUDA stream, which is the current one of the device.

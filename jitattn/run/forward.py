@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -12,9 +12,9 @@ from jitattn.cpu.attention import run_cpu
 from jitattn.cpu.norm import normalized as normalized_on_cpu
 from jitattn.errors import NO_FORWARD_MODE, InternalError, LaunchError, UnsupportedError
 from jitattn.jit import backend, launch
-from jitattn.plan.forward import Forward, forward
+from jitattn.plan.forward import Forward, deciding_facts, forward, lengths_of
 from jitattn.request.norm import call_of_normalized
-from jitattn.request.problem import is_deterministic
+from jitattn.request.problem import axes, is_deterministic
 from jitattn.request.request import forget_requests, request_of
 from jitattn.request.scores import NO_CHANGES
 from jitattn.run import normalize, workspace
@@ -27,12 +27,17 @@ from jitattn.values.sequences import Ragged
 from jitattn.values.write_tracking import guard
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Hashable, Iterable
 
     from torch import Tensor
 
     from jitattn.request.problem import Call, Runtime, Strides
     from jitattn.request.request import Addresses, Request
+
+
+#: Plans that calls of different lengths share.
+_shared: dict[tuple[Hashable, ...], tuple[BoundPlan, Forward]] = {}
+_MOST_SHARED: Final = 1024
 
 
 class _Ready(NamedTuple):
@@ -182,35 +187,44 @@ def _make_ready(
         return _Ready(out, num_zeroed, lse, None, 0, 0, "")
     strides = contiguous_strides(shape) if call.out is None else call.out.stride()
     of_lse = None if lse is None else contiguous_strides(tuple(lse.shape))
-    planned = plan_of(request, call, strides, of_lse, LoadedDevice(device_index))
-    bound = BoundPlan(planned.plan, device_index, q.device)
+    bound, planned = _bound_plan(request, call, strides, of_lse, q.device, device_index)
     return _Ready(
         out, num_zeroed, lse, bound, planned.longest_listed, planned.tile_positions,
         planned.along_mean,
     )  # fmt: skip
 
 
-def plan_of(
+def _bound_plan(
     request: Request,
     call: Call,
     stride: tuple[int, ...],
     lse_stride: tuple[int, ...] | None,
-    here: LoadedDevice,
-) -> Forward:
-    """Return the plan of a call, given the strides of its results."""
-    is_flat = request.runtime.q_is_flat
+    like: torch.device,
+    device_index: int,
+) -> tuple[BoundPlan, Forward]:
+    """Return the plan of a call, given the strides of its results; it may be one of other calls."""
     out_strides: Strides
-    if is_flat:
-        out_strides = (0, stride[0], stride[1])
-    elif call.layout == "bshd":
-        out_strides = (stride[0], stride[1], stride[2])
-    else:
-        out_strides = (stride[0], stride[2], stride[1])
     lse_strides = None
-    if lse_stride is not None:
-        lse_strides = (0, lse_stride[0]) if is_flat else (lse_stride[0], lse_stride[1])
-    runtime = request.runtime_of(call)
-    return forward(request.problem, runtime, call, out_strides, lse_strides, here)
+    if request.runtime.q_is_flat:
+        out_strides = (0, stride[0], stride[1])
+        lse_strides = None if lse_stride is None else (0, lse_stride[0])
+    else:
+        row, head = axes(call.layout)
+        out_strides = (stride[0], stride[row], stride[head])
+        lse_strides = None if lse_stride is None else (lse_stride[0], lse_stride[1])
+    here = LoadedDevice(device_index)
+    given = (request.problem, request.runtime_of(call), call, out_strides, lse_strides, here)
+    facts = deciding_facts(*given)
+    found = None if facts is None else _shared.get((*facts, device_index))
+    if found is None:
+        planned = forward(*given)
+        found = BoundPlan(planned.plan, device_index, like), planned
+        if facts is not None:
+            if len(_shared) >= _MOST_SHARED:
+                _shared.clear()
+            _shared[(*facts, device_index)] = found
+    bound, planned = found
+    return bound.with_values(lengths_of(request.runtime)), planned
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -264,9 +278,11 @@ def check_cuda() -> None:
 
 
 backend.on_change(forget_requests)
+backend.on_change(_shared.clear)
 
 
 def forget_kernels() -> None:
     """Forget which kernels calls have got: in a forked child, and in tests."""
     forget_requests()
+    _shared.clear()
     launch.unload_all()

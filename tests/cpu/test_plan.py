@@ -11,7 +11,7 @@ import jitattn
 from jitattn.api.attention import bind
 from jitattn.errors import LaunchError
 from jitattn.plan.backward import Backward, BackwardOperands, backward
-from jitattn.plan.forward import Forward, forward
+from jitattn.plan.forward import Forward, deciding_facts, forward
 from jitattn.plan.kv_parts import KvGradient
 from jitattn.plan.step import Place, Plan
 from jitattn.request.layouts import parse_any
@@ -114,7 +114,7 @@ def check(plan: Plan) -> None:
         "q", "k", "v", "out", "lse", "d_out", "d_out_of_rows", "d_lse", "d_out_scale", "dq", "dk",
         "dv", "entries", "bounds", "counters", "bias", "relative_bias", "alibi_slopes", "sinks",
         "key_padding", "dense", "dropout_state", "q_start", "q_stop", "kv_start", "kv_stop",
-        "block_table",
+        "block_table", "len_kv", "diagonal",
     }  # fmt: skip
     used = set()
     for step in plan.steps:
@@ -166,6 +166,31 @@ def test_plans_depend_on_no_address() -> None:
     first, second = (forward_of(CALLS["sinks"], "sm_90").plan for _ in range(2))
     assert [step.numbers for step in first.steps] == [step.numbers for step in second.steps]
     assert first == second
+
+
+@pytest.mark.parametrize("name", ["plain", "splits", "causal", "fp32"])
+def test_calls_with_the_same_deciding_facts_have_one_plan(name: str) -> None:
+    """But for their numbers of keys, which come at run time: decoding steps share plans."""
+    q, _, call = call_of({"len_q": 16, **CALLS[name]})
+    cache = torch.empty(2, 5000, 2, 64, dtype=q.dtype)
+    found: dict[Any, list[Forward]] = {}
+    for length in (*range(257, 321), 5000):
+        k = cache[:, :length]
+        parsed = parse_any(q, k, k, call)
+        given = (parsed.problem, parsed.runtime, call, (1, 2, 3), (4, 5), Device("sm_90"))
+        facts = deciding_facts(*given)
+        assert facts is not None
+        found.setdefault(facts, []).append(forward(*given))
+    assert len(found) < 10
+    assert all(one == plans[0] for plans in found.values() for one in plans)
+
+
+@pytest.mark.parametrize("name", ["window", "bias", "ragged", "lists", "fp32 parts", "8 bits"])
+def test_plans_are_not_shared_where_lengths_are_in_more(name: str) -> None:
+    q, k, call = call_of(CALLS[name])
+    parsed = parse_any(q, k, k, call)
+    steps = (1, 2, 3), (4, 5)
+    assert deciding_facts(parsed.problem, parsed.runtime, call, *steps, Device("sm_80")) is None
 
 
 @pytest.mark.parametrize("fault", ["missing", "unknown", "doubled"])
