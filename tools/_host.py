@@ -88,6 +88,17 @@ def host_cases(device: str = "cuda") -> Iterator[HostCase]:
         lambda: sdpa(*chat, enable_gqa=True),
         1.4,
     )
+    ours, theirs = (_one_more(long_k.shape[1]) for _ in range(2))
+
+    def growing() -> Any:
+        length = next(ours)
+        return attend(one, long_k[:, :length], long_v[:, :length])
+
+    def growing_sdpa() -> Any:
+        length = next(theirs)
+        return sdpa(chat[0], chat[1][:, :, :length], chat[2][:, :, :length], enable_gqa=True)
+
+    yield HostCase("decode with one more key each step", growing, growing_sdpa, 1.4)
     x = drawn(1, 1024, _HEADS, _DIM)
     x_heads = x.transpose(1, 2)
     norm = jitattn.L2Norm()
@@ -97,6 +108,12 @@ def host_cases(device: str = "cuda") -> Iterator[HostCase]:
         return sdpa(y, z, x_heads, scale=8.0)
 
     yield HostCase("cosine", lambda: attend(x, x, x, qk_norm=norm), normalized, 1.0)
+
+
+def _one_more(most: int) -> Iterator[int]:
+    """Yield key counts that no call had before, as decoding steps have them, up to a cache's."""
+    while True:
+        yield from range(most // 4, most + 1)
 
 
 def python_calls(call: Callable[[], Any]) -> int:

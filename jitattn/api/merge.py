@@ -168,7 +168,8 @@ def _check(parts: Tensor, lses: Tensor, layout: str, out_dtype: torch.dtype) -> 
 def _merge(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Merge parts [S, B, Lq, Hq, Dv] with LSEs [S, B, Hq, Lq] to out [B, Hq, Lq, Dv] and LSE."""
     if torch.is_grad_enabled() and (parts.requires_grad or lses.requires_grad):
-        return apply(_Merge, parts, lses, out_dtype)
+        out, lse = apply(_Merge, parts, lses, out_dtype)
+        return out, lse
     return _merge_cuda(parts, lses, out_dtype)
 
 

@@ -24,7 +24,7 @@ from jitattn.spec.arguments import MAX_BYTES
 from jitattn.spec.kernel_spec import entry_symbol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from jitattn.jit.build import Built
     from jitattn.spec.arguments import ArgumentTable, Layout
@@ -41,11 +41,10 @@ MAX_GRID: Final = 2**31 - 1
 class _Thread:
     """The parameter buffer of a thread, and the devices whose context it has made current."""
 
-    __slots__ = ("_pointers", "buffer", "devices", "params", "view")
+    __slots__ = ("_pointers", "buffer", "devices", "params")
 
     def __init__(self) -> None:
         self.buffer = ctypes.create_string_buffer(MAX_BYTES)
-        self.view = memoryview(self.buffer).cast("B")
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
         self.params = ctypes.addressof(self._pointers)  #: as cuLaunchKernel takes them
         self.devices: set[int] = set()
@@ -111,28 +110,27 @@ class Kernel:
 class BoundLaunch:
     """A kernel with all that does not change from call to call; `launch` gives it the rest."""
 
-    __slots__ = ("_block", "_function", "_launch", "_smem", "grid", "kernel", "layout")
+    __slots__ = ("_block", "_device_index", "_function", "_launch", "_pack_into", "_smem", "grid",
+                 "kernel", "parts")  # fmt: skip
 
     def __init__(self, kernel: Kernel, grid: int, layout: Layout) -> None:
-        self.kernel, self.grid, self.layout = kernel, grid, layout
+        self.kernel, self.grid, self.parts = kernel, grid, layout.parts
+        self._pack_into, self._device_index = layout.pack_into, kernel.device_index
         self._function, self._launch = kernel._function.ptr, kernel._launch
         self._block, self._smem = kernel._block, kernel._smem_bytes
 
-    def launch(self, stream: int, values: Sequence[int]) -> None:
+    def launch(self, stream: int, values: Iterable[int | bytes]) -> None:
         """Start the kernel in a raw CUDA stream.
 
         Parameters
         ----------
         stream : int
-        values : sequence of int
-            The dynamic arguments, in the order of the struct (`layout.order`).
+        values : iterable of int and bytes
+            One for each of `parts`: itself, where that is bytes, or the argument that it stands
+            for.
         """
-        thread = _thread_on(self.kernel.device_index)
-        template, runs, _ = self.layout
-        thread.view[: len(template)] = template
-        buffer = thread.buffer
-        for pack_into, offset, first, end in runs:
-            pack_into(buffer, offset, *values[first:end])
+        thread = _thread_on(self._device_index)
+        self._pack_into(thread.buffer, 0, *values)
         self._launch(
             self._function, self.grid, 1, 1, self._block, 1, 1, self._smem, stream, thread.params, 0
         )
@@ -178,7 +176,12 @@ def unload_all() -> None:
 
 def zero(address: int, num_bytes: int, stream: int) -> None:
     """Set device memory to zero, in a raw CUDA stream; loads no kernel for that."""
-    import_cupy().cuda.runtime.memsetAsync(address, 0, num_bytes, stream)
+    _memset()(address, 0, num_bytes, stream)
+
+
+@functools.cache
+def _memset() -> Any:  # noqa: ANN401 - of CuPy
+    return import_cupy().cuda.runtime.memsetAsync
 
 
 def _load(built: Built, device_index: int) -> Kernel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -110,6 +111,7 @@ class FwdSpec(ProblemSpec):
         yield from _short(arch)
 
 
+@functools.lru_cache(maxsize=1024)
 def fwd_spec(problem: Problem, arch: str, rows: RowClass) -> FwdSpec:
     """Return the whole spec of the forward kernel of `problem` on `arch`."""
     return FwdSpec(problem=problem, tile=choose_tile(problem, arch, rows), arch=arch)

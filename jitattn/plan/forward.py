@@ -18,12 +18,16 @@ from jitattn.spec.arguments import NO_LEFT, divisor
 from jitattn.spec.enums import TILE_ROWS, MaskKind, RowClass
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
+
     from jitattn.kernels.fwd import FwdSpec
     from jitattn.kernels.tiles import Tile
     from jitattn.plan.step import Device
     from jitattn.request.problem import Call, Runtime, Strides
     from jitattn.spec.kernel_spec import KernelSpec, Problem
 
+#: Numbers that come at run time, so that calls with a key more, as decoding steps, share a plan.
+LENGTHS: Final = ("len_kv", "diagonal")
 #: A call with more query tiles than this many times the CTAs that the GPU holds needs no splits.
 _BALANCED_TILES: Final = 4
 
@@ -96,6 +100,34 @@ def forward(
         positions,
         prepared.along_mean,
     )
+
+
+def lengths_of(runtime: Runtime) -> dict[str, int]:
+    """Return the numbers that a plan is run with beside addresses."""
+    return {"len_kv": runtime.len_kv, "diagonal": runtime.diagonal}
+
+
+def deciding_facts(
+    problem: Problem,
+    runtime: Runtime,
+    call: Call,
+    out_strides: Strides,
+    lse_strides: tuple[int, int] | None,
+    device: Device,
+) -> tuple[Hashable, ...] | None:
+    """Return what decides the plan of a call, without `LENGTHS`; None: the call is not plain.
+
+    The key count matters through tiling alone, so through the number of key blocks; where operands
+    are prepared, or scores or sequences have arguments of their own, it is in more of a plan.
+    """
+    has_more = any(one is not None for one in (runtime.scores, runtime.indices, runtime.listed))
+    if has_more or prepare.kernel_problem(problem, runtime, call, device.arch) is not None:
+        return None
+    tiling = tile(problem, runtime, call.num_splits, call.tile_rows, device)
+    return (
+        problem, tiling[1:], runtime._replace(len_kv=0, diagonal=0), out_strides, lse_strides,
+        device.arch,
+    )  # fmt: skip
 
 
 def tile(
@@ -215,20 +247,18 @@ def _attend(
         "lse_stride_head": head_stride,
         "batch": runtime.batch,
         "len_q": runtime.len_q,
-        "len_kv": runtime.len_kv,
         "heads_q": runtime.heads_q,
         "heads_per_kv": runtime.heads_q // runtime.heads_kv,
         "heads_per_tile": packed,
         "num_q_tiles": tiling.num_q_tiles,
         "num_splits": tiling.num_splits,
         "num_slots": tiling.num_slots,
-        "diagonal": runtime.diagonal,
         "negate_q": runtime.scale < 0,
         "row_div_mul": multiplier,
         "row_div_shift": shift,
         "scale_log2": arguments.positive_scale(runtime) * arguments.LOG2_E,
     }
-    places = {**prepared.inputs, "out": Place("out")}
+    places = {**prepared.inputs, "out": Place("out"), **{name: Place(name) for name in LENGTHS}}
     if lse_strides is None:
         numbers["lse"] = 0
     else:

@@ -44,17 +44,25 @@ if TYPE_CHECKING:
     from jitattn.request.scores import Scores
     from jitattn.spec.kernel_spec import Problem
     from jitattn.values.masks import Mask
-    from jitattn.values.sequences import KvSequences, QSequences
 
-#: By the names that plans have for operands of a call.
-Addresses: TypeAlias = dict[str, int]
-_Facts: TypeAlias = "tuple[Hashable, ...]"
+#: Addresses by the names that plans have for operands of a call. A run of a plan adds to it, and
+#: its further keys are not names.
+Addresses: TypeAlias = dict[Any, Any]
+_Facts: TypeAlias = tuple[Any, ...]
 
 #: Masks that are equal by value.
 _BY_VALUE: Final = frozenset((Full, Causal, Window, LocalStride))
 _NUMBERS: Final = frozenset((type(None), int, float))
+_INTEGERS: Final = frozenset((type(None), int))
+_SEQUENCES: Final = frozenset((Ragged, Padded, Paged))
 _MOST_REQUESTS: Final = 4096
 _requests: dict[_Facts, Request] = {}
+#: A request of each kind of plain call, whatever its number of keys.
+_of_any_length: dict[_Facts, Request] = {}
+#: Facts of a call with no options.
+_NUM_PLAIN: Final = 11
+#: Keys are counted in 32 bits.
+_MAX_COUNT: Final = 2**31 - 1
 
 
 class Request:
@@ -67,16 +75,19 @@ class Request:
     runtime : Runtime
         What does not, without the rule that block lists are of. Addresses in it are of the call
         that was checked first.
+    has_rows : bool
+        There is something to compute.
     is_listed : bool
         The mask comes as block lists.
     plans : dict
         Plans by what else decides them; `run` keeps them here.
     """
 
-    __slots__ = ("is_listed", "plans", "problem", "runtime")
+    __slots__ = ("has_rows", "is_listed", "plans", "problem", "runtime")
 
     def __init__(self, problem: Problem, runtime: Runtime) -> None:
         self.problem = problem
+        self.has_rows = runtime.batch * runtime.heads_q * runtime.len_q > 0
         self.is_listed = runtime.listed is not None
         self.runtime = runtime._replace(listed=None)
         self.plans: dict[Hashable, Any] = {}
@@ -109,12 +120,11 @@ def request_of(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Request, Ad
         A tensor is a placeholder, or is inside a transform and on a GPU.
     """
     addresses: Addresses = {}
-    if call.out is None:  # the usual call, at little cost
-        facts = _facts(q, k, v, call, addresses)
-        known = None if facts is None else _requests.get(facts)
-        if known is not None:
-            return known, addresses
-    request, addresses, has_memory = find(q, k, v, call)
+    facts = _facts(q, k, v, call, addresses)
+    request = None if facts is None else _requests.get(facts)
+    if request is not None and call.out is None:  # the usual call, at little cost
+        return request, addresses
+    request, addresses, has_memory = _checked(q, k, v, call, facts, addresses)
     if not has_memory:
         raise WithoutMemoryError
     return request, addresses
@@ -123,75 +133,140 @@ def request_of(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Request, Ad
 def find(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Found:
     """Return the request of a call as `request_of` does, of placeholders too."""
     addresses: Addresses = {}
-    facts = _facts(q, k, v, call, addresses)
+    return _checked(q, k, v, call, _facts(q, k, v, call, addresses), addresses)
+
+
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, facts: _Facts | None, addresses: Addresses
+) -> Found:
+    """Return the request of a call with these facts: a known one, or one that is checked now."""
     request = None if facts is None else _requests.get(facts)
     if request is not None:
         if call.out is not None:  # its memory may lie in that of an input
             shape = (*q.shape[:-1], v.shape[-1])
             check_out(call.out, (q, k, v), shape, call.out_dtype or q.dtype)
         return Found(request, addresses, True)
+    if facts is not None and (request := _longer(facts)) is not None:
+        _keep(facts, request)
+        return Found(request, addresses, True)
+    seqs = [one for one in (call.q_seqs, call.kv_seqs) if isinstance(one, Ragged)]
+    was_known = all(one.knows_max_length() for one in seqs)
     parsed = parse_any(q, k, v, call)
     request = Request(parsed.problem, parsed.runtime)
+    if parsed.has_memory and not was_known:
+        # Found out by the check itself: the largest length of ragged sequences.
+        facts = _facts(q, k, v, call, addresses)
     if facts is None:
         addresses = _addresses(q, k, v, call)
     elif parsed.has_memory:
-        if len(_requests) >= _MOST_REQUESTS:
-            _requests.clear()
-        # Found out by the check itself: the largest length of ragged sequences.
-        _requests[_facts(q, k, v, call, addresses) or facts] = request
+        _keep(facts, request)
     return Found(request, addresses, parsed.has_memory)
+
+
+def _keep(facts: _Facts, request: Request) -> None:
+    if len(_requests) >= _MOST_REQUESTS:
+        forget_requests()
+    _requests[facts] = request
+    but_lengths = _without_length(facts)
+    if but_lengths is not None:
+        _of_any_length.setdefault(but_lengths, request)
+
+
+def _without_length(facts: _Facts) -> _Facts | None:
+    """Return the facts of a plain call without its number of keys; None: they are of another.
+
+    A row of a single key has no stride, and one of none has no kernel.
+    """
+    if len(facts) != _NUM_PLAIN:
+        return None
+    _, _, _, (batch, num_keys, *rest), (_, num_values, *rest_v), _, of_k, of_v, *_ = facts
+    if len(rest) != 2 or not 1 < num_keys == num_values <= _MAX_COUNT:
+        return None
+    first = (of_k[0], of_v[0]) if batch > 1 else None
+    return (*facts[:3], facts[3][0], *rest, facts[4][0], *rest_v, facts[5], first, of_k[1:],
+            of_v[1:], *facts[8:])  # fmt: skip
+
+
+def _longer(facts: _Facts) -> Request | None:
+    """Return the request of a plain call that differs from a known one in its number of keys."""
+    but_lengths = _without_length(facts)
+    known = None if but_lengths is None else _of_any_length.get(but_lengths)
+    if known is None:
+        return None
+    runtime, num_keys = known.runtime, facts[3][1]
+    diagonal = runtime.diagonal
+    if facts[-1] == "bottom_right":
+        diagonal += num_keys - runtime.len_kv
+    return Request(known.problem, runtime._replace(len_kv=num_keys, diagonal=diagonal))
 
 
 def forget_requests() -> None:
     """Forget all requests and their plans: in a forked child, and in tests."""
     _requests.clear()
+    _of_any_length.clear()
 
 
 def _facts(q: Tensor, k: Tensor, v: Tensor, call: Call, addresses: Addresses) -> _Facts | None:
     """Return what every check of a call depends on, and note addresses; None: check it anew."""
-    mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, q_seqs, kv_seqs = call[:10]
-    tile_rows = call.tile_rows
-    is_usual = (
-        (scale is None or type(scale) in _NUMBERS)
-        and (gear is None or type(gear) is int)
-        and (num_splits is None or type(num_splits) is int)
-        and (tile_rows is None or type(tile_rows) is int)
-        and (out_dtype is None or type(out_dtype) is torch.dtype)
-        and type(return_lse) is bool
-        and type(layout) is str
-    )
-    if not is_usual or type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN:
+    given: tuple[Any, ...] = call
+    (mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, q_seqs, kv_seqs, scores,
+     _, tile_rows) = given  # fmt: skip
+    if type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN:
         return None
     try:
         at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
         if at_q < LOW_ADDRESS or at_k < LOW_ADDRESS or at_v < LOW_ADDRESS:
             return None
-        if q.is_neg() or k.is_neg() or v.is_neg():
+        dtype, index = q.dtype, q.get_device()
+        if k.dtype is not dtype or v.dtype is not dtype or k.get_device() != index:
             return None
-        facts: list[Any] = [
-            q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(),
-            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
-            (at_q | at_k | at_v) & 15, scale, layout,
-            get_default_gear() if gear is None else gear, gear is None,
-            out_dtype, num_splits, tile_rows,
-            (out is None, q_seqs is None, kv_seqs is None, call.scores is NO_CHANGES),
-        ]  # fmt: skip
+        if v.get_device() != index or q.is_neg() or k.is_neg() or v.is_neg():
+            return None
+        kind = type(mask)
+        facts: _Facts = (
+            dtype, index, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
+            (at_q | at_k | at_v) & 15, get_default_gear(),
+            # Cheaper to hash than a value.
+            None if kind is Full else mask.align if kind is Causal else kind,
+        )  # fmt: skip
     except (AttributeError, RuntimeError):  # no tensors; sparse, nested, inside a transform
         return None
     addresses["q"], addresses["k"], addresses["v"] = at_q, at_k, at_v
-    if type(mask) in _BY_VALUE:
-        facts.append(mask)
-    elif not _note_mask(mask, facts, addresses):
+    if (
+        scale is gear is out is out_dtype is num_splits is q_seqs is kv_seqs is tile_rows is None
+        and (kind is Full or kind is Causal)
+        and scores is NO_CHANGES
+        and layout == "bshd"
+        and (return_lse is False or return_lse is True)
+    ):
+        return facts
+    # Types come first: 2.0 and True would pass for 2 and 1 in a key.
+    if not (
+        type(scale) in _NUMBERS
+        and type(gear) in _INTEGERS
+        and type(num_splits) in _INTEGERS
+        and type(tile_rows) in _INTEGERS
+        and (out_dtype is None or type(out_dtype) is torch.dtype)
+        and type(return_lse) is bool
+        and type(layout) is str
+    ):
         return None
-    if out is not None and not _note_tensor("out", out, facts, addresses):
-        return None
-    if q_seqs is not None and not _note_sequences("q", q_seqs, facts, addresses):
-        return None
-    if kv_seqs is not None and not _note_sequences("kv", kv_seqs, facts, addresses):
-        return None
-    if call.scores is not NO_CHANGES and not _note_scores(call.scores, facts, addresses):
-        return None
-    return tuple(facts)
+    more: list[Any] = [
+        scale, layout, gear, out_dtype, num_splits, tile_rows, out is None, q_seqs is None,
+        kv_seqs is None, scores is NO_CHANGES,
+    ]  # fmt: skip
+    try:
+        if (
+            (kind is Full or kind is Causal or _note_mask(mask, more, addresses))
+            and (out is None or _note_tensor("out", out, more, addresses))
+            and (q_seqs is None or _note_sequences("q", q_seqs, more, addresses))
+            and (kv_seqs is None or _note_sequences("kv", kv_seqs, more, addresses))
+            and (scores is NO_CHANGES or _note_scores(scores, more, addresses))
+        ):
+            return (*facts, *more)
+    except (AttributeError, RuntimeError):  # as above
+        pass
+    return None
 
 
 def _note_tensor(
@@ -200,19 +275,13 @@ def _note_tensor(
     facts: list[Any],
     addresses: Addresses,
 ) -> bool:
-    """Note the facts of a tensor, or that there is none; return whether it is an ordinary one."""
-    if tensor is None:
-        facts.append(None)
-        return True
+    """Note the facts of a tensor; return whether it is an ordinary one."""
     if type(tensor) not in PLAIN:  # some warn when asked for an address
         return False
-    try:
-        address = tensor.data_ptr()
-        if address < LOW_ADDRESS or tensor.is_neg():
-            return False
-        facts += [tensor.dtype, tensor.get_device(), tensor.shape, tensor.stride(), address & 15]
-    except (AttributeError, RuntimeError):
+    address = tensor.data_ptr()
+    if address < LOW_ADDRESS or tensor.is_neg():
         return False
+    facts += (tensor.dtype, tensor.get_device(), tensor.shape, tensor.stride(), address & 15)
     addresses[name] = address
     return True
 
@@ -226,9 +295,9 @@ def _note_matrix(
     """Note a tensor that is read in pieces of 16 bytes, of which the last may end beyond it."""
     if not _note_tensor(name, tensor, facts, addresses):
         return False
-    if tensor is not None:
-        rest = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
-        facts.append(rest)
+    shape, size = facts[-3], tensor.element_size()
+    if not shape or shape[-1] * size & 15:
+        facts.append(tensor.untyped_storage().nbytes() - tensor.storage_offset() * size)
     return True
 
 
@@ -243,11 +312,11 @@ def _note_mask(mask: Mask, facts: list[Any], addresses: Addresses) -> bool:
     if isinstance(mask, Dense) and kind is Dense:
         return _note_matrix("dense", mask.keep, facts, addresses)
     if isinstance(mask, BlockSparse) and kind is BlockSparse:
-        facts += [mask.block_size, mask.causal, mask.first_row]
+        facts += (mask.block_size, mask.causal, mask.first_row)
         return _note_tensor("pattern", mask.pattern, facts, addresses)
     if isinstance(mask, PerHead) and kind is PerHead:
         known: dict[Hashable, int] = {}  # which rules are the same decides how heads are packed
-        facts += [known.setdefault(identity_of(rule), len(known)) for rule in mask.rules]
+        facts += (known.setdefault(identity_of(rule), len(known)) for rule in mask.rules)
         return all(_note_mask(rule, facts, addresses) for rule in mask.rules)
     if isinstance(mask, Both) and kind is Both:
         parts = (mask.rule, mask.key_padding, mask.dense)
@@ -261,38 +330,69 @@ def _note_mask(mask: Mask, facts: list[Any], addresses: Addresses) -> bool:
 
 
 def _note_sequences(
-    side: str, seqs: QSequences | KvSequences, facts: list[Any], addresses: Addresses
+    side: str,
+    seqs: Any,  # noqa: ANN401 - any value
+    facts: list[Any],
+    addresses: Addresses,
 ) -> bool:
-    if not isinstance(seqs, Ragged | Padded | Paged):
+    kind = type(seqs)
+    if kind not in _SEQUENCES:
         return False
-    if isinstance(seqs, Ragged) and not seqs.knows_max_length():
+    longest, is_length = seqs._max_length, seqs.stop_is_length
+    if kind is Ragged and longest is None:  # the check finds it out
         return False
-    first, stop, words, kind = seqs.addresses()
-    if stop < LOW_ADDRESS or 0 < first < LOW_ADDRESS:
+    cumulative = seqs.cumulative
+    if cumulative is None:
+        start, stop = seqs._start, seqs._stop
+    else:
+        start = stop = cumulative
+    if type(stop) not in PLAIN:
         return False
-    addresses[f"{side}_start"], addresses[f"{side}_stop"] = first, stop
-    facts += [
-        type(seqs), first == 0, words, kind, seqs.batch, seqs.device, seqs._max_length,
-        seqs.stop_is_length,
-    ]  # fmt: skip
-    if isinstance(seqs, Paged):
-        return _note_tensor("block_table", seqs.block_table, facts, addresses)
-    if isinstance(seqs, Padded):
-        return _note_tensor("block_table", seqs.batch_idx, facts, addresses)
-    return True
+    at_stop, dtype = stop.data_ptr(), stop.dtype
+    at_start = 0
+    if start is not None:
+        if type(start) not in PLAIN:
+            return False
+        at_start = start.data_ptr()
+        if at_start < LOW_ADDRESS:
+            return False
+    if at_stop < LOW_ADDRESS:
+        return False
+    if cumulative is not None:
+        at_stop += cumulative.element_size()
+    addresses[f"{side}_start"], addresses[f"{side}_stop"] = at_start, at_stop
+    facts += (
+        kind, cumulative is None, start is None, dtype, stop.get_device(), stop.shape, longest,
+        is_length,
+    )  # fmt: skip
+    if kind is Ragged:
+        return True
+    table = seqs.block_table if kind is Paged else seqs.batch_idx
+    if table is None:
+        facts.append(None)
+        return True
+    return _note_tensor("block_table", table, facts, addresses)
 
 
 def _note_scores(scores: Scores, facts: list[Any], addresses: Addresses) -> bool:
     bias, relative, slopes, softcap, sinks, dropout, norm = scores
     if type(softcap) not in _NUMBERS:
         return False
-    facts.append(softcap)
-    if not _note_matrix("bias", bias, facts, addresses):
-        return False
-    tables = {"relative_bias": relative, "alibi_slopes": slopes, "sinks": sinks}
-    for name, table in tables.items():
-        if not _note_tensor(name, table, facts, addresses):
+    if bias is None:
+        facts += (softcap, None)
+    else:
+        facts.append(softcap)
+        if not _note_matrix("bias", bias, facts, addresses):
             return False
+    if relative is slopes is sinks is None:
+        facts.append("no tables")
+    else:
+        tables = (("relative_bias", relative), ("alibi_slopes", slopes), ("sinks", sinks))
+        for name, table in tables:
+            if table is None:
+                facts.append(None)
+            elif not _note_tensor(name, table, facts, addresses):
+                return False
     if dropout is None:
         facts.append(None)
     else:
@@ -304,7 +404,10 @@ def _note_scores(scores: Scores, facts: list[Any], addresses: Addresses) -> bool
         return True
     if type(norm) is not L2Norm:
         return False
-    facts += [norm.groups, norm.bound, norm.normalize]
+    facts += (norm.groups, norm.bound, norm.normalize)
+    if norm.head_scale is None:
+        facts.append(None)
+        return True
     return _note_tensor("head_scale", norm.head_scale, facts, addresses)
 
 

@@ -94,19 +94,23 @@ class Attention(FirstOrder):
         alibi_slopes: Tensor | None,
         sinks: Tensor | None,
         call: Call,
-        compute: Callable[[Tensor, Tensor, Tensor, Call], tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, Tensor]:
-        """Compute out and LSE."""
-        out, lse = compute(q, k, v, call._replace(return_lse=True))
-        kept = KeptCall(call._replace(out=None))
+        compute: Callable[[], tuple[Tensor, Tensor]],
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute out, and the LSE, which is returned if it is asked for."""
+        out, lse = compute()
+        kept = KeptCall(call if call.out is None else call._replace(out=None))
         ctx.save_for_backward(q, k, v, out, lse, *kept.take_tensors())
         ctx.call = kept
         ctx.set_materialize_grads(False)
-        return out, lse
+        return (out, lse) if call.return_lse else out
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:  # noqa: ANN401
+    def backward(
+        ctx: Any,  # noqa: ANN401 - autograd's
+        d_out: Tensor | None,
+        d_lse: Tensor | None = None,
+    ) -> Any:  # noqa: ANN401
         """Compute the gradients."""
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if d_out is None:
@@ -150,7 +154,12 @@ class Normalize(FirstOrder):
         return dq, dk, d_scale, None, None
 
 
-def apply(function: type[Function], *inputs: object) -> tuple[Tensor, Tensor]:
-    """Apply one of them; autograd's own has no types."""
-    first, second = function.apply(*inputs)
-    return first, second
+def apply(function: type[Function], *inputs: object) -> Any:  # noqa: ANN401 - autograd's
+    """Apply a function to tensors that have memory, which those inside a transform have not.
+
+    `Function.apply` would look at every tensor for remains of transforms of torch.func first.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*inputs)
+    base: Any = super(Function, function)
+    return base.apply(*inputs)

@@ -193,7 +193,7 @@ def _launch(
     }  # fmt: skip
     if planned.needs_entries:
         used["entries"], used["bounds"] = _entries(dk, call)
-    addresses |= {name: x.data_ptr() for name, x in used.items() if x is not None}
+    addresses.update((name, x.data_ptr()) for name, x in used.items() if x is not None)
     runtime = request.runtime
     lists = [
         add_lists(

@@ -74,7 +74,8 @@ class KeptCall:
 
 def _is_without_tensors(call: Call) -> bool:
     is_plain = type(call.mask) in (Full, Causal, Window, LocalStride)
-    return is_plain and call.q_seqs is call.kv_seqs is None and call.scores == NO_CHANGES
+    has_scores = call.scores is not NO_CHANGES and call.scores != NO_CHANGES
+    return is_plain and call.q_seqs is call.kv_seqs is None and not has_scores
 
 
 class Writer:

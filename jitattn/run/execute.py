@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+import operator
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
@@ -15,8 +16,9 @@ from jitattn.run import workspace
 from jitattn.run.workspace import arrivals
 
 if TYPE_CHECKING:
-    from jitattn.jit.launch import BoundLaunch
-    from jitattn.plan.step import Place, Plan
+    from collections.abc import Callable, Iterable
+
+    from jitattn.plan.step import Buffer, Place, Plan
     from jitattn.request.request import Addresses
     from jitattn.spec.kernel_spec import KernelSpec
     from jitattn.values.masks import Rule
@@ -50,31 +52,56 @@ class LoadedDevice:
         return self._num_sms * loaded_kernel(spec, self.index).blocks_per_sm
 
 
-class _BoundStep(NamedTuple):
-    launch: BoundLaunch
-    places: tuple[Place, ...]  #: of its dynamic arguments, in the order of the struct
+class _Made(NamedTuple):
+    """A buffer of a plan, allocated anew for every run."""
+
+    name: str
+    pattern: torch.Tensor
+    num_zeroed: int  #: bytes
 
 
 class BoundPlan:
-    """A plan with its kernels loaded on a device, and all their constant arguments packed."""
+    """A plan with its kernels loaded on a device, and all their constant arguments packed.
 
-    __slots__ = ("_buffers", "_device", "_index", "_num_counters", "_steps")
+    A run looks up each launch's values by key in one dictionary: operands and buffers by name,
+    places with an offset by themselves, and constant bytes by themselves too.
+    """
+
+    __slots__ = ("_buffers", "_constants", "_derived", "_index", "_num_counters", "_steps")
 
     def __init__(self, plan: Plan, device_index: int, like: torch.device) -> None:
-        self._index, self._device = device_index, like
-        self._num_counters = plan.num_counters
-        self._buffers = [
-            (name, buffer.shape, _DTYPES[buffer.dtype], buffer.is_zeroed)
-            for name, buffer in plan.buffers.items()
-        ]
+        self._index, self._num_counters = device_index, plan.num_counters
+        self._buffers = [_made(name, buffer, like) for name, buffer in plan.buffers.items()]
         if not backend.active.is_capturing():
             workspace.prepare(device_index)
-        self._steps = []
+        self._steps: list[tuple[Callable[..., None], Callable[[Addresses], Iterable[Any]]]] = []
+        self._constants: Addresses = {}
+        derived: dict[Place, None] = {}
         for step in plan.steps:
-            names = tuple(step.places)
-            bound = loaded_kernel(step.spec, device_index).bind(step.grid, step.numbers, names)
-            places = tuple(step.places[names[idx]] for idx in bound.layout.order)
-            self._steps.append(_BoundStep(bound, places))
+            places = tuple(step.places.values())
+            bound = loaded_kernel(step.spec, device_index).bind(
+                step.grid, step.numbers, tuple(step.places)
+            )
+            keys: list[str | Place | bytes] = []
+            for part in bound.parts:
+                if isinstance(part, bytes):
+                    keys.append(part)
+                    self._constants[part] = part
+                elif places[part].offset:
+                    keys.append(places[part])
+                    derived[places[part]] = None
+                else:
+                    keys.append(places[part].name)
+            self._steps.append((bound.launch, operator.itemgetter(*keys)))
+        self._derived = tuple(derived)
+
+    def with_values(self, values: dict[str, int]) -> BoundPlan:
+        """Return the same plan, with some of its operands known."""
+        other = BoundPlan.__new__(BoundPlan)
+        other._index, other._num_counters = self._index, self._num_counters
+        other._buffers, other._steps, other._derived = self._buffers, self._steps, self._derived
+        other._constants = {**self._constants, **values}
+        return other
 
     def run(self, addresses: Addresses, stream: int) -> dict[str, torch.Tensor]:
         """Launch every step in a raw CUDA stream, which is the current one of the device.
@@ -82,7 +109,7 @@ class BoundPlan:
         Parameters
         ----------
         addresses : dict
-            Of the operands, by name. Those of buffers are added to it.
+            Of the operands, by name. It is used up.
         stream : int
 
         Returns
@@ -91,15 +118,24 @@ class BoundPlan:
             The buffers, by name.
         """
         buffers: dict[str, torch.Tensor] = {}
-        for name, shape, dtype, is_zeroed in self._buffers:
-            make = torch.zeros if is_zeroed else torch.empty
-            buffers[name] = made = make(shape, dtype=dtype, device=self._device)
-            addresses[name] = made.data_ptr()
+        for name, pattern, num_zeroed in self._buffers:
+            buffers[name] = made = torch.empty_like(pattern)
+            addresses[name] = address = made.data_ptr()
+            if num_zeroed:
+                backend.active.zero(address, num_zeroed, stream)
         if self._num_counters:
             addresses["counters"] = arrivals(self._num_counters, self._index, stream)
-        for launch, places in self._steps:
-            launch.launch(stream, [addresses[name] + offset for name, offset in places])
+        for place in self._derived:
+            addresses[place] = addresses[place.name] + place.offset
+        addresses.update(self._constants)
+        for launch, values_of in self._steps:
+            launch(stream, values_of(addresses))
         return buffers
+
+
+def _made(name: str, buffer: Buffer, device: torch.device) -> _Made:
+    made = workspace.pattern(buffer.shape, _DTYPES[buffer.dtype], device)
+    return _Made(name, made, made.numel() * made.element_size() if buffer.is_zeroed else 0)
 
 
 def add_lists(

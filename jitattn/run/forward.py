@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -11,12 +12,12 @@ from jitattn.cpu.attention import run_cpu
 from jitattn.cpu.norm import normalized as normalized_on_cpu
 from jitattn.errors import NO_FORWARD_MODE, InternalError, LaunchError, UnsupportedError
 from jitattn.jit import backend, launch
-from jitattn.plan.forward import Forward, forward
+from jitattn.plan.forward import Forward, deciding_facts, forward, lengths_of
 from jitattn.request.norm import call_of_normalized
-from jitattn.request.problem import is_deterministic
+from jitattn.request.problem import axes, is_deterministic
 from jitattn.request.request import forget_requests, request_of
 from jitattn.request.scores import NO_CHANGES
-from jitattn.run import normalize
+from jitattn.run import normalize, workspace
 from jitattn.run.autograd import Attention, Normalize, apply
 from jitattn.run.backward import settle_overlaps
 from jitattn.run.execute import BoundPlan, LoadedDevice, add_lists
@@ -26,12 +27,29 @@ from jitattn.values.sequences import Ragged
 from jitattn.values.write_tracking import guard
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Hashable, Iterable
 
     from torch import Tensor
 
     from jitattn.request.problem import Call, Runtime, Strides
     from jitattn.request.request import Addresses, Request
+
+
+#: Plans that calls of different lengths share.
+_shared: dict[tuple[Hashable, ...], tuple[BoundPlan, Forward]] = {}
+_MOST_SHARED: Final = 1024
+
+
+class _Ready(NamedTuple):
+    """What a request needs at every call: its plan, and patterns of its results."""
+
+    out: Tensor
+    num_zeroed: int  #: bytes of it: where some rows may belong to no sequence, all
+    lse: Tensor | None  #: None: it is not asked for
+    bound: BoundPlan | None  #: None: there are no rows
+    longest_listed: int
+    tile_positions: int
+    along_mean: str
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | tuple[Tensor, Tensor]:
@@ -44,8 +62,8 @@ def run_request(
     q: Tensor, k: Tensor, v: Tensor, request: Request, addresses: Addresses, call: Call
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute a call that was checked."""
-    norm = call.scores.qk_norm
-    if norm is not None and norm.normalize:
+    scores = call.scores
+    if scores is not NO_CHANGES and (norm := scores.qk_norm) is not None and norm.normalize:
         if not q.is_cuda:
             return _cosine_on_cpu(q, k, v, request.runtime, call)
         check_cuda()
@@ -54,24 +72,39 @@ def run_request(
         else:
             q, k = normalize.normalized(q, k, norm, call)
         call = call_of_normalized(call, request.runtime.scale)
+        scores = call.scores
         request, addresses = request_of(q, k, v, call)
     if not q.is_cuda:
         return run_cpu(q, k, v, request.runtime, call)
-    scores = call.scores
-    added = (scores.bias, scores.relative_bias, scores.alibi_slopes, scores.sinks)
-    if not is_followed(q, k, v, *(() if scores is NO_CHANGES else added)):
-        return _run_cuda(q, k, v, request, addresses, call)
-    settle_overlaps(call)
-    call = call._replace(deterministic=is_deterministic(call))
+    if scores is NO_CHANGES:
+        if not is_followed(q, k, v):
+            return _run_cuda(q, request, addresses, call, call.return_lse)
+    elif not is_followed(
+        q, k, v, scores.bias, scores.relative_bias, scores.alibi_slopes, scores.sinks
+    ):
+        return _run_cuda(q, request, addresses, call, call.return_lse)
+    return _run_followed(q, k, v, request, addresses, call)
 
-    def compute(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        result = _run_cuda(q, k, v, request, addresses, call)
+
+def _run_followed(
+    q: Tensor, k: Tensor, v: Tensor, request: Request, addresses: Addresses, call: Call
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute a call under autograd."""
+    settle_overlaps(call)
+    if not call.deterministic and is_deterministic(call):  # torch's own switch, as it is now
+        call = call._replace(deterministic=True)
+
+    def compute() -> tuple[Tensor, Tensor]:
+        result = _run_cuda(q, request, addresses, call, True)
         if not isinstance(result, tuple):
             raise InternalError("the LSE is missing")
         return result
 
-    results = apply(Attention, q, k, v, *added, call, compute)
-    return results if call.return_lse else results[0]
+    bias, relative, slopes, sinks = call.scores[:4]
+    found: Tensor | tuple[Tensor, Tensor] = apply(
+        Attention, q, k, v, bias, relative, slopes, sinks, call, compute
+    )
+    return found
 
 
 def _cosine_on_cpu(
@@ -89,72 +122,117 @@ def _cosine_on_cpu(
 
 
 def _run_cuda(
-    q: Tensor, k: Tensor, v: Tensor, request: Request, addresses: Addresses, call: Call
+    q: Tensor, request: Request, addresses: Addresses, call: Call, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    check_cuda()
+    if not request.plans:  # in a forked child none is known
+        check_cuda()
     device_index = q.get_device()
     if device_index == backend.active.current_device():
-        return _attend(q, v, request, addresses, call, device_index)
+        return _attend(q, request, addresses, call, return_lse, device_index)
     with backend.active.on_device(device_index):
-        return _attend(q, v, request, addresses, call, device_index)
+        return _attend(q, request, addresses, call, return_lse, device_index)
 
 
 def _attend(
-    q: Tensor, v: Tensor, request: Request, addresses: Addresses, call: Call, device_index: int
+    q: Tensor,
+    request: Request,
+    addresses: Addresses,
+    call: Call,
+    return_lse: bool,
+    device_index: int,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the plan of a request, on the current device."""
-    runtime = request.runtime
-    out, return_lse = call.out, call.return_lse
-    # Rows that belong to no sequence are written by no kernel.
-    is_sparse = request.problem.q_layout is not SeqLayout.BATCHED
+    ready: _Ready | None = request.plans.get(return_lse)
+    if ready is None:
+        ready = _make_ready(q, request, call, return_lse, device_index)
+        request.plans[return_lse] = ready
+    out_pattern, num_zeroed, lse_pattern, bound, longest, positions, along_mean = ready
+    stream = backend.active.stream(device_index)
+    out, lse = call.out, None
     if out is None:
-        make = q.new_zeros if is_sparse else q.new_empty
-        out = make((*q.shape[:-1], request.problem.head_dim_v), dtype=call.out_dtype)
-        addresses["out"] = out.data_ptr()
-    lse = None
-    if return_lse:
-        lse = torch.empty(lse_shape(q, runtime), dtype=torch.float32, device=q.device)
-        if is_sparse:
-            lse.fill_(float("-inf"))
+        out = torch.empty_like(out_pattern)
+        addresses["out"] = at_out = out.data_ptr()
+        if num_zeroed:
+            backend.active.zero(at_out, num_zeroed, stream)
+    if lse_pattern is not None:
+        lse = torch.empty_like(lse_pattern)
+        if num_zeroed:
+            lse.fill_(-math.inf)
         addresses["lse"] = lse.data_ptr()
-    if runtime.batch * runtime.heads_q * runtime.len_q:
-        ready = request.plans.get(return_lse)
-        if ready is None:
-            planned = plan_of(request, call, out, lse, LoadedDevice(device_index))
-            ready = planned, BoundPlan(planned.plan, device_index, q.device)
-            request.plans[return_lse] = ready
-        planned, bound = ready
+    if bound is not None:
         made = None
         if request.is_listed:
-            rule, heads = parts_of(call.mask).rule, (runtime.heads_q, runtime.heads_kv)
-            longest, positions = planned.longest_listed, planned.tile_positions
+            heads = (request.runtime.heads_q, request.runtime.heads_kv)
+            rule = parts_of(call.mask).rule
             made = add_lists(addresses, rule, heads, longest, positions, q.device)
-        buffers = bound.run(addresses, backend.active.stream(device_index))
+        buffers = bound.run(addresses, stream)
         del made  # until everything that reads them is launched
-        if lse is not None and planned.along_mean:
-            lse.add_(buffers[planned.along_mean].view(lse.shape), alpha=runtime.scale)
+        if along_mean and lse is not None:
+            lse.add_(buffers[along_mean].view(lse.shape), alpha=request.runtime.scale)
     return out if lse is None else (out, lse)
 
 
-def plan_of(
-    request: Request, call: Call, out: Tensor, lse: Tensor | None, here: LoadedDevice
-) -> Forward:
-    """Return the plan of a call that writes to `out` and `lse`."""
-    is_flat = request.runtime.q_is_flat
-    stride = out.stride()
+def _make_ready(
+    q: Tensor, request: Request, call: Call, return_lse: bool, device_index: int
+) -> _Ready:
+    shape = (*q.shape[:-1], request.problem.head_dim_v)
+    out = workspace.pattern(shape, call.out_dtype or q.dtype, q.device)
+    # Rows that belong to no sequence are written by no kernel.
+    is_sparse = request.problem.q_layout is not SeqLayout.BATCHED
+    num_zeroed = out.numel() * out.element_size() if is_sparse else 0
+    lse = None
+    if return_lse:
+        lse = workspace.pattern(lse_shape(q, request.runtime), torch.float32, q.device)
+    if not request.has_rows:
+        return _Ready(out, num_zeroed, lse, None, 0, 0, "")
+    strides = contiguous_strides(shape) if call.out is None else call.out.stride()
+    of_lse = None if lse is None else contiguous_strides(tuple(lse.shape))
+    bound, planned = _bound_plan(request, call, strides, of_lse, q.device, device_index)
+    return _Ready(
+        out, num_zeroed, lse, bound, planned.longest_listed, planned.tile_positions,
+        planned.along_mean,
+    )  # fmt: skip
+
+
+def _bound_plan(
+    request: Request,
+    call: Call,
+    stride: tuple[int, ...],
+    lse_stride: tuple[int, ...] | None,
+    like: torch.device,
+    device_index: int,
+) -> tuple[BoundPlan, Forward]:
+    """Return the plan of a call, given the strides of its results; it may be one of other calls."""
     out_strides: Strides
-    if is_flat:
-        out_strides = (0, stride[0], stride[1])
-    elif call.layout == "bshd":
-        out_strides = (stride[0], stride[1], stride[2])
-    else:
-        out_strides = (stride[0], stride[2], stride[1])
     lse_strides = None
-    if lse is not None:
-        of_lse = lse.stride()
-        lse_strides = (0, of_lse[0]) if is_flat else (of_lse[0], of_lse[1])
-    runtime = request.runtime_of(call)
-    return forward(request.problem, runtime, call, out_strides, lse_strides, here)
+    if request.runtime.q_is_flat:
+        out_strides = (0, stride[0], stride[1])
+        lse_strides = None if lse_stride is None else (0, lse_stride[0])
+    else:
+        row, head = axes(call.layout)
+        out_strides = (stride[0], stride[row], stride[head])
+        lse_strides = None if lse_stride is None else (lse_stride[0], lse_stride[1])
+    here = LoadedDevice(device_index)
+    given = (request.problem, request.runtime_of(call), call, out_strides, lse_strides, here)
+    facts = deciding_facts(*given)
+    found = None if facts is None else _shared.get((*facts, device_index))
+    if found is None:
+        planned = forward(*given)
+        found = BoundPlan(planned.plan, device_index, like), planned
+        if facts is not None:
+            if len(_shared) >= _MOST_SHARED:
+                _shared.clear()
+            _shared[(*facts, device_index)] = found
+    bound, planned = found
+    return bound.with_values(lengths_of(request.runtime)), planned
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
+    steps = [1]
+    for size in reversed(shape[1:]):
+        steps.append(steps[-1] * max(1, size))
+    return tuple(reversed(steps))
 
 
 def lse_shape(q: Tensor, runtime: Runtime) -> tuple[int, ...]:
@@ -200,9 +278,11 @@ def check_cuda() -> None:
 
 
 backend.on_change(forget_requests)
+backend.on_change(_shared.clear)
 
 
 def forget_kernels() -> None:
     """Forget which kernels calls have got: in a forked child, and in tests."""
     forget_requests()
+    _shared.clear()
     launch.unload_all()

@@ -1,4 +1,4 @@
-"""Counters that kernels count up and set back to zero: zeroed once, used for ever.
+"""Memory beside operands: patterns for buffers, and counters that are zeroed once, for ever.
 
 A launch that splits keys counts the CTAs that have finished. The last one sets the counter back, so
 that the next launch in the same stream finds zeros again. Launches that may run at the same time
@@ -20,8 +20,23 @@ _FIRST: Final = 4096
 #: Counters that are kept ready for captures, during which none can be zeroed.
 _FOR_CAPTURES: Final = 1 << 17
 
+_scalars: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 _of_stream: dict[tuple[int, int], torch.Tensor] = {}
 _for_captures: dict[int, tuple[torch.Tensor, int]] = {}
+
+
+def pattern(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a tensor of which `torch.empty_like` makes contiguous ones of this shape.
+
+    It is the cheapest way to allocate at every call: torch need not read sizes and options. All
+    patterns of a dtype are of one number, so they take no memory.
+    """
+    scalar = _scalars.get((dtype, device))
+    if scalar is None:
+        scalar = _scalars[dtype, device] = torch.empty((), dtype=dtype, device=device)
+    made = scalar.expand(shape)
+    # Of up to one number, torch would take over strides of 0.
+    return made if made.numel() > 1 else torch.empty(shape, dtype=dtype, device=device)
 
 
 def arrivals(count: int, device_index: int, stream: int) -> int:
@@ -49,6 +64,7 @@ def prepare(device_index: int) -> None:
 
 
 def _forget() -> None:
+    _scalars.clear()
     _of_stream.clear()
     _for_captures.clear()
 

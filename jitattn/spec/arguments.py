@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from jitattn.errors import InternalError, LaunchError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 #: Format letters of `struct`; every pointer is "Q".
 _CODES: Final = {"int64_t": "q", "int32_t": "i", "uint32_t": "I", "float": "f"}
@@ -88,6 +88,7 @@ class ArgumentTable:
         self._struct: Final = struct.Struct("=" + "".join(one.format for one in structs))
         self.size: Final = self._struct.size
         self._take: Final = operator.itemgetter(*self.names)
+        self._offsets: Final = _offsets(structs)
         repeated = _repeated(self.names)
         if repeated or self.size > MAX_BYTES:
             raise InternalError(f"{self.name} has {self.size} bytes, and {repeated} twice")
@@ -133,34 +134,26 @@ class ArgumentTable:
             An argument is missing, unknown or given twice.
         """
         self._check((*constant, *varying))
-        template = self.pack({**dict.fromkeys(varying, 0), **constant})
-        offsets = self.offsets()
-        runs: list[tuple[Any, int, int, int]] = []
-        codes, begin, first = "", 0, 0
-        ordered = [name for name in self.names if name not in constant]
-        for idx, name in enumerate(ordered):
-            offset, code = offsets[name]
-            if codes and offset != begin + struct.calcsize("=" + codes):
-                runs.append((struct.Struct("=" + codes).pack_into, begin, first, idx))
-                codes = ""
-            if not codes:
-                begin, first = offset, idx
+        packed = self.pack({**dict.fromkeys(varying, 0), **constant})
+        codes, end = "=", 0
+        parts: list[int | bytes] = []
+        for offset, code, place in sorted(
+            (*self._offsets[name], place) for place, name in enumerate(varying)
+        ):
+            if offset > end:
+                codes += f"{offset - end}s"
+                parts.append(packed[end:offset])
             codes += code
-        if codes:
-            runs.append((struct.Struct("=" + codes).pack_into, begin, first, len(ordered)))
-        return Layout(template, tuple(runs), tuple(map(tuple(varying).index, ordered)))
+            parts.append(place)
+            end = offset + _BYTES[code]
+        if end < len(packed):
+            codes += f"{len(packed) - end}s"
+            parts.append(packed[end:])
+        return Layout(len(packed), struct.Struct(codes).pack_into, tuple(parts))
 
     def offsets(self) -> dict[str, tuple[int, str]]:
         """Return offset in bytes and format letter of every argument."""
-        found: dict[str, tuple[int, str]] = {}
-        begin = 0
-        for one in self.structs:
-            offset = begin
-            for field in one.in_order:
-                found[field.name] = offset, field.code
-                offset += _BYTES[field.code]
-            begin += struct.calcsize("=" + one.format)
-        return found
+        return self._offsets
 
     def _check(self, given: tuple[str, ...]) -> None:
         missing, unknown = set(self.names) - set(given), set(given) - set(self.names)
@@ -175,15 +168,24 @@ class ArgumentTable:
 class Layout(NamedTuple):
     """A parameter struct with its constant fields filled in, and where the others go."""
 
-    template: bytes
-    #: Neighbours among the varying fields: a packer, its offset, and which of the values it takes.
-    runs: tuple[tuple[Any, int, int, int], ...]
-    order: tuple[int, ...]  #: place among the names as they were given, by place in the struct
+    size: int
+    #: Of `struct`: writes a value for each of `parts` into a buffer.
+    pack_into: Callable[..., None]
+    #: The struct from its begin: constant bytes, or the place of a varying argument among them.
+    parts: tuple[int | bytes, ...]
 
-    def fill(self, buffer: Any, values: Sequence[float]) -> None:  # noqa: ANN401
-        """Write the varying fields, in the order of the struct, where they go."""
-        for pack_into, offset, first, end in self.runs:
-            pack_into(buffer, offset, *values[first:end])
+
+def _offsets(structs: Sequence[ArgumentStruct]) -> dict[str, tuple[int, str]]:
+    """Return offset in bytes and format letter of every argument."""
+    found: dict[str, tuple[int, str]] = {}
+    begin = 0
+    for one in structs:
+        offset = begin
+        for field in one.in_order:
+            found[field.name] = offset, field.code
+            offset += _BYTES[field.code]
+        begin += struct.calcsize("=" + one.format)
+    return found
 
 
 def _repeated(names: Sequence[str]) -> list[str]:

@@ -117,8 +117,9 @@ def test_constant_and_varying_arguments_are_the_whole(table: ArgumentTable) -> N
     for varying in (table.names[:1], table.names[2:0:-1], table.names[::-3], table.names, ()):
         rest = {name: value for name, value in values.items() if name not in varying}
         layout = table.layout(rest, varying)
-        buffer = bytearray(layout.template)
-        layout.fill(buffer, [values[varying[place]] for place in layout.order])
+        buffer = bytearray(layout.size)
+        given = [one if isinstance(one, bytes) else values[varying[one]] for one in layout.parts]
+        layout.pack_into(buffer, 0, *given)
         assert buffer == table.pack(values)
 
 

@@ -11,7 +11,7 @@ import jitattn
 from jitattn.api.attention import bind
 from jitattn.errors import LaunchError
 from jitattn.plan.backward import Backward, BackwardOperands, backward
-from jitattn.plan.forward import Forward, forward
+from jitattn.plan.forward import Forward, deciding_facts, forward
 from jitattn.plan.kv_parts import KvGradient
 from jitattn.plan.step import Place, Plan
 from jitattn.request.layouts import parse_any
@@ -114,12 +114,13 @@ def check(plan: Plan) -> None:
         "q", "k", "v", "out", "lse", "d_out", "d_out_of_rows", "d_lse", "d_out_scale", "dq", "dk",
         "dv", "entries", "bounds", "counters", "bias", "relative_bias", "alibi_slopes", "sinks",
         "key_padding", "dense", "dropout_state", "q_start", "q_stop", "kv_start", "kv_stop",
-        "block_table",
+        "block_table", "len_kv", "diagonal",
     }  # fmt: skip
     used = set()
     for step in plan.steps:
         layout = step.spec.arguments.layout(step.numbers, tuple(step.places))
-        assert sorted(layout.order) == list(range(len(step.places)))
+        order = [part for part in layout.parts if isinstance(part, int)]
+        assert sorted(order) == list(range(len(step.places)))
         assert 0 < step.grid < 2**31
         for place in step.places.values():
             name = place.name
@@ -167,6 +168,31 @@ def test_plans_depend_on_no_address() -> None:
     assert first == second
 
 
+@pytest.mark.parametrize("name", ["plain", "splits", "causal", "fp32"])
+def test_calls_with_the_same_deciding_facts_have_one_plan(name: str) -> None:
+    """But for their numbers of keys, which come at run time: decoding steps share plans."""
+    q, _, call = call_of({"len_q": 16, **CALLS[name]})
+    cache = torch.empty(2, 5000, 2, 64, dtype=q.dtype)
+    found: dict[Any, list[Forward]] = {}
+    for length in (*range(257, 321), 5000):
+        k = cache[:, :length]
+        parsed = parse_any(q, k, k, call)
+        given = (parsed.problem, parsed.runtime, call, (1, 2, 3), (4, 5), Device("sm_90"))
+        facts = deciding_facts(*given)
+        assert facts is not None
+        found.setdefault(facts, []).append(forward(*given))
+    assert len(found) < 10
+    assert all(one == plans[0] for plans in found.values() for one in plans)
+
+
+@pytest.mark.parametrize("name", ["window", "bias", "ragged", "lists", "fp32 parts", "8 bits"])
+def test_plans_are_not_shared_where_lengths_are_in_more(name: str) -> None:
+    q, k, call = call_of(CALLS[name])
+    parsed = parse_any(q, k, k, call)
+    steps = (1, 2, 3), (4, 5)
+    assert deciding_facts(parsed.problem, parsed.runtime, call, *steps, Device("sm_80")) is None
+
+
 @pytest.mark.parametrize("fault", ["missing", "unknown", "doubled"])
 def test_faulty_arguments_are_refused(fault: str) -> None:
     step = forward_of(CALLS["sinks"], "sm_90").plan.steps[-1]
@@ -186,8 +212,7 @@ def test_dynamic_arguments_go_where_their_names_are() -> None:
     names = tuple(step.places)
     layout = step.spec.arguments.layout(step.numbers, names)
     values = {name: 1000 + idx for idx, name in enumerate(names)}
-    filled = bytearray(layout.template)
-    ordered = [values[names[idx]] for idx in layout.order]
-    layout.fill(filled, ordered)
-    whole = step.spec.arguments.layout({**step.numbers, **values}, ())
-    assert bytes(filled) == whole.template
+    filled = bytearray(layout.size)
+    given = [part if isinstance(part, bytes) else values[names[part]] for part in layout.parts]
+    layout.pack_into(filled, 0, *given)
+    assert bytes(filled) == step.spec.arguments.pack({**step.numbers, **values})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ PATTERN = torch.ones(1, 3, 3, dtype=torch.bool)
 @pytest.fixture(autouse=True)
 def _no_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request, "_requests", {})
+    monkeypatch.setattr(request, "_of_any_length", {})
 
 
 def found(dtype: torch.dtype = torch.float16, shift: int = 0, **given: Any) -> request.Found:
@@ -85,7 +87,10 @@ DIFFERENT = {
     "bias": {"bias": bias()},
     "bias of one row": {"bias": bias(1)},
     "fp32 bias": {"bias": bias().float()},
-    "bias with room behind it": {"bias": torch.zeros(4, 2, 40, 40, dtype=torch.float16)[:1]},
+    "bias of odd rows": {"length": 44, "bias": torch.zeros(1, 2, 44, 44).half()},
+    "bias of odd rows with room behind it": {
+        "length": 44, "bias": torch.zeros(4, 2, 44, 44).half()[:1]
+    },
     "padding": {"mask": jitattn.KeyPadding(KEEP)},
     "padding and causal": {"mask": jitattn.KeyPadding(KEEP) & jitattn.Causal()},
     "dense": {"mask": jitattn.Dense(KEEP[:, None, None])},
@@ -158,3 +163,52 @@ def test_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for length in range(1, 10):
         found(length=length)
     assert len(request._requests) <= 3
+
+
+@pytest.mark.parametrize("mask", [jitattn.Full(), jitattn.Causal(), jitattn.Causal("top_left")])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_calls_with_more_keys_are_as_if_checked(
+    mask: jitattn.Causal, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoding step has a key more than the one before, and is not checked anew."""
+    parsed = request.parse_any
+    cache = torch.zeros(batch, 64, 2, 16, dtype=torch.float16)
+    q = torch.zeros(batch, 3, 4, 16, dtype=torch.float16)
+
+    def kept(num_keys: int) -> request.Request:
+        k = cache[:, :num_keys]
+        return find(q, k, k, bind(q, k, k, {"mask": mask})[1]).request
+
+    kept(40)
+    with monkeypatch.context() as patch:
+        patch.setattr(request, "parse_any", None)
+        longer = {num_keys: kept(num_keys) for num_keys in (2, 39, 41, 64)}
+    for num_keys, ours in longer.items():
+        k = cache[:, :num_keys]
+        problem, runtime, _ = parsed(q, k, k, bind(q, k, k, {"mask": mask})[1])
+        assert (ours.problem, ours.runtime) == (problem, runtime)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda k, v: (k[:, :1], v[:, :1]),
+        lambda k, v: (k[:, :20], v[:, :21]),
+        lambda k, v: (k[:, :20].contiguous(), v[:, :20]),
+        lambda k, v: (k[:, 1:20, :, 1:], v[:, 1:20, :, 1:]),
+        lambda k, v: (k[:1, :20], v[:1, :20]),
+    ],
+)
+def test_other_calls_are_checked(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One key has no stride; and more than the number of keys differs, or k and v do."""
+    k, v = torch.zeros(2, 2, 64, 2, 17, dtype=torch.float16)
+    q = torch.zeros(2, 3, 4, 17, dtype=torch.float16)
+    find(q, k[:, :40], v[:, :40], bind(q, k, v, {})[1])
+    looked = []
+    parse_any = request.parse_any
+    monkeypatch.setattr(request, "parse_any", lambda *x: looked.append(x) or parse_any(*x))
+    k, v = change(k, v)
+    q = q[: len(k), ..., : k.shape[-1]]
+    with contextlib.suppress(InvalidInputError):
+        find(q, k, v, bind(q, k, v, {})[1])
+    assert looked

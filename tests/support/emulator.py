@@ -24,7 +24,7 @@ import subprocess
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -165,10 +165,15 @@ class EmulatedLaunch:
     grid: int
     layout: Layout
 
-    def launch(self, stream: int, values: Sequence[int]) -> None:
+    @property
+    def parts(self) -> tuple[int | bytes, ...]:
+        """As `launch.BoundLaunch` has them."""
+        return self.layout.parts
+
+    def launch(self, stream: int, values: Iterable[int | bytes]) -> None:
         """Run the kernel to its end."""
-        given = bytearray(self.layout.template)
-        self.layout.fill(given, values)
+        given = bytearray(self.layout.size)
+        self.layout.pack_into(given, 0, *values)
         self.kernel.run(self.grid, bytes(given))
 
 
