@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 #: Calls of one graph, and so the fewest calls behind one figure.
 _CALLS_PER_GRAPH = 4
 
+#: Calls of one turn on the host: few enough that they never wait for the GPU to take them.
+_CALLS_PER_TURN = 20
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -69,9 +72,10 @@ def _capture(call: Callable[[int], object], sets: int) -> torch.cuda.CUDAGraph:
 def host_times_in_turns(
     calls: dict[str, Callable[[], object]], *, rounds: int
 ) -> dict[str, Spread]:
-    """Time warm calls on the host, up to their return, one after another in every round.
+    """Time warm calls on the host, up to their return; the variants take turns.
 
-    The GPU is idle before each.
+    A turn is a few calls, timed one by one, with the GPU idle before the first: a single call after
+    a wait would find the processor's caches as the wait and the other variants left them.
     """
     for call in calls.values():
         for _ in range(50):
@@ -80,7 +84,8 @@ def host_times_in_turns(
     for _ in range(rounds):
         for name, call in calls.items():
             torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            samples[name].append((time.perf_counter() - start) * 1e6)
+            for _ in range(_CALLS_PER_TURN):
+                start = time.perf_counter()
+                call()
+                samples[name].append((time.perf_counter() - start) * 1e6)
     return {name: spread(values) for name, values in samples.items()}
