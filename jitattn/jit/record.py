@@ -117,7 +117,8 @@ def _lock(descriptor: int) -> Iterator[bool]:
         yield is_locked
     finally:
         if fcntl is not None and is_locked:  # a forked child may have the descriptor, too
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            with contextlib.suppress(OSError):  # the line is there; closing gives the lock back
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _acquire(descriptor: int) -> bool:

@@ -272,6 +272,7 @@ def prepared(operation: Operation, folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HOME", str(folder / "home"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(location.tempfile, "gettempdir", lambda: str(folder / "temporary"))
+    monkeypatch.setenv("JITATTN_LOCK_TIMEOUT", "0.05")
     for name, value in operation.environment.items():
         if value is None:
             monkeypatch.delenv(name)
@@ -283,12 +284,16 @@ def prepared(operation: Operation, folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def restored(snapshot: Snapshot) -> Place:
-    """The same place, as a new process finds it."""
+    """Put back what was there, as a new process finds it."""
     snapshot.restore()
+    return found_anew(Path(snapshot.folder))
+
+
+def found_anew(folder: Path) -> Place:
+    """Forget what this process knows of a place."""
     location._found.cache_clear()
     cache._cache_at.cache_clear()
     layers._imported_store.cache_clear()
-    folder = Path(snapshot.folder)
     return Place(folder, DiskCache(folder / "cache"))
 
 
