@@ -1,7 +1,8 @@
-"""Faults at system calls: any one of an operation fails, before or after it had its effect.
+"""Injects faults at system calls: one call of an operation fails, before or after its effect.
 
-An operation is run once to count its calls, and then again and again, each time with a fault at
-another call. Nothing depends on time: a fault is named by the number of its call.
+An operation runs once to count its calls, and then once for every error that the manual lists for
+each call. The error occurs once, or at every later call of that name as well. Nothing depends on
+time: a fault is named by the number of its call.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ _LISTED: dict[str, tuple[str, ...]] = {
         "EACCES EBADF EBUSY EINTR EINVAL EIO ELOOP EMFILE ENAMETOOLONG ENFILE ENOENT ENOMEM ENOTDIR"
     ),
     "readdir": _errors("EBADF EFAULT EINVAL EIO ENOENT ENOTDIR EOVERFLOW"),
+    "lseek": _errors("EBADF EINVAL ENXIO EOVERFLOW ESPIPE"),
+    "ftruncate": _errors("EACCES EBADF EFBIG EINTR EINVAL EIO EPERM EROFS ETXTBSY"),
+    "readlink": _errors("EACCES EBADF EFAULT EINVAL EIO ELOOP ENAMETOOLONG ENOENT ENOMEM ENOTDIR"),
     "getcwd": _errors("EACCES EFAULT EINVAL ENAMETOOLONG ENOENT ENOMEM ERANGE"),
     "mkdir": _errors(
         "EACCES EBADF EDQUOT EEXIST EFAULT EILSEQ EINVAL EIO ELOOP EMLINK ENAMETOOLONG ENOENT "
@@ -92,8 +96,9 @@ _LISTED: dict[str, tuple[str, ...]] = {
 ERRORS = {call: (*listed, *_errors("ESTALE")) for call, listed in _LISTED.items()}
 
 #: Calls that change no file. Closing has an effect all the same: the descriptor is gone.
-_LOOKS = frozenset(
-    ("open", "read", "fstat", "stat", "lstat", "scandir", "readdir", "getcwd", "flock", "close")
+_LOOKS = (
+    *("open", "read", "lseek", "fstat", "stat", "lstat", "readlink"),
+    *("scandir", "readdir", "getcwd", "flock", "close"),
 )
 #: Functions of `os` that cannot fail, and those by which a test ends a process.
 _HARMLESS = ("fspath", "getpid", "geteuid", "kill", "strerror")
@@ -101,7 +106,7 @@ _HARMLESS = ("fspath", "getpid", "geteuid", "kill", "strerror")
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at which call."""
+    """An error or the end of the process, at one call."""
 
     call: int
     name: str
