@@ -60,8 +60,8 @@ def find(key: str, arch: str, user: DiskCache | None) -> Entry | None:
             if isinstance(looked, Bad):
                 files.warn_once(
                     (layer.root, "bad"),
-                    f"a kernel in {layer.root} is not to be believed ({looked.key[:16]}: "
-                    f"{looked.reason})",
+                    f"a kernel in {layer.root} failed its checks and is not used "
+                    f"({looked.key[:16]}: {looked.reason})",
                 )
             else:
                 return looked
