@@ -1,4 +1,4 @@
-"""`attention`: the one core function. Its docstring is the contract."""
+"""`attention`, the core function; see its docstring."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def _scores(
     dropout_state: Tensor | None,
     qk_norm: L2Norm | None,
 ) -> Scores:
-    """Return what is done with scores, as far as it can be checked without q."""
+    """Check the score modifiers as far as possible without q."""
     if not isinstance(q, Tensor):
         q = interop.from_all({"q": q})["q"]
     dropout = None
@@ -270,7 +270,7 @@ def _scores(
 def bind(
     q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]
 ) -> tuple[dict[str, Tensor], Call]:
-    """Return the tensors of a call of `attention` and its other arguments, defaults filled in.
+    """Split the arguments of `attention` into tensors and others, with defaults filled in.
 
     Raises
     ------

@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class WarmedUp:
-    """What `warmup` did."""
+    """Result of `warmup`."""
 
-    kernels: int  #: now loaded on the device; 0 for tensors on the CPU, which need none
-    compiled: int  #: how many of them were compiled for that
+    kernels: int  #: loaded on the device now; 0 for CPU tensors
+    compiled: int  #: number of them that were compiled
 
 
 def warmup(
@@ -63,7 +63,7 @@ def warmup(
     rotary: Rotary | None = None,
     **arguments: Any,  # noqa: ANN401 - those of attention
 ) -> WarmedUp:
-    """Compile and load ahead what later calls of `attention` need, on one device.
+    """Compile and load the kernels of later calls of `attention`, on one device.
 
     Lengths do not matter: the kernels for all of them are made, short queries and long, and the one
     that merges splits. Do this before a CUDA graph is captured, and before requests come in. (The
@@ -200,7 +200,7 @@ def _warm_call(
 
 
 def _targets_of(scores: Scores) -> list[ScoreTarget]:
-    """Return which gradients of what is added to scores a call can have."""
+    """Return the score inputs that may need gradients in a call."""
     targets = [] if scores.bias is None else [target_of(tuple(scores.bias.shape))]
     if scores.relative_bias is not None or scores.alibi_slopes is not None:
         targets.append(ScoreTarget.DISTANCE)

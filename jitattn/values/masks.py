@@ -1,12 +1,12 @@
-"""Mask values: who may see whom. Frozen; this module imports no torch.
+"""Mask values. Frozen; this module imports no torch.
 
-True means attend. `a & b` is what both let through: at most one of the rules that positions decide
+True means attend. `a & b` is the intersection: at most one positional rule
 (`Full`, `Causal`, `Window`, `LocalStride`, `BlockSparse`, `PerHead`), at most one `KeyPadding` and
 at most one `Dense`. (A `Causal` and a `Window` are one window, and a `BlockSparse` may be causal.)
 
-All can be copied, deep-copied and pickled. Rules of numbers are equal, and have one hash, if their
-numbers are; a mask that holds a tensor (`BlockSparse`, `KeyPadding`, `Dense`, and what `&` makes of
-them) is equal to itself alone, as tensors are not compared, and so is no copy of it.
+All can be copied, deep-copied and pickled. Rules made of numbers are compared and hashed by value.
+A mask that holds a tensor (`BlockSparse`, `KeyPadding`, `Dense`, and their intersections) equals
+only itself, not even a copy, as tensors are not compared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BLOCK_SIZES = (8, 16, 32, 64, 128)
 
 
 class _Mask:
-    """What all masks have in common: `&`."""
+    """Base of all masks, which defines `&`."""
 
     __slots__ = ()
 
@@ -39,7 +39,7 @@ class _Mask:
 
 
 def _is_count(mask: _Mask, name: str, value: object, least: int, most: int) -> bool:
-    """Return whether a field is an integer in this range; one of numpy's becomes an int."""
+    """Return whether a field is an integer in this range; convert numpy integers to int."""
     number = integer(value)
     if number is None or not least <= number <= most:
         return False
@@ -75,7 +75,7 @@ class Causal(_Mask):
     align: Align = "bottom_right"
 
     def __post_init__(self) -> None:
-        """Refuse an unknown corner by name."""
+        """Refuse an unknown `align`."""
         if self.align not in get_args(Align):
             raise InvalidInputError(
                 f"Causal(align={self.align!r}): align must be one of {get_args(Align)}"
@@ -106,7 +106,7 @@ class Window(_Mask):
     full_on_decode: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what is no reach."""
+        """Refuse invalid bounds."""
         for name in ("left", "right", "keep_first"):
             value = getattr(self, name)
             if value is None and name != "keep_first":
@@ -121,7 +121,7 @@ class Window(_Mask):
 
     @property
     def reach(self) -> tuple[int, int, int]:
-        """Return (left, right, keep_first), as large as lengths can be where there is no bound."""
+        """Return (left, right, keep_first), with the largest length in place of None."""
         left = _MAX_REACH if self.left is None else min(self.left, _MAX_REACH)
         right = _MAX_REACH if self.right is None else min(self.right, _MAX_REACH)
         return left, right, min(self.keep_first, _MAX_REACH)
@@ -129,7 +129,7 @@ class Window(_Mask):
 
 @dataclass(frozen=True, slots=True)
 class LocalStride(_Mask):
-    """Block-sparse: the blocks nearby, and every so many-th of those before (phi-3-small, dkernel).
+    """Block-sparse local + stride pattern (phi-3-small, dkernel).
 
     Queries and keys are cut into blocks, queries by their positions among the keys. With i and j a
     query's and a key's block, and h the kv head: causal, a query sees a key up to its own position
@@ -203,7 +203,7 @@ class LocalStride(_Mask):
         return local if isinstance(local, tuple) else (local, local)
 
     def step(self, heads_q: int) -> int:
-        """Return by how much a kv head's stride is moved against that of the one before."""
+        """Return the offset between the strides of consecutive KV heads."""
         if self.homo_head:
             return 0
         return max(1, self.vert_stride // heads_q) if self.head_step is None else self.head_step
@@ -211,7 +211,7 @@ class LocalStride(_Mask):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockSparse(_Mask):
-    """Any pattern of blocks.
+    """Block-sparse mask with an arbitrary pattern.
 
     The query at position p = query + Lkv - Lq among the keys sees key j if
     ``pattern[head, p // block_size, j // block_size]``. What lies outside the pattern is not seen.
@@ -254,7 +254,7 @@ class BlockSparse(_Mask):
             )
 
     def changed(self) -> None:
-        """Say that the pattern was written to by what torch does not see.
+        """Report a write to the pattern that torch cannot see.
 
         Torch counts its own writes. A kernel of another library that writes to the memory of the
         pattern over DLPack, or to a raw pointer, is not counted: call this after it.
@@ -265,13 +265,13 @@ class BlockSparse(_Mask):
 
     @property
     def blocks(self) -> Tensor:
-        """The pattern as [heads, rows, columns]."""
+        """Pattern as [heads, rows, columns]."""
         return self.pattern if self.pattern.dim() == 3 else self.pattern[None]
 
 
 @dataclass(frozen=True, slots=True)
 class PerHead(_Mask):
-    """A rule for each head, side by side in one launch.
+    """Per-head rules, computed in one launch.
 
     Parameters
     ----------
@@ -282,7 +282,7 @@ class PerHead(_Mask):
     rules: tuple[HeadRule, ...]
 
     def __init__(self, rules: Sequence[HeadRule]) -> None:
-        """Refuse what is no rule of one head."""
+        """Refuse rules that are not allowed for a single head."""
         object.__setattr__(self, "rules", tuple(rules))
         for rule in self.rules:
             if not isinstance(rule, Full | Causal | Window | LocalStride | BlockSparse):
@@ -299,7 +299,7 @@ class PerHead(_Mask):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyPadding(_Mask):
-    """Keys that no query of their sequence sees.
+    """Padding mask: hides keys from all queries of their sequence.
 
     Hidden keys and values must be finite all the same: a NaN or an infinity may reach results.
 
@@ -315,7 +315,7 @@ class KeyPadding(_Mask):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense(_Mask):
-    """Any mask, as a matrix; it costs its memory and the time to read it.
+    """Arbitrary mask as a matrix; costs its memory and the time to read it.
 
     Parameters
     ----------
@@ -331,7 +331,7 @@ _FULL = Full()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Both(_Mask):
-    """What a rule of positions and tensors let through together; made by `&`."""
+    """Intersection of a positional rule and mask tensors; made by `&`."""
 
     rule: Rule  # a default would end a graph of torch 2.11
     key_padding: KeyPadding | None = None
@@ -344,12 +344,12 @@ Mask: TypeAlias = Rule | KeyPadding | Dense | Both
 
 
 def is_mask(value: object) -> bool:
-    """Return whether this is one of the masks."""
+    """Return whether a value is a mask."""
     return isinstance(value, _Mask)
 
 
 def parts_of(mask: _Mask) -> Both:
-    """Take a mask apart."""
+    """Split a mask into rule, key padding and dense mask."""
     if isinstance(mask, Both):
         return mask
     if isinstance(mask, KeyPadding):
@@ -367,7 +367,7 @@ def both(one: _Mask, other: _Mask) -> Mask:
     Raises
     ------
     InvalidInputError
-        They hold two rules, or two tensors of a kind, that cannot be one.
+        They hold two rules, or two tensors of one type, that cannot be combined.
     """
     first, second = parts_of(one), parts_of(other)
     for name in ("key_padding", "dense"):
