@@ -1,4 +1,4 @@
-"""Timing on a GPU: CUDA graphs over rotating inputs, variants interleaved, medians and spread."""
+"""Times calls on a GPU: CUDA graphs over rotating inputs, interleaved variants, percentiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-#: Calls of one graph, and so the fewest calls behind one figure.
+#: Calls per graph, and so the fewest calls per figure.
 _CALLS_PER_GRAPH = 4
 
 
@@ -38,8 +38,8 @@ def kernel_times(
 ) -> dict[str, Spread]:
     """Time each call on the GPU; `call(i)` works on input set i of `sets`.
 
-    A graph replays several calls on changing input sets, so that neither the host nor a warm L2
-    counts; the graphs of all variants take turns, so that a drifting clock meets all alike.
+    A graph replays several calls on changing input sets, so that neither host time nor a warm L2
+    affects the result; the graphs of all variants alternate, so that clock drift affects all alike.
     """
     graphs = {name: _capture(call, sets) for name, call in calls.items()}
     count = max(_CALLS_PER_GRAPH, sets)
@@ -69,7 +69,7 @@ def _capture(call: Callable[[int], object], sets: int) -> torch.cuda.CUDAGraph:
 def host_times_in_turns(
     calls: dict[str, Callable[[], object]], *, rounds: int
 ) -> dict[str, Spread]:
-    """Time warm calls on the host as `host_times` does, one after another in every round."""
+    """Time warm calls on the host as `host_times`, alternating in every round."""
     for call in calls.values():
         for _ in range(50):
             call()
@@ -84,7 +84,7 @@ def host_times_in_turns(
 
 
 def host_times(call: Callable[[], object], *, rounds: int) -> Spread:
-    """Time a warm call on the host, up to its return; the GPU is idle before each."""
+    """Time a warm call on the host until it returns; the GPU is idle before each call."""
     for _ in range(20):
         call()
     samples = []

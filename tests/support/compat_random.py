@@ -1,4 +1,4 @@
-"""Random calls of the doors with all their arguments, against dense fp64 of what they document."""
+"""Checks random calls of the doors with all arguments against dense fp64 references."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jitattn.compat.fast_ops.flash_attention.flash_attention_triton import (
 from . import compat_cosine, compat_dkernel, compat_fast_ops, compat_flash_attn
 from .compare import rel_l2
 
-#: Relative L2 errors of values; gradients may be twice as far off.
+#: Relative L2 tolerance of values; gradients may have twice the error.
 LIMITS = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 3e-2}
 FLASH = ("func", "kvpacked_func", "qkvpacked_func", "varlen_func", "varlen_kvpacked_func",
          "varlen_qkvpacked_func")  # fmt: skip
@@ -36,7 +36,7 @@ def compare(
     dtype: torch.dtype,
     lses: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Values, and gradients of all leaves; with LSEs, ours and true ones, through both."""
+    """Compare values and the gradients of all leaves; with LSEs, gradients pass through both."""
     assert result.shape == truth.shape
     near(result, truth, LIMITS[dtype])
     results, truths = [result], [truth]
@@ -54,13 +54,13 @@ def compare(
 
 
 def near(one: Tensor, other: Tensor, limit: float) -> None:
-    """By the whole, or, of what is nothing but roundings, by the largest."""
+    """Compare by relative L2 error, or by the largest difference if values are only rounding."""
     if one.numel():
         assert rel_l2(one, other) < limit or (one - other).abs().max() < limit / 2
 
 
 def check_flash(name: str, seed: int, dtype: torch.dtype, device: str) -> None:
-    """One of FlashAttention's functions that have gradients."""
+    """Check one of FlashAttention's differentiable functions."""
     chance = random.Random(f"{name} {seed}")
     generator = torch.Generator().manual_seed(seed)
     batch, dim, heads_kv = chance.choice((1, 3)), chance.choice((8, 20, 64)), chance.choice((1, 2))
@@ -150,7 +150,7 @@ def _lengths(chance: random.Random, batch: int, differ: bool) -> tuple[int, ...]
 
 
 def check_flash_cache(seed: int, dtype: torch.dtype, device: str) -> None:
-    """`flash_attn_with_kvcache`, with all that it appends and turns."""
+    """Check `flash_attn_with_kvcache`, with appending and rotary embedding."""
     chance = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     batch, dim, heads_kv, room = 3, chance.choice((16, 64)), chance.choice((1, 2)), 48
@@ -241,7 +241,7 @@ def check_flash_cache(seed: int, dtype: torch.dtype, device: str) -> None:
 
 
 def check_cosine(seed: int, dtype: torch.dtype, device: str) -> None:
-    """`flash_cosine_sim_attention` and its plain twin."""
+    """Check `flash_cosine_sim_attention` and its plain version."""
     chance = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     batch, heads, dim = chance.choice((1, 3)), chance.choice((1, 4)), chance.choice((16, 40, 80))
@@ -285,7 +285,7 @@ def check_cosine(seed: int, dtype: torch.dtype, device: str) -> None:
 
 
 def check_fast_ops(seed: int, dtype: torch.dtype, device: str) -> None:
-    """`flash_attn_triton`, and the class over batches and nested tensors."""
+    """Check `flash_attn_triton`, and the class over batches and nested tensors."""
     chance = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     batch, heads, dim = chance.choice((1, 3)), chance.choice((1, 3)), chance.choice((8, 24, 64))
@@ -330,7 +330,7 @@ def _check_nested(
     dim: int,
     dtype: torch.dtype,
 ) -> None:
-    """The class over nested tensors, with a bias of the largest lengths and all gradients."""
+    """Check the class over nested tensors, with a bias of the largest lengths and all gradients."""
     lengths = [[chance.choice((1, 7, 40)) for _ in range(batch)] for _ in range(2)]
     sides = [
         [leaf(heads, length, dim) for length in own] for own in (lengths[0], lengths[1], lengths[1])
@@ -359,14 +359,14 @@ def _check_nested(
     compare(torch.cat(results), torch.cat(truths), leaves, dtype)
 
 
-#: Where sequences lie, as `check_dkernel` draws it.
+#: Sequence layouts that `check_dkernel` draws from.
 DKERNEL = ("whole", "history", "more queries", "one query", "left", "right", "both", "packed",
            "packed, one query", "packed, some queries")  # fmt: skip
 _LONGEST = 96
 
 
 def check_dkernel(where: str, seed: int, dtype: torch.dtype, device: str) -> None:
-    """`SparseAttention` and `LocalStrideSparseAttention`."""
+    """Check `SparseAttention` and `LocalStrideSparseAttention`."""
     chance = random.Random(f"{where} {seed}")
     generator = torch.Generator().manual_seed(seed)
     batch, dim = chance.choice((1, 2)), chance.choice((16, 24, 40))
@@ -441,7 +441,7 @@ def check_dkernel(where: str, seed: int, dtype: torch.dtype, device: str) -> Non
 def _dkernel_lengths(
     chance: random.Random, where: str, batch: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Queries and keys of each sequence; of 4-D tensors, as many in all of them."""
+    """Draw the queries and keys of each sequence; equal for all sequences of 4-D tensors."""
     if where.startswith("packed"):
         len_kv = (20, *(chance.choice((0, 1, 33, 70, _LONGEST)) for _ in range(batch - 1)))
         if where == "packed":
@@ -471,7 +471,7 @@ def _dkernel_rule(
     counts: bool,
     common: dict[str, Any],
 ) -> tuple[SparseAttention, Tensor, tuple[int, int]]:
-    """A local + stride module, its pattern [1 or heads, rows, columns], heads of q and of k."""
+    """Draw a local + stride module, its pattern [1 or heads, rows, columns], heads of q and k."""
     del generator, counts
     causal, homo = common["causal"], chance.random() < 0.2
     all_kv, group = chance.choice((1, 2, 3)), chance.choice((1, 2))
@@ -493,7 +493,7 @@ def _dkernel_rule(
         last = chance.randint(first + 1, heads)
         given["active_head_range"] = (first, last)
     whole = first % group == last % group == 0 and chance.random() < 0.8
-    # Room for all queries, where those that are more than keys count from the first row.
+    # Rows for all queries: if there are more queries than keys, they count from the first row.
     longest = max(_LONGEST, lengths[0])
     layer = LocalStrideSparseAttention(heads, longest, size, local, stride, **given, **common)
     unit = max(size, 64, common["block_m"] or 1)
@@ -516,7 +516,7 @@ def _dkernel_pattern(
     counts: bool,
     common: dict[str, Any],
 ) -> tuple[SparseAttention, Tensor, tuple[int, int]]:
-    """A module of any pattern, with a row for every query."""
+    """Draw a module with a random pattern that has a row for every query."""
     heads_kv = chance.choice((1, 2))
     heads = heads_kv * chance.choice((1, 3))
     len_q, len_kv = lengths
@@ -544,7 +544,7 @@ def _dkernel_parts(
     device: str,
     given: dict[str, Any],
 ) -> list[tuple[Any, Any]]:
-    """Say where sequences lie; return the rows and keys of each."""
+    """Add the sequence layout to the arguments; return the rows and keys of each sequence."""
     (len_q, len_kv), batch = lengths, len(lengths[0])
     if where.startswith("packed"):
         cu = [torch.tensor([0, *own]).cumsum(0).to(device) for own in lengths]
