@@ -40,14 +40,14 @@ def apply_rotary(
 ) -> Tensor:
     """Apply rotary position embedding in fp32, rounded once.
 
-    Su et al., "RoFormer", arXiv:2104.09864. On a GPU that is one kernel, and one more for the
-    gradient; nothing waits for the device. (`attention_with_kvcache` turns what it appends.)
+    Su et al., "RoFormer", arXiv:2104.09864. On a GPU this launches one kernel, and one more for
+    the gradient, without synchronization. (`attention_with_kvcache` can rotate what it appends.)
 
     Parameters
     ----------
     x : Tensor, [B, L, H, D], or [total, H, D] with `cu_seqlens`
-        fp16, bf16 or fp32, any strides. Of fp64, and of tables that require grad, the result is
-        computed by PyTorch's operations on a GPU, too; fp64 in fp64.
+        fp16, bf16 or fp32, any strides. For fp64, and for tables that require grad, PyTorch
+        operations compute the result on a GPU too; fp64 in fp64.
     rotary : Rotary
         The tables, of any floating dtype. Columns of x from rotary_dim on stay as they are.
     offset : int or Tensor [B], int32 or int64
@@ -57,20 +57,20 @@ def apply_rotary(
     layout : "bshd" or "bhsd"
         With "bhsd", x is [B, H, L, D].
     inplace : bool
-        Write the result to x. What is returned has the same memory, and the gradient; x may be a
-        leaf that requires grad. An operation before that needs x for its own gradient raises in its
-        backward pass, as after any write.
+        Write the result to x. The returned tensor shares its memory and has the gradient; x may be
+        a leaf that requires grad. An earlier operation that saved x for backward raises there, as
+        after any write.
 
     Returns
     -------
     Tensor, as x
-        Rows of no sequence, and rows at positions that the tables do not have, are as they were.
+        Rows of no sequence, and rows at positions beyond the tables, are unchanged.
 
     Raises
     ------
     InvalidInputError
-        An argument breaks a rule, or the tables are too short where that can be seen without
-        asking the device. Nothing was written.
+        An argument breaks a rule, or the tables are too short (if that is known without device
+        synchronization). Nothing was written.
     UnsupportedError, CompileError, LaunchError, CacheMissError
         As `attention`.
 

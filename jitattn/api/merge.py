@@ -37,9 +37,9 @@ def merge(
 ) -> tuple[Tensor, Tensor]:
     """Merge results of attention of the same queries over disjoint sets of keys.
 
-    For prefix caches, for keys that are spread over devices, for chunks computed elsewhere. Exact:
-    softmax over all keys is the mean of the parts, weighted by exp(LSE). The parts are added in
-    their order, in fp32, so the result is bitwise reproducible.
+    For prefix caches, keys that are distributed over devices, and chunks computed elsewhere. Exact:
+    softmax over all keys is the mean of the parts, weighted by exp(LSE). Parts are summed in order,
+    in fp32, so the result is bitwise reproducible.
 
     Parameters
     ----------
@@ -47,8 +47,8 @@ def merge(
         fp16, bf16 or fp32, on one device. With ``layout="bhsd"``, [B, Hq, Lq, Dv]; without a batch,
         [total, Hq, Dv], as a ragged q gives it. A sequence is stacked first, which copies it.
     lses : sequence of Tensor [B, Hq, Lq], or one Tensor [S, B, Hq, Lq]; fp32
-        Natural logarithms; without a batch, [Hq, total]. Where one is -inf, the part saw nothing,
-        and its values do not count, whatever they are.
+        Natural logarithms; without a batch, [Hq, total]. Where one is -inf, the part has no visible
+        key, and its values are ignored.
     layout : "bshd" or "bhsd"
         Of tensors with a batch.
     out_dtype : torch.dtype, default that of outs
@@ -56,7 +56,7 @@ def merge(
     Returns
     -------
     out : Tensor, as one of outs
-        0 where no part saw anything.
+        0 where no part has a visible key.
     lse : Tensor, as one of lses
         -inf there.
 

@@ -26,7 +26,7 @@ class Scores(NamedTuple):
     first_batch: int = 0  #: index of the first sequence in the whole batch; dropout depends on it
 
     def unit(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """L2-normalize q [B, Hq, Lq, D] and k if `qk_norm` asks for it."""
+        """Normalize q [B, Hq, Lq, D] and k if `qk_norm` asks for it."""
         if self.qk_norm is None or not self.qk_norm.normalize:
             return q, k
         slices = []

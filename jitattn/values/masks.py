@@ -57,17 +57,17 @@ def _check_block_size(mask: _Mask, size: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Full(_Mask):
-    """Every query sees every key."""
+    """Full mask: every query sees every key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Causal(_Mask):
-    """A query sees its own position and everything before it.
+    """Causal mask: a query sees its own position and all before it.
 
     Parameters
     ----------
     align : "bottom_right" or "top_left"
-        Which corner of the [Lq, Lkv] score matrix the diagonal goes through. Bottom-right (the
+        Corner of the [Lq, Lkv] score matrix that the diagonal passes through. Bottom-right (the
         default) lets the last query see every key: key <= query + Lkv - Lq. Top-left lets the
         first query see the first key only: key <= query. They differ when Lq != Lkv.
     """
@@ -84,7 +84,7 @@ class Causal(_Mask):
 
 @dataclass(frozen=True, slots=True)
 class Window(_Mask):
-    """A query sees the keys around its own position, and the first ones of the sequence if asked.
+    """Sliding-window mask: a query sees keys around its position, and optionally the first keys.
 
     With p = query + Lkv - Lq, the query's position among the keys, it sees the keys from p - left
     to p + right, and of the first `keep_first` keys those up to p + right. Lengths and positions
@@ -93,9 +93,9 @@ class Window(_Mask):
     Parameters
     ----------
     left, right : int or None
-        How many keys before and after its own position a query sees; None for all of them.
+        Number of visible keys before and after the query's position; None for all.
     keep_first : int
-        Keys at the beginning that the left bound does not hide (attention sinks).
+        Number of first keys that the left bound does not hide (attention sinks).
     full_on_decode : bool
         Lift the left bound for sequences with one query.
     """
@@ -140,22 +140,22 @@ class LocalStride(_Mask):
     Parameters
     ----------
     block_size : 8, 16, 32, 64 or 128
-        Queries and keys of a block. On a GPU, causal patterns in blocks of 64 and 128 are computed
-        where they are needed, and so are gradients of those in blocks of 16 and 32; others become
-        lists of blocks, made by the first call.
+        Queries and keys per block. On a GPU, kernels compute causal patterns in blocks of 64 and
+        128, and gradients of those in blocks of 16 and 32, directly; others use block lists, made
+        by the first call.
     local_blocks : int, or (int, int) if not causal
-        Blocks around a query's own that it sees, its own among them; to the left and to the right.
+        Number of visible blocks around a query's own, which is included; to the left and right.
     vert_stride : int
         1 is dense.
     head_step : int, default max(1, vert_stride // Hq)
-        By which the stride of each kv head is moved against that of the one before.
+        Offset between the strides of consecutive KV heads.
     head_offset : int
     num_dense_heads : int
-        kv heads, the last ones, that see everything before them.
+        Number of KV heads, the last ones, that are causal without sparsity.
     homo_head : bool
-        All heads alike: a head_step of 0.
+        The same pattern for all heads: a head_step of 0.
     causal : bool
-        Not causal, a query before the first key (where Lq > Lkv) sees nothing either.
+        Not causal, a query before the first key (if Lq > Lkv) also sees no key.
     """
 
     block_size: int
@@ -168,7 +168,7 @@ class LocalStride(_Mask):
     causal: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what is no pattern."""
+        """Refuse an invalid pattern."""
         _check_block_size(self, self.block_size)
         local = self.local_blocks
         if isinstance(local, tuple):
@@ -214,20 +214,20 @@ class BlockSparse(_Mask):
     """Block-sparse mask with an arbitrary pattern.
 
     The query at position p = query + Lkv - Lq among the keys sees key j if
-    ``pattern[head, p // block_size, j // block_size]``. What lies outside the pattern is not seen.
+    ``pattern[head, p // block_size, j // block_size]``. Pairs outside the pattern are hidden.
 
     Parameters
     ----------
     pattern : Tensor, [rows, columns] or [heads, rows, columns], bool
-        True = attend; one for all heads, one for each kv head or for each query head. It may be
-        rectangular. Lists for the GPU are made from it by the first call, kept for as long as its
-        memory lives, and made again by the first call after a write to it. A tensor made under
-        `torch.inference_mode` is compared with what it held at every call, which waits for the GPU.
-        Writes that torch does not see (by another library over DLPack): see `changed`.
+        True = attend; one for all heads, one per KV head or one per query head. It may be
+        rectangular. The first call makes block lists from it for the GPU, which are kept as long as
+        its memory, and made again by the first call after a write to it. A tensor made under
+        `torch.inference_mode` is compared with its earlier contents at every call, which waits for
+        the GPU. Writes that torch does not see (by another library over DLPack): see `changed`.
     block_size : 8, 16, 32, 64 or 128
-        Queries and keys of a block.
+        Queries and keys per block.
     causal : bool
-        Let no query see beyond its own position, within blocks too. As ``& Causal()``.
+        Also hide keys after the query's position, within blocks too. As ``& Causal()``.
     first_row : int, optional
         Position of query 0 in each sequence, in place of Lkv - Lq: for a part of the queries, as in
         sequence partition.
@@ -239,7 +239,7 @@ class BlockSparse(_Mask):
     first_row: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no pattern."""
+        """Refuse an invalid pattern."""
         _check_block_size(self, self.block_size)
         shape, dtype = getattr(self.pattern, "shape", None), getattr(self.pattern, "dtype", None)
         if shape is None or len(shape) not in (2, 3) or str(dtype) != "torch.bool":
@@ -276,7 +276,7 @@ class PerHead(_Mask):
     Parameters
     ----------
     rules : sequence of Full, Causal, Window, LocalStride or BlockSparse
-        For each query head, or for each kv head.
+        One per query head, or one per KV head.
     """
 
     rules: tuple[HeadRule, ...]
@@ -301,13 +301,12 @@ class PerHead(_Mask):
 class KeyPadding(_Mask):
     """Padding mask: hides keys from all queries of their sequence.
 
-    Hidden keys and values must be finite all the same: a NaN or an infinity may reach results.
+    Hidden keys and values must still be finite: a NaN or an infinity may reach results.
 
     Parameters
     ----------
     keep : Tensor, [B, Lkv], bool
-        True = attend. With sequences of their own (`kv_seqs`), columns count from a sequence's
-        first key.
+        True = attend. With `kv_seqs`, columns count from a sequence's first key.
     """
 
     keep: Tensor
@@ -320,7 +319,8 @@ class Dense(_Mask):
     Parameters
     ----------
     keep : Tensor, [B or 1, Hq or 1, Lq or 1, Lkv], bool
-        True = attend. With sequences, rows and columns count from the first ones of each.
+        True = attend. With `q_seqs` or `kv_seqs`, rows and columns count from the first ones of
+        each sequence.
     """
 
     keep: Tensor
@@ -333,7 +333,7 @@ _FULL = Full()
 class Both(_Mask):
     """Intersection of a positional rule and mask tensors; made by `&`."""
 
-    rule: Rule  # a default would end a graph of torch 2.11
+    rule: Rule  # no default: it would break a graph of torch 2.11
     key_padding: KeyPadding | None = None
     dense: Dense | None = None
 

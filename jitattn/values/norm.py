@@ -29,16 +29,16 @@ class L2Norm:
     Parameters
     ----------
     groups : int
-        Equal slices of a vector that are normalised each by itself; |score| is then up to
+        Number of equal slices of a vector, each normalized separately; |score| is then at most
         scale * groups. It must divide D.
     head_scale : Tensor, [Hq], optional
-        A learned factor of each head, of the dtype of q or fp32.
+        Learned factor per head, of the dtype of q or fp32.
     bound : float, optional
         Upper bound of |head_scale| (with normalize=False: of the factor of q), guaranteed by the
         caller. Without it, head_scale requires a running maximum.
     normalize : bool
-        False: q and k come normalised (by `l2norm`, or rotated since); the bound is taken to hold,
-        and head_scale is not applied: multiply q by it.
+        False: q and k are already normalized (by `l2norm`, possibly rotated since); the bound must
+        hold, and head_scale is not applied: multiply q by it.
     """
 
     groups: int = 1
@@ -47,7 +47,7 @@ class L2Norm:
     normalize: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what is no norm."""
+        """Refuse invalid fields."""
         groups, bound = integer(self.groups), self.bound
         if groups is None or not 1 <= groups <= MAX_HEAD_DIM:
             raise InvalidInputError(
@@ -71,7 +71,7 @@ class L2Norm:
 
 
 def check_kind(norm: object) -> None:
-    """Refuse what is no norm."""
+    """Refuse a value that is not an `L2Norm`."""
     if norm is not None and not isinstance(norm, L2Norm):
         raise InvalidInputError(
             f"qk_norm is a {type(norm).__name__}: it must be a jitattn.L2Norm, or None"
