@@ -119,11 +119,11 @@ def _delete_whole(imported: Directory, digest: str) -> bool:
     """
     imported.folder(digest).close()  # one that is not trusted stays where it is
     name = unfinished(digest)
-    imported.rename(digest, imported, name)
     try:
+        imported.rename(digest, imported, name)
         return delete_import(imported, name)
     except OSError:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a rename may take effect and fail all the same
             imported.rename(name, imported, digest)
         raise
 

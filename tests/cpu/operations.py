@@ -208,6 +208,8 @@ OPERATIONS = {
         lambda place: place.disk.clear(),
         lambda place: place.disk.keys() == [] and leftovers.find(place.disk, []) != [],
         add_leftovers,
+        is_honest=lambda place, result: not result or place.look(OLD) is None,
+        believed="ENOENT",
     ),
     "sweep": Operation(
         lambda place: place.disk.sweep(0),
@@ -285,6 +287,11 @@ OPERATIONS = {
         lambda place: leftovers.delete_imports(place.disk, []),
         lambda place: imported_entries(place) == [],
         add_import,
+        # What could not be deleted keeps its name, so that it can be deleted again.
+        is_honest=lambda place, result: (
+            imported_entries(place) == [] if result else leftovers.find(place.disk, []) == []
+        ),
+        believed="ENOENT",
         is_sound=lambda place: imported_entries(place) in ([], [None], [ARCHIVED]),
     ),
 }
