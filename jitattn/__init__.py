@@ -88,7 +88,7 @@ __all__ = [
     "warmup",
 ]
 
-#: Names that need torch, by the module that they live in; loaded when they are first used.
+#: Names that need torch, with their modules; imported at first use.
 _LAZY: Final = {
     "L2Norm": "values.norm",
     "Padded": "values.sequences",
@@ -114,7 +114,7 @@ def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value  # the next use is a look into a dict
+    globals()[name] = value  # later uses are dict look-ups
     return value
 
 

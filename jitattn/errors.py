@@ -1,4 +1,4 @@
-"""The exception tree.
+"""Exception classes.
 
 ::
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class JitAttnError(Exception):
-    """Base of everything that jitattn raises on purpose."""
+    """Base of all exceptions that jitattn raises on purpose."""
 
 
 class InvalidInputError(JitAttnError, ValueError):
@@ -33,7 +33,7 @@ class InvalidInputError(JitAttnError, ValueError):
 
 
 class WithoutMemoryError(InvalidInputError):
-    """A tensor has a shape and a dtype, but no values here; callers that take shapes catch this."""
+    """A tensor has a shape and a dtype but no values; callers that need only shapes catch this."""
 
     def __init__(
         self, message: str = "a tensor has no memory here: it is a meta or a fake one, say"
@@ -51,13 +51,13 @@ class CompileError(JitAttnError):
     Attributes
     ----------
     spec : KernelSpec or None
-        What was being built; None if the compiler itself could not be used.
+        Spec of the kernel; None if the compiler itself could not be used.
     options : tuple of str
         The exact options that NVRTC was given.
     log : str
         The whole compiler log.
     source_dir : Path or None
-        Where the sources were kept for a look.
+        Directory that keeps the sources for inspection.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class CompileError(JitAttnError):
 
 
 class CacheError(JitAttnError):
-    """A cache command that was asked for by name could not be carried out."""
+    """An explicit cache command failed."""
 
 
 class CacheMissError(CacheError):
@@ -92,7 +92,7 @@ class InternalError(JitAttnError):
     """An invariant of jitattn is broken. Please report it with the message."""
 
 
-#: Messages about derivatives that no kernel computes.
+#: Messages about unsupported derivatives.
 NO_FORWARD_MODE: Final = (
     "forward-mode derivatives (jvp, jacfwd, hessian, dual numbers) are not computed on a GPU; move "
     "the tensors to the CPU, whose path has them, or use reverse mode (grad, vjp, jacrev)"

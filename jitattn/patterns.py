@@ -1,7 +1,7 @@
-"""Patterns of blocks: to build, convert, inspect, check and draw them.
+"""Builds, converts, inspects, checks and draws block patterns.
 
-A pattern is a bool tensor [rows, columns] or [heads, rows, columns], True = attend: what
-`BlockSparse` takes. All functions work on any device; none needs a GPU.
+A pattern is a bool tensor [rows, columns] or [heads, rows, columns], True = attend, as in
+`BlockSparse`. All functions work on any device; none needs a GPU.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _INK, _PAPER, _LINE = (31, 78, 121), (255, 255, 255), (205, 205, 205)
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a pattern is like."""
+    """Statistics of a pattern."""
 
     heads: int
     rows: int
     columns: int
-    density: float  #: part of the blocks that is set; causal: of those up to the diagonal
-    fewest: int  #: blocks of the emptiest row of any head
-    most: int  #: blocks of the fullest row
-    empty_rows: int  #: rows of all heads that see nothing, and give 0
+    density: float  #: fraction of blocks that are set; causal: of those up to the diagonal
+    fewest: int  #: fewest blocks in a row of any head
+    most: int  #: most blocks in a row of any head
+    empty_rows: int  #: rows without any block, whose result is 0
     is_kv_cache_efficient: bool
 
     def __str__(self) -> str:
-        """Return one line."""
+        """Format the statistics as one line."""
         return (
             f"{self.heads} x {self.rows} x {self.columns} blocks, density {self.density:.3f}, "
             f"{self.fewest} to {self.most} a row, {self.empty_rows} empty rows, kv-cache "
@@ -54,7 +54,7 @@ def local_stride(
     first_row: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Write a local + stride pattern out, to look at it or to change it.
+    """Build the explicit pattern of a local + stride mask.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def sees_block(rule: LocalStride, row: Tensor, column: Tensor, shift: Tensor | i
     row, column : Tensor, broadcastable
         Numbers of the blocks.
     shift : Tensor or int
-        By which the stride of a head is moved; nothing where the rule is not causal.
+        Offset of a head's stride; unused if the rule is not causal.
     """
     left, right = rule.local
     if rule.causal:
@@ -99,7 +99,7 @@ def sees_block(rule: LocalStride, row: Tensor, column: Tensor, shift: Tensor | i
 
 
 def from_tokens(mask: Tensor, block_size: int) -> Tensor:
-    """Return the blocks of which any pair is set.
+    """Return the pattern of blocks with any visible pair.
 
     Parameters
     ----------
@@ -121,9 +121,9 @@ def from_tokens(mask: Tensor, block_size: int) -> Tensor:
 def to_tokens(
     pattern: Tensor, block_size: int, len_q: int, len_kv: int, *, causal: bool = False
 ) -> Tensor:
-    """Return which pairs a pattern lets through, [..., Lq, Lkv]; the last query is at the last key.
+    """Expand a pattern to pairs, [..., Lq, Lkv]; the last query is at the last key.
 
-    What lies outside the pattern is not set.
+    Pairs outside the pattern are not set.
     """
     position = torch.arange(len_q, device=pattern.device)[:, None] + len_kv - len_q
     key = torch.arange(len_kv, device=pattern.device)[None, :]
@@ -138,7 +138,7 @@ def to_tokens(
 
 
 def to_csr(pattern: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (crow, col), int32 [heads, rows + 1] and [heads, most blocks of a head].
+    """Convert to (crow, col), int32 [heads, rows + 1] and [heads, most blocks of a head].
 
     The columns of row r of head h are ``col[h, crow[h, r] : crow[h, r + 1]]``, ascending; what is
     left over of `col` holds -1. Of the transposed pattern, this is the column form.
@@ -156,7 +156,7 @@ def to_csr(pattern: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_csr(crow: Tensor, col: Tensor, columns: int) -> Tensor:
-    """Return the pattern [heads, rows, columns] whose `to_csr` this is."""
+    """Convert the output of `to_csr` back to a pattern [heads, rows, columns]."""
     heads, rows = crow.shape[0], crow.shape[1] - 1
     pattern = torch.zeros(heads, rows, columns, dtype=torch.bool, device=crow.device)
     for head in range(heads):
@@ -167,10 +167,10 @@ def from_csr(crow: Tensor, col: Tensor, columns: int) -> Tensor:
 
 
 def is_kv_cache_efficient(pattern: Tensor) -> bool:
-    """Return whether a block of keys that a row no longer sees is never seen again.
+    """Return whether a key block, once hidden from a row, stays hidden from later rows.
 
-    Then a cache may drop what a decoding head has passed. In every column below its diagonal, a
-    block that is set must be set in the row before as well.
+    Then a cache may drop the keys that a decoding head has passed. In every column below its
+    diagonal, a block that is set must be set in the row before as well.
     """
     heads = _heads(pattern)
     later, before = heads[:, 1:], heads[:, :-1]
@@ -180,7 +180,7 @@ def is_kv_cache_efficient(pattern: Tensor) -> bool:
 
 
 def describe(pattern: Tensor, *, causal: bool = False) -> Description:
-    """Return what a pattern is like; `causal` counts blocks up to the diagonal only."""
+    """Return statistics of a pattern; `causal` counts only blocks up to the diagonal."""
     heads = _heads(pattern)
     allowed = torch.ones(heads.shape[1:], dtype=torch.bool, device=heads.device)
     if causal:
@@ -237,7 +237,7 @@ def draw(pattern: Tensor, path: str | Path, *, cell: int | None = None) -> None:
     brush = ImageDraw.Draw(picture)
     for head in range(count):
         left = gap + head * (columns * cell + gap)
-        # One pixel a block, then made larger: quick for millions of blocks.
+        # One pixel per block, then enlarged: fast for millions of blocks.
         pixels = (~heads[head]).to(torch.uint8).mul(255).contiguous().numpy()
         ink = Image.fromarray(pixels).resize(
             (columns * cell, rows * cell), Image.Resampling.NEAREST

@@ -1,4 +1,4 @@
-"""Benchmarks of gradients: beside FlashAttention-2's, by attended pairs, and cosine attention's."""
+"""Benchmarks of backward passes: dense against FlashAttention-2, sparse rules, cosine attention."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from _sequences import Report
 
 _HEADS: Final = 16
-#: Of the sparse rules, those that users train with.
+#: Sparse rules that users train with.
 _PATTERNS: Final = (
     "window 1024",
     "window 1024, first 4",
@@ -37,12 +37,12 @@ _PATTERNS: Final = (
     "causal, alibi",
     "key padding",
 )
-#: Bytes of scores up to which plain PyTorch takes part.
+#: Largest score matrix in bytes for the plain PyTorch baseline.
 _LARGEST_PLAIN: Final = 24e9
 
 
 def bench_backward(report: Report, rounds: int) -> None:
-    """The backward pass alone: dense beside FlashAttention-2, then by attended pairs."""
+    """Time the backward pass: dense against FlashAttention-2, then rules by attended pairs."""
     for dim in (64, 128):
         table = []
         for (batch, length), causal in itertools.product(((1, 16384), (4, 4096)), (False, True)):
@@ -94,7 +94,7 @@ def _bench_patterns(dim: int, report: Report, rounds: int) -> None:
 
 
 def _bench_cosine(report: Report, rounds: int) -> None:
-    """The cosine-sim table: forward and backward against plain PyTorch."""
+    """Time forward and backward of cosine attention against plain PyTorch."""
     for dtype, kind in itertools.product(
         (torch.float16, torch.float32), ("full", "causal", "25 % masked")
     ):
@@ -129,7 +129,7 @@ def _bench_cosine(report: Report, rounds: int) -> None:
 def _ours(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d_out: torch.Tensor, **given: Any
 ) -> Callable[[int], Any]:
-    """The backward pass of a call, as autograd starts it."""
+    """Return the backward pass of a jitattn call, as autograd runs it."""
     tensors, call = bind(q, k, v, given)
     out, lse = jitattn.attention(q, k, v, **given, return_lse=True)
     return lambda _: run_backward(
@@ -140,7 +140,7 @@ def _ours(
 def _flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d_out: torch.Tensor, causal: bool
 ) -> Callable[[int], Any]:
-    """FlashAttention-2's, as SDPA starts it."""
+    """Return the backward pass of FlashAttention-2, as SDPA runs it."""
     q, k, v, d_out = (x.transpose(1, 2).contiguous() for x in (q, k, v, d_out))
     aten = torch.ops.aten
     out, lse, starts_q, starts_k, max_q, max_k, seed, offset, _ = (

@@ -1,4 +1,4 @@
-"""Host time of the front doors: each call beside the core call that it amounts to."""
+"""Host time of the compatibility functions, against the core call that each makes."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from jitattn.compat.flash_attn import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-#: What a door may cost over the core, in microseconds, where a GPU is.
+#: Allowed overhead of a compatibility function over the core, in microseconds, on a GPU.
 BUDGET: Final = 10.0
 _B, _L, _H, _D, _ROOM, _PAGE = 2, 64, 2, 64, 256, 16
-#: Calls behind one figure where no GPU is waited for, and figures.
+#: Without a GPU: calls per figure, and number of figures.
 _CALLS, _FIGURES = 50, 100
 
 
 class Report(Protocol):
-    """Where figures go."""
+    """Destination of figures."""
 
     def add(
         self, section: str, shape: str, provider: str, metric: str, figures: Spread
@@ -43,7 +43,7 @@ class Report(Protocol):
 
 
 def flash_attn_calls(device: str) -> Iterator[DoorCase]:
-    """Yield calls of FlashAttention's functions."""
+    """Yield calls of the FlashAttention functions."""
     q, k, v = qkv = _drawn(3, device, _B, _L, _H, _D)
     causal, window = jitattn.Causal(), jitattn.Window(16, 0)
     packed = torch.stack(qkv, dim=2)
@@ -155,7 +155,7 @@ def _drawn(count: int, device: str, *shape: int) -> Any:
 
 @contextlib.contextmanager
 def stubbed_core() -> Iterator[None]:
-    """Let FlashAttention's door call nothing: what is left is its own."""
+    """Stub the core below the FlashAttention functions, to time only their own overhead."""
     out, lse = torch.zeros(1), torch.zeros(1)
 
     def stub(*given: Any, return_lse: bool = False, **named: Any) -> Any:
@@ -176,7 +176,7 @@ def stubbed_core() -> Iterator[None]:
 
 
 def python_calls(call: Callable[[], Any]) -> int:
-    """Count the Python functions that a call enters, itself aside."""
+    """Count the Python functions that a call enters, itself excluded."""
     count = 0
 
     def note(_frame: Any, event: str, _argument: Any) -> None:
@@ -194,7 +194,7 @@ def python_calls(call: Callable[[], Any]) -> int:
 
 
 def bench_doors(report: Report, rounds: int) -> None:
-    """Time every door beside the core; without a GPU, FlashAttention's own part alone."""
+    """Time compatibility functions against the core; without a GPU, FlashAttention's overhead."""
     if not torch.cuda.is_available():
         _bench_own_part(report)
         return

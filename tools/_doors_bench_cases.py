@@ -1,6 +1,6 @@
-"""Calls of the doors whose host time counts, each beside the core's call that it stands for.
+"""Cases for the host time of compatibility functions, each with the equivalent core call.
 
-A door may cost 10 us more than the core. FlashAttention's calls are not among them.
+A function may cost 10 us more than the core. FlashAttention's cases are in `_doors.py`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from jitattn.compat.warp_attention import warp_attention_forward
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: Batch, tokens, heads and head dim: so short that the host decides.
+#: Batch, tokens, heads and head dim: so short that host time dominates.
 _B, _L, _H, _D = 2, 64, 2, 64
 _SCALE: Final = 8.0
 
 
 class DoorCase(NamedTuple):
-    """A door's call and the core's, without arguments."""
+    """Call of a compatibility function and the core call, both without arguments."""
 
     door: str
     name: str
@@ -35,7 +35,7 @@ class DoorCase(NamedTuple):
 
 
 def cases(device: str = "cuda", dtype: torch.dtype = torch.float16) -> list[DoorCase]:
-    """Return the calls of all doors but FlashAttention's."""
+    """Return the cases of all compatibility functions except FlashAttention's."""
     x = torch.randn(_B, _L, _H, _D).to(device, dtype)
     return [*_cosine(x), *_fast_ops(x), *_warp(x), *_dkernel(x)]
 

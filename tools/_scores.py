@@ -1,4 +1,4 @@
-"""Benchmark of windows, masks and biases beside our own dense kernels, by attended pairs."""
+"""Benchmark of windows, masks and biases against our dense kernels, by attended pairs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BLOCK: Final = 64
 
 
 def bench_scores(report: Report, rounds: int) -> None:
-    """TFLOP/s on attended pairs, and the share of the dense rate, at 16k tokens."""
+    """Report TFLOP/s on attended pairs, and the fraction of the dense rate, at 16k tokens."""
     for dim in (64, 128):
         shape = (1, _LENGTH, _HEADS, dim)
         qkv = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
@@ -54,7 +54,7 @@ def _call(
 
 
 def attended_cases() -> dict[str, tuple[float, dict[str, Any]]]:
-    """Attended pairs of a head, and the arguments."""
+    """Return attended pairs per head and the arguments of each case."""
     full, causal = float(_LENGTH**2), _LENGTH * (_LENGTH + 1) / 2
     bf16: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     keep = torch.ones(1, _LENGTH, device="cuda", dtype=torch.bool)
@@ -100,7 +100,7 @@ def attended_cases() -> dict[str, tuple[float, dict[str, Any]]]:
 
 
 def _blocks_of(rule: jitattn.LocalStride) -> torch.Tensor:
-    """The blocks that a causal pattern of like heads lets through."""
+    """Return the visible blocks of a causal pattern that is the same for all heads."""
     count = _LENGTH // rule.block_size
     row, column = torch.arange(count)[:, None], torch.arange(count)[None, :]
     seen = (row - column < rule.local[0]) | (column % rule.vert_stride == 0)
@@ -108,13 +108,13 @@ def _blocks_of(rule: jitattn.LocalStride) -> torch.Tensor:
 
 
 def _seen(blocks: torch.Tensor, size: int) -> float:
-    """Pairs that a causal pattern of blocks lets through; its diagonal is set."""
+    """Count the visible pairs of a causal block pattern whose diagonal is set."""
     count = len(blocks)
     return float(blocks.sum() - count) * size**2 + count * size * (size + 1) / 2
 
 
 def bench_density(report: Report, rounds: int) -> None:
-    """Time of random causal patterns from dense to sparse, beside dense causal, at 16k tokens."""
+    """Time random causal patterns from dense to sparse against dense causal, at 16k tokens."""
     for dim, block in itertools.product((64, 128), (_BLOCK, 2 * _BLOCK)):
         shape = (1, _LENGTH, _HEADS, dim)
         qkv = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
@@ -141,7 +141,7 @@ def bench_density(report: Report, rounds: int) -> None:
 
 
 def plot_density(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw time against density, both as parts of dense causal, from the rows of a report."""
+    """Plot time against density, both relative to dense causal, from the rows of a report."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 5), layout="tight")
@@ -166,7 +166,7 @@ def plot_density(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def bench_flex(report: Report, rounds: int) -> None:
-    """Windows and patterns beside FlexAttention, compiled with its defaults, at 16k tokens."""
+    """Time windows and patterns against FlexAttention with default options, at 16k tokens."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     for dim in (64, 128):
@@ -174,7 +174,7 @@ def bench_flex(report: Report, rounds: int) -> None:
         qkv = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
         turned = [x.transpose(1, 2).contiguous() for x in qkv]
         calls: dict[str, Callable[[int], Any]] = {}
-        torch._dynamo.reset()  # else, its limit of compiles is met
+        torch._dynamo.reset()  # otherwise its limit of recompiles is reached
         rules = _flex_rules()
         for name, (rule, mod) in rules.items():
             block_mask = create_block_mask(mod, None, None, _LENGTH, _LENGTH, device="cuda")

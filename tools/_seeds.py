@@ -1,4 +1,4 @@
-"""The benchmarks of three systems whose work jitattn does, with their own shapes."""
+"""Benchmarks of WarpAttention, dkernel and flash-cosine-sim-attention, with their own shapes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from _sequences import Report
 
 BF16: Final = torch.bfloat16
-#: Score matrices of the plain versions are kept below this size.
+#: Size limit of the plain versions' score matrices.
 _LARGEST_PLAIN: Final = 16 * 2**30
 
 
@@ -36,7 +36,7 @@ def _flash(
 
 
 def bench_warp_attention(report: Report, rounds: int) -> None:
-    """WarpAttention's: short and long queries on 128 to 16k keys, full."""
+    """Time WarpAttention's shapes: short and long queries on 128 to 16k keys, full."""
     for dim, len_q in itertools.product((64, 128), (16, 128, 1024)):
         table = []
         for len_kv in (2**power for power in range(7, 15)):
@@ -62,7 +62,7 @@ def bench_warp_attention(report: Report, rounds: int) -> None:
 
 
 def bench_dkernel(report: Report, rounds: int) -> None:
-    """dkernel's: blocks of 64, 512 local tokens, stride 16, forward, 1k to 64k tokens."""
+    """Time dkernel's shapes: blocks of 64, 512 local tokens, stride 16, 1k to 64k tokens."""
     table = []
     for length in (2**power for power in range(10, 17)):
         q, k, v = torch.randn(3, 4, length, 16, 128, device="cuda", dtype=BF16)
@@ -84,7 +84,7 @@ def bench_dkernel(report: Report, rounds: int) -> None:
 
 
 def bench_cosine(report: Report, rounds: int) -> None:
-    """The cosine-sim table: forward against plain PyTorch and our own softmax kernel."""
+    """Time cosine attention against plain PyTorch and our softmax kernel, forward."""
     for dtype, kind in itertools.product(
         (torch.float16, torch.float32), ("full", "causal", "25 % masked")
     ):
@@ -141,7 +141,7 @@ def _of_tensors(
 
 
 def plain_cosine(length: int, kind: str, keep: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """Return cosine attention in plain PyTorch, its mask made beforehand."""
+    """Return cosine attention in plain PyTorch, with a precomputed mask."""
     hidden = None
     if kind == "causal":
         hidden = torch.ones(length, length, device=keep.device, dtype=torch.bool).triu(1)

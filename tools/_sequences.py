@@ -1,4 +1,4 @@
-"""Benchmark of sequences that differ: padded, paged and ragged beside dense calls of equal work."""
+"""Benchmark of padded, paged and ragged sequences against dense calls of equal work."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BF16: Final = torch.bfloat16
 
 
 class Report(Protocol):
-    """Where figures go."""
+    """Destination of figures."""
 
     def add(
         self, section: str, shape: str, provider: str, metric: str, figures: Spread
@@ -32,7 +32,7 @@ class Report(Protocol):
 
 
 def bench_sequences(report: Report, rounds: int) -> None:
-    """Decode through lengths and pages; one long sequence among 63; ragged prompts."""
+    """Time decoding with lengths and pages, one long sequence among 63 short ones, prompts."""
     for batch, length in ((1, 8192), (8, 8192), (64, 8192), (1, 131072)):
         name = f"B{batch} q1 kv{length} H{_HEADS_Q}/{_HEADS_KV} D{_DIM}"
         _compare(report, name, _decode_calls(batch, length), rounds)
@@ -67,7 +67,7 @@ def _paged(q: Tensor, pages: list[Tensor], seqs: jitattn.Paged, _: int) -> Any:
 
 
 def _uneven_calls() -> dict[str, Callable[[int], Any]]:
-    """As many keys, in one call with even lengths (its time is the ideal) and in one with not."""
+    """Return calls with equal (the ideal) and unequal lengths, of the same number of keys."""
     lengths = [131072, *[1024] * 63]
     total = sum(lengths)
     k, v = (_random(total, _HEADS_KV, _DIM) for _ in range(2))
@@ -87,7 +87,7 @@ def _uneven_calls() -> dict[str, Callable[[int], Any]]:
 
 
 def _prompt_calls() -> dict[str, Callable[[int], Any]]:
-    """Ragged causal prompts; beside them, each prompt alone by ours and by SDPA's flash."""
+    """Return ragged causal prompts, and each prompt alone with jitattn and SDPA's flash backend."""
     lengths = [512, 8192, 2048, 1024, 4096, 512, 8192, 8192]
     total = sum(lengths)
     q = _random(total, _HEADS_Q, _DIM)
@@ -120,7 +120,7 @@ def _prompt_calls() -> dict[str, Callable[[int], Any]]:
 
 
 def _step_calls(batch: int, length: int) -> dict[str, Callable[[int], Any]]:
-    """Attention alone, and with the append, and with rotary embedding, in the same pages."""
+    """Return attention alone, with the append, and with rotary embedding, in the same pages."""
     q, k, v = (_random(batch, 1, heads, _DIM) for heads in (_HEADS_Q, _HEADS_KV, _HEADS_KV))
     width = length // 16
     pages = [_random(batch * width, 16, _HEADS_KV, _DIM) for _ in range(2)]
@@ -138,7 +138,7 @@ def _step_calls(batch: int, length: int) -> dict[str, Callable[[int], Any]]:
 
 
 def _paged_prompt_calls(length: int) -> dict[str, Callable[[int], Any]]:
-    """A long prompt: dense, with a length, and over shuffled pages of 16."""
+    """Return a long prompt: dense, with a length, and over shuffled pages of 16."""
     q = _random(1, length, _HEADS_Q, _DIM)
     k, v = (_random(1, length, _HEADS_KV, _DIM) for _ in range(2))
     lengths = torch.full((1,), length, dtype=torch.int32, device="cuda")

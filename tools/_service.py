@@ -1,4 +1,4 @@
-"""Benchmarks of the kernel service: compiling, disk hits, cold processes, first calls."""
+"""Benchmarks of compiling and caching: NVRTC, disk hits, cold processes, first calls."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ print(json.dumps([seconds * 1e6, build.stats().compiled]))
 
 
 class Report(Protocol):
-    """Where figures go."""
+    """Destination of figures."""
 
     def add(
         self, section: str, shape: str, provider: str, metric: str, figures: Spread
@@ -102,7 +102,7 @@ class Report(Protocol):
 
 
 def bench_compile(report: Report) -> None:
-    """NVRTC's own time for the D=128 bf16 causal forward, five fresh processes each."""
+    """Time NVRTC on the D=128 bf16 causal forward kernel, in five new processes each."""
     from jitattn.jit import compilers
 
     table = []
@@ -117,7 +117,7 @@ def bench_compile(report: Report) -> None:
 
 
 def bench_service(report: Report) -> None:
-    """What the cache costs: hits, many cold processes, the first call of a process."""
+    """Time cache hits, many cold processes and the first call of a process."""
     table = []
 
     def add(name: str, metric: str, samples: Sequence[float], unit: str) -> None:
@@ -153,7 +153,7 @@ def bench_service(report: Report) -> None:
 
 
 def _cold(count: int) -> tuple[float, int]:
-    """Start processes on one kernel at one moment; seconds of the slowest, number of compiles."""
+    """Start processes on one kernel together; return seconds of the slowest, number of compiles."""
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             subprocess.Popen(
@@ -165,7 +165,7 @@ def _cold(count: int) -> tuple[float, int]:
             )
             for _ in range(count)
         ]
-        time.sleep(0.2 + 0.15 * count)  # until all have imported, and wait for the word
+        time.sleep(0.2 + 0.15 * count)  # until all have imported and wait for the start
         for process in processes:
             print(file=process.stdin, flush=True)
         answers = [json.loads(process.communicate()[0]) for process in processes]
@@ -181,7 +181,7 @@ def _environment(**more: str) -> dict[str, str]:
 
 
 def _fresh(code: str, *arguments: str, **environment: str) -> Any:
-    """Run Python code in a fresh process, and return the JSON of its last line."""
+    """Run Python code in a new process, and return the JSON of its last line."""
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         check=True,

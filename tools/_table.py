@@ -1,4 +1,4 @@
-"""Tables and progress for the tools: rich where it is installed and a person looks, else plain."""
+"""Prints tables and progress for the tools: with rich on a terminal, else plain."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 
 
 def say(text: str = "") -> None:
-    """Print a line at once, also into a pipe."""
+    """Print a line and flush."""
     print(text, flush=True)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table; a column whose cells all read as numbers is aligned to the right."""
+    """Print a table; align columns of numbers to the right."""
     cells = [[str(cell) for cell in row] for row in rows]
     right = [
         bool(cells) and all(_is_number(row[column_idx]) for row in cells)

@@ -1,4 +1,4 @@
-"""Timing on a GPU: CUDA graphs over rotating inputs, variants interleaved, medians and spread."""
+"""Times calls on a GPU: CUDA graphs over rotating inputs, interleaved variants, percentiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-#: Calls of one graph, and so the fewest calls behind one figure.
+#: Calls per graph, and so the fewest calls per figure.
 _CALLS_PER_GRAPH = 4
 
 #: Calls of one turn on the host: few enough that they never wait for the GPU to take them.
@@ -41,8 +41,8 @@ def kernel_times(
 ) -> dict[str, Spread]:
     """Time each call on the GPU; `call(i)` works on input set i of `sets`.
 
-    A graph replays several calls on changing input sets, so that neither the host nor a warm L2
-    counts; the graphs of all variants take turns, so that a drifting clock meets all alike.
+    A graph replays several calls on changing input sets, so that neither host time nor a warm L2
+    affects the result; the graphs of all variants alternate, so that clock drift affects all alike.
     """
     graphs = {name: _capture(call, sets) for name, call in calls.items()}
     count = max(_CALLS_PER_GRAPH, sets)

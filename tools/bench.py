@@ -1,20 +1,20 @@
-"""Benchmarks: ``python tools/bench.py [--section forward,decode,host,…] [--quick]``.
+"""Runs benchmarks: ``python tools/bench.py [--section forward,decode,host,…] [--quick]``.
 
-forward   long prompts beside SDPA's flash (FlashAttention-2) and cuDNN backends, in one run
-decode    short queries on a long history beside the same, and a plain read of as many bytes
-host      a warm eager call on the host beside SDPA's
-doors     calls of the front doors on the host, beside the core calls that they amount to
-sequences padded, paged and ragged beside dense calls of equal work
-scores    windows, patterns, masks and biases beside our own dense kernels
+forward   long prompts against SDPA's flash (FlashAttention-2) and cuDNN backends, in one run
+decode    short queries on a long history against the same, and a plain read of as many bytes
+host      host time of a warm eager call against SDPA
+doors     host time of the compatibility functions against the core calls that they make
+sequences padded, paged and ragged sequences against dense calls of equal work
+scores    windows, patterns, masks and biases against our dense kernels
 density   random patterns from dense to sparse
-flex      windows and patterns beside FlexAttention
+flex      windows and patterns against FlexAttention
 warp_attention, dkernel, cosine
           the benchmarks of these three systems
-backward  gradients beside SDPA's flash backend, of patterns, and of cosine attention
+backward  gradients against SDPA's flash backend, of patterns, and of cosine attention
 compile   NVRTC (needs no GPU)
-service   a disk hit, one cold process beside 64, the first call of a process (the last on a GPU)
+service   a disk hit, one and 64 cold processes, the first call of a process (the last on a GPU)
 
-Four kinds of numbers, never mixed: compile (ms), disk load (us), host call (us), kernel (us).
+Four separate kinds of numbers: compile (ms), disk load (us), host call (us), kernel (us).
 TFLOP/s count attended pairs only: 4 * D per pair and head. Ratios are peer time over ours.
 """
 
@@ -52,14 +52,14 @@ COLUMNS: Final = (
     "date", "commit", "section", "shape", "provider", "metric", "p20", "p50", "p80",
     "gpu", "clocks", "driver", "nvrtc",
 )  # fmt: skip
-#: Inputs of all sets together pass this, so that no set stays in L2 (60 MB on an H200).
+#: All input sets together are larger than this, so that none stays in L2 (60 MB on an H200).
 _COLD_BYTES: Final = 200e6
 _OURS: Final = "jitattn"
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One call."""
+    """Shape of a call."""
 
     batch: int
     len_q: int
@@ -80,7 +80,7 @@ class Shape:
 
     @property
     def pairs(self) -> int:
-        """Attended (query, key) pairs of one head and batch; causal is bottom-right aligned."""
+        """Count attended (query, key) pairs of a head; causal is bottom-right aligned."""
         if not self.causal:
             return self.len_q * self.len_kv
         first = self.len_kv - self.len_q + 1
@@ -95,7 +95,7 @@ class Shape:
         return 2 * self.batch * self.len_kv * self.heads_kv * self.head_dim * self.dtype.itemsize
 
     def inputs(self) -> list[tuple[torch.Tensor, ...]]:
-        """Random input sets, as many as it takes to be larger than L2."""
+        """Make random input sets, enough to exceed L2."""
         count = max(1, min(8, round(_COLD_BYTES / max(1, self.kv_bytes))))
         sizes = ((self.len_q, self.heads_q), (self.len_kv, self.heads_kv))
 
@@ -108,7 +108,7 @@ class Shape:
 
 @dataclass(slots=True)
 class Report:
-    """Rows for the table and the CSV."""
+    """Collects rows for the table and the CSV."""
 
     common: dict[str, str]
     rows: list[dict[str, str]] = field(default_factory=list)
@@ -127,12 +127,12 @@ class Report:
 
 
 def providers(shape: Shape, sets: list[tuple[torch.Tensor, ...]]) -> dict[str, Any]:
-    """Return the calls that compute `shape`, ours first; a peer that refuses it is left out."""
+    """Return the calls that compute `shape`, ours first; omit peers that do not support it."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     mask = jitattn.Causal() if shape.causal else jitattn.Full()
     transposed = [tuple(x.transpose(1, 2) for x in one) for one in sets]
-    # SDPA aligns to the top left: with Lq < Lkv its causal flag would ask for other pairs.
+    # SDPA aligns to the top left: with Lq < Lkv its causal flag selects other pairs.
     is_causal = shape.causal and shape.len_q == shape.len_kv
     calls: dict[str, Callable[[int], Any]] = {
         _OURS: lambda index: jitattn.attention(*sets[index], mask=mask)
@@ -164,7 +164,7 @@ def providers(shape: Shape, sets: list[tuple[torch.Tensor, ...]]) -> dict[str, A
 
 
 def bench_kernels(section: str, shapes: Sequence[Shape], report: Report, rounds: int) -> None:
-    """Time shapes against the peers."""
+    """Time shapes against peers."""
     table = []
     for shape in shapes:
         sets = shape.inputs()
@@ -188,7 +188,7 @@ def bench_kernels(section: str, shapes: Sequence[Shape], report: Report, rounds:
 
 
 def forward_shapes(quick: bool) -> Iterator[Shape]:
-    """16k tokens and a width of 2048, as the published charts have it."""
+    """Return shapes of 16k tokens and width 2048, as in FlashAttention's published charts."""
     dims = (64, 128) if quick else (64, 80, 96, 128, 160, 192, 256)
     for head_dim in dims:
         for length in (16384,) if quick else (4096, 16384):
@@ -210,7 +210,7 @@ def decode_shapes(quick: bool) -> Iterator[Shape]:
 
 
 def bench_read(report: Report, rounds: int) -> None:
-    """A plain read: torch.sum over 4 GB, the figure that decode is held against."""
+    """Time a plain read, torch.sum over 4 GB, as the bandwidth baseline of decode."""
     data = torch.ones(2**30, device="cuda")
     figures = kernel_times({"sum": lambda _: data.sum()}, sets=1, rounds=rounds)["sum"]
     report.add("decode", "read 4 GiB", "torch.sum", "kernel_us", figures)
@@ -218,7 +218,7 @@ def bench_read(report: Report, rounds: int) -> None:
 
 
 def common_facts() -> dict[str, str]:
-    """Return what every row of the CSV says."""
+    """Return the facts that every row of the CSV repeats."""
     git = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=REPOSITORY,
@@ -243,12 +243,12 @@ def common_facts() -> dict[str, str]:
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         facts["driver"], _, clocks = found.stdout.strip().partition("\n")[0].partition(", ")
-        facts["clocks"] = clocks  # when the run began
+        facts["clocks"] = clocks  # start of the run
     return facts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the sections that were asked for."""
+    """Run the selected sections."""
     sections = (
         "forward", "decode", "host", "doors", "sequences", "scores", "density", "flex",
         "warp_attention", "dkernel", "cosine", "backward", "compile", "service",

@@ -1,7 +1,7 @@
-"""What goes with what: ``python tools/combinations.py`` prints the table of the README, tried out.
+"""Prints the README's table of supported combinations: ``python tools/combinations.py``.
 
-Every pair of arguments and every layout is handed to the validation that each call goes through, so
-the table says what the code does. A test compares it with the README; ``--write`` puts it there.
+Every pair of arguments and every layout goes through the validation of calls, so the table states
+what the code does. A test compares it with the README; ``--write`` updates the README.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BATCH, _HEADS, _LENGTH, _DIM = 2, 2, 16, 8
 
 
 def arguments() -> dict[str, dict[str, Any]]:
-    """Each feature by name, as the arguments of a call."""
+    """Return the arguments of a call for each feature, by name."""
     ones = torch.ones(_BATCH, _LENGTH, dtype=torch.bool)
     rules: dict[str, Any] = {
         "Causal": jitattn.Causal(),
@@ -54,7 +54,7 @@ def arguments() -> dict[str, dict[str, Any]]:
 
 
 def layouts() -> dict[str, dict[str, Any]]:
-    """Each way for sequences to lie, as the arguments of a call; k is made to fit."""
+    """Return the arguments of a call for each sequence layout, with a fitting k."""
     lengths = torch.full((_BATCH,), _LENGTH, dtype=torch.int32)
     starts = torch.arange(_BATCH, dtype=torch.int32) * _LENGTH
     ragged = jitattn.Ragged(starts, lengths, max_length=_LENGTH)
@@ -68,7 +68,7 @@ def layouts() -> dict[str, dict[str, Any]]:
 
 
 def works(*parts: dict[str, Any]) -> bool:
-    """Whether a call with all these arguments is taken."""
+    """Return whether a call with all these arguments is accepted."""
     given: dict[str, Any] = {}
     try:
         for part in parts:
@@ -106,14 +106,14 @@ def _cell(taken: bool) -> str:
 
 
 def in_readme(text: str) -> str:
-    """Return the README's text with the table in its place."""
+    """Return the text of the README with the table replaced."""
     before, _, rest = text.partition(_BEGIN)
     _, _, after = rest.partition(_END)
     return f"{before}{_BEGIN}\n{table()}\n{_END}{after}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, or write it."""
+    """Print the table, or write it to the README."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="into the README")
     readme = REPOSITORY / "README.md"

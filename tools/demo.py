@@ -1,7 +1,7 @@
-"""See jitattn work: ``python tools/demo.py``.
+"""Demonstrates jitattn: ``python tools/demo.py``.
 
 With a GPU: a chat-like call (8 query tokens on a 16k history) and a long prompt, checked against
-the reference, with cold-compile, disk, launch and kernel times beside torch's SDPA. Without one:
+the reference, with cold-compile, disk, launch and kernel times against torch's SDPA. Without one:
 the same kernels compiled for sm_80, sm_86 and sm_90, a second process that compiles nothing, and
 the CPU path against the reference. Uses a cache of its own and leaves nothing behind.
 """
@@ -33,7 +33,7 @@ CHOICE: Final = {"dtype": "bf16", "head_dim": 128, "mask": "causal"}
 
 @dataclass(frozen=True)
 class Scene:
-    """One call."""
+    """Shape of a call."""
 
     name: str
     batch: int
@@ -73,7 +73,7 @@ def error_against_reference(scene: Scene, q: Any, k: Any, v: Any, out: Any) -> f
 
 
 def on_gpu() -> bool:
-    """Run both scenes on the GPU; whether the results are right."""
+    """Run both scenes on the GPU; return whether the results are correct."""
     rows, right = [], True
     for scene in (CHAT, PROMPT):
         q, k, v = scene.tensors("cuda", torch.bfloat16)
@@ -105,7 +105,7 @@ def on_gpu() -> bool:
 
 
 def disk_warm_ms(call: Any) -> float:
-    """First call after the process forgot its kernels: read, check, load, launch."""
+    """Time the first call after unloading all kernels: read, check, load, launch."""
     from jitattn.jit import build
     from jitattn.run import forward
 
@@ -123,7 +123,7 @@ def wall_ms(call: Any) -> float:
 
 
 def host_us(call: Any) -> float:
-    """Time on the host of a warm call, the GPU's work aside."""
+    """Time a warm call on the host, without the GPU's work."""
     times = []
     for _ in range(50):
         torch.cuda.synchronize()
@@ -134,7 +134,7 @@ def host_us(call: Any) -> float:
 
 
 def kernel_us(call: Any) -> float:
-    """Time on the GPU: a CUDA graph of ten calls, median of seven replays."""
+    """Time a call on the GPU: a CUDA graph of ten calls, median of seven replays."""
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -153,7 +153,7 @@ def kernel_us(call: Any) -> float:
 
 
 def best_sdpa_us(scene: Scene, q: Any, k: Any, v: Any) -> float:
-    """Kernel time of the faster of SDPA's flash and cuDNN backends; nan if neither takes it.
+    """Time the faster of SDPA's flash and cuDNN backends; nan if neither supports the call.
 
     Their causal mask is aligned to the top left, so a short query is timed without a mask.
     """
@@ -175,14 +175,14 @@ def best_sdpa_us(scene: Scene, q: Any, k: Any, v: Any) -> float:
         try:
             with sdpa_kernel(backend):
                 time_us = kernel_us(call)
-        except RuntimeError:  # this backend takes no such inputs on this GPU
+        except RuntimeError:  # this backend does not support these inputs on this GPU
             continue
         best = time_us if best != best else min(best, time_us)
     return best
 
 
 def without_gpu() -> bool:
-    """Compile, show that nothing compiles twice, and run the CPU path; whether all is right."""
+    """Compile, show that nothing compiles twice, run the CPU path; return whether it worked."""
     say("No GPU here: compiling the same kernels for " + ", ".join(ARCHS))
     specs = specs_of([CHOICE], ARCHS)
     start = time.perf_counter()
@@ -223,7 +223,7 @@ def show_cache() -> None:
 
 
 def second_process() -> dict[str, int]:
-    """Ask for the same kernels in a fresh process, and return its counters."""
+    """Build the same kernels in a new process, and return its counters."""
     code = (
         "import json, sys; sys.path[:0] = json.loads(sys.argv[1])\n"
         "import demo\n"

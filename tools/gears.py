@@ -1,12 +1,12 @@
-"""Errors and times of the gears: ``python tools/gears.py [--plot gears.png] [--estimate]``.
+"""Reports errors and times of the gears: ``python tools/gears.py [--plot FILE] [--estimate]``.
 
 Relative L2 error against fp64 of the same inputs, head_dim 128, 4096 keys, fp32 results: of
 Gaussian data, of data with a few channels of K and Q twenty times as large, and of K with a mean in
-every channel. Times are of 16k queries and keys, full, beside gear 2's, and for fp32 inputs beside
-SDPA's. A gear's promise is for Gaussian data.
+every channel. Times are of 16k queries and keys, full, against gear 2, and for fp32 inputs against
+SDPA. The guarantees of the gears are for Gaussian data.
 
-``--estimate`` needs no GPU: what the products of an inner step cost the tensor cores of a GeForce
-card in each gear, and so how much faster than gear 2 it can be at most.
+``--estimate`` needs no GPU: it counts the tensor-core cycles of an inner step on a GeForce card for
+each gear, and so the largest possible speed-up over gear 2.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 _DIM, _KEYS, _QUERIES, _HEADS = 128, 4096, 256, 4
 _LENGTH, _TIMED_HEADS = 16384, 16
 _DATA: Final = ("gaussian", "outlier channels", "biased K")
-#: Cycles of a multiprocessor's quarter for a product of 16 x 8 x 16 in 16 bits, by accumulator, and
-#: of 16 x 8 x 32 in 8 bits: GeForce cards give half the rate with fp32 accumulators. Rates: NVIDIA,
-#: GA102 and AD102 white papers.
+#: Cycles per quarter of a multiprocessor of a 16 x 8 x 16 MMA in 16 bits, by accumulator, and of a
+#: 16 x 8 x 32 MMA in 8 bits: GeForce cards have half the rate with fp32 accumulators. Source:
+#: NVIDIA, GA102 and AD102 white papers.
 _CYCLES: Final = {
     "sm_86": {"f32": 32, "f16": 16, "s8": 16},
     "sm_89": {"f32": 32, "f16": 16, "s8": 16},
@@ -41,7 +41,7 @@ _CYCLES: Final = {
 
 
 def data(kind: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """q, k and v of one kind, on the GPU."""
+    """Make q, k and v of one data distribution, on the GPU."""
     generator = torch.Generator(device="cuda").manual_seed(7)
 
     def normal(length: int) -> torch.Tensor:
@@ -50,7 +50,7 @@ def data(kind: str, dtype: torch.dtype) -> list[torch.Tensor]:
 
     q, k, v = normal(_QUERIES), normal(_KEYS), normal(_KEYS)
     if kind == "outlier channels":
-        # The scores keep their spread: what is large in K is small in Q.
+        # Channels that are large in K are small in Q, so that scores keep their spread.
         k[..., ::32] *= 20.0
         q[..., ::32] /= 20.0
     if kind == "biased K":
@@ -59,7 +59,7 @@ def data(kind: str, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def errors() -> dict[tuple[torch.dtype, int, str], float]:
-    """Relative L2 errors by dtype, gear and data."""
+    """Measure relative L2 errors by dtype, gear and data."""
     found = {}
     for dtype in DTYPES:
         for kind in _DATA:
@@ -73,7 +73,7 @@ def errors() -> dict[tuple[torch.dtype, int, str], float]:
 
 
 def times(rounds: int) -> dict[tuple[torch.dtype, str], float]:
-    """Microseconds by dtype and provider: gears, and SDPA for fp32 inputs."""
+    """Measure microseconds by dtype and provider: gears, and SDPA for fp32 inputs."""
     found = {}
     for dtype in DTYPES:
         shape = (1, _LENGTH, _TIMED_HEADS, _DIM)
@@ -92,13 +92,13 @@ def _call(function: Callable[..., Any], *args: Any, **named: Any) -> Callable[[i
 
 
 def numerics(gear: int, dtype: torch.dtype) -> str:
-    """The numerics class of the calls that are timed."""
+    """Return the numerics class of the timed calls."""
     qkv = (torch.empty(1, _LENGTH, 1, _DIM, device="cuda", dtype=dtype) for _ in range(3))
     return str(jitattn.explain(*qkv, gear=gear).kernel["numerics"])
 
 
 def report(plot: Path | None, rounds: int) -> int:
-    """Print the table; 1 if a promise is broken."""
+    """Print the table; return 1 if an error exceeds a guarantee."""
     error, time = errors(), times(rounds)
     rows, is_broken = [], False
     for dtype in DTYPES:
@@ -150,11 +150,11 @@ def draw(
 
 
 def estimate() -> None:
-    """Count the tensor-core cycles of a step of 64 keys, from what the kernels are made of."""
+    """Count the tensor-core cycles of a step of 64 keys, from the MMAs of the kernels."""
     rows: list[tuple[object, ...]] = []
     for arch, cycles in _CYCLES.items():
         for dim in (64, 128):
-            # Products of 16 rows and 64 keys: of QK^T, and of PV.
+            # MMAs of 16 rows and 64 keys: of QK^T, and of PV.
             scores, output = 64 // 8 * (dim // 16), dim // 8 * (64 // 16)
             gear2 = (scores + output) * cycles["f32"]
             counts = {
@@ -173,7 +173,7 @@ def estimate() -> None:
 
 
 def main() -> int:
-    """Run it."""
+    """Report or estimate, as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plot", type=Path, help="a PNG: error against speed")
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,10 +1,10 @@
-"""Run the GPU suite and a short benchmark on this machine, and record what was seen.
+"""Runs the GPU tests and a short benchmark on this machine, and records the results.
 
 ``python tools/gpu_check.py`` writes tests/data/gpu_record.json: GPU, driver, versions, date,
 counts, timings, and a digest over the contents of jitattn/, tests/gpu, tests/support and cuda_src/
-less its notes. ``--sanitize`` adds memcheck and racecheck, in parts; ``--parts`` runs some only and
-keeps the others if the digest is still the same. ``--status`` needs no GPU: it exits 0 when the
-record is of these very files, else it prints what changed and exits 1.
+less its notes. ``--sanitize`` adds memcheck and racecheck, in parts; ``--parts`` runs some parts
+and keeps the others if the digest is unchanged. ``--status`` needs no GPU: it exits 0 if the record
+matches these files, else it prints the changes and exits 1.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ RECORD: Final = Path("tests") / "data" / "gpu_record.json"
 
 COVERED: Final = ("cuda_src", "jitattn", "tests/gpu", "tests/support")
 LEFT_OUT: Final = ("cuda_src/notes",)
-#: Tools of compute-sanitizer with pytest -k expressions, each a part of its own: the EDGE grid, the
-#: tests whose indices lead anywhere, and gradients and quantisation, whose kernels hand over
-#: through shared memory.
-#: (They run without torch's allocator, and without that nothing is allocated in a capture.)
+#: Parts: tools of compute-sanitizer with pytest -k expressions. The EDGE grid, the tests with
+#: indirect addressing, and gradients and quantization, whose kernels exchange data through shared
+#: memory. (They run without torch's allocator, so that nothing can be allocated in a capture.)
 SANITIZERS: Final = {
     "memcheck-edge-fp16": ("memcheck", "(EDGE and fp16) or merge"),
     "memcheck-edge-bf16": ("memcheck", "EDGE and bf16"),
@@ -71,7 +70,7 @@ SANITIZERS: Final = {
 }
 PARTS: Final = ("tests", "bench", *SANITIZERS)
 
-#: Every allocation is the driver's own, so that memcheck sees the end of each tensor.
+#: One driver allocation per tensor, so that memcheck knows the end of each.
 SANITIZER_ENVIRONMENT: Final = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 SANITIZER_FOUND: Final = 99
 
@@ -93,7 +92,7 @@ print(json.dumps(facts))
 
 
 def covered_files(root: Path) -> Iterator[Path]:
-    """Yield the files that the record vouches for, relative to `root`, sorted by path."""
+    """Yield the files that the record covers, relative to `root`, sorted by path."""
     found = []
     for folder in COVERED:
         for path in (root / folder).rglob("*"):
@@ -106,7 +105,7 @@ def covered_files(root: Path) -> Iterator[Path]:
 
 
 def file_hashes(root: Path) -> dict[str, str]:
-    """Return the sha256 of every covered file. Line ends count as written in the repository."""
+    """Return the sha256 of every covered file, with the line ends of the repository."""
     return {
         path.as_posix(): hashlib.sha256(
             (root / path).read_bytes().replace(b"\r\n", b"\n")
@@ -135,7 +134,7 @@ def changes(recorded: dict[str, str], current: dict[str, str]) -> list[str]:
 
 
 def load_record(path: Path) -> dict[str, Any] | None:
-    """Return the record, or None if there is none that can be read."""
+    """Return the record, or None if there is no readable one."""
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -144,7 +143,7 @@ def load_record(path: Path) -> dict[str, Any] | None:
 
 
 def status(root: Path) -> int:
-    """Say whether the record is of these very files; 0 if so."""
+    """Report whether the record matches these files; return 0 if so."""
     record = load_record(root / RECORD)
     if record is None:
         print(f"no GPU record in {RECORD.as_posix()}: run tools/gpu_check.py on a GPU machine")
@@ -166,9 +165,9 @@ def run_tests(root: Path, extra: Sequence[str], workers: int, out: Path | None) 
     command = [sys.executable, "-m", "pytest", "tests/gpu", *extra]
     environment = dict(os.environ)
     if workers > 1:
-        # pytest-benchmark, where it happens to be installed, warns of xdist: an error here.
+        # pytest-benchmark, if installed, warns about xdist, which is an error here.
         command += ["-n", str(workers), "--dist", "worksteal", "-p", "no:benchmark"]
-        # References run on the processors: threads of all workers together are not to exceed them.
+        # References run on the CPU: the threads of all workers together must not exceed its cores.
         threads = max(1, (os.cpu_count() or 1) // workers)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     with tempfile.TemporaryDirectory(prefix="jitattn-gpu-check-") as folder:
@@ -186,7 +185,7 @@ def run_tests(root: Path, extra: Sequence[str], workers: int, out: Path | None) 
 
 
 def read_report(report: Path) -> dict[str, Any]:
-    """Return counts, seconds and skip reasons of a junit report."""
+    """Read counts, seconds and skip reasons of a junit report."""
     suites = list(ET.parse(report).getroot().iter("testsuite"))
 
     def total(name: str) -> int:
@@ -207,7 +206,7 @@ def read_report(report: Path) -> dict[str, Any]:
 
 
 def run_bench(root: Path) -> list[dict[str, str]]:
-    """Run the short benchmark, and return its rows without what the record says once."""
+    """Run the short benchmark; return its rows without the facts that the record has already."""
     with tempfile.TemporaryDirectory(prefix="jitattn-gpu-check-") as folder:
         table = Path(folder) / "bench.csv"
         command = [sys.executable, str(root / "tools" / "bench.py"), "--quick", "--csv", str(table)]
@@ -252,13 +251,13 @@ def run_sanitizer(
 
 
 def error_count(text: str) -> int | None:
-    """Return how many errors a sanitizer counted, or None if it came to no summary."""
+    """Return the number of errors of a sanitizer, or None if its summary is missing."""
     found = re.findall(r"(?:ERROR SUMMARY: |hazards displayed \()(\d+) error", text)
     return sum(map(int, found)) if found else None
 
 
 def pytest_summary(text: str) -> str:
-    """Return pytest's own last line, '3 passed in 1.20s'; memcheck's summary is none of it."""
+    """Return pytest's last line, '3 passed in 1.20s', without memcheck's summary."""
     lines = re.findall(r"^=*\s*(\d+ [a-z]+.* in [\d.]+s.*?)\s*=*$", text, flags=re.MULTILINE)
     return str(lines[-1]) if lines else "none ran"
 
@@ -276,7 +275,7 @@ def visible_devices() -> list[str]:
 
 
 def machine_facts(root: Path) -> dict[str, Any]:
-    """Return the GPU, driver and versions; a fact that cannot be had says so."""
+    """Return GPU, driver and versions; the text of an unknown fact says so."""
     facts: dict[str, Any] = {"gpu": "none found", "driver": "none found"}
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
@@ -330,8 +329,8 @@ def check(root: Path, parts: Sequence[str], arguments: argparse.Namespace) -> in
             log = (arguments.out or Path(folder)) / f"{part}.log"
             return part, run_sanitizer(root, *SANITIZERS[part], log, device_of(part))
 
-    # Sanitizers wait for the CPU's reference most of the time: all at once. The tests have compiled
-    # what they need, and want the processors for themselves.
+    # Sanitizer runs mostly wait for references on the CPU, so they run in parallel; not beside the
+    # tests, which need all cores and have compiled the kernels by now.
     groups = (("tests",), tuple(SANITIZERS))
     for at_once in ((*groups[0], *groups[1]),) if arguments.at_once else groups:
         asked = [part for part in at_once if part in parts]
@@ -350,7 +349,7 @@ def check(root: Path, parts: Sequence[str], arguments: argparse.Namespace) -> in
 
 
 def write_record(record: dict[str, Any], root: Path, out: Path | None) -> None:
-    """Write what is known so far, as a part that is cut off loses no other."""
+    """Write the results so far, so that an interrupted part loses no other."""
     for path in [root / RECORD, *([out / RECORD.name] if out else [])]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
@@ -361,7 +360,7 @@ def _same_run(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 
 def failures(record: dict[str, Any], parts: Sequence[str]) -> list[str]:
-    """Return one line for each part that ran and went wrong."""
+    """Return one line for each part that ran and failed."""
     lines = []
     if record["gpu"] == "none found":
         lines.append("no GPU was found: nvidia-smi does not answer")
@@ -380,7 +379,7 @@ def failures(record: dict[str, Any], parts: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the check, or say whether its record is current."""
+    """Run the check, or report whether its record is current."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--status", action="store_true", help="is the record of these files?")
     parser.add_argument("--sanitize", action="store_true", help="also all that sanitizers are for")

@@ -1,9 +1,10 @@
-"""Public names of published packages, beside those of our front doors. Runs none of their code.
+"""Compares public names of published packages with `jitattn.compat`. Runs none of their code.
 
 ``python tools/public_names.py flash_attn-2.8.3.tar.gz …`` reads wheels and source archives, as
-``pip download --no-deps`` leaves them, and prints which of their names a door lacks and no reason
-in tests/data/names_out_of_scope.toml excuses; 1 if there is any. ``--write`` puts the names into
-tests/data/published_names.toml, which tests/cpu/test_public_names.py checks without the archives.
+``pip download --no-deps`` leaves them, and prints names that the door lacks, except those with a
+reason in tests/data/names_out_of_scope.toml; exits 1 if there are any. ``--write`` puts the names
+into tests/data/published_names.toml, which tests/cpu/test_public_names.py checks without
+the archives.
 
 A name is public if a module of the package defines it, or its ``__init__`` imports it from the
 package, and it does not begin with an underscore.
@@ -97,7 +98,7 @@ def names_of(tree: ast.Module, package: str, *, is_package: bool) -> list[str]:
                 found.setdefault(target.id, target.id)
                 if isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name):
                     given = forward.get(value.value.id) if value.attr == "apply" else None
-                    if given is not None:  # it takes no keywords
+                    if given is not None:  # apply takes no keywords
                         found[target.id] = f"{target.id}({', '.join([*given, '/'])})"
         elif isinstance(node, ast.ImportFrom) and is_package and is_own(node, package):
             for alias in node.names:
@@ -106,12 +107,12 @@ def names_of(tree: ast.Module, package: str, *, is_package: bool) -> list[str]:
 
 
 def is_own(node: ast.ImportFrom, package: str) -> bool:
-    """Whether an import is from the package."""
+    """Return whether an import is from the package."""
     return node.level > 0 or (node.module or "").partition(".")[0] == package
 
 
 def flat(nodes: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """Yield the statements of a module, those under if, try and with as well."""
+    """Yield the statements of a module, including those under if, try and with."""
     for node in nodes:
         yield node
         if isinstance(node, ast.If | ast.Try | ast.With):
@@ -122,18 +123,18 @@ def flat(nodes: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def is_autograd_function(node: ast.ClassDef) -> bool:
-    """Whether a class is a `torch.autograd.Function`."""
+    """Return whether a class is a `torch.autograd.Function`."""
     return any(ast.unparse(base).rpartition(".")[2] == "Function" for base in node.bases)
 
 
 def parameters(node: ast.FunctionDef) -> list[str]:
-    """Return the names of a function's parameters, but for those that take any number."""
+    """Return the names of a function's parameters, except *args and **kwargs."""
     own = node.args
     return [argument.arg for argument in (*own.posonlyargs, *own.args, *own.kwonlyargs)]
 
 
 def package_of(archive: Path) -> tuple[str, str]:
-    """Return package and version, from the name of an archive."""
+    """Return package and version from the name of an archive."""
     package, version, *_ = archive.name.removesuffix(".tar.gz").split("-")
     if package not in DOORS:
         raise SystemExit(f"{archive.name}: {package} is none of {', '.join(DOORS)}")
@@ -155,12 +156,12 @@ def published() -> dict[str, dict[str, dict[str, list[str]]]]:
 
 
 def reasons() -> dict[str, dict[str, str]]:
-    """Read what is out of scope: package → module or module.name → why."""
+    """Read the names out of scope: package → module or module.name → reason."""
     return tomllib.loads(OUT_OF_SCOPE.read_text())
 
 
 def reason_for(package: str, module: str, name: str) -> str | None:
-    """Return why a name is out of scope, if it is: by its own name, its module, or one above."""
+    """Return the reason why a name, its module or a parent module is out of scope, if any."""
     own = reasons().get(package, {})
     place = f"{module}.{name}".lstrip(".")
     while place:
@@ -171,12 +172,12 @@ def reason_for(package: str, module: str, name: str) -> str | None:
 
 
 def bare(text: str) -> str:
-    """'f(a, b)' → 'f', 'F.apply' → 'F'."""
+    """Strip parameters and attributes: 'f(a, b)' → 'f', 'F.apply' → 'F'."""
     return text.partition("(")[0].partition(".")[0]
 
 
 def lacking(package: str, modules: dict[str, list[str]]) -> list[str]:
-    """Return the names in scope that our door does not have."""
+    """Return the names in scope that the door lacks."""
     import importlib
 
     missing = []
@@ -209,7 +210,7 @@ def render(table: dict[str, tuple[str, str, dict[str, list[str]]]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare archives with our doors; 1 if a name is missing."""
+    """Compare archives with the doors; return 1 if a name is missing."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("archives", nargs="+", type=Path)
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")

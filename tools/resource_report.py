@@ -1,7 +1,7 @@
-"""Registers, spills, shared memory, cubin size and compile time of the tile tables. No GPU needed.
+"""Reports registers, spills, shared memory, size and compile time of all tiles. Needs no GPU.
 
-``--check`` fails on a kernel that spills and is not in tests/data/resource_budget.json with its
-reason and figure, and on one that does not compile.
+``--check`` fails if a kernel does not compile, or spills without an entry with reason and figure in
+tests/data/resource_budget.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def report(figures: Sequence[cm.Figures]) -> None:
-    """Print one table an architecture."""
+    """Print one table per architecture."""
     for arch in dict.fromkeys(row.spec["arch"] for row in figures):
         rows = [row for row in figures if row.spec["arch"] == arch]
         print_table(
@@ -42,7 +42,7 @@ def report(figures: Sequence[cm.Figures]) -> None:
 
 
 def unused(figures: Sequence[cm.Figures], budget: Sequence[cm.Allowance]) -> list[cm.Allowance]:
-    """Return allowances that no kernel of the report needs any more."""
+    """Return allowances that no kernel of the report needs."""
     spilling = [row.spec for row in figures if row.spill_bytes]
     return [entry for entry in budget if not any(map(entry.covers, spilling))]
 

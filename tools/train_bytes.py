@@ -1,8 +1,8 @@
-"""Train a small GPT on bytes: ``python tools/train_bytes.py [--length 1024,8192] [--plot FILE]``.
+"""Trains a small GPT on bytes: ``python tools/train_bytes.py [--length 1024,8192] [--plot FILE]``.
 
 Every variant of attention starts from the same weights and sees the same bytes: torch's SDPA,
-jitattn's causal attention, which must lie on SDPA's curve, cosine attention, a window with the
-first tokens kept, and a local + stride pattern. The text is the sources of Python's own library, or
+jitattn's causal attention, whose losses must match SDPA's, cosine attention, a window with sinks,
+and a local + stride pattern. The text is the sources of Python's own library, or
 ``--data FILE``. On a GPU in bf16, 300 steps; on the CPU smaller, in fp32. Prints losses and tokens
 a second, and draws the curves with ``--plot``.
 """
@@ -30,15 +30,15 @@ import jitattn
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-#: Bytes of text that are enough for any run here.
+#: Bytes of text that suffice for any run.
 _MOST_BYTES: Final = 32 * 2**20
-#: The last losses of a run are noisy: their mean over so many steps is compared.
+#: Steps over which the last, noisy losses are averaged before the comparison.
 _TAIL: Final = 20
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large the model and its batches are."""
+    """Size of the model and its batches."""
 
     layers: int
     heads: int
@@ -50,7 +50,7 @@ class Size:
 
     @property
     def width(self) -> int:
-        """Columns of the residual stream."""
+        """Width of the residual stream."""
         return self.heads * self.head_dim
 
 
@@ -60,7 +60,7 @@ ON_CPU: Final = Size(2, 2, 32, 2**10, 60, (256,), torch.float32)
 
 @dataclass
 class Run:
-    """What came of one variant."""
+    """Result of one variant."""
 
     name: str
     losses: list[float] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Run:
 
 
 def variants(length: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Attention by name, over [B, L, H, D]."""
+    """Return attention functions over [B, L, H, D], by name."""
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -99,7 +99,7 @@ def variants(length: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward net, each after a norm and added to its input."""
+    """Pre-norm transformer block: attention and a feed-forward net."""
 
     def __init__(self, size: Size, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [B, L, width]."""
+        """Map x [B, L, width] to the same shape."""
         q, k, v = self.qkv(self.norms[0](x)).unflatten(2, (3, self.heads, -1)).unbind(2)
         x = x + self.out(self.attend(q, k, v).flatten(2))
         result: Tensor = x + self.down(functional.gelu(self.up(self.norms[1](x))))
@@ -132,7 +132,7 @@ class ByteModel(nn.Module):
         self.norm, self.head = nn.LayerNorm(size.width), nn.Linear(size.width, 256)
 
     def forward(self, text: Tensor) -> Tensor:
-        """text: [B, L + 1] bytes; the mean loss of predicting each from those before it."""
+        """Return the mean next-byte loss of text, [B, L + 1] bytes."""
         given, wanted = text[:, :-1], text[:, 1:]
         places = torch.arange(given.shape[1], device=text.device)
         x = self.blocks(self.tokens(given) + self.places(places))
@@ -141,7 +141,7 @@ class ByteModel(nn.Module):
 
 
 def read_text(path: Path | None) -> Tensor:
-    """The text as one row of bytes."""
+    """Read the text as one row of bytes."""
     if path is not None:
         found = path.read_bytes()[:_MOST_BYTES]
     else:
@@ -152,7 +152,7 @@ def read_text(path: Path | None) -> Tensor:
 
 
 def batches(text: Tensor, size: Size, length: int) -> Iterator[Tensor]:
-    """The same for every variant: random places, [B, length + 1] each."""
+    """Yield random batches [B, length + 1], the same for every variant."""
     generator = torch.Generator().manual_seed(1)
     count = max(1, size.tokens // length)
     if len(text) < length + 2:
@@ -177,7 +177,7 @@ def train(
     run, losses = Run(name), []
     started, timed = 0.0, 0
     for step, batch in enumerate(progress(batches(text, size, length), size.steps, name)):
-        if step == min(10, size.steps // 2):  # compiled, and warm
+        if step == min(10, size.steps // 2):  # after compiling and warm-up
             synchronize(device)
             started, timed = time.perf_counter(), size.steps - step
         for group in optimizer.param_groups:
@@ -203,7 +203,7 @@ def synchronize(device: str) -> None:
 
 
 def progress(items: Iterator[Tensor], total: int, name: str) -> Iterator[Tensor]:
-    """Show a bar where a person looks and rich is installed."""
+    """Show a progress bar on a terminal, if rich is installed."""
     try:
         from rich.progress import track
     except ImportError:
@@ -212,7 +212,7 @@ def progress(items: Iterator[Tensor], total: int, name: str) -> Iterator[Tensor]
 
 
 def plot(runs: dict[int, list[Run]], path: Path) -> None:
-    """Draw the curves, one panel for each length."""
+    """Plot the loss curves, one panel per length."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * len(runs), 5), layout="tight")
@@ -230,7 +230,7 @@ def plot(runs: dict[int, list[Run]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train all variants; 1 if ours does not lie on SDPA's curve, or one does not learn."""
+    """Train all variants; return 1 if losses do not match SDPA's, or do not decrease."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, help="a file to train on")
     parser.add_argument("--length", default=None, help="tokens of a sequence: 1024,8192")
@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(runs: list[Run], length: int, device: str) -> bool:
-    """Print a table, and say whether something is wrong."""
+    """Print a table and return whether a variant failed."""
     by_name = {run.name: run for run in runs}
     rows = []
     failed = False

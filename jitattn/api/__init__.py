@@ -1,1 +1,1 @@
-"""What users call: attention, with a kv cache, merge, rotary embedding, warmup, explain."""
+"""Public functions: attention, KV cache, merge, rotary embedding, warmup, explain."""

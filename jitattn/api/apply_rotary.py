@@ -1,4 +1,4 @@
-"""`apply_rotary`: rotary position embedding of queries or keys. Its docstring is the contract."""
+"""`apply_rotary`: rotary position embedding of queries or keys; see its docstring."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def apply_rotary(
     layout: str = "bshd",
     inplace: bool = False,
 ) -> Tensor:
-    """Turn vectors by their positions (rotary embedding), in fp32, rounded once.
+    """Apply rotary position embedding in fp32, rounded once.
 
-    Su et al., "RoFormer", arXiv:2104.09864. On a GPU that is one kernel, and one more for the
-    gradient; nothing waits for the device. (`attention_with_kvcache` turns what it appends.)
+    Su et al., "RoFormer", arXiv:2104.09864. On a GPU this launches one kernel, and one more for
+    the gradient, without synchronization. (`attention_with_kvcache` can rotate what it appends.)
 
     Parameters
     ----------
     x : Tensor, [B, L, H, D], or [total, H, D] with `cu_seqlens`
-        fp16, bf16 or fp32, any strides. Of fp64, and of tables that require grad, the result is
-        computed by PyTorch's operations on a GPU, too; fp64 in fp64.
+        fp16, bf16 or fp32, any strides. For fp64, and for tables that require grad, PyTorch
+        operations compute the result on a GPU too; fp64 in fp64.
     rotary : Rotary
         The tables, of any floating dtype. Columns of x from rotary_dim on stay as they are.
     offset : int or Tensor [B], int32 or int64
@@ -57,20 +57,20 @@ def apply_rotary(
     layout : "bshd" or "bhsd"
         With "bhsd", x is [B, H, L, D].
     inplace : bool
-        Write the result to x. What is returned has the same memory, and the gradient; x may be a
-        leaf that requires grad. An operation before that needs x for its own gradient raises in its
-        backward pass, as after any write.
+        Write the result to x. The returned tensor shares its memory and has the gradient; x may be
+        a leaf that requires grad. An earlier operation that saved x for backward raises there, as
+        after any write.
 
     Returns
     -------
     Tensor, as x
-        Rows of no sequence, and rows at positions that the tables do not have, are as they were.
+        Rows of no sequence, and rows at positions beyond the tables, are unchanged.
 
     Raises
     ------
     InvalidInputError
-        An argument breaks a rule, or the tables are too short where that can be seen without
-        asking the device. Nothing was written.
+        An argument breaks a rule, or the tables are too short (if that is known without device
+        synchronization). Nothing was written.
     UnsupportedError, CompileError, LaunchError, CacheMissError
         As `attention`.
 
@@ -108,16 +108,16 @@ def rotate(
     *,
     inplace: bool,
 ) -> Tensor:
-    """Turn parts of a tensor, as q and k of a packed qkv, and return the whole.
+    """Rotate parts of a tensor, such as q and k of a packed qkv, and return the whole.
 
     Parameters
     ----------
     tables : sequence of Rotary
-        Those that `parts` number, of one dtype, all interleaved or none.
+        Tables that `parts` refer to by index, of one dtype, all interleaved or none.
     parts, kept
-        All of x between them, and no element twice (`rotary_cuda.Rotation`).
+        Together they cover x, each element once (`rotary_cuda.Rotation`).
     x, offset, cu_seqlens, inplace
-        As `apply_rotary` has them.
+        As in `apply_rotary`.
     """
     positions = _check(x, tables, offset, cu_seqlens)
     if inplace:
@@ -135,7 +135,7 @@ def rotate(
 
 
 def rotary_specs(dtype: torch.dtype, rotary: Rotary, arch: str) -> list[RotarySpec]:
-    """Return the kernels that `apply_rotary` can need, forward and backward."""
+    """Return the specs that `apply_rotary` may need, forward and backward."""
     table_dtype = rotary.cos.dtype if rotary.cos.dtype in DTYPES else torch.float32
     return [
         rotary_spec(dtype, table_dtype, rotary.interleaved, access, arch)
@@ -193,7 +193,7 @@ def _positions(offset: Tensor | int, cu_seqlens: Tensor | None, batch: int) -> P
 
 
 def _check_tables(x: Tensor, rotary: Rotary, last: int | None) -> None:
-    """Check tables; `last`: the position of the last row, or the least that it can be."""
+    """Check tables; `last` is the position of the last row, or a lower bound of it."""
     if not isinstance(rotary, Rotary):
         raise InvalidInputError(
             f"rotary is a {type(rotary).__name__}: it must be Rotary(cos, sin, interleaved=...)"
@@ -228,12 +228,12 @@ def _check_writable(x: Tensor) -> None:
 
 
 def _is_fake(x: Tensor) -> bool:
-    """Whether a tensor has a shape and a device, but no memory."""
+    """Return whether a tensor has a shape and a device, but no memory."""
     return type(x) is not Tensor and is_fake(x)
 
 
 def _has_kernel(x: Tensor, tables: Sequence[Tensor]) -> bool:
-    """Whether a kernel computes result and gradients of a tensor on a GPU."""
+    """Return whether a kernel computes result and gradients of a tensor on a GPU."""
     wants = torch.is_grad_enabled() and any(table.requires_grad for table in tables)
     return x.dtype in DTYPES and not wants
 
@@ -245,7 +245,7 @@ def _composed(
     parts: tuple[Part, ...],
     turn: Callable[[Tensor, Rotary, Positions], Tensor] = apply_rotary_cpu,
 ) -> Tensor:
-    """Turn part by part, out of place."""
+    """Rotate part by part, out of place, in PyTorch operations."""
     if parts is WHOLE:
         return turn(x, tables[0], positions)
     result = x.clone()
@@ -257,20 +257,20 @@ def _composed(
 
 
 class _Held(Function):
-    """Writes a result to the memory of x, and stands for the result."""
+    """In-place result: writes it to x and passes its gradient on."""
 
     @staticmethod
     def forward(result: Tensor, x: Tensor) -> Tensor:
-        """Write; autograd takes what is returned for a view of x."""
+        """Write the result to x; autograd treats the return value as a view of x."""
         return x.copy_(result)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ANN401 - autograd's
-        """Keep nothing."""
+        """Save nothing for backward."""
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Any:  # noqa: ANN401 - autograd's
-        """Pass the gradient to the result, which has it of x."""
+        """Pass the gradient to the result, which depends on x."""
         return d_out, None
 
 
@@ -289,7 +289,7 @@ def _traced(
     *,
     inplace: bool,
 ) -> Tensor:
-    """Turn under `torch.compile`, or fake tensors: by operators; copied to x for autograd."""
+    """Rotate by custom operators, for `torch.compile` and fake tensors."""
     has_kernel = x.is_cuda and _has_kernel(x, [rotary.cos for rotary in tables])
     if has_kernel and inplace and not is_followed(x):
         for place, number in parts:

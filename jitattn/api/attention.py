@@ -1,4 +1,4 @@
-"""`attention`: the one core function. Its docstring is the contract."""
+"""`attention`, the core function; see its docstring."""
 
 from __future__ import annotations
 
@@ -68,76 +68,76 @@ def attention(
     q : Tensor, [B, Lq, Hq, D]
         fp16, bf16, fp32, on the CPU also fp64; D from 1 to 256. Any strides with the last equal to
         1, any alignment (16-byte aligned rows are fastest). Arrays with ``__dlpack__`` (CuPy, JAX,
-        numpy) are taken too, and the result comes back as the same kind.
+        numpy) are accepted too, and the result is of the same kind.
     k : Tensor, [B, Lkv, Hkv, D]
         Same dtype and device. Hq % Hkv == 0; query head h reads kv head h // (Hq // Hkv).
     v : Tensor, [B, Lkv, Hkv, Dv]
         Dv from 1 to 256, equal to D or not.
     mask : Mask, default Full()
-        Full, Causal, Window, LocalStride, BlockSparse, PerHead, KeyPadding, Dense, or several with
-        &: who sees whom. Causal is aligned to the bottom right unless it says otherwise. Blocks of
-        keys that positions hide from a tile of queries (all but KeyPadding and Dense) are not
-        visited.
+        Full, Causal, Window, LocalStride, BlockSparse, PerHead, KeyPadding, Dense, or several
+        combined with &. Causal is aligned to the bottom right by default. Key blocks that a
+        positional rule (all but KeyPadding and Dense) hides from a tile of queries are skipped.
     scale : float, default 1 / sqrt(D), and 8 with `qk_norm`
-        Any finite number; negative and 0 too. Scores beyond 1e9 have no fractions in fp32, and may
-        give NaN on a GPU.
+        Any finite number, also negative or 0. Scores beyond 1e9 have no fractional bits in fp32,
+        and may give NaN on a GPU.
     layout : "bshd" or "bhsd"
         With "bhsd", q is [B, Hq, Lq, D] and k, v and out likewise.
     gear : int from 0 to 4, default 2 for 16-bit inputs and 0 for fp32
-        Precision against speed. 16-bit inputs: 0 and 1 split P (fp32-accurate), 2 is
-        FlashAttention-2's numerics, 3 sums P V of fp16 in fp16 on the cards that are faster then
-        (GeForce of sm_86 and sm_89); fp32 inputs: 0 to 2 are fp32-accurate, 3 takes one product
-        where these take three (`run/split_fp32.py` says of what). 4 brings q and k to 8 bits,
-        and sums in fp16, for more than 64 query rows of a kv head and masks of positions, of keys
-        in pages at every call (`run/quantize.py` says which calls, and what memory that takes; a
-        NaN in k reaches all rows of its head then); other calls are as with 3. Gradients have the
-        numerics of gear 2. See `set_default_gear`.
+        Trades precision for speed. 16-bit inputs: 0 and 1 split P (fp32-accurate); 2 has
+        FlashAttention-2's numerics; 3 accumulates P V of fp16 inputs in fp16 on GPUs where that is
+        faster (GeForce of sm_86 and sm_89). fp32 inputs: 0 to 2 are fp32-accurate with three MMAs
+        per product, 3 uses one. 4: INT8 Q Kᵀ with fp16 accumulation of P V if a KV head has more
+        than 64 query rows and the mask is positional; paged KV: INT8 Q Kᵀ only, quantized at every
+        call; otherwise as 3. (`plan/prepare.py` lists the exact conditions, and the memory that it
+        takes; a NaN in k then reaches all rows of its head.) Gradients have the numerics of gear 2.
+        See `set_default_gear`.
     out : Tensor, [B, Lq, Hq, Dv], optional
-        Where to write the result; it may not overlap the inputs.
+        Tensor for the result; it may not overlap the inputs.
     out_dtype : torch.dtype, default the dtype of q
         torch.float32 returns the accumulators unrounded.
     num_splits : int, 1 to 256, optional
-        Parts into which the keys are cut, to be merged in a fixed order. Chosen if left out. With a
-        fixed number, the same inputs in a bigger batch give the same bits.
+        Number of splits of the keys (split-KV), merged in a fixed order. Chosen if left out. With
+        a fixed number, the same inputs in a larger batch give the same bits.
     return_lse : bool
         Return the log-sum-exp as well.
     q_seqs : Ragged or Padded, optional
-        Where the sequences of q lie. With `Ragged`, q is [total, Hq, D], and out likewise; with
+        Layout of the sequences of q. With `Ragged`, q is [total, Hq, D], and out likewise; with
         `Padded`, q is batched and only some of its rows are real. Rows that belong to no sequence
-        are 0 in a new out, and keep what they held in a given one.
+        are 0 in a new out, and unchanged in a given one.
     kv_seqs : Ragged, Padded or Paged, optional
-        Where those of k and v lie, independently of q. With `Ragged`, k is [total, Hkv, D]; with
-        `Paged`, [num_pages, page_size, Hkv, D]. `layout` is for batched tensors only. Positions
-        count from the first real token, and the diagonal of `Causal` is that of each sequence.
+        Layout of the sequences of k and v, independent of q. With `Ragged`, k is
+        [total, Hkv, D]; with `Paged`, [num_pages, page_size, Hkv, D]. `layout` is for batched
+        tensors only. Positions count from the first real token, and each sequence has its own
+        diagonal of `Causal`.
     bias : Tensor, [B or 1, Hq or 1, Lq or 1, Lkv], dtype of q or fp32, optional
-        Added to the scores. With sequences of their own, rows and columns count from the first ones
-        of each, and may be more than there are. -inf hides; on a GPU, so does what is below -3e7,
-        which differs only where a row has nothing else: it gives 0, not the mean.
+        Added to the scores. With `q_seqs` or `kv_seqs`, rows and columns count from the first ones
+        of each sequence, and may exceed its length. -inf hides a key; on a GPU, so does any value
+        below -3e7, which matters only for a row without other keys: its result is 0, not the mean.
     relative_bias : Tensor, [Hq or 1, 2 R + 1], optional
         Added to the scores by distance: entry d + R, where d is key - query (of positions aligned
-        to the bottom right), held between -R and R. Of 16 bits or fp32 (on the CPU also fp64), as
+        to the bottom right), clamped to [-R, R]. fp16, bf16 or fp32 (on the CPU also fp64), as
         `alibi_slopes` and `sinks`; a GPU computes with a copy in fp32.
     alibi_slopes : Tensor, [Hq] or [B, Hq], optional
         -slope * |key - query| is added to the scores, of positions aligned to the bottom right.
         Press et al., arXiv:2108.12409.
     softcap : float, optional
-        Scores become softcap * tanh(score / softcap) before anything is added to them.
+        Scores become softcap * tanh(score / softcap) before biases are added.
     sinks : Tensor, [Hq], optional
-        A logit of each head that takes part in the softmax, but has no value. LSE leaves it out.
+        A logit per head that takes part in the softmax but has no value. The LSE excludes it.
     dropout_p : float, default 0
-        Part of the weights that is dropped, after the softmax; the others are divided by 1 - p. It
-        is held to 2^-16. LSE knows nothing of it.
+        Fraction of the weights dropped after the softmax; the others are divided by 1 - p. Rounded
+        to a multiple of 2^-16. The LSE does not include it.
     dropout_state : Tensor, int64 [2], default drawn from torch's generator of the device
-        Decides which weights are dropped (`jitattn.dropout_state`, `jitattn.dropout_mask`).
+        Seed and offset of the dropout (`jitattn.dropout_state`, `jitattn.dropout_mask`).
     qk_norm : L2Norm, optional
-        Cosine attention: q and k are scaled to length 1, or come so.
+        Cosine attention: q and k are scaled to length 1, or already have it.
     deterministic : bool
-        Let the backward pass give the same bits for dq in every run, in 1.3 to 1.4 times its time.
-        (Everything else is reproducible in any case.) `torch.use_deterministic_algorithms(True)`
-        means the same, with ``warn_only`` too.
+        Make dq of the backward pass bitwise reproducible, at 1.3 to 1.4 times its time.
+        (Everything else is always reproducible.) `torch.use_deterministic_algorithms(True)` has
+        the same effect, also with ``warn_only``.
     tile_rows : 16, 64 or 128, optional
-        Which of the three kernels of a call on a GPU is taken, by the query rows of a kv head that
-        its tile is for; chosen if left out. For tuning: results differ in the last bits only.
+        Row class of the kernel on a GPU: the query rows per KV head that its tile is made for.
+        Chosen if left out. For tuning: results differ in the last bits only.
 
     Returns
     -------
@@ -152,14 +152,14 @@ def attention(
     InvalidInputError
         An argument breaks a rule; nothing was launched.
     UnsupportedError
-        Legal, but no kernel exists: another gear, a GPU older than sm_80, or a gradient that is
-        not computed on a GPU: of keys that sequences of `Ragged` share, of a gradient.
+        Valid, but no kernel exists: a GPU older than sm_80, or a gradient that is not computed on
+        a GPU: of keys that sequences of `Ragged` share, or of second order.
     CompileError
         NVRTC is missing or rejected the source.
     LaunchError
-        CuPy is missing, the driver refused the kernel, a kernel that is not loaded yet was called
-        for during CUDA graph capture (call `jitattn.warmup` before), or lists of blocks that are
-        not made yet (make one call before), or the process was forked from one that had used CUDA.
+        CuPy is missing; the driver refused the kernel; during a CUDA graph capture, a kernel was
+        not loaded (call `jitattn.warmup` before) or block lists were not made (make one call
+        before); or the process was forked from one that had used CUDA.
     CacheMissError
         The kernel is not in the cache, and ``JITATTN_NO_COMPILE`` forbids compiling it.
 
@@ -167,22 +167,21 @@ def attention(
     -----
     Gradients, on a GPU: of q, k, v, `bias` (summed over the dimensions in which it is broadcast),
     `relative_bias`, `alibi_slopes`, `sinks` and ``L2Norm(head_scale)``, and through the LSE. The
-    backward pass needs 4 bytes for each element of q and 8 for each of its rows and heads, beside
-    the gradients; of long fp32 sequences also as much as q, k, v and the gradient of `out`
-    (`run/split_fp32.py` says of which); of pages, and of rows that `batch_idx` names, whose
-    gradients add up over the sequences that share them, 4 bytes for each element of k and v of
-    `max_length` keys a sequence; of more than some 100,000 queries a key, 4 bytes for each element
-    of k and v.
-    What is saved for it must not be written to before: autograd raises. First derivatives only; the
-    CPU path has every order, and forward mode. torch.func's grad, vjp, jacrev and vmap work on
-    both.
+    backward pass needs, besides the gradients, 4 bytes per element of q and 8 per row and head of
+    q. Long fp32 sequences also need as much memory as q, k, v and the gradient of `out`
+    (`plan/prepare.py`). Pages, and rows named by `batch_idx`, whose gradients are summed over the
+    sequences that share them, need 4 bytes per element of k and v, of `max_length` keys per
+    sequence; more than about 100,000 queries per key, 4 bytes per element of k and v.
+    Tensors that are saved for backward must not be written to before it: autograd raises. First
+    derivatives only; the CPU path has every order, and forward mode. torch.func's grad, vjp, jacrev
+    and vmap work on both.
 
-    Tracers (torch.compile, torch.export, make_fx, torch.jit.trace) and dispatch modes see operators
-    of torch.library; meta and fake tensors give results of their kind. Numerics are those of the
-    gear inside autocast, too.
+    Tracers (torch.compile, torch.export, make_fx, torch.jit.trace) and dispatch modes see
+    torch.library operators; meta and fake tensors give results of their kind. Autocast does not
+    change the numerics of the gear.
 
     Bitwise reproducible: two runs on the same inputs give the same bits. A NaN in q or k reaches
-    the rows that see it; one in v may also reach rows to which it is hidden, as 0 * NaN. Papers:
+    the rows that see it; one in v may also reach rows from which it is hidden, as 0 * NaN. Papers:
     Dao, "FlashAttention-2", arXiv:2307.08691; Milakov and Gimelshein, "Online normalizer
     calculation for softmax", arXiv:1805.02867.
 
@@ -254,7 +253,7 @@ def _scores(
     dropout_state: Tensor | None,
     qk_norm: L2Norm | None,
 ) -> Scores:
-    """Return what is done with scores, as far as it can be checked without q."""
+    """Check the score modifiers as far as possible without q."""
     if not isinstance(q, Tensor):
         q = interop.from_all({"q": q})["q"]
     dropout = None
@@ -272,7 +271,7 @@ def _scores(
 def bind(
     q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]
 ) -> tuple[dict[str, Tensor], Call]:
-    """Return the tensors of a call of `attention` and its other arguments, defaults filled in.
+    """Split the arguments of `attention` into tensors and others, with defaults filled in.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""`explain`: which kernel a call gets, and why."""
+"""`explain`: reports the kernel of a call and the reasons for the choice."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """What a call of `attention` would do. Numbers are 0 and texts empty where nothing applies."""
+    """Plan of a call of `attention`. Numbers are 0 and texts empty where they do not apply."""
 
     path: str  #: "cuda", "cpu", or "none" for a result without elements
     device: str  #: name of the GPU
     gear: int
-    problem: dict[str, str | int]  #: what was asked, as far as it changes code
-    kernel: dict[str, str | int]  #: every field of the kernel's spec, the tile's included
+    problem: dict[str, str | int]  #: properties of the call that change code
+    kernel: dict[str, str | int]  #: all fields of the kernel's spec, including the tile's
     key: str  #: cache key
-    origin: str  #: where this process got the cubin: "disk", "read-only" (directory) or "compiled"
+    origin: str  #: source of the cubin: "disk", "read-only" (directory) or "compiled"
     row_class: str
     heads_per_tile: int  #: query heads packed into the rows of a tile
-    num_splits: int  #: 0: found out on the device, from the lengths
+    num_splits: int  #: 0: determined on the device from the lengths
     num_ctas: int
     blocks_per_sm: int
     registers: int  #: per thread
@@ -57,11 +57,11 @@ class Explanation:
     why: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as plain values, fit for JSON."""
+        """Return the record as plain values for JSON."""
         return {**asdict(self), "steps": list(self.steps), "why": list(self.why)}
 
     def __str__(self) -> str:
-        """Lay the record out for reading."""
+        """Format the record for reading."""
         lines = [f"path         {self.path}" + (f" ({self.device})" if self.device else "")]
         lines.append("problem      " + ", ".join(f"{k}={v}" for k, v in self.problem.items()))
         if self.kernel:
@@ -93,7 +93,7 @@ def explain(
     v: Tensor,
     **arguments: Any,  # noqa: ANN401 - those of attention
 ) -> Explanation:
-    """Say which kernel `attention` would use for these arguments, and why.
+    """Report the kernel that `attention` would use for these arguments, and why.
 
     Takes the arguments of `attention` and raises what it would raise. The kernel is compiled if
     need be, but nothing is launched.

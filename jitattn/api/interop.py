@@ -1,7 +1,7 @@
-"""The DLPack door: arrays of other libraries come in here, and results go back as the same kind.
+"""Converts arrays of other libraries over DLPack, and results back to the same kind.
 
-It is crossed once per call and per array, never by torch tensors. No library but torch is imported
-here: an array brings its own namespace along. Stream order is the protocol's business: the producer
+Each array is converted once per call; torch tensors are not converted. No library but torch is
+imported here: the namespace is taken from the array. The protocol orders the streams: the producer
 makes torch's current stream wait for the array, the consumer makes its own stream wait for torch's.
 """
 
@@ -18,17 +18,17 @@ from jitattn.errors import InvalidInputError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-#: What a producer or a consumer of DLPack may raise for an array that it cannot carry.
+#: Exceptions of DLPack producers and consumers for arrays that they do not support.
 _DLPACK_ERRORS: Final = (BufferError, TypeError, ValueError, RuntimeError, AttributeError)
 
 
 def is_tensor(x: object) -> bool:
-    """Whether `x` is a torch tensor, which does not need this door."""
+    """Return whether `x` is a torch tensor, which needs no conversion."""
     return isinstance(x, torch.Tensor)
 
 
 def kind_of(x: object) -> str:
-    """Name the library of an array: 'torch', 'numpy', 'cupy', 'jax' …."""
+    """Return the library of an array: 'torch', 'numpy', 'cupy', 'jax' …."""
     if isinstance(x, torch.Tensor):
         return "torch"
     space = _namespace(x)
@@ -44,7 +44,7 @@ def from_any(x: object, *, name: str = "array", writable: bool = False) -> torch
     x : array with ``__dlpack__``, or Tensor
         CuPy, JAX, numpy, or anything else that speaks DLPack. A torch tensor is returned as it is.
     name : str
-        What the array is called in an error message.
+        Name of the array in error messages.
     writable : bool, default False
         Whether the tensor will be written to; a read-only array is refused then.
 

@@ -57,9 +57,9 @@ def attention_with_kvcache(
 ) -> Any:  # noqa: ANN401 - Tensor or (Tensor, Tensor)
     """Append new keys and values to a cache in place, and attend to all of it.
 
-    On a GPU that is one small kernel before the one of `attention`; neither waits for the device,
-    and both can be captured in a CUDA graph, in which `length` may grow between replays. There are
-    no gradients.
+    On a GPU, one small kernel runs before that of `attention`; neither synchronizes with the
+    device, and both can be captured in a CUDA graph, in which `length` may grow between replays.
+    There are no gradients.
 
     Parameters
     ----------
@@ -74,19 +74,19 @@ def attention_with_kvcache(
     length : int or Tensor [B], int32 or int64
         Rows of the cache that are in use before the call, left padding included.
     rotary : Rotary, optional
-        Turns the new keys by their rows, and the queries by those of the new tokens (with
-        ``mask=Full()``: all of them by length[b]). Turned values are rounded to the dtype of q. The
-        cache holds turned keys. Needs k and v.
+        Rotates the new keys by their rows, and the queries by those of the new tokens (with
+        ``mask=Full()``: all of them by length[b]). Rotated values are rounded to the dtype of q.
+        The cache holds rotated keys. Needs k and v.
     left_pad : Tensor, [B], int32 or int64, optional
-        Rows at the beginning of each sequence that are no keys. If `length` is a tensor and k is
-        left out, of its dtype.
+        Number of padding rows at the beginning of each sequence. If `length` is a tensor and k is
+        left out, it must have the same dtype.
     batch_idx : Tensor, [B], int32 or int64, optional
-        Row of the cache that each sequence is in; not with a block table. Two sequences of one call
-        may share a row only if nothing is appended.
+        Cache row of each sequence; not with a block table. Two sequences of one call may share a
+        row only if nothing is appended.
     block_table : Tensor, [B, max_pages], int32 or int64, optional
         The pages of each sequence, in order.
     max_length : int, optional
-        A bound on the keys of a sequence after the call. Keys beyond it are not seen.
+        Upper bound of the keys of a sequence after the call. Keys beyond it are not visible.
     mask : default Causal()
         As in `attention`, over the keys from left_pad on.
     scale, layout, gear, out, out_dtype, num_splits, return_lse
@@ -94,7 +94,7 @@ def attention_with_kvcache(
     bias, relative_bias, alibi_slopes, softcap, sinks
         As in `attention`; columns of a bias count from left_pad on.
     q_seqs : Ragged, optional
-        The tokens of each sequence, of q and of k and v alike: prompts and single steps together.
+        Tokens of each sequence, the same for q, k and v: prompts and single steps in one call.
 
     Returns
     -------
@@ -104,8 +104,8 @@ def attention_with_kvcache(
     Raises
     ------
     InvalidInputError
-        An argument breaks a rule; nothing was written. Lengths on a GPU are not looked at: tokens
-        for which a sequence has no room there are dropped, and never written elsewhere.
+        An argument breaks a rule; nothing was written. Lengths on a GPU are not checked: tokens
+        that do not fit into their sequence are dropped, never written elsewhere.
     UnsupportedError, CompileError, LaunchError, CacheMissError
         As `attention`.
 

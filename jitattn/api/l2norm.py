@@ -1,4 +1,4 @@
-"""`jitattn.l2norm`: vectors scaled to length 1."""
+"""`jitattn.l2norm`: L2 normalization of vectors."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ def l2norm(x: Tensor, groups: int = 1) -> Tensor:
             f"groups={groups!r}: it must be an int that divides head_dim, which is {x.shape[-1]}"
         )
     if not torch.compiler.is_dynamo_compiling():
-        index_address("x", x)  # refuses memory that is gone
+        index_address("x", x)  # refuses freed memory
     return unit_vectors(x, number).to(x.dtype)

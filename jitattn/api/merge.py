@@ -1,4 +1,4 @@
-"""`merge`: results over disjoint sets of keys become the result over all of them."""
+"""`merge`: combines results over disjoint sets of keys by their LSE."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jitattn.values.tensors import CPU_DTYPES, DTYPES, MAX_HEAD_DIM, address_of,
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: Rows that a CTA handles: one a warp.
+#: Rows per CTA, one per warp.
 _ROWS: Final = MergeSpec.num_threads // 32
 
 
@@ -37,9 +37,9 @@ def merge(
 ) -> tuple[Tensor, Tensor]:
     """Merge results of attention of the same queries over disjoint sets of keys.
 
-    For prefix caches, for keys that are spread over devices, for chunks computed elsewhere. Exact:
-    softmax over all keys is the mean of the parts, weighted by exp(LSE). The parts are added in
-    their order, in fp32, so the result is bitwise reproducible.
+    For prefix caches, keys that are distributed over devices, and chunks computed elsewhere. Exact:
+    softmax over all keys is the mean of the parts, weighted by exp(LSE). Parts are summed in order,
+    in fp32, so the result is bitwise reproducible.
 
     Parameters
     ----------
@@ -47,8 +47,8 @@ def merge(
         fp16, bf16 or fp32, on one device. With ``layout="bhsd"``, [B, Hq, Lq, Dv]; without a batch,
         [total, Hq, Dv], as a ragged q gives it. A sequence is stacked first, which copies it.
     lses : sequence of Tensor [B, Hq, Lq], or one Tensor [S, B, Hq, Lq]; fp32
-        Natural logarithms; without a batch, [Hq, total]. Where one is -inf, the part saw nothing,
-        and its values do not count, whatever they are.
+        Natural logarithms; without a batch, [Hq, total]. Where one is -inf, the part has no visible
+        key, and its values are ignored.
     layout : "bshd" or "bhsd"
         Of tensors with a batch.
     out_dtype : torch.dtype, default that of outs
@@ -56,7 +56,7 @@ def merge(
     Returns
     -------
     out : Tensor, as one of outs
-        0 where no part saw anything.
+        0 where no part has a visible key.
     lse : Tensor, as one of lses
         -inf there.
 
@@ -95,12 +95,12 @@ def merge(
 
 
 def _has_kernel(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> bool:
-    """Whether a kernel can read all of the tensors, and nobody has to see what is done to them.
+    """Return whether a kernel can read all tensors, and no transform or trace must see it.
 
     Raises
     ------
     InvalidInputError
-        The memory of one is gone.
+        The memory of a tensor was freed.
     """
     if torch.compiler.is_dynamo_compiling():
         return False
@@ -174,7 +174,7 @@ def _merge(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor,
 
 
 class _Merge(FirstOrder):
-    """A merge as autograd sees it: parts and their LSEs in, out and LSE out."""
+    """Autograd function: parts and their LSEs to out and LSE."""
 
     @staticmethod
     def forward(
@@ -203,7 +203,7 @@ class _Merge(FirstOrder):
 
 @outside_autocast
 def merge_plain(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Merge as `_merge` does, by operators of torch that everything in torch knows."""
+    """Merge as `_merge`, in plain torch operations that support every transform."""
     if not torch.compiler.is_dynamo_compiling():
         settle_vml()
     wide = torch.promote_types(parts.dtype, torch.float32)
@@ -213,7 +213,7 @@ def merge_plain(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Te
     total, out = torch.zeros_like(highest), None
     for part, lse in zip(parts, lses, strict=True):
         weight = torch.exp(lse - highest)
-        # What a part holds where it saw nothing does not count, NaN neither.
+        # Rows of a part without a visible key are ignored, even NaN.
         values = part.transpose(1, 2).to(wide).masked_fill((lse == -math.inf)[..., None], 0.0)
         total = total + weight
         weighted = weight[..., None] * values
@@ -270,7 +270,7 @@ def _merge_cuda(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Te
 def _merge_grad_cuda(
     parts: Tensor, lses: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of parts and LSEs, as those are shaped."""
+    """Compute the gradients of parts and LSEs, in their shapes."""
     num_parts, batch, len_q, heads, dim = parts.shape
     if parts.stride(4) != 1 and dim > 1:
         parts = parts.contiguous()

@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class WarmedUp:
-    """What `warmup` did."""
+    """Result of `warmup`."""
 
-    kernels: int  #: now loaded on the device; 0 for tensors on the CPU, which need none
-    compiled: int  #: how many of them were compiled for that
+    kernels: int  #: loaded on the device now; 0 for CPU tensors
+    compiled: int  #: number of them that were compiled
 
 
 def warmup(
@@ -63,12 +63,12 @@ def warmup(
     rotary: Rotary | None = None,
     **arguments: Any,  # noqa: ANN401 - those of attention
 ) -> WarmedUp:
-    """Compile and load ahead what later calls of `attention` need, on one device.
+    """Compile and load the kernels of later calls of `attention`, on one device.
 
-    Lengths do not matter: the kernels for all of them are made, short queries and long, and the one
-    that merges splits. Do this before a CUDA graph is captured, and before requests come in. (The
-    lists of blocks of a `BlockSparse`, a `PerHead`, or a `LocalStride` that needs them, are no
-    kernels: the first call with the mask makes them, so make one before a capture.)
+    Lengths do not matter: kernels for short and long queries are loaded, and the one that merges
+    splits. Call it before a CUDA graph capture, and before serving requests. (Block lists of a
+    `BlockSparse`, a `PerHead`, or a `LocalStride` that needs them, are made by the first call with
+    the mask, so make one call before a capture.)
 
     Parameters
     ----------
@@ -77,14 +77,14 @@ def warmup(
     preset : str or sequence of str, optional
         Instead: model families, as `jitattn-cache prebuild --preset` knows them ("llama", "all").
     spec_file : path, optional
-        Instead: a TOML or JSON file of choices, or a record that ``JITATTN_RECORD`` wrote. What it
-        says of architectures is passed over: the kernels are made for the device. A line of a
-        record that cannot be read costs a warning in the log.
+        Instead: a TOML or JSON file of choices, or a record that ``JITATTN_RECORD`` wrote. Its
+        architectures are ignored: the kernels are made for the device. An unreadable line of a
+        record is logged as a warning.
     specs : iterable of mapping, optional
         Instead: choices, as such a file holds them: ``{"dtype": "bf16", "head_dim": 128, "mask":
         "causal"}``.
     device : torch.device, int or str, default that of q, else the current one
-        Where the kernels are loaded.
+        Device that the kernels are loaded on.
     jobs : int, default the number of processors
         Processes that compile.
     gradients : bool
@@ -98,8 +98,8 @@ def warmup(
     Returns
     -------
     WarmedUp
-        How many kernels are loaded, and how many of them were compiled for that. Nothing is done
-        for tensors on the CPU.
+        Number of kernels loaded, and number of them that were compiled. Nothing is done for CPU
+        tensors.
 
     Raises
     ------
@@ -108,7 +108,7 @@ def warmup(
     UnsupportedError
         There is no GPU of sm_80 or newer.
     CompileError, LaunchError, CacheMissError
-        A kernel could not be compiled or loaded. The others are there all the same.
+        A kernel could not be compiled or loaded. The others are loaded nevertheless.
 
     Examples
     --------
@@ -200,7 +200,7 @@ def _warm_call(
 
 
 def _targets_of(scores: Scores) -> list[ScoreTarget]:
-    """Return which gradients of what is added to scores a call can have."""
+    """Return the score inputs that may need gradients in a call."""
     targets = [] if scores.bias is None else [target_of(tuple(scores.bias.shape))]
     if scores.relative_bias is not None or scores.alibi_slopes is not None:
         targets.append(ScoreTarget.DISTANCE)

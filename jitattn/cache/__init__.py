@@ -1,8 +1,8 @@
-"""Compiled kernels on disk: found, checked, kept, moved in archives."""
+"""Disk cache of compiled kernels, and archives that move them between machines."""
 
 import logging
 
 from jitattn.spec.text import OneLine
 
-# Paths, and what an archive says of itself, reach the log in many places.
+# Paths and fields of archives are logged in many places; any of them may hold control characters.
 logging.getLogger("jitattn").addFilter(OneLine())

@@ -1,11 +1,11 @@
-"""Archives of kernels: one file that carries them to another machine.
+"""Exports kernels to an archive, one file, and imports it on another machine.
 
 A zip file without compression: ``index.json``, then ``<key>.cubin`` for each kernel, sorted, with a
-fixed date, so that the same kernels give the same bytes wherever they were built. Importing copies
-the archive to where nobody else can change it, checks everything in the copy before anything is
-written, and puts the whole archive into the cache at once, as a read-only directory of its own;
-nothing in an archive decides about a path. Nothing is signed: what an archive holds runs on the GPU
-of whoever imports it, and only the digest says that it is the one that was meant.
+fixed date, so that the same kernels give the same bytes wherever they were built. Importing makes a
+private copy of the archive, checks everything in the copy before anything is written, and adds the
+whole archive to the cache at once, as a read-only directory of its own. No path is taken from an
+archive. Archives are not signed: their kernels run on the GPU of whoever imports them, and only the
+digest identifies the archive that was meant.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _INDEX: Final = "index.json"
 _FORMAT: Final = "jitattn kernels"
 _FACTS: Final = {"format", "schema", "kernels"}
 _MEMBER: Final = re.compile(r"([0-9a-f]{64})\.cubin")
-#: Of an archive, whoever made it; export makes none that import refuses.
+#: Limits of an archive. Export keeps to them too, so that import accepts what export wrote.
 MAX_KERNELS: Final = 50_000
 MAX_ARCHIVE_BYTES: Final = zipped.MAX_BYTES
 _MAX_INDEX_BYTES: Final = 64 * 1024 * 1024
@@ -56,7 +56,7 @@ _PIECE: Final = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What an archive holds."""
+    """Summary of an archive that was written."""
 
     count: int
     bytes: int
@@ -65,13 +65,13 @@ class Exported:
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What an archive brought."""
+    """Summary of an archive that was imported."""
 
     count: int
     sha256: str
     folder: Path
-    was_there: bool  #: imported before, and whole: nothing was written
-    was_repaired: bool = False  #: imported before, but files were missing or not to be trusted
+    was_there: bool  #: imported before and complete: nothing was written
+    was_repaired: bool = False  #: imported before, but files were missing or not trusted
 
 
 def export(path: Path, entries: Iterable[Entry], *, overwrite: bool = False) -> Exported:
@@ -104,15 +104,15 @@ def export(path: Path, entries: Iterable[Entry], *, overwrite: bool = False) -> 
 def import_archive(path: Path, cache: DiskCache, *, sha256: str | None = None) -> Imported:
     """Check an archive and add it to a cache, as a read-only directory.
 
-    An archive that was imported before is written anew if anything of it is missing, changed, or
-    not to be trusted any more.
+    An archive that was imported before is written again if one of its files is missing, changed or
+    no longer trusted.
 
     Parameters
     ----------
     path : Path
         A regular file, or ``-`` for standard input.
     sha256 : str, optional
-        What the checksum of the file has to be.
+        Expected checksum of the file.
 
     Raises
     ------
@@ -139,7 +139,7 @@ def import_archive(path: Path, cache: DiskCache, *, sha256: str | None = None) -
 
 
 def _copy(path: Path, copy: IO[bytes]) -> str:
-    """Copy an archive to where nobody else can change it; returns its checksum."""
+    """Copy an archive into a private file and return its checksum."""
     digest, size = _sha256(), 0
     for piece in _pieces(path):
         size += len(piece)
@@ -170,7 +170,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 
 class _Archive:
-    """An archive that cannot change any more.
+    """A private copy of an archive, whose index and sizes are checked when it is opened.
 
     Raises
     ------
@@ -207,7 +207,7 @@ class _Archive:
         Raises
         ------
         ValueError
-            One is not what it says it is.
+            A kernel does not match its index entry.
         """
         left = set(self._names)
         for raw in self._index.kernels():
@@ -234,7 +234,7 @@ def _store(archive: _Archive, keys: set[str], digest: str, cache: DiskCache) -> 
         return _is_whole(Store(folder, cache.owners, may_be_link=False), archive, keys)
 
     with cache.make_root() as root, cache.make_folder(root, leftovers.IMPORTED) as imported:
-        # So that nobody takes the draft for that of an import that died.
+        # The lock marks the draft as in use: `sweep` deletes the drafts of dead imports.
         imported.lock(is_shared=True, seconds=settings.lock_timeout())
         if is_whole():
             return Imported(len(keys), digest, folder, was_there=True)
@@ -245,7 +245,7 @@ def _store(archive: _Archive, keys: set[str], digest: str, cache: DiskCache) -> 
             _put_in_place(imported, draft, digest, old, is_whole)
         finally:
             for name in (draft, old):
-                # What cannot be deleted is left to prune, which says so.
+                # If it cannot be deleted, `prune` finds it and reports the reason.
                 with contextlib.suppress(OSError):
                     leftovers.delete_import(imported, name, take_back=True)
     return Imported(len(keys), digest, folder, was_there=False, was_repaired=was_repaired)
@@ -254,16 +254,16 @@ def _store(archive: _Archive, keys: set[str], digest: str, cache: DiskCache) -> 
 def _put_in_place(
     imported: Directory, draft: str, digest: str, old: str, is_whole: Callable[[], bool]
 ) -> None:
-    """Give a finished draft its name; something worse that has it is called `old` then.
+    """Rename a finished draft to its digest; a damaged import of that name is renamed to `old`.
 
-    Another process may have imported the same archive meanwhile: its directory is as good.
+    If another process has imported the same archive meanwhile, its directory is kept.
     """
     try:
         imported.rename(draft, imported, digest)
     except OSError:
         if is_whole():
             return
-        with contextlib.suppress(OSError):  # the next step says whether it is out of the way
+        with contextlib.suppress(OSError):  # the next rename fails if it is still in the way
             imported.rename(digest, imported, old)
         try:
             imported.rename(draft, imported, digest)
@@ -274,7 +274,7 @@ def _put_in_place(
 
 
 def _write(archive: _Archive, imported: Directory, name: str) -> None:
-    """Write a directory of kernels that nobody sees yet."""
+    """Write the kernels to a draft directory, which no reader looks into."""
     with (
         imported.folder(name, make=True) as top,
         top.folder("tmp", make=True) as drafts,
@@ -289,7 +289,7 @@ def _write(archive: _Archive, imported: Directory, name: str) -> None:
 
 
 def _is_whole(store: Store, archive: _Archive, keys: set[str]) -> bool:
-    """Whether an imported directory holds exactly what its archive does, and is trusted."""
+    """Return whether an imported directory is trusted and holds exactly the archive's kernels."""
     return set(store.keys()) == keys and all(
         store.look(entry.metadata.key, entry.metadata.arch) == entry for entry in archive.entries()
     )
@@ -306,7 +306,7 @@ def _members(chosen: dict[str, Entry]) -> Iterator[tuple[str, bytes]]:
     index = {
         "format": _FORMAT,
         "schema": SCHEMA,
-        # How long a compile took differs from run to run, and says nothing about the kernel.
+        # Compile times differ from run to run; without them equal kernels give equal archives.
         "kernels": [
             asdict(replace(chosen[key].metadata, compile_ms=0.0)) for key in sorted(chosen)
         ],

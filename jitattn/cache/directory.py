@@ -1,8 +1,8 @@
-"""Holds directories open, so that nothing outside them can be made, replaced or deleted.
+"""Works in open directories, so that nothing outside them can be made, replaced or deleted.
 
-A path is resolved anew at every use: between a check and a deletion somebody may put a link where a
-directory was. A `Directory` is checked once it is open, and what is done in it is done relative to
-its descriptor, one name at a time, without following links.
+A path is resolved again at every use: between a check and a deletion, another user may replace a
+directory by a link. A `Directory` is checked after it was opened, and every operation in it is
+relative to its descriptor, one name at a time, without following links.
 
 Windows has no such calls. There every operation checks by name that the directory is no link or
 junction, and then uses the path. That leaves a moment between the two; but there a cache lies in
@@ -42,14 +42,14 @@ _POLL_SECONDS: Final = 0.02
 
 
 class Directory:
-    """An open directory that only trusted owners can write to; close it, or use it in a ``with``.
+    """Open directory that only trusted owners can write to; close it, or use it in a ``with``.
 
     Parameters
     ----------
     path : str
-        Where it was found; for messages, and the directory itself where there are no descriptors.
+        Path, for messages; used for access only where `HAS_DESCRIPTORS` is false.
     owners : collection of int
-        Users who may own it and what is in it.
+        Users who may own it and its contents.
     descriptor : int or None
         The open directory; None where names cannot be resolved relative to it.
     """
@@ -121,7 +121,7 @@ class Directory:
         self.close()
 
     def close(self) -> None:
-        """Give back the descriptor, and the lock with it."""
+        """Close the descriptor, which also releases the lock."""
         if self._descriptor is not None:
             _close(self._descriptor)
 
@@ -133,7 +133,8 @@ class Directory:
         make : bool
             Make it, for this user alone, if it is not there.
         is_checked : bool
-            Refuse one that is somebody else's or that others may write to. False is for looking.
+            Refuse a directory that belongs to another user or that others may write to. False only
+            to read.
 
         Raises
         ------
@@ -158,12 +159,12 @@ class Directory:
         return True
 
     def names(self) -> list[str]:
-        """Names of everything in it, sorted."""
+        """List the names of all entries, sorted."""
         with os.scandir(self._at("") if self._descriptor is None else self._descriptor) as found:
             return sorted(entry.name for entry in found)
 
     def status(self, name: str) -> os.stat_result:
-        """Status of a name; of a link, its own."""
+        """Return the status of a name without following a link."""
         return os.stat(self._at(name), dir_fd=self._descriptor, follow_symlinks=False)
 
     def unlink(self, name: str) -> None:
@@ -184,7 +185,7 @@ class Directory:
         )
 
     def write_new(self, name: str, content: bytes) -> None:
-        """Write a file that is not there yet; one that cannot be written whole is deleted."""
+        """Create a file and write it; delete it again if it cannot be written completely."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | files.OPEN_FLAGS
         try:
             descriptor = os.open(self._at(name), flags, 0o600, dir_fd=self._descriptor)
@@ -201,7 +202,7 @@ class Directory:
             raise
 
     def publish(self, name: str, content: bytes, drafts: Directory) -> None:
-        """Write a file whole or not at all, by way of a draft in a directory beside it.
+        """Write a file atomically: write a draft in another directory, then rename it.
 
         Raises
         ------
@@ -223,14 +224,14 @@ class Directory:
             raise
 
     def take_back(self) -> None:
-        """Deny others to write to it, if it is this user's own."""
+        """Remove write permission of other users, if this user owns the directory."""
         if self._descriptor is not None and files.HAS_OWNERS:
             status = os.fstat(self._descriptor)
             if status.st_uid == os.geteuid() and status.st_mode & 0o022:
                 os.fchmod(self._descriptor, 0o700)
 
     def lock(self, *, is_shared: bool = False, seconds: float = 0.0) -> bool:
-        """Lock it until it is closed, or this process ends; other processes can still use it.
+        """Take an advisory lock, held until the directory is closed or this process ends.
 
         Parameters
         ----------
@@ -261,7 +262,7 @@ class Directory:
             time.sleep(_POLL_SECONDS)
 
     def _at(self, name: str) -> str:
-        """Address a name in it: relative to the descriptor, or by a path that is checked now."""
+        """Return a name relative to the descriptor, or else a path that was checked just now."""
         if self._descriptor is not None:
             return name
         reason = files.distrust(os.lstat(self.path), stat.S_ISDIR, self._owners)
@@ -271,13 +272,13 @@ class Directory:
 
 
 def write_all(descriptor: int, content: bytes) -> None:
-    """Write everything, in as many steps as the system takes it."""
+    """Write all bytes, continuing after short writes."""
     rest = memoryview(content)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
 
 
 def _close(descriptor: int) -> None:
-    """Close a descriptor through which nothing was written, so that no error matters."""
+    """Close a descriptor that was only read from; errors are ignored, as no data can be lost."""
     with contextlib.suppress(OSError):
         os.close(descriptor)

@@ -1,19 +1,19 @@
-"""The user's own cache: a store that is also written, shared by any number of processes.
+"""The user's own cache: a store that is also written, by any number of processes at once.
 
 ::
 
     <root>/CACHEDIR.TAG                      if the root was made here; else in v1 and imported
     <root>/v1/<k[:2]>/<k[2:]>.{cubin,json}   an entry; the JSON is published last
     <root>/v1/tmp/                           drafts, renamed into place
-    <root>/v1/bad/                           damaged entries, set aside for a look
-    <root>/v1/lock/                          one file a kernel in the making, no more
+    <root>/v1/bad/                           damaged entries, set aside for inspection
+    <root>/v1/lock/                          one lock file per kernel that is being compiled
     <root>/v1/memo.json                      see `cache/memo.py`
-    <root>/imported/<sha256>/                an archive that was imported: a store of its own
+    <root>/imported/<sha256>/                an imported archive: a store of its own
 
-Correctness is rename and checksum; the lock only keeps processes from doing the same work. Trouble
-with the directory is never an error: the kernel is then kept in memory, and one warning is logged.
-What is made, replaced or deleted lies in directories that are held open (`cache/directory.py`) and
-are trusted as a reader trusts them; what is deleted has a name that the cache gave it.
+Atomic renames and checksums give correctness; the lock only prevents duplicate work. A directory
+that cannot be used is never an error: kernels are then kept in memory, and one warning is logged.
+Files are made, replaced and deleted only in open directories (`cache/directory.py`) that pass the
+same checks as for reading, and only files whose names match the cache's patterns are deleted.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ if TYPE_CHECKING:
 
     import filelock
 
-_TOUCH_SECONDS: Final = 3600  # how exactly the time of last use is known
-#: Windows cannot stamp a link itself; none is stamped anyway.
+_TOUCH_SECONDS: Final = 3600  # resolution of the time of last use
+#: Windows cannot change the times of a link itself; entries are never links.
 _UTIME_FOLLOWS: Final = os.utime not in os.supports_follow_symlinks
-_ATTEMPTS: Final = 8  # at writing, where another process deletes empty directories meanwhile
+_ATTEMPTS: Final = 8  # to write while another process deletes empty directories
 _FIRST_PAUSE: Final = 0.002  # seconds between two looks while another process compiles
 _LAST_PAUSE: Final = 0.05
 _LOG: Final = logging.getLogger("jitattn")
 
 
 class Claim:
-    """The right to compile one kernel, held until the end of a ``with``."""
+    """Right to compile one kernel, held until the end of a ``with``."""
 
     def __init__(self, lock: filelock.BaseFileLock | None) -> None:
         self._lock = lock
 
     @property
     def holds_lock(self) -> bool:
-        """Whether other processes wait for this one; where locks do not work, nobody does."""
+        """Whether the lock is held; without locks, several processes may compile the kernel."""
         return self._lock is not None
 
     def __enter__(self) -> None:
@@ -72,14 +72,14 @@ class Claim:
 
 @dataclass(slots=True)
 class _Account:
-    """What this process knows of the size of a cache: at its last count, and written since."""
+    """Size of a cache as known to this process: at its last count, and bytes written since."""
 
     counted: int = -1  #: -1: never counted
     written: int = 0
 
 
 class DiskCache(Store):
-    """The cache directory of this user."""
+    """Cache directory of this user, read and written."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root, files.our_owners())
@@ -87,15 +87,15 @@ class DiskCache(Store):
         self._lock = threading.Lock()
 
     def read(self, key: str, arch: str, *, is_writable: bool = True) -> Entry | None:
-        """Return the entry of `key` if it is right in every respect.
+        """Return the entry of `key` if it passes every check.
 
-        One that is there but not right is set aside, unless the cache may not be written.
+        A bad entry is set aside, unless the cache may not be written.
         """
         looked = self.look(key, arch)
         if isinstance(looked, Bad):
             files.warn_once(
                 (self.root, "bad"),
-                f"a kernel in {self.root} is not to be believed and will be compiled anew "
+                f"a kernel in {self.root} failed its checks and will be compiled again "
                 f"({key[:16]}: {looked.reason})",
             )
             if is_writable:
@@ -106,7 +106,7 @@ class DiskCache(Store):
         return looked
 
     def write(self, entry: Entry, in_use: Collection[str] = ()) -> bool:
-        """Publish an entry, and make room if the cache has outgrown its limit.
+        """Publish an entry, and evict others if the cache has outgrown its limit.
 
         Parameters
         ----------
@@ -116,11 +116,11 @@ class DiskCache(Store):
         Returns
         -------
         bool
-            False if the directory does not let us.
+            False if the directory cannot be written.
         """
         key, text = entry.metadata.key, to_json(entry.metadata)
         try:
-            # The JSON comes last: without it, or with another's, the cubin counts for nothing.
+            # The JSON comes last: a cubin without matching metadata is not an entry.
             self._publish(key[:2], {f"{key[2:]}.cubin": entry.cubin, f"{key[2:]}.json": text})
         except OSError as error:
             files.warn_once(
@@ -137,12 +137,12 @@ class DiskCache(Store):
         Raises
         ------
         OSError
-            The directory does not let us.
+            The directory cannot be written.
         """
         self._publish("", {name: content})
 
     def claim(self, key: str, arch: str) -> Entry | Claim:
-        """Wait for the right to compile `key`, or for another process to have compiled it.
+        """Wait for the right to compile `key`, or until another process has compiled it.
 
         Waits at most ``JITATTN_LOCK_TIMEOUT`` seconds and then lets the caller compile without the
         lock, as it does where locks do not work: two processes that publish one key publish the
@@ -172,14 +172,14 @@ class DiskCache(Store):
             _LOG.info("compiling %s without a lock: %s", key[:16], error)
             return Claim(None)
         claim = Claim(lock)
-        found = self.read(key, arch)  # made between our first look and the lock?
+        found = self.read(key, arch)  # it may have been published before the lock was taken
         if found is not None:
             with claim:
                 return found
         return claim
 
     def remove(self, key: str) -> bool | None:
-        """Delete an entry; False if part of it could not be deleted, None if it is not there."""
+        """Delete an entry; False if a file could not be deleted, None if there is no entry."""
         removed: bool | None = None
         try:
             with self.open() as store, store.folder(key[:2]) as shard:
@@ -194,7 +194,7 @@ class DiskCache(Store):
         return removed
 
     def set_aside(self, bad: Bad) -> bool:
-        """Move a bad entry away, unless another process has replaced it meanwhile."""
+        """Move a bad entry to ``bad/``, unless another process has replaced it meanwhile."""
         moved = False
         with (
             contextlib.suppress(OSError),
@@ -211,7 +211,7 @@ class DiskCache(Store):
         return moved
 
     def clear(self, keys: Collection[str] | None = None) -> int:
-        """Delete entries (all, or those of `keys`) and what dead writers left, nothing else.
+        """Delete entries (all, or those of `keys`) and the leftovers of dead writers.
 
         Returns
         -------
@@ -224,15 +224,15 @@ class DiskCache(Store):
         return count
 
     def delete(self, keys: Collection[str]) -> set[str]:
-        """Delete entries, and directories that are empty then.
+        """Delete entries, and directories that become empty.
 
         Lock files stay: a process that waits on one would not see the next holder.
 
         Returns
         -------
         set of str
-            The keys that were deleted, here or meanwhile by another process. One of them may be
-            there again: a process that needs it makes it anew.
+            Keys that were deleted, here or meanwhile by another process. A process that needs one
+            may have compiled it again already.
         """
         gone = {key for key in sorted(keys) if self.remove(key) is not False}
         with contextlib.suppress(OSError), self.open() as store:
@@ -249,12 +249,12 @@ class DiskCache(Store):
         *,
         is_dry: bool = False,
     ) -> int:
-        """Delete what dead writers left, and all but the newest entries that were set aside.
+        """Delete leftovers of dead writers, and all but the newest entries that were set aside.
 
         Parameters
         ----------
         trouble : list of OSError, optional
-            Takes the reasons why something could not be deleted.
+            Receives the errors of deletions that failed.
         is_dry : bool
             Only count.
 
@@ -266,10 +266,10 @@ class DiskCache(Store):
         return leftovers.sweep(self, keep_bad, [] if trouble is None else trouble, is_dry=is_dry)
 
     def usage(self, trouble: list[OSError] | None = None) -> dict[str, int]:
-        """Bytes that each entry takes on disk, least recently used first.
+        """Return the bytes of each entry on disk, least recently used first.
 
-        A stamp from the future comes from a wrong clock and says nothing: such entries come first,
-        and are stamped anew when they are used. `trouble` takes errors, as in `files`.
+        A time stamp in the future comes from a wrong clock: such entries come first, and get a new
+        stamp when they are used. `trouble` receives errors, as in `files`.
         """
         sizes: dict[str, int] = {}
         used: dict[str, float] = {}
@@ -287,7 +287,7 @@ class DiskCache(Store):
         Returns
         -------
         list of str
-            The keys that went. Entries of `in_use` stay.
+            Keys that were evicted. Entries of `in_use` stay.
         """
         sizes = self.usage()
         total = sum(sizes.values())
@@ -302,12 +302,12 @@ class DiskCache(Store):
                 continue
             if removed:
                 gone.append(key)
-            total -= size  # another process may have been faster: it is gone all the same
+            total -= size  # also if another process deleted it first
         self._account.counted, self._account.written = total, 0
         return gone
 
     def open_root(self) -> Directory:
-        """Open the root, checked.
+        """Open and check the root.
 
         Raises
         ------
@@ -317,17 +317,17 @@ class DiskCache(Store):
         return Directory.open(self.root, self.owners, may_be_link=True)
 
     def make_root(self) -> Directory:
-        """Open the root, making it and everything above it for this user alone.
+        """Open the root; create it and its parents with access for this user only.
 
         Raises
         ------
         OSError
-            It cannot be made, or somebody else could write to what is there.
+            It cannot be made, or other users could write to it.
         """
         return location.make(self.root, self.owners)
 
     def make_folder(self, top: Directory, name: str) -> Directory:
-        """Open a directory of the cache's own in the root, making it if need be."""
+        """Open a directory in the root; create and tag it if it does not exist."""
         is_new = top.make_folder(name)
         opened = top.folder(name)
         if is_new:
@@ -335,7 +335,7 @@ class DiskCache(Store):
         return opened
 
     def make(self) -> Directory:
-        """Open the store, making it and everything above it; `make_root` says how."""
+        """Open the store; create it and its parents as `make_root` does."""
         with self.make_root() as top:
             return self.make_folder(top, self.store.name)
 
@@ -358,21 +358,21 @@ class DiskCache(Store):
             try:
                 folder.publish(name, content, drafts)
             except PermissionError:
-                # Windows replaces no file that somebody reads; one of this name has these bytes.
+                # Windows does not replace a file that is being read; it has the same bytes anyway.
                 if files.HAS_OWNERS or not stat.S_ISREG(folder.status(name).st_mode):
                     raise
 
     def _touch(self, key: str) -> None:
-        """Note that an entry was used, at most once an hour."""
+        """Update the time of last use of an entry, at most once an hour."""
         path, now = self._names(key)[1], time.time()
         with contextlib.suppress(OSError):
             if abs(now - os.lstat(path).st_mtime) > _TOUCH_SECONDS:
                 os.utime(path, (now, now), follow_symlinks=_UTIME_FOLLOWS)
 
     def _make_room(self, written: int, in_use: Collection[str]) -> None:
-        """Count the cache and evict, if what was written since the last count could matter.
+        """Count and evict, if enough was written since the last count.
 
-        With 64 processes that write as much as this one, the limit would just be reached.
+        Enough: 64 processes that write as much as this one would reach the limit.
         """
         limit = settings.cache_max_bytes()
         with self._lock:
@@ -384,13 +384,13 @@ class DiskCache(Store):
                 self.sweep()
             account.counted, account.written = sum(self.usage().values()), 0
             if account.counted > limit:
-                # Down to four fifths, so that this does not happen at every write.
+                # Down to four fifths of the limit: not every write shall evict.
                 gone = self.evict(limit * 4 // 5, in_use)
                 _LOG.info("%d kernels evicted from %s", len(gone), self.root)
 
 
 def user_cache() -> DiskCache | None:
-    """Return the cache of this user, or None where no directory can be had.
+    """Return the cache of this user; None if no directory can be used.
 
     ``JITATTN_CACHE_DIR``, else the platform's cache directory, else (if that cannot be made) a
     private one among the temporary files. Never the working directory.
@@ -411,9 +411,9 @@ def _new_lock(path: Path) -> filelock.BaseFileLock:
     import filelock
 
     try:
-        # A lock by mere existence, its fall-back, would outlive a holder that is killed.
+        # filelock's fall-back, a lock by existence of a file, would outlive a killed holder.
         return filelock.FileLock(path, mode=0o600, fallback_to_soft=False)
-    except TypeError:  # an older filelock, which has no such fall-back
+    except TypeError:  # an older filelock, without that fall-back
         return filelock.FileLock(path, mode=0o600)
 
 
@@ -427,5 +427,5 @@ def _last_use(mtime: float, horizon: float) -> tuple[bool, float]:
 
 
 if hasattr(os, "register_at_fork"):
-    # Another thread of the parent may have held the lock of a cache, which nobody releases here.
+    # A lock that another thread of the parent held is never released in the child.
     os.register_at_fork(after_in_child=_cache_at.cache_clear)

@@ -1,9 +1,9 @@
-"""What the cache keeps of a kernel: its cubin, its metadata, and the key that names both.
+"""Cache entries: a cubin, its metadata, and the key of both.
 
-A key has two parts. The first 40 digits say which kernel it is: templates, spec, options. The other
-24 say which compiler made it. The user's own cache asks for the whole key; directories that are
-only read are content with the first part, so that what NVRTC 12 made serves where 13 is installed.
-Every ingredient of the key is in the metadata, so that anyone can compute it again.
+A key has two parts. The first 40 digits identify the kernel: templates, spec, options. The other 24
+identify the compiler. The user's own cache looks up the whole key; read-only directories are
+searched by the first part, so that a cubin of NVRTC 12 is found where NVRTC 13 is installed. All
+inputs of the key are in the metadata, so that it can be computed again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import re
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from jitattn.spec.kernel_spec import ARCH, arch_number
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 SCHEMA: Final = 1
 MAX_CUBIN_BYTES: Final = 64 * 1024 * 1024
 MAX_JSON_BYTES: Final = 1024 * 1024
-#: Characters that are kept of a compiler's log; as JSON they take at most 12 bytes each.
+#: Characters kept of a compiler log; as JSON they take at most 12 bytes each.
 MAX_LOG: Final = 64 * 1024
-#: Digits of a key that name the kernel, without the compiler.
+#: Digits of a key that identify the kernel, without the compiler.
 KERNEL_DIGITS: Final = 40
 KEY: Final = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metadata:
-    """What is known of a cubin. For people and reports; nothing of it reaches a launch."""
+    """Facts about a cubin, for people and reports; no launch depends on them."""
 
     key: str
     spec: dict[str, str | int]
@@ -47,13 +47,13 @@ class Metadata:
     stack_bytes: int
     spill_bytes: int
     smem_bytes: int  #: dynamic shared memory of a CTA
-    compile_ms: float  #: 0 where it is not known (in archives)
+    compile_ms: float  #: 0 where unknown (in archives)
     log: str  #: of the compiler
     bytes: int  #: of the cubin
     sha256: str  #: of the cubin
 
     def key_again(self) -> str:
-        """Compute the key from its ingredients."""
+        """Compute the key from the other fields."""
         return cache_key(
             self.spec, self.source_digest, self.header_digest, self.options, self.toolchain
         )
@@ -61,7 +61,7 @@ class Metadata:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A checked entry."""
+    """Cubin and metadata that passed all checks."""
 
     cubin: bytes
     metadata: Metadata
@@ -74,14 +74,14 @@ def cache_key(
     options: tuple[str, ...],
     toolchain: str,
 ) -> str:
-    """Return the key of a kernel, from everything that its bytes depend on.
+    """Compute the key of a kernel from everything that its bytes depend on.
 
     Parameters
     ----------
     spec : mapping
         The flat form of the spec (`to_dict`), its family and architecture included.
     toolchain : str
-        The compiler; empty where none is installed, which leaves the first 40 digits right.
+        The compiler; empty if none is installed. The first 40 digits do not depend on it.
     """
     kernel = _digest(
         str(SCHEMA),
@@ -94,7 +94,7 @@ def cache_key(
 
 
 def _digest(*texts: str) -> str:
-    """Return sha256 over texts, each with its length in front."""
+    """Return the SHA-256 of texts, each preceded by its length."""
     parts: list[bytes] = []
     for text in texts:
         encoded = text.encode()
@@ -103,12 +103,12 @@ def _digest(*texts: str) -> str:
 
 
 def sha256(content: bytes) -> str:
-    """Return the checksum of bytes."""
+    """Return the SHA-256 of bytes."""
     return hashlib.sha256(content, usedforsecurity=False).hexdigest()
 
 
 def is_cubin_for(cubin: bytes, arch: str) -> bool:
-    """Whether bytes are an ELF file of machine code for `arch`."""
+    """Return whether bytes are an ELF file of machine code for `arch`."""
     if len(cubin) < 64 or cubin[:4] != b"\x7fELF" or cubin[4] != 2:
         return False
     (machine,) = struct.unpack_from("<H", cubin, 18)
@@ -118,7 +118,7 @@ def is_cubin_for(cubin: bytes, arch: str) -> bool:
 
 
 def fault(cubin: bytes, metadata: Metadata, arch: str) -> str | None:
-    """Say what is wrong with a cubin and its metadata; None if they are right."""
+    """Describe what is wrong with a cubin and its metadata; None if nothing is."""
     for named in (metadata.arch, metadata.spec.get("arch")):
         if named != arch:
             return f"it is for {named}, not for {arch}"
@@ -132,8 +132,9 @@ def fault(cubin: bytes, metadata: Metadata, arch: str) -> str | None:
 
 
 def to_json(metadata: Metadata) -> bytes:
-    """Render metadata: the same text for the same facts."""
-    return json.dumps(asdict(metadata), indent=1, sort_keys=True).encode()
+    """Render metadata as canonical JSON."""
+    facts = {name: getattr(metadata, name) for name in _CHECKS}  # asdict would copy each deeply
+    return json.dumps(facts, indent=1, sort_keys=True).encode()
 
 
 def _matches(pattern: str) -> Callable[[object], bool]:
@@ -147,7 +148,7 @@ def _is_count(most: int) -> Callable[[object], bool]:
 
 
 def _is_spec(value: object) -> bool:
-    """Whether a value is a flat spec of any version: words, and numbers of 32 bits."""
+    """Return whether a value is a flat spec of any version: words and 32-bit numbers."""
     if type(value) is not dict or len(value) > 256:
         return False
     return all(
@@ -175,8 +176,8 @@ _is_option: Final = _matches(r"[!-~]{1,256}")
 _is_digest: Final = _matches(r"[0-9a-f]{0,64}")
 _is_figure: Final = _is_count(2**31 - 1)
 
-#: What every field has to be in JSON. Nothing later looks at a value with suspicion again: what
-#: passes can be printed, hashed, sorted and taken for a number.
+#: Check of every field as JSON holds it. No later code validates again: values that pass can be
+#: printed, hashed, sorted and used as numbers.
 _CHECKS: Final[dict[str, Callable[[Any], bool]]] = {
     "key": _matches(KEY.pattern),
     "spec": _is_spec,
@@ -199,7 +200,7 @@ _CHECKS: Final[dict[str, Callable[[Any], bool]]] = {
 
 
 def from_json(text: bytes) -> Metadata | None:
-    """Read metadata; None if the text is anything else."""
+    """Parse metadata; None if the text is anything else."""
     try:
         return from_dict(json.loads(text))
     except (ValueError, RecursionError):
@@ -207,7 +208,7 @@ def from_json(text: bytes) -> Metadata | None:
 
 
 def from_dict(raw: object) -> Metadata | None:
-    """Build metadata from what a JSON text held; None if a field is missing or not as it may be."""
+    """Build metadata from parsed JSON; None if a field is missing or invalid."""
     if type(raw) is not dict:
         return None
     if not all(name in raw and is_right(raw[name]) for name, is_right in _CHECKS.items()):

@@ -1,10 +1,9 @@
-"""Trust in files and directories, by owner and mode.
+"""Checks owner and mode of files and directories before they are trusted.
 
-Whoever can write a cubin can run code on the GPU. So a file counts only if nobody but a trusted
-owner can have written it: it is opened without following a link, and what is checked is the open
-file itself, not its name. Windows has no owners and modes of this kind; there a cache is as private
-as the user's profile, and the contents are checked all the same. Writing is in
-`cache/directory.py`.
+Whoever can write a cubin can run code on the GPU. So a file is read only if nobody but a trusted
+owner can have written it: it is opened without following a link, and the open file is checked, not
+its name. Windows has no such owners and modes; there a cache is as private as the user's profile,
+and the contents are still checked. Writing is in `cache/directory.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 _LOG: Final = logging.getLogger("jitattn")
 HAS_OWNERS: Final = hasattr(os, "geteuid")
-#: Flags of every file that is opened: never through a link, never handed to a child process.
+#: Flags of every open: no links are followed, no child process inherits the descriptor.
 OPEN_FLAGS: Final = (
     getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 )
@@ -33,7 +32,7 @@ _NUM_USER_IDS: Final = 0xFFFFFFFF
 
 
 class UntrustedError(OSError):
-    """Someone else could have written this file or directory."""
+    """A file or directory that another user could have written."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
         super().__init__(errno.EPERM, reason, str(path))
@@ -41,14 +40,14 @@ class UntrustedError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A file's bytes, and a stamp that tells whether its name still stands for the same file."""
+    """Bytes of a file, and a stamp that changes when its name comes to mean another file."""
 
     data: bytes
     stamp: tuple[int, int, int]
 
 
 def our_owners() -> frozenset[int]:
-    """Users whose files this process believes: itself and root. Empty on Windows: not asked."""
+    """Return the users whose files are trusted: this one and root. Empty on Windows."""
     return frozenset((0, os.geteuid())) if HAS_OWNERS else frozenset()
 
 
@@ -58,7 +57,7 @@ def read(path: Path | str, limit: int, owners: Collection[int]) -> Content:
     Raises
     ------
     UntrustedError
-        It is a link, no regular file, too big, somebody else's, or others may write to it.
+        It is a link, no regular file, too large, another user's, or others may write to it.
     OSError
         It is not there, or cannot be read.
     """
@@ -86,7 +85,7 @@ def read(path: Path | str, limit: int, owners: Collection[int]) -> Content:
 
 
 def read_all(descriptor: int, size: int) -> bytes:
-    """Read `size` bytes of an open file, fewer only if it ends before."""
+    """Read `size` bytes of an open file; fewer only at its end."""
     parts = []
     while size > 0 and (part := os.read(descriptor, size)):
         parts.append(part)
@@ -120,7 +119,7 @@ def check_directory(
 
 
 def is_trusted_link(status: os.stat_result, owners: Collection[int]) -> bool:
-    """Whether something is a link that a trusted owner made."""
+    """Return whether a status is that of a link made by a trusted owner."""
     return (
         stat.S_ISLNK(status.st_mode)
         and status.st_uid in (owners or {0})
@@ -129,9 +128,9 @@ def is_trusted_link(status: os.stat_result, owners: Collection[int]) -> bool:
 
 
 def is_among_ours(path: Path) -> bool:
-    """Whether a path, or as much of it as is there, belongs to this user or to root.
+    """Return whether a path, or its nearest existing parent, belongs to this user or to root.
 
-    A process with the home directory of another user (root after ``sudo``) makes nothing in it.
+    A process with the home directory of another user (root after ``sudo``) writes nothing there.
     """
     if not HAS_OWNERS:
         return True
@@ -145,7 +144,7 @@ def is_among_ours(path: Path) -> bool:
 
 
 def make_parents(folder: Path) -> None:
-    """Make a directory and those above it, each for this user alone whatever the umask.
+    """Make a directory and its parents, with access for this user only, whatever the umask.
 
     Raises
     ------
@@ -165,7 +164,7 @@ def make_parents(folder: Path) -> None:
 
 
 def scan(folder: Path | str) -> list[os.DirEntry[str]]:
-    """Content of a directory; nothing if it cannot be read."""
+    """List a directory; empty if it cannot be read."""
     try:
         with os.scandir(folder) as found:
             return list(found)
@@ -174,14 +173,14 @@ def scan(folder: Path | str) -> list[os.DirEntry[str]]:
 
 
 def stamp(status: os.stat_result) -> tuple[int, int, int]:
-    """Describe a file so that a name that stands for another one gives another stamp."""
+    """Return a stamp of a file: inode, size and time of change."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def distrust(
     status: os.stat_result, is_kind: Callable[[int], bool], owners: Collection[int]
 ) -> str | None:
-    """Say why something is not to be believed; None if it is."""
+    """Return the reason why a file is not trusted; None if it is trusted."""
     if stat.S_ISLNK(status.st_mode) or _is_junction(status):
         return "it is a symbolic link"
     if not is_kind(status.st_mode):
@@ -198,7 +197,7 @@ def distrust(
 
 
 def _is_junction(status: os.stat_result) -> bool:
-    """Whether a directory of Windows is another one's name: lstat does not call that a link."""
+    """Return whether a Windows directory is a junction, which lstat does not report as a link."""
     tag = getattr(status, "st_reparse_tag", 0)
     return tag != 0 and tag in (
         getattr(stat, "IO_REPARSE_TAG_SYMLINK", None),
@@ -207,7 +206,7 @@ def _is_junction(status: os.stat_result) -> bool:
 
 
 def _is_nobody(uid: int) -> bool:
-    """Whether a user id is the one that a user namespace shows for all users it does not know."""
+    """Return whether a user id is the overflow id, shown for users unknown to a namespace."""
     if sys.platform != "linux" or uid != _overflow_uid():
         return False
     try:
@@ -232,7 +231,7 @@ _warned_lock = threading.Lock()
 
 
 def warn_once(subject: object, message: str) -> None:
-    """Log a warning at the first trouble with a subject, and later ones for those who look."""
+    """Log the first message about a subject as a warning, and later ones as information."""
     with _warned_lock:
         is_first = str(subject) not in _warned
         _warned.add(str(subject))

@@ -1,7 +1,7 @@
 """Splits the index of an archive into its kernels before any JSON is parsed.
 
-A JSON text of a few megabytes can become a gigabyte of objects. So the text is first divided into
-its kernels, without building anything, and each is parsed by itself when its turn comes.
+A JSON text of a few megabytes can become a gigabyte of objects. So the text is first split into its
+kernels, without building objects, and each kernel is parsed when it is needed.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from jitattn.cache.entry import MAX_JSON_BYTES
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: A string, the beginning of one that does not end, or a bracket.
+#: A string, the quote of an unterminated one, or a bracket.
 _TOKEN: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{}]', re.DOTALL)
-_LIST_DEPTH: Final = 2  # in the outer object and in the list of kernels
+_LIST_DEPTH: Final = 2  # inside the outer object and the list of kernels
 _MAX_DEPTH: Final = 8
 _MAX_REST_BYTES: Final = 1024 * 1024
 _PLACE: Final = b"0"  # stands for a kernel in the rest of the text
 
 
 class Index:
-    """The text of an index.
+    """Index of an archive, split but not yet parsed.
 
     Parameters
     ----------
@@ -49,14 +49,14 @@ class Index:
         if len(outer) > _MAX_REST_BYTES:
             raise ValueError(f"its index has more than {_MAX_REST_BYTES} bytes beside the kernels")
         facts = json.loads(outer.decode())
-        #: The outer object, with a 0 for each kernel; empty if the text is something else.
+        #: The outer object, with a 0 for each kernel; empty if the text is no object.
         self.facts: dict[str, Any] = facts if isinstance(facts, dict) else {}
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def kernels(self) -> Iterator[object]:
-        """Yield what the text says of each kernel; a fresh object each time.
+        """Parse and yield the kernels one by one, as new objects each time.
 
         Raises
         ------
@@ -68,7 +68,7 @@ class Index:
 
 
 def _spans(text: bytes, max_kernels: int) -> Iterator[tuple[int, int]]:
-    """Yield where each object or list in a list of the outer object begins and ends."""
+    """Yield start and end of each kernel: an object or list in a list of the outer object."""
     depth = start = count = inside = 0
     for token in _TOKEN.finditer(text):
         mark, end = token[0], token.end()

@@ -1,7 +1,7 @@
-"""Deletes what a cache can do without: drafts of dead writers, entries set aside, imports.
+"""Finds and deletes drafts of dead writers, entries that were set aside, and imports.
 
-Only names of the cache's own patterns are deleted, only in directories that are checked as a reader
-checks them, and never through a link.
+Only names that match the cache's patterns are deleted, only in directories that pass the checks for
+reading, and never through a link.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Kind: TypeAlias = Literal["draft", "aside", "import"]
 #: Directory of the imported archives, each under its digest.
 IMPORTED: Final = "imported"
 STALE_SECONDS: Final = 3600  #: a draft this old belongs to a writer that died
-KEEP_BAD: Final = 32  #: files that were set aside and stay for a look
+KEEP_BAD: Final = 32  #: newest files set aside that are kept for inspection
 _DRAFT: Final = re.compile(r"[0-9]+-[0-9a-f]{16}")
 _ASIDE: Final = re.compile(r"[0-9a-f]{64}-[0-9a-f]{8}\.(?:cubin|json)")
 _IMPORT: Final = re.compile(r"\.[0-9a-f]{16}-[0-9]+-[0-9a-f]{8}")
@@ -38,7 +38,7 @@ _VERSION: Final = re.compile(r"v[0-9]+")
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """A file or folder that nobody needs, or will not need once its writer is done."""
+    """Draft, file set aside or unfinished import; in use only while its writer runs."""
 
     kind: Kind
     name: str
@@ -47,12 +47,12 @@ class Leftover:
 
     @property
     def is_stale(self) -> bool:
-        """Whether it is older than any writer takes; a time from the future is a wrong clock's."""
+        """Whether it is older than any write takes; a time in the future is a wrong clock's."""
         return abs(time.time() - self.changed) > STALE_SECONDS
 
 
 def find(cache: DiskCache, trouble: list[OSError]) -> list[Leftover]:
-    """List what there is, in use or not: drafts, files that were set aside, unfinished imports."""
+    """List drafts, files that were set aside and unfinished imports, in use or not."""
     found: list[Leftover] = []
     with noted(trouble), cache.open() as store:
         found += _in_store(store, trouble)
@@ -62,7 +62,7 @@ def find(cache: DiskCache, trouble: list[OSError]) -> list[Leftover]:
 
 
 def sweep(cache: DiskCache, keep_bad: int, trouble: list[OSError], *, is_dry: bool = False) -> int:
-    """Delete what dead writers left, and all but the newest files that were set aside."""
+    """Delete leftovers of dead writers, and all but the newest files that were set aside."""
     count = 0
     with noted(trouble), cache.open() as store:
         found = _in_store(store, trouble)
@@ -71,7 +71,7 @@ def sweep(cache: DiskCache, keep_bad: int, trouble: list[OSError], *, is_dry: bo
         doomed = drafts + aside[: max(0, len(aside) - keep_bad)]
         count += len(doomed) if is_dry else _delete_files(store, doomed, trouble)
     with noted(trouble), cache.open_root() as root, root.folder(IMPORTED) as imported:
-        # An import at work holds the lock. Where there are no locks, age tells.
+        # A running import holds the lock. Without locks, age decides.
         are_dead = imported.lock()
         dead = [one for one in _of_imports(root, trouble) if are_dead or one.is_stale]
         for one in dead:
@@ -81,7 +81,7 @@ def sweep(cache: DiskCache, keep_bad: int, trouble: list[OSError], *, is_dry: bo
 
 
 def _in_store(store: Directory, trouble: list[OSError]) -> list[Leftover]:
-    """List the drafts, and then the files that were set aside, oldest first."""
+    """List the drafts, then the files that were set aside, oldest first."""
     aside = _listed(store, "bad", "aside", _ASIDE, trouble)
     return [
         *_listed(store, "tmp", "draft", _DRAFT, trouble),
@@ -94,17 +94,17 @@ def _of_imports(root: Directory, trouble: list[OSError]) -> list[Leftover]:
 
 
 def imports(cache: DiskCache, trouble: list[OSError]) -> list[str]:
-    """List the digests of the archives that were imported."""
+    """List the digests of the imported archives."""
     with noted(trouble), cache.open_root() as root, root.folder(IMPORTED) as imported:
         return list(filter(KEY.fullmatch, imported.names()))
     return []
 
 
 def delete_imports(cache: DiskCache, trouble: list[OSError]) -> int:
-    """Delete all archives that were imported; returns how many were there."""
+    """Delete all imported archives and return how many there were."""
     count = 0
     with noted(trouble), cache.open_root() as root, root.folder(IMPORTED) as imported:
-        # So that nobody takes what is on its way out for what is left of an import that died.
+        # The lock marks the renamed folders as in use: `sweep` deletes those of dead imports.
         imported.lock(is_shared=True)
         for digest in filter(KEY.fullmatch, imported.names()):
             with noted(trouble):
@@ -113,28 +113,28 @@ def delete_imports(cache: DiskCache, trouble: list[OSError]) -> int:
 
 
 def _delete_whole(imported: Directory, digest: str) -> bool:
-    """Take an archive out of use at once, and then delete it.
+    """Take an archive out of use by renaming it, and then delete it.
 
-    Whoever imports the archive meanwhile finds its name free.
+    The name is free at once for a process that imports the archive again.
     """
     imported.folder(digest).close()  # one that is not trusted stays where it is
     name = unfinished(digest)
-    imported.rename(digest, imported, name)
     try:
+        imported.rename(digest, imported, name)
         return delete_import(imported, name)
     except OSError:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a rename may take effect and fail all the same
             imported.rename(name, imported, digest)
         raise
 
 
 def unfinished(digest: str) -> str:
-    """Name a folder of an archive that is not there yet, or not for long."""
+    """Return a new name for the folder of an archive that is being written or deleted."""
     return f".{digest[:16]}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _delete_files(store: Directory, doomed: list[Leftover], trouble: list[OSError]) -> int:
-    """Delete drafts and files that were set aside; returns how many were there."""
+    """Delete drafts and files that were set aside; return how many there were."""
     count = 0
     for one in doomed:
         with noted(trouble), store.folder("tmp" if one.kind == "draft" else "bad") as folder:
@@ -145,7 +145,7 @@ def _delete_files(store: Directory, doomed: list[Leftover], trouble: list[OSErro
 
 @contextlib.contextmanager
 def noted(trouble: list[OSError]) -> Iterator[None]:
-    """Keep errors for a report, but for those of what is not there."""
+    """Collect errors for a report; ignore those about missing files."""
     try:
         yield
     except FileNotFoundError:
@@ -155,7 +155,7 @@ def noted(trouble: list[OSError]) -> Iterator[None]:
 
 
 def _delete_file(folder: Directory, name: str) -> None:
-    """Delete a file, or an empty directory in its place."""
+    """Delete a file, or an empty directory of that name."""
     if stat.S_ISDIR(folder.status(name).st_mode):
         folder.rmdir(name)
     else:
@@ -163,17 +163,17 @@ def _delete_file(folder: Directory, name: str) -> None:
 
 
 def delete_import(folder: Directory, name: str, *, take_back: bool = False) -> bool:
-    """Delete the folder of an archive that nobody reads; False if it is gone already.
+    """Delete the folder of an archive that is out of use; False if it is gone already.
 
     Parameters
     ----------
     take_back : bool
-        Go into directories of this user that others may write to, closing them first.
+        Enter directories of this user that others may write to, after removing that permission.
 
     Raises
     ------
     OSError
-        Part of it cannot be deleted, or is none of the cache's files: that stays.
+        Part of it cannot be deleted, or is not a file of the cache.
     """
     try:
         if not stat.S_ISDIR(folder.status(name).st_mode):
@@ -198,7 +198,7 @@ def _delete_matching(
 ) -> None:
     with contextlib.suppress(FileNotFoundError):
         with _inner(parent, name, take_back) as folder:
-            # Metadata first: without it, the cubin counts for nothing.
+            # Metadata first: a cubin without metadata is not an entry.
             for file in sorted(filter(pattern.fullmatch, folder.names()), reverse=True):
                 with contextlib.suppress(FileNotFoundError):
                     _delete_file(folder, file)

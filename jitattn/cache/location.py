@@ -1,7 +1,7 @@
-"""Locates the cache of this user, and makes its root.
+"""Locates the cache of this user and creates its root.
 
 ``JITATTN_CACHE_DIR``, else the platform's cache directory, else (if that cannot be made, or lies in
-another user's home) a private one among the temporary files. Never the working directory.
+another user's home) a private directory for temporary files. Never the working directory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jitattn.cache.directory import Directory
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-#: Environment variables that decide where the cache is.
+#: Environment variables that determine the location.
 VARIABLES: Final = (
     "JITATTN_CACHE_DIR",
     "HOME",
@@ -31,7 +31,7 @@ VARIABLES: Final = (
     "XDG_CACHE_HOME",
     "TMPDIR",
 )
-#: File by which programs that back up know a cache (Cache Directory Tagging Specification).
+#: File that tells backup programs to skip a cache (Cache Directory Tagging Specification).
 TAG: Final = "CACHEDIR.TAG"
 _TAG_TEXT: Final = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
@@ -40,7 +40,7 @@ _TAG_TEXT: Final = (
 
 
 def find() -> Path | None:
-    """Return the root of this user's cache; None if no directory can be had."""
+    """Return the root of this user's cache; None if no directory can be used."""
     return _found(tuple(map(os.environ.get, VARIABLES)), *files.our_owners())
 
 
@@ -66,9 +66,9 @@ def _among_temporary_files() -> Path | None:
         return None
     try:
         folder = Path(tempfile.gettempdir())
-        if folder == Path.cwd():  # the last resort of tempfile, not of ours
+        if folder == Path.cwd():  # the last resort of tempfile, which is not acceptable here
             return None
-        # The temporary files of all users, or our own; not those of another, as after ``sudo``.
+        # A directory shared by all users, or our own; not another user's, as after ``sudo``.
         if not os.stat(folder).st_mode & stat.S_ISVTX and not files.is_among_ours(folder):
             return None
         root = folder / f"jitattn-{os.geteuid()}"
@@ -79,15 +79,15 @@ def _among_temporary_files() -> Path | None:
 
 
 def make(root: Path, owners: Collection[int], *, may_be_link: bool = True) -> Directory:
-    """Open the root of a cache, making it and everything above it for this user alone.
+    """Open the root of a cache; create it and its parents with access for this user only.
 
-    A root that is made here is marked as a cache, for programs that back up. One that was there may
-    hold other things, and is not.
+    A root that is created here is tagged as a cache, for backup programs. An existing directory may
+    hold other files, and is not tagged.
 
     Raises
     ------
     OSError
-        It cannot be made, or somebody else could write to what is there.
+        It cannot be made, or other users could write to it.
     """
     is_new = False
     if not os.path.lexists(root):
@@ -102,7 +102,7 @@ def make(root: Path, owners: Collection[int], *, may_be_link: bool = True) -> Di
 
 
 def mark(folder: Directory, *, unless: Directory | None = None) -> None:
-    """Say that a directory is a cache, unless one above says so; failing to is no trouble."""
+    """Tag a directory as a cache, unless `unless` is tagged; errors are ignored."""
     with contextlib.suppress(OSError):
         if unless is None or TAG not in unless.names():
             folder.write_new(TAG, _TAG_TEXT)

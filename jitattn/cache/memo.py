@@ -1,8 +1,8 @@
-"""Facts about installed files that are dear to find, remembered on disk between processes.
+"""Memoizes on disk facts about installed files that are expensive to compute.
 
-The digest of the templates and the version of NVRTC take milliseconds to find, in every process
-anew. A fact is kept with the signature of the files that it follows from (inode, size, times of
-change, which no copy or reinstallation leaves alone) and counts only while that signature is true.
+The digest of the templates and the version of NVRTC take milliseconds to compute in every process.
+A fact is stored with a signature of the files that it depends on (inode, size, times of change,
+which any copy or reinstallation changes) and is valid only while that signature holds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from jitattn.cache.disk import DiskCache
 
-#: What a signature is made of, a file or directory: path, inode, size, times of change in ns.
+#: For each file or directory: path, inode, size, times of change in ns.
 Signature: TypeAlias = list[list[str | int]]
 _Fact: TypeAlias = tuple[Signature, object]
 _MAX_FACTS: Final = 64
@@ -31,12 +31,12 @@ _loaded: dict[Path, dict[str, _Fact]] = {}
 
 
 def signature(paths: Iterable[str | Path]) -> Signature:
-    """Describe files and directories so that any change of one changes the description."""
+    """Return a signature of files and directories, which any change of one of them changes."""
     described: Signature = []
     for path in paths:
         try:
             status = os.stat(path)
-        except (OSError, ValueError):  # not there; or no name that a file can have
+        except (OSError, ValueError):  # missing, or not a valid file name
             described.append([str(path)])
             continue
         described.append(
@@ -46,16 +46,16 @@ def signature(paths: Iterable[str | Path]) -> Signature:
 
 
 def recall(name: str) -> _Fact | None:
-    """Return a remembered fact with the signature that it was found under; None if there is none.
+    """Return a fact with the signature it was stored with; None if there is none.
 
-    The caller compares the signature with that of today, and checks that the fact is of its kind.
+    The caller compares the signature with the current one, and checks the type of the fact.
     """
     cache = _cache()
     return None if cache is None else _facts(cache).get(name)
 
 
 def remember(name: str, signature: Signature, value: object) -> None:
-    """Keep a fact for later processes, if the cache may be written."""
+    """Store a fact for later processes, if the cache may be written."""
     cache = _cache()
     if cache is None or settings.cache_mode() != "rw":
         return
@@ -64,8 +64,8 @@ def remember(name: str, signature: Signature, value: object) -> None:
     while len(facts) >= _MAX_FACTS:
         del facts[next(iter(facts))]
     facts[name] = (signature, value)
-    # Trouble is no news here: a kernel that cannot be written will say so. RecursionError: of
-    # another fact in the file, which could just be read.
+    # Errors are ignored: writing a kernel will report them. RecursionError: another fact in the
+    # file is nested so deeply that it could just be read.
     with contextlib.suppress(OSError, RecursionError):
         cache.write_file(_path(cache).name, json.dumps(facts).encode())
 
@@ -92,14 +92,14 @@ def _facts(cache: DiskCache) -> dict[str, _Fact]:
 
 
 def _is_fact(raw: Any) -> TypeGuard[list[Any]]:  # noqa: ANN401 - anything that JSON can hold
-    """Whether a JSON value is a signature with a value, each of them usable as it is."""
+    """Return whether a JSON value is a pair of a valid signature and a value."""
     return (
         type(raw) is list and len(raw) == 2 and type(raw[0]) is list and all(map(_is_file, raw[0]))
     )
 
 
 def _is_file(raw: Any) -> bool:  # noqa: ANN401 - anything that JSON can hold
-    """Whether a JSON value describes a file as `signature` does."""
+    """Return whether a JSON value describes a file as `signature` does."""
     if type(raw) is not list or not raw or type(raw[0]) is not str:
         return False
     return all(type(number) is int for number in raw[1:])

@@ -1,7 +1,7 @@
-"""Writes the files that commands are asked for: whole or not at all, where nothing is lost.
+"""Writes output files of commands atomically, without replacing anything by accident.
 
-``-`` is standard output. A name that is taken is refused unless the caller was told to overwrite,
-and whatever is no regular file always: a directory, a FIFO, a device, a link.
+``-`` is standard output. An existing file is refused unless the caller asks to overwrite it. A
+directory, FIFO, device or link is always refused.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from jitattn.errors import CacheError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-#: Stands for standard output, and for standard input where something is read.
+#: Standard output, or standard input where a file is read.
 STREAM: Final = Path("-")
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS
 
 
 def write(path: Path, pieces: Iterable[bytes], *, overwrite: bool = False) -> None:
-    """Write a file piece by piece; its name stands for all of it or for what was there before.
+    """Write a file piece by piece; it appears complete, or the old file stays.
 
     Raises
     ------
     CacheError
-        The name is taken, or stands for something else than a regular file, or cannot be written.
+        The file exists, is no regular file, or cannot be written.
     """
     if path == STREAM:
         _write_to_stdout(pieces)
@@ -81,16 +81,16 @@ def _write(path: Path, pieces: Iterable[bytes], *, overwrite: bool) -> None:
 
 
 def _give_new_name(draft: Path, path: Path) -> None:
-    """Name a file, unless the name was taken meanwhile."""
+    """Rename a draft, unless a file of the new name was created meanwhile."""
     if os.name == "nt":
-        os.rename(draft, path)  # which never replaces anything there
+        os.rename(draft, path)  # on Windows it never replaces a file
         return
     try:
         os.link(draft, path)
     except OSError:
         if os.path.lexists(path):
             raise
-        os.rename(draft, path)  # a filesystem without links, as of USB sticks
+        os.rename(draft, path)  # a filesystem without hard links, such as FAT
 
 
 def _write_to_stdout(pieces: Iterable[bytes]) -> None:
@@ -98,5 +98,5 @@ def _write_to_stdout(pieces: Iterable[bytes]) -> None:
         for piece in pieces:
             sys.stdout.buffer.write(piece)
         sys.stdout.buffer.flush()
-    except (OSError, ValueError) as error:  # nobody reads it any more, or the disk is full
+    except (OSError, ValueError) as error:  # a closed pipe, or a full disk
         raise CacheError(f"standard output cannot be written: {error}") from error

@@ -1,4 +1,4 @@
-"""Environment variables: one table, read when they are needed and never at import.
+"""Reads environment variables: one table, read when a value is needed, never at import.
 
 None of them changes numerics. Those that change machine code (line info, device asserts) do so
 through the compiler's options, and so enter the cache key.
@@ -47,29 +47,29 @@ VARIABLES: Final[dict[str, tuple[str, str]]] = {
 
 
 def cache_dir() -> Path | None:
-    """Return the cache directory that was asked for, if any."""
+    """Return ``JITATTN_CACHE_DIR``, if set."""
     value = os.environ.get("JITATTN_CACHE_DIR")
     return _absolute("JITATTN_CACHE_DIR", value) if value else None
 
 
 def cache_path() -> tuple[Path, ...]:
-    """Return the read-only directories of kernels that were asked for."""
+    """Return the read-only directories of ``JITATTN_CACHE_PATH``."""
     value = os.environ.get("JITATTN_CACHE_PATH", "")
     return tuple(_absolute("JITATTN_CACHE_PATH", part) for part in value.split(os.pathsep) if part)
 
 
 def record() -> Path | None:
-    """Return the file in which used kernels are to be noted, if any."""
+    """Return the file in which used kernels are recorded, if any."""
     return _path("JITATTN_RECORD")
 
 
 def keep_source() -> Path | None:
-    """Return where the source of every compile is to be kept, if anywhere."""
+    """Return the directory that keeps the source of every compile, if any."""
     return _path("JITATTN_KEEP_SOURCE")
 
 
 def cache_mode() -> CacheMode:
-    """Return whether the disk cache is read and written, only read, or not used."""
+    """Return the mode of the disk cache: read and written, only read, or off."""
     value = os.environ.get("JITATTN_CACHE", "rw")
     for mode in get_args(CacheMode):
         if value == mode:
@@ -78,7 +78,7 @@ def cache_mode() -> CacheMode:
 
 
 def cache_max_bytes() -> int:
-    """Return the size in bytes at which least recently used kernels go."""
+    """Return the size in bytes above which least recently used kernels are evicted."""
     value = os.environ.get("JITATTN_CACHE_MAX_BYTES") or "512M"
     match = _SIZE.fullmatch(value.strip())
     if match is None:
@@ -90,12 +90,12 @@ def cache_max_bytes() -> int:
 
 
 def no_compile() -> bool:
-    """Whether compiling is forbidden."""
+    """Return whether compiling is forbidden."""
     return _flag("JITATTN_NO_COMPILE")
 
 
 def lock_timeout() -> float:
-    """Seconds to wait for another process that compiles the same kernel."""
+    """Return the seconds to wait for another process that compiles the same kernel."""
     value = os.environ.get("JITATTN_LOCK_TIMEOUT", "60")
     seconds = float(value) if _SECONDS.fullmatch(value.strip()) else math.inf
     if seconds > 86400:
@@ -106,7 +106,7 @@ def lock_timeout() -> float:
 
 
 def nvrtc_major() -> int | None:
-    """Return the CUDA major version of the NVRTC that was asked for, if any."""
+    """Return the CUDA major version of the requested NVRTC, if any."""
     value = os.environ.get("JITATTN_NVRTC", "")
     if value in ("", "12", "13"):
         return int(value) if value else None
@@ -114,12 +114,12 @@ def nvrtc_major() -> int | None:
 
 
 def lineinfo() -> bool:
-    """Whether line numbers are compiled in."""
+    """Return whether line numbers are compiled in."""
     return _flag("JITATTN_LINEINFO")
 
 
 def debug_assert() -> bool:
-    """Whether device-side checks are compiled in."""
+    """Return whether device-side checks are compiled in."""
     return _flag("JITATTN_DEBUG_ASSERT")
 
 
@@ -130,15 +130,15 @@ def _path(name: str) -> Path | None:
 
 @functools.cache
 def _from_first_use(path: Path) -> Path:
-    """Make a path absolute once: it does not follow the working directory of the process."""
+    """Make a path absolute at its first use; later changes of directory do not affect it."""
     try:
         return path.absolute()
-    except FileNotFoundError:  # the working directory was deleted: whoever writes will say so
+    except FileNotFoundError:  # the working directory was deleted; writing reports it
         return path
 
 
 def _absolute(name: str, value: str) -> Path:
-    """Refuse a directory of kernels that the working directory would decide about."""
+    """Return an absolute path; refuse a relative one, which depends on the working directory."""
     path = _expanded(name, value)
     if not path.is_absolute():
         raise InvalidInputError(
@@ -162,7 +162,7 @@ def _flag(name: str) -> bool:
     return value == "1"
 
 
-#: Every reader: each refuses a wrong value by name.
+#: All readers; each raises an error that names the variable if its value is invalid.
 READERS: Final[tuple[Callable[[], object], ...]] = (
     cache_dir,
     cache_path,

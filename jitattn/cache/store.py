@@ -1,13 +1,13 @@
-"""A directory of kernels, as a reader sees it: `<key>.cubin` beside `<key>.json`.
+"""Reads a directory of kernels: `<key>.cubin` beside `<key>.json`.
 
 ::
 
     <root>/v1/<k[:2]>/<k[2:]>.cubin   the plain cubin: cuobjdump and nvdisasm open it
     <root>/v1/<k[:2]>/<k[2:]>.json    metadata with size and sha256 of the cubin
 
-A damaged cubin crashes the process inside the driver, so an entry is believed only if everything
-about it is right, and the bytes that were checked are the bytes that are loaded. `Store` reads; the
-user's own cache, which is also written, is `cache/disk.py`.
+A damaged cubin crashes the process inside the driver, so an entry is used only if it passes every
+check, and the bytes that were checked are the bytes that are loaded. `Store` only reads; the user's
+own cache, which is also written, is in `cache/disk.py`.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ FILE: Final = re.compile(r"([0-9a-f]{62})\.(json|cubin)")
 
 @dataclass(frozen=True, slots=True)
 class Bad:
-    """An entry that is there but not to be believed."""
+    """Entry that exists but failed a check."""
 
     key: str
     reason: str
-    #: What its two files were when they were read, (inode, size, mtime); None: never read.
+    #: Stamps (inode, size, mtime) of cubin and metadata when they were read; None if not read.
     stamps: tuple[tuple[int, int, int] | None, tuple[int, int, int] | None]
 
 
@@ -60,13 +60,13 @@ class File:
 
 
 class Store:
-    """The reading side of one directory.
+    """Reader of one directory of kernels.
 
     Parameters
     ----------
     root : Path
     owners : collection of int
-        Users who may own the directory and its files; `files.our_owners()` for one's own.
+        Users who may own the directory and its files.
     may_be_link : bool
         Accept a link of a trusted owner as the root.
     """
@@ -83,7 +83,7 @@ class Store:
         return f"{type(self).__name__}({str(self.root)!r})"
 
     def look(self, key: str, arch: str) -> Entry | Bad | None:
-        """Return the entry of `key`: right in every respect, or bad, or not there at all."""
+        """Return the entry of `key` if it passes all checks, else `Bad`; None if there is none."""
         cubin_name, json_name = self._names(key)
         json_stamp = None
         try:
@@ -96,7 +96,7 @@ class Store:
                 return Bad(key, "the metadata is damaged, or of another entry", (None, json_stamp))
             cubin = files.read(cubin_name, MAX_CUBIN_BYTES, self.owners)
         except (FileNotFoundError, NotADirectoryError):
-            return None  # no entry, or one that is being written or deleted
+            return None  # no entry, or an entry that is being written or deleted
         except files.UntrustedError as error:
             return Bad(key, f"{error.filename}: {error.strerror}", (None, json_stamp))
         except OSError as error:
@@ -110,9 +110,9 @@ class Store:
     def look_for_kernel(
         self, key: str, arch: str, is_usable: Callable[[str], bool] = lambda _: True
     ) -> Iterator[Entry | Bad]:
-        """Yield the entries of a kernel, whatever compiler made them; the newest compiler first.
+        """Yield the entries of a kernel from all compilers, newest compiler first.
 
-        A cubin is read when it is asked for, and only if `is_usable` says so of its compiler.
+        A cubin is read only when it is yielded, and only if `is_usable(compiler)`.
         """
         kernel = key[2:KERNEL_DIGITS]
         found: list[tuple[tuple[int, ...], str]] = []
@@ -130,23 +130,23 @@ class Store:
                 yield looked
 
     def _toolchain(self, key: str) -> str | None:
-        """Return what an entry says made it; None if it cannot be read, which `look` reports."""
+        """Return the compiler in an entry's metadata; None if unreadable, which `look` reports."""
         metadata = self._metadata(key)
         return None if metadata is None else metadata.toolchain
 
     def keys(self) -> list[str]:
-        """Keys of all entries, bad ones included, sorted."""
+        """List the keys of all entries, bad ones included, sorted."""
         return sorted({file.key for file in self.files() if file.kind == "json"})
 
     def entries(self) -> Iterator[Metadata]:
-        """Metadata of all entries, sorted by key. Cubins are not read."""
+        """Yield the metadata of all entries, sorted by key; cubins are not read."""
         for key in self.keys():
             metadata = self._metadata(key)
             if metadata is not None:
                 yield metadata
 
     def _metadata(self, key: str) -> Metadata | None:
-        """Return what an entry says of itself; None if that cannot be read or is damaged."""
+        """Return the metadata of an entry; None if it cannot be read or is damaged."""
         try:
             text = files.read(self._names(key)[1], MAX_JSON_BYTES, self.owners)
         except OSError:
@@ -155,12 +155,12 @@ class Store:
         return metadata if metadata is not None and metadata.key == key else None
 
     def files(self, trouble: list[OSError] | None = None) -> Iterator[File]:
-        """Yield every file of an entry. Follows no links.
+        """Yield the files of all entries; follows no links.
 
         Parameters
         ----------
         trouble : list of OSError, optional
-            Takes the errors of directories that are there and cannot be listed.
+            Receives the errors of existing directories that cannot be listed.
         """
         trouble = [] if trouble is None else trouble
         try:
@@ -168,7 +168,7 @@ class Store:
                 for shard in filter(SHARD.fullmatch, store.names()):
                     try:
                         yield from _files_of(store, shard)
-                    except files.UntrustedError:  # a link or a file of that name: none of ours
+                    except files.UntrustedError:  # a link or file, not made by the cache
                         continue
                     except OSError as error:
                         _note(error, trouble)
@@ -176,7 +176,7 @@ class Store:
             _note(error, trouble)
 
     def open(self) -> Directory:
-        """Open the store; everything on the way to it is checked.
+        """Open the store; check it and the root.
 
         Raises
         ------
@@ -187,17 +187,17 @@ class Store:
             return root.folder(self.store.name)
 
     def paths(self, key: str) -> tuple[Path, Path]:
-        """Where the cubin and the metadata of `key` are, or would be."""
+        """Return the paths of the cubin and the metadata of `key`, existing or not."""
         cubin, metadata = self._names(key)
         return Path(cubin), Path(metadata)
 
     def _names(self, key: str) -> tuple[str, str]:
-        """Build the two paths as text: a hit has no time for `Path`."""
+        """Build the two paths as text, which takes less of a cache hit's time than `Path`."""
         base = f"{self._prefix}{key[:2]}{os.sep}{key[2:]}"
         return f"{base}.cubin", f"{base}.json"
 
     def is_trusted(self, shard: str = "") -> bool:
-        """Check, once per process, who can write to the store, or to a directory in it.
+        """Check, once per process, that only owners can write to the store or a directory in it.
 
         Raises
         ------
@@ -225,7 +225,7 @@ class Store:
 
 def _files_of(store: Directory, shard: str) -> list[File]:
     found = []
-    # One that others can write to is listed as well: whoever reads or deletes checks it.
+    # A directory that others can write to is listed too: reading and deleting check it.
     with store.folder(shard, is_checked=False) as folder:
         for name in folder.names():
             match = FILE.fullmatch(name)
@@ -242,4 +242,4 @@ def _note(error: OSError, trouble: list[OSError]) -> None:
 
 def _newest_first(found: tuple[tuple[int, ...], str]) -> tuple[tuple[int, ...], str]:
     version, key = found
-    return tuple(-part for part in version) or (0,), key  # what cannot be read comes last
+    return tuple(-part for part in version) or (0,), key  # unreadable versions come last

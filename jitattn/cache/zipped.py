@@ -1,8 +1,8 @@
-"""Reads and writes zip files without compression, believing nothing that a file says of itself.
+"""Reads and writes uncompressed zip files, and validates every field that it reads.
 
-The standard library's reader builds an object for each of any number of members, allocates what a
-file declares, and raises errors of many kinds on damaged files. An archive of kernels needs little
-of the format: members one after another, each stored as it is, then the directory, then its end
+The standard library's reader builds an object for each of any number of members, allocates the
+sizes that a file declares, and raises errors of many kinds on damaged files. An archive of kernels
+needs little of the format: stored members one after another, then the directory, then its end
 record, and nothing else. Everything that `Members` does not expect is a `ValueError`.
 """
 
@@ -23,8 +23,8 @@ _END: Final = struct.Struct("<4s4H2LH")
 _LOCAL_MARK: Final = b"PK\x03\x04"
 _CENTRAL_MARK: Final = b"PK\x01\x02"
 _END_MARK: Final = b"PK\x05\x06"
-_VERSION: Final = 20  # of the format, as zip writes for stored members
-_POSIX: Final = 3 << 8  # what the attributes mean, on Windows too
+_VERSION: Final = 20  # of the format; the one for stored members
+_POSIX: Final = 3 << 8  # system that defines the attributes, on Windows too
 _DATE: Final = (1 << 5) | 1  # 1980-01-01
 _MODE: Final = (stat.S_IFREG | 0o600) << 16
 _UTF8_NAME: Final = 1 << 11
@@ -72,7 +72,7 @@ class _Member:
 
 
 class Members:
-    """The members of an open zip file; everything but the contents is checked here.
+    """Members of an open zip file; the constructor checks everything but the contents.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ class Members:
     Raises
     ------
     ValueError
-        It is anything else than such a file.
+        The file is damaged, or uses other parts of the format.
     """
 
     def __init__(self, file: IO[bytes], max_members: int) -> None:
@@ -103,18 +103,18 @@ class Members:
         if directory_size > count * (_CENTRAL.size + _MAX_NAME):
             raise ValueError("its directory is damaged")
         directory = memoryview(self._bytes(directory_start, directory_size))
-        offset = 0  # members lie one after another, so that none is counted twice
+        offset = 0  # members follow each other without overlap
         for _ in range(count):
             directory, offset = self._add(directory, offset)
         if directory or offset != directory_start:
             raise ValueError("there is something between its members, or after them")
 
     def sizes(self) -> dict[str, int]:
-        """Names and sizes, in the order of the file."""
+        """Return names and sizes, in file order."""
         return {name: member.size for name, member in self._members.items()}
 
     def read(self, name: str) -> bytes:
-        """Content of a member.
+        """Read a member.
 
         Raises
         ------
@@ -128,7 +128,7 @@ class Members:
         return content
 
     def _add(self, directory: memoryview, offset: int) -> tuple[memoryview, int]:
-        """Take the next member; returns the rest of the directory, and where the member ends."""
+        """Add the next member; return the rest of the directory and the end of the member."""
         if len(directory) < _CENTRAL.size:
             raise ValueError("its directory is damaged")
         (

@@ -1,7 +1,7 @@
-"""`jitattn-cache`: make, look at, check, move and delete kernels. Needs no GPU.
+"""Command `jitattn-cache`: compile, list, check, move and delete kernels. Needs no GPU.
 
-Results go to stdout and nothing else does; progress, questions and messages go to stderr. Exit
-status: 0 done, 1 something failed or was found bad, 2 the command line is wrong.
+Only results go to stdout; progress, questions and messages go to stderr. Exit status: 0 success,
+1 a failure or a bad kernel, 2 an invalid command line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m jitattn.cli`, where the script jitattn-cache is not on the path."""
+"""Runs `python -m jitattn.cli`, for environments where jitattn-cache is not on the path."""
 
 from jitattn.cli import main
 

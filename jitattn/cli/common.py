@@ -1,4 +1,4 @@
-"""What the commands share: option types, questions, output."""
+"""Option types, questions and output, shared by the commands."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _WIDEST_CELL = 32
 
 
 class Commands(click.Group):
-    """A group whose commands end with a message and a status, and never with a traceback."""
+    """Command group that turns every exception into a message and an exit status."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - click's
-        """Run the program, and end it."""
+        """Run the program and exit."""
         streams.prepare()
         try:
             status = super().main(*args, **{**kwargs, "standalone_mode": False})
@@ -42,13 +42,13 @@ class Commands(click.Group):
         except OSError as error:
             if error.filename is not None:
                 fail(str(error))
-            streams.end_without_output(error)  # click's own, as of --help
+            streams.end_without_output(error)  # click's own exit, as of --help
         finally:
             streams.settle()
         sys.exit(status if isinstance(status, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's
-        """Run the command that was asked for."""
+        """Run the command."""
         try:
             return super().invoke(ctx)
         except (CompileError, CacheMissError) as error:  # these have several lines
@@ -67,7 +67,7 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
         self.allowed = allowed
 
     def convert(self, value: Any, param: Any, ctx: Any) -> list[str]:  # noqa: ANN401 - click's
-        """Split and check."""
+        """Split a value and check its words."""
         words = value if isinstance(value, list) else [word.strip() for word in value.split(",")]
         for word in words:
             if self.allowed is not None and word not in self.allowed:
@@ -81,7 +81,7 @@ class Archs(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
     name = "archs"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> list[str]:  # noqa: ANN401 - click's
-        """Split, check and name in full."""
+        """Split a value and return full architecture names."""
         if isinstance(value, list):
             return value
         try:
@@ -91,7 +91,7 @@ class Archs(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
 
 
 class Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
-    """A number in ASCII digits: `int` would take those of every script."""
+    """Integer in ASCII digits; `int` would accept the digits of every script."""
 
     name = "number"
 
@@ -99,7 +99,7 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
         self.least = least
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:  # noqa: ANN401 - click's
-        """Read and check."""
+        """Parse a number and check its range."""
         number = value if isinstance(value, int) else number_in(str(value))
         if number is None or number < self.least:
             self.fail(f"{value!r}: it must be a number from {self.least} up", param, ctx)
@@ -107,14 +107,14 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
 
 
 def json_option(function: _Function) -> _Function:
-    """Add --json, which every command has."""
+    """Add the option --json, common to all commands."""
     return click.option("--json", "as_json", is_flag=True, help="one JSON value on stdout")(
         function
     )
 
 
 def yes_option(function: _Function) -> _Function:
-    """Add -y and --dry-run, which every command has that deletes."""
+    """Add the options -y and --dry-run, common to all commands that delete."""
     function = click.option("-y", "--yes", is_flag=True, help="do not ask")(function)
     return click.option("--dry-run", is_flag=True, help="say what would go, delete nothing")(
         function
@@ -122,14 +122,14 @@ def yes_option(function: _Function) -> _Function:
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
-    """End with a message on stderr."""
+    """Print a message on stderr and exit."""
     warn(message)
     sys.exit(status)
 
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """Take an invalid input for a mistake on the command line: status 2."""
+    """Turn InvalidInputError into a command-line error: status 2."""
     try:
         yield
     except InvalidInputError as error:
@@ -137,7 +137,7 @@ def command_line() -> Iterator[None]:
 
 
 def emit(value: object, as_json: bool, text: str, *, to_stderr: bool = False) -> None:
-    """Print a result: as JSON, or as text for people."""
+    """Print a result as JSON or as text."""
     line = f"{json.dumps(value) if as_json else printable(text)}\n"
     if to_stderr:
         streams.write_message(line)
@@ -146,7 +146,7 @@ def emit(value: object, as_json: bool, text: str, *, to_stderr: bool = False) ->
 
 
 def confirm(question: str, yes: bool) -> None:
-    """Ask before something is deleted; where nobody can be asked, -y is needed."""
+    """Ask before deleting; without a terminal, require -y."""
     if yes:
         return
     if not _is_asked():
@@ -155,14 +155,14 @@ def confirm(question: str, yes: bool) -> None:
 
 
 def _is_asked() -> bool:
-    """Whether somebody sits there to answer."""
+    """Return whether stdin is a terminal."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 
 def print_rows(
     columns: tuple[str, ...], rows: list[dict[str, Any]], droppable: tuple[str, ...] = ()
 ) -> None:
-    """Print a table; on a terminal too narrow for it, without some of the `droppable` columns."""
+    """Print a table; on a narrow terminal, omit some of the `droppable` columns."""
     cells = [{name: one_line(row.get(name, "")) for name in columns} for row in rows]
     console = Console()
     if console.is_terminal:
@@ -173,7 +173,7 @@ def print_rows(
     for name in columns:
         table.add_column(name, no_wrap=True)
     for row in cells:
-        table.add_row(*(Text(row[name]) for name in columns))  # Text: brackets are no markup here
+        table.add_row(*(Text(row[name]) for name in columns))  # Text: brackets are not markup
     with console.capture() as captured:
         console.print(table)
     streams.write(captured.get())
@@ -182,7 +182,7 @@ def print_rows(
 def fitting(
     columns: tuple[str, ...], cells: list[dict[str, str]], width: int, droppable: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Leave out `droppable` columns, first ones first, until the others fit into `width`."""
+    """Omit `droppable` columns, in their order, until the rest fits into `width`."""
     widths = {name: min(_width(name, cells), _WIDEST_CELL) + 2 for name in columns}
     for name in droppable:
         if sum(widths.values()) - 2 <= width:
@@ -197,9 +197,9 @@ def _width(name: str, cells: list[dict[str, str]]) -> int:
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Report progress on stderr: a bar on a terminal, plain lines elsewhere.
+    """Report progress on stderr: a bar on a terminal, plain lines otherwise.
 
-    Yields a function to call with a line for every step; an empty line is not printed.
+    Yields a function that takes the line of each step; empty lines are not printed.
     """
     console = Console(stderr=True)
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -217,12 +217,12 @@ def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
 
 
 def warn(message: str) -> None:
-    """Print a message on stderr, on one line: it may name files, and say what an archive says."""
+    """Print a message on stderr as one line; file names and archives may contain line breaks."""
     streams.write_message(f"jitattn-cache: {one_line(message)}\n")
 
 
 def own_cache(*, to_write: bool = False) -> DiskCache:
-    """Return the user's cache, or end the command if there is none."""
+    """Return the user's cache; exit if there is none."""
     cache = user_cache()
     if cache is None:
         fail("no cache directory is to be had: set JITATTN_CACHE_DIR to one that you can write")
@@ -233,6 +233,6 @@ def own_cache(*, to_write: bool = False) -> DiskCache:
 
 
 def describe(spec: dict[str, str | int]) -> str:
-    """Say in a few words what a kernel is."""
+    """Describe a kernel in a few words."""
     names = ("family", "arch", "dtype", "out_dtype", "head_dim", "head_dim_v", "mask")
     return " ".join(str(spec[name]) for name in names if name in spec)

@@ -1,4 +1,4 @@
-"""`jitattn-cache doctor`."""
+"""Command `jitattn-cache doctor`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands work on: the entries of every directory, found, checked, and named by a key."""
+"""Finds, checks and names the cache entries that commands work on, in all directories."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHORTEST_KEY = 4
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An entry, by its metadata, and where it lies."""
+    """Metadata of an entry, and the directory that holds it."""
 
     metadata: Metadata
     store: Store
@@ -26,7 +26,7 @@ class Found:
 
 
 def named_stores(cache: DiskCache) -> list[tuple[str, Store]]:
-    """Return the user's cache and the read-only directories, each with what to call it."""
+    """Return the user's cache and the read-only directories, with display names."""
     brought = {store.root for store in imported(cache)}
     others = [
         ("imported" if store.root in brought else str(store.root), store) for store in layers(cache)
@@ -35,7 +35,7 @@ def named_stores(cache: DiskCache) -> list[tuple[str, Store]]:
 
 
 def all_entries(cache: DiskCache) -> list[Found]:
-    """Return every entry whose metadata can be read, those of the user first."""
+    """Return all entries with readable metadata, those of the user's cache first."""
     return [
         Found(metadata, store, where)
         for where, store in named_stores(cache)
@@ -45,7 +45,7 @@ def all_entries(cache: DiskCache) -> list[Found]:
 
 
 def is_trusted(store: Store) -> bool:
-    """Whether a directory of kernels is there and only its owner can write to it; says why not."""
+    """Return whether a directory of kernels exists and is trusted; warn if it is not trusted."""
     reason = distrust(store)
     if reason is not None:
         warn(f"{store.root} is not used: {reason}")
@@ -53,7 +53,7 @@ def is_trusted(store: Store) -> bool:
 
 
 def trusted_cache(*, to_write: bool) -> DiskCache:
-    """Return the user's cache to delete in, or end the command if it is not to be trusted."""
+    """Return the user's cache for deleting; exit if it is not trusted."""
     cache = own_cache(to_write=to_write)
     reason = distrust(cache)
     if reason is not None:
@@ -62,7 +62,7 @@ def trusted_cache(*, to_write: bool) -> DiskCache:
 
 
 def distrust(store: Store) -> str | None:
-    """Say why a directory of kernels is not used; None if it is, or is not there at all."""
+    """Return the reason why a directory is not trusted; None if it is trusted or missing."""
     try:
         for folder in (store.root, store.store):
             files.check_directory(folder, store.owners, may_be_link=folder == store.root)
@@ -75,9 +75,9 @@ def distrust(store: Store) -> str | None:
 
 
 def check(store: Store, key: str) -> Entry | Bad | None:
-    """Check an entry in every respect, its key included; None only if it is not there any more.
+    """Run all checks of an entry, its key included; None only if it no longer exists.
 
-    A reader takes an entry that it cannot or may not read for none; here the reason is wanted.
+    For `Store.look`, an unreadable entry does not exist; here the reason is reported.
     """
     cubin_path, json_path = store.paths(key)
     metadata = metadata_of(store, key)
@@ -96,7 +96,7 @@ def check(store: Store, key: str) -> Entry | Bad | None:
 
 
 def metadata_of(store: Store, key: str) -> Metadata | None:
-    """Return what an entry says of itself; None if that cannot be read."""
+    """Return the metadata of an entry; None if it cannot be read."""
     try:
         return from_json(files.read(store.paths(key)[1], MAX_JSON_BYTES, store.owners).data)
     except OSError:
@@ -104,7 +104,7 @@ def metadata_of(store: Store, key: str) -> Metadata | None:
 
 
 def find_by_key(cache: DiskCache, key: str) -> Found:
-    """Return the entry whose key begins so.
+    """Return the entry whose key begins with a prefix.
 
     Raises
     ------

@@ -1,6 +1,6 @@
-"""What is installed, what is wrong, and what to do: the findings of `jitattn-cache doctor`.
+"""Collects the findings of `jitattn-cache doctor`: installation, faults and remedies.
 
-Every area reports its own failure as a finding, so that the doctor never fails itself.
+Every area reports its own failure as a finding, so that the command itself never fails.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _ELSEWHERE: Final = "make it writable, or set JITATTN_CACHE_DIR to a directory t
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     area: str
     status: Status
@@ -56,12 +56,12 @@ class Finding:
 
 
 def examine(*, full: bool = False) -> Iterator[Finding]:
-    """Look at everything that jitattn stands on.
+    """Check everything that jitattn depends on.
 
     Parameters
     ----------
     full : bool
-        Ask torch as well, which takes seconds.
+        Also import torch, which takes seconds.
     """
     for area, look in (_AREAS | ({"torch (full)": _asked_torch} if full else {})).items():
         try:
@@ -96,7 +96,7 @@ def _torch() -> _Findings:
 
 
 def _asked_torch() -> _Findings:
-    # In a process of its own: a torch that crashes would end the doctor as well.
+    # In another process: a torch that crashes must not end this one.
     done = subprocess.run(
         [sys.executable, "-P", "-c", _ASK_TORCH],
         stdin=subprocess.DEVNULL,
@@ -308,10 +308,10 @@ def _why_there(root: Path, mode: str) -> tuple[Status, str, str]:
 
 
 def _trust(store: Store) -> _Findings:
-    """Say of the root of a store, and of what is in it, who can write there."""
+    """Check who can write to the root of a store and to its directories."""
     for folder in (store.root, store.store):
         try:
-            # Of a link, what it leads to counts, and is reported.
+            # The target of a link is checked and reported.
             status = os.stat(folder) if folder == store.root else os.lstat(folder)
             owner = f"user {status.st_uid}, " if files.HAS_OWNERS else ""
             what = f"{folder}: {owner}mode {stat.S_IMODE(status.st_mode):o}"
@@ -328,7 +328,7 @@ def _trust(store: Store) -> _Findings:
 
 
 def _other_things(root: Path) -> list[str]:
-    """Names in the root of a cache that are none of the cache's."""
+    """List the names in the root of a cache that the cache did not make."""
     return [
         name
         for name in sorted(entry.name for entry in files.scan(root))
@@ -337,14 +337,14 @@ def _other_things(root: Path) -> list[str]:
 
 
 def _is_makeable(path: Path) -> bool:
-    """Whether a directory is there and can be written, or can be made; makes nothing."""
+    """Return whether a directory can be written, or could be created; create nothing."""
     try:
         path = path.expanduser().absolute()
         while not os.path.lexists(path) and path != path.parent:
             path = path.parent
     except (OSError, RuntimeError):  # RuntimeError: no home directory is known
         return False
-    # There is no making anything in /proc, whatever its mode says.
+    # Nothing can be created in /proc, whatever its mode.
     return path.is_dir() and os.access(path, os.W_OK | os.X_OK) and _filesystem(path) != "proc"
 
 
@@ -360,13 +360,13 @@ def _extra(driver: int | None) -> str:
 
 
 def _filesystem(path: Path) -> str:
-    """Kind of the filesystem that a path is on; empty where that cannot be told."""
+    """Return the filesystem type of a path; empty if unknown."""
     try:
         mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     except OSError:
         return ""
     resolved = path.resolve()
-    # Spaces and the like are written as in \040.
+    # Spaces and other special characters are octal escapes, as in \040.
     points = [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), one[1]) for one in mounts]
     kinds = {
         point: mount[2]

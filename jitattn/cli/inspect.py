@@ -1,4 +1,4 @@
-"""Commands that only look: list, show, extract, path, stats."""
+"""Read-only commands: list, show, extract, path, stats."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _COLUMNS = (
     "key", "where", "family", "arch", "dtype", "head_dim", "head_dim_v", "mask", "block_q",
     "block_kv", "registers", "spill_bytes", "smem_bytes", "compile_ms", "bytes", "toolchain",
 )  # fmt: skip
-#: What a narrow terminal can do without; the first goes first.
+#: Columns that a narrow terminal omits, in this order.
 _DROPPABLE = (
     "smem_bytes", "compile_ms", "block_kv", "block_q", "toolchain", "spill_bytes", "registers",
     "head_dim_v", "family", "bytes",
@@ -51,7 +51,7 @@ _DROPPABLE = (
 def _row(found: Found) -> dict[str, Any]:
     metadata = found.metadata
     return {
-        **metadata.spec,  # first: nothing in it may pass for what follows
+        **metadata.spec,  # first, so that nothing in it passes for a later line
         "key": metadata.key,
         "where": found.where,
         "toolchain": metadata.toolchain,
@@ -93,7 +93,7 @@ def list_entries(sort: str, reverse: bool, as_json: bool, **filters: list[str] |
 
 
 def _order(value: object) -> tuple[int, object]:
-    """Sort what a family does not have first, then numbers as numbers, then words."""
+    """Return a sort key: missing fields first, then numbers by value, then words."""
     return (0, 0) if value is None else (2 if isinstance(value, str) else 1, value)
 
 
@@ -111,7 +111,7 @@ def show(key: str, source: bool, as_json: bool) -> None:
     try:
         spec = spec_from_dict(metadata.spec)
     except ValueError:
-        pass  # of a version with other specs
+        pass  # made by a version with other specs
     else:
         command = spec.command()
         text = render(spec)
@@ -163,7 +163,7 @@ def extract(key: str, output: Path | None, yes: bool, as_json: bool) -> None:
     looked = check(found.store, metadata.key)
     if not isinstance(looked, Entry):
         reason = "it is gone" if looked is None else looked.reason
-        fail(f"the kernel {metadata.key[:16]} is not to be believed: {reason}")
+        fail(f"the kernel {metadata.key[:16]} failed its checks: {reason}")
     path = Path(f"{metadata.key[:16]}.cubin") if output is None else output
     write_file(path, [looked.cubin], overwrite=yes)
     emit(

@@ -1,4 +1,4 @@
-"""Commands that delete: prune, clear."""
+"""Commands that delete kernels: prune, clear."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def prune(
 
 
 def _report(cache: DiskCache, left_behind: set[str], trouble: list[OSError]) -> int:
-    """Say what could not be deleted; returns the exit status."""
+    """Report errors of deletion and return the exit status."""
     if left_behind:
         warn(f"{len(left_behind)} kernels in {cache.root} could not be deleted")
     for error in trouble:
@@ -129,7 +129,7 @@ def _unused_seconds(cache: DiskCache, key: str) -> float:
 
 
 def _is_current(metadata: Metadata) -> bool:
-    """Whether the installed version would look for this kernel, whatever the compiler."""
+    """Return whether the installed version would look up this kernel, with any compiler."""
     try:
         spec = spec_from_dict(metadata.spec)
     except ValueError:

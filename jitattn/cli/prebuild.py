@@ -1,4 +1,4 @@
-"""`jitattn-cache prebuild`: compile ahead, for any architecture."""
+"""Command `jitattn-cache prebuild`: compile ahead of time, for any architecture."""
 
 from __future__ import annotations
 
@@ -125,13 +125,13 @@ def _report_plan(specs: list[KernelSpec], cache: DiskCache, as_json: bool) -> No
 
 
 def _is_there(spec: KernelSpec, cache: DiskCache) -> bool:
-    """Whether `build.find` would find a kernel; unlike it, this leaves no trace anywhere."""
+    """Return whether `build.find` would find a kernel; unlike it, change nothing."""
     key = build.key_of(spec)
     if settings.cache_mode() == "off":
         return False
     try:
         compilers.chosen()
-    except CompileError:  # then any compiler's will do
+    except CompileError:  # without a compiler, a cubin of any one is used
         found = cache.look_for_kernel(key, spec.arch, compilers.is_loadable)
         if any(isinstance(one, Entry) for one in found):
             return True
@@ -147,7 +147,7 @@ def _make(
     start = time.perf_counter()
     counts = {"compiled": 0, "cached": 0, "failed": 0}
     total_bytes = spilling = 0
-    kept: set[str] = set()  # keys that have to be in the user's cache at the end
+    kept: set[str] = set()  # keys that must be in the user's cache at the end
     with progress("compiling", len(specs)) as step:
         for built in pool.build_all(specs, jobs):
             outcome = _checked(built, cache)
@@ -189,7 +189,7 @@ def _make(
 
 
 def _checked(outcome: pool.Outcome, cache: DiskCache) -> pool.Outcome:
-    """Turn a kernel that was compiled but is not on disk into a failure."""
+    """Turn the outcome of a kernel that was compiled but is not on disk into a failure."""
     if outcome.origin != "compiled" or outcome.built is None:
         return outcome
     if isinstance(cache.look(outcome.built.key, outcome.spec.arch), Entry):

@@ -1,6 +1,6 @@
-"""What the commands write to: a result goes to stdout whole, or the command says why not and fails.
+"""Writes results to stdout completely, or ends the command with the reason.
 
-Messages are less: a command does its work whether or not anybody can read about it.
+Messages on stderr are optional: a command does its work even if they cannot be written.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ _HELP: Final[tuple[type, ...]] = tuple(
 
 
 def prepare() -> None:
-    """Occupy the descriptors of closed streams, and let the others write every character.
+    """Reopen closed standard streams, and let the others write every character.
 
-    Else the next file that is opened would be the standard output, and get what libraries print.
+    Otherwise the next file that is opened would get the descriptor of standard output, and receive
+    the output of libraries.
     """
     for descriptor in range(3):
         try:
@@ -39,7 +40,7 @@ def prepare() -> None:
 
 
 def write(text: str) -> None:
-    """Write a result to stdout; ends the command if that is not possible."""
+    """Write a result to stdout; exit if that fails."""
     if sys.stdout is None:
         end_without_output(OSError(errno.EBADF, "it is closed"))
     try:
@@ -49,7 +50,7 @@ def write(text: str) -> None:
 
 
 def write_message(text: str) -> None:
-    """Write to stderr, if that is possible."""
+    """Write to stderr; ignore errors."""
     try:
         click.echo(text, nl=False, err=True)
     except OSError:
@@ -57,12 +58,12 @@ def write_message(text: str) -> None:
 
 
 def is_watched() -> bool:
-    """Whether messages go to a terminal."""
+    """Return whether stderr is a terminal."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 def show(error: click.ClickException) -> None:
-    """Print click's message about a command line."""
+    """Print click's message about an invalid command line."""
     if not isinstance(error, _HELP):
         error.message = one_line(error.message)  # type: ignore[misc]  # it may name files
     try:
@@ -72,7 +73,7 @@ def show(error: click.ClickException) -> None:
 
 
 def settle() -> None:
-    """Leave nothing to be written when Python ends, where a failure changes the exit status."""
+    """Flush both streams; a failure at exit would change the exit status."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -82,15 +83,15 @@ def settle() -> None:
 
 
 def end_without_output(error: OSError) -> NoReturn:
-    """End the command with status 1, as stdout cannot be written."""
+    """Exit with status 1 because stdout cannot be written."""
     _abandon(sys.stdout)
-    if error.errno != errno.EPIPE:  # a reader that has seen enough wants no message
+    if error.errno != errno.EPIPE:  # the reader has stopped: no message
         write_message(f"jitattn-cache: standard output cannot be written: {error.strerror}\n")
     sys.exit(1)
 
 
 def _abandon(stream: TextIO | None) -> None:
-    """Lead a stream nowhere: what it still holds would be written when Python ends, and fail again.
+    """Redirect a stream to os.devnull, so that its buffer is not written again at exit.
 
     See the note on SIGPIPE in Python's `signal` documentation.
     """

@@ -1,4 +1,4 @@
-"""`jitattn-cache verify`: whether every kernel is what it says it is."""
+"""Command `jitattn-cache verify`: check every kernel against its metadata."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def verify(recompile: bool, repair: bool, as_json: bool) -> None:
 
 
 def _compile_again(entry: Entry) -> bool | None:
-    """Whether the cubin comes out the same; None if that cannot be asked here."""
+    """Return whether compiling again gives the same cubin; None if that is impossible here."""
     metadata = entry.metadata
     try:
         spec = spec_from_dict(metadata.spec)
@@ -102,12 +102,12 @@ def _compile_again(entry: Entry) -> bool | None:
         ):
             return None
         return nvrtc.compile_spec(spec, source, compiler).cubin == entry.cubin
-    except (ValueError, JitAttnError):  # JitAttnError: an architecture that nobody knows, say
+    except (ValueError, JitAttnError):  # JitAttnError: an unknown architecture, for example
         return None
 
 
 def _repair(cache: DiskCache, bad: Bad, metadata: Metadata | None) -> bool:
-    """Set a bad entry aside, and compile it anew if it says what it is."""
+    """Set a bad entry aside, and compile it again if its metadata is readable."""
     cache.set_aside(bad)
     if metadata is None:
         return False
@@ -115,5 +115,5 @@ def _repair(cache: DiskCache, bad: Bad, metadata: Metadata | None) -> bool:
         built = build.rebuild(spec_from_dict(metadata.spec))
     except (ValueError, JitAttnError):
         return False
-    # The cache may keep nothing, and the bad files may be where they were.
+    # The cache may be unwritable, with the bad files still in place.
     return isinstance(check(cache, built.key), Entry) and not isinstance(check(cache, bad.key), Bad)

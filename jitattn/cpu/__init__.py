@@ -1,1 +1,1 @@
-"""The path of CPU tensors: the same results, differentiable, in torch operations."""
+"""CPU path: attention in differentiable torch operations."""

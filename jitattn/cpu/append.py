@@ -1,4 +1,4 @@
-"""The CPU path of appending to a KV cache: plain indexing, one sequence after another."""
+"""CPU path of appending to a KV cache: plain indexing, one sequence after another."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def check_contents(
     ----------
     cache : KvCache
     kv_seqs : Padded or Paged
-        Where the keys lie; their stops are only known if nothing is appended.
+        Layout of the keys; their stops are only known if nothing is appended.
     new : Append, optional
     room : int
-        Rows that a sequence may have.
+        Largest number of rows of a sequence.
     rows : int
-        Rows of the batch of the cache, or pages.
+        Batch rows of the cache, or pages.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def check_contents(
 
 @outside_autocast
 def append_cpu(q: Tensor, turned: Tensor, new: Append) -> None:
-    """Write the new tokens into the cache, the turned queries, and the rows in use afterwards.
+    """Write the new tokens to the cache, the rotated queries, and the new stops.
 
     Raises
     ------
@@ -129,7 +129,7 @@ def append_cpu(q: Tensor, turned: Tensor, new: Append) -> None:
 
 
 def _places(new: Append, idx: int, used: int, count: int) -> tuple[Tensor, Tensor]:
-    """Return the pages (or rows of the batch) and the rows in them of a sequence's new tokens."""
+    """Return pages (or batch rows), and rows within them, of a sequence's new tokens."""
     page_size = new.k_cache.shape[1]
     table = [idx]
     if isinstance(new.kv_seqs, Paged):

@@ -1,13 +1,13 @@
-"""The CPU path: attention on CPU tensors, chunked over queries and keys, memory O(L).
+"""CPU path of attention, chunked over queries and keys, with O(L) memory.
 
 Plain differentiable operations, so autograd gives every order of derivative, and forward mode too.
 The softmax is online over key chunks (arXiv:1805.02867); fp16 and bf16 are computed in fp32.
 
-Left alone, autograd would keep the scores of every chunk, O(L²) in all. So with more than one
-query chunk each is a checkpoint (`torch.utils.checkpoint`, ``use_reentrant=False``): its backward
-computes the chunk again and keeps the scores of that one chunk, O(Lkv), only while it runs. One
-query chunk alone needs none of this. torch.func.grad and its kin allow no checkpoints: inside them,
-and wherever else hooks of saved tensors are off, the scores of all chunks are kept.
+Autograd would save the scores of every chunk, O(L²) in total. So with more than one query chunk,
+each is a checkpoint (`torch.utils.checkpoint`, ``use_reentrant=False``): backward recomputes one
+chunk at a time and keeps its scores, O(Lkv), only meanwhile. A single query chunk needs no
+checkpoint. torch.func transforms do not allow checkpoints: inside them, and wherever else
+saved-tensor hooks are disabled, the scores of all chunks are kept.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def attention_cpu(
     scale : float
     scores : Scores
     out : Tensor, [B, Lq, Hq, Dv], optional
-        Where the result is written; nothing may require grad then.
+        Tensor for the result; no input may require grad then.
     out_dtype : torch.dtype
     return_lse : bool
     chunk_q, chunk_kv : int
@@ -125,7 +125,7 @@ def run_cpu(
 
 
 def _tensors_of(call: Call) -> list[tuple[str, Tensor]]:
-    """Return the tensors of a call beside q, k and v, by the names that messages have."""
+    """Return the tensors of a call except q, k and v, by their names in messages."""
     found = list(tensors_of(call).items())
     for name, seqs in (("q_seqs", call.q_seqs), ("kv_seqs", call.kv_seqs)):
         given = {} if seqs is None else seqs.tensors()
@@ -157,7 +157,7 @@ def _dense(
 def _sequence_by_sequence(
     q: Tensor, k: Tensor, v: Tensor, runtime: Runtime, call: Call
 ) -> tuple[Tensor, Tensor]:
-    """Ragged, padded and paged: one sequence after another. Here contents are checked."""
+    """Compute ragged, padded or paged sequences one after another; check index contents."""
     is_flat = isinstance(call.q_seqs, Ragged)
     if call.layout == "bhsd":
         q = q if is_flat else q.transpose(1, 2)
@@ -209,7 +209,7 @@ def _sequence_by_sequence(
     if call.out is not None:
         return call.out, lse
     if not out.requires_grad and torch.is_grad_enabled() and _any_requires_grad(q, k, v):
-        # All sequences are empty: autograd is to find gradients of 0, as everywhere.
+        # All sequences are empty: gradients must be 0, not None.
         for x in (q, k, v):
             nothing = (x * 0).nan_to_num().sum()
             out, lse = out + nothing.to(out.dtype), lse + nothing.to(lse.dtype)
@@ -219,7 +219,7 @@ def _sequence_by_sequence(
 
 
 def _spans(name: str, seqs: KvSequences, batch: int, rows: int) -> list[tuple[int, int]]:
-    """(start, length) of every sequence; refuses one that leaves the tensor."""
+    """Return (start, length) of every sequence; refuse one that leaves the tensor."""
     if seqs is None:
         return [(0, rows)] * batch
     starts = [0] * batch if seqs.start is None else seqs.start.tolist()
@@ -234,7 +234,7 @@ def _spans(name: str, seqs: KvSequences, batch: int, rows: int) -> list[tuple[in
 
 
 def _gather(x: Tensor, pages: list[int], start: int, length: int) -> Tensor:
-    """Keys or values of one sequence, [length, H, D]."""
+    """Gather keys or values of one sequence, [length, H, D]."""
     page_size, num_pages = x.shape[1], x.shape[0]
     first = start // page_size
     used = pages[first : -(-(start + length) // page_size)] if length else []
@@ -296,7 +296,7 @@ def _chunk(
                 scores = scores.view(by_head).masked_fill(hidden, float("-inf")).view(shape)
             # The result does not depend on the maximum, so neither does any derivative.
             new_max = torch.maximum(r_max, scores.detach().amax(dim=3, keepdim=True))
-            shift = new_max.masked_fill(new_max == float("-inf"), 0.0)  # rows that saw nothing yet
+            shift = new_max.masked_fill(new_max == float("-inf"), 0.0)  # rows that saw no key yet
             weights = torch.exp(scores - shift)
             rescale = torch.exp(r_max - shift)
             r_sum = r_sum * rescale + weights.sum(dim=3, keepdim=True)
@@ -306,7 +306,7 @@ def _chunk(
             r_out = r_out * rescale + matmul(weights, v_chunk)
             r_max = new_max
 
-    blind = r_max == float("-inf")  # rows that see nothing: 0, -inf, no gradient
+    blind = r_max == float("-inf")  # rows without a visible key: 0, -inf, no gradient
     r_sum = r_sum.masked_fill(blind, 1.0)
     highest = r_max.masked_fill(blind, 0.0)
     lse = (highest + r_sum.log()).masked_fill(blind, float("-inf"))

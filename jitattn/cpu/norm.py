@@ -1,4 +1,4 @@
-"""Vectors scaled to length 1 in torch operations, differentiable."""
+"""L2 normalization in differentiable torch operations."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _EPSILON: Final = 1e-12
 
 @outside_autocast
 def unit_vectors(x: Tensor, groups: int) -> Tensor:
-    """Return the slices of vectors at length 1, in fp32 or wider; 0 for those without direction."""
+    """Scale slices of vectors to length 1, in fp32 or wider; slices that are 0 stay 0."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    is_zero = length < _EPSILON  # no direction: its unit is 0, and so is its gradient
+    is_zero = length < _EPSILON  # a zero vector: result and gradient are 0
     unit: Tensor = wide / length.masked_fill(is_zero, 1.0)
     return unit.masked_fill(is_zero, 0.0).reshape(x.shape)
 
 
 @outside_autocast
 def normalized(q: Tensor, k: Tensor, norm: L2Norm, head_axis: int) -> tuple[Tensor, Tensor]:
-    """Return q and k as the CPU path takes them, in fp32."""
+    """Return q (times `head_scale`) and k at length 1, in fp32 or wider."""
     units = unit_vectors(q, norm.groups)
     if norm.head_scale is not None:
         shape = [1] * q.dim()

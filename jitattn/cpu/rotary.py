@@ -1,4 +1,4 @@
-"""Rotary position embedding in plain PyTorch: the CPU path, differentiable in x and the tables."""
+"""CPU path of rotary position embedding, differentiable in x and the tables."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 class Positions(NamedTuple):
-    """Where each sequence begins: among the rows of a tensor, and of the tables."""
+    """First row and first position of each sequence."""
 
     offset: int  #: position of the first row of every sequence
-    offsets: Tensor | None  #: [B]: of each; `offset` counts for nothing then
+    offsets: Tensor | None  #: [B]: position of the first row of each; replaces `offset`
     cu_seqlens: Tensor | None  #: [B + 1]; None: the tensor is [B, L, H, D], not [total, H, D]
 
 
 def apply_rotary_cpu(x: Tensor, rotary: Rotary, positions: Positions) -> Tensor:
-    """Turn x [B, L, H, D], or [total, H, D] with cumulative lengths."""
+    """Rotate x [B, L, H, D], or [total, H, D] with cumulative lengths."""
     if positions.cu_seqlens is None and positions.offsets is None:
-        span = slice(positions.offset, positions.offset + x.shape[1])  # the tables have it
+        span = slice(positions.offset, positions.offset + x.shape[1])  # within the tables
         return _turned(x, rotary.cos[span], rotary.sin[span], rotary.interleaved)
     return turned_by(x, position_of_rows(x, positions), rotary)
 
@@ -47,7 +47,7 @@ def position_of_rows(x: Tensor, positions: Positions) -> Tensor:
 
 
 def turned_by(x: Tensor, position: Tensor, rotary: Rotary) -> Tensor:
-    """Turn x [..., L, H, D] by the positions of its rows, [..., L], where the tables have them."""
+    """Rotate x [..., L, H, D] by row positions [..., L] that are within the tables."""
     rows = rotary.cos.shape[0]
     if not rows:
         return x.clone()
@@ -58,7 +58,7 @@ def turned_by(x: Tensor, position: Tensor, rotary: Rotary) -> Tensor:
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Turn x [..., L, H, D] by tables [..., L, rotary_dim / 2]: in fp32, fp64 of fp64; rounded."""
+    """Rotate x [..., L, H, D] by tables [..., L, rotary_dim / 2] in fp32 (fp64 for fp64)."""
     dim = 2 * cos.shape[-1]
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (table.to(dtype)[..., None, :] for table in (cos, sin))

@@ -1,4 +1,4 @@
-"""What the CPU path does to the scores of a chunk: which are hidden, what is added to them."""
+"""Masks and score modifiers of the CPU path, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Rules(NamedTuple):
-    """Mask and score changes of a call over sequences of equal lengths.
+    """Mask and score modifiers of a call over sequences of equal lengths.
 
     A query sees the keys below `query + right`, of those the ones from `query + left` on, and the
     first `keep_first`. (None: no bound.)
@@ -34,13 +34,13 @@ class Rules(NamedTuple):
     pattern: LocalStride | BlockSparse | None
     heads: tuple[int, int]  #: of q, and of k and v
     scores: Scores
-    per_head: tuple[Rules, ...] = ()  #: of each query head, in place of the rule of all
+    per_head: tuple[Rules, ...] = ()  #: one per query head, instead of a common rule
 
     @classmethod
     def of(
         cls, mask: Mask, scores: Scores, len_q: int, len_kv: int, heads: tuple[int, int]
     ) -> Rules:
-        """Return the rules of a mask over these lengths."""
+        """Build the rules of a mask for these lengths."""
         parts, offset = parts_of(mask), len_kv - len_q
         right = left = None
         keep_first = 0
@@ -79,7 +79,7 @@ class Rules(NamedTuple):
         return tuple(made[part] for part in rule.rules for _ in range(repeats))
 
     def key_ranges(self, first_q: int, rows: int, len_kv: int) -> list[tuple[int, int]]:
-        """Return which keys any of the queries first_q … first_q + rows - 1 may see."""
+        """Return the key ranges visible to any of the queries first_q … first_q + rows - 1."""
         if self.per_head:
             ranges = [r for one in self.per_head for r in one.key_ranges(first_q, rows, len_kv)]
             ranges = [(start, stop) for start, stop in ranges if start < stop]
@@ -96,7 +96,7 @@ class Rules(NamedTuple):
     def hidden(
         self, first_q: int, rows: int, first_k: int, last_k: int, device: torch.device
     ) -> Tensor | None:
-        """Return which scores of a chunk are hidden, broadcastable to [B, Hq, rows, keys]."""
+        """Return the mask of hidden scores of a chunk, broadcastable to [B, Hq, rows, keys]."""
         query_idx = torch.arange(first_q, first_q + rows, device=device)[:, None]
         key_idx = torch.arange(first_k, last_k, device=device)[None, :]
         found: list[Tensor] = []
@@ -133,11 +133,11 @@ class Rules(NamedTuple):
 
     @property
     def changes_scores(self) -> bool:
-        """Whether `change` does anything."""
+        """Whether `change` modifies scores."""
         return any(value is not None for value in self.scores[:4])
 
     def drop(self, weights: Tensor, first_q: int, first_k: int) -> Tensor:
-        """Drop weights [B, Hq, rows, keys] of a chunk, and scale the others."""
+        """Apply dropout to the weights [B, Hq, rows, keys] of a chunk."""
         dropout = self.scores.dropout
         if dropout is None:
             raise InternalError("no dropout takes part")
@@ -146,7 +146,7 @@ class Rules(NamedTuple):
         return weights * keeps(dropout, batch, heads, queries, keys_here) * dropout.scale
 
     def change(self, scores: Tensor, first_q: int, first_k: int) -> Tensor:
-        """Change the scaled scores [B, Hq, rows, keys] of a chunk."""
+        """Apply soft cap and biases to the scaled scores [B, Hq, rows, keys] of a chunk."""
         rows, keys = scores.shape[2:]
         softcap, bias = self.scores.softcap, self.scores.bias
         if softcap is not None:
@@ -172,7 +172,7 @@ class Rules(NamedTuple):
 def _blocks(
     rule: LocalStride | BlockSparse, heads: tuple[int, int], position: Tensor, key_idx: Tensor
 ) -> Tensor:
-    """Return which keys a pattern lets through, [Hq or 1, rows, keys]."""
+    """Return the visible keys of a pattern, [Hq or 1, rows, keys]."""
     if isinstance(rule, BlockSparse):
         return _listed(rule, heads, position, key_idx)
     row = torch.div(position, rule.block_size, rounding_mode="floor")
@@ -187,12 +187,12 @@ def _blocks(
 
 
 def _three(hidden: Tensor) -> Tensor:
-    """Return [rows, keys] or [heads, rows, keys] as the latter."""
+    """Add a head dimension to [rows, keys] if there is none."""
     return hidden if hidden.dim() == 3 else hidden[None]
 
 
 def _listed(rule: BlockSparse, heads: tuple[int, int], position: Tensor, key_idx: Tensor) -> Tensor:
-    """Return which blocks a pattern lets through, [Hq or 1, rows, keys]."""
+    """Return the visible keys of a block-sparse pattern, [Hq or 1, rows, keys]."""
     blocks = rule.blocks
     rows, columns = blocks.shape[1:]
     row = torch.div(position, rule.block_size, rounding_mode="floor")
@@ -205,5 +205,5 @@ def _listed(rule: BlockSparse, heads: tuple[int, int], position: Tensor, key_idx
 
 
 def _rows(matrix: Tensor, first_q: int, rows: int) -> Tensor:
-    """Rows of a [B, H, Lq or 1, Lkv] tensor."""
+    """Slice rows of a [B, H, Lq or 1, Lkv] tensor."""
     return matrix if matrix.shape[2] == 1 else matrix[:, :, first_q : first_q + rows]

@@ -1,1 +1,1 @@
-"""From a kernel's spec to a function on a GPU: source, NVRTC, driver, launch."""
+"""Turns a kernel spec into a function on a GPU: source, NVRTC, driver, launch."""

@@ -1,8 +1,8 @@
-"""The seam between jitattn and a GPU's runtime: streams and devices of torch, kernels of CuPy.
+"""Interface to the GPU runtime: streams and devices of torch, kernels of CuPy.
 
-Calls ask `backend.active`, whose fields are torch's own C functions: no Python call is added to a
-launch. `install` puts another backend in its place, the emulator of the tests say, and forgets
-what the process knows of the GPUs before it.
+Calls use `backend.active`, whose fields are torch's own C functions, so that a launch makes no
+additional Python call. `install` replaces it, for example by the emulator of the tests, and
+discards what the process knows of the previous backend's GPUs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CURRENT_DEVICE: Final = getattr(torch._C, "_cuda_getDevice", _without_cuda)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """The functions of a GPU's runtime that calls use."""
+    """Functions of the GPU runtime that calls use."""
 
     #: Raw handle of torch's current stream on a device.
     stream: Callable[[int], int] = _CURRENT_STREAM
@@ -43,13 +43,13 @@ class Backend:
     is_capturing: Callable[[], bool] = torch._C._cuda_isCurrentStreamCapturing
     #: Whether the process was forked from one that had used CUDA.
     is_in_bad_fork: Callable[[], bool] = torch.cuda._is_in_bad_fork
-    #: Context in which a device is the current one.
+    #: Context manager that makes a device current.
     on_device: Callable[[int | torch.device], AbstractContextManager[None]] = torch.cuda.device
     #: Name, compute capability and multiprocessors of a device.
     properties: Callable[[int], Any] = torch.cuda.get_device_properties
-    #: Kernel of a spec on a device: loaded, from the cache, or compiled.
+    #: Kernel of a spec on a device: loaded already, from the cache, or compiled.
     load: Callable[[KernelSpec, int], launch.Kernel] = launch.kernel
-    #: Whether `load` would return without loading anything.
+    #: Whether `load` would return without loading.
     is_loaded: Callable[[KernelSpec, int], bool] = launch.is_loaded
     #: Sets bytes of device memory to zero: address, bytes, stream.
     zero: Callable[[int, int, int], object] = launch.zero
@@ -61,7 +61,7 @@ _forget: list[Callable[[], object]] = []
 
 
 def install(backend: Backend) -> Backend:
-    """Let calls use another backend from here on; returns the one before."""
+    """Make later calls use another backend; return the previous one."""
     global active
     before, active = active, backend
     _forget_all()
@@ -69,9 +69,10 @@ def install(backend: Backend) -> Backend:
 
 
 def on_change(forget: Callable[[], object]) -> None:
-    """Have a function called when what is known of the GPUs no longer holds.
+    """Register a function to call when knowledge of the GPUs becomes invalid.
 
-    That is with another backend, and in a forked child, which cannot use its parent's GPU memory.
+    That happens when the backend changes, and in a forked child, which cannot use its parent's GPU
+    memory.
     """
     _forget.append(forget)
 

@@ -1,9 +1,9 @@
-"""`KernelSpec` → cubin: from memory, from disk, or compiled. Needs no GPU.
+"""Builds the cubin of a `KernelSpec`: from memory, from disk, or compiled. Needs no GPU.
 
-The order is: this process, the user's cache, the directories that are only read, the compiler. A
-kernel is compiled once, however many threads and processes ask for it together: threads wait on a
-lock of their spec, processes on a lock file. A process that compiled uses the bytes it has in
-memory, and never reads back what it published.
+The order is: this process, the user's cache, the read-only directories, the compiler. A kernel is
+compiled once, however many threads and processes need it at the same time: threads wait on a lock
+of the spec, processes on a lock file. A process that compiled uses the bytes in its memory, and
+never reads back the entry that it published.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ _LOG: Final = logging.getLogger("jitattn")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """A cubin and what is known of it."""
+    """Cubin, metadata and origin."""
 
     spec: KernelSpec
     key: str
     cubin: bytes
     metadata: Metadata
-    origin: Origin  #: where this process got it: the user's cache, another directory, or NVRTC
+    origin: Origin  #: of this process: the user's cache, another directory, or NVRTC
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What this process has done so far."""
+    """Counters of this process."""
 
     compiled: int
-    disk_hits: int  #: read-only directories included
+    disk_hits: int  #: includes read-only directories
     memory_hits: int
 
 
 class _Process:
-    """State of the process: built kernels, a lock for each that is in the making, counters."""
+    """State of the process: built kernels, a lock per kernel being built, counters."""
 
     def __init__(self) -> None:
         self.built: dict[KernelSpec, Built] = {}
@@ -82,12 +82,12 @@ _process = _Process()
 
 
 def build(spec: KernelSpec) -> Built:
-    """Return the cubin of `spec`, compiling it if it is nowhere to be found.
+    """Return the cubin of `spec`; compile it if it is not cached.
 
     Raises
     ------
     CacheMissError
-        It is nowhere to be found, and ``JITATTN_NO_COMPILE`` forbids compiling.
+        It is not cached, and ``JITATTN_NO_COMPILE`` forbids compiling.
     CompileError
         NVRTC is missing or rejected the source.
     UnsupportedError
@@ -105,7 +105,7 @@ def build(spec: KernelSpec) -> Built:
 
 
 def find(spec: KernelSpec) -> Built | None:
-    """Return the cubin of `spec` if it is in memory or on disk; compile nothing."""
+    """Return the cubin of `spec` if it is in memory or on disk; never compile."""
     built = _process.built.get(spec)
     if built is not None:
         return built
@@ -115,25 +115,25 @@ def find(spec: KernelSpec) -> Built | None:
 
 
 def adopt(built: Built) -> Built:
-    """Keep a kernel that another process built for this one."""
+    """Store a kernel that a worker process built for this one."""
     with _process.lock_of(built.spec):
         return _process.built.get(built.spec) or _process.keep(built)
 
 
 def rebuild(spec: KernelSpec) -> Built:
-    """Compile `spec` afresh and replace what the cache holds; for a cubin the driver refused."""
+    """Compile `spec` again and replace the cache entry; for a cubin that the driver refused."""
     with _process.lock_of(spec):
         disk = user_cache() if settings.cache_mode() == "rw" else None
         return _process.keep(_compile(spec, disk))
 
 
 def stats() -> Stats:
-    """Count what this process compiled, read from disk and found in memory."""
+    """Return how many kernels this process compiled, read from disk and found in memory."""
     return Stats(_process.compiled, _process.disk_hits, _process.memory_hits)
 
 
 def clear_memory() -> None:
-    """Forget every kernel of this process and set the counters to 0. The disk stays as it is."""
+    """Discard all kernels of this process and reset the counters; the disk is unchanged."""
     global _process
     _process = _Process()
 
@@ -145,7 +145,7 @@ def key_of(spec: KernelSpec) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Identity:
-    """What decides the machine code of a spec, and the key made from exactly that."""
+    """Inputs that determine the machine code of a spec, and the key made from them."""
 
     source_digest: str
     header_digest: str
@@ -167,7 +167,7 @@ def _identify(
 def _compiler() -> compilers.Toolchain | None:
     try:
         return compilers.chosen()
-    except CompileError:  # none is usable: what is on disk may still serve
+    except CompileError:  # no usable compiler: a cubin on disk may still be used
         return None
 
 
@@ -190,7 +190,7 @@ def _find(spec: KernelSpec) -> Built | None:
 
 
 def _made_by_any(key: str, arch: str, user: DiskCache) -> Entry | None:
-    """Look in the user's cache where no compiler is installed that could make the kernel again."""
+    """Search the user's cache for a cubin of any compiler, if no compiler is installed."""
     for looked in user.look_for_kernel(key, arch, compilers.is_loadable):
         if not isinstance(looked, Bad):
             return looked
@@ -198,7 +198,7 @@ def _made_by_any(key: str, arch: str, user: DiskCache) -> Entry | None:
 
 
 def _make(spec: KernelSpec) -> Built:
-    """Compile `spec`, or wait for the process that does."""
+    """Compile `spec`, or wait for another process that compiles it."""
     if settings.no_compile():
         raise CacheMissError(_missing(spec))
     user = user_cache() if settings.cache_mode() == "rw" else None
@@ -220,7 +220,7 @@ def _missing(spec: KernelSpec) -> str:
 
 def _compile(spec: KernelSpec, disk: DiskCache | None) -> Built:
     compiler, source = compilers.chosen(), sources.closure(spec.family)
-    # The key is made from the very text that is compiled, whatever was remembered of it.
+    # The key is made from the text that is compiled, not from a memoized digest.
     identity = _identify(spec, compiler, source.digest)
     compiled = nvrtc.compile_spec(spec, source, compiler, identity.options)
     if not is_cubin_for(compiled.cubin, spec.arch):
@@ -263,7 +263,7 @@ def _built(spec: KernelSpec, entry: Entry, origin: Origin) -> Built:
 
 
 def _after_fork_in_child() -> None:
-    """Forget the locks: one that another thread of the parent held is never released here."""
+    """Replace the locks: one that another thread of the parent held is never released here."""
     _process.lock = threading.Lock()
     _process.locks.clear()
 

@@ -1,8 +1,8 @@
-"""`KernelSpec` → the text of jitattn_spec.h, which the templates are specialised by.
+"""Renders jitattn_spec.h, the header that specializes the templates to a `KernelSpec`.
 
-It declares what a kernel reads of the host, and nothing of other families: the enums of its spec's
-fields, its parameter structs, and the spec itself, one line a field, named by one rule: snake_case
-becomes kCamelCase, an enum value likewise.
+It declares only what its kernel uses: the enums of the spec's fields, the parameter structs, and
+the spec itself, one line per field. Names of fields and enum values change from snake_case to
+kCamelCase.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jitattn.spec.kernel_spec import KernelSpec, arch_number
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Name under which the templates include the generated text.
+#: Name by which the templates include the generated text.
 HEADER_NAME = "jitattn_spec.h"
 
 
@@ -46,7 +46,7 @@ def render(spec: KernelSpec) -> str:
 
 @functools.cache
 def camel(name: str) -> str:
-    """'head_dim' → 'kHeadDim', 'f32_acc' → 'kF32Acc'."""
+    """Convert a name: 'head_dim' → 'kHeadDim', 'f32_acc' → 'kF32Acc'."""
     return "k" + "".join(part[:1].upper() + part[1:] for part in name.split("_"))
 
 

@@ -1,4 +1,4 @@
-"""Which NVRTC compiles: the installed wheels, the driver's limit, and the choice. Opens nothing."""
+"""Selects the NVRTC that compiles, from installed wheels and the driver's version; opens none."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _WINDOWS: Final = {
 class Toolchain:
     """An installed NVRTC."""
 
-    version: tuple[int, ...]  #: of the wheel, e.g. (12, 9, 86)
+    version: tuple[int, ...]  #: version of the wheel, e.g. (12, 9, 86)
     library: Path
     builtins: tuple[Path, ...]
 
     def __str__(self) -> str:
-        """Return what names the compiler in cache keys: 'nvrtc 12.9.86'."""
+        """Return the compiler's name in cache keys: 'nvrtc 12.9.86'."""
         return "nvrtc " + ".".join(map(str, self.version))
 
 
@@ -57,19 +57,19 @@ def installed(platform: str = sys.platform) -> dict[int, Toolchain]:
         version = _version_of(distribution)
         if version[:1] == (major,) and _is_there(path):
             beside: list[Path] = []
-            with contextlib.suppress(OSError):  # opening the library says what is wrong
+            with contextlib.suppress(OSError):  # opening the library will report the reason
                 beside = sorted(path.parent.glob(builtins))
             found[major] = Toolchain(version=version, library=path, builtins=tuple(beside))
     return found
 
 
 def _wheel(name: str) -> importlib.metadata.Distribution | None:
-    """Return an installed wheel, whatever else than paths is on sys.path."""
+    """Return an installed wheel, ignoring entries of sys.path that are not paths."""
     try:
         return importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-    except (TypeError, ValueError):  # the import system passes over such entries; this does not
+    except (TypeError, ValueError):  # importlib.metadata, unlike imports, fails on such entries
         found = importlib.metadata.distributions(name=name, path=_folders())
         return next(iter(found), None)
 
@@ -80,15 +80,15 @@ def _folders() -> list[str]:
 
 
 def _version_of(distribution: importlib.metadata.Distribution) -> tuple[int, ...]:
-    """Return the version of a wheel; an empty one where its metadata is damaged."""
+    """Return the version of a wheel; empty if its metadata is damaged."""
     try:
         return version_numbers(distribution.version)
-    except (OSError, ValueError, KeyError, TypeError):  # unreadable, no UTF-8, without a version
+    except (OSError, ValueError, KeyError, TypeError):  # unreadable, or without a version
         return ()
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is a library: also one that cannot be read, for opening it says why."""
+    """Return whether a library exists, even unreadable: opening it reports the reason."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -100,8 +100,8 @@ def _is_there(path: Path) -> bool:
 def chosen() -> Toolchain:
     """Return the NVRTC that compiles, without opening it.
 
-    The newest whose CUDA major version is not above the driver's, which could not load its cubins;
-    without a driver, the newest. ``JITATTN_NVRTC`` overrides.
+    The newest whose CUDA major version is not above the driver's, which could not load newer
+    cubins; without a driver, the newest. ``JITATTN_NVRTC`` overrides.
 
     Raises
     ------
@@ -112,14 +112,14 @@ def chosen() -> Toolchain:
 
 
 def is_loadable(toolchain: str) -> bool:
-    """Whether the driver can load what a compiler made; True where there is no driver to ask."""
+    """Return whether the driver can load cubins of a compiler; True without a driver."""
     driver = driver_major()
     return driver is None or 0 < (version_numbers(toolchain) or (0,))[0] <= driver
 
 
 @functools.cache
 def driver_major() -> int | None:
-    """CUDA major version of the driver; None without one. Initialises nothing."""
+    """Return the CUDA major version of the driver, without initializing CUDA; None without one."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         version = ctypes.c_int()
@@ -155,7 +155,7 @@ def _choose(asked: int | None) -> Toolchain:
 
 
 def _remembered() -> dict[int, Toolchain]:
-    """Return `installed()`, from the memo while nothing was installed or removed since."""
+    """Return `installed()`, from the memo unless something was installed or removed since."""
     folders = _folders()
     name = f"nvrtc in {sys.prefix}"
     fact = memo.recall(name)
@@ -170,7 +170,7 @@ def _remembered() -> dict[int, Toolchain]:
 
 
 def _watched(folders: list[str], found: dict[int, Toolchain]) -> list[str]:
-    """List what changes when a wheel comes or goes: folders of packages, and the libraries."""
+    """List the paths that change when a wheel is installed or removed."""
     return folders + [str(toolchain.library) for toolchain in found.values()]
 
 
@@ -182,7 +182,7 @@ def _to_plain(found: dict[int, Toolchain]) -> list[object]:
 
 
 def _from_plain(plain: object) -> dict[int, Toolchain]:
-    """Read what `_to_plain` made; nothing if any part of it is of another kind."""
+    """Parse the output of `_to_plain`; empty if any part of it is invalid."""
     found = {}
     for one in plain if isinstance(plain, list) else ():
         match one:

@@ -1,7 +1,7 @@
-"""The GPUs of this process, as far as kernels care.
+"""Describes the GPUs of this process: architecture and multiprocessors.
 
-torch is asked, which has the answer at hand: CuPy's first look at a device takes 0.2 to 1.3 ms of
-the first call.
+The properties come from torch, which has them in memory: CuPy's first query of a device takes 0.2
+to 1.3 ms of the first call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jitattn.values.gears import FAST_HALVES_ARCHS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One GPU."""
+    """Properties of a GPU that kernels depend on."""
 
     index: int
     name: str
@@ -25,13 +25,13 @@ class Device:
 
     @property
     def has_fast_halves(self) -> bool:
-        """Whether fp16 accumulators are faster: on GeForce cards, not on the others of the chip."""
+        """Whether fp16 accumulators are faster: on GeForce cards, not on others with that chip."""
         return self.arch in FAST_HALVES_ARCHS and "GeForce" in self.name
 
 
 @functools.cache
 def device(index: int) -> Device:
-    """Return the GPU with this CUDA index.
+    """Return the GPU of a CUDA index.
 
     Raises
     ------
@@ -51,7 +51,7 @@ backend.on_change(device.cache_clear)
 
 
 def arch_of(major: int, minor: int) -> str:
-    """Name the architecture of a compute capability; refuse what has no cp.async.
+    """Return the architecture of a compute capability; refuse those without cp.async.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Kernels for launches: found, compiled and loaded if need be, unless a graph is captured."""
+"""Loads kernels for launches, compiling on first use; never during a graph capture."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _NOTHING: Final = contextlib.nullcontext()
 
 
 def on_gpu(device_index: int) -> AbstractContextManager[None]:
-    """Return a context in which a GPU is the current one; free where it is."""
+    """Return a context in which a GPU is current; a null context if it is already."""
     if device_index == backend.active.current_device():
         return _NOTHING
     return backend.active.on_device(device_index)
 
 
 def loaded_kernel(spec: KernelSpec, device_index: int) -> launch.Kernel:
-    """Return a kernel, compiled and loaded if need be and if that is possible now.
+    """Load a kernel, compiling on first use.
 
     Raises
     ------

@@ -1,8 +1,8 @@
-"""Directories of kernels that are only read: given ones, an installed package, imported archives.
+"""Searches the read-only directories: given ones, an installed package, imported archives.
 
-They may come from another machine with another compiler, so a kernel is looked up by what it is,
-not by what made it; only a cubin of a newer CUDA than the driver's is left alone. They may belong
-to an administrator: whoever owns the root of such a directory may own what is in it.
+They may come from another machine with another compiler, so a kernel is looked up without regard to
+its compiler; only cubins of a newer CUDA than the driver's are skipped. They may belong to an
+administrator: the owner of the root of such a directory may own its files.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
     from jitattn.cache.disk import DiskCache
     from jitattn.cache.entry import Entry
 
-#: Name of an installed package that carries kernels beside the code.
+#: Name of an installed package that carries prebuilt kernels.
 PREBUILT_PACKAGE: Final = "jitattn_prebuilt"
 
 
 def layers(user: DiskCache | None) -> Iterator[Store]:
-    """Yield the read-only directories, in the order in which they are asked."""
+    """Yield the read-only directories, in search order."""
     for root in settings.cache_path():
         yield _store_of(root)
     for folder in dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")):
         root = Path(folder) / PREBUILT_PACKAGE
-        if os.path.isdir(root):  # unlike Path, it takes a closed folder for none
+        if os.path.isdir(root):  # False for an inaccessible folder, where Path.is_dir raises
             yield _store_of(root)
     if user is not None:
         yield from imported(user)
 
 
 def imported(user: DiskCache) -> Iterator[Store]:
-    """Yield what was imported into a user's cache, sorted by the digest of the archive."""
+    """Yield the archives imported into a user's cache, sorted by digest."""
     trouble: list[OSError] = []
     for digest in leftovers.imports(user, trouble):
         yield _imported_store(user.root / leftovers.IMPORTED / digest, *files.our_owners())
-    for error in trouble:  # of the root itself the user's cache has warned already
+    for error in trouble:  # the user's cache has already warned of its root
         where = user.root / leftovers.IMPORTED
         files.warn_once(
             where if error.filename == str(where) else user.root,
@@ -54,14 +54,14 @@ def imported(user: DiskCache) -> Iterator[Store]:
 
 
 def find(key: str, arch: str, user: DiskCache | None) -> Entry | None:
-    """Return a kernel from the first read-only directory that has it, whatever made it."""
+    """Return a kernel of any compiler from the first read-only directory that has it."""
     for layer in layers(user):
         for looked in layer.look_for_kernel(key, arch, compilers.is_loadable):
             if isinstance(looked, Bad):
                 files.warn_once(
                     (layer.root, "bad"),
-                    f"a kernel in {layer.root} is not to be believed ({looked.key[:16]}: "
-                    f"{looked.reason})",
+                    f"a kernel in {layer.root} failed its checks and is not used "
+                    f"({looked.key[:16]}: {looked.reason})",
                 )
             else:
                 return looked

@@ -1,10 +1,10 @@
-"""NVRTC through ctypes: found in the installed wheel, opened by path, no GPU or driver needed.
+"""Compiles with NVRTC through ctypes, from the installed wheel; needs neither GPU nor driver.
 
-Facts that shape this file: the library is opened by its full path, whatever CuPy or torch would
-load. NVRTC 13.0 has no RUNPATH, so its builtins are loaded first. From 12.9 on it would use the
-driver's own cache unless told not to. Headers are handed over in memory, and the working directory
-is never searched. A process that forks while another thread compiles would hang in the child's next
-compile, so a fork waits for running compiles.
+The library is opened by its full path, independently of the one that CuPy or torch load. NVRTC 13.0
+has no RUNPATH, so its builtins are loaded first. From 12.9 on, NVRTC uses the driver's own cache
+unless an option disables it. Headers are passed in memory, and the working directory is never
+searched. After a fork during a compile in another thread, the child's next compile would hang, so a
+fork waits for running compiles.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from jitattn.jit.sources import Sources
     from jitattn.spec.kernel_spec import KernelSpec
 
-#: Fixed, because some NVRTC versions put it into the cubin.
+#: Fixed name of the program, because some NVRTC versions write it into the cubin.
 _PROGRAM_NAME: Final = b"jitattn.cu"
-#: Where line numbers place the templates, whatever directory the process runs in.
+#: Directory of the templates in line numbers, whatever the working directory.
 _SOURCE_ROOT: Final = "/cuda_src"
 _LINE_INFO: Final = "-lineinfo"
 _FUNCTIONS: Final = (
@@ -58,7 +58,7 @@ _LOG: Final = logging.getLogger("jitattn")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiled:
-    """What one compile gave. Bytes are per thread but for the cubin."""
+    """Result of a compile; stack and spills in bytes per thread."""
 
     cubin: bytes
     log: str
@@ -79,20 +79,20 @@ def options(spec: KernelSpec) -> tuple[str, ...]:
         "--ftz=true",
         "--fmad=true",
     )
-    # The root is named so that such kernels are not taken for those of other file names.
+    # The root is part of the options, and so of the key, since it is compiled into the cubin.
     line_info = (_LINE_INFO, f"-DJITATTN_SOURCE_ROOT={_SOURCE_ROOT}") if settings.lineinfo() else ()
     asserts = ("-DJITATTN_DEBUG_ASSERT",) if settings.debug_assert() else ()
     return fixed + line_info + asserts
 
 
 def _other_options(compiler: Toolchain) -> tuple[str, ...]:
-    """Options that decide nothing about the code: reports, and no second cache behind ours."""
+    """Return options that do not affect the code: reports, and no use of the driver's cache."""
     no_cache = ("--no-cache",) if compiler.version >= (12, 9) else ()
     return ("--ptxas-options=-v", *no_cache)
 
 
 def supported_archs(compiler: Toolchain) -> tuple[int, ...]:
-    """Architectures that an NVRTC knows, as numbers."""
+    """Return the architectures that an NVRTC supports, as numbers."""
     library = _open(compiler)
     count = ctypes.c_int()
     _check(library, library.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
@@ -112,13 +112,13 @@ def compile_spec(
     Parameters
     ----------
     arguments : tuple of str, default `options(spec)`
-        The options that the cache key was made from, so that the two cannot differ.
+        The options that the cache key was made from, so that key and compile agree.
 
     Raises
     ------
     CompileError
-        NVRTC cannot be used, or rejected the source; the error carries the log and says where the
-        source was kept.
+        NVRTC cannot be used, or rejected the source; the error has the log and the directory that
+        keeps the source.
     UnsupportedError
         NVRTC does not know the architecture.
     """
@@ -150,7 +150,7 @@ def compile_spec(
             _LOG.warning("JITATTN_KEEP_SOURCE: the source could not be kept: %s", error)
     return Compiled(
         cubin=cubin,
-        # Without the line that differs from run to run: equal compiles have equal records.
+        # Without the line that differs from run to run, so that equal compiles have equal logs.
         log="\n".join(line for line in log.splitlines() if "Compile time" not in line),
         options=arguments,
         registers=_figure(r"Used ([0-9]+) registers", log),
@@ -161,14 +161,14 @@ def compile_spec(
 
 
 def _named(name: str, text: str) -> str:
-    """Name a source for line numbers; its own name would be joined to the working directory."""
+    """Name a source for line numbers; NVRTC joins other names to the working directory."""
     return f'#line 1 "{_SOURCE_ROOT}/{name}"\n{text}'
 
 
 def _run(
     library: ctypes.CDLL, source: str, headers: dict[str, str], arguments: tuple[str, ...]
 ) -> tuple[bool, bytes, str]:
-    """One NVRTC program from text to (succeeded, cubin, log)."""
+    """Compile one program; return (succeeded, cubin, log)."""
     program = ctypes.c_void_p()
     names = ctypes.c_char_p * len(headers)
     _check(
@@ -269,7 +269,7 @@ def _compile_error(
 def _keep_sources(
     parent: Path | None, spec: KernelSpec, source: str, headers: dict[str, str]
 ) -> Path:
-    """Write all that NVRTC was given into a fresh private directory, and return it."""
+    """Write all sources of a compile into a new private directory, and return it."""
     if parent is not None:
         make_parents(parent)
     prefix = f"jitattn-{spec.family}-{spec.arch}-"
@@ -282,11 +282,11 @@ def _keep_sources(
 
 
 class _Compiling:
-    """Knows the threads that compile, so that a fork can wait for them.
+    """Tracks the threads that compile, so that a fork can wait for them.
 
-    A process that forks while NVRTC runs in another thread leaves its child with locks that nobody
-    will release. The forking thread itself is not waited for: when a signal handler forks, NVRTC
-    has already returned to the code that the handler interrupted.
+    A fork while NVRTC runs in another thread leaves the child with locks that no thread releases.
+    The forking thread itself is not waited for: when a signal handler forks, NVRTC has already
+    returned to the code that the handler interrupted.
     """
 
     def __init__(self) -> None:
@@ -311,7 +311,7 @@ class _Compiling:
         self.idle.release()
 
     def after_fork_in_child(self) -> None:
-        self.idle = threading.Condition()  # held by no thread of the child
+        self.idle = threading.Condition()  # a thread of the parent may hold the old one
         self.threads &= {threading.get_ident()}
 
 

@@ -1,12 +1,13 @@
-"""Building many kernels side by side, in worker processes. Needs no GPU.
+"""Builds many kernels in parallel worker processes. Needs no GPU.
 
-Processes, not threads: NVRTC serialises much of a compile within a process. And workers of our own,
-not those of `multiprocessing`: these never import the caller's main module, so a script or a
-notebook can call `warmup` anywhere.
+Processes, not threads, because NVRTC serializes much of a compile within a process. Not the workers
+of `multiprocessing`, because those import the caller's main module; a script or a notebook can call
+`warmup` anywhere.
 
-Whatever happens to a worker becomes the outcome of the kernel it was at, with the reason; where no
-worker can be started, the outcome of all that is left. Each worker has a thread that may wait for
-its process. `build_all` itself waits for no worker longer than a start or a compile may take.
+Any failure of a worker becomes the outcome of the kernel that it was building, with the reason; if
+no worker can be started, the outcome of all remaining kernels. Each worker has a thread that may
+block on its process. `build_all` itself waits for no worker longer than a start or a compile may
+take.
 """
 
 from __future__ import annotations
@@ -40,21 +41,21 @@ if TYPE_CHECKING:
     from jitattn.spec.kernel_spec import KernelSpec
 
 _WORKER: Final = Path(__file__).with_name("worker.py")
-#: Seconds in which a worker process has to be ready, and to build a kernel once it has its lock.
+#: Time limits in seconds: until a worker is ready, and to build a kernel once it has its lock.
 _START_SECONDS: Final = 60.0
 _BUILD_SECONDS: Final = 600.0
-_LOOK_SECONDS: Final = 0.5  # how often waits are looked at
-_END_SECONDS: Final = 5.0  # for a process that was killed, and for its thread
-_DEATH_SECONDS: Final = 0.5  # for one that is ending by itself
+_LOOK_SECONDS: Final = 0.5  # interval between checks of the deadlines
+_END_SECONDS: Final = 5.0  # limit for a killed process and its thread
+_DEATH_SECONDS: Final = 0.5  # limit for a process that ends by itself
 _MAX_ANSWER: Final = 2 * MAX_CUBIN_BYTES
-_SHOWN: Final = 60  # bytes of an answer that is none
-#: A worker, the number of a kernel with its outcome, or why the worker has ended.
+_SHOWN: Final = 60  # bytes of an invalid answer that are reported
+#: A worker, and the number of a kernel with its outcome or the reason why the worker ended.
 _News: TypeAlias = tuple["_Worker", int, "Outcome"] | tuple["_Worker", None, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of one kernel."""
+    """Result of building one kernel."""
 
     spec: KernelSpec
     origin: str  #: an `Origin`, or "failed"
@@ -64,7 +65,7 @@ class Outcome:
     built: Built | None = None
 
     def exception(self) -> JitAttnError:
-        """Return the exception of a kernel that failed, also if it was raised in a worker."""
+        """Return the exception of a failed kernel, rebuilt if it was raised in a worker."""
         kind = getattr(errors, self.error_kind, None)
         if isinstance(kind, type) and issubclass(kind, JitAttnError):
             return kind(self.error)
@@ -72,10 +73,10 @@ class Outcome:
 
 
 def build_all(specs: Sequence[KernelSpec], jobs: int | None = None) -> Iterator[Outcome]:
-    """Build kernels in `jobs` processes, yielding an outcome for each, as they come.
+    """Build kernels in `jobs` processes and yield their outcomes in order of completion.
 
-    What the workers built is in this process's memory afterwards. With one job, or one kernel,
-    everything happens in this process.
+    Afterwards the kernels are in this process's memory. With one job or one kernel, everything
+    happens in this process.
     """
     jobs = min(jobs or num_processors(), len(specs))
     if jobs <= 1:
@@ -84,7 +85,7 @@ def build_all(specs: Sequence[KernelSpec], jobs: int | None = None) -> Iterator[
     crew = _Crew(specs)
     try:
         yield from crew.outcomes(jobs)
-    finally:  # the caller may have stopped early
+    finally:  # also if the caller stopped early
         crew.dismiss()
 
 
@@ -106,7 +107,7 @@ def build_here(spec: KernelSpec) -> Outcome:
 
 
 def to_answer(outcome: Outcome) -> bytes:
-    """Render an outcome for the parent of a worker, on one line."""
+    """Encode an outcome for the parent of a worker, on one line."""
     reply: dict[str, object] = {"error": outcome.error, "error_kind": outcome.error_kind}
     if outcome.built is not None:
         reply["origin"] = outcome.origin
@@ -125,7 +126,7 @@ def _failed(spec: KernelSpec, error: Exception | str, seconds: float = 0.0) -> O
 
 
 class _Crew:
-    """Workers, the kernels that they share, and what has become of them."""
+    """Workers, their queue of kernels, and the outcomes."""
 
     def __init__(self, specs: Sequence[KernelSpec]) -> None:
         self.specs = specs
@@ -134,14 +135,14 @@ class _Crew:
         for number in range(len(specs)):
             self.work.put(number)
         self.build_seconds = _BUILD_SECONDS
-        with contextlib.suppress(JitAttnError):  # which the workers will say
+        with contextlib.suppress(JitAttnError):  # each worker reports it
             self.build_seconds += settings.lock_timeout()
         self._active: set[_Worker] = set()
         self._late: dict[_Worker, _Wait] = {}
         self._reason = ""
 
     def outcomes(self, jobs: int) -> Iterator[Outcome]:
-        """Start the workers, and yield one outcome for each kernel."""
+        """Start the workers and yield one outcome for each kernel."""
         for _ in range(jobs):
             self._hire()
         missing = dict(enumerate(self.specs))
@@ -153,7 +154,7 @@ class _Crew:
             yield _failed(spec, self._reason)
 
     def dismiss(self) -> None:
-        """End every process; a thread that waits for one finds that there is none."""
+        """End every process, which unblocks the threads that wait for them."""
         with contextlib.suppress(queue.Empty):
             while True:
                 self.work.get_nowait()
@@ -173,7 +174,7 @@ class _Crew:
             self._active.add(worker)
 
     def _next(self) -> Iterator[tuple[int, Outcome]]:
-        """Wait a moment for news; yields kernels with their outcomes, if any."""
+        """Wait briefly for messages; yield kernels with their outcomes, if any."""
         try:
             worker, number, what = self.news.get(timeout=_LOOK_SECONDS)
         except queue.Empty:
@@ -186,10 +187,10 @@ class _Crew:
             self._reason = str(what) or self._reason
 
     def _give_up(self) -> Iterator[tuple[int, Outcome]]:
-        """Leave workers alone that are late; yields the kernels they were at.
+        """Abandon workers past their deadline; yield the kernels they were building.
 
-        Late means at two looks: after this process itself was stopped for a while, everything is
-        late at the first.
+        Two checks in a row must find a worker late: after this process itself was suspended, every
+        worker is late at the first.
         """
         now, before = time.monotonic(), self._late
         self._late = {one: one.wait for one in self._active if now > one.wait.deadline}
@@ -207,21 +208,21 @@ class _Crew:
 
 
 class _StartError(Exception):
-    """A worker process cannot be had."""
+    """Error: no worker process can be started."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Wait:
-    """Until when a worker may wait for its process, and for which kernel (None: to be ready)."""
+    """Deadline of a worker, and the kernel it is building (None: it is starting)."""
 
     deadline: float
     number: int | None = None
 
 
 class _Worker:
-    """A thread with a process that builds one kernel after another.
+    """Thread with a process that builds one kernel after another.
 
-    A process that died, or answered nonsense, is replaced for the next kernel; where none can be
+    A process that died or gave an invalid answer is replaced for the next kernel; if none can be
     started, the thread ends.
     """
 
@@ -234,18 +235,18 @@ class _Worker:
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Begin; raises RuntimeError if there are no threads left."""
+        """Start the thread; raises RuntimeError if that is impossible."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End the process, for good."""
+        """End the process and start no other."""
         with self._lock:
             self._is_stopped = True
             if self._process is not None:
                 _kill(self._process)
 
     def join(self, seconds: float) -> None:
-        """Wait for the thread, which ends once its process has."""
+        """Wait for the thread, which ends after its process."""
         self._thread.join(seconds)
 
     def _serve(self) -> None:
@@ -273,7 +274,7 @@ class _Worker:
             crew.news.put((self, None, reason))
 
     def _running(self) -> subprocess.Popen[bytes]:
-        """Return a process that is ready, a new one if need be."""
+        """Return a process that is ready; start one if there is none."""
         process = self._process
         if process is not None and process.poll() is None:
             return process
@@ -296,7 +297,7 @@ class _Worker:
 
 
 def _build_in(process: subprocess.Popen[bytes], spec: KernelSpec) -> Outcome:
-    """Have a kernel built by a worker process; one that fails at that is ended."""
+    """Build a kernel in a worker process; end the process if it fails."""
     start = time.perf_counter()
     answer = _ask(process, json.dumps(spec.to_dict()).encode())
     seconds = time.perf_counter() - start
@@ -312,12 +313,12 @@ def _build_in(process: subprocess.Popen[bytes], spec: KernelSpec) -> Outcome:
 
 
 def _outcome_from(spec: KernelSpec, reply: dict[str, Any], seconds: float) -> Outcome:
-    """Check what a worker answered, and keep the kernel.
+    """Check the answer of a worker and store the kernel.
 
     Raises
     ------
     Exception
-        The answer is of another shape, or its kernel is not right.
+        The answer is malformed, or its kernel fails the checks.
     """
     error, kind = reply["error"], reply["error_kind"]
     if error and isinstance(error, str) and isinstance(kind, str):
@@ -351,7 +352,7 @@ def _new_process() -> subprocess.Popen[bytes]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-            # Whatever the process starts itself is ended with it.
+            # The process and its children form a group, which is ended as a whole.
             process_group=None if sys.platform == "win32" else 0,
         )
     except Exception as error:
@@ -362,17 +363,17 @@ def _new_process() -> subprocess.Popen[bytes]:
 
 
 def _import_path() -> list[str]:
-    """List where this process imports from, the working directory aside."""
+    """Return sys.path without the working directory."""
     found = []
     for entry in sys.path:
-        if isinstance(entry, str) and entry:  # the import system passes over anything else
-            with contextlib.suppress(OSError):  # the working directory is gone
+        if isinstance(entry, str) and entry:  # the import system ignores other types
+            with contextlib.suppress(OSError):  # the working directory was deleted
                 found.append(os.path.abspath(entry))
     return found
 
 
 def _ask(process: subprocess.Popen[bytes], line: bytes) -> bytes | None:
-    """Send a line to a process and return the line that it answers; None if it has died."""
+    """Send a line to a process and return its answer; None if the process has died."""
     if process.stdin is None or process.stdout is None:
         return None
     try:
@@ -397,7 +398,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end(process: subprocess.Popen[bytes], patience: float = 0.0) -> int | None:
-    """End a process that has not ended by itself, and close its pipes; returns its status."""
+    """Kill a process that has not ended, close its pipes and return its status."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(patience)
     _kill(process)
@@ -405,6 +406,6 @@ def _end(process: subprocess.Popen[bytes], patience: float = 0.0) -> int | None:
         process.wait(_END_SECONDS)
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            with contextlib.suppress(OSError):  # what was not yet written
+            with contextlib.suppress(OSError):  # output that was not yet flushed
                 pipe.close()
     return process.returncode

@@ -1,9 +1,9 @@
-"""``JITATTN_RECORD``: a running program notes the kernels that it uses, one JSON line each.
+"""Records the kernels that a program uses in the file ``JITATTN_RECORD``, one JSON line each.
 
-Any number of processes may append to one file. `jitattn-cache prebuild --spec FILE` makes exactly
-those kernels, with the tiles that the installed version chooses for them. A line is there whole or
-not at all: writers hold a lock, take back what they could not finish, and begin a new line after
-one that was killed. A link of another user's is not followed.
+Any number of processes may append to one file. `jitattn-cache prebuild --spec FILE` compiles
+exactly those kernels, with the tiles that the installed version chooses. Lines are written
+atomically: writers hold a lock, truncate a line that they could not finish, and start a new line
+after one that a killed writer left unfinished. Links of other users are not followed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FLAGS: Final = (
     | os.O_APPEND
     | os.O_CREAT
     | getattr(os, "O_NOFOLLOW", 0)
-    | getattr(os, "O_NONBLOCK", 0)  # a FIFO would wait for its reader
+    | getattr(os, "O_NONBLOCK", 0)  # opening a FIFO would wait for its reader
     | getattr(os, "O_NOCTTY", 0)
     | getattr(os, "O_CLOEXEC", 0)
     | getattr(os, "O_BINARY", 0)
@@ -47,7 +47,7 @@ _noted: set[tuple[Path, KernelSpec]] = set()
 
 
 def note(spec: KernelSpec) -> None:
-    """Append a kernel to the record, once per process, if a record was asked for."""
+    """Append a kernel to the record, once per process, if recording is on."""
     path = settings.record()
     if path is None or (path, spec) in _noted:
         return
@@ -59,7 +59,7 @@ def note(spec: KernelSpec) -> None:
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Add a line to a file, whole or not at all.
+    """Append a line to a file atomically.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def _append(path: Path, line: bytes) -> None:
             try:
                 _write(descriptor, line, is_locked)
             except BaseException:
-                if is_locked:  # else another process may have written behind it
+                if is_locked:  # without a lock, another process may have appended
                     os.ftruncate(descriptor, end)
                 raise
     finally:
@@ -111,13 +111,14 @@ def _target(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _lock(descriptor: int) -> Iterator[bool]:
-    """Hold the lock of a file; yields False where locks do not work, or one is held too long."""
+    """Hold the lock of a file; yield False if locks do not work or another holder is too slow."""
     is_locked = _acquire(descriptor)
     try:
         yield is_locked
     finally:
-        if fcntl is not None and is_locked:  # a forked child may have the descriptor, too
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        if fcntl is not None and is_locked:  # a forked child may share the lock
+            with contextlib.suppress(OSError):  # the line is there; closing gives the lock back
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _acquire(descriptor: int) -> bool:

@@ -1,4 +1,4 @@
-"""The CUDA templates: where they are, and the closure of files that an entry needs."""
+"""Locates the CUDA templates, and reads the include closure of an entry file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PACKAGE: Final = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """One entry file and every header that it reaches, without the generated one."""
+    """Entry file and all headers that it includes, except the generated one."""
 
     family: str
     entry: str  #: text of entry/<family>.cu
@@ -33,8 +33,8 @@ class Sources:
 def locate(package: Path = _PACKAGE) -> Path:
     """Return the folder that holds entry/ and jitattn/.
 
-    An installed wheel carries it as jitattn/_cuda_src; in a checkout (an editable install too) it
-    is cuda_src, beside the package.
+    It is jitattn/_cuda_src in an installed wheel, and cuda_src beside the package in a checkout or
+    editable install.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def locate(package: Path = _PACKAGE) -> Path:
 
 @functools.lru_cache(maxsize=32)
 def digest(family: str) -> str:
-    """Return the digest of `closure(family)`, from the memo while no file of it has changed."""
+    """Return the digest of `closure(family)`, from the memo unless a file has changed."""
     root = locate()
     name = f"templates of {family} in {root}"
     fact = memo.recall(name)
@@ -64,7 +64,7 @@ def digest(family: str) -> str:
         if is_of_family and is_digest and memo.signature(paths) == signature:
             return str(remembered)
     files = [root / "entry" / f"{family}.cu", *(root / name for name in closure(family).headers)]
-    # The signature comes first: a file that changes while it is read is then found out next time.
+    # The signature is taken first, so that a change during reading is detected next time.
     signature = memo.signature(files)
     source = _close(family, root)
     memo.remember(name, signature, source.digest)
@@ -73,7 +73,7 @@ def digest(family: str) -> str:
 
 @functools.lru_cache(maxsize=32)
 def closure(family: str, root: Path | None = None) -> Sources:
-    """Read the entry of a kernel family and all that it includes. Kept for the process.
+    """Read the entry file of a kernel family and all that it includes; memoized.
 
     Raises
     ------
@@ -109,7 +109,7 @@ def _close(family: str, root: Path) -> Sources:
 
 def _read(root: Path, name: str) -> str:
     try:
-        # Line ends are made equal, so that a checkout with CRLF gives the same kernels.
+        # Line ends are normalized, so that a checkout with CRLF gives the same kernels.
         return (root / name).read_text(encoding="utf-8").replace("\r\n", "\n")
     except OSError as error:
         raise InternalError(f"template {name} cannot be read from {root}: {error}") from error

@@ -1,9 +1,9 @@
-"""The worker process of `jit/pool.py`: builds one kernel after another. It is run by its path.
+"""Worker process of `jit/pool.py`, run by its path: builds one kernel after another.
 
-Its input is lines of JSON: first where to import from, then a spec each; it answers each with a
-line. Neither ``PYTHONPATH`` nor the working directory says where modules come from, for the one
-splits paths that hold its separator and the other may be anybody's; and jitattn is loaded from
-beside this file, whatever else has its name.
+Its input is lines of JSON: first the import path, then one spec per line; it answers each with a
+line. Modules come neither from ``PYTHONPATH``, which splits paths that contain its separator, nor
+from the working directory, which another user may own. jitattn is loaded from the package of this
+file, even if another module has its name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 
 def _load_package() -> None:
-    """Import the jitattn that this file is part of."""
+    """Import the package jitattn that contains this file."""
     folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     spec = importlib.util.spec_from_file_location(
         "jitattn", os.path.join(folder, "__init__.py"), submodule_search_locations=[folder]
@@ -36,7 +36,7 @@ def _answer(line: bytes) -> bytes:
 
 
 def _work(requests: BinaryIO, replies: BinaryIO) -> None:
-    """Answer line by line, until the input ends."""
+    """Answer each line of input until its end."""
     hello = json.loads(requests.readline())
     sys.path[:] = [*hello["path"], *(entry for entry in sys.path if entry not in hello["path"])]
     _load_package()
@@ -51,15 +51,15 @@ def _send(replies: BinaryIO, line: bytes) -> None:
 
 
 def _main() -> None:
-    # Nothing but replies may reach the pipe, whatever a library prints.
+    # Only replies may reach the pipe; output of libraries goes to stderr.
     replies = os.fdopen(os.dup(1), "wb")
     try:
         os.dup2(2, 1)
-    except OSError:  # there are no messages
+    except OSError:  # stderr is closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
         _work(sys.stdin.buffer, replies)
-    except BrokenPipeError:  # nobody waits for an answer any more
+    except BrokenPipeError:  # the parent has ended
         os._exit(1)
 
 

@@ -1,1 +1,1 @@
-"""The facts that a kernel is compiled for, and the structs that it is launched with."""
+"""Kernel specs, which determine machine code, and the parameter structs of launches."""

@@ -1,11 +1,11 @@
-"""Argument tables: one declaration of a kernel's parameter struct, for the host and the device.
+"""Argument tables: one declaration of a kernel's parameter struct for host and device.
 
-A kernel takes one struct by value. Its table names each field once, with C++ type and meaning: the
-C++ struct of the generated header is rendered from it, and a launch packs named values by it.
-8-byte fields lie before 4-byte ones, in whatever order they are declared, so that neither side pads
+A kernel takes one struct by value. Its table declares each field once, with C++ type and meaning.
+The C++ struct of the generated header is rendered from it, and a launch packs named values with it.
+8-byte fields precede 4-byte fields, whatever the order of declaration, so that neither side pads
 between fields; the end is padded to a multiple of 8 bytes. A struct may extend another, as in C++.
 
-Meanings are not rendered: a reworded one makes no other kernel.
+Meanings are not rendered: rewording one does not change the kernel.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from jitattn.errors import InternalError, LaunchError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-#: Format letters of `struct`; every pointer is "Q".
+#: Format letters of the module `struct`; a pointer is "Q".
 _CODES: Final = {"int64_t": "q", "int32_t": "i", "uint32_t": "I", "float": "f"}
 _BYTES: Final = {"Q": 8, "q": 8, "i": 4, "I": 4, "f": 4}
-#: Parameters of a kernel, as far as every driver takes them.
+#: Largest parameter struct that every driver accepts, in bytes.
 MAX_BYTES: Final = 4096
 
 
 class Argument(NamedTuple):
-    """A field of a parameter struct."""
+    """Field of a parameter struct."""
 
     name: str
-    type: str  #: in C++: a pointer, int64_t, int32_t, uint32_t or float
+    type: str  #: C++ type: a pointer, int64_t, int32_t, uint32_t or float
     meaning: str = ""
 
     @property
     def is_address(self) -> bool:
-        """Whether it is a pointer."""
+        """Whether the field is a pointer."""
         return self.type.endswith("*")
 
     @property
@@ -48,26 +48,26 @@ class Argument(NamedTuple):
 
 
 def strides(tensor: str, *dimensions: str) -> tuple[Argument, ...]:
-    """Return the fields for strides of a tensor, in elements."""
+    """Return the fields for the strides of a tensor, in elements."""
     return tuple(Argument(f"{tensor}_stride_{one}", "int64_t") for one in dimensions)
 
 
 @dataclass(frozen=True, slots=True)
 class ArgumentStruct:
-    """A struct of the generated header; `Base` in the name of its base makes it a template."""
+    """Struct of the generated header; a base named `Base` makes it a template."""
 
     name: str
-    fields: tuple[Argument, ...]  #: in any order that reads well
+    fields: tuple[Argument, ...]  #: in any order
     base: str = ""
 
     @property
     def in_order(self) -> tuple[Argument, ...]:
-        """The fields as they lie in memory: the wide ones first, else as declared."""
+        """Fields in memory order: 8-byte fields first, otherwise as declared."""
         return tuple(sorted(self.fields, key=lambda field: -_BYTES[field.code]))
 
     @property
     def format(self) -> str:
-        """Format of `struct`, with the padding at the end."""
+        """Format string of the module `struct`, with the padding at the end."""
         codes = "".join(field.code for field in self.in_order)
         return codes + "4x" * (sum(_BYTES[code] for code in codes) // 4 % 2)
 
@@ -79,7 +79,7 @@ class ArgumentStruct:
 
 
 class ArgumentTable:
-    """The arguments of a kernel: a struct with all that it extends, from the root."""
+    """Arguments of a kernel: a struct and all its bases, from the root."""
 
     def __init__(self, *structs: ArgumentStruct) -> None:
         self.structs: Final = structs
@@ -120,13 +120,13 @@ class ArgumentTable:
         self._struct.pack_into(buffer, 0, *values)
 
     def pack(self, named: Mapping[str, float]) -> bytes:
-        """Return all arguments as bytes; errors as of `pack_into`."""
+        """Return all arguments as bytes; raises as `pack_into`."""
         buffer = bytearray(self.size)
         self.pack_into(buffer, named)
         return bytes(buffer)
 
     def layout(self, constant: Mapping[str, float], varying: Sequence[str]) -> Layout:
-        """Pack the constant arguments, and find where those that change from call to call go.
+        """Pack the constant arguments, and locate those that change from call to call.
 
         Raises
         ------
@@ -166,7 +166,7 @@ class ArgumentTable:
 
 
 class Layout(NamedTuple):
-    """A parameter struct with its constant fields filled in, and where the others go."""
+    """Parameter struct with constant fields filled in, and the places of the others."""
 
     size: int
     #: Of `struct`: writes a value for each of `parts` into a buffer.
@@ -192,18 +192,18 @@ def _repeated(names: Sequence[str]) -> list[str]:
     return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
-#: The left bound of a window that has none.
+#: Left bound of a window without one.
 NO_LEFT: Final = -(2**30)
 
 
 @functools.cache
 def divisor(number: int) -> tuple[int, int]:
-    """Return `fast_divisor`, remembered."""
+    """Return `fast_divisor`, memoized."""
     return fast_divisor(number)
 
 
 def fast_divisor(divisor: int) -> tuple[int, int]:
-    """Multiplier and shift with n // divisor == (mulhi(n, mul) + n) >> shift for 0 <= n < 2**31.
+    """Return mul, shift: n // divisor == (mulhi(n, mul) + n) >> shift for 0 <= n < 2**31.
 
     Granlund and Montgomery, "Division by invariant integers using multiplication", 1994.
     """

@@ -1,11 +1,11 @@
-"""What changes machine code: `Problem` (what was asked), and the base of every family's spec.
+"""`Problem`, the part of a call that changes machine code, and the base of all kernel specs.
 
 A fact is in a spec if and only if it changes machine code. Lengths, batch, head counts, strides,
 pointers and the direction of the diagonal are arguments (`spec/arguments.py`). Specs are frozen,
 hashable, and render to one canonical JSON text, from which the cache key is made.
 
-The families are in `jitattn.kernels`, a file each, which are loaded when a family is first asked
-for by name. This module imports no torch and no CuPy.
+The families are in `jitattn.kernels`, one file each, which are imported when a family is first
+looked up by name. This module imports no torch and no CuPy.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from jitattn.spec.enums import (
     Switch,
 )
 
-#: Names of architectures. Whether a compiler knows one is the compiler's affair.
+#: Architecture names; a compiler may support fewer.
 ARCH: Final = re.compile(r"sm_[1-9][0-9]{1,2}[af]?")
-#: Largest value of an int field, where it is not that of any other.
+#: Largest value of int fields with a limit of their own.
 _LARGEST: Final = {"head_dim": 256, "head_dim_v": 256, "num_parts": 2}
 _LARGEST_OTHER: Final = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What was asked, as far as it changes machine code."""
+    """Properties of a call that change machine code."""
 
     dtype: Dtype
     out_dtype: Dtype
@@ -60,13 +60,13 @@ class Problem:
     key_padding: Switch = Switch.OFF
     dense: Switch = Switch.OFF
     dropout: Switch = Switch.OFF
-    fixed_shift: Switch = Switch.OFF  #: no running maximum: scores are bounded
+    fixed_shift: Switch = Switch.OFF  #: scores are bounded, so no running maximum is needed
     bias_staged: Staging = Staging.OFF
     dense_staged: Staging = Staging.OFF
 
     @property
     def has_scores(self) -> bool:
-        """Whether mask or anything else asks for more than q k^T, scaled."""
+        """Whether scores have a mask other than full or causal, a bias, or any other modifier."""
         optional = (
             self.relative_bias,
             self.alibi,
@@ -83,13 +83,13 @@ class Problem:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all sequences of the batch are alike, and the kernel knows it."""
+        """Whether all sequences have the same length and mask, known at compile time."""
         batched = self.q_layout is SeqLayout.BATCHED is self.kv_layout
         return batched and self.mask is not MaskKind.BLOCK_LISTS
 
     @property
     def gather_group(self) -> int:
-        """Keys that are looked up together; 0 where they lie one after another."""
+        """Number of keys per lookup; 0 if keys are contiguous."""
         return self.kv_layout.page_group or (16 if self.mask is MaskKind.BLOCK_LISTS else 0)
 
 
@@ -99,29 +99,29 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 class KernelSpec:
-    """Base of the specs: a frozen dataclass for each family, whose fields decide machine code.
+    """Base of the specs: one frozen dataclass per family; its fields determine machine code.
 
-    A field that is a dataclass itself stands for all of its own.
+    A field that is itself a dataclass stands for all its fields.
     """
 
     __slots__ = ()
     family: ClassVar[str]
-    derived: ClassVar[tuple[str, ...]] = ()  #: properties that the kernel needs beside the fields
+    derived: ClassVar[tuple[str, ...]] = ()  #: properties rendered besides the fields
     arch: str
 
     @property
     def num_threads(self) -> int:
-        """Threads of a CTA."""
+        """Threads per CTA."""
         return 256
 
     @property
     def smem_bytes(self) -> int:
-        """Dynamic shared memory of a CTA."""
+        """Dynamic shared memory per CTA, in bytes."""
         return 0
 
     @property
     def arguments(self) -> ArgumentTable:
-        """The parameter struct of this kernel."""
+        """Parameter struct of this kernel."""
         raise NotImplementedError
 
     @property
@@ -131,16 +131,16 @@ class KernelSpec:
 
     @classmethod
     def tables(cls) -> tuple[ArgumentTable, ...]:
-        """Return the parameter structs that kernels of this family have."""
+        """Return the parameter structs of all kernels of this family."""
         return (cls.arguments,) if isinstance(cls.arguments, ArgumentTable) else ()
 
     @classmethod
     def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
-        """Yield the specs that the compile matrix has of this family."""
+        """Yield the specs of this family in the compile matrix."""
         raise NotImplementedError
 
     def flat_fields(self) -> Iterator[tuple[str, StrEnum | int]]:
-        """Yield name and value of every field but `arch`, in the order of declaration."""
+        """Yield name and value of every field except `arch`, in the order of declaration."""
         for field in fields(self):  # type: ignore[arg-type]  # of the families, which are dataclasses
             value = getattr(self, field.name)
             if is_dataclass(value):
@@ -149,22 +149,22 @@ class KernelSpec:
                 yield field.name, value
 
     def to_dict(self) -> dict[str, str | int]:
-        """Flat fields: family, arch, then the kernel's own in the order of declaration."""
+        """Return the flat fields: family, arch, then the others in the order of declaration."""
         flat: dict[str, str | int] = {"family": self.family, "arch": self.arch}
         for name, value in self.flat_fields():
             flat[name] = value.value if isinstance(value, StrEnum) else value
         return flat
 
     def to_key(self) -> str:
-        """Return the canonical JSON text of the spec (sorted keys, no spaces)."""
+        """Return the canonical JSON text of the spec: sorted keys, no spaces."""
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
     def to_choice(self) -> dict[str, str | int]:
-        """Return the choice (`plan/choices.py`) that stands for exactly this kernel."""
+        """Return the choice (`plan/choices.py`) that selects exactly this kernel."""
         return self.to_dict()
 
     def command(self) -> str:
-        """Return the shell command that makes this kernel, with all that its calls can need."""
+        """Return the shell command that compiles this kernel and those that its calls may need."""
         words = [self._prebuild(), f"--dtype {self.to_dict()['dtype']}"]
         words.append(f"--set family={self.family}")
         others = [(name, value) for name, value in self.flat_fields() if name != "dtype"]
@@ -174,7 +174,7 @@ class KernelSpec:
         return f"jitattn-cache prebuild --arch {self.arch.removeprefix('sm_')}"
 
     def fault(self) -> str | None:
-        """Name the number that no kernel can have; None if all are possible."""
+        """Describe the first invalid number of the spec; None if all are valid."""
         for name, value in self.flat_fields():
             most = _LARGEST.get(name, _LARGEST_OTHER)
             if type(value) is int and not 1 <= value <= most:
@@ -183,36 +183,36 @@ class KernelSpec:
 
     @classmethod
     def from_fields(cls, arch: str, values: dict[str, Any], flat: Mapping[str, Any]) -> Self:
-        """Build a spec of its flat fields, which are taken out of `values`.
+        """Build a spec from its flat fields, which are removed from `values`.
 
         Raises
         ------
         ValueError
-            A field is missing, or of another type; `flat` is shown then.
+            A field is missing or has another type; the message shows `flat`.
         """
         return cls(arch=arch, **_typed(cls, values, flat))  # type: ignore[call-arg]
 
 
 @functools.cache
 def families() -> dict[str, type[KernelSpec]]:
-    """Every kernel family by name: cuda_src/entry/<name>.cu holds the kernel jitattn_<name>."""
+    """Return the spec class of each family; cuda_src/entry/<name>.cu has kernel jitattn_<name>."""
     kinds: tuple[type[KernelSpec], ...] = importlib.import_module("jitattn.kernels").FAMILIES
     return {kind.family: kind for kind in kinds}
 
 
 def entry_symbol(spec: KernelSpec) -> str:
-    """Name of the one extern "C" kernel in the cubin of `spec`."""
+    """Return the name of the one extern "C" kernel in the cubin of `spec`."""
     return f"jitattn_{spec.family}"
 
 
 def spec_from_dict(flat: Mapping[str, Any]) -> KernelSpec:
-    """Build the spec whose `to_dict` this is.
+    """Build a spec from its `to_dict`.
 
     Raises
     ------
     ValueError
-        It is of no known family, a field is missing or unknown, or a value is of another kind or
-        none that a kernel can have. `render` takes whatever this returns.
+        The family is unknown, a field is missing or unknown, or a value is invalid. `render`
+        accepts every spec that is returned.
     """
     values = dict(flat)
     family, arch = values.pop("family", None), values.pop("arch", None)
@@ -231,7 +231,7 @@ def spec_from_dict(flat: Mapping[str, Any]) -> KernelSpec:
 
 
 def _typed(kind: type, values: dict[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the fields of a dataclass out of `values`, each as the type that it is declared with."""
+    """Remove the fields of a dataclass from `values`, each converted to its declared type."""
     typed: dict[str, Any] = {}
     hints = get_type_hints(kind)
     for field in fields(kind):
@@ -253,5 +253,5 @@ def _typed(kind: type, values: dict[str, Any], flat: Mapping[str, Any]) -> dict[
 
 
 def arch_number(arch: str) -> int:
-    """'sm_90' → 90, 'sm_90a' → 90."""
+    """Return the number of an architecture: 'sm_90' and 'sm_90a' → 90."""
     return int(arch.removeprefix("sm_").rstrip("af"))

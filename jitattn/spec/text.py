@@ -1,4 +1,4 @@
-"""Text from outside: shown without its control characters, read as a number without surprises.
+"""Sanitizes text from outside: shows control characters as escapes, parses numbers strictly.
 
 File names, metadata, environment variables and compiler logs may hold anything. An escape sequence
 rewrites a terminal, a line break forges a line of a log, and `int` reads the digits of every script
@@ -15,7 +15,7 @@ _NUMBER: Final = re.compile(r"[0-9]{1,15}")
 
 
 def one_line(value: object) -> str:
-    r"""Return the text of a value on one line: what does not print is shown as \x1b or \n."""
+    r"""Return the text of a value on one line, with unprintable characters as \x1b or \n."""
     text = str(value)
     return text if text.isprintable() else "".join(map(_shown, text))
 
@@ -26,7 +26,7 @@ def printable(text: str) -> str:
 
 
 def number_in(text: str) -> int | None:
-    """Read a number of at most 15 ASCII digits, and nothing else; None if the text is no such."""
+    """Parse a number of at most 15 ASCII digits; None if the text is anything else."""
     return int(text) if _NUMBER.fullmatch(text) else None
 
 

@@ -1,1 +1,1 @@
-"""What users pass: masks, sequences, rotary tables, gears, dropout states."""
+"""Argument values: masks, sequences, rotary tables, gears, dropout states."""

@@ -1,4 +1,4 @@
-"""Computing outside of autocast: numerics are those of the gear, whatever surrounds a call."""
+"""Disables autocast inside a call, so that numerics are those of the gear."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KINDS: Final = ("cpu", "cuda")
 
 
 def outside_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a function run with autocast switched off, for every kind of device."""
+    """Decorate a function to run with autocast disabled for every device type."""
 
     @functools.wraps(function)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -36,8 +36,8 @@ def outside_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Multiply matrices [..., m, k] and [..., k, n]; leading dimensions are broadcast.
 
-    As `torch.matmul`, with derivatives of every order and in forward mode; but the products of a
-    backward pass, which may run inside autocast itself, are outside of it as well.
+    As `torch.matmul`, with derivatives of every order and in forward mode; the products of a
+    backward pass, which may itself run inside autocast, are also computed outside of it.
     """
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         in_transform = torch._C._are_functorch_transforms_active()
@@ -48,11 +48,11 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Derivatives(Function):
-    """Derivatives of a product, which are products outside of autocast."""
+    """Derivatives of a matrix product, also computed outside of autocast."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN401
-        """Compute the gradients that are needed."""
+        """Compute the gradients of inputs that require them."""
         a, b = ctx.saved_tensors
         needs_a, needs_b = ctx.needs_input_grad
         d_a = matmul(gradient, b.transpose(-2, -1)) if needs_a else None
@@ -72,7 +72,7 @@ class _Derivatives(Function):
 
 
 class _Product(_Derivatives):
-    """A product, with the least to do for the host."""
+    """Matrix product with the least host work."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:  # noqa: ANN401 - autograd's
@@ -83,7 +83,7 @@ class _Product(_Derivatives):
 
 
 class _TransformableProduct(_Derivatives):
-    """A product that transforms of torch.func can take apart."""
+    """Matrix product that supports torch.func transforms."""
 
     generate_vmap_rule = True
 
@@ -101,7 +101,7 @@ class _TransformableProduct(_Derivatives):
 
 
 def _summed(gradient: Tensor | None, of: Tensor) -> Tensor | None:
-    """Sum over the dimensions in which a matrix was broadcast."""
+    """Sum a gradient over the broadcast dimensions of a matrix."""
     if gradient is None or gradient.shape == of.shape:
         return gradient
     return gradient.sum_to_size(of.shape)

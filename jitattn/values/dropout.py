@@ -1,9 +1,9 @@
-"""Dropout of attention weights: the generator of the kernels, for masks and for the CPU path.
+"""Dropout of attention weights: the kernels' random numbers, for masks and the CPU path.
 
 Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) gives 16 bits
 for every weight from (state, batch, head, query, key), so that nothing has to be stored: a backward
 pass, another layout or another device draws the same weights. All 128 bits of a state count.
-`cuda_src/jitattn/attention/dropout.cuh` says which bits are whose.
+`cuda_src/jitattn/attention/dropout.cuh` documents the use of the bits.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
 
 _WORD: Final = 0xFFFFFFFF
 _ROUNDS: Final = 7
-#: By which the second half of the key grows with the high half of the offset.
+#: Increment of the key's second half per unit of the offset's high half.
 _KEY_FACTOR: Final = 0x85EBCA6B
-#: Parts in which the numbers of a large mask are drawn, and bounds on the weights of a part.
+#: Parts in which a large mask is drawn, and bounds on the weights of a part.
 _PARTS: Final = 16
 _FEWEST_DRAWN: Final = 1 << 18
 _MOST_DRAWN: Final = 1 << 24
 
 
 class Dropout(NamedTuple):
-    """A validated dropout: weights whose number is below `threshold` are dropped."""
+    """Validated dropout; drops the weights whose random number is below `threshold`."""
 
     threshold: int  #: p · 2^16
     state: Tensor  #: int64 [2]
-    first_batch: int = 0  #: of the first sequence of a call, among those of the whole batch
+    first_batch: int = 0  #: index of a call's first sequence in the whole batch
 
     @property
     def scale(self) -> float:
-        """By which weights that stay are multiplied."""
+        """Factor of the weights that are kept, 1 / (1 - p)."""
         return 65536 / (65536 - self.threshold)
 
 
@@ -66,7 +66,7 @@ def dropout_state(
 
 
 def threshold_of(p: float) -> int:
-    """Check a probability, and return it in units of 2^-16.
+    """Check a probability and return it in units of 2^-16.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def threshold_of(p: float) -> int:
 
 
 def check_state(state: Tensor, device: torch.device | None) -> None:
-    """Refuse what is no state of this device.
+    """Refuse a value that is not a dropout state on this device.
 
     Raises
     ------
@@ -103,7 +103,7 @@ def check_state(state: Tensor, device: torch.device | None) -> None:
 def dropout_mask(
     state: Tensor, p: float, batch: int, heads: int, len_q: int, len_kv: int
 ) -> Tensor:
-    """Return which weights stay: exactly those of a call with this state and probability.
+    """Return the mask of kept weights of a call with this state and probability.
 
     Parameters
     ----------
@@ -122,14 +122,14 @@ def dropout_mask(
     check_state(state, getattr(state, "device", None))
     dropout = Dropout(threshold_of(p), state)
     if not torch.compiler.is_dynamo_compiling():
-        index_address("state", state)  # refuses memory that is gone
+        index_address("state", state)  # refuses freed memory
         if is_placeholder(state):
             return state.new_empty((batch, heads, len_q, len_kv), dtype=torch.bool)
     return keeps(dropout, batch, heads, range(len_q), range(len_kv))
 
 
 def keeps(dropout: Dropout, batch: int, heads: int, queries: range, keys: range) -> Tensor:
-    """Return which weights of a part of the score matrix stay, [B, Hq, queries, keys].
+    """Return the mask of kept weights of a part of the score matrix, [B, Hq, queries, keys].
 
     Numbers are drawn for a sixteenth of the rows at a time, which bounds the working memory of a
     large mask to a byte a weight.
@@ -151,7 +151,7 @@ def keeps(dropout: Dropout, batch: int, heads: int, queries: range, keys: range)
 
 
 def _kept_rows(dropout: Dropout, heads: int, queries: range, keys: range, rows: range) -> Tensor:
-    """Return which weights stay in rows of a [B * Hq * queries, keys] matrix."""
+    """Return the mask of kept weights in rows of a [B * Hq * queries, keys] matrix."""
     device = dropout.state.device
     first, last = keys.start // 32, (keys.stop - 1) // 32
     row = torch.arange(rows.start, rows.stop, device=device)[:, None]
@@ -177,7 +177,7 @@ def philox(
     x, y, z, w = counter
     key0, key1 = key
     for _ in range(rounds):
-        first, second = x * 0xD2511F53, z * 0xCD9E8D57  # the low 64 bits, which are all
+        first, second = x * 0xD2511F53, z * 0xCD9E8D57  # modulo 2^64: the whole product
         x, y, z, w = (
             (second >> 32 & _WORD) ^ y ^ key0,
             second & _WORD,

@@ -1,4 +1,4 @@
-"""`Frozen`: what values of slots have in common that are set once, and then never again."""
+"""`Frozen`: base of immutable values with slots."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 class Frozen:
-    """A value that can be copied, deep-copied and pickled, but not changed.
+    """Immutable value that can be copied, deep-copied and pickled.
 
-    Such a value holds tensors, which are not compared: it is equal to itself alone, and hashed by
-    identity. A copy is another value, of the same tensors; a deep copy has its own.
+    It holds tensors, which are not compared: a value equals only itself, and is hashed by identity.
+    A copy is another value with the same tensors; a deep copy has its own tensors.
     """
 
     __slots__ = ()

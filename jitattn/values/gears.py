@@ -1,8 +1,8 @@
-"""The five gears: one dial from accurate to fast, and what each setting guarantees.
+"""The five gears: settings from accurate to fast, and the error that each guarantees.
 
-A gear is a promise about numbers, never about kernels: `resolve_numerics` maps (gear, dtype) to the
-numerics class that keeps the promise, and only that class enters a spec. Several gears may share
-one class, so equal kernels stay one kernel.
+A gear guarantees accuracy, never a kernel: `resolve_numerics` maps (gear, dtype) to a numerics
+class that keeps the guarantee, and only that class enters a spec. Several gears may share a class,
+and so their kernels.
 
 This module imports no torch and no CuPy.
 """
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gear:
-    """One setting of the dial."""
+    """Setting of accuracy and speed."""
 
     number: int  #: 0 (most accurate) … 4 (fastest)
-    what: str  #: how the products are formed and summed
+    what: str  #: precision of products and sums
     #: Guaranteed relative L2 error against fp64 of the same inputs, by input dtype: Gaussian data,
     #: head_dim 128, 4096 keys, fp32 output. Rounding the output adds 2.1e-4 (fp16), 1.7e-3 (bf16).
     rel_l2: dict[Dtype, float]
@@ -67,7 +67,7 @@ GEARS: Final[dict[int, Gear]] = {
     )
 }
 
-#: The gear of a call that names none, where `set_default_gear` has not said otherwise.
+#: Gear of calls that name none, unless `set_default_gear` was called.
 DEFAULT_GEAR: Final[dict[Dtype, int]] = {Dtype.FP16: 2, Dtype.BF16: 2, Dtype.FP32: 0}
 
 _SIXTEEN: Final = (
@@ -77,7 +77,7 @@ _SIXTEEN: Final = (
     Numerics.F32_ACC,
     Numerics.F32_ACC,
 )
-#: Where the GeForce cards multiply twice as fast into fp16 accumulators, and the others do not.
+#: Architectures on which GeForce cards, and only those, are twice as fast with fp16 accumulators.
 FAST_HALVES_ARCHS: Final = ("sm_86", "sm_89")
 #: Numerics classes by gear.
 _NUMERICS: Final[dict[Dtype, tuple[Numerics, ...]]] = {
@@ -95,21 +95,21 @@ _default: int | None = None
 
 
 class DefaultGear:
-    """What `set_default_gear` returns: a context that gives the default before it back."""
+    """Context returned by `set_default_gear`; restores the previous default."""
 
     def __init__(self, give_back: Callable[[], object]) -> None:
         self._give_back = give_back
 
     def __enter__(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing; the gear is already set."""
 
     def __exit__(self, *error: object) -> None:
-        """Give the default back."""
+        """Restore the previous default."""
         self._give_back()
 
 
 def set_default_gear(gear: int | None) -> DefaultGear:
-    """Set the gear of all later calls that name none, in this process.
+    """Set the gear of all later calls in this process that name none.
 
     Parameters
     ----------
@@ -119,7 +119,7 @@ def set_default_gear(gear: int | None) -> DefaultGear:
     Returns
     -------
     DefaultGear
-        To be used as a context, or to be dropped.
+        A context that restores the previous default; it may be ignored.
 
     Raises
     ------
@@ -143,19 +143,19 @@ def set_default_gear(gear: int | None) -> DefaultGear:
 
 
 def get_default_gear() -> int | None:
-    """Return what `set_default_gear` has set, or None."""
+    """Return the gear set by `set_default_gear`, or None."""
     return _default
 
 
 def gear_of(gear: int | None, dtype: Dtype) -> int:
-    """Return the gear of a call that asks for `gear`, or for none."""
+    """Return the gear of a call: `gear`, or the default if None."""
     if gear is None:
         gear = _default
     return DEFAULT_GEAR[dtype] if gear is None else gear
 
 
 def resolve_numerics(gear: int | None, dtype: Dtype, *, has_fast_halves: bool = False) -> Numerics:
-    """Return the numerics class that keeps the promise of a gear.
+    """Return the numerics class that keeps the guarantee of a gear.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Numbers as callers give them: Python's, numpy's, anything that says it is one.
+"""Converts numbers of callers: Python's, numpy's, and any type that implements them.
 
 This module imports no torch.
 """
@@ -11,9 +11,9 @@ import operator
 
 
 def real(value: object) -> float | None:
-    """Return a real number as a float (an infinite one if it is too large), or None if it is none.
+    """Convert a real number to float (infinite if too large); None for anything else.
 
-    Bools are no numbers, nor are tensors, whose value a device may have to be asked for.
+    Bools are refused, and tensors, as reading their value may synchronize with a device.
     """
     if type(value) is float:
         return value
@@ -26,7 +26,7 @@ def real(value: object) -> float | None:
 
 
 def integer(value: object) -> int | None:
-    """Return an integer of any kind as an int, or None if it is none; bools are none."""
+    """Convert an integer of any type to int; None for anything else, bools included."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

@@ -1,12 +1,12 @@
-"""Mask values: who may see whom. Frozen; this module imports no torch.
+"""Mask values. Frozen; this module imports no torch.
 
-True means attend. `a & b` is what both let through: at most one of the rules that positions decide
+True means attend. `a & b` is the intersection: at most one positional rule
 (`Full`, `Causal`, `Window`, `LocalStride`, `BlockSparse`, `PerHead`), at most one `KeyPadding` and
 at most one `Dense`. (A `Causal` and a `Window` are one window, and a `BlockSparse` may be causal.)
 
-All can be copied, deep-copied and pickled. Rules of numbers are equal, and have one hash, if their
-numbers are; a mask that holds a tensor (`BlockSparse`, `KeyPadding`, `Dense`, and what `&` makes of
-them) is equal to itself alone, as tensors are not compared, and so is no copy of it.
+All can be copied, deep-copied and pickled. Rules made of numbers are compared and hashed by value.
+A mask that holds a tensor (`BlockSparse`, `KeyPadding`, `Dense`, and their intersections) equals
+only itself, not even a copy, as tensors are not compared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BLOCK_SIZES = (8, 16, 32, 64, 128)
 
 
 class _Mask:
-    """What all masks have in common: `&`."""
+    """Base of all masks, which defines `&`."""
 
     __slots__ = ()
 
@@ -39,7 +39,7 @@ class _Mask:
 
 
 def _is_count(mask: _Mask, name: str, value: object, least: int, most: int) -> bool:
-    """Return whether a field is an integer in this range; one of numpy's becomes an int."""
+    """Return whether a field is an integer in this range; convert numpy integers to int."""
     number = integer(value)
     if number is None or not least <= number <= most:
         return False
@@ -57,17 +57,17 @@ def _check_block_size(mask: _Mask, size: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Full(_Mask):
-    """Every query sees every key."""
+    """Full mask: every query sees every key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Causal(_Mask):
-    """A query sees its own position and everything before it.
+    """Causal mask: a query sees its own position and all before it.
 
     Parameters
     ----------
     align : "bottom_right" or "top_left"
-        Which corner of the [Lq, Lkv] score matrix the diagonal goes through. Bottom-right (the
+        Corner of the [Lq, Lkv] score matrix that the diagonal passes through. Bottom-right (the
         default) lets the last query see every key: key <= query + Lkv - Lq. Top-left lets the
         first query see the first key only: key <= query. They differ when Lq != Lkv.
     """
@@ -75,7 +75,7 @@ class Causal(_Mask):
     align: Align = "bottom_right"
 
     def __post_init__(self) -> None:
-        """Refuse an unknown corner by name."""
+        """Refuse an unknown `align`."""
         if self.align not in get_args(Align):
             raise InvalidInputError(
                 f"Causal(align={self.align!r}): align must be one of {get_args(Align)}"
@@ -84,7 +84,7 @@ class Causal(_Mask):
 
 @dataclass(frozen=True, slots=True)
 class Window(_Mask):
-    """A query sees the keys around its own position, and the first ones of the sequence if asked.
+    """Sliding-window mask: a query sees keys around its position, and optionally the first keys.
 
     With p = query + Lkv - Lq, the query's position among the keys, it sees the keys from p - left
     to p + right, and of the first `keep_first` keys those up to p + right. Lengths and positions
@@ -93,9 +93,9 @@ class Window(_Mask):
     Parameters
     ----------
     left, right : int or None
-        How many keys before and after its own position a query sees; None for all of them.
+        Number of visible keys before and after the query's position; None for all.
     keep_first : int
-        Keys at the beginning that the left bound does not hide (attention sinks).
+        Number of first keys that the left bound does not hide (attention sinks).
     full_on_decode : bool
         Lift the left bound for sequences with one query.
     """
@@ -106,7 +106,7 @@ class Window(_Mask):
     full_on_decode: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what is no reach."""
+        """Refuse invalid bounds."""
         for name in ("left", "right", "keep_first"):
             value = getattr(self, name)
             if value is None and name != "keep_first":
@@ -121,7 +121,7 @@ class Window(_Mask):
 
     @property
     def reach(self) -> tuple[int, int, int]:
-        """Return (left, right, keep_first), as large as lengths can be where there is no bound."""
+        """Return (left, right, keep_first), with the largest length in place of None."""
         left = _MAX_REACH if self.left is None else min(self.left, _MAX_REACH)
         right = _MAX_REACH if self.right is None else min(self.right, _MAX_REACH)
         return left, right, min(self.keep_first, _MAX_REACH)
@@ -129,7 +129,7 @@ class Window(_Mask):
 
 @dataclass(frozen=True, slots=True)
 class LocalStride(_Mask):
-    """Block-sparse: the blocks nearby, and every so many-th of those before (phi-3-small, dkernel).
+    """Block-sparse local + stride pattern (phi-3-small, dkernel).
 
     Queries and keys are cut into blocks, queries by their positions among the keys. With i and j a
     query's and a key's block, and h the kv head: causal, a query sees a key up to its own position
@@ -140,22 +140,22 @@ class LocalStride(_Mask):
     Parameters
     ----------
     block_size : 8, 16, 32, 64 or 128
-        Queries and keys of a block. On a GPU, causal patterns in blocks of 64 and 128 are computed
-        where they are needed, and so are gradients of those in blocks of 16 and 32; others become
-        lists of blocks, made by the first call.
+        Queries and keys per block. On a GPU, kernels compute causal patterns in blocks of 64 and
+        128, and gradients of those in blocks of 16 and 32, directly; others use block lists, made
+        by the first call.
     local_blocks : int, or (int, int) if not causal
-        Blocks around a query's own that it sees, its own among them; to the left and to the right.
+        Number of visible blocks around a query's own, which is included; to the left and right.
     vert_stride : int
         1 is dense.
     head_step : int, default max(1, vert_stride // Hq)
-        By which the stride of each kv head is moved against that of the one before.
+        Offset between the strides of consecutive KV heads.
     head_offset : int
     num_dense_heads : int
-        kv heads, the last ones, that see everything before them.
+        Number of KV heads, the last ones, that are causal without sparsity.
     homo_head : bool
-        All heads alike: a head_step of 0.
+        The same pattern for all heads: a head_step of 0.
     causal : bool
-        Not causal, a query before the first key (where Lq > Lkv) sees nothing either.
+        Not causal, a query before the first key (if Lq > Lkv) also sees no key.
     """
 
     block_size: int
@@ -168,7 +168,7 @@ class LocalStride(_Mask):
     causal: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what is no pattern."""
+        """Refuse an invalid pattern."""
         _check_block_size(self, self.block_size)
         local = self.local_blocks
         if isinstance(local, tuple):
@@ -203,7 +203,7 @@ class LocalStride(_Mask):
         return local if isinstance(local, tuple) else (local, local)
 
     def step(self, heads_q: int) -> int:
-        """Return by how much a kv head's stride is moved against that of the one before."""
+        """Return the offset between the strides of consecutive KV heads."""
         if self.homo_head:
             return 0
         return max(1, self.vert_stride // heads_q) if self.head_step is None else self.head_step
@@ -211,23 +211,23 @@ class LocalStride(_Mask):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockSparse(_Mask):
-    """Any pattern of blocks.
+    """Block-sparse mask with an arbitrary pattern.
 
     The query at position p = query + Lkv - Lq among the keys sees key j if
-    ``pattern[head, p // block_size, j // block_size]``. What lies outside the pattern is not seen.
+    ``pattern[head, p // block_size, j // block_size]``. Pairs outside the pattern are hidden.
 
     Parameters
     ----------
     pattern : Tensor, [rows, columns] or [heads, rows, columns], bool
-        True = attend; one for all heads, one for each kv head or for each query head. It may be
-        rectangular. Lists for the GPU are made from it by the first call, kept for as long as its
-        memory lives, and made again by the first call after a write to it. A tensor made under
-        `torch.inference_mode` is compared with what it held at every call, which waits for the GPU.
-        Writes that torch does not see (by another library over DLPack): see `changed`.
+        True = attend; one for all heads, one per KV head or one per query head. It may be
+        rectangular. The first call makes block lists from it for the GPU, which are kept as long as
+        its memory, and made again by the first call after a write to it. A tensor made under
+        `torch.inference_mode` is compared with its earlier contents at every call, which waits for
+        the GPU. Writes that torch does not see (by another library over DLPack): see `changed`.
     block_size : 8, 16, 32, 64 or 128
-        Queries and keys of a block.
+        Queries and keys per block.
     causal : bool
-        Let no query see beyond its own position, within blocks too. As ``& Causal()``.
+        Also hide keys after the query's position, within blocks too. As ``& Causal()``.
     first_row : int, optional
         Position of query 0 in each sequence, in place of Lkv - Lq: for a part of the queries, as in
         sequence partition.
@@ -239,7 +239,7 @@ class BlockSparse(_Mask):
     first_row: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no pattern."""
+        """Refuse an invalid pattern."""
         _check_block_size(self, self.block_size)
         shape, dtype = getattr(self.pattern, "shape", None), getattr(self.pattern, "dtype", None)
         if shape is None or len(shape) not in (2, 3) or str(dtype) != "torch.bool":
@@ -254,7 +254,7 @@ class BlockSparse(_Mask):
             )
 
     def changed(self) -> None:
-        """Say that the pattern was written to by what torch does not see.
+        """Report a write to the pattern that torch cannot see.
 
         Torch counts its own writes. A kernel of another library that writes to the memory of the
         pattern over DLPack, or to a raw pointer, is not counted: call this after it.
@@ -265,24 +265,24 @@ class BlockSparse(_Mask):
 
     @property
     def blocks(self) -> Tensor:
-        """The pattern as [heads, rows, columns]."""
+        """Pattern as [heads, rows, columns]."""
         return self.pattern if self.pattern.dim() == 3 else self.pattern[None]
 
 
 @dataclass(frozen=True, slots=True)
 class PerHead(_Mask):
-    """A rule for each head, side by side in one launch.
+    """Per-head rules, computed in one launch.
 
     Parameters
     ----------
     rules : sequence of Full, Causal, Window, LocalStride or BlockSparse
-        For each query head, or for each kv head.
+        One per query head, or one per KV head.
     """
 
     rules: tuple[HeadRule, ...]
 
     def __init__(self, rules: Sequence[HeadRule]) -> None:
-        """Refuse what is no rule of one head."""
+        """Refuse rules that are not allowed for a single head."""
         object.__setattr__(self, "rules", tuple(rules))
         for rule in self.rules:
             if not isinstance(rule, Full | Causal | Window | LocalStride | BlockSparse):
@@ -299,15 +299,14 @@ class PerHead(_Mask):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyPadding(_Mask):
-    """Keys that no query of their sequence sees.
+    """Padding mask: hides keys from all queries of their sequence.
 
-    Hidden keys and values must be finite all the same: a NaN or an infinity may reach results.
+    Hidden keys and values must still be finite: a NaN or an infinity may reach results.
 
     Parameters
     ----------
     keep : Tensor, [B, Lkv], bool
-        True = attend. With sequences of their own (`kv_seqs`), columns count from a sequence's
-        first key.
+        True = attend. With `kv_seqs`, columns count from a sequence's first key.
     """
 
     keep: Tensor
@@ -315,12 +314,13 @@ class KeyPadding(_Mask):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense(_Mask):
-    """Any mask, as a matrix; it costs its memory and the time to read it.
+    """Arbitrary mask as a matrix; costs its memory and the time to read it.
 
     Parameters
     ----------
     keep : Tensor, [B or 1, Hq or 1, Lq or 1, Lkv], bool
-        True = attend. With sequences, rows and columns count from the first ones of each.
+        True = attend. With `q_seqs` or `kv_seqs`, rows and columns count from the first ones of
+        each sequence.
     """
 
     keep: Tensor
@@ -331,9 +331,9 @@ _FULL = Full()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Both(_Mask):
-    """What a rule of positions and tensors let through together; made by `&`."""
+    """Intersection of a positional rule and mask tensors; made by `&`."""
 
-    rule: Rule  # a default would end a graph of torch 2.11
+    rule: Rule  # no default: it would break a graph of torch 2.11
     key_padding: KeyPadding | None = None
     dense: Dense | None = None
 
@@ -344,12 +344,12 @@ Mask: TypeAlias = Rule | KeyPadding | Dense | Both
 
 
 def is_mask(value: object) -> bool:
-    """Return whether this is one of the masks."""
+    """Return whether a value is a mask."""
     return isinstance(value, _Mask)
 
 
 def parts_of(mask: _Mask) -> Both:
-    """Take a mask apart."""
+    """Split a mask into rule, key padding and dense mask."""
     if isinstance(mask, Both):
         return mask
     if isinstance(mask, KeyPadding):
@@ -367,7 +367,7 @@ def both(one: _Mask, other: _Mask) -> Mask:
     Raises
     ------
     InvalidInputError
-        They hold two rules, or two tensors of a kind, that cannot be one.
+        They hold two rules, or two tensors of one type, that cannot be combined.
     """
     first, second = parts_of(one), parts_of(other)
     for name in ("key_padding", "dense"):

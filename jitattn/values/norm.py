@@ -1,4 +1,4 @@
-"""Cosine attention's value: q and k of length 1, so that scores are bounded by their scale.
+"""`L2Norm`: cosine attention, with q and k of length 1 and scores bounded by their scale.
 
 Henry et al., "Query-Key Normalization for Transformers", arXiv:2010.04245.
 """
@@ -16,7 +16,7 @@ from jitattn.values.tensors import MAX_HEAD_DIM
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Scale of scores if none is given.
+#: Default scale of scores.
 DEFAULT_SCALE: Final = 8.0
 
 
@@ -24,21 +24,21 @@ DEFAULT_SCALE: Final = 8.0
 class L2Norm:
     """Cosine attention: scores are scale * head_scale * cos(q, k).
 
-    Can be copied and pickled; equal to itself alone, as `head_scale` is not compared.
+    Can be copied and pickled; equals only itself, as `head_scale` is not compared.
 
     Parameters
     ----------
     groups : int
-        Equal slices of a vector that are normalised each by itself; |score| is then up to
+        Number of equal slices of a vector, each normalized separately; |score| is then at most
         scale * groups. It must divide D.
     head_scale : Tensor, [Hq], optional
-        A learned factor of each head, of the dtype of q or fp32.
+        Learned factor per head, of the dtype of q or fp32.
     bound : float, optional
-        A promise that no |head_scale| is larger (with normalize=False: of what q was multiplied
-        by). Without it, head_scale means a running maximum.
+        Upper bound of |head_scale| (with normalize=False: of the factor of q), guaranteed by the
+        caller. Without it, head_scale requires a running maximum.
     normalize : bool
-        False: q and k come normalised (by `l2norm`, or rotated since); the bound is taken to hold,
-        and head_scale is not applied: multiply q by it.
+        False: q and k are already normalized (by `l2norm`, possibly rotated since); the bound must
+        hold, and head_scale is not applied: multiply q by it.
     """
 
     groups: int = 1
@@ -47,7 +47,7 @@ class L2Norm:
     normalize: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what is no norm."""
+        """Refuse invalid fields."""
         groups, bound = integer(self.groups), self.bound
         if groups is None or not 1 <= groups <= MAX_HEAD_DIM:
             raise InvalidInputError(
@@ -56,7 +56,7 @@ class L2Norm:
         number = None if bound is None else real(bound)
         if bound is not None and (number is None or not 0 < number < math.inf):
             raise InvalidInputError(f"L2Norm(bound={bound!r}): it must be a number above 0")
-        if groups is not self.groups or number is not bound:  # a number of numpy's
+        if groups is not self.groups or number is not bound:  # a numpy scalar
             object.__setattr__(self, "groups", groups)
             object.__setattr__(self, "bound", number)
         if bound is not None and self.normalize and self.head_scale is None:
@@ -71,7 +71,7 @@ class L2Norm:
 
 
 def check_kind(norm: object) -> None:
-    """Refuse what is no norm."""
+    """Refuse a value that is not an `L2Norm`."""
     if norm is not None and not isinstance(norm, L2Norm):
         raise InvalidInputError(
             f"qk_norm is a {type(norm).__name__}: it must be a jitattn.L2Norm, or None"

@@ -1,4 +1,4 @@
-"""`Rotary`: the tables of a rotary position embedding."""
+"""`Rotary`: tables of a rotary position embedding."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from jitattn.values.tensors import strides_of
 
 
 class Rotary(Frozen):
-    """Rotary position embedding: the tables, and which columns they turn with each other.
+    """Rotary position embedding: the tables, and the pairing of columns.
 
-    Can be copied and pickled; equal to itself alone, as its tables are not compared.
+    Can be copied and pickled; equals only itself, as its tables are not compared.
 
     Su et al., "RoFormer", arXiv:2104.09864. The pair (a, b) at position p becomes (a cos - b sin,
     b cos + a sin); columns from rotary_dim on are left alone.
@@ -29,7 +29,7 @@ class Rotary(Frozen):
     Raises
     ------
     InvalidInputError
-        The tables are no matrices, or not alike.
+        The tables are not matrices, or differ in shape, dtype or device.
     """
 
     __slots__ = ("cos", "interleaved", "sin")
@@ -55,7 +55,7 @@ class Rotary(Frozen):
 
     @property
     def rotary_dim(self) -> int:
-        """Number of columns that are turned."""
+        """Number of columns that are rotated."""
         return 2 * self.cos.shape[1]
 
 

@@ -1,8 +1,8 @@
-"""Where sequences lie, when they do not simply fill a batch: ragged, padded, paged.
+"""Layouts of sequences that do not fill a dense batch: ragged, padded, paged.
 
-Frozen values over index tensors, which can be copied and pickled; each is equal to itself alone, as
-tensors are not compared. Their contents stay on the device: nothing here waits for it, but
-for the largest length of a `Ragged` that was given none, which is read once and remembered.
+Frozen values over index tensors, which can be copied and pickled; each equals only itself, as
+tensors are not compared. Index contents stay on the device, and nothing here synchronizes with it,
+except to read the largest length of a `Ragged` without `max_length`, once.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _MOST: Final = 2**31
 
 
 class _Spans(Frozen):
-    """A start and an end for every sequence: what all kinds have in common.
+    """Start and end of every sequence: base of all layouts.
 
     Attributes
     ----------
     cumulative : Tensor, [B + 1], int32 or int64, or None
-        Lengths of all sequences before each one, and of all. The others follow from it.
+        Cumulative lengths, from which the other fields follow.
     start : Tensor, [B], int32 or int64, or None
         First row of each sequence; None for 0.
     stop : Tensor, [B]
         Its length, or the row after its last, of the same dtype.
     stop_is_length : bool
-        Which of the two `stop` is.
+        Whether `stop` holds lengths.
     """
 
     __slots__ = ("_max_length", "_overlaps", "_start", "_stop", "cumulative", "stop_is_length")
@@ -86,7 +86,7 @@ class _Spans(Frozen):
         stop_is_length: bool,
         max_length: int | None,
     ) -> None:
-        """Hold what is checked, but for the bound."""
+        """Store checked values, except `max_length`."""
         hold = object.__setattr__
         hold(self, "cumulative", cumulative)
         hold(self, "_start", start)
@@ -124,20 +124,20 @@ class _Spans(Frozen):
 
     @property
     def length(self) -> Tensor:
-        """The lengths, [B]; computed anew, by a kernel, where stops were given."""
+        """Lengths, [B]; computed by a kernel at each access if stops were given."""
         start = self.start
         return self.stop if self.stop_is_length or start is None else self.stop - start
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that the value was made of, by name."""
+        """Return the tensors that the value was made from, by name."""
         names = ("cumulative", "_start", "_stop", "batch_idx", "block_table")
         found = {name.strip("_"): getattr(self, name, None) for name in names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def addresses(self) -> tuple[int, int, int, int]:
-        """Return addresses of starts (0: none) and of stops, words of an entry, and the kind.
+        """Return addresses of starts (0: none) and stops, words per entry, and the encoding.
 
-        The kind says what a kernel takes them for: `STOPS`, `LENGTHS`, `CUMULATIVE`.
+        The encoding is `STOPS`, `LENGTHS` or `CUMULATIVE`.
         """
         if self.cumulative is not None:
             size = self.cumulative.element_size()
@@ -150,7 +150,7 @@ class _Spans(Frozen):
 
 
 class Ragged(_Spans):
-    """Sequences one after another in one tensor [total, H, D], with or without gaps.
+    """Ragged sequences: one after another in one tensor [total, H, D], with or without gaps.
 
     Row b of the batch is the rows start[b] … start[b] + length[b] - 1. Sequences may overlap, be
     empty, and come in any order.
@@ -191,11 +191,11 @@ class Ragged(_Spans):
         value = cls.__new__(cls)
         value._set_cumulative(cu_seqlens, max_length)
         if not torch.compiler.is_dynamo_compiling():
-            index_address("cu_seqlens", cu_seqlens)  # torch cuts no memory that is gone
+            index_address("cu_seqlens", cu_seqlens)  # torch cannot slice freed memory
         return value
 
     def knows_max_length(self) -> bool:
-        """Whether the bound on the lengths is known without asking the device."""
+        """Whether the bound on the lengths is known without a device synchronization."""
         return self._max_length is not None
 
     def max_length(self) -> int:
@@ -208,7 +208,7 @@ class Ragged(_Spans):
 
 
 class Padded(_Spans):
-    """Sequences in a row of a batched tensor each, which they need not fill.
+    """Padded sequences: one per row of a batched tensor, which it need not fill.
 
     Sequence b is the tokens start[b] … start[b] + length[b] - 1 of row b of [B, L, H, D]. Without
     `start` they begin at 0 (`seqused_k`); with it, padding may lie on the left.
@@ -281,7 +281,7 @@ class Padded(_Spans):
 
 
 class Paged(_Spans):
-    """Keys and values in pages of equal size, found through a block table.
+    """Paged KV cache: keys and values in pages of equal size, found through a block table.
 
     k is [num_pages, page_size, Hkv, D] and v [num_pages, page_size, Hkv, Dv], each with strides of
     its own; both may be views of one tensor. Row t of sequence b is row t % page_size of page
@@ -355,13 +355,13 @@ class Paged(_Spans):
 
     @property
     def stop(self) -> Tensor:
-        """Lengths, computed anew where cumulative ones were given; or rows after the last ones."""
+        """Lengths, computed at each access from cumulative ones; or rows after the last ones."""
         if self.cumulative is None:
             return super().stop
         return self.cumulative[1:] - self.cumulative[:-1]
 
     def addresses(self) -> tuple[int, int, int, int]:
-        """Return addresses of starts (0: none) and of stops, words of an entry, and the kind."""
+        """Return addresses of starts (0: none) and stops, words per entry, and the encoding."""
         first, stop, words, kind = super().addresses()
         return first, stop, words, kind if self.cumulative is None else CUMULATIVE
 
@@ -391,7 +391,7 @@ KvSequences: TypeAlias = Ragged | Padded | Paged | None
 
 
 def checked_max_length(name: str, max_length: object) -> int | None:
-    """Return a bound on lengths as an int; refuse what is none."""
+    """Return a bound on lengths as an int; refuse other values."""
     if max_length is None:
         return None
     number = integer(max_length)
@@ -403,7 +403,7 @@ def checked_max_length(name: str, max_length: object) -> int | None:
 
 
 def check_index(what: str, tensor: object, dimensions: int) -> None:
-    """Refuse what is no tensor of indices."""
+    """Refuse a value that is not an index tensor."""
     if (
         isinstance(tensor, torch.Tensor)
         and tensor.dtype in _INDEX_DTYPES
@@ -428,10 +428,9 @@ def check_index(what: str, tensor: object, dimensions: int) -> None:
 
 
 def overlaps(seqs: Ragged | Padded | Paged) -> bool:
-    """Whether sequences of a flat tensor share rows; cumulative lengths cannot.
+    """Return whether sequences of a flat tensor share rows; cumulative lengths cannot.
 
-    Read from the device once for the life of a value, but not while a CUDA graph is captured: they
-    are taken not to, then.
+    Reads the device once per value, but not during a CUDA graph capture, when it returns False.
     """
     if not isinstance(seqs, Ragged) or not seqs.stop_is_length or seqs.start is None:
         return False

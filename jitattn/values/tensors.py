@@ -1,4 +1,4 @@
-"""Tensors that are taken, and where they lie in memory: address and strides, or why none."""
+"""Checks tensor arguments and returns their addresses and strides."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ DTYPES: Final[dict[torch.dtype, Dtype]] = {
 #: Dtypes of the CPU path.
 CPU_DTYPES: Final = (*DTYPES, torch.float64)
 MAX_HEAD_DIM: Final = 256
-#: Tensors that are what they seem, but for those without memory.
+#: Tensor classes without behaviour of their own; some have no memory.
 PLAIN: Final = frozenset((Tensor, Parameter))
-#: Stands for the address of a placeholder. No parameter struct holds it, so nothing is launched.
+#: Address of a placeholder. No parameter struct can hold it, so nothing is launched.
 NO_ADDRESS: Final = -1
-#: A lower address is looked at twice: it may be an offset in a storage that has no memory. (No
-#: device address below 2^33 was seen.)
+#: Lower addresses get a second check: they may be offsets in a storage without memory. (No device
+#: address below 2^33 was observed.)
 LOW_ADDRESS: Final = 1 << 36
 
 
 def strides_of(name: str, tensor: Tensor) -> tuple[int, ...]:
-    """Return the strides of a tensor whose last one is 1, or passed by no index."""
+    """Return the strides of a tensor; the last one must be 1 or belong to a dimension of size 1."""
     try:
         stride = tensor.stride()
     except RuntimeError as error:  # sparse, nested …
@@ -51,13 +51,13 @@ def strides_of(name: str, tensor: Tensor) -> tuple[int, ...]:
 def address_of(name: str, tensor: Tensor) -> int:
     """Return the address of a tensor of values; `NO_ADDRESS` for a placeholder.
 
-    It is 0 for a tensor without elements, and for one on the CPU inside a transform of torch.func,
-    which the CPU path goes through.
+    It is 0 for a tensor without elements, and for a CPU tensor inside a torch.func transform, which
+    the CPU path supports.
 
     Raises
     ------
     InvalidInputError
-        Its memory is gone, holds other values, or is none that a kernel can read.
+        Its memory was freed, holds other values, or cannot be read by a kernel.
     """
     if tensor.is_neg():
         raise InvalidInputError(
@@ -69,7 +69,7 @@ def address_of(name: str, tensor: Tensor) -> int:
 
 def index_address(name: str, tensor: Tensor) -> int:
     """Return the address of a tensor of integers or bools, as `address_of`."""
-    if type(tensor) not in PLAIN and is_placeholder(tensor):  # some warn when asked for an address
+    if type(tensor) not in PLAIN and is_placeholder(tensor):  # some classes warn about data_ptr
         return NO_ADDRESS
     try:
         address = tensor.data_ptr()
@@ -85,7 +85,7 @@ def index_address(name: str, tensor: Tensor) -> int:
 
 
 def readable(name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor as kernels can read it, a lazy negation carried out.
+    """Return a tensor that kernels can read, with a lazy negation resolved.
 
     Raises
     ------
@@ -112,17 +112,17 @@ def _low_address(name: str, tensor: Tensor, address: int) -> int:
 
 
 def is_placeholder(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape, a dtype and a device, but no values: meta, fake, functional."""
+    """Return whether a tensor has no values: meta, fake or functional."""
     return tensor.is_meta or is_fake(tensor) or torch._is_functional_tensor(tensor)
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether a tensor is one of a transform of torch.func: grad, vmap, jvp …."""
+    """Return whether a tensor belongs to a torch.func transform: grad, vmap, jvp …."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def has_symbols(tensors: Iterable[Tensor]) -> bool:
-    """Whether a shape or a stride is not known yet, as in graphs for any length."""
+    """Return whether a shape or a stride is symbolic, as in graphs for any length."""
     return any(
         not isinstance(number, int)
         for tensor in tensors
@@ -157,5 +157,5 @@ def _no_plain_memory(name: str, tensor: Tensor) -> InvalidInputError:
 
 
 def short(dtype: torch.dtype) -> str:
-    """'float16', without torch's name in front."""
+    """Return the name of a dtype without the prefix: 'float16'."""
     return str(dtype).removeprefix("torch.")

@@ -1,7 +1,7 @@
-"""Detect whether a tensor was written to since it was read.
+"""Detects writes to a tensor since it was read.
 
 torch counts in-place writes in a version counter, except for inference tensors (created under
-`torch.inference_mode`), which have none: of those a copy is kept, and contents are compared.
+`torch.inference_mode`): a copy of those is kept, and contents are compared.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-#: Torch's own words, which programs look for.
+#: Torch's own message, which programs match.
 _WRITTEN: Final = (
     "one of the variables needed for gradient computation has been modified by an inplace "
     "operation: {what} is at version {now}; expected version {then} instead. Write to a copy, or "
@@ -24,7 +24,7 @@ _WRITTEN: Final = (
 
 
 class Snapshot:
-    """Contents of a tensor at one time."""
+    """Version or contents of a tensor at one time."""
 
     __slots__ = ("_copy", "_version")
 
@@ -47,9 +47,9 @@ class Snapshot:
 
 
 def guard(results: Tensor | tuple[Tensor, Tensor], inputs: Sequence[tuple[str, Tensor]]) -> None:
-    """Let the backward pass through a result raise if any of the inputs was written to by then.
+    """Make backward raise if an input was written to after the forward pass.
 
-    For named inputs whose contents backward reads again without `save_for_backward`.
+    For named inputs that backward reads again without `save_for_backward`.
     """
     tracked = [(name, x, x._version) for name, x in inputs if not x.is_inference()]
 
@@ -64,8 +64,8 @@ def guard(results: Tensor | tuple[Tensor, Tensor], inputs: Sequence[tuple[str, T
 
 
 def mark_as_written(tensor: Tensor) -> None:
-    """Count a write that torch cannot see, as by a kernel of another library over DLPack.
+    """Count a write that torch cannot see, such as a kernel of another library over DLPack.
 
-    Inference tensors need none: their contents are compared.
+    Inference tensors do not need it: their contents are compared.
     """
     torch.autograd.graph.increment_version(tensor)

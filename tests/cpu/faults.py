@@ -1,63 +1,120 @@
-"""Faults at system calls: any one of an operation fails, before or after it had its effect.
+"""Injects faults at system calls: one call of an operation fails, before or after its effect.
 
-An operation is run once to count its calls, and then again and again, each time with a fault at
-another call. Nothing depends on time: a fault is named by the number of its call.
+An operation runs once to count its calls, and then once for every error that the manual lists for
+each call. The error occurs once, or at every later call of that name as well. Nothing depends on
+time: a fault is named by the number of its call.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import BuiltinFunctionType
 from typing import Any, Literal
 
 import pytest
 
 When = Literal["before", "after"]
 
-_LOOKING = ("ENOENT", "ENOTDIR", "EACCES", "ELOOP", "ESTALE")
-_CHANGING = ("ENOENT", "EPERM", "ENOSPC", "EIO")
-#: What each call may fail with: an error of each class that Python or the cache tells apart.
-ERRORS: dict[str, tuple[str, ...]] = {
-    "open": _LOOKING,
-    "create": (*_CHANGING, "EEXIST", "EMFILE"),
-    "close": ("EIO",),
-    "read": ("EIO",),
-    "write": ("ENOSPC", "EPIPE"),
-    "fsync": ("EIO",),
-    "fstat": ("ESTALE",),
-    "stat": _LOOKING,
-    "lstat": _LOOKING,
-    "scandir": (*_LOOKING, "EMFILE"),
-    "mkdir": (*_CHANGING, "EEXIST"),
-    "rmdir": (*_CHANGING, "ENOTEMPTY"),
-    "unlink": (*_CHANGING, "EISDIR"),
-    "rename": (*_CHANGING, "ENOTEMPTY"),
-    "replace": _CHANGING,
-    "link": (*_CHANGING, "EEXIST"),
-    "utime": ("EPERM", "ENOENT"),
-    "fchmod": ("EPERM",),
-    "flock": ("EWOULDBLOCK", "ENOLCK"),
+
+def _errors(text: str) -> tuple[str, ...]:
+    """Names of errors that this platform knows, each number once."""
+    numbers = {getattr(errno, name): name for name in text.split() if hasattr(errno, name)}
+    return tuple(numbers.values())
+
+
+_STAT = _errors("EACCES EBADF EFAULT EINVAL EIO ELOOP ENAMETOOLONG ENOENT ENOMEM ENOTDIR EOVERFLOW")
+_OPEN = _errors(
+    "EACCES EAGAIN EBADF EBUSY EDQUOT EEXIST EFAULT EFBIG EILSEQ EINTR EINVAL EIO EISDIR ELOOP "
+    "EMFILE ENAMETOOLONG ENFILE ENODEV ENOENT ENOMEM ENOSPC ENOSR ENOTDIR ENXIO EOPNOTSUPP "
+    "EOVERFLOW EPERM EROFS ETXTBSY"
+)
+_RENAME = _errors(
+    "EACCES EBADF EBUSY EDQUOT EEXIST EFAULT EILSEQ EINVAL EIO EISDIR ELOOP EMLINK ENAMETOOLONG "
+    "ENOENT ENOMEM ENOSPC ENOTDIR ENOTEMPTY EPERM EROFS ETXTBSY EXDEV"
+)
+_LISTED: dict[str, tuple[str, ...]] = {
+    "open": _OPEN,
+    "create": _OPEN,
+    "close": _errors("EBADF EDQUOT EINPROGRESS EINTR EIO ENOSPC"),
+    "read": _errors(
+        "EAGAIN EBADF EBADMSG ECONNRESET EFAULT EINTR EINVAL EIO EISDIR ENOBUFS ENOMEM ENOTCONN "
+        "ENXIO EOVERFLOW ETIMEDOUT"
+    ),
+    "write": _errors(
+        "EAGAIN EBADF ECONNRESET EDESTADDRREQ EDQUOT EFAULT EFBIG EINTR EINVAL EIO ENETDOWN "
+        "ENETUNREACH ENOBUFS ENOSPC ENXIO EPERM EPIPE ERANGE"
+    ),
+    "fsync": _errors("EBADF EDQUOT EINTR EINVAL EIO ENOSPC EROFS"),
+    "fstat": _STAT,
+    "stat": _STAT,
+    "lstat": _STAT,
+    # opendir, and dup where a descriptor is listed
+    "scandir": _errors(
+        "EACCES EBADF EBUSY EINTR EINVAL EIO ELOOP EMFILE ENAMETOOLONG ENFILE ENOENT ENOMEM ENOTDIR"
+    ),
+    "readdir": _errors("EBADF EFAULT EINVAL EIO ENOENT ENOTDIR EOVERFLOW"),
+    "lseek": _errors("EBADF EINVAL ENXIO EOVERFLOW ESPIPE"),
+    "ftruncate": _errors("EACCES EBADF EFBIG EINTR EINVAL EIO EPERM EROFS ETXTBSY"),
+    "readlink": _errors("EACCES EBADF EFAULT EINVAL EIO ELOOP ENAMETOOLONG ENOENT ENOMEM ENOTDIR"),
+    "getcwd": _errors("EACCES EFAULT EINVAL ENAMETOOLONG ENOENT ENOMEM ERANGE"),
+    "mkdir": _errors(
+        "EACCES EBADF EDQUOT EEXIST EFAULT EILSEQ EINVAL EIO ELOOP EMLINK ENAMETOOLONG ENOENT "
+        "ENOMEM ENOSPC ENOTDIR EPERM EROFS"
+    ),
+    "rmdir": _errors(
+        "EACCES EBADF EBUSY EEXIST EFAULT EINVAL EIO ELOOP ENAMETOOLONG ENOENT ENOMEM ENOTDIR "
+        "ENOTEMPTY EPERM EROFS"
+    ),
+    "unlink": _errors(
+        "EACCES EBADF EBUSY EFAULT EINVAL EIO EISDIR ELOOP ENAMETOOLONG ENOENT ENOMEM ENOTDIR "
+        "EPERM EROFS ETXTBSY"
+    ),
+    "rename": _RENAME,
+    "replace": _RENAME,
+    "link": _errors(
+        "EACCES EBADF EDQUOT EEXIST EFAULT EILSEQ EINVAL EIO ELOOP EMLINK ENAMETOOLONG ENOENT "
+        "ENOMEM ENOSPC ENOTDIR EPERM EROFS EXDEV"
+    ),
+    "utime": _errors(
+        "EACCES EBADF EFAULT EINVAL EIO ELOOP ENAMETOOLONG ENOENT ENOTDIR EPERM EROFS ESRCH"
+    ),
+    "fchmod": _errors(
+        "EACCES EBADF EFAULT EINTR EINVAL EIO ELOOP ENAMETOOLONG ENOENT ENOMEM ENOTDIR ENOTSUP "
+        "EPERM EROFS"
+    ),
+    "flock": _errors("EBADF EINTR EINVAL ENOLCK ENOSYS EOPNOTSUPP EWOULDBLOCK"),
 }
+#: Every error of each call, by the Linux manual pages and POSIX.1-2024; and ESTALE, which network
+#: filesystems add to all of them.
+ERRORS = {call: (*listed, *_errors("ESTALE")) for call, listed in _LISTED.items()}
 
-
-#: Those that change no file. Only closing has an effect all the same: the descriptor is gone.
-_LOOKS = ("open", "read", "fstat", "stat", "lstat", "scandir", "flock", "close")
+#: Calls that change no file. Closing has an effect all the same: the descriptor is gone.
+_LOOKS = (
+    *("open", "read", "lseek", "fstat", "stat", "lstat", "readlink"),
+    *("scandir", "readdir", "getcwd", "flock", "close"),
+)
+#: Functions of `os` that cannot fail, and those by which a test ends a process.
+_HARMLESS = ("fspath", "getpid", "geteuid", "kill", "strerror")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at which call."""
+    """An error or the end of the process, at one call."""
 
     call: int
     name: str
     when: When
     act: Callable[[], None]
     text: str
+    #: Every later call of this name fails as well: a full disk stays full.
+    lasts: bool = False
 
 
 @dataclass
@@ -86,6 +143,8 @@ class Calls:
             self.names.append(name)
             is_here = fault is not None and fault.call == number
             assert not is_here or fault.name == name, "the calls are not those that were counted"
+            if fault is not None and fault.lasts and fault.call < number and fault.name == name:
+                is_here = True
             if is_here and fault.when == "before":
                 fault.act()
             try:
@@ -97,7 +156,7 @@ class Calls:
             if is_here:
                 self._forget(name, result)
                 fault.act()
-            return result
+            return _Listing(result, self) if name == "scandir" else result
 
         return call
 
@@ -108,27 +167,61 @@ class Calls:
             os.close(result)
         self.is_on = True
 
+    def refuse(self, function: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        """Make a call that is not in `ERRORS` an error while calls are watched."""
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            assert not self.is_on, f"no errors are listed for os.{function}"
+            return real(*arguments, **named)
+
+        return call
+
+
+class _Listing:
+    """A directory that is being listed: each step is a call of its own."""
+
+    def __init__(self, real: Any, calls: Calls) -> None:
+        self._real = real
+        self._next = calls.wrap("readdir", lambda: next(real))
+
+    def __enter__(self) -> _Listing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._real.close()
+
+    def __iter__(self) -> _Listing:
+        return self
+
+    def __next__(self) -> Any:
+        return self._next()
+
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Watch every system call that the cache makes. Nothing is synced, which takes its time."""
     calls = Calls()
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    for name in ERRORS.keys() - {"create", "flock"}:
-        if hasattr(os, name):
-            monkeypatch.setattr(os, name, calls.wrap(name, getattr(os, name)))
+    for name in dir(os):
+        real = getattr(os, name)
+        if name in ERRORS:
+            monkeypatch.setattr(os, name, calls.wrap(name, real))
+        elif isinstance(real, BuiltinFunctionType) and name not in _HARMLESS:
+            monkeypatch.setattr(os, name, calls.refuse(name, real))
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(fcntl, "flock", calls.wrap("flock", fcntl.flock))
     return calls
 
 
 def faults(names: list[str]) -> Iterator[Fault]:
-    """Yield every error at every call, before and after its effect."""
+    """Yield every error at every call, before and after its effect, once and from then on."""
     for number, name in enumerate(names):
         for error in ERRORS[name]:
+            act = _raise(error)
             for when in _moments(name):
-                yield Fault(
-                    number, name, when, _raise(error), f"{error} {when} call {number}, {name}"
-                )
+                text = f"{error} {when} call {number}, {name}"
+                yield Fault(number, name, when, act, text)
+                if name in names[number + 1 :]:
+                    yield Fault(number, name, when, act, f"lasting {text}", lasts=True)
 
 
 def _moments(name: str) -> tuple[When, ...]:
@@ -195,3 +288,32 @@ def tree(folder: Path) -> dict[str, bytes | None]:
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
+
+
+_RANDOM = re.compile(r"[0-9]+-[0-9a-f]{8,16}|-[0-9a-f]{8}(?=\.)")
+
+
+def state(folder: Path) -> tuple[tuple[str, int, bool, bytes | None], ...]:
+    """Describe a folder: equal for two that nothing but random names and recent times tells apart.
+
+    Returns
+    -------
+    tuple
+        Of each file and directory: name, mode, whether it was aged, content.
+    """
+    found = []
+    top = str(folder)
+    pending = [top]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                status = entry.stat(follow_symlinks=False)
+                content = None
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                else:
+                    with open(entry.path, "rb") as file:
+                        content = file.read()
+                name = _RANDOM.sub("*", entry.path[len(top) :])
+                found.append((name, status.st_mode, status.st_mtime < 1000, content))
+    return tuple(sorted(found, key=lambda one: (one[0], one[1], one[3] or b"")))

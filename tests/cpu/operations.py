@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,11 +18,14 @@ from jitattn.cache.disk import Claim, DiskCache
 from jitattn.cache.entry import Entry
 from jitattn.cache.store import Bad
 from jitattn.errors import CacheError
-from jitattn.jit import layers
+from jitattn.jit import layers, record
 
 from .faults import Snapshot
-from .specs import fake_entry
+from .specs import fake_entry, merge_spec
 
+USED = merge_spec()
+USED_LINE = json.dumps(USED.to_choice()).encode() + b"\n"
+OLD_LINE = b"{}\n"
 ENTRIES = [fake_entry(number, 200) for number in range(2)]
 OLD, NEW = ENTRIES
 #: As it comes out of an archive.
@@ -132,6 +136,15 @@ def recalled(place: Place) -> object:
     return memo.recall("fact")
 
 
+def use(_: Place) -> None:
+    record._noted.clear()
+    record.note(USED)
+
+
+def used_lines(place: Place) -> list[bytes]:
+    return (place.folder / "used.jsonl").read_bytes().splitlines(keepends=True)
+
+
 def is_one_of(path: Path, *contents: bytes | None) -> bool:
     return (path.read_bytes() if path.exists() else None) in contents
 
@@ -195,6 +208,8 @@ OPERATIONS = {
         lambda place: place.disk.clear(),
         lambda place: place.disk.keys() == [] and leftovers.find(place.disk, []) != [],
         add_leftovers,
+        is_honest=lambda place, result: not result or place.look(OLD) is None,
+        believed="ENOENT",
     ),
     "sweep": Operation(
         lambda place: place.disk.sweep(0),
@@ -204,6 +219,23 @@ OPERATIONS = {
     "claim": Operation(claim, lambda place: claim(place) == "claimed"),
     "remember": Operation(remember, lambda place: recalled(place) is not None),
     "recall": Operation(recalled, lambda place: recalled(place) is not None, remember),
+    "record": Operation(
+        use,
+        lambda place: USED_LINE in used_lines(place),
+        lambda place: (place.folder / "used.jsonl").write_bytes(OLD_LINE),
+        is_honest=lambda place, _: is_one_of(
+            place.folder / "used.jsonl", OLD_LINE, OLD_LINE + USED_LINE
+        ),
+        is_sound=lambda place: is_one_of(
+            place.folder / "used.jsonl", OLD_LINE, OLD_LINE + USED_LINE
+        ),
+    ),
+    "first record": Operation(
+        use,
+        lambda place: set(used_lines(place)) == {USED_LINE},
+        is_honest=lambda place, _: is_one_of(place.folder / "used.jsonl", None, b"", USED_LINE),
+        is_sound=lambda place: is_one_of(place.folder / "used.jsonl", None, b"", USED_LINE),
+    ),
     "find the cache": Operation(
         lambda _: location._found.__wrapped__("a new process", *files.our_owners()),
         lambda place: location.find() == place.folder / "home" / ".cache" / "jitattn",
@@ -255,6 +287,11 @@ OPERATIONS = {
         lambda place: leftovers.delete_imports(place.disk, []),
         lambda place: imported_entries(place) == [],
         add_import,
+        # What could not be deleted keeps its name, so that it can be deleted again.
+        is_honest=lambda place, result: (
+            imported_entries(place) == [] if result else leftovers.find(place.disk, []) == []
+        ),
+        believed="ENOENT",
         is_sound=lambda place: imported_entries(place) in ([], [None], [ARCHIVED]),
     ),
 }
@@ -272,6 +309,8 @@ def prepared(operation: Operation, folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HOME", str(folder / "home"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(location.tempfile, "gettempdir", lambda: str(folder / "temporary"))
+    monkeypatch.setenv("JITATTN_LOCK_TIMEOUT", "0.05")
+    monkeypatch.setenv("JITATTN_RECORD", str(folder / "used.jsonl"))
     for name, value in operation.environment.items():
         if value is None:
             monkeypatch.delenv(name)
@@ -283,12 +322,16 @@ def prepared(operation: Operation, folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def restored(snapshot: Snapshot) -> Place:
-    """The same place, as a new process finds it."""
+    """Put back what was there, as a new process finds it."""
     snapshot.restore()
+    return found_anew(Path(snapshot.folder))
+
+
+def found_anew(folder: Path) -> Place:
+    """Forget what this process knows of a place."""
     location._found.cache_clear()
     cache._cache_at.cache_clear()
     layers._imported_store.cache_clear()
-    folder = Path(snapshot.folder)
     return Place(folder, DiskCache(folder / "cache"))
 
 

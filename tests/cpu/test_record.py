@@ -50,6 +50,23 @@ def test_short_writes_are_completed(used: Path, monkeypatch: pytest.MonkeyPatch)
     assert used.read_text().splitlines() == LINES
 
 
+@POSIX
+def test_lock_that_cannot_be_released_is_no_failure(
+    used: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = record.fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        if operation == record.fcntl.LOCK_UN:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        real(descriptor, operation)
+
+    monkeypatch.setattr(record.fcntl, "flock", flock)
+    record.note(SPECS[0])
+    assert used.read_text().splitlines() == LINES[:1]
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("lasts", [0, 1, 3])
 def test_what_cannot_be_finished_is_taken_back(
     used: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lasts: int

@@ -1,8 +1,8 @@
-"""The yardstick of tolerances: what an honest kernel of the same dtype gets wrong.
+"""Baseline of tolerances: plain PyTorch in the numerics of the gear.
 
-Plain PyTorch in the numerics that the gear promises (FlashAttention-2's for 16-bit inputs: fp32
-products and sums, P rounded to 16 bits, the row sum not), in another order than any kernel's: keys
-reversed, and the division at the end. A kernel may err about as much as this does.
+For 16-bit inputs those are FlashAttention-2's: fp32 products and sums, P rounded to 16 bits, the
+row sum not. The order differs from every kernel: keys are reversed, and the division is at the end.
+A kernel's error may be about as large as this one's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def baseline(
     out_dtype: torch.dtype | None = None,
     changes: Scores = NO_CHANGES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) in the dtype's own numerics; shapes as `reference`. fp32 must not use TF32."""
+    """Return (out, lse) in the numerics of the dtype, shaped as `reference`. Requires TF32 off."""
     in_dtype = q.dtype
     q, k, v = q.float(), k.float().flip(1 if layout == "bshd" else 2), v.float()
     v = v.flip(1 if layout == "bshd" else 2)

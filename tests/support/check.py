@@ -1,4 +1,4 @@
-"""Run one case of a grid through a path, and judge the result."""
+"""Runs one case of a grid through a path and checks the result."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def cpu_path(
     out: torch.Tensor | None = None,
     **arguments: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Validation and CPU path without the front door; returns (out, lse)."""
+    """Run validation and the CPU path without `attention`; return (out, lse)."""
     given = {**dict.fromkeys(Call._fields), "scores": NO_CHANGES}
     call = Call(**{**given, **arguments, "layout": layout, "out": out, "return_lse": True})
     _, runtime = parse(q, k, v, call)

@@ -1,13 +1,13 @@
-"""One comparison for every path: against fp64 truth, with the same dtype's own error as the unit.
+"""Compares results of every path with fp64 truth, relative to a same-dtype baseline's error.
 
-A result passes if, all together:
+A result passes if all of these hold:
 
-- shape and dtype are right, and non-finite values stand where the truth has them;
+- shape and dtype match, and non-finite values are where the truth has them;
 - max|actual - truth| <= factor * max|base - truth| + noise, where `base` is the plain computation
   in the same numerics and order reversed (`support.baseline`);
-- max|actual - truth| stays below an absolute cap, so that a bad base excuses nothing;
-- the directions agree: 1 - cos(actual, truth) is small. (What hides from a maximum, many small
-  errors of one sign, shows here, and the other way round.)
+- max|actual - truth| is below an absolute cap, whatever the error of the baseline;
+- the directions agree: 1 - cos(actual, truth) is small. (This detects many small errors of one
+  sign, which the maximum does not.)
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import math
 
 import torch
 
-#: Distance from 1 to the next number.
+#: Machine epsilon: distance from 1 to the next number.
 EPS = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23}
 #: Caps in ulps of max|truth|, by the dtype of the inputs.
 CAP_ULPS = {torch.float16: 16.0, torch.bfloat16: 16.0, torch.float32: 64.0}
-#: How much worse than the base: fp32 is 3 x TF32 against true fp32 products.
+#: Allowed error relative to the baseline: fp32 is 3 x TF32 against true fp32 products.
 FACTOR = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 4.0}
-#: Floor in ulps of max|truth|: a base with few elements may be exact by chance.
+#: Floor in ulps of max|truth|: a baseline with few elements may be exact by chance.
 NOISE_ULPS = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 4.0}
 #: LSEs are fp32 whatever the inputs: sums of products in another order, truncating tensor cores.
 LSE_NOISE_ULPS = 16.0
@@ -30,14 +30,14 @@ LSE_CAP_ULPS = 256.0
 
 
 def rel_l2(actual: torch.Tensor, truth: torch.Tensor) -> float:
-    """Relative L2 error, in fp64; 0 for empty tensors."""
+    """Return the relative L2 error in fp64; 0 for empty tensors."""
     norm = truth.double().norm().item()
     error = (actual.double() - truth.double()).norm().item()
     return error / norm if norm else error
 
 
 def max_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
-    """max|actual - truth| over the finite elements of the truth, in fp64."""
+    """Return max|actual - truth| over the finite elements of the truth, in fp64."""
     finite = torch.isfinite(truth)
     error = (actual.double() - truth.double())[finite].abs()
     return error.max().item() if error.numel() else 0.0
@@ -54,20 +54,20 @@ def assert_attn_close(
     floor: float = 0.0,
     context: object = "",
 ) -> None:
-    """Fail unless `actual` is as good as its numerics allow.
+    """Assert that `actual` is as accurate as its numerics allow.
 
     Parameters
     ----------
     name : str
-        What is compared, for the message.
+        Name of the result, for the message.
     actual, truth, base : Tensor
         The result, its fp64 truth, and the same-dtype baseline.
     dtype : torch.dtype, default actual.dtype
-        Dtype of the inputs where the result is finer: its ulps are the unit.
+        Dtype of the inputs if the result is wider; its ulps are the unit.
     cap_scale : float
-        Widens the cap where the problem itself is badly conditioned (large scores).
+        Widens the cap of ill-conditioned problems (large scores).
     floor : float
-        What max|truth| is taken for at least: the size of the terms where a sum may cancel.
+        Lower bound of max|truth| in the tolerances: the size of the terms if a sum may cancel.
     context : object
         Spec, case or seed; printed on failure.
     """
@@ -94,7 +94,7 @@ def assert_lse_close(
     *,
     context: object = "",
 ) -> None:
-    """Fail unless an LSE is right to fp32 accuracy of scores as large as the largest."""
+    """Assert that an LSE has fp32 accuracy relative to the largest score."""
     if actual.dtype != torch.float32:
         raise AssertionError(f"{name}: an LSE is float32, got {actual.dtype}\n{context}")
     unit = EPS[torch.float32] * max(1.0, _magnitude(truth))

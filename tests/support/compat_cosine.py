@@ -1,4 +1,4 @@
-"""Calls of flash-cosine-sim-attention's door, and dense fp64 of its documented semantics."""
+"""Calls of the flash-cosine-sim-attention door, and a dense fp64 reference of its documentation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def dense(
     l2norm_qk: bool = True,
     attn_bias_batch_dim: bool = False,
 ) -> Tensor:
-    """What the original's documentation says, and nothing else."""
+    """Compute the original's documented semantics, dense in fp64."""
     merged = q.dim() == 3
     if merged:
         q, attn_bias_batch_dim = q[:, None], True

@@ -1,4 +1,4 @@
-"""Dense fp64 of dkernel's documented semantics."""
+"""Dense fp64 reference of dkernel's documented semantics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sees(
     causal: bool = True,
     homo: bool = False,
 ) -> bool:
-    """Whether block i sees block j, one at a time."""
+    """Return whether block i sees block j."""
     if causal and j > i:
         return False
     own = head // (heads // heads_kv)
@@ -38,7 +38,7 @@ def sees(
 
 
 def blocks(heads: int, rows: int, columns: int, *rule: object, **more: object) -> Tensor:
-    """The pattern [heads, rows, columns]."""
+    """Return the pattern [heads, rows, columns]."""
     return torch.tensor(
         [
             [
@@ -60,10 +60,10 @@ def dense(
     scale: float | None = None,
     first_row: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out [Lq, H, D], lse [H, Lq]) of q [Lq, H, D], k and v [Lkv, Hkv, D].
+    """Return (out [Lq, H, D], lse [H, Lq]) of q [Lq, H, D], k and v [Lkv, Hkv, D].
 
     pattern: [1 or H, rows, columns]; row 0 is the block of position `first_row`, 0 if left out.
-    Blocks that the pattern does not have are not seen.
+    Blocks outside the pattern are not seen.
     """
     (len_q, heads, dim), (len_kv, heads_kv) = q.shape, k.shape[:2]
     position = torch.arange(len_q, device=q.device) + len_kv - len_q
@@ -84,7 +84,7 @@ def dense(
 
 
 def first_row(shape: tuple[int, int], len_q: int, len_kv: int, causal: bool) -> int:
-    """Position among the keys at which row 0 of a pattern [rows, columns] begins.
+    """Return the position among the keys at which row 0 of a pattern [rows, columns] begins.
 
     Square patterns count from the first key. All others from query 0; one query alone has the row
     of its position, if there is more than one. So has query 0 of a square pattern that is not

@@ -1,4 +1,4 @@
-"""Inputs for fast-ops's door."""
+"""Inputs for the fast-ops door."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ H, D = 3, 24
 
 
 def dense_inputs(dtype: torch.dtype, device: str) -> list[Tensor]:
-    """q [B, Lq, H, D], k and v."""
+    """Make q [B, Lq, H, D], k and v."""
     generator = torch.Generator().manual_seed(8)
     sizes = ((2, 33, H, D), (2, 50, H, D), (2, 50, H, D))
     return [
@@ -19,7 +19,7 @@ def dense_inputs(dtype: torch.dtype, device: str) -> list[Tensor]:
 
 
 def parts(lengths: tuple[int, ...], dtype: torch.dtype, device: str, seed: int) -> list[Tensor]:
-    """Sequences [H, L, D]."""
+    """Make sequences [H, L, D]."""
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(H, length, D, generator=generator).to(device, dtype).requires_grad_()
@@ -28,7 +28,7 @@ def parts(lengths: tuple[int, ...], dtype: torch.dtype, device: str, seed: int) 
 
 
 def nested(sequences: list[Tensor], layout: torch.layout) -> Tensor:
-    """A nested tensor [B, H, L, D] of them, which autograd follows."""
+    """Join sequences to a nested tensor [B, H, L, D] that requires grad."""
     if layout is torch.jagged:
         turned = [sequence.transpose(0, 1) for sequence in sequences]
         return torch.nested.as_nested_tensor(turned, layout=torch.jagged).transpose(1, 2)

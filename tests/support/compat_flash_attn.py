@@ -1,4 +1,4 @@
-"""Dense fp64 of the documented semantics of FlashAttention's functions, for one sequence."""
+"""Dense fp64 reference of FlashAttention's documented semantics, for one sequence."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def dense(
     dropout_p: float = 0.0,
     longest: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out [Lq, H, D], lse [H, Lq]) of q [Lq, H, D], k and v [Lkv, Hkv, D]; stays: [H, Lq, Lkv].
+    """Return (out [Lq, H, D], lse [H, Lq]) of q [Lq, H, D], k and v [Lkv, Hkv, D].
 
-    `longest`: the largest Lkv of the call.
+    `stays` [H, Lq, Lkv] is the dropout mask, `longest` the largest Lkv of the call.
     """
     len_q, len_kv, device = len(q), len(k), q.device
     left, right = window
@@ -60,7 +60,7 @@ def dense(
 
 
 def turned(x: Tensor, places: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x [L, H, D] in fp64, row i (or each) turned by the tables' row places[i]."""
+    """Rotate x [L, H, D] in fp64: row i by the tables' row places[i]."""
     own_cos, own_sin = (table.double()[places.to(table.device)][:, None] for table in (cos, sin))
     count = cos.shape[1]
     result = x.detach().double().clone()
@@ -75,7 +75,7 @@ def turned(x: Tensor, places: Tensor, cos: Tensor, sin: Tensor, interleaved: boo
 
 
 def sequences(lengths: tuple[int, ...], heads: int, seed: int) -> list[Tensor]:
-    """One tensor [L, heads, D] for each length."""
+    """Make a tensor [L, heads, D] for each length."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(length, heads, D, generator=generator) for length in lengths]
 

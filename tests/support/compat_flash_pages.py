@@ -1,4 +1,4 @@
-"""FlashAttention's varlen function over pages, values and gradients, against dense fp64."""
+"""Checks FlashAttention's varlen function over pages against dense fp64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.float16: (1e-3, 4e-3), torch.bfl
 
 @dataclass(frozen=True)
 class Pages:
-    """Keys and values in pages, some of which several sequences share."""
+    """Paged keys and values; sequences share some pages."""
 
     k: Tensor
     v: Tensor
@@ -27,11 +27,11 @@ class Pages:
     lengths: tuple[int, ...]
 
     def rows(self, store: Tensor, idx: int) -> Tensor:
-        """Rows of a sequence, [L, Hkv, D], as a function of the pages."""
+        """Return the rows of a sequence, [L, Hkv, D], as a function of the pages."""
         return store[self.table[idx].long()].flatten(0, 1)[: self.lengths[idx]]
 
     def is_used(self) -> Tensor:
-        """Whether a row of a page is of any sequence, [num_pages, page_size]."""
+        """Return whether each row of each page belongs to a sequence, [num_pages, page_size]."""
         used = torch.zeros(self.k.shape[:2], dtype=torch.bool)
         page = used.shape[1]
         for own, length in zip(self.table.tolist(), self.lengths, strict=True):
@@ -43,10 +43,12 @@ class Pages:
 def draw_pages(
     page: int, dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS_KV, seed: int = 7
 ) -> Pages:
-    """Pages in any order; sequence 3 begins with the first page of sequence 0. On the CPU."""
+    """Draw pages in random order on the CPU; sequences 0 and 3 share their first page."""
     generator = torch.Generator().manual_seed(seed)
     counts = [-(-length // page) for length in lengths]
-    order = torch.randperm(sum(counts) + 2, generator=generator).tolist()  # two are of none
+    order = torch.randperm(
+        sum(counts) + 2, generator=generator
+    ).tolist()  # two belong to no sequence
     table = torch.zeros(len(counts), max(counts), dtype=torch.int32)
     for idx, count in enumerate(counts):
         table[idx, :count] = torch.tensor([order.pop() for _ in range(count)])
@@ -67,7 +69,7 @@ def check_pages(
     used: bool = False,
     **more: Any,
 ) -> None:
-    """Compare values, LSE and gradients; `used`: lengths come in `seqused_k`."""
+    """Compare values, LSE and gradients; with `used`, lengths are given by `seqused_k`."""
     theirs, ours = CASES[name]
     generator = torch.Generator().manual_seed(1)
     host = draw_pages(page, dtype)

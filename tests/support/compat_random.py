@@ -1,4 +1,4 @@
-"""Random calls of the doors of cosine attention and of fast-ops, against dense fp64."""
+"""Checks random calls of the cosine and fast-ops doors against dense fp64 references."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jitattn.compat.fast_ops.flash_attention.flash_attention_triton import (
 from . import compat_cosine, compat_fast_ops
 from .compare import rel_l2
 
-#: Relative L2 errors of values; gradients may be twice as far off.
+#: Relative L2 tolerance of values; gradients may have twice the error.
 LIMITS = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 3e-2}
 
 
@@ -31,7 +31,7 @@ def compare(
     dtype: torch.dtype,
     lses: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Values, and gradients of all leaves; with LSEs, ours and true ones, through both."""
+    """Compare values and the gradients of all leaves; with LSEs, gradients pass through both."""
     assert result.shape == truth.shape
     near(result, truth, LIMITS[dtype])
     results, truths = [result], [truth]
@@ -49,13 +49,13 @@ def compare(
 
 
 def near(one: Tensor, other: Tensor, limit: float) -> None:
-    """By the whole, or, of what is nothing but roundings, by the largest."""
+    """Compare by relative L2 error, or by the largest difference if values are only rounding."""
     if one.numel():
         assert rel_l2(one, other) < limit or (one - other).abs().max() < limit / 2
 
 
 def check_cosine(seed: int, dtype: torch.dtype, device: str) -> None:
-    """`flash_cosine_sim_attention` and its plain twin."""
+    """Check `flash_cosine_sim_attention` and its plain version."""
     chance = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     batch, heads, dim = chance.choice((1, 3)), chance.choice((1, 4)), chance.choice((16, 40, 80))
@@ -99,7 +99,7 @@ def check_cosine(seed: int, dtype: torch.dtype, device: str) -> None:
 
 
 def check_fast_ops(seed: int, dtype: torch.dtype, device: str) -> None:
-    """`flash_attn_triton`, and the class over batches and nested tensors."""
+    """Check `flash_attn_triton`, and the class over batches and nested tensors."""
     chance = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     batch, heads, dim = chance.choice((1, 3)), chance.choice((1, 3)), chance.choice((8, 24, 64))
@@ -144,7 +144,7 @@ def _check_nested(
     dim: int,
     dtype: torch.dtype,
 ) -> None:
-    """The class over nested tensors, with a bias of the largest lengths and all gradients."""
+    """Check the class over nested tensors, with a bias of the largest lengths and all gradients."""
     lengths = [[chance.choice((1, 7, 40)) for _ in range(batch)] for _ in range(2)]
     sides = [
         [leaf(heads, length, dim) for length in own] for own in (lengths[0], lengths[1], lengths[1])

@@ -1,4 +1,4 @@
-"""Dense fp64 of WarpAttention's documented semantics, and random calls of it."""
+"""Dense fp64 reference of WarpAttention's documented semantics, and random calls of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -> Tensor:
-    """out [M, Hq, D] of one sequence."""
+    """Return out [M, Hq, D] of one sequence."""
     group = q.shape[1] // k.shape[1]
     wide = [x.double().repeat_interleave(group, 1) for x in (k, v)]
     scores = torch.einsum("ihd,jhd->hij", q.double(), wide[0])
@@ -23,7 +23,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) ->
 
 
 def call(seed: int, dtype: torch.dtype, device: str) -> tuple[dict[str, Any], Tensor, list[Tensor]]:
-    """Arguments of a random call, its truth, and the tensors that have gradients."""
+    """Draw the arguments of a call; return them, the truth and the tensors with gradients."""
     chance = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     batch, heads_kv = chance.choice((1, 3)), chance.choice((1, 2))

@@ -1,4 +1,4 @@
-"""Calls for torch.compile, as functions of tensors."""
+"""Calls of jitattn as functions of tensors, to be compiled by torch.compile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls of the doors, by name, with what they need on a device; the usual ones of each door."""
+"""Typical calls of every door, by name, with their inputs on a device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ B, L, H, D = 2, 96, 2, 64
 
 
 def calls(device: str, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """Return calls without arguments; those with packed tensors hold all tokens of the batch."""
+    """Return calls without arguments; packed tensors hold all tokens of the batch."""
 
     def random(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape).to(device, kind)

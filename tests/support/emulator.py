@@ -52,12 +52,12 @@ LIBRARY_FLAGS = (
     "-fno-strict-aliasing",
     "-fno-gnu-unique",  # kernels share nothing, though names in them are the same
 )
-#: What has each access of a kernel call watch.cpp, with lines of code to report.
+#: Compiler options that make each memory access call watch.cpp, with line numbers for reports.
 WATCH_FLAGS = ("-fsanitize=thread", "-DWATCHED", "-g1", "-gdwarf-4")
 #: `__shared__ float s_sums[32];`
 _SHARED_ARRAY = re.compile(r"\b__shared__\s+([^;]*?\b(\w+)(?:\[[^;]*\])*);")
 _AS_STATIC = r"static \1; const emulator::SharedArray \2_is_shared(&\2, sizeof(\2));"
-#: Of a made-up GPU: few, so that long queries are balanced too.
+#: Multiprocessors of the emulated GPU: few, so that long queries are balanced too.
 _NUM_SMS = 4
 _BLOCKS_PER_SM = 2
 #: Kernels of sources that have changed since are deleted after a day.
@@ -65,7 +65,7 @@ _KEPT_SECONDS = 24 * 3600.0
 
 
 def missing() -> str:
-    """What this machine lacks; empty if nothing."""
+    """Return the reason why this machine cannot emulate; empty if it can."""
     if shutil.which("g++") is None:
         return "needs g++"
     try:
@@ -104,7 +104,7 @@ class _Options(ctypes.Structure):
 
 @dataclass
 class Emulator:
-    """Which kernels were run, and which memory they may touch, where they are watched."""
+    """Records the kernels that were run, and the memory that watched kernels may access."""
 
     launched: list[KernelSpec] = field(default_factory=list)
     memory: Memory | None = None
@@ -124,7 +124,7 @@ class EmulatedKernel:
 
     @property
     def built(self) -> SimpleNamespace:
-        """What `explain` reports."""
+        """Facts that `explain` reports."""
         facts = {"registers": 0, "spill_bytes": 0, "smem_bytes": self.spec.smem_bytes}
         metadata = SimpleNamespace(**facts)
         return SimpleNamespace(spec=self.spec, key="", origin="emulated", metadata=metadata)
@@ -264,7 +264,7 @@ def _run(*command: str) -> None:
 
 
 class _OnProcessor(TorchFunctionMode):
-    """What is asked to be on a GPU is on the processor."""
+    """Torch function mode that makes GPU tensors on the CPU."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -1,4 +1,4 @@
-"""Every public function with every tensor that it reads or writes, to be given odd ones."""
+"""Every public function with all its tensor arguments, for tests with unusual tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jitattn import (
     Window,
 )
 
-#: A function of tensors by name, and these tensors: shape and dtype of each.
+#: A function of named tensors, and the shape and dtype of each.
 Entry: TypeAlias = tuple[Callable[..., Any], dict[str, tuple[tuple[int, ...], torch.dtype]]]
 B, LQ, LKV, HQ, HKV, D, DV = 2, 6, 9, 4, 2, 16, 8
 HALF, FLOAT, INT, BOOL = torch.float16, torch.float32, torch.int32, torch.bool
@@ -160,7 +160,7 @@ ENTRIES: dict[str, Entry] = {
         {"state": ((2,), torch.int64)},
     ),
 }
-#: Indices that calls can do with, where their contents count.
+#: Valid values of index tensors whose contents matter.
 _CONTENTS = {
     "cu": [0, 5, 12],
     "start": [0, 4],
@@ -174,7 +174,7 @@ _CONTENTS = {
 
 
 def real_tensors(name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Tensors with values for an entry."""
+    """Make the tensors of an entry."""
     generator = torch.Generator().manual_seed(1)
     found = {}
     for word, (shape, dtype) in ENTRIES[name][1].items():
@@ -189,6 +189,6 @@ def real_tensors(name: str, device: torch.device | str = "cpu") -> dict[str, Ten
 
 
 def facts(result: Any) -> list[Any]:
-    """What shapes say of results."""
+    """Return shape, dtype and strides of each result."""
     results = result if isinstance(result, tuple | list) else [result]
     return [(x.shape, x.dtype, x.stride()) for x in results]

@@ -1,4 +1,4 @@
-"""Random masks, biases and the like over random layouts: combinations, each a kernel of its own."""
+"""Random combinations of masks, biases and other features over random layouts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .patterns import listed_rules, on_device
 
 #: (dtype, head_dim): few, so that few kernels serve thousands of cases.
 KINDS = ((torch.bfloat16, 64), (torch.float16, 20))
-#: What takes part, by name: one kernel each for every kind, layout and row class.
+#: Features by name; each has a kernel for every kind, layout and row class.
 FEATURES = (
     "window",
     "window sinks bias row",
@@ -74,7 +74,7 @@ def feature_cases(
     if kv_kind == "batched":
         lens_kv = (max(lens_kv),) * len(lens_kv)
     if "staged" in features and q_kind == kv_kind == "batched" and max(lens_q) == 1:
-        lens_q = (2,) * len(lens_q)  # one row is the same for all, and needs no staging
+        lens_q = (2,) * len(lens_q)  # one row serves all queries, and needs no staging
     layout = replace(
         layout,
         dtype=dtype,
@@ -125,7 +125,7 @@ def feature_cases(
 
 
 def further(case: FeatureCase, device: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The further arguments of the call; what lies beyond the lengths is NaN, or attends."""
+    """Build the other arguments of the call; values beyond the lengths are NaN, or attend."""
     generator = torch.Generator().manual_seed(case.seed)
     layout, words = case.layout, case.features.split()
     batch, heads = len(layout.len_q), layout.heads_kv * layout.group
@@ -144,7 +144,7 @@ def further(case: FeatureCase, device: str, given: dict[str, Any]) -> dict[str, 
         longest[0] = max(2, longest[0])
 
     def matrix() -> torch.Tensor:
-        """One for the bias or the dense mask."""
+        """Draw a bias or dense mask in the broadcast shape of the case."""
         broadcasts = (*case.broadcasts[:2], case.broadcasts[2] and not is_staged)
         if is_row:
             broadcasts = (case.broadcasts[0], True, True)

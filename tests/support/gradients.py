@@ -1,4 +1,4 @@
-"""Gradients of random calls against fp64 autograd of the reference."""
+"""Checks gradients of random calls against fp64 autograd of the reference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .compare import assert_attn_close
 from .features import FeatureCase, feature_cases, further
 from .layouts import build
 
-#: What takes part, as `features.FEATURES` has it.
+#: Features, as in `features.FEATURES`.
 GRAD_FEATURES = (
     "full",
     "window sinks bias row",
@@ -28,13 +28,13 @@ GRAD_FEATURES = (
     "full cosine padding",
 )
 GRAD_LAYOUTS = (("batched", "batched"), ("ragged", "ragged"))
-#: Arguments of `attention` that may have gradients, beside q, k and v.
+#: Differentiable arguments of `attention` except q, k and v.
 ADDED = ("bias", "relative_bias", "alibi_slopes", "sinks")
 
 
 @dataclass(frozen=True)
 class GradCase:
-    """One call and its backward pass."""
+    """A call and its backward pass."""
 
     call: FeatureCase
     deterministic: bool
@@ -46,13 +46,13 @@ def grad_cases(draw: st.DrawFn, most_rows: int = 300) -> GradCase:
     """Draw a case."""
     case = draw(feature_cases(most_rows, GRAD_FEATURES, GRAD_LAYOUTS))
     layout = replace(case.layout, gives_out=False, num_splits=None)
-    # Determinism is a kernel of its own: for some only.
+    # Deterministic kernels are separate ones: for some cases only.
     may = case.features in ("full", "window sinks bias row", "block_lists bias dense")
     return GradCase(replace(case, layout=layout), may and draw(st.booleans()), draw(st.booleans()))
 
 
 def leaves(arguments: dict[str, Any], wide: bool) -> dict[str, torch.Tensor]:
-    """Make the tensors of a call that have gradients require them; in fp64 if `wide`."""
+    """Make the differentiable tensors of a call require grad; in fp64 if `wide`."""
     found = {}
 
     def leaf(tensor: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,9 @@ def check_gradients(case: GradCase, device: str) -> None:
     d_lse = torch.randn(lse.shape, generator=generator) * case.has_d_lse
     d_lse[torch.isneginf(lse.cpu())] = 0.0
     given = [(out, d_out.to(device)), (lse, d_lse.to(device))]
-    given = [pair for pair in given if pair[0].requires_grad]  # the LSE of nothing does not
+    given = [
+        pair for pair in given if pair[0].requires_grad
+    ]  # the LSE of a row without keys has none
     ends, starts = zip(*given, strict=True)
     results = torch.autograd.grad(ends, list(own.values()), starts, allow_unused=True)
 
@@ -114,7 +116,7 @@ def check_gradients(case: GradCase, device: str) -> None:
             expected,
             base[name].to(own[name].dtype).reshape(expected.shape),
             dtype=out.dtype,
-            # Sums of dS cancel: by the size of their terms.
+            # Sums of dS cancel, so the tolerance is relative to the size of their terms.
             floor=sizes[name],
             context=f"{case}",
         )
@@ -127,10 +129,10 @@ def _baseline(
     d_out: torch.Tensor,
     d_lse: torch.Tensor,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The same mathematics in the numerics of the dtype: P, dS and out rounded, sums in fp32.
+    """Compute gradients in the numerics of the dtype: P, dS and out rounded, sums in fp32.
 
-    Also, of every gradient, how large it may be where nothing is left of it: the largest sum of the
-    sizes of the terms; of dq and dk, the part of delta's roundings.
+    Also returns a floor for each gradient, for sums that cancel: the largest sum of the terms'
+    sizes; for dq and dk, the contribution of delta's rounding.
     """
     dtype = arguments["q"].dtype
     given = {name: arguments[name] for name in Scores._fields if name in arguments}
@@ -181,7 +183,7 @@ def _rows_of(seqs: Any, idx: int, length: int) -> slice:
 
 
 def _take(case: GradCase, tensor: torch.Tensor, idx: int, rows: slice) -> torch.Tensor:
-    """A view [L, H, D] of a sequence's rows."""
+    """Return a view [L, H, D] of a sequence's rows."""
     if tensor.dim() == 3:
         return tensor[rows]
     own = tensor[idx].transpose(0, 1) if case.call.layout.layout == "bhsd" else tensor[idx]
@@ -224,7 +226,7 @@ def _sequence_baseline(
         whole = torch.logaddexp(lse, sinks.expand_as(lse))
     p = torch.exp(seen - whole).masked_fill(blind, 0.0)
     kept = changes.drop(torch.ones_like(p))
-    # Weights are rounded as they stand to the maximum; under a fixed shift, to the bound.
+    # Weights are rounded relative to the maximum, or to the bound under a fixed shift.
     highest = seen.amax(3, keepdim=True)
     if changes.qk_norm is not None:
         highest = torch.full_like(highest, abs(scale) * changes.qk_norm.groups)
@@ -239,8 +241,8 @@ def _sequence_baseline(
     inputs = [raw, *(parameters[name] for name in added)]
     graph = torch.autograd.grad(scores, inputs, d_s, allow_unused=True, retain_graph=True)
     found: dict[str, Any] = dict(zip(added, graph[1:], strict=True))
-    # delta is a sum of rounded products: its error is one for all keys of a row. (With a single key
-    # in sight nothing else is left of dS.)
+    # delta is a sum of rounded products, with the same error for all keys of a row. (With a single
+    # visible key, dS consists of that error only.)
     rounding = (out * d_o).square().sum(3, keepdim=True).sqrt()
     noise = p * rounding
     # No parameter enters scores with both signs.
@@ -274,7 +276,7 @@ def _sequence_baseline(
         found[f"size of {name}"] = size.abs().max().item() if size.numel() else 0.0
     if "head_scale" in parameters:
         found["head_scale"] = through[2]
-        # Slices add to it with both signs, and so do their roundings: as a random walk.
+        # Rounding errors of slices have both signs and add up like a random walk.
         slices = [x.unflatten(3, (changes.qk_norm.groups, -1)) for x in (raw_q.detach(), d_q)]
         along = (torch.nn.functional.normalize(slices[0], dim=4) * slices[1]).sum(4)
         found["size of head_scale"] = 2 * along.square().sum((0, 2, 3)).sqrt()

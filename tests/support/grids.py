@@ -24,7 +24,7 @@ DTYPE_NAMES = {FP16: "fp16", BF16: "bf16", FP32: "fp32"}
 FULL_MASK, BOTTOM_RIGHT, TOP_LEFT = Full(), Causal(), Causal("top_left")
 MASK_NAMES: dict[Mask, str] = {FULL_MASK: "full", BOTTOM_RIGHT: "causal", TOP_LEFT: "top_left"}
 
-#: How the tensors lie in memory (`inputs.strides_for`).
+#: Memory layouts of the tensors (`inputs.strides_for`).
 VARIANTS = (
     "plain",  # contiguous
     "batch_gap",  # batch stride larger than dense: a slice of a cache with room
@@ -38,7 +38,7 @@ VARIANTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One call of `attention`."""
+    """A call of `attention`."""
 
     dtype: torch.dtype = BF16
     head_dim: int = 64
@@ -57,7 +57,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Unique, and readable in a test's id."""
+        """Unique name, readable in a test id."""
         parts = [
             DTYPE_NAMES[self.dtype],
             f"d{self.head_dim}x{self.head_dim_v}",
@@ -80,12 +80,12 @@ class Case:
 
     @property
     def rows(self) -> int:
-        """Query rows of a kv head after GQA packing: what the row class goes by."""
+        """Query rows per KV head after GQA packing, which determine the row class."""
         return self.len_q * (self.heads_q // self.heads_kv if self.heads_kv else 1)
 
     @property
     def cap_scale(self) -> float:
-        """How much the size of the scores widens an fp32 cap: errors of a score are relative."""
+        """Factor by which large scores widen the fp32 cap, as errors of scores are relative."""
         if self.scale is None or self.dtype is not FP32:
             return 1.0
         return max(1.0, abs(self.scale) * self.head_dim**0.5)
@@ -131,7 +131,7 @@ EDGE_LENGTHS = (0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 300)
 
 
 def _smoke() -> tuple[Case, ...]:
-    """A handful: each dtype, mask, layout and the short-query path once."""
+    """Return a few cases: each dtype, mask, layout and the short-query path once."""
     return (
         Case(),
         Case(dtype=FP16, mask=FULL_MASK, head_dim=128, head_dim_v=128, layout="bhsd"),
@@ -145,7 +145,7 @@ def _smoke() -> tuple[Case, ...]:
 
 
 def _dims(dims: tuple[tuple[int, int], ...]) -> list[Case]:
-    """Each head dim with each dtype, one mask and one row class each, taken in turn."""
+    """Return each head dim with each dtype; masks and row classes alternate."""
     cases = []
     for idx, (head_dim, head_dim_v) in enumerate(dims):
         shape = {"head_dim": head_dim, "head_dim_v": head_dim_v}
@@ -167,12 +167,12 @@ def _dims(dims: tuple[tuple[int, int], ...]) -> list[Case]:
 
 
 def _lengths() -> list[Case]:
-    """Lengths against each other; three families of one dtype and head dim each."""
+    """Return pairs of lengths, in three families of one dtype and head dim each."""
     cases = []
     masks = (FULL_MASK, BOTTOM_RIGHT, TOP_LEFT)
     for idx, len_q in enumerate(EDGE_LENGTHS):
         for step, len_kv in enumerate(EDGE_LENGTHS):
-            # Each pair once, with masks and dtypes in turn: every length meets all of them.
+            # Each pair once, with alternating masks and dtypes: every length meets all of them.
             mask = masks[(idx + step) % 3]
             if (idx * 5 + step) % 3 == 0:
                 cases.append(Case(len_q=len_q, len_kv=len_kv, mask=mask))
@@ -191,7 +191,7 @@ def _lengths() -> list[Case]:
 
 
 def _heads() -> list[Case]:
-    """GQA ratios through the row packing, and head or batch counts of 0."""
+    """Return GQA ratios through the row packing, and head or batch counts of 0."""
     ratios = (
         (3, 3),  # GQA 1: nothing packed
         (6, 2),  # GQA 3: no power of two, so rows / 3 by the fast divisor
@@ -216,7 +216,7 @@ def _heads() -> list[Case]:
 
 
 def _memory() -> list[Case]:
-    """Strides, alignment and 64-bit row offsets, long and short queries."""
+    """Return strides, alignments and 64-bit row offsets, with long and short queries."""
     cases = []
     for variant in VARIANTS[1:]:
         long = {"len_q": 100, "len_kv": 77}
@@ -233,7 +233,7 @@ def _memory() -> list[Case]:
 
 
 def _splits() -> list[Case]:
-    """Split-KV: one split, two, an odd number, more splits than key blocks (most see nothing)."""
+    """Return split-KV cases: one, two, an odd number, more splits than key blocks."""
     shape = {"head_dim": 128, "head_dim_v": 128, "heads_q": 8, "heads_kv": 2}
     cases = [
         Case(**shape, len_q=4, len_kv=len_kv, mask=mask, num_splits=splits)
@@ -252,7 +252,7 @@ def _splits() -> list[Case]:
 
 
 def _scales() -> list[Case]:
-    """Scales that move the maximum: the kernel folds a sign into q, and rescales lazily."""
+    """Return scales that move the maximum: the kernel folds a sign into q, and rescales lazily."""
     return [
         Case(scale=scale, dtype=dtype)
         for scale in (
@@ -266,7 +266,7 @@ def _scales() -> list[Case]:
 
 
 def _out_dtypes() -> list[Case]:
-    """The accumulator unrounded, straight and through the merge."""
+    """Return fp32 outputs, directly and through the merge kernel."""
     return [
         Case(out_dtype=FP32),
         Case(out_dtype=FP32, len_q=4, len_kv=200, num_splits=3),
@@ -276,7 +276,7 @@ def _out_dtypes() -> list[Case]:
 
 
 def _full() -> list[Case]:
-    """More head dims, each with both masks and every dtype; lengths and heads drawn by seed."""
+    """Return more head dims with both masks and every dtype; lengths and heads are random."""
     draw = random.Random(20)
     cases = []
     for head_dim, head_dim_v in FULL_DIMS:
@@ -319,7 +319,7 @@ GRIDS = {"smoke": SMOKE, "edge": EDGE, "full": FULL}
 
 
 def spec_facts(case: Case) -> tuple[object, ...]:
-    """What decides the forward kernel of a case, as far as the grid knows it."""
+    """Return the facts of a case that determine its forward kernel."""
     row_class = 16 if case.rows <= 16 else 64 if case.rows <= 64 else 0
     size = 4 if case.dtype is FP32 else 2
     aligned = (

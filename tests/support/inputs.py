@@ -1,4 +1,4 @@
-"""Seeded inputs, cut out of poisoned buffers.
+"""Makes seeded inputs as views of poisoned buffers.
 
 Every tensor is a view into a larger flat buffer that is NaN everywhere else: before it, after it,
 and in the gaps that its strides leave. A read outside the tensor meets a NaN and shows in the
@@ -28,14 +28,14 @@ MEAN = 0.5
 
 @dataclass(frozen=True)
 class Guarded:
-    """A tensor and the poisoned buffer that it is cut out of."""
+    """A tensor and the poisoned buffer that it is a view of."""
 
     name: str
     tensor: torch.Tensor
     buffer: torch.Tensor
 
     def check_guards(self) -> None:
-        """Fail if anything outside the tensor was written."""
+        """Assert that nothing outside the tensor was written."""
         int_dtype, bits = POISON_BITS[self.buffer.dtype]
         touched = self.buffer.view(int_dtype) != bits
         inside = torch.zeros_like(touched)
@@ -53,12 +53,12 @@ class Guarded:
 
 
 def seed_of(case: Case) -> int:
-    """The same seed for the same case in every run."""
+    """Return a seed that depends on the case only."""
     return zlib.crc32(case.name.encode())
 
 
 def strides_for(case: Case, length: int, heads: int, dim: int) -> tuple[tuple[int, ...], int]:
-    """(batch, row, head, element) strides and the offset in elements that a variant asks for."""
+    """Return (batch, row, head, element) strides and offset of a variant, in elements."""
     row_gap = {"row_gap": 64, "odd_row": 3, "wide_row": 1 << 20}.get(case.variant, 0)
     head_stride, row_stride = dim, heads * dim + row_gap
     span = length * row_stride
@@ -82,7 +82,7 @@ def poisoned(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Guarded:
-    """An unset tensor in the layout and variant of a case, with everything NaN."""
+    """Make a tensor of NaN in the layout and variant of a case."""
     stride, offset = strides_for(case, length, heads, dim)
     shape = (case.batch, length, heads, dim)
     span = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1
@@ -99,7 +99,7 @@ def poisoned(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a case hands to `attention`."""
+    """Tensors that a case passes to `attention`."""
 
     case: Case
     q: Guarded
@@ -112,13 +112,13 @@ class Inputs:
         return self.q.tensor, self.k.tensor, self.v.tensor
 
     def check_guards(self) -> None:
-        """Fail if anything outside q, k, v and out was written."""
+        """Assert that nothing outside q, k, v and out was written."""
         for guarded in (self.q, self.k, self.v, self.out):
             guarded.check_guards()
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
-    """Inputs of a case with values, and a poisoned result; the same on every device."""
+    """Make inputs of a case and a poisoned result, the same on every device."""
     generator = torch.Generator().manual_seed(seed_of(case))
     made = {}
     for name, length, heads, dim in (
@@ -166,7 +166,7 @@ def random_qkv(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Plain contiguous bshd inputs for tests that are not about memory."""
+    """Make contiguous bshd inputs, for tests that are not about memory."""
     heads_kv = heads_q if heads_kv is None else heads_kv
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     generator = torch.Generator().manual_seed(seed)
@@ -182,7 +182,7 @@ def random_qkv(
 
 
 def call_arguments(case: Case) -> dict[str, object]:
-    """The keyword arguments of a case, less out and return_lse."""
+    """Return the keyword arguments of a case, except out and return_lse."""
     return {
         "mask": case.mask,
         "scale": case.scale,

@@ -1,4 +1,4 @@
-"""Random calls of attention_with_kvcache: any cache, any place of the tokens, poison elsewhere."""
+"""Random calls of attention_with_kvcache: all cache layouts, with poison outside the tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = ((torch.bfloat16, 64), (torch.float16, 80), (torch.bfloat16, 20))
 
 @dataclass(frozen=True)
 class CacheCase:
-    """One call; lengths are those of the sequences."""
+    """A call; lengths are those of the sequences."""
 
     dtype: torch.dtype
     head_dim: int
@@ -33,7 +33,7 @@ class CacheCase:
     cache: str  #: "batched", "rows" (batch_idx), "paged"
     layout: str
     used: tuple[int, ...]
-    new: tuple[int, ...]  #: new tokens of each sequence; all alike unless ragged
+    new: tuple[int, ...]  #: new tokens of each sequence; equal unless ragged
     len_q: int
     is_ragged: bool
     appends: bool
@@ -49,7 +49,7 @@ class CacheCase:
 
 @st.composite
 def cache_cases(draw: st.DrawFn, most_rows: int = 150) -> CacheCase:
-    """Draw a case that is legal."""
+    """Draw a valid case."""
     dtype, head_dim = draw(st.sampled_from(KINDS))
     batch = draw(st.integers(1, 4))
     appends = draw(st.sampled_from((True, True, True, False)))
@@ -84,7 +84,7 @@ def cache_cases(draw: st.DrawFn, most_rows: int = 150) -> CacheCase:
 
 
 def build(case: CacheCase, device: str) -> dict[str, Any]:
-    """Return the arguments of the call; what no sequence uses is NaN."""
+    """Return the arguments of the call; unused rows are NaN."""
     chance = random.Random(case.seed)
     generator = torch.Generator().manual_seed(case.seed)
     batch, heads, dim = len(case.used), case.heads_kv, case.head_dim
@@ -165,13 +165,13 @@ def check_kvcache(case: CacheCase, device: str) -> None:
     assert torch.equal(v_cache.isnan(), v_truth.isnan()), case
     assert torch.equal(v_cache.nan_to_num(), v_truth.nan_to_num()), case
     assert torch.equal(k_cache.isnan(), k_truth.isnan()), case
-    # Turned in fp32 and rounded: another number than that of fp64 at a tie only.
+    # Rotated in fp32 and rounded: differs from fp64 only at ties.
     error = (k_cache.double() - k_truth.double()).nan_to_num().abs()
     assert (error <= EPS[case.dtype] * k_truth.double().nan_to_num().abs() + 1e-6).all(), case
     assert torch.equal(lse.isneginf(), lse_truth.isneginf()), case
     assert rel_l2(out, truth) <= 2 * EPS[case.dtype], case
     finite = ~lse_truth.isneginf()
     error = (lse.double() - lse_truth)[finite].abs()
-    # A score of D products, of which a turned value may be off by half an ulp of its own.
+    # A score has D products; each rotated value may be off by half an ulp.
     bound = LSE_NOISE_ULPS * EPS[torch.float32] * 10 + (EPS[case.dtype] if case.rotary else 0)
     assert (error <= bound).all(), (case, error.max())

@@ -1,4 +1,4 @@
-"""Random layouts of sequences: gaps, overlaps, padding, shuffled pages, and poison everywhere else.
+"""Random sequence layouts: gaps, overlaps, padding, shuffled pages, and poison elsewhere.
 
 A case is plain data, drawn by hypothesis and built on any device. Rows that belong to no sequence
 hold NaN, unused pages too, and entries of the block table behind a sequence's last page name a page
@@ -33,7 +33,7 @@ _NO_PAGE = 2**31 - 1
 
 @dataclass(frozen=True)
 class LayoutCase:
-    """One call. Lengths are those of the sequences."""
+    """A call. Lengths are those of the sequences."""
 
     dtype: torch.dtype
     head_dim: int
@@ -92,7 +92,7 @@ def layout_cases(draw: st.DrawFn, most_rows: int = 300) -> LayoutCase:
 
 
 def build(case: LayoutCase, device: str) -> tuple[dict[str, Any], list[tuple[torch.Tensor, ...]]]:
-    """Arguments of the call, and for each sequence its own dense q, k and v."""
+    """Return the arguments of the call, and dense q, k and v of each sequence."""
     chance = random.Random(case.seed)
     generator = torch.Generator().manual_seed(case.seed)
     heads_q = case.heads_kv * case.group
@@ -129,7 +129,7 @@ def place(
     chance: random.Random,
     device: str,
 ) -> tuple[list[torch.Tensor], Any]:
-    """Lay sequences out; all lists of `several` in the same way."""
+    """Place sequences in a tensor; the same places for all lists of `several`."""
     lengths = [len(one) for one in several[0]]
     heads, dim = several[0][0].shape[1:]
     batch, longest = len(lengths), max(lengths, default=0)
@@ -216,7 +216,7 @@ def check_layout(
     device: str,
     more: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None,
 ) -> None:
-    """Compare `jitattn.attention` with the reference, and look at every row that is not its own.
+    """Compare `jitattn.attention` with the reference, and check that other rows are 0 or unchanged.
 
     `more(device, arguments)` gives further arguments, the mask among them.
     """
@@ -270,7 +270,7 @@ def check_layout(
 
 
 def _units(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and k as the kernel normalised them; tests of their own compare them with the truth."""
+    """Return q and k as the kernel normalizes them, which other tests compare with the truth."""
     given = {name: value for name, value in arguments.items() if name not in ("q", "k", "v")}
     tensors, call = bind(arguments["q"], arguments["k"], arguments["v"], given)
     q, k = normalized(tensors["q"], tensors["k"], arguments["qk_norm"], call)
@@ -285,7 +285,7 @@ def _span(seqs: Any, idx: int, length: int) -> slice:
 def _rows(
     case: LayoutCase, seqs: Any, idx: int, out: torch.Tensor, lse: torch.Tensor, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of a sequence's rows: out [L, H, D], LSE [H, L]."""
+    """Return views of a sequence's rows: out [L, H, D], LSE [H, L]."""
     where = _span(seqs, idx, length)
     if isinstance(seqs, Ragged):
         return out[where], lse[:, where]
@@ -296,7 +296,7 @@ def _rows(
 def _own(
     case: LayoutCase, seqs: Any, lse: torch.Tensor, dense: list[tuple[torch.Tensor, ...]]
 ) -> torch.Tensor:
-    """Which elements of the LSE belong to a sequence."""
+    """Return the mask of LSE elements that belong to a sequence."""
     own = torch.zeros_like(lse, dtype=torch.bool)
     for idx, (own_q, _, _) in enumerate(dense):
         where = _span(seqs, idx, len(own_q))
@@ -305,7 +305,7 @@ def _own(
 
 
 def _like_out(case: LayoutCase, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """A mask over the LSE as one over the rows of out."""
+    """Convert a mask over the LSE to one over the rows of out."""
     if rows.dim() == 2 or case.layout == "bshd":
         rows = rows.transpose(-1, -2)
     return rows

@@ -1,4 +1,4 @@
-"""The most memory that operations of torch hold at a time, on any device."""
+"""Measures the peak memory of torch operations, on any device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the storages that are made inside, as long as they live.
+    """Counts the bytes of live storages that were allocated inside the context.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Random rules that become lists of blocks."""
+"""Random mask rules that are computed by block lists."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def local_strides(draw: st.DrawFn, heads_kv: int) -> LocalStride:
 def block_patterns(
     draw: st.DrawFn, heads: tuple[int, int], lengths: tuple[int, int]
 ) -> BlockSparse:
-    """Draw a pattern of blocks, often smaller or larger than the lengths."""
+    """Draw a block pattern, often smaller or larger than the lengths."""
     size = draw(st.sampled_from(_SIZES))
     blocks = [-(-length // size) for length in lengths]
     more = st.sampled_from((0, 0, 0, 1, -1, 5))
@@ -46,11 +46,11 @@ def block_patterns(
 
 @st.composite
 def listed_rules(draw: st.DrawFn, heads: tuple[int, int], lengths: tuple[int, int]) -> Rule:
-    """Draw a rule of all heads, or one for each."""
+    """Draw a rule for all heads, or one for each."""
     kind = draw(st.sampled_from(("stride", "blocks", "blocks", "heads")))
     if kind == "stride":
         stride = draw(local_strides(heads[1]))
-        # Causal with blocks of 64 or 128, it has a kernel of its own; not as a rule of each head.
+        # Causal with blocks of 64 or 128 has another kernel, except in per-head rules.
         has_own = stride.causal and stride.block_size >= 64
         return PerHead([stride] * heads[1]) if has_own else stride
     if kind == "blocks":
@@ -77,7 +77,7 @@ def listed_rules(draw: st.DrawFn, heads: tuple[int, int], lengths: tuple[int, in
 
 
 def on_device(rule: Rule, device: str) -> Rule:
-    """The same rule with its patterns on a device."""
+    """Move the patterns of a rule to a device."""
     if isinstance(rule, PerHead):
         return PerHead([on_device(part, device) for part in rule.rules])
     if isinstance(rule, BlockSparse):

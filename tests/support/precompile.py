@@ -1,4 +1,4 @@
-"""Compile what tests need in parallel, before they ask for the kernels one by one.
+"""Compiles the kernels of tests in parallel, before the tests need them one by one.
 
 The kernels go to the disk cache, and the tests read them there. Of the processes that share a run
 (pytest -n), one compiles, and the others wait for it.
@@ -23,19 +23,19 @@ from jitattn.spec.kernel_spec import KernelSpec
 from .grids import Case
 from .inputs import call_arguments, poisoned
 
-#: Takes specs, and returns the errors of those that do not compile.
+#: Compiles specs and returns the errors.
 CompileOnce = Callable[[Sequence[KernelSpec]], list[str]]
 
 
 def row_class(runtime: Runtime) -> RowClass:
-    """The class of a call's rows after GQA packing."""
+    """Return the row class of a call after GQA packing."""
     group = runtime.heads_q // runtime.heads_kv if runtime.heads_kv else 1
     rows = runtime.len_q * group
     return next((c for c in (RowClass.ROWS16, RowClass.ROWS64) if rows <= c), RowClass.MANY)
 
 
 def specs_of(cases: Iterable[Case], arch: str) -> list[KernelSpec]:
-    """The distinct kernels that the cases need on `arch`, merges included."""
+    """Return the distinct kernels of the cases on `arch`, merge kernels included."""
     specs: dict[KernelSpec, None] = {}
     for case in cases:
         sizes = {

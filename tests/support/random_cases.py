@@ -1,6 +1,6 @@
-"""Random cases: the same in every run, and many of them divided among tests of their own.
+"""Reproducible random cases, divided among several tests if there are many.
 
-A part is a test, so that several processes can share what would take one of them minutes.
+Each part is a test, so that several processes can share cases that take minutes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from hypothesis.strategies import SearchStrategy
 
 T = TypeVar("T")
 
-#: Tests that many cases are divided among; `check_part` takes the number of one as `part`.
+#: Number of tests that share many cases; `check_part` takes the index of one as `part`.
 PARTS = 10
 in_parts = pytest.mark.parametrize("part", range(PARTS))
 
 
 def cases(count: int) -> settings:
-    """Settings for some cases, the same in every run."""
+    """Return settings for reproducible cases."""
     return settings(
         max_examples=count,
         derandomize=True,

@@ -1,4 +1,4 @@
-"""Random rotary embeddings against fp64 of their definition, rounded once: values and gradients."""
+"""Checks random rotary embeddings against fp64, rounded once: values and gradients."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class RotaryCase:
-    """One call of `apply_rotary`."""
+    """A call of `apply_rotary`."""
 
     dtype: torch.dtype
     table_dtype: torch.dtype
-    lengths: tuple[int, ...]  #: of the sequences; one for all unless ragged
+    lengths: tuple[int, ...]  #: lengths of the sequences; one for all unless ragged
     heads: int
     head_dim: int
     half: int
@@ -29,7 +29,7 @@ class RotaryCase:
     offset: str  #: "int", "each", "beyond" the tables, or "before" them
     is_ragged: bool
     around: int  #: ragged: rows before the first and behind the last sequence
-    form: str  #: how x lies in memory
+    form: str  #: memory layout of x
     inplace: bool
     index_dtype: torch.dtype
     seed: int
@@ -37,7 +37,7 @@ class RotaryCase:
 
 @st.composite
 def rotary_cases(draw: st.DrawFn) -> RotaryCase:
-    """Draw a case that is legal."""
+    """Draw a valid case."""
     is_ragged = draw(st.booleans())
     length = st.integers(0, 40)
     lengths = tuple(draw(length) for _ in range(draw(st.integers(1, 4))))
@@ -62,7 +62,7 @@ def rotary_cases(draw: st.DrawFn) -> RotaryCase:
 
 
 def lay(values: Tensor, form: str, device: str) -> Tensor:
-    """The values as they may lie in memory, with room between that is NaN."""
+    """Copy values to a memory layout whose gaps are NaN."""
     *outer, heads, dim = values.shape
     room = torch.full((*outer, heads, 3 * dim + 8), float("nan"), dtype=values.dtype)
     if form == "plain":
@@ -82,7 +82,7 @@ def lay(values: Tensor, form: str, device: str) -> Tensor:
 
 
 def truth_of(x: Tensor, rotary: Rotary, position: list[list[int]], sign: float = 1.0) -> Tensor:
-    """fp64 of x [B, L, H, D] with its rows turned; rows at None stay."""
+    """Rotate x [B, L, H, D] in fp64; rows at position None stay."""
     result = x.double().clone()
     half, rows = rotary.cos.shape[1], rotary.cos.shape[0]
     cos, sin = rotary.cos.double(), sign * rotary.sin.double()
@@ -99,7 +99,7 @@ def truth_of(x: Tensor, rotary: Rotary, position: list[list[int]], sign: float =
 
 
 def check_rounded_once(got: Tensor, truth: Tensor, turned: Tensor) -> None:
-    """`got` is fp64 `truth` computed in fp32 and rounded; what is not turned is the very bits."""
+    """Assert that `got` is `truth` to fp32 accuracy, rounded; other columns are bit-equal to x."""
     assert got.shape == truth.shape
     if not got.numel():
         return
@@ -113,7 +113,7 @@ def check_rounded_once(got: Tensor, truth: Tensor, turned: Tensor) -> None:
 
 
 def check_rotary(case: RotaryCase, device: str) -> None:
-    """Values, gradients, and what is not touched."""
+    """Check values, gradients, and that nothing else changes."""
     chance = random.Random(case.seed)
     generator = torch.Generator().manual_seed(case.seed)
     batch, longest = len(case.lengths), max(case.lengths)
@@ -171,5 +171,5 @@ def check_rotary(case: RotaryCase, device: str) -> None:
     check_rounded_once(out.detach().cpu().reshape(shape), truth, turned)
     check_rounded_once(x.grad.cpu().reshape(shape), d_truth, turned)
     whole = x.detach()._base
-    if case.form in ("odd", "packed") and whole is not None:  # room between rows
+    if case.form in ("odd", "packed") and whole is not None:  # gaps between rows
         assert whole.isnan().sum() == whole.numel() - x.numel()

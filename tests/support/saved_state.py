@@ -1,4 +1,4 @@
-"""Calls with a tensor that backward reads again, and what writes to it."""
+"""Calls with tensors that backward reads again, and writes to them in between."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BATCH, HEADS, DIM = 2, 2, 32
 
 
 class Case(NamedTuple):
-    """Keyword arguments of a call over q, k, v and a tensor among them, made on a device."""
+    """Call with q, k, v and another tensor among its arguments, made on a device."""
 
     name: str
     make: Callable[[torch.device, int], tuple[dict[str, Any], torch.Tensor]]
@@ -143,7 +143,7 @@ def inputs_of(case: Case, device: torch.device, length: int) -> list[torch.Tenso
 
 
 def check_that_a_write_raises(case: Case, device: torch.device, length: int) -> None:
-    """Write to each tensor of a call, and to q, k and v, before backward."""
+    """Assert that backward raises after a write to any tensor of a call."""
     with torch.enable_grad():
         for target in ("nothing", "argument", "q", "k", "v"):
             qkv = inputs_of(case, device, length)

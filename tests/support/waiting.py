@@ -1,4 +1,4 @@
-"""Nothing of a call may make the host wait for a GPU."""
+"""Detects operations that make the host wait for a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-#: What needs values of a tensor on the host.
+#: Operations that read values of a tensor on the host.
 _WAITS = {
     getattr(torch.Tensor, name)
     for name in (
@@ -18,7 +18,7 @@ _WAITS = {
 
 
 class NoWaiting(TorchFunctionMode):
-    """Refuses what would wait for a GPU, with every tensor taken to be on one."""
+    """Refuses operations that would wait for a GPU, as if every tensor were on one."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
