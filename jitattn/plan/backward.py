@@ -230,24 +230,13 @@ def _preprocess(whole: _Pass) -> Step:
         "sink_rest": Place("stats", 8 * num_rows) if has_sinks else None,
         "d_sink": Place("stats", 12 * num_rows) if has_sinks else None,
     }
-    _add(optional, numbers, places)
+    arguments.add_optional(optional, numbers, places)
     return Step(spec, -(-num_rows * spec.lanes // spec.num_threads), numbers, places)
 
 
 def _by_head(name: str, steps: Strides) -> dict[str, float]:
     kinds = ("batch", "head", "row")
     return {f"{name}_stride_{kind}": step for kind, step in zip(kinds, steps, strict=True)}
-
-
-def _add(
-    optional: Mapping[str, Place | None], numbers: dict[str, float], places: dict[str, Place]
-) -> None:
-    """Add addresses, 0 for those that are absent."""
-    for name, place in optional.items():
-        if place is None:
-            numbers[name] = 0
-        else:
-            places[name] = place
 
 
 def _main(whole: _Pass) -> tuple[list[Step], BwdSpec, dict[str, Buffer]]:
@@ -338,7 +327,7 @@ def _postprocess(whole: _Pass, spec: BwdSpec, dq_strides: Strides) -> Step:
     unscale = Place("d_out_scale", 4) if operands.has_scale else None
     if not isinstance(rounding, RoundSpec):
         places = {"parts": Place("dq_sum"), "out": Place("dq")}
-        _add({"unscale": unscale}, numbers, places)
+        arguments.add_optional({"unscale": unscale}, numbers, places)
         batch, row, head = dq_strides
         numbers |= {
             "part_stride_part": 0,
@@ -362,7 +351,7 @@ def _postprocess(whole: _Pass, spec: BwdSpec, dq_strides: Strides) -> Step:
     columns = padded_head_dim(spec.problem.head_dim) // rounding.column_tiles
     num_threads = runtime.batch * runtime.heads_q * num_q_tiles * tile.block_q * columns // 4
     places = {"sum": Place("dq_sum"), "dq": Place("dq")}
-    _add({"unscale": unscale}, numbers, places)
+    arguments.add_optional({"unscale": unscale}, numbers, places)
     numbers |= {
         "sum_stride_batch": dq_strides[0],
         "sum_stride_head": dq_strides[2],
@@ -481,5 +470,5 @@ def _launch(
         numbers |= {**arguments.strides(name, steps[1:]), f"{name}_stride_split": steps.split}
         if kv_targets is not None:
             optional[name] = kv_targets[idx].place
-    _add(optional, numbers, places)
+    arguments.add_optional(optional, numbers, places)
     return Step(spec, num_ctas, numbers, places)
