@@ -15,7 +15,7 @@ import operator
 import struct
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from jitattn.errors import InternalError, LaunchError
 
