@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from jitattn.cpu.vector_math import settle_vml
 from jitattn.errors import InternalError, InvalidInputError, UnsupportedError
-from jitattn.jit import backend
-from jitattn.jit.device import device
-from jitattn.jit.get_kernel import loaded_kernel
-from jitattn.kernels.merge import MergeGradSpec, MergeSpec
 from jitattn.request.problem import axes
-from jitattn.run.autograd import FirstOrder, apply, first_order
 from jitattn.run.forward import has_duals
 from jitattn.run.indirect import is_watched
+from jitattn.run.merge import merge_on_gpu
 from jitattn.values.autocast import outside_autocast
-from jitattn.values.tensors import CPU_DTYPES, DTYPES, MAX_HEAD_DIM, address_of, readable
+from jitattn.values.tensors import CPU_DTYPES, DTYPES, address_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-#: Rows per CTA, one per warp.
-_ROWS: Final = MergeSpec.num_threads // 32
 
 
 def merge(
@@ -86,7 +79,7 @@ def merge(
     parts, part_lses = _stacked("outs", outs), _stacked("lses", lses)
     dtype = parts.dtype if out_dtype is None else out_dtype
     _check(parts, part_lses, layout, dtype)
-    merged = _merge if by_kernel else merge_plain
+    merged = merge_on_gpu if by_kernel else merge_plain
     if parts.dim() == 4:  # flat: one sequence of all rows, heads second
         flat_out, flat_lse = merged(parts[:, None], part_lses[:, None], dtype)
         return flat_out[0].transpose(0, 1), flat_lse[0]
@@ -165,45 +158,9 @@ def _check(parts: Tensor, lses: Tensor, layout: str, out_dtype: torch.dtype) -> 
         )
 
 
-def _merge(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Merge parts [S, B, Lq, Hq, Dv] with LSEs [S, B, Hq, Lq] to out [B, Hq, Lq, Dv] and LSE."""
-    if torch.is_grad_enabled() and (parts.requires_grad or lses.requires_grad):
-        out, lse = apply(_Merge, parts, lses, out_dtype)
-        return out, lse
-    return _merge_cuda(parts, lses, out_dtype)
-
-
-class _Merge(FirstOrder):
-    """Autograd function: parts and their LSEs to out and LSE."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401 - autograd's
-        parts: Tensor,
-        lses: Tensor,
-        out_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        """Merge."""
-        out, lse = _merge_cuda(parts, lses, out_dtype)
-        ctx.save_for_backward(parts, lses, out, lse)
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:  # noqa: ANN401
-        """Compute the gradients."""
-        parts, lses, out, lse = ctx.saved_tensors
-        if d_out is None:
-            if d_lse is None:
-                return None, None, None
-            d_out = torch.zeros_like(out)
-        return (*_merge_grad_cuda(parts, lses, out, lse, d_out, d_lse), None)
-
-
 @outside_autocast
 def merge_plain(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Merge as `_merge`, in plain torch operations that support every transform."""
+    """Merge as `merge_on_gpu`, in plain torch operations that support every transform."""
     if not torch.compiler.is_dynamo_compiling():
         settle_vml()
     wide = torch.promote_types(parts.dtype, torch.float32)
@@ -224,89 +181,3 @@ def merge_plain(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Te
     total = total.masked_fill(blind, 1.0)
     lse = (highest + total.log()).masked_fill(blind, -math.inf)
     return (out / total[..., None]).to(out_dtype).contiguous(), lse
-
-
-def _merge_cuda(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    num_parts, batch, len_q, heads, dim = parts.shape
-    if not 1 <= dim <= MAX_HEAD_DIM:
-        raise UnsupportedError(f"outs has head_dim {dim}: it must be from 1 to {MAX_HEAD_DIM}")
-    if parts.stride(4) != 1 and dim > 1:
-        parts = parts.contiguous()
-    out = torch.empty(batch, heads, len_q, dim, dtype=out_dtype, device=parts.device)
-    lse = torch.empty(batch, heads, len_q, dtype=torch.float32, device=parts.device)
-    num_rows = batch * heads * len_q
-    if num_rows:
-        index = parts.get_device()
-        with backend.active.on_device(index):
-            spec = MergeSpec(
-                dtype=DTYPES[parts.dtype],
-                out_dtype=DTYPES[out_dtype],
-                head_dim_v=dim,
-                arch=device(index).arch,
-            )
-            loaded_kernel(spec, index).launch(
-                -(-num_rows // _ROWS),
-                backend.active.stream(index),
-                part_stride_part=parts.stride(0),
-                part_stride_batch=parts.stride(1),
-                part_stride_row=parts.stride(2),
-                part_stride_head=parts.stride(3),
-                parts=parts.data_ptr(),
-                part_lses=lses.data_ptr(),
-                out=out.data_ptr(),
-                lse=lse.data_ptr(),
-                lse_stride_part=lses.stride(0),
-                lse_stride_batch=lses.stride(1),
-                lse_stride_row=lses.stride(3),
-                lse_stride_head=lses.stride(2),
-                num_rows=num_rows,
-                len_q=len_q,
-                heads_q=heads,
-                num_parts=num_parts,
-            )
-    return out, lse
-
-
-def _merge_grad_cuda(
-    parts: Tensor, lses: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of parts and LSEs, in their shapes."""
-    num_parts, batch, len_q, heads, dim = parts.shape
-    if parts.stride(4) != 1 and dim > 1:
-        parts = parts.contiguous()
-    d_out = readable("the gradient of out", d_out)
-    d_lse = None if d_lse is None else readable("the gradient of the LSE", d_lse)
-    lses, d_out = lses.contiguous(), d_out.to(out.dtype).contiguous()
-    d_parts = parts.new_empty(num_parts, batch, heads, len_q, dim)
-    d_lses = torch.empty_like(lses)
-    num_rows = batch * heads * len_q
-    if num_rows:
-        index = parts.get_device()
-        with backend.active.on_device(index):
-            spec = MergeGradSpec(
-                dtype=DTYPES[parts.dtype],
-                out_dtype=DTYPES[out.dtype],
-                head_dim_v=dim,
-                arch=device(index).arch,
-            )
-            loaded_kernel(spec, index).launch(
-                -(-num_rows // _ROWS),
-                backend.active.stream(index),
-                part_stride_part=parts.stride(0),
-                part_stride_batch=parts.stride(1),
-                part_stride_row=parts.stride(2),
-                part_stride_head=parts.stride(3),
-                parts=parts.data_ptr(),
-                part_lses=lses.data_ptr(),
-                out=out.data_ptr(),
-                lse=lse.data_ptr(),
-                d_out=d_out.data_ptr(),
-                d_lse=0 if d_lse is None else (d_lse := d_lse.contiguous()).data_ptr(),
-                d_parts=d_parts.data_ptr(),
-                d_part_lses=d_lses.data_ptr(),
-                num_rows=num_rows,
-                len_q=len_q,
-                heads_q=heads,
-                num_parts=num_parts,
-            )
-    return d_parts.transpose(2, 3), d_lses

@@ -16,10 +16,11 @@ from jitattn.jit import backend, build
 from jitattn.jit.device import device as device_of
 from jitattn.jit.pool import build_all
 from jitattn.kernels.fwd import specs_for_gear
-from jitattn.plan.backward import specs_of_gradients, target_of
+from jitattn.plan.backward import specs_of_gradients
 from jitattn.plan.choices import expand, read_entries
 from jitattn.plan.choices import preset as preset_choices
 from jitattn.plan.forward import specs_of_problem
+from jitattn.plan.score_gradients import target_of
 from jitattn.request.layouts import parse_any
 from jitattn.request.norm import call_of_normalized
 from jitattn.request.problem import is_deterministic

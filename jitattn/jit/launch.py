@@ -91,21 +91,6 @@ class Kernel:
         """
         return BoundLaunch(self, grid, self._arguments.layout(numbers, dynamic))
 
-    def launch(self, grid: int, stream: int, **arguments: float) -> None:
-        """Start the kernel on `grid` CTAs in a raw CUDA stream.
-
-        The device must be the current one of the thread.
-
-        Raises
-        ------
-        LaunchError
-            An argument is missing or unknown.
-        """
-        thread = _thread_on(self.device_index)
-        self._arguments.pack_into(thread.buffer, arguments)
-        block, smem = self._block, self._smem_bytes
-        self._launch(self._function.ptr, grid, 1, 1, block, 1, 1, smem, stream, thread.params, 0)
-
 
 class BoundLaunch:
     """A kernel with all that does not change from call to call; `launch` gives it the rest."""

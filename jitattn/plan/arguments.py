@@ -10,6 +10,8 @@ from jitattn.plan.step import Place
 from jitattn.request.arguments import ListArguments, alike
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from jitattn.request.problem import Runtime, Strides
     from jitattn.spec.kernel_spec import Problem
 
@@ -28,6 +30,23 @@ def strides(name: str, steps: Strides) -> dict[str, float]:
     """Return the strides of a tensor, as (batch, row, head), by name."""
     kinds = ("batch", "row", "head")
     return {f"{name}_stride_{kind}": step for kind, step in zip(kinds, steps, strict=True)}
+
+
+def page_strides(name: str, steps: Strides) -> dict[str, float]:
+    """Return the strides of a cache, as (page, row, head), by name."""
+    kinds = ("page", "row", "head")
+    return {f"{name}_stride_{kind}": step for kind, step in zip(kinds, steps, strict=True)}
+
+
+def add_optional(
+    optional: Mapping[str, Place | None], numbers: dict[str, float], places: dict[str, Place]
+) -> None:
+    """Add addresses, 0 for those that are absent."""
+    for name, place in optional.items():
+        if place is None:
+            numbers[name] = 0
+        else:
+            places[name] = place
 
 
 def sequences(runtime: Runtime) -> tuple[dict[str, float], dict[str, Place]]:

@@ -56,9 +56,8 @@ _NUMBERS: Final = frozenset((type(None), int, float))
 _INTEGERS: Final = frozenset((type(None), int))
 _SEQUENCES: Final = frozenset((Ragged, Padded, Paged))
 _MOST_REQUESTS: Final = 4096
+#: By the facts of a call; and one for each kind of plain call, whatever its number of keys.
 _requests: dict[_Facts, Request] = {}
-#: A request of each kind of plain call, whatever its number of keys.
-_of_any_length: dict[_Facts, Request] = {}
 #: Facts of a call with no options.
 _NUM_PLAIN: Final = 11
 #: Keys are counted in 32 bits.
@@ -164,12 +163,12 @@ def _checked(
 
 
 def _keep(facts: _Facts, request: Request) -> None:
-    if len(_requests) >= _MOST_REQUESTS:
+    if len(_requests) + 2 > _MOST_REQUESTS:
         forget_requests()
     _requests[facts] = request
     but_lengths = _without_length(facts)
     if but_lengths is not None:
-        _of_any_length.setdefault(but_lengths, request)
+        _requests.setdefault(but_lengths, request)
 
 
 def _without_length(facts: _Facts) -> _Facts | None:
@@ -190,7 +189,7 @@ def _without_length(facts: _Facts) -> _Facts | None:
 def _longer(facts: _Facts) -> Request | None:
     """Return the request of a plain call that differs from a known one in its number of keys."""
     but_lengths = _without_length(facts)
-    known = None if but_lengths is None else _of_any_length.get(but_lengths)
+    known = None if but_lengths is None else _requests.get(but_lengths)
     if known is None:
         return None
     runtime, num_keys = known.runtime, facts[3][1]
@@ -203,7 +202,6 @@ def _longer(facts: _Facts) -> Request | None:
 def forget_requests() -> None:
     """Forget all requests and their plans: in a forked child, and in tests."""
     _requests.clear()
-    _of_any_length.clear()
 
 
 def _facts(q: Tensor, k: Tensor, v: Tensor, call: Call, addresses: Addresses) -> _Facts | None:

@@ -8,7 +8,8 @@ import torch
 
 from jitattn.errors import InternalError, UnsupportedError
 from jitattn.jit import backend
-from jitattn.plan.backward import Backward, BackwardOperands, backward
+from jitattn.plan.backward import Backward, backward
+from jitattn.plan.backward_pass import BackwardOperands
 from jitattn.plan.kv_parts import KvGradient
 from jitattn.request.problem import is_deterministic
 from jitattn.request.request import request_of

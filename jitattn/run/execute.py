@@ -16,13 +16,14 @@ from jitattn.run import workspace
 from jitattn.run.workspace import arrivals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Hashable, Iterable
 
     from jitattn.plan.step import Buffer, Place, Plan
     from jitattn.request.request import Addresses
     from jitattn.spec.kernel_spec import KernelSpec
     from jitattn.values.masks import Rule
 
+_MOST_KEPT: Final = 1024
 _DTYPES: Final = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -131,6 +132,44 @@ class BoundPlan:
         for launch, values_of in self._steps:
             launch(stream, values_of(addresses))
         return buffers
+
+
+class KeptPlans:
+    """Plans of a function of the package by what decides them, bound on their devices."""
+
+    def __init__(self) -> None:
+        self._bound: dict[tuple[Hashable, ...], BoundPlan] = {}
+        backend.on_change(self._bound.clear)
+
+    def run(
+        self,
+        facts: tuple[Hashable, ...],
+        make: Callable[[], Plan],
+        addresses: Addresses,
+        device_index: int,
+    ) -> None:
+        """Run the plan of these facts in the current stream of a device; `make` returns a new one.
+
+        Parameters
+        ----------
+        facts : tuple
+        make : callable
+        addresses : dict
+            Of the operands, by name. It is used up.
+        device_index : int
+        """
+        if device_index != backend.active.current_device():
+            with backend.active.on_device(device_index):
+                self.run(facts, make, addresses, device_index)
+            return
+        key = (device_index, *facts)
+        bound = self._bound.get(key)
+        if bound is None:
+            if len(self._bound) >= _MOST_KEPT:
+                self._bound.clear()
+            bound = BoundPlan(make(), device_index, torch.device("cuda", device_index))
+            self._bound[key] = bound
+        bound.run(addresses, backend.active.stream(device_index))
 
 
 def _made(name: str, buffer: Buffer, device: torch.device) -> _Made:

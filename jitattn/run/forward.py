@@ -100,7 +100,7 @@ def _run_followed(
             raise InternalError("the LSE is missing")
         return result
 
-    bias, relative, slopes, sinks = call.scores[:4]
+    bias, relative, slopes, _, sinks, _, _ = call.scores
     found: Tensor | tuple[Tensor, Tensor] = apply(
         Attention, q, k, v, bias, relative, slopes, sinks, call, compute
     )

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 import torch
 
 from jitattn.cpu.rotary import Positions
-from jitattn.errors import UnsupportedError
-from jitattn.jit import backend, launch
 from jitattn.jit.device import device
-from jitattn.jit.get_kernel import loaded_kernel
 from jitattn.kernels.rotary import RotarySpec
+from jitattn.plan.rotary import RotaryFacts, RowStrides, rotate
 from jitattn.run.autograd import FirstOrder
+from jitattn.run.execute import KeptPlans
 from jitattn.run.forward import check_cuda
 from jitattn.spec.enums import Access, Switch
 from jitattn.values.tensors import DTYPES, address_of
@@ -23,11 +22,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from jitattn.plan.step import Plan
+
 #: Place of a part of a tensor: what stands between [ and ].
 Index: TypeAlias = tuple[slice | int, ...]
-#: Heads of a row that a thread turns one after another, if that leaves so many threads for each SM.
-_HEADS_PER_THREAD: Final = 4
-_THREADS_PER_SM: Final = 4096
+_plans: Final = KeptPlans()
 
 
 class Part(NamedTuple):
@@ -109,12 +108,7 @@ def rotate_cuda(
     out = x if rotation.in_place else torch.empty_like(x)
     if x.numel():
         positions = Positions(rotation.offset, offsets, cu_seqlens)
-        index = x.get_device()
-        if index == backend.active.current_device():
-            _launch_parts(x, out, positions, rotation, tables, index)
-        else:
-            with backend.active.on_device(index):
-                _launch_parts(x, out, positions, rotation, tables, index)
+        _launch_parts(x, out, positions, rotation, tables, x.get_device())
     if rotation.in_place:
         torch.autograd.graph.increment_version(x)
         return out
@@ -174,76 +168,53 @@ def _launch(
     index: int,
 ) -> None:
     _, offsets, cu_seqlens = positions
-    shape, (table_rows, half) = x.shape, cos.shape
-    batch, length = (1, shape[0]) if cu_seqlens is not None else shape[:2]
-    heads, head_dim = shape[-2:]
-    x_strides, out_strides = _strides(x), _strides(out)
-    table_strides = (cos.stride()[0], sin.stride()[0]) if table_rows > 1 else (0, 0)
-    # ---- The kernel: 16 bytes at a time, if every access begins at a multiple of them
-    units = half if rotation.in_place else half | head_dim
-    units |= x_strides[0] | x_strides[1] | x_strides[2]
-    units |= out_strides[0] | out_strides[1] | out_strides[2]
-    address = address_of("x", x) | address_of("out", out) | units * x.element_size()
-    address |= address_of("cos", cos) | address_of("sin", sin)
-    address |= (table_strides[0] | table_strides[1]) * cos.element_size()
-    is_wide = address & 15 == 0 and x_strides[3] == 1 == out_strides[3]
-    access = Access.VEC16 if is_wide else Access.ELEMENT
-    here = device(index)
-    spec = rotary_spec(x.dtype, cos.dtype, rotation.interleaved, access, here.arch)
-    # ---- Its threads
-    unit = 16 // x.element_size() if is_wide else 1
-    units_per_row = half // unit
-    if not rotation.in_place:
-        units_per_row += -(-(head_dim - 2 * half) // (2 * unit))
-    per_head = batch * length * units_per_row
-    groups = -(-heads // _HEADS_PER_THREAD)
-    if per_head * groups < here.num_sms * _THREADS_PER_SM:
-        groups = heads
-    num_ctas = -(-per_head * groups // spec.num_threads)
-    if num_ctas > launch.MAX_GRID:
-        raise UnsupportedError(
-            f"x has shape {list(x.shape)}, which takes {num_ctas} CTAs: a grid has at most "
-            "2**31 - 1; split the batch"
-        )
-    if not num_ctas:
-        return
-    loaded_kernel(spec, index).launch(
-        num_ctas,
-        backend.active.stream(index),
-        x=x.data_ptr(),
-        out=out.data_ptr(),
-        cos=cos.data_ptr(),
-        sin=sin.data_ptr(),
-        offsets=0 if offsets is None else address_of("offset", offsets),
-        cu_seqlens=0 if cu_seqlens is None else address_of("cu_seqlens", cu_seqlens),
-        x_stride_batch=x_strides[0],
-        x_stride_row=x_strides[1],
-        x_stride_head=x_strides[2],
-        x_stride_column=x_strides[3],
-        out_stride_batch=out_strides[0],
-        out_stride_row=out_strides[1],
-        out_stride_head=out_strides[2],
-        out_stride_column=out_strides[3],
-        cos_stride=table_strides[0],
-        sin_stride=table_strides[1],
-        num_rows=batch * length,
-        batch=batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        len=length,
-        heads=heads,
-        head_dim=head_dim,
-        rotary_dim=2 * half,
-        table_rows=table_rows,
-        offset=rotation.offset,
-        offset_word=1 if offsets is None else offsets.element_size() // 4,
-        cu_word=1 if cu_seqlens is None else cu_seqlens.element_size() // 4,
-        units_per_row=units_per_row,
-        head_groups=groups,
-        in_place=rotation.in_place,
-        sign=-1.0 if rotation.back else 1.0,
+    facts = RotaryFacts(
+        x.shape,
+        _strides(x),
+        _strides(out),
+        (cos.shape[0], cos.shape[1]),
+        (cos.stride(0), sin.stride(0)) if cos.shape[0] > 1 else (0, 0),
+        None if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        0 if offsets is None else offsets.element_size() // 4,
+        0 if cu_seqlens is None else cu_seqlens.element_size() // 4,
+        rotation.in_place,
+        rotation.back,
     )
+    addresses = {
+        "x": address_of("x", x),
+        "out": address_of("out", out),
+        "cos": address_of("cos", cos),
+        "sin": address_of("sin", sin),
+    }
+    together = addresses["x"] | addresses["out"] | addresses["cos"] | addresses["sin"]
+    addresses["offset"] = rotation.offset
+    if offsets is not None:
+        addresses["offsets"] = address_of("offset", offsets)
+    if cu_seqlens is not None:
+        addresses["cu_seqlens"] = address_of("cu_seqlens", cu_seqlens)
+    kind = (x.dtype, cos.dtype, rotation.interleaved, together & 15)
+
+    def plan() -> Plan:
+        here = device(index)
+        access = _access(facts, together, x.element_size(), cos.element_size())
+        spec = rotary_spec(x.dtype, cos.dtype, rotation.interleaved, access, here.arch)
+        return rotate(spec, facts, here.num_sms)
+
+    _plans.run((facts, *kind), plan, addresses, index)
 
 
-def _strides(x: Tensor) -> tuple[int, int, int, int]:
+def _access(facts: RotaryFacts, together: int, element: int, table_element: int) -> Access:
+    """Return 16 bytes at a time if every access begins at a multiple of them."""
+    x, out, half = facts.x_strides, facts.out_strides, facts.table_shape[1]
+    units = half if facts.in_place else half | facts.shape[-1]
+    units |= x[0] | x[1] | x[2] | out[0] | out[1] | out[2]
+    together |= units * element
+    together |= (facts.table_strides[0] | facts.table_strides[1]) * table_element
+    is_wide = together & 15 == 0 and x[3] == 1 == out[3]
+    return Access.VEC16 if is_wide else Access.ELEMENT
+
+
+def _strides(x: Tensor) -> RowStrides:
     """Return those of batch, row, head and column; 0 where no index passes."""
     *outer, row, head, column = x.stride()
     *sizes, rows, heads, columns = x.shape

@@ -15,7 +15,7 @@ import operator
 import struct
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from jitattn.errors import InternalError, LaunchError
 
@@ -102,8 +102,8 @@ class ArgumentTable:
         """Return the table of a struct that extends this one."""
         return ArgumentTable(*self.structs, *structs)
 
-    def pack_into(self, buffer: Any, named: Mapping[str, float]) -> None:  # noqa: ANN401
-        """Write all arguments at the start of a buffer.
+    def pack(self, named: Mapping[str, float]) -> bytes:
+        """Return all arguments as bytes.
 
         Raises
         ------
@@ -117,13 +117,7 @@ class ArgumentTable:
         except KeyError:
             self._check(tuple(named))
             raise
-        self._struct.pack_into(buffer, 0, *values)
-
-    def pack(self, named: Mapping[str, float]) -> bytes:
-        """Return all arguments as bytes; raises as `pack_into`."""
-        buffer = bytearray(self.size)
-        self.pack_into(buffer, named)
-        return bytes(buffer)
+        return self._struct.pack(*values)
 
     def layout(self, constant: Mapping[str, float], varying: Sequence[str]) -> Layout:
         """Pack the constant arguments, and locate those that change from call to call.

@@ -10,7 +10,8 @@ import torch
 import jitattn
 from jitattn.api.attention import bind
 from jitattn.errors import LaunchError
-from jitattn.plan.backward import Backward, BackwardOperands, backward
+from jitattn.plan.backward import Backward, backward
+from jitattn.plan.backward_pass import BackwardOperands
 from jitattn.plan.forward import Forward, deciding_facts, forward
 from jitattn.plan.kv_parts import KvGradient
 from jitattn.plan.step import Place, Plan

@@ -135,10 +135,6 @@ class EmulatedKernel:
         """Stand in for the method of `launch.Kernel`."""
         return EmulatedLaunch(self, grid, self.spec.arguments.layout(numbers, dynamic))
 
-    def launch(self, grid: int, stream: int, **arguments: float) -> None:
-        """Run the kernel to its end."""
-        self.run(grid, self.spec.arguments.pack(arguments))
-
     def run(self, grid: int, given: bytes) -> None:
         """Run the kernel to its end, with its parameter struct."""
         spec = self.spec

@@ -1,0 +1,69 @@
+"""The plans of cosine attention's normalisation and of its gradient: a launch each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from jitattn.plan import arguments
+from jitattn.plan.step import Place, Plan, Step
+
+if TYPE_CHECKING:
+    from jitattn.kernels.norm import NormGradSpec, NormSpec
+    from jitattn.request.problem import Strides
+
+
+class Side(NamedTuple):
+    """Sizes and strides of q or of k as the kernels see it."""
+
+    rows: int
+    heads: int  #: faster than rows: those of a [B, H, L, D] tensor are its rows
+    strides: Strides
+    num_slices: int
+
+
+def normalize(
+    spec: NormSpec, of_q: Side, of_k: Side, *, heads_first: bool, has_scale: bool
+) -> Plan:
+    """Return the plan that scales q and k to length 1, by groups of columns."""
+    num_slices = of_q.num_slices + of_k.num_slices
+    if not num_slices:
+        return Plan((), {})
+    numbers: dict[str, float] = {
+        **arguments.strides("q", of_q.strides),
+        **arguments.strides("k", of_k.strides),
+        "num_slices_q": of_q.num_slices,
+        "num_slices_k": of_k.num_slices,
+        "len_q": of_q.rows,
+        "len_k": of_k.rows,
+        "heads_q": of_q.heads,
+        "heads_k": of_k.heads,
+        "scale_stride_row": heads_first,
+        "scale_stride_head": not heads_first,
+    }
+    places = {name: Place(name) for name in ("q", "k", "q_out", "k_out")}
+    scale = Place("head_scale") if has_scale else None
+    arguments.add_optional({"head_scale": scale}, numbers, places)
+    num_ctas = -(-num_slices * spec.lanes // spec.num_threads)
+    return Plan((Step(spec, num_ctas, numbers, places),), {})
+
+
+def normalize_gradient(
+    spec: NormGradSpec, side: Side, *, heads_first: bool, has_scale: bool, has_d_scale: bool
+) -> Plan:
+    """Return the plan of the gradient of q or of k, and of what q adds to that of head_scale."""
+    numbers: dict[str, float] = {
+        **arguments.strides("x", side.strides),
+        "num_slices": side.num_slices,
+        "len": side.rows,
+        "heads": side.heads,
+        "scale_stride_row": heads_first,
+        "scale_stride_head": not heads_first,
+    }
+    places = {name: Place(name) for name in ("x", "d_y", "dx")}
+    optional = {
+        "head_scale": Place("head_scale") if has_scale else None,
+        "d_scale": Place("d_scale") if has_d_scale else None,
+    }
+    arguments.add_optional(optional, numbers, places)
+    num_ctas = -(-side.num_slices * spec.lanes // spec.num_threads)
+    return Plan((Step(spec, num_ctas, numbers, places),), {})
