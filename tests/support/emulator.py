@@ -211,17 +211,23 @@ def _emulator_checksum() -> str:
 
 @functools.cache
 def prelude(watched: bool) -> Path:
-    """Compile what all kernels have in common: cuda.h as a precompiled header, and watch.cpp."""
+    """Compile what all kernels share: cuda.h as a precompiled header, and objects to link with."""
 
     def make(folder: Path) -> None:
-        flags = (*LIBRARY_FLAGS, *(WATCH_FLAGS if watched else ()), f"-I{HERE}")
-        header = str(HERE / "cuda.h")
-        _run("g++", *flags, "-x", "c++-header", header, "-o", str(folder / "cuda.h.gch"))
-        if watched:  # without the calls to itself
-            flags = (*LIBRARY_FLAGS, "-DWATCHED", f"-I{HERE}")
-            _run("g++", *flags, "-c", str(HERE / "watch.cpp"), "-o", str(folder / "watch.o"))
+        watch = WATCH_FLAGS if watched else ()
+        header = (*LIBRARY_FLAGS, *watch, "-x", "c++-header", str(HERE / "cuda.h"))
+        _run("g++", *header, "-o", str(folder / "cuda.h.gch"))
+        # The accesses of these themselves are not watched.
+        own = (*LIBRARY_FLAGS, f"-I{HERE}", *(("-DWATCHED",) if watched else ()))
+        for name in _objects(watched):
+            source = str((HERE / name).with_suffix(".cpp"))
+            _run("g++", *own, "-c", source, "-o", str(folder / name))
 
     return _made_once("watched" if watched else "plain", _emulator_checksum(), make)
+
+
+def _objects(watched: bool) -> list[str]:
+    return ["threads.o", "watch.o"] if watched else ["threads.o"]
 
 
 @functools.cache
@@ -282,13 +288,14 @@ def build(
     flags = [*LIBRARY_FLAGS, *(f"-I{folder}" for folder in (shared, HERE, *headers))]
     defined = [f'-DENTRY="{entry}"', f"-DKERNEL={kernel}"]
     main = str(HERE / "main.cpp")
+    objects = [str(shared / name) for name in _objects(watched)]
     if not watched:
-        _run("g++", *flags, *defined, "-shared", main, "-o", str(library))
+        _run("g++", *flags, *defined, "-shared", main, *objects, "-o", str(library))
         return
     # The calls that the compiler makes go to watch.cpp and not to its own library.
     part = str(library.with_suffix(".o"))
     _run("g++", *flags, *WATCH_FLAGS, *defined, "-c", main, "-o", part)
-    _run("g++", "-shared", part, str(shared / "watch.o"), "-o", str(library))
+    _run("g++", "-shared", part, *objects, "-o", str(library))
 
 
 def _run(*command: str) -> None:
