@@ -24,6 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--watch", action="store_true", help="with --emulate: look at every access to memory, too"
     )
     parser.addoption(
+        "--matrix-cache", help="keep the kernels of the short compile matrices in this cache"
+    )
+    parser.addoption(
         "--names-table", help="write the table of the five systems' names and their tests there"
     )
 

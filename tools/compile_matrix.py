@@ -3,12 +3,14 @@
 ``python tools/compile_matrix.py`` compiles it and fails on an error or an unlisted spill;
 `resource_report.py` prints its figures and tests/cpu/test_compile_matrix.py tests it. Figures of
 kernels that have not changed since come from tests/data/kernel_figures.json, by their cache keys,
-which are made anew from the sources; ``--rebuild`` compiles all, ``--update`` writes the file.
+which are made anew from the sources; ``--verify N`` compiles one of N of these all the same and
+compares, ``--rebuild`` compiles all, ``--update`` writes the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import multiprocessing
 import os
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -26,12 +28,13 @@ import _figures
 from _table import say
 
 from jitattn.jit import compilers
+from jitattn.jit.pool import num_processors
 from jitattn.plan.choices import preset, specs_of
 from jitattn.spec.enums import MatrixSize
 from jitattn.spec.kernel_spec import KernelSpec, families
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 BUDGET_FILE: Final = REPOSITORY / "tests" / "data" / "resource_budget.json"
@@ -154,6 +157,27 @@ def kept(specs: Sequence[KernelSpec]) -> dict[KernelSpec, Figures]:
     return found
 
 
+def sample(known: Mapping[KernelSpec, Figures], one_of: int, part: int) -> list[KernelSpec]:
+    """Return about one of `one_of` kernels by their keys; each `part` of as many is another."""
+    return [
+        spec
+        for spec, figures in known.items()
+        if int(figures.key[:8], 16) % one_of == part % one_of
+    ]
+
+
+def verified(built: Figures, before: Figures) -> Figures:
+    """Return what was built, with an error if its figures are not those that were kept."""
+    differences = [
+        f"{name} {getattr(built, name)}, kept as {getattr(before, name)}"
+        for name in _figures.FIELDS
+        if name != "compile_ms" and getattr(built, name) != getattr(before, name)
+    ]
+    if built.error or not differences:
+        return built
+    return replace(built, error=f"kept figures are wrong: {', '.join(differences)}")
+
+
 def update(figures: Sequence[Figures]) -> None:
     """Write the figures of whole matrices to the file, by the keys that they were made under.
 
@@ -182,7 +206,7 @@ def build_all(
     on_done: Callable[[Figures], None] | None = None,
 ) -> list[Figures]:
     """Build kernels in `jobs` processes, and return their figures in the order of `specs`."""
-    jobs = min(jobs or os.cpu_count() or 1, max(len(specs), 1))
+    jobs = min(jobs or num_processors(), max(len(specs), 1))
     results: dict[int, Figures] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
@@ -238,6 +262,14 @@ def parse_arches(text: str) -> tuple[str, ...]:
     return tuple(f"sm_{part.strip().removeprefix('sm_')}" for part in text.split(","))
 
 
+def parse_verify(text: str) -> tuple[int, int]:
+    """'50:13' → (50, 13); '50' → (50, number of the day), so that days take turns."""
+    one_of, colon, part = text.partition(":")
+    if int(one_of) < 1:
+        raise ValueError(f"{text}: one of {one_of}")
+    return int(one_of), int(part) if colon else datetime.date.today().toordinal()
+
+
 def collect(
     arches: Sequence[str],
     *,
@@ -246,6 +278,7 @@ def collect(
     jobs: int | None,
     quiet: bool,
     rebuild: bool = False,
+    verify: tuple[int, int] | None = None,
 ) -> list[Figures]:
     """Build the matrices of some architectures, in the user's cache or a fresh temporary one.
 
@@ -253,8 +286,11 @@ def collect(
     ----------
     rebuild : bool
         Build kernels whose figures are kept, too.
+    verify : tuple of int, optional
+        Build one of so many of these, too, and compare; the second number is which (`sample`).
     """
     specs = [spec for arch in arches for spec in matrix(arch, full=full, short=short)]
+    missing: list[KernelSpec] = []
     count = 0
 
     def progress(figures: Figures) -> None:
@@ -262,7 +298,7 @@ def collect(
         count += 1
         if not quiet:
             state = figures.error.partition("\n")[0] or f"{figures.compile_ms:.0f} ms"
-            say(f"[{count}/{len(specs)}] {figures.name}: {state}")
+            say(f"[{count}/{len(missing)}] {figures.name}: {state}")
 
     with tempfile.TemporaryDirectory(prefix="jitattn-matrix-") as folder:
         # The budget is of the newest compiler that is installed, whatever this driver could load.
@@ -272,8 +308,17 @@ def collect(
         os.environ.update(added)
         try:
             known = {} if rebuild else kept(specs)
-            missing = [spec for spec in specs if spec not in known]
+            again = (
+                {} if verify is None else {one: known.pop(one) for one in sample(known, *verify)}
+            )
+            missing += [spec for spec in specs if spec not in known]
+            which = f" ({len(again)} to verify, part {verify[1] % verify[0]})" if verify else ""
+            print(
+                f"{len(specs)} kernels, {len(missing)} to compile{which} by {compilers.chosen()}",
+                file=sys.stderr,
+            )
             built = dict(zip(missing, build_all(missing, jobs=jobs, on_done=progress), strict=True))
+            built |= {spec: verified(built[spec], before) for spec, before in again.items()}
             return [known[spec] if spec in known else built[spec] for spec in specs]
         finally:
             for name in added:
@@ -289,6 +334,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-j", "--jobs", type=int, default=None)
     parser.add_argument("--json", action="store_true", help="figures on stdout, nothing else")
     parser.add_argument("--rebuild", action="store_true", help="compile what has not changed, too")
+    parser.add_argument(
+        "--verify",
+        metavar="N[:PART]",
+        type=parse_verify,
+        default=None,
+        help="compile one of N that have not changed, another each day (or PART), and compare",
+    )
     parser.add_argument("--update", action="store_true", help="keep the figures of all matrices")
     arguments = parser.parse_args(argv)
     everything = ",".join(TUNED + UNTUNED)
@@ -303,6 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         jobs=arguments.jobs,
         quiet=arguments.json,
         rebuild=arguments.rebuild,
+        verify=arguments.verify,
     )
     seconds = time.perf_counter() - start
     bad = problems(figures, load_budget())
@@ -312,10 +365,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         built = [row for row in figures if row.origin == "compiled"]
         compiled = sum(row.compile_ms for row in built) / 1e3
         say(
-            f"{len(figures)} kernels, {len(built)} compiled by NVRTC {max(compilers.installed())} "
-            f"({compiled:.1f} s in the compiler), {seconds:.1f} s in all"
+            f"{len(figures)} kernels, {len(built)} compiled ({compiled:.1f} s in the compiler), "
+            f"{seconds:.1f} s in all"
         )
-    if arguments.update and not bad:
+    if arguments.update and bad:
+        print(f"{_figures.FIGURES_FILE.name} is left as it was", file=sys.stderr)
+    elif arguments.update:
         update(figures)
     for line in bad:
         print(line, file=sys.stderr)

@@ -12,7 +12,15 @@ import torch
 
 import jitattn
 from tests.support.compare import rel_l2
-from tests.support.emulator import HERE, build, emulated, missing
+from tests.support.emulator import (
+    HERE,
+    LIBRARY_FLAGS,
+    WATCH_FLAGS,
+    build,
+    emulated,
+    missing,
+    prelude,
+)
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "nothing is missing")
 
@@ -121,6 +129,20 @@ def test_what_a_gpu_would_not_do_ends_the_process(message: str, tmp_path: Path) 
     done = run(build_it(WRONG[message], tmp_path), 1)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_kernels_use_the_precompiled_header(watched: bool, tmp_path: Path) -> None:
+    (tmp_path / "it.cu").write_text(HEAD + "\n}\n")
+    flags = [*LIBRARY_FLAGS, *(WATCH_FLAGS if watched else ()), "-H", "-fsyntax-only"]
+    folders = (prelude(watched), HERE, tmp_path, HERE.parents[1] / "cuda_src")
+    done = subprocess.run(
+        ["g++", *flags, *(f"-I{folder}" for folder in folders), '-DENTRY="it.cu"',
+         "-DKERNEL=jitattn_it", str(HERE / "main.cpp")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    # "!" marks one that is used; one that the compiler cannot use is passed over silently.
+    assert f"! {prelude(watched)}/cuda.h.gch" in done.stderr.splitlines()
 
 
 def test_a_copy_that_is_not_waited_for_has_not_come(tmp_path: Path) -> None:

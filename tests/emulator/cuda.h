@@ -1,5 +1,8 @@
-// CUDA's words and functions, as far as the templates use them, for a C++ compiler.
+// CUDA's words and functions, as far as the templates use them, for a C++ compiler. Precompiled:
+// most of the time that a small kernel takes is that of the headers here.
 #pragma once
+
+#include <immintrin.h>
 
 #include <algorithm>
 #include <bit>

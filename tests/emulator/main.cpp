@@ -1,7 +1,6 @@
 // One kernel: jitattn_spec.h and ENTRY say which. Made with g++ by tests/support/emulator.py.
-#include <immintrin.h>
+#include <cuda.h>  // in these brackets, so that the precompiled one is found
 
-#include "cuda.h"
 #include ENTRY
 
 namespace {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <setjmp.h>
-#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -106,22 +105,13 @@ struct Cta {
   const void* params = nullptr;
 };
 
-inline Cta cta;
+extern Cta cta;
 
 inline Thread& self() { return cta.threads[cta.current]; }
 inline Warp& own_warp() { return cta.warps[cta.current / kWarpSize]; }
 
-inline void wait_at(Barrier& barrier) {
-  const AtWork at_work;
-  Thread& thread = self();
-  if (++barrier.arrived == barrier.expected) {
-    barrier.open();
-    return;
-  }
-  thread.waits_for = &barrier;
-  thread.generation = barrier.generation;
-  if (_setjmp(thread.state) == 0) _longjmp(cta.scheduler, 1);
-}
+// Returns once all threads that the barrier expects have arrived.
+void wait_at(Barrier& barrier);
 
 // All lanes show `mine`; returns what they show, valid until the exchange after the next.
 template <class T>
@@ -146,18 +136,6 @@ T shown(const Slot* slots, int lane) {
   return value;
 }
 
-// Orders what the CTA does, or, where a warp alone waits, what that does.
-inline void synchronize_cta() {
-  wait_at(cta.barrier);
-  const AtWork at_work;
-  ++self().cta_syncs;
-}
-inline void synchronize_warp() {
-  const AtWork at_work;
-  wait_at(own_warp().barrier);
-  ++self().warp_syncs;
-}
-
 // What the accesses of a thread are. Atomics do not race with each other.
 enum class Access { kRead, kWrite, kAtomic };
 
@@ -168,90 +146,18 @@ void watch(const void* address, int bytes, Access access);
 inline void watch(const void*, int, Access) {}
 #endif
 
-inline void carry_out(std::vector<Copy>& copies) {
-  const AtWork at_work;
-  for (const Copy& copy : copies) {
-    watch(copy.to, 16, Access::kWrite);
-    std::memset(copy.to, 0, 16);
-    if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
-  }
-  copies.clear();
-}
+// Orders what the CTA does, or, where a warp alone waits, what that does.
+void synchronize_cta();
+void synchronize_warp();
 
-inline void commit() {
-  const AtWork at_work;
-  Thread& thread = self();
-  thread.groups.push_back(std::move(thread.copies));
-  thread.copies.clear();
-}
+// cp.async, its commit, and its wait until at most so many groups are pending.
+void start_copy(const Copy& copy);
+void commit();
+void wait_for_copies(size_t pending);
 
-inline void wait_for_copies(size_t pending) {
-  const AtWork at_work;
-  auto& groups = self().groups;
-  while (groups.size() > pending) {
-    carry_out(groups.front());
-    groups.erase(groups.begin());
-  }
-}
-
-inline void begin() {
-  cta.body(cta.params);
-  const AtWork at_work;
-  self().has_ended = true;
-  own_warp().barrier.leave();
-  cta.barrier.leave();
-  _longjmp(cta.scheduler, 1);
-}
-
-inline bool can_run(const Thread& thread) {
-  return !thread.has_ended &&
-         (thread.waits_for == nullptr || thread.waits_for->generation != thread.generation);
-}
-
-inline void resume(int idx) {
-  Thread& thread = cta.threads[idx];
-  cta.current = idx;
-  thread.waits_for = nullptr;
-  if (_setjmp(cta.scheduler) != 0) return;
-  if (thread.has_begun) _longjmp(thread.state, 1);
-  thread.has_begun = true;
-  getcontext(&thread.first);
-  thread.first.uc_stack.ss_sp = cta.stacks[idx];
-  thread.first.uc_stack.ss_size = kStackBytes;
-  thread.first.uc_link = nullptr;
-  makecontext(&thread.first, begin, 0);
-  setcontext(&thread.first);
-}
-
-inline void run_cta(int num_threads) {
-  ++cta.runs;
-  while (static_cast<int>(cta.stacks.size()) < num_threads) {
-    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (stack == MAP_FAILED) fail("no memory for stacks");
-    cta.stacks.push_back(static_cast<unsigned char*>(stack));
-  }
-  cta.threads.assign(num_threads, Thread{});
-  cta.warps.assign((num_threads + kWarpSize - 1) / kWarpSize, Warp{});
-  cta.barrier = {num_threads, 0, 0};
-  for (int i = 0; i < num_threads; ++i) ++cta.warps[i / kWarpSize].barrier.expected;
-  for (int left = num_threads; left > 0;) {
-    bool has_run = false;
-    for (int i = 0; i < num_threads; ++i) {
-      const int idx = cta.options.last_to_first ? num_threads - 1 - i : i;
-      if (!can_run(cta.threads[idx])) continue;
-      has_run = true;
-      resume(idx);
-      if (cta.threads[idx].has_ended) --left;
-    }
-    if (!has_run) fail("all threads wait, and nothing will wake them");
-  }
-}
-
+// Run the current CTA to its end.
+void run_cta(int num_threads);
 // Hundreds of kernels are loaded in a run of the tests, each with its own.
-inline void release_stacks() {
-  for (unsigned char* stack : cta.stacks) munmap(stack, kStackBytes);
-  cta.stacks.clear();
-}
+void release_stacks();
 
 }  // namespace emulator

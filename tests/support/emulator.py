@@ -24,7 +24,7 @@ import subprocess
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -32,6 +32,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
@@ -173,6 +174,63 @@ class EmulatedLaunch:
         self.kernel.run(self.grid, bytes(given))
 
 
+def _made_once(name: str, checksum: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder of the user's that the first process to ask for it makes.
+
+    Folders of that name which nobody has asked for since a day are deleted.
+    """
+    parent = Path(tempfile.gettempdir()) / f"jitattn-emulator-{os.getuid()}"
+    parent.mkdir(mode=0o700, exist_ok=True)
+    if parent.lstat().st_uid != os.getuid():  # what lies there is loaded as code
+        raise RuntimeError(f"{parent} belongs to someone else")
+    folder = parent / f"{name}-{checksum[:16]}"
+    with FileLock(parent / "lock"):
+        if folder.exists():
+            os.utime(folder)
+            return folder
+        for old in parent.glob(f"{name}-*"):
+            if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
+        new = Path(tempfile.mkdtemp(dir=parent))
+        try:
+            make(new)
+            new.rename(folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def _emulator_checksum() -> str:
+    """Return the checksum of the emulator's own files and of how they are compiled."""
+    compiler = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
+    checksum = hashlib.sha256(f"{compiler!r} {LIBRARY_FLAGS} {WATCH_FLAGS}".encode())
+    for path in sorted(path for path in HERE.rglob("*") if path.is_file()):
+        checksum.update(path.read_bytes())
+    return checksum.hexdigest()
+
+
+@functools.cache
+def prelude(watched: bool) -> Path:
+    """Compile what all kernels share: cuda.h as a precompiled header, and objects to link with."""
+
+    def make(folder: Path) -> None:
+        watch = WATCH_FLAGS if watched else ()
+        header = (*LIBRARY_FLAGS, *watch, "-x", "c++-header", str(HERE / "cuda.h"))
+        _run("g++", *header, "-o", str(folder / "cuda.h.gch"))
+        # The accesses of these themselves are not watched.
+        own = (*LIBRARY_FLAGS, f"-I{HERE}", *(("-DWATCHED",) if watched else ()))
+        for name in _objects(watched):
+            source = str((HERE / name).with_suffix(".cpp"))
+            _run("g++", *own, "-c", source, "-o", str(folder / name))
+
+    return _made_once("watched" if watched else "plain", _emulator_checksum(), make)
+
+
+def _objects(watched: bool) -> list[str]:
+    return ["threads.o", "watch.o"] if watched else ["threads.o"]
+
+
 @functools.cache
 def _sources(family: str) -> Path:
     """Write the templates of a family as C++; return the folder, which its kernels are kept in too.
@@ -180,51 +238,38 @@ def _sources(family: str) -> Path:
     It is of these very sources, and of the user, whose later runs and other processes find it.
     """
     found = sources.closure(family)
-    checksum = hashlib.sha256(f"{found.digest} {LIBRARY_FLAGS} {WATCH_FLAGS}".encode())
-    for path in sorted(path for path in HERE.rglob("*") if path.is_file()):
-        checksum.update(path.read_bytes())
-    parent = Path(tempfile.gettempdir()) / f"jitattn-emulator-{os.getuid()}"
-    folder = parent / f"{family}-{checksum.hexdigest()[:16]}"
-    parent.mkdir(mode=0o700, exist_ok=True)
-    if parent.lstat().st_uid != os.getuid():  # what lies there is loaded as code
-        raise RuntimeError(f"{parent} belongs to someone else")
-    if folder.exists():
-        return folder
-    for old in parent.glob(f"{family}-*"):
-        if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
-            shutil.rmtree(old, ignore_errors=True)
-    new = Path(tempfile.mkdtemp(dir=parent))
-    for name, text in ((f"entry/{family}.cu", found.entry), *found.headers.items()):
-        if name.startswith("jitattn/ptx/"):
-            continue
-        path = new / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = text.replace("extern __shared__", "extern")
-        path.write_text(_SHARED_ARRAY.sub(_AS_STATIC, text))
-    try:
-        new.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(new)
-    return folder
+
+    def make(folder: Path) -> None:
+        for name, text in ((f"entry/{family}.cu", found.entry), *found.headers.items()):
+            if name.startswith("jitattn/ptx/"):
+                continue
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = text.replace("extern __shared__", "extern")
+            path.write_text(_SHARED_ARRAY.sub(_AS_STATIC, text))
+
+    checksum = hashlib.sha256(f"{found.digest} {_emulator_checksum()}".encode())
+    return _made_once(family, checksum.hexdigest(), make)
 
 
 @functools.cache
 def _library(spec: KernelSpec, watched: bool) -> Any:
-    """Compile a kernel, which takes some seconds, or find it."""
+    """Compile a kernel, which takes about a second, or find it."""
     folder = _sources(spec.family)
     name = hashlib.sha256(spec.to_key().encode()).hexdigest()[:24]
     library = folder / f"{name}{'-watched' if watched else ''}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as own:
-            (Path(own) / HEADER_NAME).write_text(render(spec))
-            build(
-                f"entry/{spec.family}.cu",
-                entry_symbol(spec),
-                (Path(own), folder),
-                Path(own, "kernel.so"),
-                watched=watched,
-            )
-            Path(own, "kernel.so").replace(library)
+    with FileLock(library.with_suffix(".lock")):  # of the processes of a run, one compiles it
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as own:
+                (Path(own) / HEADER_NAME).write_text(render(spec))
+                build(
+                    f"entry/{spec.family}.cu",
+                    entry_symbol(spec),
+                    (Path(own), folder),
+                    Path(own, "kernel.so"),
+                    watched=watched,
+                )
+                Path(own, "kernel.so").replace(library)
     found = ctypes.CDLL(str(library))
     found.emulate.argtypes = [
         ctypes.c_char_p, ctypes.c_uint, ctypes.c_int, ctypes.c_int, ctypes.c_void_p
@@ -240,17 +285,18 @@ def build(
     entry: str, kernel: str, headers: tuple[Path, ...], library: Path, *, watched: bool
 ) -> None:
     """Compile a kernel as C++; its header paths come behind the emulator's own."""
-    flags = [*LIBRARY_FLAGS, f"-I{HERE}", *(f"-I{folder}" for folder in headers)]
+    shared = prelude(watched)
+    flags = [*LIBRARY_FLAGS, *(f"-I{folder}" for folder in (shared, HERE, *headers))]
     defined = [f'-DENTRY="{entry}"', f"-DKERNEL={kernel}"]
+    main = str(HERE / "main.cpp")
+    objects = [str(shared / name) for name in _objects(watched)]
     if not watched:
-        _run("g++", *flags, *defined, "-shared", str(HERE / "main.cpp"), "-o", str(library))
+        _run("g++", *flags, *defined, "-shared", main, *objects, "-o", str(library))
         return
     # The calls that the compiler makes go to watch.cpp and not to its own library.
-    parts = [library.with_suffix(".main.o"), library.with_suffix(".watch.o")]
-    main, watch = (str(HERE / name) for name in ("main.cpp", "watch.cpp"))
-    _run("g++", *flags, *WATCH_FLAGS, *defined, "-c", main, "-o", str(parts[0]))
-    _run("g++", *flags, "-DWATCHED", "-c", watch, "-o", str(parts[1]))
-    _run("g++", "-shared", *map(str, parts), "-o", str(library))
+    part = str(library.with_suffix(".o"))
+    _run("g++", *flags, *WATCH_FLAGS, *defined, "-c", main, "-o", part)
+    _run("g++", "-shared", part, *objects, "-o", str(library))
 
 
 def _run(*command: str) -> None:

@@ -11,10 +11,8 @@ inline void cp_async_16B_zfill(uint32_t dst_addr, const void* src, uint32_t src_
   const emulator::AtWork at_work;
   // All 16 bytes count as read, however few of them are asked for, as to a GPU's checker.
   if (src_bytes > 0) emulator::watch(src, 16, emulator::Access::kRead);
-  auto& copies = emulator::self().copies;
-  copies.push_back({emulator::at_shared(dst_addr, 16), static_cast<const unsigned char*>(src),
-                    static_cast<int>(src_bytes)});
-  if (!emulator::cta.options.late_copies) emulator::carry_out(copies);
+  emulator::start_copy({emulator::at_shared(dst_addr, 16), static_cast<const unsigned char*>(src),
+                        static_cast<int>(src_bytes)});
 }
 
 inline void cp_async_16B(uint32_t dst_addr, const void* src) {
