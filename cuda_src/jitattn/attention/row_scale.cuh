@@ -3,7 +3,6 @@
 #pragma once
 
 #include "jitattn/attention/sequence.cuh"
-#include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
 #include "jitattn_spec.h"
 
@@ -38,17 +37,17 @@ struct RowScale<Spec, kRowTiles, true> {
   __device__ explicit RowScale(const FwdParamsOf<Spec>&)
       : coarse_keys(0.f), offset(kOffset), of_keys(1.f), of_values(1.f) {}
 
-  // g_scale: of the first query of the sequence, and the first head of the tile.
-  template <class Rows>
+  // Of a warp's rows (tile/warp_rows.cuh). g_scale: of the first query of the sequence, and the
+  // first head of the tile.
+  template <class Rows, class WarpRows>
   __device__ void load_rows(const FwdParamsOf<Spec>& params, const Rows& rows, const float* g_scale,
-                            int first_row, int lane_idx) {
+                            const WarpRows& warp_rows) {
     float most = 0.f;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row =
-            min_of(first_row + m * 16 + accumulator_row(lane_idx, half), rows.num_rows - 1);
+        const int row = min_of(warp_rows(m, half), rows.num_rows - 1);
         const int position = rows.position(row);
         const int64_t head = rows.head(row, position);
         const float of_q = __ldg(g_scale + head * params.q_scale_stride_head + position);

@@ -24,8 +24,8 @@
 //             and O_i, for two barriers a step and half the shared memory.
 //
 // Sequences   Batched, ragged, or keys in pages (sequence.cuh, gathered_rows.cuh). Splits of a
-// tile's
-//             keys are merged, in their order, by the CTA that finishes last (epilogue.cuh).
+//             tile's keys are merged, in their order, by the CTA that finishes last
+//             (split_merge.cuh).
 //
 // Sums        The output is summed in fp32, or in fp16, of 2048 keys at a time
 //             (tile/parked_sums.cuh).
@@ -123,7 +123,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
 
   // ---- Register tiles
   typename Traits::OutputTile r_o[Traits::kRowTiles][Traits::kColumnTiles] = {};  // [rows, kDimV]
-  OnlineSoftmax<Traits::kRowTiles, Mma::kMaxSlack, Mma::kLift> softmax;
+  typename Traits::Softmax softmax;
   if constexpr (Spec::kFixedShift == Switch::kOn) softmax.fix_max(params.neg_shift);
   const typename Traits::Parked parked(s_q_addr + Traits::kOffsetParked, threadIdx.x, range.begin,
                                        range.end);
@@ -154,7 +154,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
       const int first_row = tile.q_tile_idx * Spec::kBlockQ;
       auto load = [&](auto staged, uint32_t s_addr, const auto* g_matrix, int64_t head_stride,
                       int64_t row_stride) {
-        decltype(staged)::load(
+        decltype(staged)::template load<typename Traits::Threads>(
             s_addr, len_kv(),
             [&](int row) {
               const int own = min_of(first_row + row, rows.num_rows - 1);
@@ -258,10 +258,11 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
 
   if constexpr (kIsScaled<Spec>) {
     if (kIsUniform<Spec> || ordinal >= range.begin) {  // else the tile may have no row
-      scale.load_rows(params, rows,
-                      params.q_scale + batch_idx * params.q_scale_stride_batch +
-                          tile.head_idx * params.q_scale_stride_head + sequence.q_start,
-                      tile.q_tile_idx * Spec::kBlockQ + warp_first_row, lane_idx);
+      scale.load_rows(
+          params, rows,
+          params.q_scale + batch_idx * params.q_scale_stride_batch +
+              tile.head_idx * params.q_scale_stride_head + sequence.q_start,
+          typename Traits::Rows{tile.q_tile_idx * Spec::kBlockQ + warp_first_row, lane_idx});
     }
   }
 
@@ -302,15 +303,15 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     }
     if (!kIsScaled<Spec> && params.negate_q) {
       ptx::cp_async_wait<0>();
-      copy_q.negate(
-          s_q_addr);  // each thread its own chunks; the loop's first barrier publishes them
+      copy_q.negate(s_q_addr);  // own chunks; the loop's first barrier publishes them
     }
   }
 
   // What this warp's first and last rows see. Derived anew where needed, to save registers.
-  const int warp_row = tile.q_tile_idx * Spec::kBlockQ + warp_first_row;
-  auto first_position = [&] { return rows.position(warp_row); };
-  auto last_position = [&] { return rows.position(warp_row + Traits::kWarpRows - 1); };
+  const typename Traits::Rows warp_rows = {tile.q_tile_idx * Spec::kBlockQ + warp_first_row,
+                                           lane_idx};
+  auto first_position = [&] { return rows.position(warp_rows.first); };
+  auto last_position = [&] { return rows.position(warp_rows.template last<Traits::kRowTiles>()); };
   auto first_sees = [&] { return visible_keys<Spec>(params, sequence, first_position()); };
   auto last_sees = [&] { return visible_keys<Spec>(params, sequence, last_position()); };
   // Whether any row sees any key of a block.
@@ -340,8 +341,8 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
                  warp_first_row * kPitch +
                  warp_first_key * static_cast<int>(sizeof(typename Traits::Bias::type));
       }
-      add_to_scores<Spec>(r_s, params, sequence, rows, tile.batch_idx, tile.head_idx, warp_row,
-                          columns_of(block), s_bias, lane_idx);
+      add_to_scores<Spec>(r_s, params, sequence, rows, tile.batch_idx, tile.head_idx, warp_rows,
+                          columns_of(block), s_bias);
     }
   };
   auto hide_scores = [&](Scores& r_s, int block) {
@@ -349,12 +350,12 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
       const uint32_t s_listed = columns_of(block).s_listed;
       if (!sees_all_listed<Spec, Traits::kKeyTiles>(params, sequence, range.head, s_listed,
                                                     first_position(), last_position())) {
-        mask_listed<Spec>(r_s, params, sequence, rows, range.head, s_listed, warp_row, lane_idx);
+        mask_listed<Spec>(r_s, params, sequence, rows, range.head, s_listed, warp_rows);
       }
     }
     if constexpr (!kHasLists<Spec>) {
-      mask_scores<Spec>(r_s, params, sequence, rows, tile.head_idx, warp_row,
-                        block * kBlockKv + warp_first_key, lane_idx);
+      mask_scores<Spec>(r_s, params, sequence, rows, tile.head_idx, warp_rows,
+                        block * kBlockKv + warp_first_key);
     }
   };
 
@@ -405,10 +406,9 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
         change_scores(r_s, block, stage);
       }
       if constexpr (Traits::kStagesDense) {
-        hide_staged<Spec>(r_s,
+        hide_staged<Spec>(r_s, warp_rows,
                           s_q_addr + Traits::kOffsetDense + stage * Traits::kBytesDense +
-                              warp_first_row * Traits::StagedDense::kPitch + warp_first_key,
-                          lane_idx);
+                              warp_first_row * Traits::StagedDense::kPitch + warp_first_key);
       }
     }
     if constexpr (kStages == 1) {
@@ -423,8 +423,8 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
       if constexpr (Spec::kFixedShift == Switch::kOff) softmax.update_max(r_s, r_o, scale);
       Kept kept;
       if constexpr (Spec::kDropout == Switch::kOn) {
-        kept.draw(params, sequence, rows, tile.batch_idx, tile.head_idx, warp_row,
-                  columns_of(block), lane_idx);
+        kept.draw(params, sequence, rows, tile.batch_idx, tile.head_idx, warp_rows,
+                  columns_of(block));
       }
       exp_and_mma_o(r_s, stage, kept);
     }
@@ -480,7 +480,8 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     ptx::barrier_sync<Traits::kNumThreads>();  // the plan was written by one thread
     plan = *reinterpret_cast<const CtaPlan*>(s_storage + Traits::kOffsetPlan);
   }
-  const FwdEpilogue<Spec> epilogue(params, plan, ptx::thread_idx(), ptx::shared_addr(s_storage));
+  const FwdEpilogue<Spec, Traits> epilogue(params, plan, ptx::thread_idx(),
+                                           ptx::shared_addr(s_storage));
   if constexpr (Traits::kParksSums) {
     WideTile r_sum[Traits::kRowTiles][Traits::kColumnTiles];
     parked.collect(r_sum, r_o, softmax.neg_max);
