@@ -158,12 +158,10 @@ CUDA_FOLDERS = {
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 80
 LONG_FILES = {
     "jitattn/bwd/sm80/kernel.cuh": 499,
-    "jitattn/fwd/sm80/kernel.cuh": 494,
 }
 LONG_FUNCTIONS = {
     ("jitattn/bwd/sm80/kernel.cuh", "attn_bwd"): 499,
     ("jitattn/bwd/sm80/scores.cuh", "attn_bwd_scores"): 280,
-    ("jitattn/fwd/sm80/kernel.cuh", "attn_fwd"): 433,
     ("jitattn/prepare/channel_stats.cuh", "channel_stats"): 153,
     ("jitattn/prepare/quantize.cuh", "quantize"): 115,
     ("jitattn/prepare/split_halves.cuh", "split_halves"): 97,

@@ -59,6 +59,13 @@ struct MmaOf<Numerics::kTf32, kDtype> {
   using type = MmaTf32<1>;
 };
 
+// The part of a score tile that a warp has.
+struct WarpPart {
+  int lane_idx;
+  int first_row;
+  int first_key;
+};
+
 template <class Spec>
 struct FwdTraits {
   static_assert(!kGathersKeys<Spec>, "the forward kernel takes lists");
@@ -95,9 +102,12 @@ struct FwdTraits {
   static_assert(kWarpKeys % 16 == 0 && kWarpKeys * Spec::kWarpsKv == Spec::kBlockKv,
                 "a warp owns a multiple of 16 keys");
 
+  using Scores = float[kRowTiles][kKeyTiles][4];  // [kWarpRows, kWarpKeys]
+
   // Sums of the output, and those that are parked.
   static constexpr bool kParksSums = Spec::kNumerics == Numerics::kInt8F16;
   using OutputTile = typename Conditional<kParksSums, NarrowTile, WideTile>::type;
+  using Output = OutputTile[kRowTiles][kColumnTiles];  // [kWarpRows, kDimV]
   using Parked =
       typename Conditional<kParksSums,
                            ParkedSums<kRowTiles, kColumnTiles, Spec::kBlockKv, kNumThreads>,
