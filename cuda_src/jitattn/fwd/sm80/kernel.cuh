@@ -137,7 +137,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   if (!kIsUniform<Spec> && tile.batch_idx < 0) return;
   const CtaWork<Spec> work(params, tile);
   const KvBlockRange& range = work.range;
-  const Operands<Spec> operands(work);
+  const OperandOffsets offsets = OperandOffsets::of<Spec>(work);
 
   // ---- Shared storage
   extern __shared__ __align__(128) unsigned char s_storage[];
@@ -159,7 +159,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   RowScale<Spec, Traits::kRowTiles> scale(params);
   int ordinal = range.end - 1;  // of the step
   const GatheredRows<Spec> gathered(params, work.sequence, tile.batch_idx, s_addr);
-  TileLoader<Spec> loader(work, operands, copies, gathered, s_addr);
+  TileLoader<Spec> loader(work, offsets, copies, gathered, s_addr);
   const WarpScores<Spec> scores(work, gathered, s_addr, part);
 
   // ---- Prologue. Without a block, the tile may have no row.

@@ -13,29 +13,23 @@
 
 namespace jitattn {
 
-// Where Q, K and V of this (batch, head) begin.
-template <class Spec>
-struct Operands {
-  using Traits = FwdTraits<Spec>;
+// Where Q, K and V of this (batch, head) begin, in elements.
+struct OperandOffsets {
+  int64_t q;
+  int64_t k;
+  int64_t v;
 
-  int64_t q_offset;  // in elements
-  const char* g_k;
-  const char* g_v;
-
-  __device__ __forceinline__ explicit Operands(const CtaWork<Spec>& work) {
-    using Element = typename Traits::Element;
-    using ElementQk = typename Traits::ElementQk;
+  template <class Spec>
+  __device__ __forceinline__ static OperandOffsets of(const CtaWork<Spec>& work) {
     const FwdParamsOf<Spec>& params = work.params;
-    const int64_t kv_start = Traits::kIsPaged ? 0 : work.sequence.kv_start;
-    q_offset = work.tile.batch_idx * params.q_stride_batch +
-               work.sequence.q_start * params.q_stride_row +
-               work.tile.head_idx * params.q_stride_head;
-    g_k = reinterpret_cast<const char*>(
-        static_cast<const ElementQk*>(params.k) + work.k_batch_idx() * params.k_stride_batch +
-        kv_start * params.k_stride_row + work.kv_head_idx * params.k_stride_head);
-    g_v = reinterpret_cast<const char*>(
-        static_cast<const Element*>(params.v) + work.kv_batch_idx * params.v_stride_batch +
-        kv_start * params.v_stride_row + work.kv_head_idx * params.v_stride_head);
+    const int64_t kv_start = kIsPaged<Spec> ? 0 : work.sequence.kv_start;
+    return {work.tile.batch_idx * params.q_stride_batch +
+                work.sequence.q_start * params.q_stride_row +
+                work.tile.head_idx * params.q_stride_head,
+            work.k_batch_idx() * params.k_stride_batch + kv_start * params.k_stride_row +
+                work.kv_head_idx * params.k_stride_head,
+            work.kv_batch_idx * params.v_stride_batch + kv_start * params.v_stride_row +
+                work.kv_head_idx * params.v_stride_head};
   }
 };
 
@@ -65,7 +59,7 @@ struct TileLoader {
   static constexpr int64_t kBytesOfQk = sizeof(typename Traits::ElementQk);
 
   const CtaWork<Spec>& work;
-  const Operands<Spec>& operands;
+  const OperandOffsets& offsets;
   const OperandCopies<Spec>& copies;
   const GatheredRows<Spec>& gathered;
   const MatrixLoader<Spec> matrices;
@@ -75,11 +69,11 @@ struct TileLoader {
   const char* g_v;
   const int64_t k_block_bytes, v_block_bytes;
 
-  __device__ __forceinline__ TileLoader(const CtaWork<Spec>& work, const Operands<Spec>& operands,
+  __device__ __forceinline__ TileLoader(const CtaWork<Spec>& work, const OperandOffsets& offsets,
                                         const OperandCopies<Spec>& copies,
                                         const GatheredRows<Spec>& gathered, uint32_t s_addr)
       : work(work),
-        operands(operands),
+        offsets(offsets),
         copies(copies),
         gathered(gathered),
         matrices{work, gathered, s_addr},
@@ -88,16 +82,20 @@ struct TileLoader {
         s_v_addr(s_addr + Traits::kOffsetV),
         k_block_bytes(work.params.k_stride_row * (Spec::kBlockKv * kBytesOfQk)),
         v_block_bytes(work.params.v_stride_row * (Spec::kBlockKv * kElementBytes)) {
+    const char* g_first_k = reinterpret_cast<const char*>(
+        static_cast<const typename Traits::ElementQk*>(work.params.k) + offsets.k);
+    const char* g_first_v = reinterpret_cast<const char*>(
+        static_cast<const typename Traits::Element*>(work.params.v) + offsets.v);
     const int last_block = work.block_at(work.range.end - 1);
     if constexpr (Traits::kGathersK) {
-      g_k = gathered.lane_k(copies.k.lane(operands.g_k), copies.k.row);
+      g_k = gathered.lane_k(copies.k.lane(g_first_k), copies.k.row);
     } else {
-      g_k = copies.k.share(operands.g_k + last_block * k_block_bytes);
+      g_k = copies.k.share(g_first_k + last_block * k_block_bytes);
     }
     if constexpr (Traits::kIsGathered) {
-      g_v = gathered.lane_v(copies.v.lane(operands.g_v), copies.v.row);
+      g_v = gathered.lane_v(copies.v.lane(g_first_v), copies.v.row);
     } else {
-      g_v = copies.v.share(operands.g_v + last_block * v_block_bytes);
+      g_v = copies.v.share(g_first_v + last_block * v_block_bytes);
     }
   }
 
@@ -174,7 +172,7 @@ struct TileLoader {
   __device__ __forceinline__ void load_q() const {
     const FwdParamsOf<Spec>& params = work.params;
     const char* g_q = reinterpret_cast<const char*>(
-        static_cast<const typename Traits::ElementQk*>(params.q) + operands.q_offset);
+        static_cast<const typename Traits::ElementQk*>(params.q) + offsets.q);
     copies.q.template load_rows<true, false>(
         s_q_addr, copies.q.lane(g_q), work.rows.num_rows - work.first_row(), [&](int skip) {
           const int row = work.first_row() + copies.q.row + skip;
