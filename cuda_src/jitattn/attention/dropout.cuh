@@ -11,7 +11,6 @@
 #include "jitattn/attention/key_lists.cuh"
 #include "jitattn/attention/rows.cuh"
 #include "jitattn/attention/sequence.cuh"
-#include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
 #include "jitattn_spec.h"
 
@@ -58,9 +57,11 @@ struct KeptWeights {
   static_assert(kKeyTiles <= 16, "two bits for each n8 tile");
   uint32_t bits[kRowTiles][2];
 
+  // Of a warp's rows (tile/warp_rows.cuh) and keys.
+  template <class WarpRows>
   __device__ void draw(const FwdParamsOf<Spec>& params, const Sequence& sequence,
-                       const RowMap& rows, int batch_idx, int first_head, int first_row,
-                       const KeyColumns<Spec>& columns, int lane_idx) {
+                       const RowMap& rows, int batch_idx, int first_head, const WarpRows& warp_rows,
+                       const KeyColumns<Spec>& columns) {
     const DropoutKey state(params.dropout_state);
     // Whole spans of 32 keys, where a warp's keys begin at a multiple of 32; else halves of them.
     constexpr bool kIsWhole = kKeyTiles % 4 == 0 && !kHasGroups<Spec>;
@@ -69,16 +70,16 @@ struct KeptWeights {
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = first_row + m * 16 + accumulator_row(lane_idx, half);
+        const int row = warp_rows(m, half);
         const int position = rows.position(row);
         const uint32_t stream = batch_idx * params.heads_q + first_head + rows.head(row, position);
         uint32_t kept = 0;
 #pragma unroll
         for (int n = 0; n < kKeyTiles; n += kTiles) {
           const uint32_t key = columns(n);
-          const Philox drawn =
-              Philox::of(key / 32 * 4 + (lane_idx & 3), matrix_row<Spec>(sequence, position),
-                         stream, state.offset, state.key0, state.key1);
+          const Philox drawn = Philox::of(key / 32 * 4 + (warp_rows.lane_idx & 3),
+                                          matrix_row<Spec>(sequence, position), stream,
+                                          state.offset, state.key0, state.key1);
           const bool is_second = !kIsWhole && key % 32 >= 16;
 #pragma unroll
           for (int i = 0; i < kTiles; ++i) {

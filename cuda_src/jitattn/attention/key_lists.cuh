@@ -109,19 +109,18 @@ __device__ __forceinline__ bool sees_all_listed(const FwdListParams& params,
   return sees_all;
 }
 
-// r_s: scores of rows first_row .. of this warp; hidden ones become -inf.
-template <class Spec, int kRowTiles, int kKeyTiles>
+// r_s: scores of a warp's rows (tile/warp_rows.cuh); hidden ones become -inf.
+template <class Spec, class WarpRows, int kRowTiles, int kKeyTiles>
 __device__ __forceinline__ void mask_listed(float (&r_s)[kRowTiles][kKeyTiles][4],
                                             const FwdListParams& params, const Sequence& sequence,
                                             const RowMap& rows, const ListHead& head,
-                                            uint32_t s_listed, int first_row, int lane_idx) {
-  const int column = accumulator_column(lane_idx);
+                                            uint32_t s_listed, const WarpRows& warp_rows) {
+  const int column = accumulator_column(warp_rows.lane_idx);
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = first_row + m * 16 + accumulator_row(lane_idx, half);
-      const int position = rows.position(row) + sequence.diagonal;
+      const int position = rows.position(warp_rows(m, half)) + sequence.diagonal;
       const int cell = (position & ((1 << params.list_log2) - 1)) >> 3;
       const int limit = min_of(sequence.len_kv, position + head.right + 1) - column;
       const int first = position + head.left - column;

@@ -9,20 +9,20 @@
 
 namespace jitattn {
 
-// r_s: scores of rows first_row .. and keys first_key .. of this warp; hidden ones become -inf.
-template <class Spec, int kRowTiles, int kKeyTiles>
+// r_s: scores of a warp's rows (tile/warp_rows.cuh) and keys first_key_idx ..; hidden ones become
+// -inf.
+template <class Spec, class WarpRows, int kRowTiles, int kKeyTiles>
 __device__ __forceinline__ void mask_scores(float (&r_s)[kRowTiles][kKeyTiles][4],
                                             const FwdParamsOf<Spec>& params,
                                             const Sequence& sequence, const RowMap& rows,
-                                            int first_head, int first_row, int first_key_idx,
-                                            int lane_idx) {
-  const int column = first_key_idx + accumulator_column(lane_idx);
+                                            int first_head, const WarpRows& warp_rows,
+                                            int first_key_idx) {
+  const int column = first_key_idx + accumulator_column(warp_rows.lane_idx);
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = first_row + m * 16 + accumulator_row(lane_idx, half);
-      const int position = rows.position(row);
+      const int position = rows.position(warp_rows(m, half));
       const int limit = visible_keys<Spec>(params, sequence, position) - column;
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) {

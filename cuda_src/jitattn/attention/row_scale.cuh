@@ -2,8 +2,9 @@
 // parts), one for each row and each block of keys.
 #pragma once
 
+#include "jitattn/attention/cta_work.cuh"
+#include "jitattn/attention/rows.cuh"
 #include "jitattn/attention/sequence.cuh"
-#include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
 #include "jitattn_spec.h"
 
@@ -15,6 +16,11 @@ struct RowScale {
 
   __device__ explicit RowScale(const FwdParamsOf<Spec>& params) : scale_log2(params.scale_log2) {}
   __device__ float operator()(int, int) const { return scale_log2; }
+  template <class WarpRows>
+  __device__ void load_rows(const CtaWork<Spec>&, const WarpRows&) {}
+  __device__ void load_keys(const CtaWork<Spec>&, int) {}
+  template <class Scores>
+  __device__ void take_off(const Scores&) {}
   // A score without what its accumulator began with; and an addend for scores with it.
   __device__ float bare(float score) const { return score; }
   __device__ float addend(int, int, float addend) const { return addend; }
@@ -38,17 +44,20 @@ struct RowScale<Spec, kRowTiles, true> {
   __device__ explicit RowScale(const FwdParamsOf<Spec>&)
       : coarse_keys(0.f), offset(kOffset), of_keys(1.f), of_values(1.f) {}
 
-  // g_scale: of the first query of the sequence, and the first head of the tile.
-  template <class Rows>
-  __device__ void load_rows(const FwdParamsOf<Spec>& params, const Rows& rows, const float* g_scale,
-                            int first_row, int lane_idx) {
+  // Of a warp's rows (tile/warp_rows.cuh).
+  template <class WarpRows>
+  __device__ void load_rows(const CtaWork<Spec>& work, const WarpRows& warp_rows) {
+    const FwdParamsOf<Spec>& params = work.params;
+    const RowMap& rows = work.rows;
+    // Of the first query of the sequence, and the first head of the tile.
+    const float* g_scale = params.q_scale + work.tile.batch_idx * params.q_scale_stride_batch +
+                           work.tile.head_idx * params.q_scale_stride_head + work.sequence.q_start;
     float most = 0.f;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row =
-            min_of(first_row + m * 16 + accumulator_row(lane_idx, half), rows.num_rows - 1);
+        const int row = min_of(warp_rows(m, half), rows.num_rows - 1);
         const int position = rows.position(row);
         const int64_t head = rows.head(row, position);
         const float of_q = __ldg(g_scale + head * params.q_scale_stride_head + position);
@@ -64,6 +73,7 @@ struct RowScale<Spec, kRowTiles, true> {
   // Where units are coarse, scores lose at once what they began with. (Lanes of a row agree.)
   template <int kKeyTiles>
   __device__ void take_off(float (&r_s)[kRowTiles][kKeyTiles][4]) {
+    if constexpr (!kIsQuantized<Spec>) return;
     const bool is_coarse = of_keys > coarse_keys;
     offset = is_coarse ? 0.f : kOffset;
     if (!is_coarse) return;
@@ -77,8 +87,11 @@ struct RowScale<Spec, kRowTiles, true> {
     }
   }
 
-  // kv_head: of all sequences.
-  __device__ void load_keys(const FwdParamsOf<Spec>& params, int64_t kv_head, int first_key) {
+  // Of a warp's keys of a block.
+  __device__ void load_keys(const CtaWork<Spec>& work, int first_key) {
+    const FwdParamsOf<Spec>& params = work.params;
+    const int64_t kv_head =  // of all sequences
+        work.k_batch_idx() * (params.heads_q / params.heads_per_kv) + work.kv_head_idx;
     const int64_t idx = kv_head * ceil_div(params.len_kv, kKeys) + first_key / kKeys;
     of_keys = __ldg(params.k_scale + idx);
     if constexpr (kIsInHalves<Spec>) of_values = __ldg(params.v_scale + idx);

@@ -93,13 +93,57 @@ __device__ __forceinline__ Extent extent_of(const FwdParamsOf<Spec>& params, int
 
 __device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(0xffffffffu, value); }
 
+// Key blocks of the longest item where items are balanced: none has more than the mean load of a
+// CTA slot. extent_at(base): of sequence base + lane. The same in every lane.
+template <class Spec, class ExtentAt>
+__device__ __forceinline__ int most_blocks_of_item(const FwdParamsOf<Spec>& params, int head_tiles,
+                                                   ExtentAt extent_at) {
+  constexpr int kFewestBlocks = 4;
+  int64_t load = 0;
+  int num_tiles = 0;
+#pragma unroll 1
+  for (int base = 0; base < params.batch; base += 32) {
+    const Extent extent = extent_at(base);
+    load += warp_sum(extent.num_q_tiles * extent.num_kv_blocks);
+    num_tiles += warp_sum(extent.num_q_tiles);
+  }
+  // Rounding by some 1e-7 here is less than the grid has to spare (dispatch.py: plan).
+  const float mean = static_cast<float>(load) * head_tiles / params.num_slots;
+  int most_blocks = max_of(kFewestBlocks, static_cast<int>(ceilf(mean)));
+  // If all items can run at once, they should: rounding up must not begin a second wave.
+  const int share = max_of(1, params.num_slots / head_tiles);
+#pragma unroll 1
+  for (int attempt = 0; attempt < 3 && num_tiles <= share; ++attempt) {
+    int num_items = 0;
+#pragma unroll 1
+    for (int base = 0; base < params.batch; base += 32) {
+      const Extent extent = extent_at(base);
+      const int splits = max_of(1, ceil_div(extent.num_kv_blocks, most_blocks));
+      num_items += warp_sum(extent.num_q_tiles * splits);
+    }
+    if (num_items <= share) break;
+    most_blocks = ceil_div(most_blocks * num_items, share);
+  }
+  return most_blocks;
+}
+
+// The sum of this lane's value and those of the lanes before it.
+__device__ __forceinline__ int warp_prefix_sum(int value) {
+  const int lane_idx = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, value, step);
+    if (lane_idx >= step) value += other;
+  }
+  return value;
+}
+
 // The same in every warp of the CTA. Longest first, roughly: sequences come in classes of halving
-// lengths, and in their order within a class. Balanced (num_splits = 0), no item has more key
-// blocks than the mean load of a CTA slot.
+// lengths, and in their order within a class. num_splits = 0: items are balanced.
 template <class Spec>
 __device__ __forceinline__ WorkTile counted_tile(const FwdParamsOf<Spec>& params,
                                                  uint32_t cta_idx) {
-  constexpr int kClasses = 4, kFewestBlocks = 4;
+  constexpr int kClasses = 4;
   const int lane_idx = threadIdx.x % 32;
   const int head_tiles = params.heads_q / params.heads_per_tile;
   // Read once where one round of lanes holds them all: this is on the way to the first copy.
@@ -107,36 +151,9 @@ __device__ __forceinline__ WorkTile counted_tile(const FwdParamsOf<Spec>& params
   auto extent_at = [&](int base) {
     return base == 0 ? first_extent : extent_of<Spec>(params, base + lane_idx);
   };
-
-  // ---- Key blocks of the longest item
   int most_blocks = params.len_kv;  // one split each
-  if (params.num_splits == 0) {
-    int64_t load = 0;
-    int num_tiles = 0;
-#pragma unroll 1
-    for (int base = 0; base < params.batch; base += 32) {
-      const Extent extent = extent_at(base);
-      load += warp_sum(extent.num_q_tiles * extent.num_kv_blocks);
-      num_tiles += warp_sum(extent.num_q_tiles);
-    }
-    // Rounding by some 1e-7 here is less than the grid has to spare (dispatch.py: plan).
-    const float mean = static_cast<float>(load) * head_tiles / params.num_slots;
-    most_blocks = max_of(kFewestBlocks, static_cast<int>(ceilf(mean)));
-    // If all items can run at once, they should: rounding up must not begin a second wave.
-    const int share = max_of(1, params.num_slots / head_tiles);
-#pragma unroll 1
-    for (int attempt = 0; attempt < 3 && num_tiles <= share; ++attempt) {
-      int num_items = 0;
-#pragma unroll 1
-      for (int base = 0; base < params.batch; base += 32) {
-        const Extent extent = extent_at(base);
-        const int splits = max_of(1, ceil_div(extent.num_kv_blocks, most_blocks));
-        num_items += warp_sum(extent.num_q_tiles * splits);
-      }
-      if (num_items <= share) break;
-      most_blocks = ceil_div(most_blocks * num_items, share);
-    }
-  }
+  if (params.num_splits == 0)
+    most_blocks = most_blocks_of_item<Spec>(params, head_tiles, extent_at);
   auto splits_of = [&](const Extent& extent) {
     if (params.num_splits > 0) return params.num_splits;
     return max_of(1, ceil_div(extent.num_kv_blocks, most_blocks));
@@ -159,12 +176,7 @@ __device__ __forceinline__ WorkTile counted_tile(const FwdParamsOf<Spec>& params
       const bool in_class = extent.num_kv_blocks <= most && extent.num_kv_blocks > below;
       const int splits = splits_of(extent);
       const int items = in_class ? extent.num_q_tiles * splits : 0;
-      int upto = items;  // of this lane and those before it
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, upto, step);
-        if (lane_idx >= step) upto += other;
-      }
+      const int upto = warp_prefix_sum(items);
       const uint32_t passed = __ballot_sync(0xffffffffu, before + upto > wanted);
       if (passed != 0) {
         const int lane = __ffs(passed) - 1;

@@ -38,39 +38,9 @@ struct ParkedSums {
         begin(begin),
         end(end) {}
 
-  // Whether sums are parked after a block.
-  __device__ bool are_due(int ordinal) const {
-    return (ordinal & (kBlocks - 1)) == 0 && ordinal > begin;
-  }
-
-  // After block `ordinal`; r_o is zero afterwards.
-  __device__ void park(Sums& r_o, const Maxima& neg_max, int ordinal) const {
-    const bool is_first = ordinal + kBlocks >= end;
-    const float down = __int_as_float((127 - shift()) << 23);
-    const uint32_t downs = ptx::pack_f16x2(down, down);
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-      uint32_t factors[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float factor = is_first ? 0.f : factor_of(neg_max, m, half);
-        factors[half] = ptx::pack_f16x2(factor, factor);
-        ptx::st_shared_b32(maximum_addr(m, half), __float_as_uint(neg_max[m][half]));
-      }
-#pragma unroll
-      for (int n = 0; n < kColumnTiles; n += 2) {
-        Vec16 parked = {};
-        if (!is_first) parked = ptx::ld_shared_v4(unit_addr(m, n));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          uint32_t& sum = r_o[m][n + i / 2][i % 2];
-          const uint32_t before = ptx::mul_f16x2(parked.word[i], factors[i % 2]);
-          parked.word[i] = ptx::fma_f16x2(sum, downs, before);
-          sum = 0;
-        }
-        ptx::st_shared_v4(unit_addr(m, n), parked);
-      }
-    }
+  // After block `ordinal`; if sums are parked after it, r_o is zero afterwards.
+  __device__ void park_if_due(Sums& r_o, const Maxima& neg_max, int ordinal) const {
+    if ((ordinal & (kBlocks - 1)) == 0 && ordinal > begin) park(r_o, neg_max, ordinal);
   }
 
   // After the last block: r_sum = r_o and what is parked.
@@ -105,6 +75,35 @@ struct ParkedSums {
   }
 
  private:
+  __device__ void park(Sums& r_o, const Maxima& neg_max, int ordinal) const {
+    const bool is_first = ordinal + kBlocks >= end;
+    const float down = __int_as_float((127 - shift()) << 23);
+    const uint32_t downs = ptx::pack_f16x2(down, down);
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      uint32_t factors[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float factor = is_first ? 0.f : factor_of(neg_max, m, half);
+        factors[half] = ptx::pack_f16x2(factor, factor);
+        ptx::st_shared_b32(maximum_addr(m, half), __float_as_uint(neg_max[m][half]));
+      }
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; n += 2) {
+        Vec16 parked = {};
+        if (!is_first) parked = ptx::ld_shared_v4(unit_addr(m, n));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          uint32_t& sum = r_o[m][n + i / 2][i % 2];
+          const uint32_t before = ptx::mul_f16x2(parked.word[i], factors[i % 2]);
+          parked.word[i] = ptx::fma_f16x2(sum, downs, before);
+          sum = 0;
+        }
+        ptx::st_shared_v4(unit_addr(m, n), parked);
+      }
+    }
+  }
+
   // 2^shift sums of kKeys keys are all there are, or 2^14.
   __device__ int shift() const { return min_of(14, 32 - __clz((end - begin) / kBlocks)); }
 
@@ -125,6 +124,8 @@ struct ParkedSums {
 struct NothingParked {
   static constexpr int kBytes = 0;
   __device__ NothingParked(uint32_t, int, int, int) {}
+  template <class Sums, class Maxima>
+  __device__ void park_if_due(const Sums&, const Maxima&, int) const {}
 };
 
 }  // namespace jitattn

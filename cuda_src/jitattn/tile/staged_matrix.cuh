@@ -9,7 +9,7 @@
 
 namespace jitattn {
 
-template <class T, int kRows, int kBlockKv, int kNumThreads>
+template <class T, int kRows, int kBlockKv>
 struct StagedMatrix {
   static constexpr int kRowBytes = kBlockKv * sizeof(T);
   static constexpr int kPitch = kRowBytes + (sizeof(T) == 4 ? 32 : 16);
@@ -18,15 +18,16 @@ struct StagedMatrix {
   static constexpr int kPerChunk = 16 / sizeof(T);
   static_assert(kRowBytes % 16 == 0);
 
-  // Start copying a tile, by all threads: row_at(row) is the matrix's row for row `row` of the
-  // tile, key_at(column) the key of a column. Keys from len_kv on become zeros and are not read.
-  template <class RowAt, class KeyAt>
+  // Start copying a tile, by all of Threads (tile/threads.cuh): row_at(row) is the matrix's row for
+  // row `row` of the tile, key_at(column) the key of a column. Keys from len_kv on become zeros and
+  // are not read.
+  template <class Threads, class RowAt, class KeyAt>
   __device__ static void load(uint32_t s_tile_addr, int len_kv, RowAt row_at, KeyAt key_at) {
     constexpr int kItems = kRows * kChunks;
 #pragma unroll 4
-    for (int first = 0; first < kItems; first += kNumThreads) {
-      const int item = first + threadIdx.x;
-      if (kItems % kNumThreads != 0 && item >= kItems) return;
+    for (int first = 0; first < kItems; first += Threads::kNumThreads) {
+      const int item = first + Threads::idx();
+      if (kItems % Threads::kNumThreads != 0 && item >= kItems) return;
       const int row = item / kChunks, chunk = item % kChunks;
       const int key = key_at(chunk * kPerChunk);
       const int exist = max_of(0, min_of(kPerChunk, len_kv - key));

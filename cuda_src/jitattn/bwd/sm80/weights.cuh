@@ -14,6 +14,7 @@
 #include "jitattn/ptx/math.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/tile/fragment.cuh"
+#include "jitattn/tile/warp_rows.cuh"
 #include "jitattn/types.cuh"
 #include "jitattn_spec.h"
 
@@ -107,8 +108,7 @@ struct TileWeights {
     // ---- Their gradients
     add_product<Traits::kDimV>(r_dp, lane_do_addr, lane_v_addr, scale_dov);
     if constexpr (kDrops) {
-      kept.draw(params, sequence, rows, tile.batch_idx, tile.head_idx, tile.first_row, tile.columns,
-                tile.lane_idx);
+      kept.draw(params, sequence, rows, tile.batch_idx, tile.head_idx, warp_rows(), tile.columns);
     }
   }
 
@@ -140,6 +140,8 @@ struct TileWeights {
   }
 
  private:
+  __device__ WarpRows<16> warp_rows() const { return {tile.first_row, tile.lane_idx}; }
+
   template <int kDim>
   __device__ static void add_product(Scores& r, uint32_t lane_a_addr, uint32_t lane_b_addr,
                                      float scale) {
@@ -152,8 +154,8 @@ struct TileWeights {
 
   __device__ void change(Scores& r_s) const {
     if constexpr (kAddsToScores<Spec>) {
-      add_to_scores<Spec>(r_s, params, sequence, rows, tile.batch_idx, tile.head_idx,
-                          tile.first_row, tile.columns, 0, tile.lane_idx);
+      add_to_scores<Spec>(r_s, params, sequence, rows, tile.batch_idx, tile.head_idx, warp_rows(),
+                          tile.columns, 0);
     }
   }
 
@@ -162,15 +164,13 @@ struct TileWeights {
       const uint32_t s_listed = tile.columns.s_listed;
       if (!sees_all_listed<Spec, kKeyTiles>(params, sequence, tile.window, s_listed, tile.first_row,
                                             tile.first_row + kRowTiles * 16 - 1)) {
-        mask_listed<Spec>(r_s, params, sequence, rows, tile.window, s_listed, tile.first_row,
-                          tile.lane_idx);
+        mask_listed<Spec>(r_s, params, sequence, rows, tile.window, s_listed, warp_rows());
       }
     } else if constexpr (kGathersKeys<Spec>) {
       mask_gathered<Spec>(r_s, params, sequence, rows, tile.columns, tile.is_on_stride,
                           tile.first_row, tile.lane_idx);
     } else {
-      mask_scores<Spec>(r_s, params, sequence, rows, tile.head_idx, tile.first_row, tile.first_key,
-                        tile.lane_idx);
+      mask_scores<Spec>(r_s, params, sequence, rows, tile.head_idx, warp_rows(), tile.first_key);
     }
   }
 };

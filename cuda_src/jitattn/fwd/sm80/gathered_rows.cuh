@@ -53,6 +53,52 @@ struct GatheredRows {
         kv_start(sequence.kv_start),
         len_kv(sequence.len_kv) {}
 
+  // All threads, before the first copies: the batch of block `ordinal`, and the next one.
+  __device__ __forceinline__ void begin(int ordinal, const KvBlockRange& range) const {
+    const int batch = batch_of(ordinal);
+    const Lookup found = look_up(batch, range), next = look_up(batch - 1, range);
+    store(found, batch);
+    store(next, batch - 1);
+  }
+
+  // In the step of a block: look up the next batch, if this block is the first of its own, and
+  // leave it to all at the end of the step.
+  __device__ __forceinline__ void look_up_next(Lookup& found, int ordinal,
+                                               const KvBlockRange& range) const {
+    if constexpr (Traits::kIsGathered) {
+      if (is_first_of_batch(ordinal)) found = look_up(batch_of(ordinal) - 1, range);
+    }
+  }
+  __device__ __forceinline__ void store_next(const Lookup& found, int ordinal) const {
+    if constexpr (Traits::kIsGathered) {
+      if (is_first_of_batch(ordinal)) store(found, batch_of(ordinal) - 1);
+    }
+  }
+
+  // Where the entries of a block's groups are kept.
+  __device__ uint32_t listed_addr(uint32_t ordinal) const {
+    return s_addr + (Traits::kOffsetListed - Traits::kOffsetRows) +
+           ordinal % (2 * kBatch) * (Spec::kBlockKv / 16 * 8);
+  }
+
+  // For copies of K, whose first row of a thread is `first_row`: where this thread's pointer into
+  // the first page stands, and the bytes from there to its row `skip` rows on, of the block of an
+  // ordinal.
+  __device__ const char* lane_k(const char* g_lane, int first_row) const {
+    return g_lane + first_row % kGroup * params.k_stride_row * kElementBytes;
+  }
+  __device__ int64_t offset_k(int ordinal, int first_row, int skip) const {
+    return ptx::ld_shared_b64(row_addr(ordinal, first_row, skip));
+  }
+  // The same of V.
+  __device__ const char* lane_v(const char* g_lane, int first_row) const {
+    return g_lane + first_row % kGroup * params.v_stride_row * kElementBytes;
+  }
+  __device__ int64_t offset_v(int ordinal, int first_row, int skip) const {
+    return ptx::ld_shared_b64(row_addr(ordinal, first_row, skip) + 8);
+  }
+
+ private:
   __device__ static int batch_of(uint32_t ordinal) { return ordinal / kBatch; }
 
   // Whether the next batch is to be looked up in the step of this block.
@@ -119,30 +165,6 @@ struct GatheredRows {
     }
   }
 
-  // Where the entries of a block's groups are kept.
-  __device__ uint32_t listed_addr(uint32_t ordinal) const {
-    return s_addr + (Traits::kOffsetListed - Traits::kOffsetRows) +
-           ordinal % (2 * kBatch) * (Spec::kBlockKv / 16 * 8);
-  }
-
-  // For copies of K, whose first row of a thread is `first_row`: where this thread's pointer into
-  // the first page stands, and the bytes from there to its row `skip` rows on, of the block of an
-  // ordinal.
-  __device__ const char* lane_k(const char* g_lane, int first_row) const {
-    return g_lane + first_row % kGroup * params.k_stride_row * kElementBytes;
-  }
-  __device__ int64_t offset_k(int ordinal, int first_row, int skip) const {
-    return ptx::ld_shared_b64(row_addr(ordinal, first_row, skip));
-  }
-  // The same of V.
-  __device__ const char* lane_v(const char* g_lane, int first_row) const {
-    return g_lane + first_row % kGroup * params.v_stride_row * kElementBytes;
-  }
-  __device__ int64_t offset_v(int ordinal, int first_row, int skip) const {
-    return ptx::ld_shared_b64(row_addr(ordinal, first_row, skip) + 8);
-  }
-
- private:
   __device__ static const int32_t* table_of(const FwdParamsOf<Spec>& params, int batch_idx) {
     if constexpr (Traits::kIsPaged) return params.block_table + batch_idx * params.table_stride;
     return nullptr;

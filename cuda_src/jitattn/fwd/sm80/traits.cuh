@@ -1,10 +1,11 @@
 // Numbers derived from the generated Spec, and the checks that the host agrees with them.
 #pragma once
 
+#include "jitattn/attention/matrices.cuh"
 #include "jitattn/attention/sequence.cuh"
+#include "jitattn/attention/softmax.cuh"
 #include "jitattn/tile/accumulator.cuh"
 #include "jitattn/tile/copy.cuh"
-#include "jitattn/tile/element.cuh"
 #include "jitattn/tile/mma/f16_acc.cuh"
 #include "jitattn/tile/mma/f16_parts.cuh"
 #include "jitattn/tile/mma/f32_acc.cuh"
@@ -12,23 +13,12 @@
 #include "jitattn/tile/mma/split_p.cuh"
 #include "jitattn/tile/mma/tf32.cuh"
 #include "jitattn/tile/parked_sums.cuh"
-#include "jitattn/tile/staged_matrix.cuh"
+#include "jitattn/tile/threads.cuh"
+#include "jitattn/tile/warp_rows.cuh"
 #include "jitattn/types.cuh"
 #include "jitattn_spec.h"
 
 namespace jitattn {
-
-// Biases and dense masks, and their tiles where they come through shared memory.
-template <class Spec>
-struct MatrixTraits {
-  static constexpr bool kStagesBias = Spec::kBiasStaged != Staging::kOff;
-  static constexpr bool kStagesDense = Spec::kDenseStaged != Staging::kOff;
-  using Bias = Scalar<Spec::kBias == BiasKind::kFp32 ? Dtype::kFp32 : Spec::kDtype>;
-  static constexpr int kBiasRows = Spec::kBiasStaged == Staging::kRow ? 1 : Spec::kBlockQ;
-  using StagedBias =
-      StagedMatrix<typename Bias::type, kBiasRows, Spec::kBlockKv, Spec::kNumThreads>;
-  using StagedDense = StagedMatrix<uint8_t, Spec::kBlockQ, Spec::kBlockKv, Spec::kNumThreads>;
-};
 
 // The products of a numerics class.
 template <Numerics kNumerics, Dtype kDtype>
@@ -69,6 +59,13 @@ struct MmaOf<Numerics::kTf32, kDtype> {
   using type = MmaTf32<1>;
 };
 
+// The part of a score tile that a warp has.
+struct WarpPart {
+  int lane_idx;
+  int first_row;
+  int first_key;
+};
+
 template <class Spec>
 struct FwdTraits {
   static_assert(!kGathersKeys<Spec>, "the forward kernel takes lists");
@@ -85,6 +82,7 @@ struct FwdTraits {
 
   static constexpr int kNumWarps = Spec::kWarpsQ * Spec::kWarpsKv;
   static constexpr int kNumThreads = 32 * kNumWarps;
+  using Threads = CtaThreads<kNumThreads>;
 
   // Columns, padded to whole MMAs.
   static constexpr int kDim = ceil_div(Spec::kHeadDim, 16) * 16;
@@ -93,17 +91,23 @@ struct FwdTraits {
   // Register tiles of a warp, in MMA tiles.
   static constexpr int kWarpRows = Spec::kBlockQ / Spec::kWarpsQ;
   static constexpr int kWarpKeys = Spec::kBlockKv / Spec::kWarpsKv;
+  using Rows = WarpRows<16>;
+  __device__ static int first_row(int warp_q) { return warp_q * kWarpRows; }
   static constexpr int kRowTiles = kWarpRows / 16;
   static constexpr int kKeyTiles = kWarpKeys / 8;
   static constexpr int kColumnTiles = kDimV / 8;
+  using Softmax = OnlineSoftmax<kRowTiles, Mma::kMaxSlack, Mma::kLift>;
   static_assert(kWarpRows % 16 == 0 && kWarpRows * Spec::kWarpsQ == Spec::kBlockQ,
                 "a warp owns a multiple of 16 rows");
   static_assert(kWarpKeys % 16 == 0 && kWarpKeys * Spec::kWarpsKv == Spec::kBlockKv,
                 "a warp owns a multiple of 16 keys");
 
+  using Scores = float[kRowTiles][kKeyTiles][4];  // [kWarpRows, kWarpKeys]
+
   // Sums of the output, and those that are parked.
   static constexpr bool kParksSums = Spec::kNumerics == Numerics::kInt8F16;
   using OutputTile = typename Conditional<kParksSums, NarrowTile, WideTile>::type;
+  using Output = OutputTile[kRowTiles][kColumnTiles];  // [kWarpRows, kDimV]
   using Parked =
       typename Conditional<kParksSums,
                            ParkedSums<kRowTiles, kColumnTiles, Spec::kBlockKv, kNumThreads>,
@@ -156,6 +160,7 @@ struct FwdTraits {
   static constexpr int kGatherBatch = kGroup == 16 ? 8 : 4;
   static constexpr int kOffsetPlan = kBytesReused;
   static constexpr int kBytesPlan = 64;
+  static constexpr int kOffsetFlag = kOffsetPlan + kBytesPlan - 4;
   static constexpr int kOffsetRows = kOffsetPlan + kBytesPlan;
   static constexpr int kBytesRows =
       kIsGathered ? 2 * kGatherBatch * (Spec::kBlockKv / kGroup) * 16 : 0;
