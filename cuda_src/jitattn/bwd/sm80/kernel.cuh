@@ -38,8 +38,10 @@
 #include "jitattn/bwd/sm80/dq_sums.cuh"
 #include "jitattn/bwd/sm80/fine_stride.cuh"
 #include "jitattn/bwd/sm80/key_rows.cuh"
+#include "jitattn/bwd/sm80/operands.cuh"
 #include "jitattn/bwd/sm80/parts.cuh"
 #include "jitattn/bwd/sm80/schedule.cuh"
+#include "jitattn/bwd/sm80/storage.cuh"
 #include "jitattn/bwd/sm80/store_gradients.cuh"
 #include "jitattn/bwd/sm80/traits.cuh"
 #include "jitattn/bwd/sm80/weights.cuh"
@@ -93,66 +95,22 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
   const typename Traits::GridDq grid_dq(warp_idx);
 
   // ---- Shared storage
-  extern __shared__ __align__(128) unsigned char s_storage[];
-  const uint32_t s_k_addr = ptx::shared_addr(s_storage);
-  const uint32_t s_v_addr = s_k_addr + Traits::kOffsetV;
-  const uint32_t s_q_addr = s_k_addr + Traits::kOffsetQ;
-  const uint32_t s_do_addr = s_k_addr + Traits::kOffsetDo;
-  const uint32_t s_p_addr = s_k_addr + Traits::kOffsetP;
-  const uint32_t s_ds_addr = s_k_addr + Traits::kOffsetDs;
-  const uint32_t s_stats_addr = s_k_addr + Traits::kOffsetStats;
-  const uint32_t s_listed_addr = s_k_addr + Traits::kOffsetListed;
-  const uint32_t s_found_addr = s_k_addr + Traits::kOffsetFound;
-  JITATTN_DEVICE_ASSERT(s_k_addr % 128 == 0);
-  const PartScales<Spec> scales(params, batch_idx, kv_head_idx, first_key,
-                                s_k_addr + Traits::kOffsetScales);
+  const BwdStorage<Traits> storage;
+  JITATTN_DEVICE_ASSERT(storage.first % 128 == 0);
+  const PartScales<Spec> scales(params, batch_idx, kv_head_idx, first_key, storage.scales());
 
-  // ---- Per-lane addresses
-  const typename Traits::CopyQ copy_q(threadIdx.x, params.q_stride_row);
-  const typename Traits::CopyDo copy_do(threadIdx.x, params.d_out_stride_row);
+  const QueryCopies<Spec, Traits> query_copies(params);
+  const ScoreOperands<Traits> operands(storage, grid_s, lane_idx);
   using LayoutQk = typename Traits::LayoutQk;
   using LayoutV = typename Traits::LayoutV;
   using LayoutP = typename Traits::LayoutP;
-  constexpr int kChunksQk = LayoutQk::kRowBytes / 16, kChunksV = LayoutV::kRowBytes / 16;
-  const uint32_t lane_q_addr = s_q_addr + grid_s.first_row * LayoutQk::kRowBytes +
-                               lane_offset_row_first<kChunksQk>(lane_idx);
-  const uint32_t lane_do_addr =
-      s_do_addr + grid_s.first_row * LayoutV::kRowBytes + lane_offset_row_first<kChunksV>(lane_idx);
-  const uint32_t lane_k_addr = s_k_addr + grid_s.first_column * LayoutQk::kRowBytes +
-                               lane_offset_chunk_first<kChunksQk>(lane_idx);
-  const uint32_t lane_v_addr = s_v_addr + grid_s.first_column * LayoutV::kRowBytes +
-                               lane_offset_chunk_first<kChunksV>(lane_idx);
 
   // ---- K and V
   {
-    auto load_keys = [&](const auto& copy, uint32_t s_addr, const void* tensor, int64_t batch,
-                         int64_t row, int64_t head) {
-      const Element* g_head = static_cast<const Element*>(tensor) + kv_head_idx * head;
-      if constexpr (kGathersKeys<Spec> || kIsPaged<Spec>) {
-        const auto key_of = keys_of_block<Spec>(params, sequence, kv_head_idx, kv_tile);
-        const char* g_lane = copy.lane(reinterpret_cast<const char*>(g_head));
-        copy.template load_rows<true, false>(s_addr, g_lane, num_keys, [&](int skip) {
-          return key_rows.offset(key_of(copy.row + skip), batch, row) *
-                 static_cast<int64_t>(sizeof(Element));
-        });
-      } else {
-        const Element* g_first = g_head + key_rows.offset(first_key, batch, row);
-        copy.load_tail(s_addr, copy.share(reinterpret_cast<const char*>(g_first)), num_keys);
-      }
-    };
-    const typename Traits::CopyK copy_k(threadIdx.x, params.k_stride_row);
-    const typename Traits::CopyV copy_v(threadIdx.x, params.v_stride_row);
-    copy_k.zero_padding(s_k_addr);
-    copy_v.zero_padding(s_v_addr);
-#pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) {
-      copy_q.zero_padding(s_q_addr + stage * Traits::kBytesQ);
-      copy_do.zero_padding(s_do_addr + stage * Traits::kBytesDo);
-    }
-    load_keys(copy_k, s_k_addr, params.k, params.k_stride_batch, params.k_stride_row,
-              params.k_stride_head);
-    load_keys(copy_v, s_v_addr, params.v, params.v_stride_batch, params.v_stride_row,
-              params.v_stride_head);
+    const KeyCopies<Spec, Traits> copies(params);
+    copies.zero_padding(storage);
+    query_copies.zero_padding(storage);
+    copies.load(storage, sequence, key_rows, kv_head_idx, kv_tile, num_keys);
   }
 
   // ---- Register tiles
@@ -173,39 +131,9 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
         first_keys[i] = keys.first_key_of_group(grid_s.first_column + i * 16);
       }
     }
-    const char* g_q = reinterpret_cast<const char*>(
-        static_cast<const Element*>(params.q) + batch_idx * params.q_stride_batch +
-        static_cast<int64_t>(sequence.q_start) * params.q_stride_row +
-        head_idx * params.q_stride_head);
-    const char* g_do = reinterpret_cast<const char*>(
-        static_cast<const Element*>(params.d_out) + batch_idx * params.d_out_stride_batch +
-        static_cast<int64_t>(sequence.q_start) * params.d_out_stride_row +
-        head_idx * params.d_out_stride_head);
-    const int64_t first_stat = batch_idx * params.stat_stride_batch +
-                               head_idx * params.stat_stride_head + sequence.q_start;
-
-    // Copies of one query tile.
-    auto load_tile = [&](const auto& copy, uint32_t s_addr, const char* g_first, int64_t row_stride,
-                         int tile) {
-      const int first_row = tile * kBlockQ;
-      const int num_rows = sequence.len_q - first_row;
-      if constexpr (kHasLists<Spec>) {
-        // The first rows of a tile may not exist.
-        copy.template load_rows<true, false>(s_addr, copy.lane(g_first), num_rows, [&](int skip) {
-          const int row = max_of(first_row + copy.row + skip, sequence.first_position);
-          return row * row_stride * static_cast<int64_t>(sizeof(Element));
-        });
-      } else {
-        const int64_t skipped = first_row * row_stride * static_cast<int64_t>(sizeof(Element));
-        copy.load_tail(s_addr, copy.share(g_first + skipped), num_rows);
-      }
-    };
-    auto load_q = [&](int stage, int tile) {
-      load_tile(copy_q, s_q_addr + stage * Traits::kBytesQ, g_q, params.q_stride_row, tile);
-    };
-    auto load_do = [&](int stage, int tile) {
-      load_tile(copy_do, s_do_addr + stage * Traits::kBytesDo, g_do, params.d_out_stride_row, tile);
-    };
+    const QueryTiles<Spec, Traits> queries(params, sequence, query_copies, batch_idx, head_idx);
+    auto load_q = [&](int buffer, int tile) { queries.load_q(storage.q(buffer), tile); };
+    auto load_do = [&](int buffer, int tile) { queries.load_d_out(storage.d_out(buffer), tile); };
 
     // Statistics of a tile's rows, and its scales: fetched a step ahead, kept in registers until
     // there is room.
@@ -219,11 +147,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
         const int idx = i * Traits::kNumThreads + threadIdx.x;
         const int stat = idx / kBlockQ;
         const int row = tile * kBlockQ + idx % kBlockQ;
-        const bool exists =
-            idx < kNumRowStats && row < sequence.len_q && row >= sequence.first_position;
-        const float* g_stats = stat == 0 ? params.lse_log2 : params.delta;
-        if (Traits::kHasSinks && stat == 2) g_stats = params.sink_rest;
-        r_stats[i] = exists ? __ldg(g_stats + first_stat + row) : stat == 0 ? infinity() : 0.f;
+        r_stats[i] = queries.load_stat(stat, row, idx < kNumRowStats);
         if (kNumStats > kNumRowStats && idx >= kNumRowStats && idx < kNumStats) {
           r_stats[i] = scales.load(params, batch_idx, head_idx, tile, idx - kNumRowStats);
         }
@@ -234,8 +158,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
       for (int i = 0; i < kStatsPerThread; ++i) {
         const int idx = i * Traits::kNumThreads + threadIdx.x;
         if (idx < kNumStats) {
-          ptx::st_shared_b32(s_stats_addr + stage * Traits::kBytesStats + idx * 4,
-                             __float_as_uint(r_stats[i]));
+          ptx::st_shared_b32(storage.stats(stage) + idx * 4, __float_as_uint(r_stats[i]));
         }
       }
     };
@@ -252,9 +175,9 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
     // Tile `chunk + idx`: bit idx % 32 of word idx / 32 says whether its list has any of this key
     // block, the same of s_free_addr whether all rows see all of it; then what the list says.
     constexpr int kGroups = kBlockKv / 16;
-    const uint32_t s_free_addr = s_found_addr + Traits::kBytesAny;
+    const uint32_t s_free_addr = storage.found() + Traits::kBytesAny;
     auto s_bits_of = [&](int idx) {
-      return s_found_addr + 2 * Traits::kBytesAny + idx * kGroups * 4;
+      return storage.found() + 2 * Traits::kBytesAny + idx * kGroups * 4;
     };
     // As key_lists.cuh wants it.
     auto keep_listed = [&](int stage, int tile, int chunk) {
@@ -263,7 +186,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
         if (group >= kGroups) return;
         const uint64_t bits = ptx::ld_shared_b32(s_bits_of(tile - chunk) + group * 4);
         const int64_t entry = static_cast<int64_t>(bits << 32) | (first_key + group * 16);
-        ptx::st_shared_b64(s_listed_addr + stage * Traits::kBytesListed + group * 8, entry);
+        ptx::st_shared_b64(storage.listed(stage) + group * 8, entry);
       }
     };
 
@@ -291,7 +214,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
         const uint32_t all = __ballot_sync(0xffffffffu, sees_all);
         ptx::barrier_sync<Traits::kNumThreads>();  // the last chunk's are read
         if (lane_idx == 0) {
-          ptx::st_shared_b32(s_found_addr + warp_idx * 4, any);
+          ptx::st_shared_b32(storage.found() + warp_idx * 4, any);
           ptx::st_shared_b32(s_free_addr + warp_idx * 4, all);
         }
 #pragma unroll
@@ -303,7 +226,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
       auto next_tile = [&](int tile) {
         if constexpr (kHasLists<Spec>) {
           for (int idx = tile - chunk; idx < chunk_end - chunk; idx = (idx / 32 + 1) * 32) {
-            const uint32_t any = ptx::ld_shared_b32(s_found_addr + idx / 32 * 4) >> idx % 32;
+            const uint32_t any = ptx::ld_shared_b32(storage.found() + idx / 32 * 4) >> idx % 32;
             if (any != 0) return chunk + idx + __ffs(any) - 1;
           }
           return max_of(tile, chunk_end);
@@ -327,8 +250,8 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
       auto step = [&](int tile, int next, auto is_masked) {
         constexpr bool kIsMasked = decltype(is_masked)::value;
         const int buffer = kStages == 2 ? stage : 0;
-        const uint32_t s_q_now = s_q_addr + buffer * Traits::kBytesQ;
-        const uint32_t s_do_now = s_do_addr + buffer * Traits::kBytesDo;
+        const uint32_t s_q_now = storage.q(buffer);
+        const uint32_t s_do_now = storage.d_out(buffer);
         // Protects: this step's tiles before anyone reads them; the others, and P and dS, which the
         // last step read, before anyone writes them.
         ptx::cp_async_wait<0>();
@@ -349,14 +272,13 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
         KeyColumns<Spec> columns = {accumulator_column(lane_idx) +
                                     (kHasGroups<Spec> ? 0 : warp_key)};
         if constexpr (kHasLists<Spec>) {
-          columns.s_listed =
-              s_listed_addr + stage * Traits::kBytesListed + grid_s.first_column / 16 * 8;
+          columns.s_listed = storage.listed(stage) + grid_s.first_column / 16 * 8;
         }
         if constexpr (kGathersKeys<Spec>) {
 #pragma unroll
           for (int i = 0; i < kKeyTiles / 2; ++i) columns.first_keys[i] = first_keys[i];
         }
-        const uint32_t s_stats_now = s_stats_addr + stage * Traits::kBytesStats;
+        const uint32_t s_stats_now = storage.stats(stage);
         const uint32_t s_lse = s_stats_now + grid_s.first_row * 4;
         if (Traits::kNumScoreWarps == Traits::kNumWarps || warp_idx < Traits::kNumScoreWarps) {
           Scores r_p, r_dp;
@@ -365,8 +287,8 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
                                                 columns,   lane_idx, window,   is_on_stride};
           Weights weights(params, sequence, rows, where);
           weights.template compute<kIsMasked>(
-              r_p, r_dp, lane_q_addr + buffer * Traits::kBytesQ, lane_k_addr,
-              lane_do_addr + buffer * Traits::kBytesDo, lane_v_addr, s_lse,
+              r_p, r_dp, operands.lane_q_addr + buffer * Traits::kBytesQ, operands.lane_k_addr,
+              operands.lane_do_addr + buffer * Traits::kBytesDo, operands.lane_v_addr, s_lse,
               scales.of_q(s_stats_now) * scales.of_k, scales.of_d_out(s_stats_now) * scales.of_v);
 #pragma unroll
           for (int m = 0; m < kRowTiles; ++m) {
@@ -395,16 +317,16 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
                   }
                 } else {
                   const int column = grid_s.first_column + n * 8 + accumulator_column(lane_idx);
-                  Mma::template store_pair<LayoutP>(s_p_addr, grid_s.first_row + row, column, p[0],
-                                                    p[1]);
-                  Mma::template store_pair<LayoutP>(s_ds_addr, grid_s.first_row + row, column,
+                  Mma::template store_pair<LayoutP>(storage.p(), grid_s.first_row + row, column,
+                                                    p[0], p[1]);
+                  Mma::template store_pair<LayoutP>(storage.ds(), grid_s.first_row + row, column,
                                                     d_s[0], d_s[1]);
                 }
               }
             }
           }
           if constexpr (kIsInHalves<Spec>) {
-            scales.store(r_p, r_dp, grid_s, s_p_addr, s_ds_addr, warp_idx, lane_idx);
+            scales.store(r_p, r_dp, grid_s, storage.p(), storage.ds(), warp_idx, lane_idx);
           }
         }
         if (has_next) {
@@ -415,7 +337,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
 
         // ---- dV, dQ, dK
         const float scale_dv = scales.of_d_out(s_stats_now) / PartScales<Spec>::kLiftP;
-        Products::template add_transposed<LayoutV>(r_dv, s_p_addr, grid_dv, s_do_now, lane_idx,
+        Products::template add_transposed<LayoutV>(r_dv, storage.p(), grid_dv, s_do_now, lane_idx,
                                                    [&](int, int) { return scale_dv; });
         if constexpr (kStages == 1) {
           ptx::barrier_sync<Traits::kNumThreads>();  // dO is read
@@ -426,7 +348,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
           using Grid = typename Traits::GridDq;
           float r_dq[Grid::kRowTiles][Grid::kColumnTiles][4] = {};
           Products::template add<LayoutQk>(
-              r_dq, s_ds_addr, grid_dq, s_k_addr, lane_idx, [&](int key, int m) {
+              r_dq, storage.ds(), grid_dq, storage.k(), lane_idx, [&](int key, int m) {
                 return scales.of_ds(grid_dq.first_row + m * 16, key) * scales.of_k;
               });
           wait_turn(tile, kHasLists<Spec> ? kv_tile : keys.turn(tile));
@@ -436,7 +358,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
         }
         const float scale_q = scales.of_q(s_stats_now);
         Products::template add_transposed<LayoutQk>(
-            r_dk, s_ds_addr, grid_dk, s_q_now, lane_idx, [&](int row, int m) {
+            r_dk, storage.ds(), grid_dk, s_q_now, lane_idx, [&](int row, int m) {
               return scales.of_ds(row, grid_dk.first_row + m * 16) * scale_q;
             });
         if constexpr (kStages == 1) {

@@ -19,7 +19,9 @@
 #include "jitattn/attention/schedule.cuh"
 #include "jitattn/attention/sequence.cuh"
 #include "jitattn/bwd/sm80/key_rows.cuh"
+#include "jitattn/bwd/sm80/operands.cuh"
 #include "jitattn/bwd/sm80/schedule.cuh"
+#include "jitattn/bwd/sm80/storage.cuh"
 #include "jitattn/bwd/sm80/traits.cuh"
 #include "jitattn/bwd/sm80/weights.cuh"
 #include "jitattn/ptx/cp_async.cuh"
@@ -63,31 +65,13 @@ __device__ __forceinline__ void attn_bwd_scores(const BwdParamsOf<Spec>& params)
   const int diagonal = own_kv_tile - (params.num_q_tiles - 1);  // kv tile - q tile
 
   // ---- Shared storage
-  extern __shared__ __align__(128) unsigned char s_storage[];
-  const uint32_t s_k_addr = ptx::shared_addr(s_storage);
-  const uint32_t s_v_addr = s_k_addr + Traits::kOffsetV;
-  const uint32_t s_q_addr = s_k_addr + Traits::kOffsetQ;
-  const uint32_t s_do_addr = s_k_addr + Traits::kOffsetDo;
-  const uint32_t s_stats_addr = s_k_addr + Traits::kOffsetStats;
-  const uint32_t s_listed_addr = s_k_addr + Traits::kOffsetListed;
-  const uint32_t s_tile_addr = s_k_addr + Traits::kOffsetP;  // of dS, in fp32
-
-  const typename Traits::CopyQ copy_q(threadIdx.x, params.q_stride_row);
-  const typename Traits::CopyDo copy_do(threadIdx.x, params.d_out_stride_row);
-  const typename Traits::CopyK copy_k(threadIdx.x, params.k_stride_row);
-  const typename Traits::CopyV copy_v(threadIdx.x, params.v_stride_row);
-  copy_k.zero_padding(s_k_addr);
-  copy_v.zero_padding(s_v_addr);
-  copy_q.zero_padding(s_q_addr);
-  copy_do.zero_padding(s_do_addr);
-  const uint32_t lane_q_addr = s_q_addr + grid.first_row * LayoutQk::kRowBytes +
-                               lane_offset_row_first<LayoutQk::kRowBytes / 16>(lane_idx);
-  const uint32_t lane_do_addr = s_do_addr + grid.first_row * LayoutV::kRowBytes +
-                                lane_offset_row_first<LayoutV::kRowBytes / 16>(lane_idx);
-  const uint32_t lane_k_addr = s_k_addr + grid.first_column * LayoutQk::kRowBytes +
-                               lane_offset_chunk_first<LayoutQk::kRowBytes / 16>(lane_idx);
-  const uint32_t lane_v_addr = s_v_addr + grid.first_column * LayoutV::kRowBytes +
-                               lane_offset_chunk_first<LayoutV::kRowBytes / 16>(lane_idx);
+  const BwdStorage<Traits> storage;
+  const uint32_t s_tile_addr = storage.p();  // of dS, in fp32
+  const QueryCopies<Spec, Traits> query_copies(params);
+  const KeyCopies<Spec, Traits> key_copies(params);
+  key_copies.zero_padding(storage);
+  query_copies.zero_padding(storage);
+  const ScoreOperands<Traits> operands(storage, grid, lane_idx);
 
   float r_sum[kRowTiles][kKeyTiles][4] = {};  // kMatrix, kRow
   float sum = 0.f;                            // kDistance: of this thread's diagonal
@@ -113,79 +97,37 @@ __device__ __forceinline__ void attn_bwd_scores(const BwdParamsOf<Spec>& params)
       if (!is_listed) return;
     }
     const RowMap rows(sequence.len_q);
-    auto start_of = [&](const void* tensor, int64_t batch, int64_t row, int64_t first, int64_t head,
-                        int64_t idx) {
-      return reinterpret_cast<const char*>(static_cast<const Element*>(tensor) + batch_idx * batch +
-                                           first * row + idx * head);
-    };
-    auto load_rows = [&](const auto& copy, uint32_t s_addr, const char* g_first,
-                         int64_t row_stride) {
-      copy.template load_rows<true, false>(
-          s_addr, copy.lane(g_first), sequence.len_q - first_row, [&](int skip) {
-            const int row = max_of(first_row + copy.row + skip, sequence.first_position);
-            return row * row_stride * static_cast<int64_t>(sizeof(Element));
-          });
-    };
     const KeyRows<Spec> key_rows(params, sequence, batch_idx);
-    auto load_keys = [&](const auto& copy, uint32_t s_addr, const void* tensor, int64_t batch,
-                         int64_t row, int64_t head) {
-      const Element* g_head = static_cast<const Element*>(tensor) + head;
-      if constexpr (kIsPaged<Spec>) {
-        const char* g_lane = copy.lane(reinterpret_cast<const char*>(g_head));
-        copy.template load_rows<true, false>(s_addr, g_lane, num_keys, [&](int skip) {
-          return key_rows.offset(first_key + copy.row + skip, batch, row) *
-                 static_cast<int64_t>(sizeof(Element));
-        });
-      } else {
-        const Element* g_first = g_head + key_rows.offset(first_key, batch, row);
-        copy.load_tail(s_addr, copy.share(reinterpret_cast<const char*>(g_first)), num_keys);
-      }
-    };
     ptx::barrier_sync<kNumThreads>();  // the last step's tiles are read
-    const int64_t kv_head_idx = head_idx / params.heads_per_kv;
-    load_keys(copy_k, s_k_addr, params.k, params.k_stride_batch, params.k_stride_row,
-              params.k_stride_head * kv_head_idx);
-    load_keys(copy_v, s_v_addr, params.v, params.v_stride_batch, params.v_stride_row,
-              params.v_stride_head * kv_head_idx);
-    load_rows(copy_q, s_q_addr,
-              start_of(params.q, params.q_stride_batch, params.q_stride_row, sequence.q_start,
-                       params.q_stride_head, head_idx),
-              params.q_stride_row);
-    load_rows(copy_do, s_do_addr,
-              start_of(params.d_out, params.d_out_stride_batch, params.d_out_stride_row,
-                       sequence.q_start, params.d_out_stride_head, head_idx),
-              params.d_out_stride_row);
+    key_copies.load(storage, sequence, key_rows, head_idx / params.heads_per_kv, kv_tile, num_keys);
+    const QueryTiles<Spec, Traits> queries(params, sequence, query_copies, batch_idx, head_idx);
+    queries.load_q(storage.q(0), q_tile);
+    queries.load_d_out(storage.d_out(0), q_tile);
     ptx::cp_async_commit();
-    const int64_t first_stat = batch_idx * params.stat_stride_batch +
-                               head_idx * params.stat_stride_head + sequence.q_start;
     for (int idx = threadIdx.x; idx < Traits::kRowStats * kBlockQ; idx += kNumThreads) {
-      const int stat = idx / kBlockQ, row = first_row + idx % kBlockQ;
-      const bool exists = row < sequence.len_q && row >= sequence.first_position;
-      const float* g_stats = stat == 0 ? params.lse_log2 : params.delta;
-      if (Traits::kHasSinks && stat == 2) g_stats = params.sink_rest;
-      const float value = exists ? __ldg(g_stats + first_stat + row) : stat == 0 ? infinity() : 0.f;
-      ptx::st_shared_b32(s_stats_addr + idx * 4, __float_as_uint(value));
+      const float value = queries.load_stat(idx / kBlockQ, first_row + idx % kBlockQ);
+      ptx::st_shared_b32(storage.stats(0) + idx * 4, __float_as_uint(value));
     }
     if constexpr (kHasLists<Spec>) {
       if (static_cast<int>(threadIdx.x) < kBlockKv / 16) {
-        store_listed<kBlockKv>(s_listed_addr, span, listed, first_key);
+        store_listed<kBlockKv>(storage.listed(0), span, listed, first_key);
       }
     }
     ptx::cp_async_wait<0>();
     ptx::barrier_sync<kNumThreads>();  // tiles, LSE and delta are there
 
     Scores r_p, r_dp;
-    const uint32_t s_lse = s_stats_addr + grid.first_row * 4;
+    const uint32_t s_lse = storage.stats(0) + grid.first_row * 4;
     const KeyColumns<Spec> columns = {
         accumulator_column(lane_idx) + (kHasLists<Spec> ? 0 : first_key + grid.first_column),
-        s_listed_addr + grid.first_column / 16 * 8};
+        storage.listed(0) + grid.first_column / 16 * 8};
     const typename Weights::Tile where = {
         batch_idx, head_idx, first_row + grid.first_row, first_key + grid.first_column, columns,
         lane_idx,  window};
     Weights weights(params, sequence, rows, where);
     if (has_scores) {
-      weights.template compute<true>(r_p, r_dp, lane_q_addr, lane_k_addr, lane_do_addr, lane_v_addr,
-                                     s_lse);
+      weights.template compute<true>(r_p, r_dp, operands.lane_q_addr, operands.lane_k_addr,
+                                     operands.lane_do_addr, operands.lane_v_addr, s_lse);
     }
     if (has_scores) {
 #pragma unroll
