@@ -167,9 +167,6 @@ LONG_FUNCTIONS = {
     ("jitattn/bwd/sm80/kernel.cuh", "attn_bwd"): 499,
     ("jitattn/bwd/sm80/scores.cuh", "attn_bwd_scores"): 280,
     ("jitattn/fwd/sm80/kernel.cuh", "attn_fwd"): 431,
-    ("jitattn/prepare/channel_stats.cuh", "channel_stats"): 153,
-    ("jitattn/prepare/quantize.cuh", "quantize"): 115,
-    ("jitattn/prepare/split_halves.cuh", "split_halves"): 97,
 }
 
 
