@@ -96,8 +96,9 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
 
   // ---- Shared storage
   const BwdStorage<Traits> storage;
-  JITATTN_DEVICE_ASSERT(storage.first % 128 == 0);
-  const PartScales<Spec> scales(params, batch_idx, kv_head_idx, first_key, storage.scales());
+  JITATTN_DEVICE_ASSERT(storage.k % 128 == 0);
+  const PartScales<Spec> scales(params, batch_idx, kv_head_idx, first_key,
+                                storage.k + Traits::kOffsetScales);
 
   const QueryCopies<Spec, Traits> query_copies(params);
   const ScoreOperands<Traits> operands(storage, grid_s, lane_idx);
@@ -175,9 +176,9 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
     // Tile `chunk + idx`: bit idx % 32 of word idx / 32 says whether its list has any of this key
     // block, the same of s_free_addr whether all rows see all of it; then what the list says.
     constexpr int kGroups = kBlockKv / 16;
-    const uint32_t s_free_addr = storage.found() + Traits::kBytesAny;
+    const uint32_t s_free_addr = storage.found + Traits::kBytesAny;
     auto s_bits_of = [&](int idx) {
-      return storage.found() + 2 * Traits::kBytesAny + idx * kGroups * 4;
+      return storage.found + 2 * Traits::kBytesAny + idx * kGroups * 4;
     };
     // As key_lists.cuh wants it.
     auto keep_listed = [&](int stage, int tile, int chunk) {
@@ -214,7 +215,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
         const uint32_t all = __ballot_sync(0xffffffffu, sees_all);
         ptx::barrier_sync<Traits::kNumThreads>();  // the last chunk's are read
         if (lane_idx == 0) {
-          ptx::st_shared_b32(storage.found() + warp_idx * 4, any);
+          ptx::st_shared_b32(storage.found + warp_idx * 4, any);
           ptx::st_shared_b32(s_free_addr + warp_idx * 4, all);
         }
 #pragma unroll
@@ -226,7 +227,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
       auto next_tile = [&](int tile) {
         if constexpr (kHasLists<Spec>) {
           for (int idx = tile - chunk; idx < chunk_end - chunk; idx = (idx / 32 + 1) * 32) {
-            const uint32_t any = ptx::ld_shared_b32(storage.found() + idx / 32 * 4) >> idx % 32;
+            const uint32_t any = ptx::ld_shared_b32(storage.found + idx / 32 * 4) >> idx % 32;
             if (any != 0) return chunk + idx + __ffs(any) - 1;
           }
           return max_of(tile, chunk_end);
@@ -317,16 +318,16 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
                   }
                 } else {
                   const int column = grid_s.first_column + n * 8 + accumulator_column(lane_idx);
-                  Mma::template store_pair<LayoutP>(storage.p(), grid_s.first_row + row, column,
-                                                    p[0], p[1]);
-                  Mma::template store_pair<LayoutP>(storage.ds(), grid_s.first_row + row, column,
+                  Mma::template store_pair<LayoutP>(storage.p, grid_s.first_row + row, column, p[0],
+                                                    p[1]);
+                  Mma::template store_pair<LayoutP>(storage.ds, grid_s.first_row + row, column,
                                                     d_s[0], d_s[1]);
                 }
               }
             }
           }
           if constexpr (kIsInHalves<Spec>) {
-            scales.store(r_p, r_dp, grid_s, storage.p(), storage.ds(), warp_idx, lane_idx);
+            scales.store(r_p, r_dp, grid_s, storage.p, storage.ds, warp_idx, lane_idx);
           }
         }
         if (has_next) {
@@ -337,7 +338,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
 
         // ---- dV, dQ, dK
         const float scale_dv = scales.of_d_out(s_stats_now) / PartScales<Spec>::kLiftP;
-        Products::template add_transposed<LayoutV>(r_dv, storage.p(), grid_dv, s_do_now, lane_idx,
+        Products::template add_transposed<LayoutV>(r_dv, storage.p, grid_dv, s_do_now, lane_idx,
                                                    [&](int, int) { return scale_dv; });
         if constexpr (kStages == 1) {
           ptx::barrier_sync<Traits::kNumThreads>();  // dO is read
@@ -348,7 +349,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
           using Grid = typename Traits::GridDq;
           float r_dq[Grid::kRowTiles][Grid::kColumnTiles][4] = {};
           Products::template add<LayoutQk>(
-              r_dq, storage.ds(), grid_dq, storage.k(), lane_idx, [&](int key, int m) {
+              r_dq, storage.ds, grid_dq, storage.k, lane_idx, [&](int key, int m) {
                 return scales.of_ds(grid_dq.first_row + m * 16, key) * scales.of_k;
               });
           wait_turn(tile, kHasLists<Spec> ? kv_tile : keys.turn(tile));
@@ -358,7 +359,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
         }
         const float scale_q = scales.of_q(s_stats_now);
         Products::template add_transposed<LayoutQk>(
-            r_dk, storage.ds(), grid_dk, s_q_now, lane_idx, [&](int row, int m) {
+            r_dk, storage.ds, grid_dk, s_q_now, lane_idx, [&](int row, int m) {
               return scales.of_ds(row, grid_dk.first_row + m * 16) * scale_q;
             });
         if constexpr (kStages == 1) {

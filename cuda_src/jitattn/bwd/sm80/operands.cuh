@@ -29,8 +29,8 @@ struct KeyCopies {
         copy_v(threadIdx.x, params.v_stride_row) {}
 
   __device__ void zero_padding(const BwdStorage<Traits>& storage) const {
-    copy_k.zero_padding(storage.k());
-    copy_v.zero_padding(storage.v());
+    copy_k.zero_padding(storage.k);
+    copy_v.zero_padding(storage.v);
   }
 
   // Starts the copies of the num_keys keys that a block has.
@@ -52,9 +52,9 @@ struct KeyCopies {
         copy.load_tail(s_addr, copy.share(reinterpret_cast<const char*>(g_first)), num_keys);
       }
     };
-    load_rows(copy_k, storage.k(), params.k, params.k_stride_batch, params.k_stride_row,
+    load_rows(copy_k, storage.k, params.k, params.k_stride_batch, params.k_stride_row,
               params.k_stride_head);
-    load_rows(copy_v, storage.v(), params.v, params.v_stride_batch, params.v_stride_row,
+    load_rows(copy_v, storage.v, params.v, params.v_stride_batch, params.v_stride_row,
               params.v_stride_head);
   }
 };

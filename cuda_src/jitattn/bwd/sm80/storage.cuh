@@ -12,31 +12,41 @@ namespace jitattn {
 // statistics and lists there are two.
 template <class Traits>
 struct BwdStorage {
-  uint32_t first;  // of all
+  uint32_t k;
+  uint32_t v;
+  uint32_t first_q;  // of buffer 0
+  uint32_t first_d_out;
+  uint32_t p;
+  uint32_t ds;
+  uint32_t first_stats;  // of stage 0
+  uint32_t first_listed;
+  uint32_t found;
 
-  __device__ BwdStorage() {
+  __device__ __forceinline__ BwdStorage() {
     extern __shared__ __align__(128) unsigned char s_storage[];
-    first = ptx::shared_addr(s_storage);
+    k = ptx::shared_addr(s_storage);
+    v = k + Traits::kOffsetV;
+    first_q = k + Traits::kOffsetQ;
+    first_d_out = k + Traits::kOffsetDo;
+    p = k + Traits::kOffsetP;
+    ds = k + Traits::kOffsetDs;
+    first_stats = k + Traits::kOffsetStats;
+    first_listed = k + Traits::kOffsetListed;
+    found = k + Traits::kOffsetFound;
   }
 
-  __device__ uint32_t k() const { return first; }
-  __device__ uint32_t v() const { return first + Traits::kOffsetV; }
-  __device__ uint32_t q(int buffer) const {
-    return first + Traits::kOffsetQ + buffer * Traits::kBytesQ;
+  __device__ __forceinline__ uint32_t q(int buffer) const {
+    return first_q + buffer * Traits::kBytesQ;
   }
-  __device__ uint32_t d_out(int buffer) const {
-    return first + Traits::kOffsetDo + buffer * Traits::kBytesDo;
+  __device__ __forceinline__ uint32_t d_out(int buffer) const {
+    return first_d_out + buffer * Traits::kBytesDo;
   }
-  __device__ uint32_t p() const { return first + Traits::kOffsetP; }
-  __device__ uint32_t ds() const { return first + Traits::kOffsetDs; }
-  __device__ uint32_t stats(int stage) const {
-    return first + Traits::kOffsetStats + stage * Traits::kBytesStats;
+  __device__ __forceinline__ uint32_t stats(int stage) const {
+    return first_stats + stage * Traits::kBytesStats;
   }
-  __device__ uint32_t scales() const { return first + Traits::kOffsetScales; }
-  __device__ uint32_t listed(int stage) const {
-    return first + Traits::kOffsetListed + stage * Traits::kBytesListed;
+  __device__ __forceinline__ uint32_t listed(int stage) const {
+    return first_listed + stage * Traits::kBytesListed;
   }
-  __device__ uint32_t found() const { return first + Traits::kOffsetFound; }
 };
 
 // Where a lane of the scores' grid of warps begins to read the operands of S = Q K^T and
@@ -48,8 +58,8 @@ struct ScoreOperands {
   uint32_t lane_k_addr;
   uint32_t lane_v_addr;
 
-  __device__ ScoreOperands(const BwdStorage<Traits>& storage, const typename Traits::GridS& grid,
-                           int lane_idx) {
+  __device__ __forceinline__ ScoreOperands(const BwdStorage<Traits>& storage,
+                                           const typename Traits::GridS& grid, int lane_idx) {
     using LayoutQk = typename Traits::LayoutQk;
     using LayoutV = typename Traits::LayoutV;
     constexpr int kChunksQk = LayoutQk::kRowBytes / 16, kChunksV = LayoutV::kRowBytes / 16;
@@ -57,9 +67,9 @@ struct ScoreOperands {
                   lane_offset_row_first<kChunksQk>(lane_idx);
     lane_do_addr = storage.d_out(0) + grid.first_row * LayoutV::kRowBytes +
                    lane_offset_row_first<kChunksV>(lane_idx);
-    lane_k_addr = storage.k() + grid.first_column * LayoutQk::kRowBytes +
+    lane_k_addr = storage.k + grid.first_column * LayoutQk::kRowBytes +
                   lane_offset_chunk_first<kChunksQk>(lane_idx);
-    lane_v_addr = storage.v() + grid.first_column * LayoutV::kRowBytes +
+    lane_v_addr = storage.v + grid.first_column * LayoutV::kRowBytes +
                   lane_offset_chunk_first<kChunksV>(lane_idx);
   }
 };
