@@ -164,7 +164,6 @@ LONG_FILES = {
 LONG_FUNCTIONS = {
     ("jitattn/attention/schedule.cuh", "counted_tile"): 87,
     ("jitattn/attention/score.cuh", "add_to_scores"): 124,
-    ("jitattn/bwd/sm80/kernel.cuh", "attn_bwd"): 499,
     ("jitattn/fwd/sm80/kernel.cuh", "attn_fwd"): 431,
 }
 

@@ -8,7 +8,6 @@
 #include "jitattn/bwd/sm80/key_rows.cuh"
 #include "jitattn/bwd/sm80/storage.cuh"
 #include "jitattn/bwd/sm80/traits.cuh"
-#include "jitattn/ptx/math.cuh"
 #include "jitattn/types.cuh"
 #include "jitattn_spec.h"
 
@@ -23,20 +22,20 @@ struct KeyCopies {
   const typename Traits::CopyK copy_k;
   const typename Traits::CopyV copy_v;
 
-  __device__ explicit KeyCopies(const BwdParamsOf<Spec>& params)
+  __device__ __forceinline__ explicit KeyCopies(const BwdParamsOf<Spec>& params)
       : params(params),
         copy_k(threadIdx.x, params.k_stride_row),
         copy_v(threadIdx.x, params.v_stride_row) {}
 
-  __device__ void zero_padding(const BwdStorage<Traits>& storage) const {
+  __device__ __forceinline__ void zero_padding(const BwdStorage<Traits>& storage) const {
     copy_k.zero_padding(storage.k);
     copy_v.zero_padding(storage.v);
   }
 
   // Starts the copies of the num_keys keys that a block has.
-  __device__ void load(const BwdStorage<Traits>& storage, const Sequence& sequence,
-                       const KeyRows<Spec>& key_rows, int kv_head_idx, int block,
-                       int num_keys) const {
+  __device__ __forceinline__ void load(const BwdStorage<Traits>& storage, const Sequence& sequence,
+                                       const KeyRows<Spec>& key_rows, int kv_head_idx, int block,
+                                       int num_keys) const {
     auto load_rows = [&](const auto& copy, uint32_t s_addr, const void* tensor, int64_t batch,
                          int64_t row, int64_t head) {
       const Element* g_head = static_cast<const Element*>(tensor) + kv_head_idx * head;
@@ -65,10 +64,10 @@ struct QueryCopies {
   const typename Traits::CopyQ copy_q;
   const typename Traits::CopyDo copy_do;
 
-  __device__ explicit QueryCopies(const BwdParamsOf<Spec>& params)
+  __device__ __forceinline__ explicit QueryCopies(const BwdParamsOf<Spec>& params)
       : copy_q(threadIdx.x, params.q_stride_row), copy_do(threadIdx.x, params.d_out_stride_row) {}
 
-  __device__ void zero_padding(const BwdStorage<Traits>& storage) const {
+  __device__ __forceinline__ void zero_padding(const BwdStorage<Traits>& storage) const {
 #pragma unroll
     for (int buffer = 0; buffer < Spec::kStages; ++buffer) {
       copy_q.zero_padding(storage.q(buffer));
@@ -85,15 +84,20 @@ struct QueryTiles {
   const BwdParamsOf<Spec>& params;
   const Sequence& sequence;
   const QueryCopies<Spec, Traits>& copies;
+  const int batch_idx;
+  const int head_idx;
   const char* g_q;
   const char* g_do;
   int64_t first_stat;
 
-  __device__ QueryTiles(const BwdParamsOf<Spec>& params, const Sequence& sequence,
-                        const QueryCopies<Spec, Traits>& copies, int batch_idx, int head_idx)
+  __device__ __forceinline__ QueryTiles(const BwdParamsOf<Spec>& params, const Sequence& sequence,
+                                        const QueryCopies<Spec, Traits>& copies, int batch_idx,
+                                        int head_idx)
       : params(params),
         sequence(sequence),
         copies(copies),
+        batch_idx(batch_idx),
+        head_idx(head_idx),
         g_q(head_of(params.q, params.q_stride_batch, params.q_stride_row, params.q_stride_head,
                     batch_idx, head_idx)),
         g_do(head_of(params.d_out, params.d_out_stride_batch, params.d_out_stride_row,
@@ -111,7 +115,7 @@ struct QueryTiles {
 
   // Statistic `stat` of a row: LSE, delta, and what a sink leaves. A row that does not exist has an
   // LSE of +inf, and weights of 0.
-  __device__ float load_stat(int stat, int row, bool is_wanted = true) const {
+  __device__ __forceinline__ float load_stat(int stat, int row, bool is_wanted = true) const {
     const bool exists = is_wanted && row < sequence.len_q && row >= sequence.first_position;
     const float* g_stats = stat == 0 ? params.lse_log2 : params.delta;
     if (Traits::kHasSinks && stat == 2) g_stats = params.sink_rest;
@@ -119,15 +123,15 @@ struct QueryTiles {
   }
 
  private:
-  __device__ const char* head_of(const void* tensor, int64_t batch, int64_t row, int64_t head,
-                                 int batch_idx, int head_idx) const {
+  __device__ __forceinline__ const char* head_of(const void* tensor, int64_t batch, int64_t row,
+                                                 int64_t head, int batch_idx, int head_idx) const {
     const int64_t skipped = batch_idx * batch + sequence.q_start * row + head_idx * head;
     return reinterpret_cast<const char*>(static_cast<const Element*>(tensor) + skipped);
   }
 
   template <class Copy>
-  __device__ void load(const Copy& copy, uint32_t s_addr, const char* g_first, int64_t row_stride,
-                       int tile) const {
+  __device__ __forceinline__ void load(const Copy& copy, uint32_t s_addr, const char* g_first,
+                                       int64_t row_stride, int tile) const {
     const int first_row = tile * Spec::kBlockQ;
     const int num_rows = sequence.len_q - first_row;
     if constexpr (kHasLists<Spec>) {

@@ -66,7 +66,7 @@ struct ScoreWork {
 // Sums of dS over tiles: of one batch and head at a time.
 template <class Spec, class Traits>
 struct ScoreSums {
-  using Weights = TileWeights<Spec>;
+  using Weights = TileWeights<Spec, Traits>;
   using Scores = typename Weights::Scores;
   static constexpr int kBlockQ = Spec::kBlockQ, kBlockKv = Spec::kBlockKv;
   static constexpr int kRowTiles = Weights::kRowTiles, kKeyTiles = Weights::kKeyTiles;
@@ -279,8 +279,8 @@ __device__ __forceinline__ void attn_bwd_scores(const BwdParamsOf<Spec>& params)
   const ScoreSums<Spec, Traits> sums{params,   storage, key_copies, query_copies,
                                      operands, grid,    has_scores, lane_idx};
 
-  typename TileWeights<Spec>::Scores r_sum = {};  // kMatrix, kRow
-  float sum = 0.f;                                // kDistance: of this thread's diagonal
+  typename TileWeights<Spec, Traits>::Scores r_sum = {};  // kMatrix, kRow
+  float sum = 0.f;                                        // kDistance: of this thread's diagonal
   const float unscale = params.d_out_scale == nullptr ? 1.f : __ldg(params.d_out_scale + 1);
   const int end_batch = params.target_batch == 1 ? params.batch : own.batch + 1;
   const int end_head = params.target_heads == 1 ? params.heads_q : own.head + 1;
