@@ -22,6 +22,7 @@
 #pragma once
 
 #include "jitattn/prepare/quantized_rows.cuh"
+#include "jitattn/prepare/reduce.cuh"
 #include "jitattn/ptx/global.cuh"
 #include "jitattn/ptx/math.cuh"
 #include "jitattn/tile/element.cuh"
@@ -62,6 +63,63 @@ __device__ __forceinline__ void round_values(const QuantParams& params, const Qu
   }
 }
 
+// Mean and c of a thread's eight channels, which make channels even.
+template <class Spec>
+struct EvenChannels {
+  using Row = QuantRow<Spec>;
+
+  const bool is_k;
+  float mean[8];
+  float factor[8];
+
+  __device__ EvenChannels(const QuantParams& params, const QuantWork& work, int kv_head, int lane)
+      : is_k(work.is_k) {
+    const float* g_channels =
+        params.channels +
+        (static_cast<int64_t>(work.batch) * params.heads_kv + kv_head) * (2 * Row::kDim) + lane * 8;
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      const float4 means = __ldg(reinterpret_cast<const float4*>(g_channels + i));
+      const float4 factors = __ldg(reinterpret_cast<const float4*>(g_channels + Row::kDim + i));
+      const float of_mean[4] = {means.x, means.y, means.z, means.w};
+      const float of_factor[4] = {factors.x, factors.y, factors.z, factors.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        mean[i + j] = of_mean[j];
+        factor[i + j] = is_k ? ptx::rcp_approx(of_factor[j]) : of_factor[j];
+      }
+    }
+  }
+
+  // A number of channel i of q, c q, or of k, (k - mean) / c. Made twice, as registers are dear.
+  __device__ float operator()(float x, int i) const { return (is_k ? x - mean[i] : x) * factor[i]; }
+
+  // Writes the channels of a row in 8 bits, times `inverse` of the row's scale.
+  __device__ void store(int8_t* g_out, const Vec16& loaded, float inverse) const {
+    float x[8];
+    Row::widen(x, loaded);
+    uint32_t packed[2] = {};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      packed[i / 4] |= (ptx::cvt_s8((*this)(x[i], i) * inverse) & 0xffu) << (i % 4 * 8);
+    }
+    *reinterpret_cast<uint2*>(g_out) = make_uint2(packed[0], packed[1]);
+  }
+};
+
+// Rows before those of a CTA's sequence and head, in what is written.
+template <class Spec>
+__device__ __forceinline__ int64_t first_row_out(const QuantParams& params, const QuantWork& work) {
+  const bool is_in_pages = QuantRow<Spec>::kIsPaged && work.is_k;
+  const bool is_flat = work.is_k ? params.k_is_flat : params.q_is_flat;
+  const int heads = work.is_k ? params.heads_kv : params.heads_q;
+  const int64_t rows_of_head = is_in_pages ? params.len_kv
+                               : work.is_k ? params.kv_rows
+                                           : params.q_rows;
+  const int64_t first_head = is_flat ? 0 : static_cast<int64_t>(work.batch) * heads;
+  return (first_head + work.head) * rows_of_head + (is_in_pages ? 0 : work.own().start);
+}
+
 template <class Spec>
 __device__ __forceinline__ void quantize(const QuantParams& params) {
   using Row = QuantRow<Spec>;
@@ -80,15 +138,10 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
   // The last ones first: they are those that the cache still holds.
   const QuantWork work = quant_work(params, kQuantKeys, gridDim.x - 1 - blockIdx.x);
   const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
-  const bool is_in_pages = Row::kIsPaged && work.is_k;
-  const int len = work.own().length, start = is_in_pages ? 0 : work.own().start;
+  const int len = work.own().length;
   if (work.block * kQuantKeys >= len) return;  // of a sequence that is shorter than others
-  const int heads = work.is_k ? params.heads_kv : params.heads_q;
   const int group = params.heads_q / params.heads_kv;
   const int kv_head = work.is_k ? work.head : work.head / group;
-  const float* g_channels =
-      params.channels +
-      (static_cast<int64_t>(work.batch) * params.heads_kv + kv_head) * (2 * kDim) + lane * 8;
   // All rows are under way at once; past the end it is the last one again, which has been counted.
   Vec16 loaded[kPasses];
 #pragma unroll
@@ -96,28 +149,8 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
     const int row = work.block * kQuantKeys + first + pass * kRowsPerPass;
     loaded[pass] = Row::load(params, work, min_of(row, len - 1), lane);
   }
-  float mean[8], factor[8];
-#pragma unroll
-  for (int i = 0; i < 8; i += 4) {
-    const float4 means = __ldg(reinterpret_cast<const float4*>(g_channels + i));
-    const float4 factors = __ldg(reinterpret_cast<const float4*>(g_channels + kDim + i));
-    const float of_mean[4] = {means.x, means.y, means.z, means.w};
-    const float of_factor[4] = {factors.x, factors.y, factors.z, factors.w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      mean[i + j] = of_mean[j];
-      factor[i + j] = work.is_k ? ptx::rcp_approx(of_factor[j]) : of_factor[j];
-    }
-  }
-  // A number of channel i of q, c q, or of k, (k - mean) / c. Made twice, as registers are dear.
-  auto even = [&](float x, int i) { return (work.is_k ? x - mean[i] : x) * factor[i]; };
-  // Rows before those of this sequence and head, in what is written.
-  const bool is_flat = work.is_k ? params.k_is_flat : params.q_is_flat;
-  const int64_t rows_of_head = is_in_pages ? params.len_kv
-                               : work.is_k ? params.kv_rows
-                                           : params.q_rows;
-  const int64_t first_out =
-      ((is_flat ? 0 : static_cast<int64_t>(work.batch) * heads) + work.head) * rows_of_head + start;
+  const EvenChannels<Spec> even(params, work, kv_head, lane);
+  const int64_t first_out = first_row_out<Spec>(params, work);
   int8_t* g_out = (work.is_k ? params.k_out : params.q_out) + first_out * kDim;
 
   float most[kPasses];
@@ -131,7 +164,7 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
     Row::widen(x, loaded[pass]);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (!work.is_k) along_mean = fmaf(x[i], mean[i], along_mean);
+      if (!work.is_k) along_mean = fmaf(x[i], even.mean[i], along_mean);
       most[pass] = fmaxf(most[pass], fabsf(even(x[i], i)));
     }
     most_of_all = fmaxf(most_of_all, most[pass]);
@@ -148,13 +181,9 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
     }
   }
   if (work.is_k) {
-    most_of_all = largest_of_warp(most_of_all);
-    if (threadIdx.x % 32 == 0) s_most[threadIdx.x / 32] = most_of_all;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < Spec::kNumThreads / 32; ++i) most_of_all = fmaxf(most_of_all, s_most[i]);
+    most_of_all = largest_of_cta(most_of_all, s_most);
     if (threadIdx.x == 0) {
-      const int64_t of_head = static_cast<int64_t>(work.batch) * heads + work.head;
+      const int64_t of_head = static_cast<int64_t>(work.batch) * params.heads_kv + work.head;
       params.k_scale[of_head * ceil_div(params.len_kv, kQuantKeys) + work.block] =
           fmaxf(most_of_all, kLeast) / kLargest;
     }
@@ -164,15 +193,7 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
     const int row = work.block * kQuantKeys + first + pass * kRowsPerPass;
     if (row >= len) continue;
     const float inverse = kLargest / fmaxf(work.is_k ? most_of_all : most[pass], kLeast);
-    float x[8];
-    Row::widen(x, loaded[pass]);
-    uint32_t packed[2] = {};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      packed[i / 4] |= (ptx::cvt_s8(even(x[i], i) * inverse) & 0xffu) << (i % 4 * 8);
-    }
-    *reinterpret_cast<uint2*>(g_out + static_cast<int64_t>(row) * kDim + lane * 8) =
-        make_uint2(packed[0], packed[1]);
+    even.store(g_out + static_cast<int64_t>(row) * kDim + lane * 8, loaded[pass], inverse);
   }
   if constexpr (Spec::kValues == Switch::kOn) {
     if (work.is_k) round_values<Spec>(params, work, first_out);

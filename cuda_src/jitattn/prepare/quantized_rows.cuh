@@ -85,12 +85,6 @@ __device__ __forceinline__ float scale_of_values(float most) {
   return __int_as_float((min_of(126, max_of(-126, exponent)) + 127) << 23);
 }
 
-__device__ __forceinline__ float largest_of_warp(float x) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, mask));
-  return x;
-}
-
 // Eight neighbouring channels of a row; lanes of kDim / 8 threads share a row.
 template <class Spec>
 struct QuantRow {

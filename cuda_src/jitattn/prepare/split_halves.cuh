@@ -11,6 +11,7 @@
 // Work split  A CTA has kSplitRows rows of a head of Q, dO, K or V: blocks fastest, then heads.
 #pragma once
 
+#include "jitattn/prepare/reduce.cuh"
 #include "jitattn/ptx/math.cuh"
 #include "jitattn/tile/power_scale.cuh"
 #include "jitattn/types.cuh"
@@ -51,19 +52,12 @@ struct SplitBlock {
   }
 
   // The largest of the block; all threads come here.
-  __device__ float most(float* s_most) const {
+  template <int kNumWarps>
+  __device__ float most(float (&s_most)[kNumWarps]) const {
     float largest = 0.f;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) largest = fmaxf(largest, most_of(x[i]));
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, mask));
-    }
-    if (threadIdx.x % 32 == 0) s_most[threadIdx.x / 32] = largest;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < Spec::kNumThreads / 32; ++i) largest = fmaxf(largest, s_most[i]);
-    return largest;
+    return largest_of_cta(largest, s_most);
   }
 
   // Write row `row` of a head [len, kParts, kDim]: four columns of each part.
@@ -85,102 +79,116 @@ struct SplitBlock {
   }
 };
 
+// Splits kSplitRows rows of a head with one scale. All threads come here.
+template <class Spec, int kDim>
+__device__ __forceinline__ void split_block(const float* g_in, int64_t row_stride, int block,
+                                            int len, const uint8_t* g_keeps, uint16_t* g_out,
+                                            float* g_scale) {
+  using Block = SplitBlock<Spec, kDim>;
+  __shared__ float s_most[Spec::kNumThreads / 32];
+  Block own;
+  own.load(g_in, row_stride, block * kSplitRows, len, g_keeps);
+  const PowerScale scale(own.most(s_most));
+  if (threadIdx.x == 0) *g_scale = scale.down;
+#pragma unroll
+  for (int i = 0; i < Block::kLoads; ++i) {
+    const int idx = i * Spec::kNumThreads + threadIdx.x, in_block = idx / Block::kLanes;
+    const int row = block * kSplitRows + in_block;
+    if (in_block >= kSplitRows || row >= len) continue;
+    Block::store(g_out, row, idx % Block::kLanes * 4, own.x[i], scale.up);
+  }
+}
+
+// Splits kSplitRows rows of a head, each with its own scale. All threads come here.
+template <class Spec, int kDim>
+__device__ __forceinline__ void split_rows(const float* g_in, int64_t row_stride, int block,
+                                           int len, uint16_t* g_out, float* g_scales) {
+  using Block = SplitBlock<Spec, kDim>;
+  __shared__ uint32_t s_of_row[kSplitRows];
+  Block own;
+  own.load(g_in, row_stride, block * kSplitRows, len, nullptr);
+  if (threadIdx.x < kSplitRows) s_of_row[threadIdx.x] = 0;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < Block::kLoads; ++i) {
+    const int idx = i * Spec::kNumThreads + threadIdx.x;
+    if (idx >= kSplitRows * Block::kLanes) continue;
+    atomicMax(&s_of_row[idx / Block::kLanes], __float_as_uint(Block::most_of(own.x[i])));
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < Block::kLoads; ++i) {
+    const int idx = i * Spec::kNumThreads + threadIdx.x, in_block = idx / Block::kLanes;
+    const int row = block * kSplitRows + in_block;
+    if (in_block >= kSplitRows || row >= len) continue;
+    const PowerScale scale(__uint_as_float(s_of_row[in_block]));
+    Block::store(g_out, row, idx % Block::kLanes * 4, own.x[i], scale.up);
+    if (idx % Block::kLanes == 0) g_scales[row] = scale.down;
+  }
+}
+
+// The block of a CTA: its number in a head, and the head's.
+struct SplitWork {
+  int block;
+  int of_head;
+  int head;
+  int batch;
+
+  __device__ SplitWork(int idx, int blocks, int heads)
+      : block(idx % blocks), of_head(idx / blocks), head(of_head % heads), batch(of_head / heads) {}
+};
+
 template <class Spec>
 __device__ __forceinline__ void split_halves(const SplitParams& params) {
   static_assert(sizeof(SplitParams) == Spec::kParamsBytes, "host and device disagree");
   static_assert(Spec::kSmemBytes == 0);
   constexpr int kDim = Spec::kHeadDim, kDimV = Spec::kHeadDimV, kParts = Spec::kNumParts;
-  __shared__ float s_most[Spec::kNumThreads / 32];
-  __shared__ uint32_t s_of_row[kSplitRows];
   const int blocks_q = ceil_div(params.len_q, kSplitRows);
   const int blocks_kv = ceil_div(params.len_kv, kSplitRows);
   const int num_q = blocks_q * params.heads_q * params.batch;
   const int num_kv = blocks_kv * params.heads_kv * params.batch;
   constexpr bool kOfGradients = Spec::kGradients == Switch::kOn;
   int rest = blockIdx.x;
-  // kSplitRows rows of a tensor with one scale.
-  auto split = [&](auto own, const float* g_in, int64_t row_stride, int block, int len,
-                   const uint8_t* g_keeps, uint16_t* g_out, float* g_scale) {
-    using Block = decltype(own);
-    own.load(g_in, row_stride, block * kSplitRows, len, g_keeps);
-    const PowerScale scale(own.most(s_most));
-    if (threadIdx.x == 0) *g_scale = scale.down;
-#pragma unroll
-    for (int i = 0; i < Block::kLoads; ++i) {
-      const int idx = i * Spec::kNumThreads + threadIdx.x, in_block = idx / Block::kLanes;
-      const int row = block * kSplitRows + in_block;
-      if (in_block >= kSplitRows || row >= len) continue;
-      Block::store(g_out, row, idx % Block::kLanes * 4, own.x[i], scale.up);
-    }
-  };
-  if (kOfGradients && rest < 2 * num_q) {
-    const bool is_d_out = rest >= num_q;
+  if (rest < (kOfGradients ? 2 * num_q : num_q)) {
+    const bool is_d_out = kOfGradients && rest >= num_q;
     if (is_d_out) rest -= num_q;
-    const int block = rest % blocks_q, of_head = rest / blocks_q;
-    const int head = of_head % params.heads_q, batch = of_head / params.heads_q;
-    const int64_t rows_before = static_cast<int64_t>(of_head) * params.len_q;
-    if (is_d_out) {
-      split(SplitBlock<Spec, kDimV>{},
-            params.d_out + batch * params.d_out_stride_batch + head * params.d_out_stride_head,
-            params.d_out_stride_row, block, params.len_q, nullptr,
-            params.d_out_out + rows_before * (kParts * kDimV), params.d_out_scale + rest);
+    const SplitWork work(rest, blocks_q, params.heads_q);
+    const int64_t rows_before = static_cast<int64_t>(work.of_head) * params.len_q;
+    const float* g_q =
+        params.q + work.batch * params.q_stride_batch + work.head * params.q_stride_head;
+    uint16_t* g_q_out = params.q_out + rows_before * (kParts * kDim);
+    if constexpr (!kOfGradients) {
+      split_rows<Spec, kDim>(g_q, params.q_stride_row, work.block, params.len_q, g_q_out,
+                             params.q_scale + rows_before);
+    } else if (is_d_out) {
+      split_block<Spec, kDimV>(params.d_out + work.batch * params.d_out_stride_batch +
+                                   work.head * params.d_out_stride_head,
+                               params.d_out_stride_row, work.block, params.len_q, nullptr,
+                               params.d_out_out + rows_before * (kParts * kDimV),
+                               params.d_out_scale + rest);
     } else {
-      split(SplitBlock<Spec, kDim>{},
-            params.q + batch * params.q_stride_batch + head * params.q_stride_head,
-            params.q_stride_row, block, params.len_q, nullptr,
-            params.q_out + rows_before * (kParts * kDim), params.q_scale + rest);
-    }
-    return;
-  }
-  if (!kOfGradients && rest < num_q) {  // rows of Q, each with its own scale
-    const int block = rest % blocks_q, of_head = rest / blocks_q;
-    const int head = of_head % params.heads_q, batch = of_head / params.heads_q;
-    using Block = SplitBlock<Spec, kDim>;
-    Block own;
-    own.load(params.q + batch * params.q_stride_batch + head * params.q_stride_head,
-             params.q_stride_row, block * kSplitRows, params.len_q, nullptr);
-    if (threadIdx.x < kSplitRows) s_of_row[threadIdx.x] = 0;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < Block::kLoads; ++i) {
-      const int idx = i * Spec::kNumThreads + threadIdx.x;
-      if (idx >= kSplitRows * Block::kLanes) continue;
-      atomicMax(&s_of_row[idx / Block::kLanes], __float_as_uint(Block::most_of(own.x[i])));
-    }
-    __syncthreads();
-    uint16_t* g_head =
-        params.q_out + static_cast<int64_t>(of_head) * params.len_q * (kParts * kDim);
-#pragma unroll
-    for (int i = 0; i < Block::kLoads; ++i) {
-      const int idx = i * Spec::kNumThreads + threadIdx.x, in_block = idx / Block::kLanes;
-      const int row = block * kSplitRows + in_block;
-      if (in_block >= kSplitRows || row >= params.len_q) continue;
-      const PowerScale scale(__uint_as_float(s_of_row[in_block]));
-      Block::store(g_head, row, idx % Block::kLanes * 4, own.x[i], scale.up);
-      if (idx % Block::kLanes == 0) {
-        params.q_scale[static_cast<int64_t>(of_head) * params.len_q + row] = scale.down;
-      }
+      split_block<Spec, kDim>(g_q, params.q_stride_row, work.block, params.len_q, nullptr, g_q_out,
+                              params.q_scale + rest);
     }
     return;
   }
   rest -= kOfGradients ? 2 * num_q : num_q;
   const bool is_v = rest >= num_kv;
   if (is_v) rest -= num_kv;
-  const int block = rest % blocks_kv, of_head = rest / blocks_kv;
-  const int head = of_head % params.heads_kv, batch = of_head / params.heads_kv;
+  const SplitWork work(rest, blocks_kv, params.heads_kv);
   const uint8_t* g_keeps = params.key_padding;
-  if (g_keeps != nullptr) g_keeps += batch * params.key_padding_stride;
-  const int64_t rows_before = static_cast<int64_t>(of_head) * params.len_kv;
+  if (g_keeps != nullptr) g_keeps += work.batch * params.key_padding_stride;
+  const int64_t rows_before = static_cast<int64_t>(work.of_head) * params.len_kv;
   if (is_v) {
-    split(SplitBlock<Spec, kDimV>{},
-          params.v + batch * params.v_stride_batch + head * params.v_stride_head,
-          params.v_stride_row, block, params.len_kv, g_keeps,
-          params.v_out + rows_before * (kParts * kDimV), params.v_scale + rest);
+    split_block<Spec, kDimV>(
+        params.v + work.batch * params.v_stride_batch + work.head * params.v_stride_head,
+        params.v_stride_row, work.block, params.len_kv, g_keeps,
+        params.v_out + rows_before * (kParts * kDimV), params.v_scale + rest);
   } else {
-    split(SplitBlock<Spec, kDim>{},
-          params.k + batch * params.k_stride_batch + head * params.k_stride_head,
-          params.k_stride_row, block, params.len_kv, g_keeps,
-          params.k_out + rows_before * (kParts * kDim), params.k_scale + rest);
+    split_block<Spec, kDim>(
+        params.k + work.batch * params.k_stride_batch + work.head * params.k_stride_head,
+        params.k_stride_row, work.block, params.len_kv, g_keeps,
+        params.k_out + rows_before * (kParts * kDim), params.k_scale + rest);
   }
 }
 

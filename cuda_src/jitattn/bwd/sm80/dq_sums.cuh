@@ -21,7 +21,7 @@ __device__ __forceinline__ int32_t* dq_semaphore(const BwdParamsOf<Spec>& params
 }
 
 // Waits until `turn` key blocks have added to dQ of a query tile, where their order is kept.
-template <class Spec>
+template <class Spec, class Traits>
 __device__ __forceinline__ void wait_dq_turn(const BwdParamsOf<Spec>& params, int batch_idx,
                                              int head_idx, int tile, int turn) {
   if constexpr (Spec::kDeterministic == Switch::kOn) {
@@ -29,17 +29,17 @@ __device__ __forceinline__ void wait_dq_turn(const BwdParamsOf<Spec>& params, in
       const int32_t* g_turn = dq_semaphore<Spec>(params, batch_idx, head_idx, tile);
       while (ptx::ld_acquire(g_turn) != turn) __nanosleep(64);
     }
-    ptx::barrier_sync<BwdTraits<Spec>::kNumThreads>();
+    ptx::barrier_sync<Traits::kNumThreads>();
   }
 }
 
 // Publishes the additions of this key block and lets the next one begin, where their order is kept.
-template <class Spec>
+template <class Spec, class Traits>
 __device__ __forceinline__ void end_dq_turn(const BwdParamsOf<Spec>& params, int batch_idx,
                                             int head_idx, int tile) {
   if constexpr (Spec::kDeterministic == Switch::kOn) {
     __threadfence();
-    ptx::barrier_sync<BwdTraits<Spec>::kNumThreads>();
+    ptx::barrier_sync<Traits::kNumThreads>();
     if (threadIdx.x == 0) {
       ptx::red_release_add(dq_semaphore<Spec>(params, batch_idx, head_idx, tile), 1);
     }
@@ -47,14 +47,15 @@ __device__ __forceinline__ void end_dq_turn(const BwdParamsOf<Spec>& params, int
 }
 
 // Adds a warp's part of a tile of dQ to the sums, in fragment order or row by row.
-template <class Spec, class DqTiles, class Grid>
-__device__ __forceinline__ void add_dq(const BwdParamsOf<Spec>& params, const Sequence& sequence,
-                                       const DqTiles& r_dq, const Grid& grid_dq, int batch_idx,
-                                       int head_idx, int tile, int warp_idx, int lane_idx) {
+template <class Spec, class Traits, class DqTiles, class Grid>
+__device__ __forceinline__ void add_dq_tile(const BwdParamsOf<Spec>& params,
+                                            const Sequence& sequence, const DqTiles& r_dq,
+                                            const Grid& grid_dq, int batch_idx, int head_idx,
+                                            int tile, int warp_idx, int lane_idx) {
   constexpr int kBlockQ = Spec::kBlockQ;
   float* g_dq =
       params.dq_sum + batch_idx * params.dq_stride_batch + head_idx * params.dq_stride_head;
-  if constexpr (BwdTraits<Spec>::kDqInFragments) {
+  if constexpr (Traits::kDqInFragments) {
     using Fragments = DqFragments<Spec::kArch>;
     constexpr int kTiles = Grid::kRowTiles * Grid::kColumnTiles;
     g_dq += static_cast<int64_t>(tile) * (kBlockQ * Grid::kPaddedColumns) +

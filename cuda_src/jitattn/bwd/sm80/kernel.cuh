@@ -8,7 +8,7 @@
 //
 // Paper       Dao, FlashAttention-2, arXiv:2307.08691, Algorithm 2. We differ in: query heads of a
 //             kv head are visited by one CTA, so that dK and dV have one writer; the query tiles of
-//             a key block follow from the mask (bwd_schedule.cuh).
+//             a key block follow from the mask (schedule.cuh).
 //
 // Work split  One CTA: kBlockKv keys of one kv head, whose dK and dV stay in registers, and all
 //             query tiles that see them, or one of num_q_splits parts of these, of all query heads.
@@ -31,201 +31,74 @@
 //             Sums of very many steps would drift: tensor cores truncate.
 #pragma once
 
-#include "jitattn/attention/key_lists.cuh"
 #include "jitattn/attention/rows.cuh"
-#include "jitattn/attention/schedule.cuh"
 #include "jitattn/attention/sequence.cuh"
+#include "jitattn/bwd/sm80/cta.cuh"
 #include "jitattn/bwd/sm80/dq_sums.cuh"
 #include "jitattn/bwd/sm80/fine_stride.cuh"
 #include "jitattn/bwd/sm80/key_rows.cuh"
+#include "jitattn/bwd/sm80/operands.cuh"
 #include "jitattn/bwd/sm80/parts.cuh"
+#include "jitattn/bwd/sm80/query_queue.cuh"
 #include "jitattn/bwd/sm80/schedule.cuh"
+#include "jitattn/bwd/sm80/storage.cuh"
 #include "jitattn/bwd/sm80/store_gradients.cuh"
 #include "jitattn/bwd/sm80/traits.cuh"
-#include "jitattn/bwd/sm80/weights.cuh"
 #include "jitattn/debug.cuh"
 #include "jitattn/ptx/cp_async.cuh"
-#include "jitattn/ptx/global.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/ptx/special.cuh"
-#include "jitattn/tile/element.cuh"
-#include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
 #include "jitattn_spec.h"
 
 namespace jitattn {
 
 template <class Spec>
-__device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
-  using Traits = BwdTraits<Spec>;
-  using Mma = typename Traits::Mma;
-  using Element = typename Traits::Element;
-  using GridS = typename Traits::GridS;
-  constexpr int kBlockQ = Spec::kBlockQ, kBlockKv = Spec::kBlockKv;
-  constexpr int kRowTiles = GridS::kRowTiles, kKeyTiles = GridS::kColumnTiles;
-  constexpr int kStages = Spec::kStages;
-  using Weights = TileWeights<Spec>;
-  using Products = TileProducts<Spec>;
-  using Scores = typename Weights::Scores;
+using BwdKeys = typename Conditional<kGathersKeys<Spec>, GatheredKeys<Spec>, KeyBlock<Spec>>::type;
 
-  // ---- Indices
-  const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
-  const KvTile tile_idx = kv_tile_of<Spec>(params, blockIdx.x);
-  const int kv_tile = tile_idx.tile, kv_head_idx = tile_idx.kv_head, batch_idx = tile_idx.batch;
-  const Sequence sequence = Sequence::of<Spec>(params, batch_idx);
-  const int first_key = kv_tile * kBlockKv;  // of neighbouring keys
-  using Keys = typename Conditional<kGathersKeys<Spec>, GatheredKeys<Spec>, KeyBlock<Spec>>::type;
-  const int num_keys = keys_in_block<Spec>(params, sequence, tile_idx);
-  if (num_keys <= 0) return;
-  auto tiles_of = [&](const Keys& keys) {
-    const TileRange seen = keys.tiles().within(params.first_q_tile, params.end_q_tile);
-    return seen.part(kv_tile_of<Spec>(params, ptx::cta_idx()).split, params.num_q_splits);
-  };
-  if (params.in_parts == kAddedParts) {  // the heads of a kv head see alike
-    const Keys keys(params, sequence, kv_head_idx * params.heads_per_kv, kv_tile);
-    if (tiles_of(keys).is_empty()) return;
-  }
-  const KeyRows<Spec> key_rows(params, sequence, batch_idx);
-  const RowMap rows(sequence.len_q);
-  const GridS grid_s(warp_idx);
-  const typename Traits::GridDk grid_dk(warp_idx);
-  const typename Traits::GridDv grid_dv(warp_idx);
-  const typename Traits::GridDq grid_dq(warp_idx);
+// The query tiles of which this CTA has the products with a key block.
+template <class Spec>
+__device__ __forceinline__ TileRange tiles_of_cta(const BwdParamsOf<Spec>& params,
+                                                  const BwdKeys<Spec>& keys) {
+  const TileRange seen = keys.tiles().within(params.first_q_tile, params.end_q_tile);
+  return seen.part(kv_tile_of<Spec>(params, ptx::cta_idx()).split, params.num_q_splits);
+}
 
-  // ---- Shared storage
-  extern __shared__ __align__(128) unsigned char s_storage[];
-  const uint32_t s_k_addr = ptx::shared_addr(s_storage);
-  const uint32_t s_v_addr = s_k_addr + Traits::kOffsetV;
-  const uint32_t s_q_addr = s_k_addr + Traits::kOffsetQ;
-  const uint32_t s_do_addr = s_k_addr + Traits::kOffsetDo;
-  const uint32_t s_p_addr = s_k_addr + Traits::kOffsetP;
-  const uint32_t s_ds_addr = s_k_addr + Traits::kOffsetDs;
-  const uint32_t s_stats_addr = s_k_addr + Traits::kOffsetStats;
-  const uint32_t s_listed_addr = s_k_addr + Traits::kOffsetListed;
-  const uint32_t s_found_addr = s_k_addr + Traits::kOffsetFound;
-  JITATTN_DEVICE_ASSERT(s_k_addr % 128 == 0);
-  const PartScales<Spec> scales(params, batch_idx, kv_head_idx, first_key,
-                                s_k_addr + Traits::kOffsetScales);
+// One query head of a CTA: its query tiles, one after the other.
+template <class Spec, class Traits>
+struct BwdHead {
+  using Cta = BwdCta<Spec, Traits>;
+  using Keys = BwdKeys<Spec>;
+  using Queue = QueryQueue<Spec, Traits, Keys>;
+  static constexpr int kStages = Spec::kStages;
+  // Statistics of a tile's rows, and its scales.
+  static constexpr int kNumRowStats = Traits::kRowStats * Spec::kBlockQ;
+  static constexpr int kNumStats = kNumRowStats + PartScales<Spec, Traits>::kPerTile;
+  static constexpr int kStatsPerThread = ceil_div(kNumStats, Traits::kNumThreads);
+  static constexpr bool kSkipsTurns = kHasLists<Spec> && Spec::kDeterministic == Switch::kOn;
 
-  // ---- Per-lane addresses
-  const typename Traits::CopyQ copy_q(threadIdx.x, params.q_stride_row);
-  const typename Traits::CopyDo copy_do(threadIdx.x, params.d_out_stride_row);
-  using LayoutQk = typename Traits::LayoutQk;
-  using LayoutV = typename Traits::LayoutV;
-  using LayoutP = typename Traits::LayoutP;
-  constexpr int kChunksQk = LayoutQk::kRowBytes / 16, kChunksV = LayoutV::kRowBytes / 16;
-  const uint32_t lane_q_addr = s_q_addr + grid_s.first_row * LayoutQk::kRowBytes +
-                               lane_offset_row_first<kChunksQk>(lane_idx);
-  const uint32_t lane_do_addr =
-      s_do_addr + grid_s.first_row * LayoutV::kRowBytes + lane_offset_row_first<kChunksV>(lane_idx);
-  const uint32_t lane_k_addr = s_k_addr + grid_s.first_column * LayoutQk::kRowBytes +
-                               lane_offset_chunk_first<kChunksQk>(lane_idx);
-  const uint32_t lane_v_addr = s_v_addr + grid_s.first_column * LayoutV::kRowBytes +
-                               lane_offset_chunk_first<kChunksV>(lane_idx);
+  const Cta& cta;
+  const Keys& keys;
+  const QueryTiles<Spec, Traits>& queries;
+  const WarpKeys<Spec, Traits>& warp_keys;
+  Queue& queue;
 
-  // ---- K and V
-  {
-    auto load_keys = [&](const auto& copy, uint32_t s_addr, const void* tensor, int64_t batch,
-                         int64_t row, int64_t head) {
-      const Element* g_head = static_cast<const Element*>(tensor) + kv_head_idx * head;
-      if constexpr (kGathersKeys<Spec> || kIsPaged<Spec>) {
-        const auto key_of = keys_of_block<Spec>(params, sequence, kv_head_idx, kv_tile);
-        const char* g_lane = copy.lane(reinterpret_cast<const char*>(g_head));
-        copy.template load_rows<true, false>(s_addr, g_lane, num_keys, [&](int skip) {
-          return key_rows.offset(key_of(copy.row + skip), batch, row) *
-                 static_cast<int64_t>(sizeof(Element));
-        });
-      } else {
-        const Element* g_first = g_head + key_rows.offset(first_key, batch, row);
-        copy.load_tail(s_addr, copy.share(reinterpret_cast<const char*>(g_first)), num_keys);
-      }
-    };
-    const typename Traits::CopyK copy_k(threadIdx.x, params.k_stride_row);
-    const typename Traits::CopyV copy_v(threadIdx.x, params.v_stride_row);
-    copy_k.zero_padding(s_k_addr);
-    copy_v.zero_padding(s_v_addr);
-#pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) {
-      copy_q.zero_padding(s_q_addr + stage * Traits::kBytesQ);
-      copy_do.zero_padding(s_do_addr + stage * Traits::kBytesDo);
-    }
-    load_keys(copy_k, s_k_addr, params.k, params.k_stride_batch, params.k_stride_row,
-              params.k_stride_head);
-    load_keys(copy_v, s_v_addr, params.v, params.v_stride_batch, params.v_stride_row,
-              params.v_stride_head);
-  }
-
-  // ---- Register tiles
-  float r_dk[Traits::GridDk::kRowTiles][Traits::GridDk::kColumnTiles][4] = {};
-  float r_dv[Traits::GridDv::kRowTiles][Traits::GridDv::kColumnTiles][4] = {};
-
-#pragma unroll 1
-  for (int group_head = 0; group_head < params.heads_per_kv; ++group_head) {
-    const int head_idx = kv_head_idx * params.heads_per_kv + group_head;
-    const Keys keys(params, sequence, head_idx, kv_tile);
-    const TileRange range = tiles_of(keys);
-    int first_keys[kGathersKeys<Spec> ? kKeyTiles / 2 : 1];  // of this warp's groups
-    bool is_on_stride = false;
-    if constexpr (kGathersKeys<Spec>) {
-      is_on_stride = keys.is_on;
-#pragma unroll
-      for (int i = 0; i < kKeyTiles / 2; ++i) {
-        first_keys[i] = keys.first_key_of_group(grid_s.first_column + i * 16);
-      }
-    }
-    const char* g_q = reinterpret_cast<const char*>(
-        static_cast<const Element*>(params.q) + batch_idx * params.q_stride_batch +
-        static_cast<int64_t>(sequence.q_start) * params.q_stride_row +
-        head_idx * params.q_stride_head);
-    const char* g_do = reinterpret_cast<const char*>(
-        static_cast<const Element*>(params.d_out) + batch_idx * params.d_out_stride_batch +
-        static_cast<int64_t>(sequence.q_start) * params.d_out_stride_row +
-        head_idx * params.d_out_stride_head);
-    const int64_t first_stat = batch_idx * params.stat_stride_batch +
-                               head_idx * params.stat_stride_head + sequence.q_start;
-
-    // Copies of one query tile.
-    auto load_tile = [&](const auto& copy, uint32_t s_addr, const char* g_first, int64_t row_stride,
-                         int tile) {
-      const int first_row = tile * kBlockQ;
-      const int num_rows = sequence.len_q - first_row;
-      if constexpr (kHasLists<Spec>) {
-        // The first rows of a tile may not exist.
-        copy.template load_rows<true, false>(s_addr, copy.lane(g_first), num_rows, [&](int skip) {
-          const int row = max_of(first_row + copy.row + skip, sequence.first_position);
-          return row * row_stride * static_cast<int64_t>(sizeof(Element));
-        });
-      } else {
-        const int64_t skipped = first_row * row_stride * static_cast<int64_t>(sizeof(Element));
-        copy.load_tail(s_addr, copy.share(g_first + skipped), num_rows);
-      }
-    };
-    auto load_q = [&](int stage, int tile) {
-      load_tile(copy_q, s_q_addr + stage * Traits::kBytesQ, g_q, params.q_stride_row, tile);
-    };
-    auto load_do = [&](int stage, int tile) {
-      load_tile(copy_do, s_do_addr + stage * Traits::kBytesDo, g_do, params.d_out_stride_row, tile);
-    };
-
-    // Statistics of a tile's rows, and its scales: fetched a step ahead, kept in registers until
-    // there is room.
-    constexpr int kNumRowStats = Traits::kRowStats * kBlockQ;
-    constexpr int kNumStats = kNumRowStats + PartScales<Spec>::kPerTile;
-    constexpr int kStatsPerThread = ceil_div(kNumStats, Traits::kNumThreads);
+  // Visits the tiles of a chunk: the main loop.
+  __device__ __forceinline__ void visit(int chunk, int chunk_end, typename Cta::DkTiles& r_dk,
+                                        typename Cta::DvTiles& r_dv) {
+    // Fetched a step ahead, and held in registers until there is room. NOTE: closures. As functions
+    // of a struct they make the main loop spill, since operands come in another order.
     float r_stats[kStatsPerThread];
     auto fetch_stats = [&](int tile) {
 #pragma unroll
       for (int i = 0; i < kStatsPerThread; ++i) {
         const int idx = i * Traits::kNumThreads + threadIdx.x;
-        const int stat = idx / kBlockQ;
-        const int row = tile * kBlockQ + idx % kBlockQ;
-        const bool exists =
-            idx < kNumRowStats && row < sequence.len_q && row >= sequence.first_position;
-        const float* g_stats = stat == 0 ? params.lse_log2 : params.delta;
-        if (Traits::kHasSinks && stat == 2) g_stats = params.sink_rest;
-        r_stats[i] = exists ? __ldg(g_stats + first_stat + row) : stat == 0 ? infinity() : 0.f;
+        const int stat = idx / Spec::kBlockQ;
+        const int row = tile * Spec::kBlockQ + idx % Spec::kBlockQ;
+        r_stats[i] = queries.load_stat(stat, row, idx < kNumRowStats);
         if (kNumStats > kNumRowStats && idx >= kNumRowStats && idx < kNumStats) {
-          r_stats[i] = scales.load(params, batch_idx, head_idx, tile, idx - kNumRowStats);
+          r_stats[i] = PartScales<Spec, Traits>::load(cta.params, queries.batch_idx,
+                                                      queries.head_idx, tile, idx - kNumRowStats);
         }
       }
     };
@@ -234,256 +107,158 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
       for (int i = 0; i < kStatsPerThread; ++i) {
         const int idx = i * Traits::kNumThreads + threadIdx.x;
         if (idx < kNumStats) {
-          ptx::st_shared_b32(s_stats_addr + stage * Traits::kBytesStats + idx * 4,
-                             __float_as_uint(r_stats[i]));
+          ptx::st_shared_b32(cta.storage.stats(stage) + idx * 4, __float_as_uint(r_stats[i]));
         }
       }
     };
-
-    // ---- Lists: which tiles of a chunk have this key block in their list, and where
-    constexpr int kChunk = kHasLists<Spec> ? Traits::kNumThreads : 0x40000000;
-    int4 list_head = {};
-    if constexpr (kHasLists<Spec>) list_head = load_list_head<Spec>(params, sequence, head_idx);
-    auto span_of = [&](int tile) {
-      if constexpr (kHasLists<Spec>) {
-        return listed_span(params, sequence, list_head, tile * kBlockQ);
-      }
-    };
-    // Tile `chunk + idx`: bit idx % 32 of word idx / 32 says whether its list has any of this key
-    // block, the same of s_free_addr whether all rows see all of it; then what the list says.
-    constexpr int kGroups = kBlockKv / 16;
-    const uint32_t s_free_addr = s_found_addr + Traits::kBytesAny;
-    auto s_bits_of = [&](int idx) {
-      return s_found_addr + 2 * Traits::kBytesAny + idx * kGroups * 4;
-    };
-    // As key_lists.cuh wants it.
-    auto keep_listed = [&](int stage, int tile, int chunk) {
-      if constexpr (kHasLists<Spec>) {
-        const int group = threadIdx.x;
-        if (group >= kGroups) return;
-        const uint64_t bits = ptx::ld_shared_b32(s_bits_of(tile - chunk) + group * 4);
-        const int64_t entry = static_cast<int64_t>(bits << 32) | (first_key + group * 16);
-        ptx::st_shared_b64(s_listed_addr + stage * Traits::kBytesListed + group * 8, entry);
-      }
-    };
-
+    queue.look_at(chunk, chunk_end);
+    int stage = 0;  // of two: LSE, delta and lists; of kStages: Q and dO
+    int tile = queue.next(chunk);
+    skip_turns(chunk, tile);
+    if (tile < chunk_end) {
+      // The last step of the head before may still be reading.
+      ptx::barrier_sync<Traits::kNumThreads>();
+      load_q(0, tile);
+      load_d_out(0, tile);
+      fetch_stats(tile);
+      keep_stats(0);
+      queue.keep_listed(0, tile);
+    }
+    ptx::cp_async_commit();
 #pragma unroll 1
-    for (int chunk = range.begin; chunk < range.end; chunk += kChunk) {
-      const int chunk_end = range.end - chunk > kChunk ? chunk + kChunk : range.end;
-      if constexpr (kHasLists<Spec>) {
-        const int tile = chunk + threadIdx.x;
-        uint32_t bits[kGroups] = {};
-        bool is_listed = false, sees_all = false;
-        if (tile < chunk_end) {
-          const ListSpan span = span_of(tile);
-          const int last = min_of((tile + 1) * kBlockQ, sequence.len_q) - 1 + sequence.diagonal;
-          const int first = max_of(tile * kBlockQ, sequence.first_position) + sequence.diagonal;
-          const bool is_near =
-              first_key <= last + list_head.y &&
-              (first_key + num_keys > first + list_head.z || first_key < list_head.w);
-          if (is_near) is_listed = load_listed_bits(bits, span, first_key, num_keys);
-          sees_all = is_listed && num_keys == kBlockKv &&
-                     first_key + kBlockKv - 1 <= first + list_head.y &&
-                     (first_key >= last + list_head.z || first_key + kBlockKv <= list_head.w) &&
-                     has_all_cells(bits, params.list_log2);
-        }
-        const uint32_t any = __ballot_sync(0xffffffffu, is_listed);
-        const uint32_t all = __ballot_sync(0xffffffffu, sees_all);
-        ptx::barrier_sync<Traits::kNumThreads>();  // the last chunk's are read
-        if (lane_idx == 0) {
-          ptx::st_shared_b32(s_found_addr + warp_idx * 4, any);
-          ptx::st_shared_b32(s_free_addr + warp_idx * 4, all);
-        }
-#pragma unroll
-        for (int i = 0; i < kGroups; ++i) {
-          ptx::st_shared_b32(s_bits_of(threadIdx.x) + i * 4, bits[i]);
-        }
-        ptx::barrier_sync<Traits::kNumThreads>();
+    while (tile < chunk_end) {
+      const int next = queue.next(tile + 1);
+      if (queue.is_free(tile)) {
+        step<false>(fetch_stats, keep_stats, tile, next, chunk_end, stage, r_dk, r_dv);
+      } else {
+        step<true>(fetch_stats, keep_stats, tile, next, chunk_end, stage, r_dk, r_dv);
       }
-      auto next_tile = [&](int tile) {
-        if constexpr (kHasLists<Spec>) {
-          for (int idx = tile - chunk; idx < chunk_end - chunk; idx = (idx / 32 + 1) * 32) {
-            const uint32_t any = ptx::ld_shared_b32(s_found_addr + idx / 32 * 4) >> idx % 32;
-            if (any != 0) return chunk + idx + __ffs(any) - 1;
-          }
-          return max_of(tile, chunk_end);
-        }
-        return tile;
-      };
-      auto is_free = [&](int tile) {
-        if constexpr (kHasLists<Spec>) {
-          const int idx = tile - chunk;
-          return (ptx::ld_shared_b32(s_free_addr + idx / 32 * 4) >> idx % 32 & 1) != 0;
-        }
-        return keys.is_free(tile);
-      };
-      // Key blocks that a list leaves out still take their turns.
-      auto wait_turn = [&](int tile, int turn) {
-        wait_dq_turn<Spec>(params, batch_idx, head_idx, tile, turn);
-      };
-      auto end_turn = [&](int tile) { end_dq_turn<Spec>(params, batch_idx, head_idx, tile); };
-
-      int stage = 0;  // of two: LSE, delta and lists; of kStages: Q and dO
-      auto step = [&](int tile, int next, auto is_masked) {
-        constexpr bool kIsMasked = decltype(is_masked)::value;
-        const int buffer = kStages == 2 ? stage : 0;
-        const uint32_t s_q_now = s_q_addr + buffer * Traits::kBytesQ;
-        const uint32_t s_do_now = s_do_addr + buffer * Traits::kBytesDo;
-        // Protects: this step's tiles before anyone reads them; the others, and P and dS, which the
-        // last step read, before anyone writes them.
-        ptx::cp_async_wait<0>();
-        ptx::barrier_sync<Traits::kNumThreads>();
-        const bool has_next = next < chunk_end;
-        if (has_next) {
-          if constexpr (kStages == 2) {
-            load_q(stage ^ 1, next);
-            load_do(stage ^ 1, next);
-          }
-          fetch_stats(next);
-        }
-        ptx::cp_async_commit();
-
-        // ---- P and dS
-        const int warp_row = tile * kBlockQ + grid_s.first_row;
-        const int warp_key = first_key + grid_s.first_column;
-        KeyColumns<Spec> columns = {accumulator_column(lane_idx) +
-                                    (kHasGroups<Spec> ? 0 : warp_key)};
-        if constexpr (kHasLists<Spec>) {
-          columns.s_listed =
-              s_listed_addr + stage * Traits::kBytesListed + grid_s.first_column / 16 * 8;
-        }
-        if constexpr (kGathersKeys<Spec>) {
-#pragma unroll
-          for (int i = 0; i < kKeyTiles / 2; ++i) columns.first_keys[i] = first_keys[i];
-        }
-        const uint32_t s_stats_now = s_stats_addr + stage * Traits::kBytesStats;
-        const uint32_t s_lse = s_stats_now + grid_s.first_row * 4;
-        if (Traits::kNumScoreWarps == Traits::kNumWarps || warp_idx < Traits::kNumScoreWarps) {
-          Scores r_p, r_dp;
-          const ListHead window = {list_head.y, list_head.z, list_head.w};
-          const typename Weights::Tile where = {batch_idx, head_idx, warp_row, warp_key,
-                                                columns,   lane_idx, window,   is_on_stride};
-          Weights weights(params, sequence, rows, where);
-          weights.template compute<kIsMasked>(
-              r_p, r_dp, lane_q_addr + buffer * Traits::kBytesQ, lane_k_addr,
-              lane_do_addr + buffer * Traits::kBytesDo, lane_v_addr, s_lse,
-              scales.of_q(s_stats_now) * scales.of_k, scales.of_d_out(s_stats_now) * scales.of_v);
-#pragma unroll
-          for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int row = m * 16 + accumulator_row(lane_idx, half);
-              const float delta = ptx::ld_shared_f32(s_lse + (kBlockQ + row) * 4);
-              const float rest = Weights::sink_rest(s_lse, row);
-#pragma unroll
-              for (int n = 0; n < kKeyTiles; ++n) {
-                float p[2], d_s[2];
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                  const float whole = r_p[m][n][2 * half + i];
-                  p[i] = weights.dropped(whole, m, half, n, i);
-                  if constexpr (Traits::kHasSinks) p[i] *= rest;
-                  d_s[i] =
-                      weights.d_score(whole, r_dp[m][n][2 * half + i], delta, rest, m, half, n, i);
-                  d_s[i] = weights.capped(d_s[i], m, half, n, i);
-                }
-                if constexpr (kIsInHalves<Spec>) {
-#pragma unroll
-                  for (int i = 0; i < 2; ++i) {
-                    r_p[m][n][2 * half + i] = p[i];
-                    r_dp[m][n][2 * half + i] = d_s[i];
-                  }
-                } else {
-                  const int column = grid_s.first_column + n * 8 + accumulator_column(lane_idx);
-                  Mma::template store_pair<LayoutP>(s_p_addr, grid_s.first_row + row, column, p[0],
-                                                    p[1]);
-                  Mma::template store_pair<LayoutP>(s_ds_addr, grid_s.first_row + row, column,
-                                                    d_s[0], d_s[1]);
-                }
-              }
-            }
-          }
-          if constexpr (kIsInHalves<Spec>) {
-            scales.store(r_p, r_dp, grid_s, s_p_addr, s_ds_addr, warp_idx, lane_idx);
-          }
-        }
-        if (has_next) {
-          keep_stats(stage ^ 1);
-          keep_listed(stage ^ 1, next, chunk);
-        }
-        ptx::barrier_sync<Traits::kNumThreads>();  // P and dS are there
-
-        // ---- dV, dQ, dK
-        const float scale_dv = scales.of_d_out(s_stats_now) / PartScales<Spec>::kLiftP;
-        Products::template add_transposed<LayoutV>(r_dv, s_p_addr, grid_dv, s_do_now, lane_idx,
-                                                   [&](int, int) { return scale_dv; });
-        if constexpr (kStages == 1) {
-          ptx::barrier_sync<Traits::kNumThreads>();  // dO is read
-          if (has_next) load_do(0, next);
-          ptx::cp_async_commit();
-        }
-        {
-          using Grid = typename Traits::GridDq;
-          float r_dq[Grid::kRowTiles][Grid::kColumnTiles][4] = {};
-          Products::template add<LayoutQk>(
-              r_dq, s_ds_addr, grid_dq, s_k_addr, lane_idx, [&](int key, int m) {
-                return scales.of_ds(grid_dq.first_row + m * 16, key) * scales.of_k;
-              });
-          wait_turn(tile, kHasLists<Spec> ? kv_tile : keys.turn(tile));
-          add_dq<Spec>(params, sequence, r_dq, grid_dq, batch_idx, head_idx, tile, warp_idx,
-                       lane_idx);
-          end_turn(tile);
-        }
-        const float scale_q = scales.of_q(s_stats_now);
-        Products::template add_transposed<LayoutQk>(
-            r_dk, s_ds_addr, grid_dk, s_q_now, lane_idx, [&](int row, int m) {
-              return scales.of_ds(row, grid_dk.first_row + m * 16) * scale_q;
-            });
-        if constexpr (kStages == 1) {
-          ptx::barrier_sync<Traits::kNumThreads>();  // Q is read
-          if (has_next) load_q(0, next);
-          ptx::cp_async_commit();
-        }
-        stage ^= 1;
-      };
-
-      int tile = next_tile(chunk);
-      if constexpr (kHasLists<Spec> && Spec::kDeterministic == Switch::kOn) {
-        for (int skipped = chunk; skipped < tile; ++skipped) {
-          wait_turn(skipped, kv_tile);
-          end_turn(skipped);
-        }
-      }
-      if (tile < chunk_end) {
-        // The last step of the head before may still be reading.
-        ptx::barrier_sync<Traits::kNumThreads>();
-        load_q(0, tile);
-        load_do(0, tile);
-        fetch_stats(tile);
-        keep_stats(0);
-        keep_listed(0, tile, chunk);
-      }
-      ptx::cp_async_commit();
-#pragma unroll 1
-      while (tile < chunk_end) {
-        const int next = next_tile(tile + 1);
-        if (is_free(tile)) {
-          step(tile, next, FalseType{});
-        } else {
-          step(tile, next, TrueType{});
-        }
-        if constexpr (kHasLists<Spec> && Spec::kDeterministic == Switch::kOn) {
-          for (int skipped = tile + 1; skipped < next; ++skipped) {
-            wait_turn(skipped, kv_tile);
-            end_turn(skipped);
-          }
-        }
-        tile = next;
-      }
+      skip_turns(tile + 1, next);
+      tile = next;
     }
   }
 
-  // ---- Results
+ private:
+  // Adds the products of a tile to dV, dQ and dK, while the next one is copied.
+  template <bool kIsMasked, class FetchStats, class KeepStats>
+  __device__ void step(const FetchStats& fetch_stats, const KeepStats& keep_stats, int tile,
+                       int next, int chunk_end, int& stage, typename Cta::DkTiles& r_dk,
+                       typename Cta::DvTiles& r_dv) {
+    const int buffer = kStages == 2 ? stage : 0;
+    // Protects: this step's tiles before anyone reads them; the others, and P and dS, which the
+    // last step read, before anyone writes them.
+    ptx::cp_async_wait<0>();
+    ptx::barrier_sync<Traits::kNumThreads>();
+    const bool has_next = next < chunk_end;
+    if (has_next) {
+      if constexpr (kStages == 2) {
+        load_q(stage ^ 1, next);
+        load_d_out(stage ^ 1, next);
+      }
+      fetch_stats(next);
+    }
+    ptx::cp_async_commit();
+
+    cta.template compute_p_and_ds<kIsMasked>(queries.head_idx, tile, stage, warp_keys,
+                                             queue.window());
+    if (has_next) {
+      keep_stats(stage ^ 1);
+      queue.keep_listed(stage ^ 1, next);
+    }
+    ptx::barrier_sync<Traits::kNumThreads>();  // P and dS are there
+
+    cta.add_dv(r_dv, stage);
+    if constexpr (kStages == 1) {
+      ptx::barrier_sync<Traits::kNumThreads>();  // dO is read
+      if (has_next) load_d_out(0, next);
+      ptx::cp_async_commit();
+    }
+    cta.add_dq(keys, queries.head_idx, tile);
+    cta.add_dk(r_dk, stage);
+    if constexpr (kStages == 1) {
+      ptx::barrier_sync<Traits::kNumThreads>();  // Q is read
+      if (has_next) load_q(0, next);
+      ptx::cp_async_commit();
+    }
+    stage ^= 1;
+  }
+
+  __device__ void load_q(int buffer, int tile) const {
+    queries.load_q(cta.storage.q(buffer), tile);
+  }
+  __device__ void load_d_out(int buffer, int tile) const {
+    queries.load_d_out(cta.storage.d_out(buffer), tile);
+  }
+
+  // Key blocks that a list leaves out still take their turns.
+  __device__ __forceinline__ void skip_turns(int first, int end) const {
+    if constexpr (kSkipsTurns) {
+      for (int skipped = first; skipped < end; ++skipped) {
+        wait_dq_turn<Spec, Traits>(cta.params, queries.batch_idx, queries.head_idx, skipped,
+                                   keys.turn(skipped));
+        end_dq_turn<Spec, Traits>(cta.params, queries.batch_idx, queries.head_idx, skipped);
+      }
+    }
+  }
+};
+
+template <class Spec>
+__device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
+  using Traits = BwdTraits<Spec>;
+  using Cta = BwdCta<Spec, Traits>;
+  using Head = BwdHead<Spec, Traits>;
+  using Keys = BwdKeys<Spec>;
+
+  const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
+  const KvTile own = kv_tile_of<Spec>(params, blockIdx.x);
+  const Sequence sequence = Sequence::of<Spec>(params, own.batch);
+  const int first_key = own.tile * Spec::kBlockKv;
+  const int num_keys = keys_in_block<Spec>(params, sequence, own);
+  if (num_keys <= 0) return;
+  if (params.in_parts == kAddedParts) {  // the heads of a kv head see alike
+    const Keys keys(params, sequence, own.kv_head * params.heads_per_kv, own.tile);
+    if (tiles_of_cta<Spec>(params, keys).is_empty()) return;
+  }
+  const KeyRows<Spec> key_rows(params, sequence, own.batch);
+  const RowMap rows(sequence.len_q);
+  const typename Traits::GridS grid_s(warp_idx);
+  const typename Traits::GridDk grid_dk(warp_idx);
+  const typename Traits::GridDv grid_dv(warp_idx);
+  const typename Traits::GridDq grid_dq(warp_idx);
+  const BwdStorage<Traits> storage;
+  JITATTN_DEVICE_ASSERT(storage.k % 128 == 0);
+  const PartScales<Spec, Traits> scales(params, own.batch, own.kv_head, first_key,
+                                        storage.k + Traits::kOffsetScales);
+  const QueryCopies<Spec, Traits> query_copies(params);
+  const ScoreOperands<Traits> operands(storage, grid_s, lane_idx);
+  const Cta cta{params, sequence, own,     first_key, warp_idx, lane_idx, rows,
+                grid_s, grid_dk,  grid_dv, grid_dq,   storage,  scales,   operands};
+  {
+    const KeyCopies<Spec, Traits> copies(params);
+    copies.zero_padding(storage);
+    query_copies.zero_padding(storage);
+    copies.load(storage, sequence, key_rows, own.kv_head, own.tile, num_keys);
+  }
+
+  typename Cta::DkTiles r_dk = {};
+  typename Cta::DvTiles r_dv = {};
+#pragma unroll 1
+  for (int group_head = 0; group_head < params.heads_per_kv; ++group_head) {
+    const int head_idx = own.kv_head * params.heads_per_kv + group_head;
+    const Keys keys(params, sequence, head_idx, own.tile);
+    const TileRange range = tiles_of_cta<Spec>(params, keys);
+    const WarpKeys<Spec, Traits> warp_keys(keys, grid_s);
+    const QueryTiles<Spec, Traits> queries(params, sequence, query_copies, own.batch, head_idx);
+    typename Head::Queue queue(params, sequence, storage, keys, num_keys, head_idx);
+    Head head{cta, keys, queries, warp_keys, queue};
+#pragma unroll 1
+    for (int chunk = range.begin; chunk < range.end; chunk += Head::Queue::kChunk) {
+      const int chunk_end =
+          range.end - chunk > Head::Queue::kChunk ? chunk + Head::Queue::kChunk : range.end;
+      head.visit(chunk, chunk_end, r_dk, r_dv);
+    }
+  }
+
   if (params.in_parts) {
     store_gradients<Spec, Dtype::kFp32>(params, r_dk, grid_dk, 1.f, r_dv, grid_dv, 1.f,
                                         params.in_parts == kAddedParts, lane_idx);

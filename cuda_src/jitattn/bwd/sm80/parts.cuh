@@ -21,9 +21,8 @@ namespace jitattn {
 
 // The products that a tile of P or dS takes part in, with scales where operands have them:
 // scale_of(k, m), of rows or columns k .. of the tile and row tile m of the result.
-template <class Spec>
+template <class Spec, class Traits>
 struct TileProducts {
-  using Traits = BwdTraits<Spec>;
   using Mma = typename Traits::Mma;
   using LayoutP = typename Traits::LayoutP;
   static constexpr int kWarpRows = Traits::GridS::kRowTiles * 16;  // of a warp of scores
@@ -59,11 +58,10 @@ struct TileProducts {
   }
 };
 
-template <class Spec>
+template <class Spec, class Traits>
 struct PartScales {
-  using Traits = BwdTraits<Spec>;
   using GridS = typename Traits::GridS;
-  using Products = TileProducts<Spec>;
+  using Products = TileProducts<Spec, Traits>;
   static constexpr float kLiftP = 16384.f;
   static constexpr float kMostP = 2.f;
   static constexpr int kPerTile = kIsInHalves<Spec> ? 2 : 0;  // of Q, of dO

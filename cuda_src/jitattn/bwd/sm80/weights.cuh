@@ -10,6 +10,8 @@
 #include "jitattn/attention/score.cuh"
 #include "jitattn/attention/sequence.cuh"
 #include "jitattn/bwd/sm80/fine_stride.cuh"
+#include "jitattn/bwd/sm80/parts.cuh"
+#include "jitattn/bwd/sm80/storage.cuh"
 #include "jitattn/bwd/sm80/traits.cuh"
 #include "jitattn/ptx/math.cuh"
 #include "jitattn/ptx/shared.cuh"
@@ -20,9 +22,8 @@
 
 namespace jitattn {
 
-template <class Spec>
+template <class Spec, class Traits>
 struct TileWeights {
-  using Traits = BwdTraits<Spec>;
   using Mma = typename Traits::Mma;
   static constexpr int kRowTiles = Traits::GridS::kRowTiles;
   static constexpr int kKeyTiles = Traits::GridS::kColumnTiles;
@@ -137,6 +138,50 @@ struct TileWeights {
   __device__ float capped(float value, int m, int half, int n, int i) const {
     if constexpr (kIsCapped) return value * r_slope[m][n][2 * half + i];
     return value;
+  }
+
+  // Stores P and dS, of r_p and r_dp as compute() leaves them.
+  __device__ __forceinline__ void store(Scores& r_p, Scores& r_dp, uint32_t s_lse,
+                                        const PartScales<Spec, Traits>& scales,
+                                        const typename Traits::GridS& grid,
+                                        const BwdStorage<Traits>& storage, int warp_idx) const {
+    using LayoutP = typename Traits::LayoutP;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = m * 16 + accumulator_row(tile.lane_idx, half);
+        const float delta = ptx::ld_shared_f32(s_lse + (Spec::kBlockQ + row) * 4);
+        const float rest = sink_rest(s_lse, row);
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n) {
+          float p[2], d_s[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const float whole = r_p[m][n][2 * half + i];
+            p[i] = dropped(whole, m, half, n, i);
+            if constexpr (Traits::kHasSinks) p[i] *= rest;
+            d_s[i] = d_score(whole, r_dp[m][n][2 * half + i], delta, rest, m, half, n, i);
+            d_s[i] = capped(d_s[i], m, half, n, i);
+          }
+          if constexpr (kIsInHalves<Spec>) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              r_p[m][n][2 * half + i] = p[i];
+              r_dp[m][n][2 * half + i] = d_s[i];
+            }
+          } else {
+            const int column = grid.first_column + n * 8 + accumulator_column(tile.lane_idx);
+            Mma::template store_pair<LayoutP>(storage.p, grid.first_row + row, column, p[0], p[1]);
+            Mma::template store_pair<LayoutP>(storage.ds, grid.first_row + row, column, d_s[0],
+                                              d_s[1]);
+          }
+        }
+      }
+    }
+    if constexpr (kIsInHalves<Spec>) {
+      scales.store(r_p, r_dp, grid, storage.p, storage.ds, warp_idx, tile.lane_idx);
+    }
   }
 
  private:

@@ -1,0 +1,135 @@
+// Which of a range of query tiles a key block visits, in which order: all of them, or those whose
+// lists have any of the block.
+#pragma once
+
+#include "jitattn/attention/key_lists.cuh"
+#include "jitattn/attention/schedule.cuh"
+#include "jitattn/attention/sequence.cuh"
+#include "jitattn/bwd/sm80/schedule.cuh"
+#include "jitattn/bwd/sm80/storage.cuh"
+#include "jitattn/bwd/sm80/traits.cuh"
+#include "jitattn/ptx/shared.cuh"
+#include "jitattn/types.cuh"
+#include "jitattn_spec.h"
+
+namespace jitattn {
+
+// All tiles of a range.
+template <class Spec, class Traits, class Keys>
+struct AllTiles {
+  static constexpr int kChunk = 0x40000000;  // tiles that are looked at together
+
+  const Keys& keys;
+
+  __device__ __forceinline__ AllTiles(const BwdParamsOf<Spec>&, const Sequence&,
+                                      const BwdStorage<Traits>&, const Keys& keys, int, int)
+      : keys(keys) {}
+
+  __device__ __forceinline__ void look_at(int, int) {}
+  __device__ int next(int tile) const { return tile; }
+  __device__ bool is_free(int tile) const { return keys.is_free(tile); }
+  __device__ __forceinline__ ListHead window() const { return {}; }
+  __device__ void keep_listed(int, int) const {}
+};
+
+// Tiles of which a list has any of the block's keys. Each thread looks at the list of one tile of a
+// chunk, and leaves in shared memory what it says: bit idx % 32 of word idx / 32 says of tile
+// `chunk + idx` whether its list has any of the block; the same of s_free_addr, whether all rows see
+// all of it; then come the bits of the list.
+template <class Spec, class Traits, class Keys>
+struct ListedTiles {
+  static constexpr int kBlockQ = Spec::kBlockQ, kBlockKv = Spec::kBlockKv;
+  static constexpr int kGroups = kBlockKv / 16;
+  static constexpr int kChunk = Traits::kNumThreads;
+
+  const BwdParamsOf<Spec>& params;
+  const Sequence& sequence;
+  const BwdStorage<Traits>& storage;
+  const int first_key;
+  const int num_keys;
+  const int4 head;
+  int chunk = 0;
+  int chunk_end = 0;
+
+  __device__ __forceinline__ ListedTiles(const BwdParamsOf<Spec>& params, const Sequence& sequence,
+                                         const BwdStorage<Traits>& storage, const Keys& keys,
+                                         int num_keys, int head_idx)
+      : params(params),
+        sequence(sequence),
+        storage(storage),
+        first_key(keys.first_key),
+        num_keys(num_keys),
+        head(load_list_head<Spec>(params, sequence, head_idx)) {}
+
+  // Looks at a chunk of the range. All threads come here.
+  __device__ __forceinline__ void look_at(int first_tile, int end_tile) {
+    chunk = first_tile;
+    chunk_end = end_tile;
+    uint32_t bits[kGroups] = {};
+    bool is_listed = false, sees_all = false;
+    const int tile = chunk + threadIdx.x;
+    if (tile < chunk_end) look_at_list(tile, bits, is_listed, sees_all);
+    const uint32_t any = __ballot_sync(0xffffffffu, is_listed);
+    const uint32_t all = __ballot_sync(0xffffffffu, sees_all);
+    ptx::barrier_sync<Traits::kNumThreads>();  // the last chunk's are read
+    if (threadIdx.x % 32 == 0) {
+      const int warp_idx = threadIdx.x / 32;
+      ptx::st_shared_b32(storage.found + warp_idx * 4, any);
+      ptx::st_shared_b32(s_free_addr() + warp_idx * 4, all);
+    }
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) ptx::st_shared_b32(s_bits_addr(threadIdx.x) + i * 4, bits[i]);
+    ptx::barrier_sync<Traits::kNumThreads>();
+  }
+
+  // The first tile of the chunk from `tile` on that is visited; the chunk's end, if none is.
+  __device__ int next(int tile) const {
+    for (int idx = tile - chunk; idx < chunk_end - chunk; idx = (idx / 32 + 1) * 32) {
+      const uint32_t any = ptx::ld_shared_b32(storage.found + idx / 32 * 4) >> idx % 32;
+      if (any != 0) return chunk + idx + __ffs(any) - 1;
+    }
+    return max_of(tile, chunk_end);
+  }
+
+  // Whether every row of a tile sees every key.
+  __device__ bool is_free(int tile) const {
+    const int idx = tile - chunk;
+    return (ptx::ld_shared_b32(s_free_addr() + idx / 32 * 4) >> idx % 32 & 1) != 0;
+  }
+
+  __device__ __forceinline__ ListHead window() const { return {head.y, head.z, head.w}; }
+
+  // Stores what a tile's list says of the block, as key_lists.cuh wants it.
+  __device__ void keep_listed(int stage, int tile) const {
+    const int group = threadIdx.x;
+    if (group >= kGroups) return;
+    const uint64_t bits = ptx::ld_shared_b32(s_bits_addr(tile - chunk) + group * 4);
+    const int64_t entry = static_cast<int64_t>(bits << 32) | (first_key + group * 16);
+    ptx::st_shared_b64(storage.listed(stage) + group * 8, entry);
+  }
+
+ private:
+  __device__ uint32_t s_free_addr() const { return storage.found + Traits::kBytesAny; }
+  __device__ uint32_t s_bits_addr(int idx) const {
+    return storage.found + 2 * Traits::kBytesAny + idx * kGroups * 4;
+  }
+
+  __device__ __forceinline__ void look_at_list(int tile, uint32_t (&bits)[kGroups], bool& is_listed,
+                                               bool& sees_all) const {
+    const ListSpan span = listed_span(params, sequence, head, tile * kBlockQ);
+    const int last = min_of((tile + 1) * kBlockQ, sequence.len_q) - 1 + sequence.diagonal;
+    const int first = max_of(tile * kBlockQ, sequence.first_position) + sequence.diagonal;
+    const bool is_near =
+        first_key <= last + head.y && (first_key + num_keys > first + head.z || first_key < head.w);
+    if (is_near) is_listed = load_listed_bits(bits, span, first_key, num_keys);
+    sees_all = is_listed && num_keys == kBlockKv && first_key + kBlockKv - 1 <= first + head.y &&
+               (first_key >= last + head.z || first_key + kBlockKv <= head.w) &&
+               has_all_cells(bits, params.list_log2);
+  }
+};
+
+template <class Spec, class Traits, class Keys>
+using QueryQueue = typename Conditional<kHasLists<Spec>, ListedTiles<Spec, Traits, Keys>,
+                                        AllTiles<Spec, Traits, Keys>>::type;
+
+}  // namespace jitattn
