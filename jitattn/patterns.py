@@ -140,8 +140,8 @@ def to_tokens(
 def to_csr(pattern: Tensor) -> tuple[Tensor, Tensor]:
     """Convert to (crow, col), int32 [heads, rows + 1] and [heads, most blocks of a head].
 
-    The columns of row r of head h are ``col[h, crow[h, r] : crow[h, r + 1]]``, ascending; what is
-    left over of `col` holds -1. Of the transposed pattern, this is the column form.
+    The columns of row r of head h are ``col[h, crow[h, r] : crow[h, r + 1]]``, ascending; unused
+    entries of `col` are -1. The CSR of the transposed pattern is the CSC of the pattern.
     """
     heads = _heads(pattern)
     counts = heads.sum(dim=2)
@@ -213,7 +213,7 @@ def draw(pattern: Tensor, path: str | Path, *, cell: int | None = None) -> None:
     Raises
     ------
     InvalidInputError
-        The pattern is none, or has no blocks.
+        The pattern is invalid or has no blocks.
     JitAttnError
         Pillow is not installed: ``pip install "jitattn[draw]"``.
     """

@@ -16,7 +16,7 @@ from jitattn.spec.text import one_line
 @click.option("--full", is_flag=True, help="ask torch as well, which takes seconds")
 @json_option
 def doctor(full: bool, as_json: bool) -> None:
-    """Say what is installed, what is wrong or mixed, and what to do. Status 1 if bad."""
+    """Report the installation, problems and their remedies; status 1 if there are problems."""
     found = list(findings.examine(full=full))
     marks = {"ok": "ok  ", "warn": "WARN", "bad": "BAD "}
     lines = []

@@ -68,9 +68,9 @@ def prune(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Delete kernels of your cache that are no longer needed, and what dead writers left.
+    """Delete kernels of your cache that are no longer needed, and leftovers of dead writers.
 
-    With no option: only what dead writers left, and entries that were set aside.
+    Without options: only leftovers of dead writers, and entries that were set aside.
     """
     cache = trusted_cache(to_write=not dry_run)
     trouble: list[OSError] = []

@@ -44,8 +44,8 @@ def export_archive(
 ) -> None:
     """Write kernels to one archive FILE; the same kernels give the same bytes.
 
-    FILE - is standard output; what is said of the archive goes to stderr then. Only kernels that
-    are in the cache or in a read-only directory: prebuild makes what is missing.
+    FILE - is standard output; the summary then goes to stderr. Only kernels in the cache or in a
+    read-only directory are exported; prebuild compiles missing ones.
     """
     cache = own_cache()
     chosen = all_entries(cache)
@@ -106,8 +106,8 @@ def _frozen(spec: dict[str, str | int]) -> frozenset[tuple[str, str | int]]:
 def import_archive_command(file: Path, sha256: str | None, as_json: bool) -> None:
     """Check an archive FILE and add its kernels to the cache; FILE - is standard input.
 
-    They serve whatever compiler is installed here. Archives are not signed: import only what you
-    would run. One that lost files, or is not trusted any more, is imported anew.
+    They are used with any compiler that is installed here. Archives are not signed: import only
+    what you would run. A damaged or no longer trusted import is replaced.
     """
     if sha256 is not None and not KEY.fullmatch(sha256.lower()):
         fail(f"--sha256 {sha256}: it must be 64 hexadecimal digits", 2)

@@ -65,9 +65,9 @@ def prebuild(
 ) -> None:
     """Compile kernels into the cache, for any architecture; no GPU is needed.
 
-    What to make is named by the options, by presets, by a file, or by all of these together. With
-    nothing but --arch: fp16 and bf16, head dims 64 and 128, full and causal. What is wrong in a
-    file is refused by name, and the rest is made; the status is 1 then.
+    Options, presets and a file select the kernels, also together. With only --arch: fp16 and bf16,
+    head dims 64 and 128, full and causal masks. Invalid entries of a
+    file are reported, the others are compiled, and the status is 1.
     """
     if show_presets:
         abouts = {name: about for name, (about, _) in choices.presets().items()}

@@ -135,7 +135,7 @@ class LocalStride(_Mask):
     query's and a key's block, and h the kv head: causal, a query sees a key up to its own position
     if i - j < local_blocks, or (j + h * head_step + head_offset) % vert_stride == 0, or its head is
     one of the last `num_dense_heads`. Not causal, it sees a key if d % vert_stride == 0, where d
-    counts the blocks between j and the local ones on its side; heads are alike then.
+    counts the blocks between j and the local ones on its side, the same for all heads.
 
     Parameters
     ----------

@@ -162,14 +162,14 @@ class Ragged(_Spans):
     length : Tensor, [B], same dtype
         Number of rows of each.
     max_length : int, optional
-        A bound on the lengths, at least the largest. Without it the largest is read from the
-        device at the first call, which waits for it (once for the life of this value), and which a
-        CUDA graph capture forbids. What lies beyond a bound that is too small is not seen.
+        Upper bound of the lengths. Without it, the first call reads the largest length from the
+        device and waits for it, once per value; a CUDA graph capture forbids that. Tokens beyond a
+        bound that is too small are not visible.
 
     Raises
     ------
     InvalidInputError
-        A tensor is of another kind, or they do not fit together.
+        A tensor has an invalid dtype, shape or device, or the tensors do not match.
     """
 
     __slots__ = ()
@@ -220,15 +220,15 @@ class Padded(_Spans):
     start : Tensor, [B], same dtype, optional
         First real token.
     max_length : int, default L
-        A bound on the lengths. A smaller one than L saves work.
+        Upper bound of the lengths. A smaller one than L saves work.
     batch_idx : Tensor, [B], int32 or int64, optional
-        For k and v: the row of the tensor that each sequence is in, where that is not its own. The
-        tensor may then have more or fewer rows than there are sequences.
+        For k and v: the batch row of each sequence, if it is not its own index. The tensor may then
+        have more or fewer rows than there are sequences.
 
     Raises
     ------
     InvalidInputError
-        A tensor is of another kind, or they do not fit together.
+        A tensor has an invalid dtype, shape or device, or the tensors do not match.
     """
 
     __slots__ = ("batch_idx",)
@@ -290,18 +290,18 @@ class Paged(_Spans):
     Parameters
     ----------
     block_table : Tensor, [B, max_pages], int32 or int64
-        Entries before the first and behind the last page of a sequence are never read.
+        Entries before the first and after the last page of a sequence are never read.
     length : Tensor, [B], int32 or int64
         Number of keys of each sequence.
     max_length : int, default max_pages * page_size
-        A bound on the lengths. A smaller one saves work and, with gear 4, memory.
+        Upper bound of the lengths. A smaller one saves work and, with gear 4, memory.
     start : Tensor, [B], same dtype as length, optional
-        Row of the first key of each sequence, where padding lies on the left; 0 if left out.
+        Row of the first key of each sequence, for left padding; 0 if left out.
 
     Raises
     ------
     InvalidInputError
-        A tensor is of another kind, or they do not fit together.
+        A tensor has an invalid dtype, shape or device, or the tensors do not match.
     """
 
     __slots__ = ("block_table",)
