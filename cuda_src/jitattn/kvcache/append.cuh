@@ -24,7 +24,6 @@ template <class Spec>
 struct Append {
   using Pairs = RotaryPairs<Spec, Spec::kRotary == RotaryStyle::kInterleaved>;
   using T = typename Pairs::T;
-  using TableT = typename Pairs::TableT;
   using Unit = typename Pairs::Unit;
   static constexpr bool kRotates = Spec::kRotary != RotaryStyle::kNone;
   static constexpr int kTeam = 16;
@@ -107,12 +106,10 @@ struct Append {
 
   __device__ void turn_row(T* g_out, const T* g_in, int position) const {
     if (position >= params.table_rows) return copy_row(g_out, g_in, params.head_dim);
-    const auto* g_cos = static_cast<const TableT*>(params.cos) + position * params.cos_stride;
-    const auto* g_sin = static_cast<const TableT*>(params.sin) + position * params.sin_stride;
     const int half = params.rotary_dim / 2;
     for_each_unit(half, [&](int pair) {
       Pairs pairs;
-      pairs.load_angles(g_cos, g_sin, pair, 1.f);
+      pairs.load_angles(params, position, pair, 1.f);
       const int first = Pairs::first_column(pair), second = Pairs::second_column(pair, half);
       Unit a = Pairs::load(g_in + first), b = Pairs::load(g_in + second);
       pairs.turn(a, b);

@@ -7,9 +7,8 @@
 // Paper       Su et al., RoFormer, arXiv:2104.09864.
 //
 // Work split  A thread has kUnit pairs (RotaryPairs) of some heads of one row, of which it reads
-// the
-//             angles once; neighbouring threads have neighbouring pairs. Not in place, further
-//             threads copy the columns behind the pairs, two accesses each.
+//             the angles once; neighbouring threads have neighbouring pairs. Not in place,
+//             further threads copy the columns behind the pairs, two accesses each.
 //
 // Bounds      Rows of no sequence, and positions that the tables do not have, are left as they are.
 #pragma once
@@ -51,7 +50,6 @@ __device__ __forceinline__ void rotary(const RotaryParams& params) {
   static_assert(Spec::kSmemBytes == 0, "the rotary kernel uses no shared memory");
   using Pairs = RotaryPairs<Spec, Spec::kInterleaved == Switch::kOn>;
   using T = typename Pairs::T;
-  using TableT = typename Pairs::TableT;
   constexpr int kUnit = Pairs::kUnit;
 
   // ---- This thread's row, heads and columns
@@ -85,11 +83,7 @@ __device__ __forceinline__ void rotary(const RotaryParams& params) {
   const int first = has_pairs ? Pairs::first_column(pair) : rest;
   const int second = has_pairs ? Pairs::second_column(pair, half) : rest + kUnit;
   Pairs pairs;
-  if (turns) {
-    pairs.load_angles(static_cast<const TableT*>(params.cos) + position * params.cos_stride,
-                      static_cast<const TableT*>(params.sin) + position * params.sin_stride, pair,
-                      params.sign);
-  }
+  if (turns) pairs.load_angles(params, position, pair, params.sign);
   const T* g_in = static_cast<const T*>(params.x) + by_row.quotient * params.x_stride_batch +
                   by_row.rest * params.x_stride_row;
   T* g_out = static_cast<T*>(params.out) + by_row.quotient * params.out_stride_batch +

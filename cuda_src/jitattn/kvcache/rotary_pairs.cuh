@@ -29,8 +29,12 @@ struct RotaryPairs {
   float cos[kUnit];
   float sin[kUnit];
 
-  // Of the pairs from `pair` on; sign -1 turns the other way: the gradient.
-  __device__ void load_angles(const TableT* g_cos, const TableT* g_sin, int pair, float sign) {
+  // Loads those of the pairs from `pair` on at a position that the tables have; sign -1 turns the
+  // other way: the gradient.
+  template <class Params>
+  __device__ void load_angles(const Params& params, int64_t position, int pair, float sign) {
+    const auto* g_cos = static_cast<const TableT*>(params.cos) + position * params.cos_stride;
+    const auto* g_sin = static_cast<const TableT*>(params.sin) + position * params.sin_stride;
     const TableUnit own_cos = *reinterpret_cast<const TableUnit*>(g_cos + pair);
     const TableUnit own_sin = *reinterpret_cast<const TableUnit*>(g_sin + pair);
 #pragma unroll

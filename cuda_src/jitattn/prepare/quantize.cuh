@@ -12,8 +12,7 @@
 //             Q, and everything from one pass over Q and K.
 //
 // Work split  channel_stats: a CTA has kChunkRows rows of a head, of q or of k; the last one of a
-// kv
-//             head makes mean and c of what all have left. quantize: a CTA has kQuantKeys rows.
+//             kv head makes mean and c of what all have left. quantize: a CTA has kQuantKeys rows.
 //             CTAs of k have those of v, too.
 //
 // Pages       K is read through the block table, and written as if batched, from the first key of

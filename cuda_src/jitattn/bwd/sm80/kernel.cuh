@@ -1,5 +1,4 @@
-// What        Gradients of q, k and v on mma.sync, ldmatrix and cp.async: sm_80 and every newer
-// GPU.
+// What        Gradients of q, k and v on mma.sync, ldmatrix and cp.async: sm_80 and newer.
 //
 // Math        P = exp2(S * scale_log2 - lse_log2), with the very S of the forward kernel
 //             dV += P^T dO

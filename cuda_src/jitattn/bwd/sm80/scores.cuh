@@ -1,9 +1,8 @@
 // What        Gradients of what is added to scores: of a bias, summed over the dimensions in which
-// it
-//             was broadcast; and sums of dS by distance, of which relative biases and ALiBi slopes
-//             are made. Every number has one writer and one order: bitwise reproducible.
+//             it was broadcast; and sums of dS by distance, of which relative biases and ALiBi
+//             slopes are made. Every number has one writer and one order: bitwise reproducible.
 //
-// Math        dS = P (dO V^T - delta), as in bwd_sm80.cuh; dbias = sum of dS
+// Math        dS = P (dO V^T - delta), as in kernel.cuh; dbias = sum of dS
 //
 // Work split  kMatrix: a CTA has a tile [kBlockQ, kBlockKv] of the bias, for one of its batches and
 //             heads, and goes through all that share it. kRow: a key block, and all query tiles
