@@ -29,6 +29,14 @@ REPOSITORY: Final = Path(__file__).resolve().parents[1]
 INSTRUCTION_BYTES: Final = 16
 #: Modules that hold `build(spec)`: now, and before modules lay in folders.
 BUILD_MODULES: Final = ("jitattn.jit.build", "jitattn.build")
+#: Kernel families that had another name in older trees, by that name.
+RENAMED_FAMILIES: Final = {
+    "merge": "combine",
+    "merge_grad": "combine_grad",
+    "stats": "bwd_preprocess",
+    "round": "bwd_postprocess",
+    "split_halves": "split_fp32",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +98,15 @@ def code_of(cubin: bytes, registers: int, spill_bytes: int) -> Code:
     return Code(checksum.hexdigest(), size // INSTRUCTION_BYTES, registers, spill_bytes)
 
 
+def family_of(name: str) -> str:
+    """Return the present name of a kernel family."""
+    return RENAMED_FAMILIES.get(name, name)
+
+
 def key_of(spec: dict[str, Any]) -> str:
-    """Return canonical JSON of a spec."""
-    return json.dumps(spec, sort_keys=True, separators=(",", ":"))
+    """Return canonical JSON of a spec, with the present name of its family."""
+    named = spec | {"family": family_of(spec["family"])}
+    return json.dumps(named, sort_keys=True, separators=(",", ":"))
 
 
 def sample(keys: Iterable[str], count: int | None) -> list[str]:
@@ -109,11 +123,12 @@ def sample(keys: Iterable[str], count: int | None) -> list[str]:
 def emit(output: Path, arguments: argparse.Namespace) -> None:
     """Build the kernels of the tree that is imported, and write their codes as JSON."""
     matrix = importlib.import_module("compile_matrix")
+    asked = {family_of(name) for name in arguments.family.split(",") if name}
     specs = {
         key_of(spec.to_dict()): spec
         for arch in matrix.parse_arches(arguments.arch)
         for spec in matrix.matrix(arch, full=arguments.full, short=arguments.short)
-        if not arguments.family or spec.to_dict()["family"] in arguments.family.split(",")
+        if not asked or family_of(spec.family) in asked
     }
     build = _import_first(BUILD_MODULES).build
 

@@ -98,6 +98,14 @@ def test_a_sample_is_of_every_family(tool: ModuleType) -> None:
     assert sorted(tool.sample(keys, None)) == sorted(keys)
 
 
+def test_a_family_of_another_name_is_the_same_kernel(tool: ModuleType) -> None:
+    assert len(set(tool.RENAMED_FAMILIES.values())) == len(tool.RENAMED_FAMILIES)
+    for old, new in tool.RENAMED_FAMILIES.items():
+        keys = {tool.key_of({"family": name, "arch": "sm_90"}) for name in (old, new)}
+        assert keys == {f'{{"arch":"sm_90","family":"{new}"}}'}
+    assert tool.key_of({"family": "fwd"}) == '{"family":"fwd"}'
+
+
 @pytest.mark.slow
 def test_a_changed_template_is_found(tmp_path: Path) -> None:
     for name in ("jitattn", "tools", "cuda_src", "tests/data"):
