@@ -132,7 +132,6 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   // ---- Indices
   const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
   const int warp_q = warp_idx % Spec::kWarpsQ, warp_kv = warp_idx / Spec::kWarpsQ;
-  const WarpPart part = {lane_idx, Traits::first_row(warp_q), warp_kv * Traits::kWarpKeys};
   const WorkTile tile = work_tile<Spec>(params, blockIdx.x);
   if (!kIsUniform<Spec> && tile.batch_idx < 0) return;
   const CtaWork<Spec> work(params, tile);
@@ -150,6 +149,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
 
   // ---- Copies, products and scores; register tiles
   const OperandCopies<Spec> copies(params);
+  const WarpPart part = {lane_idx, Traits::first_row(warp_q), warp_kv * Traits::kWarpKeys, warp_kv};
   WarpProducts<Spec> products(s_addr, part);
   typename Traits::Output r_o = {};
   typename Traits::Softmax softmax;

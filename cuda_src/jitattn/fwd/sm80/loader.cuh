@@ -63,7 +63,7 @@ struct TileLoader {
   const OperandCopies<Spec>& copies;
   const GatheredRows<Spec>& gathered;
   const MatrixLoader<Spec> matrices;
-  const uint32_t s_q_addr, s_k_addr, s_v_addr;  // K, V: of buffer 0
+  const uint32_t s_addr;  // of the CTA's storage, which Q begins
   // This thread's share of the block to be copied next; these walk. Gathered: of row 0 of them all.
   const char* g_k;
   const char* g_v;
@@ -77,9 +77,7 @@ struct TileLoader {
         copies(copies),
         gathered(gathered),
         matrices{work, gathered, s_addr},
-        s_q_addr(s_addr),
-        s_k_addr(s_addr + Traits::kOffsetK),
-        s_v_addr(s_addr + Traits::kOffsetV),
+        s_addr(s_addr),
         k_block_bytes(work.params.k_stride_row * (Spec::kBlockKv * kBytesOfQk)),
         v_block_bytes(work.params.v_stride_row * (Spec::kBlockKv * kElementBytes)) {
     const char* g_first_k = reinterpret_cast<const char*>(
@@ -102,11 +100,11 @@ struct TileLoader {
   // Start copying Q and the first kPrefetch blocks. Only the first one, the right-most, has a tail.
   __device__ __forceinline__ void start(int ordinal) {
     load_q();
-    copies.q.zero_padding(s_q_addr);
+    copies.q.zero_padding(s_addr);
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
-      copies.k.zero_padding(s_k_addr + stage * Traits::kBytesK);
-      copies.v.zero_padding(s_v_addr + stage * Traits::kBytesV);
+      copies.k.zero_padding(s_addr + (Traits::kOffsetK + stage * Traits::kBytesK));
+      copies.v.zero_padding(s_addr + (Traits::kOffsetV + stage * Traits::kBytesV));
     }
     if constexpr (Traits::kIsGathered) {
       gathered.begin(ordinal, work.range);
@@ -134,7 +132,7 @@ struct TileLoader {
   // Each thread its own chunks; the loop's first barrier publishes them.
   __device__ void negate_q() const {
     ptx::cp_async_wait<0>();
-    copies.q.negate(s_q_addr);
+    copies.q.negate(s_addr);
   }
 
   // A step begins: its K is in shared memory afterwards, with more than one stage V too, and the
@@ -174,7 +172,7 @@ struct TileLoader {
     const char* g_q = reinterpret_cast<const char*>(
         static_cast<const typename Traits::ElementQk*>(params.q) + offsets.q);
     copies.q.template load_rows<true, false>(
-        s_q_addr, copies.q.lane(g_q), work.rows.num_rows - work.first_row(), [&](int skip) {
+        s_addr, copies.q.lane(g_q), work.rows.num_rows - work.first_row(), [&](int skip) {
           const int row = work.first_row() + copies.q.row + skip;
           const int position = work.rows.position(row);
           const int own =
@@ -190,13 +188,15 @@ struct TileLoader {
   __device__ __forceinline__ void load_k(int ordinal, int ahead, int stage) {
     matrices.load(stage, work.block_at(ordinal - ahead));
     load<kMayBeFirst, Traits::kGathersK>(
-        copies.k, s_k_addr + stage * Traits::kBytesK, g_k, k_block_bytes, ordinal, ahead,
+        copies.k, s_addr + (Traits::kOffsetK + stage * Traits::kBytesK), g_k, k_block_bytes,
+        ordinal, ahead,
         [&](int skip) { return gathered.offset_k(ordinal - ahead, copies.k.row, skip); });
   }
   template <bool kMayBeFirst>
   __device__ __forceinline__ void load_v(int ordinal, int ahead, int stage) {
     load<kMayBeFirst, Traits::kIsGathered>(
-        copies.v, s_v_addr + stage * Traits::kBytesV, g_v, v_block_bytes, ordinal, ahead,
+        copies.v, s_addr + (Traits::kOffsetV + stage * Traits::kBytesV), g_v, v_block_bytes,
+        ordinal, ahead,
         [&](int skip) { return gathered.offset_v(ordinal - ahead, copies.v.row, skip); });
   }
 

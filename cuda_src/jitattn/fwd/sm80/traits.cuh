@@ -59,11 +59,12 @@ struct MmaOf<Numerics::kTf32, kDtype> {
   using type = MmaTf32<1>;
 };
 
-// The part of a score tile that a warp has.
+// The part of a score tile that a warp has: its rows, and the keys of its column of warps.
 struct WarpPart {
   int lane_idx;
   int first_row;
   int first_key;
+  int warp_kv;
 };
 
 template <class Spec>

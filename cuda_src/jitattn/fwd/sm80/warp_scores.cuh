@@ -121,7 +121,7 @@ struct WarpScores {
       }
     } else {
       mask_scores<Spec>(r_s, work.params, work.sequence, work.rows, work.tile.head_idx, rows,
-                        block * Spec::kBlockKv + part.first_key);
+                        block * Spec::kBlockKv + first_masked_key());
     }
   }
 
@@ -145,6 +145,12 @@ struct WarpScores {
   __device__ int last_sees() const { return sees(last_position()); }
   __device__ int sees(int position) const {
     return visible_keys<Spec>(work.params, work.sequence, position);
+  }
+
+  // For the mask alone it is derived anew: it would take a register in the main loop, which paged
+  // kernels and those of local + stride spill. Where scores are changed, columns_of has it.
+  __device__ int first_masked_key() const {
+    return kAddsToScores<Spec> ? part.first_key : part.warp_kv * Traits::kWarpKeys;
   }
 
   __device__ KeyColumns<Spec> columns_of(int block) const {
