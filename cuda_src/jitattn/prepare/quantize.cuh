@@ -1,4 +1,4 @@
-// What        8-bit Q and K for the forward kernel (tile/mma_int8.cuh), and for sums in fp16
+// What        8-bit Q and K for the forward kernel (tile/mma/int8.cuh), and for sums in fp16
 //             (tile/parked_sums.cuh) V in fp16, scaled.
 //
 // Math        q k = (c q) ((k - mean) / c) + q mean, channel by channel, where `mean` is that of K

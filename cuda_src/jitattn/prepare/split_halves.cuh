@@ -1,4 +1,4 @@
-// What        fp32 operands as two fp16 parts each, or one, for tile/mma_f16_parts.cuh.
+// What        fp32 operands as two fp16 parts each, or one, for tile/mma/f16_parts.cuh.
 //
 // Math        x 2^e = high + low, both fp16, [high | low] in a row. 2^e brings the largest number
 //             of a row of Q, and of kSplitRows rows of K or V of a head, to 2^13 … 2^14. So of a

@@ -17,7 +17,7 @@
 
 namespace jitattn {
 
-// A kernel block of gathered columns, as KeyBlock is one of neighbouring keys (bwd_schedule.cuh).
+// A kernel block of gathered columns, as KeyBlock is one of neighbouring keys (schedule.cuh).
 template <class Spec>
 struct GatheredKeys {
   static constexpr int kBlockQ = Spec::kBlockQ, kBlockKv = Spec::kBlockKv;

@@ -20,7 +20,7 @@
 //               step i | wait i | barrier | start i+1 | S dP -> P dS | barrier | dV  dQ  dK |
 //             kStages == 1: dO of the next tile lands under dQ and dK, Q is waited for; four.
 //
-// dQ          Every key block adds to the sums of dQ in global memory (bwd_traits.cuh), in any
+// dQ          Every key block adds to the sums of dQ in global memory (traits.cuh), in any
 //             order; or, with kDeterministic, in the order of the keys: blocks wait for their
 //             turns. All blocks of a head are started in that order, so those waited for are
 //             running.

@@ -1,4 +1,4 @@
-// What a backward kernel does where operands are fp16 parts (tile/mma_f16_parts.cuh): scales.
+// What a backward kernel does where operands are fp16 parts (tile/mma/f16_parts.cuh): scales.
 //
 //   Q, K, V, dO   one for each tile, of the kernel that made the parts
 //   P             2^14, as in the forward kernel. It is 1 at most, but for the rounding of scores
