@@ -147,10 +147,11 @@ struct WarpScores {
     return visible_keys<Spec>(work.params, work.sequence, position);
   }
 
-  // For the mask alone it is derived anew: it would take a register in the main loop, which paged
-  // kernels and those of local + stride spill. Where scores are changed, columns_of has it.
+  // Ragged and paged kernels, and those with a gap, have no register to keep it in for the mask alone.
+  static constexpr bool kKeepsFirstKey =
+      kAddsToScores<Spec> || (kIsUniform<Spec> && !kHasGap<Spec>);
   __device__ int first_masked_key() const {
-    return kAddsToScores<Spec> ? part.first_key : part.warp_kv * Traits::kWarpKeys;
+    return kKeepsFirstKey ? part.first_key : part.warp_kv * Traits::kWarpKeys;
   }
 
   __device__ KeyColumns<Spec> columns_of(int block) const {
