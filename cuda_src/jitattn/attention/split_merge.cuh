@@ -48,9 +48,12 @@ struct SplitMerge {
  private:
   // All threads: out = sum_s w_s out_s / sum_s w_s with w_s = exp(LSE_s - max LSE), the splits in
   // their order. A warp per row finds maximum and sum of the weights; then a thread per
-  // kMergeColumns columns of a row adds the values up, many loads in flight.
-  static constexpr bool kIsShort = Spec::kBlockQ <= 64;  // else, more would spill in the main loop
-  static constexpr int kMergeItems = kIsShort ? 2 : 1, kMergeSplits = kIsShort ? 8 : 4;
+  // kMergeColumns columns of a row adds the values up. Tiles of few rows are those that are split:
+  // they have many loads in flight. For the others unrolled loops would be half of the kernel, for
+  // nothing but time to compile, and spills.
+  static constexpr bool kIsShort = Spec::kBlockQ <= 64;
+  static constexpr int kMergeItems = kIsShort ? 2 : 1, kMergeSplits = kIsShort ? 8 : 1;
+  static constexpr int kLaneRounds = kIsShort ? 4 : 1;
   static constexpr int kMergeColumns = Spec::kHeadDimV % 4 == 0 ? 4 : 1;
   static_assert(Spec::kBlockQ * 8 <= Traits::kBytesReused, "maxima and sums fit");
 
@@ -59,7 +62,7 @@ struct SplitMerge {
     const int64_t step = out.partial_row(1) - out.partial_row(0);  // rows from a split to the next
     const int num_rows = out.num_rows();
     const float* g_lses = params.partial_lse + out.partial_row(0);
-#pragma unroll 2
+#pragma unroll kMergeItems
     for (int row = Threads::idx() / 32; row < num_rows; row += Threads::kNumWarps) {
       find_weights(row, g_lses + row, step);
     }
@@ -112,6 +115,7 @@ struct SplitMerge {
   // writes the LSE.
   __device__ void find_weights(int row, const float* g_lse, int64_t step) const {
     float highest = -infinity();
+#pragma unroll kLaneRounds
     for (int split = lane_idx; split < out.tile.num_splits; split += 32) {
       highest = fmaxf(highest, __ldcg(g_lse + split * step));
     }
@@ -120,6 +124,7 @@ struct SplitMerge {
       highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, mask));
     }
     float total = 0.f;
+#pragma unroll kLaneRounds
     for (int split = lane_idx; split < out.tile.num_splits; split += 32) {
       total += weight(__ldcg(g_lse + split * step), highest);
     }
