@@ -82,7 +82,7 @@ if sys.argv[1] == "bare":
     modules = [cupy.cuda.function.Module() for _ in cubins]
     for module, cubin in zip(modules, cubins):
         module.load(cubin)
-        name = "jitattn_fwd" if b"jitattn_fwd" in cubin else "jitattn_merge"
+        name = "jitattn_fwd" if b"jitattn_fwd" in cubin else "jitattn_combine"
         module.get_function(name)
 else:
     with torch.no_grad():

@@ -1,10 +1,10 @@
 """The compile matrix: every row of the tile tables, compiled for its architecture. No GPU needed.
 
 ``python tools/compile_matrix.py`` compiles it and fails on an error or an unlisted spill;
-`resource_report.py` prints its figures and tests/cpu/test_compile_matrix.py tests it. Figures of
-kernels that have not changed since come from tests/data/kernel_figures.json, by their cache keys,
-which are made anew from the sources; ``--verify N`` compiles one of N of these all the same and
-compares, ``--rebuild`` compiles all, ``--update`` writes the file.
+`resource_report.py` prints its figures and tests/cpu/tools/test_compile_matrix.py tests it. Figures
+of kernels that have not changed since come from tests/data/kernel_figures.json, by their cache
+keys, which are made anew from the sources; ``--verify N`` compiles one of N of these all the same
+and compares, ``--rebuild`` compiles all, ``--update`` writes the file.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ SANITIZERS: Final = {
     "memcheck-gears-paged": ("memcheck", "8_bits_in_pages and not outside"),
     "memcheck-gradients": (
         "memcheck",
-        "test_gradients_gpu and (random or head_dims or aligned or small_blocks) and not many",
+        "test_gradients.py and (random or head_dims or aligned or small_blocks) and not many",
     ),
     "memcheck-gradients-fp32": (
         "memcheck",
@@ -64,7 +64,7 @@ SANITIZERS: Final = {
     ),
     "racecheck-gradients": (
         "racecheck",
-        "(test_gradients_gpu and (head_dims or aligned or small_blocks)) or "
+        "(test_gradients.py and (head_dims or aligned or small_blocks)) or "
         "(test_8_bits and full and bfloat16 and not in_pages) or fp16_parts_of_a_block",
     ),
 }

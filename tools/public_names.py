@@ -3,7 +3,7 @@
 ``python tools/public_names.py flash_attn-2.8.3.tar.gz …`` reads wheels and source archives, as
 ``pip download --no-deps`` leaves them, and prints names that the door lacks, except those with a
 reason in tests/data/names_out_of_scope.toml; exits 1 if there are any. ``--write`` puts the names
-into tests/data/published_names.toml, which tests/cpu/test_public_names.py checks without
+into tests/data/published_names.toml, which tests/cpu/package/test_public_names.py checks without
 the archives.
 
 A name is public if a module of the package defines it, or its ``__init__`` imports it from the

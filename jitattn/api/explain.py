@@ -11,7 +11,7 @@ import torch
 from jitattn.api.attention import bind
 from jitattn.jit import backend
 from jitattn.jit.device import device
-from jitattn.jit.get_kernel import loaded_kernel
+from jitattn.jit.load_kernel import load_kernel
 from jitattn.kernels.bwd import bwd_spec
 from jitattn.plan.backward import kernel_problem
 from jitattn.plan.forward import forward
@@ -153,7 +153,7 @@ def explain(
     with backend.active.on_device(q.device):
         here = LoadedDevice(q.device.index)
         planned = forward(problem, runtime, call, (0, 0, 0), None, here)
-        kernel = loaded_kernel(planned.tiling.spec, q.device.index)
+        kernel = load_kernel(planned.tiling.spec, q.device.index)
     chosen, built = planned.tiling, kernel.built
     backward: dict[str, str | int] = {}
     if is_followed(*inputs):

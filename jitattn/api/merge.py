@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from jitattn.cpu.vector_math import settle_vml
+from jitattn.cpu.mkl_warmup import mkl_warmup
 from jitattn.errors import InternalError, InvalidInputError, UnsupportedError
 from jitattn.request.problem import axes
 from jitattn.run.forward import has_duals
@@ -162,7 +162,7 @@ def _check(parts: Tensor, lses: Tensor, layout: str, out_dtype: torch.dtype) -> 
 def merge_plain(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Merge as `merge_on_gpu`, in plain torch operations that support every transform."""
     if not torch.compiler.is_dynamo_compiling():
-        settle_vml()
+        mkl_warmup()
     wide = torch.promote_types(parts.dtype, torch.float32)
     lses = lses.to(wide)
     highest = lses.detach().amax(dim=0)

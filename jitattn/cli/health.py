@@ -29,7 +29,7 @@ from jitattn.cache.store import Store
 from jitattn.errors import JitAttnError
 from jitattn.jit import compilers, launch, nvrtc, sources
 from jitattn.jit.layers import layers
-from jitattn.kernels.merge import MergeSpec
+from jitattn.kernels.combine import CombineSpec
 from jitattn.spec.enums import Dtype
 
 Status: TypeAlias = Literal["ok", "warn", "bad"]
@@ -180,7 +180,7 @@ def _nvrtc() -> _Findings:
                 f"{toolchain} is older than 12.6: its cubins are not reproducible",
                 ("pip install --upgrade nvidia-cuda-nvrtc-cu12"),
             )
-    spec = MergeSpec(dtype=Dtype.BF16, out_dtype=Dtype.BF16, head_dim_v=16, arch="sm_80")
+    spec = CombineSpec(dtype=Dtype.BF16, out_dtype=Dtype.BF16, head_dim_v=16, arch="sm_80")
     compiled = nvrtc.compile_spec(spec, sources.closure(spec.family), chosen)
     yield "ok", f"a small kernel compiles in {compiled.compile_ms:.0f} ms", ""
 

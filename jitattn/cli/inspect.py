@@ -66,7 +66,7 @@ def _row(found: Found) -> dict[str, Any]:
 
 @click.command("list")
 @click.option("--arch", type=Archs(), help="only these")
-@click.option("--family", type=Words(), help="only these: fwd, merge, append")
+@click.option("--family", type=Words(), help="only these: fwd, combine, append")
 @click.option("--dtype", type=Words(), help="only these")
 @click.option("--head-dim", type=Words(), help="only these")
 @click.option("--mask", type=Words(), help="only these")

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from jitattn.cpu.mkl_warmup import mkl_warmup
 from jitattn.cpu.rules import Rules
-from jitattn.cpu.vector_math import settle_vml
 from jitattn.errors import InternalError, InvalidInputError
 from jitattn.request.scores import NO_CHANGES, of_sequence, tensors_of
 from jitattn.values.autocast import matmul, outside_autocast
@@ -78,7 +78,7 @@ def attention_cpu(
     lse : Tensor, [B, Hq, Lq]
         fp32 (fp64 for fp64 inputs); -inf for such rows. Only if `return_lse`.
     """
-    settle_vml()
+    mkl_warmup()
     compute_dtype = torch.promote_types(q.dtype, torch.float32)
     # [B, H, L, D] from here on; the upcast is O(L).
     q, k, v = (x.transpose(1, 2).to(compute_dtype) for x in (q, k, v))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from jitattn.errors import UnsupportedError
 from jitattn.jit import backend
-from jitattn.values.gears import FAST_HALVES_ARCHS
+from jitattn.values.gears import FAST_FP16_ACC_ARCHS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,9 +24,9 @@ class Device:
     num_sms: int
 
     @property
-    def has_fast_halves(self) -> bool:
+    def has_fast_fp16_acc(self) -> bool:
         """Whether fp16 accumulators are faster: on GeForce cards, not on others with that chip."""
-        return self.arch in FAST_HALVES_ARCHS and "GeForce" in self.name
+        return self.arch in FAST_FP16_ACC_ARCHS and "GeForce" in self.name
 
 
 @functools.cache

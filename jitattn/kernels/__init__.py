@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Final
 
 from jitattn.kernels.append import AppendSpec
 from jitattn.kernels.bwd import BwdSpec
+from jitattn.kernels.bwd_postprocess import BwdPostprocessSpec
+from jitattn.kernels.bwd_preprocess import BwdPreprocessSpec
 from jitattn.kernels.bwd_scores import ScoreGradSpec
+from jitattn.kernels.combine import CombineGradSpec, CombineSpec
 from jitattn.kernels.fwd import FwdSpec
 from jitattn.kernels.kv_scatter import ScatterSpec
-from jitattn.kernels.merge import MergeGradSpec, MergeSpec
 from jitattn.kernels.norm import NormGradSpec, NormSpec
 from jitattn.kernels.quantize import ChannelStatsSpec, QuantizeSpec
 from jitattn.kernels.rotary import RotarySpec
-from jitattn.kernels.round import RoundSpec
-from jitattn.kernels.split_halves import SplitHalvesSpec
-from jitattn.kernels.stats import StatsSpec
+from jitattn.kernels.split_fp32 import SplitFp32Spec
 from jitattn.kernels.sum_parts import SumPartsSpec
 
 if TYPE_CHECKING:
@@ -30,17 +30,17 @@ FAMILIES: Final[tuple[type[KernelSpec], ...]] = (
     FwdSpec,
     BwdSpec,
     ScoreGradSpec,
-    MergeSpec,
-    MergeGradSpec,
+    CombineSpec,
+    CombineGradSpec,
     AppendSpec,
     RotarySpec,
     NormSpec,
     NormGradSpec,
-    StatsSpec,
-    RoundSpec,
+    BwdPreprocessSpec,
+    BwdPostprocessSpec,
     SumPartsSpec,
     ScatterSpec,
     ChannelStatsSpec,
     QuantizeSpec,
-    SplitHalvesSpec,
+    SplitFp32Spec,
 )

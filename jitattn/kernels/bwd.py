@@ -8,14 +8,14 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from jitattn.kernels.bwd_arguments import BWD_STRUCTS, BWD_TABLES, bwd_arguments
+from jitattn.kernels.bwd_postprocess import BwdPostprocessSpec
+from jitattn.kernels.bwd_preprocess import bwd_preprocess_specs
 from jitattn.kernels.bwd_tiles import BwdTile, backward_problem, choose_tile, smem_bytes
 from jitattn.kernels.kv_scatter import ScatterSpec
 from jitattn.kernels.matrix import BACKWARD_FEATURES, problem
-from jitattn.kernels.operands import backward_in_halves
+from jitattn.kernels.operands import split_fp32_backward
 from jitattn.kernels.problem_spec import ProblemSpec
-from jitattn.kernels.round import RoundSpec
-from jitattn.kernels.split_halves import split_spec
-from jitattn.kernels.stats import stats_specs
+from jitattn.kernels.split_fp32 import split_fp32_spec
 from jitattn.kernels.sum_parts import SumPartsSpec
 from jitattn.spec.arguments import ArgumentStruct, ArgumentTable
 from jitattn.spec.enums import (
@@ -125,12 +125,12 @@ def bwd_spec(problem: Problem, arch: str, *, deterministic: bool = False) -> Bwd
     return BwdSpec(problem=problem, tile=tile, deterministic=switch, arch=arch)
 
 
-def dq_spec(spec: BwdSpec) -> RoundSpec | SumPartsSpec:
+def dq_spec(spec: BwdSpec) -> BwdPostprocessSpec | SumPartsSpec:
     """Return the kernel that makes dQ of the sums that a backward kernel leaves."""
     problem, tile = spec.problem, spec.tile
     if not spec.in_fragments:
         return SumPartsSpec(dtype=problem.dtype, head_dim=problem.head_dim, arch=spec.arch)
-    return RoundSpec(
+    return BwdPostprocessSpec(
         dtype=problem.dtype,
         head_dim=problem.head_dim,
         block_q=tile.block_q,
@@ -156,12 +156,12 @@ def specs_of_backward(
 ) -> list[KernelSpec]:
     """Return every kernel that the backward pass of a call can need: lengths decide."""
     spec = bwd_spec(problem, arch, deterministic=deterministic)
-    stats = stats_specs(problem.out_dtype, problem.head_dim_v, arch)
+    stats = bwd_preprocess_specs(problem.out_dtype, problem.head_dim_v, arch)
     specs: list[KernelSpec] = [spec, *stats, dq_spec(spec)]
-    in_halves = backward_in_halves(backward_problem(problem))
-    if in_halves is not None:
-        other = bwd_spec(in_halves, arch, deterministic=deterministic)
-        specs += [split_spec(in_halves, arch, gradients=True), other, dq_spec(other)]
+    split_fp32 = split_fp32_backward(backward_problem(problem))
+    if split_fp32 is not None:
+        other = bwd_spec(split_fp32, arch, deterministic=deterministic)
+        specs += [split_fp32_spec(split_fp32, arch, gradients=True), other, dq_spec(other)]
     return list(dict.fromkeys([*specs, *specs_of_parts(spec.problem, arch)]))
 
 
@@ -190,6 +190,6 @@ def _in_fp32(arch: str) -> Iterator[KernelSpec]:
         yield bwd_spec(replace(causal, mask=MaskKind.FULL), arch)
         yield bwd_spec(causal, arch, deterministic=True)
         for features in BACKWARD_FEATURES:
-            asked = backward_in_halves(problem(fp32, dim, **features))
+            asked = split_fp32_backward(problem(fp32, dim, **features))
             if asked is not None:
                 yield bwd_spec(asked, arch)

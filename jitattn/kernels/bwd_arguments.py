@@ -35,13 +35,13 @@ BWD: Final = ArgumentStruct(
         Argument(
             "dq_sum",
             "float*",
-            "dQ / scale, zeroed; in fragment order, or as q. bwd_scores.cuh: the gradient of "
+            "dQ / scale, zeroed; in fragment order, or as q. bwd/sm80/scores.cuh: the gradient of "
             "the bias; or, zeroed, [2, B, Hq, Lq + Lkv]",
         ),
         Argument("dk", "void*", "[B, Lkv, Hkv, D]; in parts: fp32, and unscaled"),
         Argument("dv", "void*", "[B, Lkv, Hkv, Dv]; likewise"),
         Argument(
-            "turns",
+            "dq_semaphore",
             "int32_t*",
             "[B, Hq, num_q_tiles], zeroed: key blocks that have added; null: any",
         ),
@@ -71,7 +71,7 @@ BWD: Final = ArgumentStruct(
         Argument(
             "target_batch",
             "int32_t",
-            "bwd_scores.cuh: batches and heads of the gradient, 1 or B and 1 or Hq",
+            "bwd/sm80/scores.cuh: batches and heads of the gradient, 1 or B and 1 or Hq",
         ),
         Argument("target_heads", "int32_t"),
     ),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from jitattn.errors import InternalError
-from jitattn.kernels.operands import backward_in_halves
+from jitattn.kernels.operands import split_fp32_backward
 from jitattn.kernels.tiles import half_of, max_smem_bytes
 from jitattn.spec.enums import (
     Access,
@@ -65,7 +65,7 @@ _FP32: Final[_Table] = {
 #: fp32 as fp16 parts, which take as much room. us, full: D=64, 4 x 4k, 8 heads, 3343 (TF32 9837,
 #: 8 warps 3612 to 4371, two stages 4009, 32x64 3721 and more), D=128, 8k, 16 heads, 14834 (TF32
 #: 39451, 32x64 15185 and more, 32x32 16655 and more). Four warps of D=48 would spill.
-_HALVES: Final[_Table] = {
+_SPLIT_FP32: Final[_Table] = {
     32: ((64, 64, 4, 2, 2, 2, 1), (64, 64, 8, 2, 2, 2, 1)),
     48: ((64, 64, 8, 2, 2, 2, 1),),
     64: ((64, 64, 4, 2, 2, 2, 1), (64, 64, 8, 2, 2, 2, 1)),
@@ -74,7 +74,7 @@ _HALVES: Final[_Table] = {
 }
 #: The same with what needs further registers: whatever is done with scores but masks of positions
 #: and key padding.
-_HALVES_CHANGED: Final[_Table] = {
+_SPLIT_FP32_CHANGED: Final[_Table] = {
     64: ((64, 64, 8, 2, 2, 2, 1),),
     128: ((32, 32, 8, 2, 2, 2, 1),),
 }
@@ -107,7 +107,7 @@ class BwdTile:
 
 
 def smem_bytes(problem: Problem, tile: BwdTile) -> int:
-    """Dynamic shared memory of a CTA; `bwd_traits.cuh` asserts the same number."""
+    """Dynamic shared memory of a CTA; `bwd/sm80/traits.cuh` asserts the same number."""
     dims = padded_head_dim(problem.head_dim) + padded_head_dim(problem.head_dim_v)
     rows = tile.block_kv + tile.stages * tile.block_q
     size = (rows * dims + 2 * tile.block_q * tile.block_kv) * problem.dtype.bytes
@@ -127,11 +127,11 @@ def backward_problem(problem: Problem) -> Problem:
     A fixed shift cancels, matrices are read where they are, and pages of any size alike. Whatever
     the gear, gradients have the numerics of gear 2; fp16 parts are kept where a kernel takes them.
     """
-    in_halves = problem.numerics is Numerics.F16X3 and backward_in_halves(problem) is not None
+    split_fp32 = problem.numerics is Numerics.F16X3 and split_fp32_backward(problem) is not None
     return replace(
         problem,
         out_dtype=problem.dtype,
-        numerics=problem.numerics if in_halves else resolve_numerics(2, problem.dtype),
+        numerics=problem.numerics if split_fp32 else resolve_numerics(2, problem.dtype),
         kv_layout=SeqLayout.PAGED if problem.kv_layout.page_group else problem.kv_layout,
         fixed_shift=Switch.OFF,
         bias_staged=Staging.OFF,
@@ -151,7 +151,7 @@ def choose_tile(problem: Problem, arch: str) -> BwdTile:
     dim = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v))
     table = _TILES
     if problem.numerics is Numerics.F16X3:
-        table = _HALVES_CHANGED if _changes_scores(problem) else _HALVES
+        table = _SPLIT_FP32_CHANGED if _changes_scores(problem) else _SPLIT_FP32
     elif problem.dtype is Dtype.FP32:
         table = _FP32
     elif problem.mask is MaskKind.WINDOW:

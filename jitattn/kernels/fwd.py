@@ -17,12 +17,12 @@ from jitattn.kernels.matrix import (
     masks_of,
     problem,
     problems_in_8_bits,
-    problems_in_halves,
+    split_fp32_problems,
 )
-from jitattn.kernels.operands import problem_in_8_bits, problem_in_halves
+from jitattn.kernels.operands import problem_in_8_bits, split_fp32_problem
 from jitattn.kernels.problem_spec import ProblemSpec
-from jitattn.kernels.quantize import specs_of_rounding
-from jitattn.kernels.split_halves import split_spec
+from jitattn.kernels.quantize import quantize_specs
+from jitattn.kernels.split_fp32 import split_fp32_spec
 from jitattn.kernels.tiles import Tile, choose_tile, smem_bytes
 from jitattn.spec.arguments import ArgumentStruct, ArgumentTable
 from jitattn.spec.enums import (
@@ -36,7 +36,7 @@ from jitattn.spec.enums import (
     Switch,
 )
 from jitattn.spec.kernel_spec import KernelSpec, Problem
-from jitattn.values.gears import FAST_HALVES_ARCHS, resolve_numerics
+from jitattn.values.gears import FAST_FP16_ACC_ARCHS, resolve_numerics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +91,8 @@ class FwdSpec(ProblemSpec):
         del options
         problem = listed_problem(problem)
         numerics = {problem.numerics}
-        if gear is not None and arch in FAST_HALVES_ARCHS:
-            numerics.add(resolve_numerics(gear, problem.dtype, has_fast_halves=True))
+        if gear is not None and arch in FAST_FP16_ACC_ARCHS:
+            numerics.add(resolve_numerics(gear, problem.dtype, has_fast_fp16_acc=True))
         for one, row in itertools.product(sorted(numerics), rows):
             yield fwd_spec(replace(problem, numerics=one), arch, row)
         if gear is not None and RowClass.MANY in rows:
@@ -128,10 +128,10 @@ def specs_for_gear(problem: Problem, gear: int, arch: str) -> list[KernelSpec]:
     """Return every kernel by which calls of a gear can have prepared operands: lengths decide."""
     in_8_bits = problem_in_8_bits(problem, arch) if gear == 4 else None
     if in_8_bits is not None:
-        return [*specs_of_rounding(in_8_bits, arch), fwd_spec(in_8_bits, arch, RowClass.MANY)]
-    in_halves = problem_in_halves(problem)
-    if in_halves is not None:
-        return [split_spec(in_halves, arch), fwd_spec(in_halves, arch, RowClass.MANY)]
+        return [*quantize_specs(in_8_bits, arch), fwd_spec(in_8_bits, arch, RowClass.MANY)]
+    split_fp32 = split_fp32_problem(problem)
+    if split_fp32 is not None:
+        return [split_fp32_spec(split_fp32, arch), fwd_spec(split_fp32, arch, RowClass.MANY)]
     return []
 
 
@@ -172,14 +172,14 @@ def _gears(arch: str) -> Iterator[KernelSpec]:
             yield fwd_spec(causal, arch, rows)
     for in_8_bits in problems_in_8_bits(arch):
         yield fwd_spec(in_8_bits, arch, many)
-    for in_halves in problems_in_halves():
-        if in_halves.head_dim != in_halves.head_dim_v:
-            yield fwd_spec(in_halves, arch, many)
+    for split_fp32 in split_fp32_problems():
+        if split_fp32.head_dim != split_fp32.head_dim_v:
+            yield fwd_spec(split_fp32, arch, many)
             continue
-        for masked in masks_of(in_halves):
+        for masked in masks_of(split_fp32):
             yield fwd_spec(masked, arch, many)
-        if in_halves.head_dim in (64, 128):
-            full = replace(in_halves, mask=MaskKind.FULL, key_padding=Switch.ON)
+        if split_fp32.head_dim in (64, 128):
+            full = replace(split_fp32, mask=MaskKind.FULL, key_padding=Switch.ON)
             yield fwd_spec(full, arch, many)
 
 

@@ -164,8 +164,8 @@ FWD_SCORE: Final = ArgumentStruct(
 )
 
 #: And lists of key blocks. A group is 16 keys; the queries of a list are 8 cells or 16, of 8 each.
-FWD_LIST: Final = ArgumentStruct(
-    "FwdListParams",
+FWD_BLOCK_LIST: Final = ArgumentStruct(
+    "FwdBlockListParams",
     (
         Argument(
             "list_groups",
@@ -204,7 +204,7 @@ SCALED: Final = ArgumentStruct(
     base="Base",
 )
 
-FWD_STRUCTS: Final = (FWD, FWD_SEQ, FWD_SCORE, FWD_LIST, SCALED)
+FWD_STRUCTS: Final = (FWD, FWD_SEQ, FWD_SCORE, FWD_BLOCK_LIST, SCALED)
 _UNSCALED: Final = tuple(ArgumentTable(*FWD_STRUCTS[:count]) for count in (1, 2, 3, 4))
 _SCALED: Final = tuple(table.extended(SCALED) for table in _UNSCALED)
 #: Every parameter struct of the forward kernels.

@@ -104,7 +104,7 @@ def problems_in_8_bits(arch: str) -> Iterator[Problem]:
             yield in_8_bits
 
 
-def problems_in_halves() -> Iterator[Problem]:
+def split_fp32_problems() -> Iterator[Problem]:
     """Yield problems of fp32 inputs as fp16 parts, one for each split kernel."""
     for numerics, dim in itertools.product((Numerics.F16X3, Numerics.F16X1), (16, 64, 80, 128)):
         yield problem(Dtype.FP32, dim, numerics=numerics)

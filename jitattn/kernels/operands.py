@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 #: Head dims in 8 bits, and the largest as fp16 parts, which are multiples of 16.
 HEAD_DIMS: Final = (32, 64, 128, 256)
-LARGEST_IN_HALVES: Final = 128
+LARGEST_SPLIT_FP32: Final = 128
 #: Rows of a CTA that quantizes or splits; keys of one scale.
 BLOCK_KEYS: Final = 64
 #: Below these head dims, exponentials and not products are what a step waits for. Gear 2's time
@@ -35,7 +35,7 @@ BLOCK_KEYS: Final = 64
 #: D=64 0.98.
 _LEAST_ON_SM90: Final = {Numerics.INT8_F16: 64, Numerics.INT8: 128}
 #: What TF32 products are, of fp16 parts.
-_IN_HALVES: Final = {Numerics.TF32X3: Numerics.F16X3, Numerics.TF32: Numerics.F16X1}
+_SPLIT_FP32: Final = {Numerics.TF32X3: Numerics.F16X3, Numerics.TF32: Numerics.F16X1}
 _MASKS: Final = (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE)
 _TO_SCORES: Final = ("relative_bias", "alibi", "softcap", "sinks", "dense", "dropout",
                      "fixed_shift")  # fmt: skip
@@ -54,10 +54,10 @@ def numerics_fault(problem: Problem) -> str | None:
     if numerics not in allowed:
         return f"numerics={numerics}: it must be one of {', '.join(allowed)} for {problem.dtype}"
     dims = (problem.head_dim, problem.head_dim_v)
-    if numerics.num_parts and any(dim % 16 or dim > LARGEST_IN_HALVES for dim in dims):
+    if numerics.num_parts and any(dim % 16 or dim > LARGEST_SPLIT_FP32 for dim in dims):
         return (
             f"numerics={numerics} with head_dim={dims[0]} and head_dim_v={dims[1]}: it needs "
-            f"multiples of 16 up to {LARGEST_IN_HALVES}"
+            f"multiples of 16 up to {LARGEST_SPLIT_FP32}"
         )
     return None
 
@@ -70,19 +70,19 @@ def problem_in_8_bits(problem: Problem, arch: str) -> Problem | None:
     if not (fits and _is_plain(problem)):
         return None
     # Sums in fp16 take V in fp16 and scaled, which would ask for much memory if it is in pages.
-    has_halves = not problem.kv_layout.page_group and problem.head_dim_v == problem.head_dim
-    numerics = Numerics.INT8_F16 if has_halves else Numerics.INT8
+    has_fp16_acc = not problem.kv_layout.page_group and problem.head_dim_v == problem.head_dim
+    numerics = Numerics.INT8_F16 if has_fp16_acc else Numerics.INT8
     if arch_number(arch) >= 90 and problem.head_dim < _LEAST_ON_SM90[numerics]:
         return None
     return replace(problem, numerics=numerics)
 
 
 @functools.cache
-def problem_in_halves(problem: Problem) -> Problem | None:
+def split_fp32_problem(problem: Problem) -> Problem | None:
     """Return the problem of the kernel for fp16 parts, if there is one."""
     dims = (problem.head_dim, problem.head_dim_v)
-    fits = all(dim % 16 == 0 and dim <= LARGEST_IN_HALVES for dim in dims)
-    numerics = _IN_HALVES.get(problem.numerics)
+    fits = all(dim % 16 == 0 and dim <= LARGEST_SPLIT_FP32 for dim in dims)
+    numerics = _SPLIT_FP32.get(problem.numerics)
     if numerics is None or not (fits and problem.is_uniform):
         return None
     # A bound instead of the maximum saves little, and would leave small weights fewer bits.
@@ -91,14 +91,14 @@ def problem_in_halves(problem: Problem) -> Problem | None:
 
 
 @functools.cache
-def backward_in_halves(problem: Problem) -> Problem | None:
+def split_fp32_backward(problem: Problem) -> Problem | None:
     """Return the problem of the backward kernel for fp16 parts, if there is one.
 
     `problem` is a backward kernel's. A bias or a dense mask may hide keys whatever they hold, and
     numbers of any size have no place beside others of the same scale.
     """
     dims = (problem.head_dim, problem.head_dim_v)
-    fits = all(dim % 16 == 0 and dim <= LARGEST_IN_HALVES for dim in dims)
+    fits = all(dim % 16 == 0 and dim <= LARGEST_SPLIT_FP32 for dim in dims)
     fits &= problem.numerics in (Numerics.TF32X3, Numerics.F16X3)
     fits &= problem.is_uniform and problem.access is Access.VEC16
     fits &= problem.bias is BiasKind.NONE and problem.dense is Switch.OFF

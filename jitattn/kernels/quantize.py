@@ -120,7 +120,7 @@ class QuantizeSpec(KernelSpec):
         return _matrix(1, arch, size)
 
 
-def specs_of_rounding(in_8_bits: Problem, arch: str) -> tuple[ChannelStatsSpec, QuantizeSpec]:
+def quantize_specs(in_8_bits: Problem, arch: str) -> tuple[ChannelStatsSpec, QuantizeSpec]:
     """Return the kernels that prepare q, k and v for a problem in 8 bits."""
     paged = Switch.ON if in_8_bits.kv_layout.page_group else Switch.OFF
     dtype, dim = in_8_bits.dtype, in_8_bits.head_dim
@@ -137,4 +137,4 @@ def _matrix(kernel: int, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
     """Yield one of the two kernels of every problem in 8 bits."""
     if size >= MatrixSize.TUNED:
         for problem in problems_in_8_bits(arch):
-            yield specs_of_rounding(problem, arch)[kernel]
+            yield quantize_specs(problem, arch)[kernel]

@@ -98,10 +98,10 @@ _FP32: Final[_Table] = {
 #: fp32 inputs as two fp16 parts: 16 rows a warp, as both parts of P and promoted sums need
 #: registers. ms at 16k keys, full / causal, H200: D=128 16.62 / 8.44, 128x64 with eight warps
 #: 16.73 / 8.51; D=64 8.75 / 4.38 and 8.97 / 4.43.
-_HALVES: Final[_Table] = {64: (64, 64, 4, 1), 128: (64, 64, 4, 1)}
+_SPLIT_FP32: Final[_Table] = {64: (64, 64, 4, 1), 128: (64, 64, 4, 1)}
 #: Where only one CTA fits at D=128: eight warps of it. Not measured.
-_HALVES_MEDIUM_SMEM: Final[_Table] = {**_HALVES, 128: (128, 64, 8, 1)}
-_HALVES_SMALL_SMEM: Final[_Table] = {**_HALVES, 128: (128, 32, 8, 1)}
+_SPLIT_FP32_MEDIUM_SMEM: Final[_Table] = {**_SPLIT_FP32, 128: (128, 64, 8, 1)}
+_SPLIT_FP32_SMALL_SMEM: Final[_Table] = {**_SPLIT_FP32, 128: (128, 32, 8, 1)}
 #: As one part. D=128 7.25 / 3.85 ms, 128x64 with eight warps 7.84 / 4.22, two stages 7.21 / 3.91;
 #: D=64 3.70 / 1.92, one stage 3.85 / 1.93, 64x64, which spills nothing, 3.76 / 2.12.
 _ROUNDED: Final[_Table] = {64: (128, 64, 4, 2), 128: (64, 64, 4, 1)}
@@ -158,13 +158,13 @@ def smem_bytes(problem: Problem, tile: Tile) -> int:
     s_q = tile.block_q * dim * size_qk
     if problem.numerics is Numerics.INT8_F16:
         # Sums in fp16 that wait, and the maxima that they are for: where Q was, if it is held.
-        s_parked = tile.block_q * (2 * dim_v + 16)
-        s_q = max(s_q, s_parked) if holds_q(problem, tile) else s_q + s_parked
+        s_two_level = tile.block_q * (2 * dim_v + 16)
+        s_q = max(s_q, s_two_level) if holds_q(problem, tile) else s_q + s_two_level
     s_kv = tile.stages * tile.block_kv * (dim * size_qk + dim_v * size)
     # After the loop the same space carries the output tile, and the partial results of the
     # warps that split the keys: r_o, m and l of every warp_kv but the first, in fp32.
     s_out = tile.block_q * dim_v * (2 if problem.out_dtype is not Dtype.FP32 else 0)
-    s_merge = (tile.warps_kv - 1) * tile.block_q * (dim_v + 2) * 4
+    s_combine = (tile.warps_kv - 1) * tile.block_q * (dim_v + 2) * 4
     # Behind that: the plan of a CTA, and the rows of keys that are gathered.
     s_rows = 0
     if group := problem.gather_group:
@@ -182,7 +182,7 @@ def smem_bytes(problem: Problem, tile: Tile) -> int:
         s_matrices += tile.stages * rows * pitch
     if problem.dense_staged is Staging.MATRIX:
         s_matrices += tile.stages * tile.block_q * (tile.block_kv + 16)
-    return max(s_q + s_kv, s_out, s_merge) + 64 + s_rows + s_matrices
+    return max(s_q + s_kv, s_out, s_combine) + 64 + s_rows + s_matrices
 
 
 def max_smem_bytes(arch: str) -> int:
@@ -278,8 +278,8 @@ def _of_parts(problem: Problem, limit: int) -> _Table:
     if problem.numerics is Numerics.F16X1:
         return _ROUNDED if limit > _SMALLEST_LARGE_SMEM and not is_padded else _ROUNDED_UNTUNED
     if is_padded or limit < _MEDIUM_SMEM_BYTES:
-        return _HALVES_SMALL_SMEM
-    return _HALVES if limit > _SMALLEST_LARGE_SMEM else _HALVES_MEDIUM_SMEM
+        return _SPLIT_FP32_SMALL_SMEM
+    return _SPLIT_FP32 if limit > _SMALLEST_LARGE_SMEM else _SPLIT_FP32_MEDIUM_SMEM
 
 
 def _with_scores(problem: Problem, arch: int, plain: _Table) -> _Table:
@@ -374,17 +374,19 @@ def heads_per_tile(len_q: int, group: int) -> int:
 #: in 60 to 100 us if it has 128 rows, where a key block takes 2.3 (4 x 128 queries on 1024 keys, 32
 #: heads, D=128: 76 us with two splits, 37 with one).
 _SPLIT_PROLOGUE: Final = 3.0
-_MERGE_COST: Final = {16: 4.0, 64: 12.0, 128: 45.0}
+_COMBINE_COST: Final = {16: 4.0, 64: 12.0, 128: 45.0}
 
 
-def merge_cost(block_q: int) -> float:
+def combine_cost(block_q: int) -> float:
     """Return the time in which a tile of so many rows is merged, in key blocks."""
-    return next((cost for rows, cost in _MERGE_COST.items() if block_q <= rows), _MERGE_COST[128])
+    return next(
+        (cost for rows, cost in _COMBINE_COST.items() if block_q <= rows), _COMBINE_COST[128]
+    )
 
 
 @functools.lru_cache(maxsize=4096)
 def choose_splits(
-    num_tiles: int, num_kv_blocks: int, num_slots: int, merge_cost: float = _MERGE_COST[16]
+    num_tiles: int, num_kv_blocks: int, num_slots: int, combine_cost: float = _COMBINE_COST[16]
 ) -> int:
     """Return how many CTAs should share the keys of one query tile.
 
@@ -396,7 +398,7 @@ def choose_splits(
         Key blocks of the longest tile.
     num_slots : int
         CTAs that the GPU holds at a time.
-    merge_cost : float
+    combine_cost : float
         Time of a merge, in key blocks.
     """
     if num_kv_blocks <= 4 or num_tiles >= 0.8 * num_slots:
@@ -408,7 +410,7 @@ def choose_splits(
             continue
         used = -(-num_kv_blocks // -(-num_kv_blocks // splits))  # without the empty ones
         cost = -(-num_tiles * used // num_slots) * (-(-num_kv_blocks // used) + _SPLIT_PROLOGUE)
-        cost += merge_cost + 0.1 * used
+        cost += combine_cost + 0.1 * used
         if cost < best_cost:
             best, best_cost = used, cost
     return best

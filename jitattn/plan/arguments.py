@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from jitattn.kernels.fwd_arguments import FWD_SCORE, FWD_SEQ
 from jitattn.plan.step import Place
-from jitattn.request.arguments import ListArguments, alike
+from jitattn.request.arguments import BlockListArguments, alike
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,14 +61,14 @@ def scores(runtime: Runtime) -> tuple[dict[str, float], dict[str, Place]]:
     return _split({} if runtime.scores is None else runtime.scores._asdict())
 
 
-def lists(tile_positions: int) -> tuple[dict[str, float], dict[str, Place]]:
+def block_lists(tile_positions: int) -> tuple[dict[str, float], dict[str, Place]]:
     """Return what is known of block lists ahead; the rest comes with the lists themselves."""
     numbers: dict[str, float] = {"tile_mask": tile_positions - 1}
-    names = ListArguments._fields
-    return numbers, {name: Place(list_operand(name, tile_positions)) for name in names}
+    names = BlockListArguments._fields
+    return numbers, {name: Place(block_list_operand(name, tile_positions)) for name in names}
 
 
-def list_operand(name: str, tile_positions: int) -> str:
+def block_list_operand(name: str, tile_positions: int) -> str:
     """Return the operand for an argument of block lists; lists differ by positions of a tile."""
     return f"{name} of {tile_positions}"
 
@@ -85,7 +85,7 @@ def tail(
     if problem.has_scores:
         parts.append(scores(runtime))
     if runtime.listed is not None:
-        parts.append(lists(tile_positions))
+        parts.append(block_lists(tile_positions))
     for more_numbers, more_places in parts:
         numbers |= more_numbers
         places |= more_places

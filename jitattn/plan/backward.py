@@ -100,13 +100,13 @@ def backward(
 
 def kernel_problem(problem: Problem, runtime: Runtime, arch: str) -> Problem:
     """Return the problem of the kernel for dq, dk and dv of a call."""
-    own = without_lists(problem, runtime.listed, arch)
+    own = without_block_lists(problem, runtime.listed, arch)
     if own is not problem:
         return own
     return prepare.backward_kernel_problem(problem, runtime) or problem
 
 
-def without_lists(problem: Problem, rule: Rule | None, arch: str) -> Problem:
+def without_block_lists(problem: Problem, rule: Rule | None, arch: str) -> Problem:
     """Return that of lists of `rule`; small blocks of a causal local + stride need no lists."""
     if not (isinstance(rule, LocalStride) and rule.causal and rule.block_size in _FINE_BLOCKS):
         return problem
@@ -134,7 +134,7 @@ def specs_of_gradients(
     targets : collection of ScoreTarget
         Gradients of what is added to scores.
     """
-    own = without_lists(problem, rule, arch)
+    own = without_block_lists(problem, rule, arch)
     specs = specs_of_backward(own, arch, deterministic=deterministic)
     return [*specs, *(score_grad_spec(problem, arch, target) for target in targets)]
 
@@ -153,7 +153,7 @@ def _main(whole: BackwardPass) -> tuple[list[Step], BwdSpec, dict[str, Buffer]]:
     buffers["dq_sum"], dq_strides = room_for_dq(whole, spec)
     if operands.deterministic:
         count = runtime.batch * runtime.heads_q * num_q_tiles
-        buffers["turns"] = Buffer((count,), "int32", is_zeroed=True)
+        buffers["dq_semaphore"] = Buffer((count,), "int32", is_zeroed=True)
     steps: list[Step] = []
     ours = whole
     if problem.numerics is Numerics.F16X3:

@@ -132,7 +132,9 @@ def launch(
     optional = {
         "sink_rest": Place("stats", 8 * num_rows) if has_sinks else None,
         "d_out_scale": Place("d_out_scale") if operands.has_scale else None,
-        "turns": Place("turns") if kv_targets is not None and operands.deterministic else None,
+        "dq_semaphore": Place("dq_semaphore")
+        if kv_targets is not None and operands.deterministic
+        else None,
         "dk": None,
         "dv": None,
     }

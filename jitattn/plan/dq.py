@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jitattn.kernels.bwd import dq_spec
-from jitattn.kernels.round import RoundSpec
+from jitattn.kernels.bwd_postprocess import BwdPostprocessSpec
 from jitattn.plan import arguments
 from jitattn.plan.step import Buffer, Place, Step
 from jitattn.spec.kernel_spec import padded_head_dim
@@ -34,13 +34,13 @@ def postprocess(whole: BackwardPass, spec: BwdSpec, dq_strides: Strides) -> Step
     num_rows = operands.batch * operands.length * runtime.heads_q
     rounding = dq_spec(spec)
     numbers: dict[str, float] = {
-        **arguments.strides("out" if not isinstance(rounding, RoundSpec) else "dq",
+        **arguments.strides("out" if not isinstance(rounding, BwdPostprocessSpec) else "dq",
                             operands.dq_strides),
         "num_rows": num_rows,
         "scale": arguments.positive_scale(runtime),
     }  # fmt: skip
     unscale = Place("d_out_scale", 4) if operands.has_scale else None
-    if not isinstance(rounding, RoundSpec):
+    if not isinstance(rounding, BwdPostprocessSpec):
         places = {"parts": Place("dq_sum"), "out": Place("dq")}
         arguments.add_optional({"unscale": unscale}, numbers, places)
         batch, row, head = dq_strides

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from jitattn.errors import UnsupportedError
 from jitattn.jit.launch import MAX_GRID
 from jitattn.kernels.fwd import fwd_spec
-from jitattn.kernels.tiles import choose_splits, heads_per_tile, merge_cost
+from jitattn.kernels.tiles import choose_splits, combine_cost, heads_per_tile
 from jitattn.plan import arguments, prepare
 from jitattn.plan.step import Buffer, Place, Plan, Step
 from jitattn.spec.arguments import NO_LEFT, divisor
@@ -172,7 +172,7 @@ def tile(
                 num_tiles * head_tiles,
                 blocks_seen(problem, runtime, spec.tile),
                 num_slots,
-                merge_cost(block_q),
+                combine_cost(block_q),
             )
         num_items *= num_splits
     elif num_splits is not None:

@@ -10,7 +10,7 @@ from jitattn.plan.step import Place, Plan, Step
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jitattn.kernels.merge import MergeGradSpec, MergeSpec
+    from jitattn.kernels.combine import CombineGradSpec, CombineSpec
 
 #: Strides in elements, of (part, batch, row, head).
 PartStrides: TypeAlias = tuple[int, int, int, int]
@@ -26,7 +26,7 @@ class MergeSizes(NamedTuple):
 
 
 def merge(
-    spec: MergeSpec, sizes: MergeSizes, part_strides: PartStrides, lse_strides: PartStrides
+    spec: CombineSpec, sizes: MergeSizes, part_strides: PartStrides, lse_strides: PartStrides
 ) -> Plan:
     """Return the plan of a merge."""
     numbers = {**_numbers(sizes, part_strides), **_by_part("lse", lse_strides)}
@@ -34,7 +34,7 @@ def merge(
 
 
 def merge_gradient(
-    spec: MergeGradSpec, sizes: MergeSizes, part_strides: PartStrides, *, has_d_lse: bool
+    spec: CombineGradSpec, sizes: MergeSizes, part_strides: PartStrides, *, has_d_lse: bool
 ) -> Plan:
     """Return the plan of the gradients of parts and their LSEs."""
     numbers = _numbers(sizes, part_strides)
@@ -47,7 +47,7 @@ def merge_gradient(
 
 
 def _plan(
-    spec: MergeSpec | MergeGradSpec,
+    spec: CombineSpec | CombineGradSpec,
     sizes: MergeSizes,
     numbers: dict[str, float],
     names: Sequence[str],

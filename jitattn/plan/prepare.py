@@ -1,7 +1,7 @@
 """Operands that kernels make for the kernel for attention: fp16 parts of fp32, or 8 bits.
 
 fp32 operands come as fp16 parts for long queries: two each, or one in gears 3 and 4. A kernel makes
-the parts (cuda_src/jitattn/prepare/split_halves.cuh), then the kernel for attention multiplies
+the parts (cuda_src/jitattn/prepare/split_fp32.cuh), then the kernel for attention multiplies
 these, at twice the rate of TF32. Calls that this does not serve take TF32 products: short queries,
 sequences of their own and pages, whatever is done with scores but masks of positions and key
 padding, head dims that are no multiple of 16 or above 128, other alignments than 16 bytes.
@@ -19,9 +19,9 @@ Gear 4 has Q and K in 8 bits, for long queries. Two kernels bring them to 8 bits
 (cuda_src/jitattn/prepare/quantize.cuh). Keys in pages come to 8 bits at every call, and outside the
 pages, which nothing writes to: a page that several sequences share comes once for each, as each has
 a mean of its own. The output is summed in fp16, of 2048 keys at a time
-(cuda_src/jitattn/tile/parked_sums.cuh). For that, v comes to fp16 with a power of two for each
-head, which its largest finite number decides: beside that, numbers keep 11 bits down to 2^-14 of
-it, and 2^-25 is the least that is left. In pages v stays where it is, and sums are in fp32, as
+(cuda_src/jitattn/tile/two_level_accumulator.cuh). For that, v comes to fp16 with a power of two for
+each head, which its largest finite number decides: beside that, numbers keep 11 bits down to 2^-14
+of it, and 2^-25 is the least that is left. In pages v stays where it is, and sums are in fp32, as
 where v is not as wide as q and k. Calls that this does not serve have the numerics of gear 3: short
 queries, a decoding step above all, which would wait for K to be read twice; sequences that may
 share rows of one tensor; and problems without a kernel for it (jitattn/kernels/operands.py).
@@ -40,12 +40,12 @@ from jitattn.jit.launch import MAX_GRID
 from jitattn.kernels.bwd_tiles import backward_problem
 from jitattn.kernels.operands import (
     BLOCK_KEYS,
-    backward_in_halves,
     problem_in_8_bits,
-    problem_in_halves,
+    split_fp32_backward,
+    split_fp32_problem,
 )
-from jitattn.kernels.quantize import CHUNK_ROWS, specs_of_rounding
-from jitattn.kernels.split_halves import split_spec
+from jitattn.kernels.quantize import CHUNK_ROWS, quantize_specs
+from jitattn.kernels.split_fp32 import split_fp32_spec
 from jitattn.plan import arguments
 from jitattn.plan.step import Buffer, Place, Plan, Step
 from jitattn.spec.enums import Dtype, Numerics, RowClass, Switch
@@ -102,7 +102,7 @@ def kernel_problem(problem: Problem, runtime: Runtime, call: Call, arch: str) ->
     if problem.dtype is Dtype.FP32:
         # Not the batch: a sequence has the same bits in any, with a fixed number of splits.
         is_short = _products(problem, runtime) < LEAST_PRODUCTS
-        return None if is_short else problem_in_halves(problem)
+        return None if is_short else split_fp32_problem(problem)
     if gear_of(call.gear, problem.dtype) != 4 or runtime.len_kv == 0 or not runtime.rows_are_apart:
         return None
     return problem_in_8_bits(problem, arch)
@@ -112,7 +112,7 @@ def backward_kernel_problem(problem: Problem, runtime: Runtime) -> Problem | Non
     """Return the problem of the backward kernel for fp16 parts, if that serves the call."""
     if _products(problem, runtime) < LEAST_BACKWARD_PRODUCTS:
         return None
-    return backward_in_halves(backward_problem(problem))
+    return split_fp32_backward(backward_problem(problem))
 
 
 def _products(problem: Problem, runtime: Runtime) -> int:
@@ -132,7 +132,7 @@ def split(
     batch, heads_q, heads_kv = runtime.batch, runtime.heads_q, runtime.heads_kv
     len_q, len_kv = runtime.len_q, runtime.len_kv
     has_d_out = d_out_strides is not None
-    spec = split_spec(problem, arch, gradients=has_d_out)
+    spec = split_fp32_spec(problem, arch, gradients=has_d_out)
     blocks_q, blocks_kv = -(-len_q // BLOCK_KEYS), -(-len_kv // BLOCK_KEYS)
     dim, dim_v = spec.num_parts * problem.head_dim, spec.num_parts * problem.head_dim_v
     scales_of_q = (batch, heads_q, blocks_q if has_d_out else len_q)
@@ -278,7 +278,7 @@ def quantized(problem: Problem, runtime: Runtime, arch: str) -> Prepared:
         scale_numbers["v_scale"] = 0
     steps = tuple(
         Step(spec, num_ctas, numbers, places)
-        for spec, num_ctas in zip(specs_of_rounding(problem, arch), (chunks, blocks), strict=True)
+        for spec, num_ctas in zip(quantize_specs(problem, arch), (chunks, blocks), strict=True)
     )
     return Prepared(
         problem,

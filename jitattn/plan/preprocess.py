@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jitattn.kernels.stats import StatsSpec
+from jitattn.kernels.bwd_preprocess import BwdPreprocessSpec
 from jitattn.plan import arguments
 from jitattn.plan.step import Place, Step
 from jitattn.spec.enums import Access, Switch
@@ -21,7 +21,7 @@ def preprocess(whole: BackwardPass) -> Step:
     to dsinks.
     """
     operands, problem = whole.operands, whole.problem
-    spec = StatsSpec(
+    spec = BwdPreprocessSpec(
         dtype=problem.out_dtype,
         head_dim_v=problem.head_dim_v,
         access=Access.VEC16 if operands.is_aligned else Access.ELEMENT,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jitattn.cpu.vector_math import settle_vml
+from jitattn.cpu.mkl_warmup import mkl_warmup
 from jitattn.errors import InvalidInputError
 from jitattn.reference.masks import attended, of_sequence
 from jitattn.reference.scores import Scores
@@ -86,7 +86,7 @@ def reference(
     """
     if layout not in ("bshd", "bhsd"):
         raise InvalidInputError(f"layout={layout!r}: the layout is 'bshd' or 'bhsd'")
-    settle_vml()
+    mkl_warmup()
     # A numpy scalar times a tensor gives an array.
     scale, softcap = (None if x is None else float(x) for x in (scale, softcap))
     changes = Scores(

@@ -89,8 +89,8 @@ class ScoreArguments(NamedTuple):
     dropout_scale: float
 
 
-class ListArguments(NamedTuple):
-    """Lists of key blocks (`FwdListParams`), without what is of a tile."""
+class BlockListArguments(NamedTuple):
+    """Lists of key blocks (`FwdBlockListParams`), without what is of a tile."""
 
     list_groups: int
     list_spans: int

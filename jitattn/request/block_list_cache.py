@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from jitattn.request.block_lists import Lists
+    from jitattn.request.block_lists import BlockLists
     from jitattn.values.masks import Rule
 
 #: Bytes of lists of rules without tensors, of all devices together.
@@ -57,7 +57,7 @@ class _Entry:
 
     __slots__ = ("lists", "snapshots", "streams")
 
-    def __init__(self, lists: Lists, snapshots: list[Snapshot], home: int) -> None:
+    def __init__(self, lists: BlockLists, snapshots: list[Snapshot], home: int) -> None:
         self.lists = lists
         self.snapshots = snapshots
         self.streams = {home}
@@ -80,7 +80,7 @@ class _Entry:
             self.streams.add(stream)
 
 
-class ListCache:
+class BlockListCache:
     """Lists by rule, device and lengths; thread-safe."""
 
     def __init__(self, most_bytes: int = _MOST_BYTES) -> None:
@@ -92,12 +92,12 @@ class ListCache:
         self._most_bytes = most_bytes
         self._bytes = 0
         #: Lists whose addresses are in captured graphs: kept for the life of the process.
-        self._captured: list[Lists] = []
+        self._captured: list[BlockLists] = []
 
     def __len__(self) -> int:
         return len(self._of_patterns) + len(self._of_values)
 
-    def find(self, key: Key, rule: Rule, device: torch.device) -> Lists | None:
+    def find(self, key: Key, rule: Rule, device: torch.device) -> BlockLists | None:
         """Return the lists made earlier, if the patterns were not written to since."""
         patterns = patterns_of(rule)
         with self._lock:
@@ -109,7 +109,9 @@ class ListCache:
         entry.record_use(device)
         return entry.lists
 
-    def make(self, key: Key, rule: Rule, device: torch.device, build: Callable[[], Lists]) -> Lists:
+    def make(
+        self, key: Key, rule: Rule, device: torch.device, build: Callable[[], BlockLists]
+    ) -> BlockLists:
         """Build lists in the current stream, wait until they are there, and keep them."""
         patterns = patterns_of(rule)
         snapshots = [Snapshot(pattern) for pattern in patterns]
@@ -126,7 +128,7 @@ class ListCache:
                 self._keep_by_value(key, entry)
         return made
 
-    def pin(self, lists: Lists) -> None:
+    def pin(self, lists: BlockLists) -> None:
         """Keep lists for good: a graph that is being captured reads them."""
         with self._lock:
             if not any(lists is pinned for pinned in self._captured):

@@ -4,7 +4,7 @@ A list names, for every run of `positions` positions that queries may have, the 
 that any of them sees, with a bit for every cell of 8 queries and 8 keys. Heads that see alike share
 a list. On top of its list every head has a window, so that bounds need not be at blocks. Lists
 depend on the rule and on head counts, and cover lengths rounded up: the first call that needs them
-makes them on the device, and they are kept (list_cache.py).
+makes them on the device, and they are kept (block_list_cache.py).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from jitattn.errors import InternalError, LaunchError
 from jitattn.jit import backend
 from jitattn.patterns import sees_block
-from jitattn.request.arguments import ListArguments
-from jitattn.request.block_list_cache import ListCache, identity_of
+from jitattn.request.arguments import BlockListArguments
+from jitattn.request.block_list_cache import BlockListCache, identity_of
 from jitattn.values.masks import BlockSparse, Causal, Full, LocalStride, PerHead, Window
 
 if TYPE_CHECKING:
@@ -35,11 +35,11 @@ _GROUP: Final = 16
 _CELL: Final = 8
 #: Tiles times groups of a list that are looked at together: 8 bytes each.
 _MOST_PLACES: Final = 2**24
-_cache = ListCache()
+_cache = BlockListCache()
 
 
-class Lists(NamedTuple):
-    """The arrays of `FwdListParams`, and how they are indexed."""
+class BlockLists(NamedTuple):
+    """The arrays of `FwdBlockListParams`, and how they are indexed."""
 
     groups: Tensor  #: int32 [n, 2]
     spans: Tensor  #: int32 [lists, tiles, 2]
@@ -52,9 +52,9 @@ class Lists(NamedTuple):
         return sum(tensor.nbytes for tensor in (self.groups, self.spans, self.heads))
 
     @property
-    def arguments(self) -> ListArguments:
+    def arguments(self) -> BlockListArguments:
         """What a kernel reads."""
-        return ListArguments(
+        return BlockListArguments(
             list_groups=self.groups.data_ptr(),
             list_spans=self.spans.data_ptr(),
             list_heads=self.heads.data_ptr(),
@@ -90,13 +90,13 @@ def heads_agree(rule: Rule, heads_q: int, heads_kv: int) -> bool:
     return not (isinstance(rule, BlockSparse) and len(rule.blocks) == heads_q > heads_kv)
 
 
-def lists_of(
+def block_lists_of(
     rule: Rule,
     heads: tuple[int, int],
     longest: int,
     tile_positions: int,
     device: torch.device,
-) -> Lists:
+) -> BlockLists:
     """Return the lists of a rule, made now if need be.
 
     Parameters
@@ -144,7 +144,7 @@ def _patterns(rule: Rule) -> list[BlockSparse | LocalStride]:
 
 def _build(
     rule: Rule, heads: tuple[int, int], covered: int, positions: int, device: torch.device
-) -> Lists:
+) -> BlockLists:
     both = [
         [_head(rule, head, heads, device, is_alone=alone) for head in range(heads[0])]
         for alone in (False, True)
@@ -174,7 +174,7 @@ def _build(
         ]
         for row in both
     ]
-    return Lists(
+    return BlockLists(
         torch.cat(groups) if groups else torch.zeros(0, 2, dtype=torch.int32, device=device),
         torch.stack(spans),
         torch.tensor(table, dtype=torch.int32, device=device).contiguous(),

@@ -279,7 +279,7 @@ def setting_of(gear: int | None, q: Tensor) -> Setting:
         gear = get_default_gear()
     if gear is None or gear < 3:  # no GPU makes a difference
         return gear, False
-    return gear, q.is_cuda and device(q.get_device()).has_fast_halves
+    return gear, q.is_cuda and device(q.get_device()).has_fast_fp16_acc
 
 
 def problem_of(facts: tuple[Any, ...]) -> Problem:
@@ -327,7 +327,7 @@ def _new_problem(
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         mask=mask,
-        numerics=resolve_numerics(setting[0], kind, has_fast_halves=setting[1]),
+        numerics=resolve_numerics(setting[0], kind, has_fast_fp16_acc=setting[1]),
         q_layout=q_layout,
         kv_layout=kv_layout,
         access=Access.VEC16 if aligned else Access.ELEMENT,

@@ -16,7 +16,7 @@ from jitattn.errors import NO_FORWARD_MODE, NO_SECOND_ORDER, UnsupportedError
 from jitattn.request.norm import RowOrder
 from jitattn.run import normalize
 from jitattn.run.backward import run_backward
-from jitattn.run.encoding import KeptCall
+from jitattn.run.operator_encoding import KeptCall
 from jitattn.values.autocast import outside_autocast
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from jitattn.plan.backward_pass import BackwardOperands
 from jitattn.plan.kv_parts import KvGradient
 from jitattn.request.problem import is_deterministic
 from jitattn.request.request import request_of
-from jitattn.run.execute import BoundPlan, LoadedDevice, add_lists
+from jitattn.run.execute import BoundPlan, LoadedDevice, add_block_lists
 from jitattn.run.score_gradients import score_gradients
 from jitattn.spec.enums import Access, SeqLayout
 from jitattn.values.masks import parts_of
@@ -197,7 +197,7 @@ def _launch(
     addresses.update((name, x.data_ptr()) for name, x in used.items() if x is not None)
     runtime = request.runtime
     lists = [
-        add_lists(
+        add_block_lists(
             addresses,
             parts_of(call.mask).rule,
             (runtime.heads_q, runtime.heads_kv),

@@ -9,7 +9,7 @@ import torch
 
 from jitattn.jit import backend
 from jitattn.jit.device import device
-from jitattn.jit.get_kernel import loaded_kernel
+from jitattn.jit.load_kernel import load_kernel
 from jitattn.plan import arguments
 from jitattn.request import block_lists
 from jitattn.run import workspace
@@ -50,7 +50,7 @@ class LoadedDevice:
         LaunchError
             It is not loaded, and the current stream is capturing a graph.
         """
-        return self._num_sms * loaded_kernel(spec, self.index).blocks_per_sm
+        return self._num_sms * load_kernel(spec, self.index).blocks_per_sm
 
 
 class _Made(NamedTuple):
@@ -80,7 +80,7 @@ class BoundPlan:
         derived: dict[Place, None] = {}
         for step in plan.steps:
             places = tuple(step.places.values())
-            bound = loaded_kernel(step.spec, device_index).bind(
+            bound = load_kernel(step.spec, device_index).bind(
                 step.grid, step.numbers, tuple(step.places)
             )
             keys: list[str | Place | bytes] = []
@@ -177,14 +177,14 @@ def _made(name: str, buffer: Buffer, device: torch.device) -> _Made:
     return _Made(name, made, made.numel() * made.element_size() if buffer.is_zeroed else 0)
 
 
-def add_lists(
+def add_block_lists(
     addresses: Addresses,
     rule: Rule,
     heads: tuple[int, int],
     longest: int,
     tile_positions: int,
     like: torch.device,
-) -> block_lists.Lists:
+) -> block_lists.BlockLists:
     """Add the arguments of block lists to the operands of a plan, and return the lists.
 
     Raises
@@ -192,7 +192,7 @@ def add_lists(
     LaunchError
         They are not there, and the current stream is capturing a graph.
     """
-    made = block_lists.lists_of(rule, heads, longest, tile_positions, like)
+    made = block_lists.block_lists_of(rule, heads, longest, tile_positions, like)
     for name, value in made.arguments._asdict().items():
-        addresses[arguments.list_operand(name, tile_positions)] = value
+        addresses[arguments.block_list_operand(name, tile_positions)] = value
     return made

@@ -20,7 +20,7 @@ from jitattn.request.scores import NO_CHANGES
 from jitattn.run import normalize, workspace
 from jitattn.run.autograd import Attention, Normalize, apply
 from jitattn.run.backward import settle_overlaps
-from jitattn.run.execute import BoundPlan, LoadedDevice, add_lists
+from jitattn.run.execute import BoundPlan, LoadedDevice, add_block_lists
 from jitattn.spec.enums import SeqLayout
 from jitattn.values.masks import parts_of
 from jitattn.values.sequences import Ragged
@@ -164,7 +164,7 @@ def _attend(
         if request.is_listed:
             heads = (request.runtime.heads_q, request.runtime.heads_kv)
             rule = parts_of(call.mask).rule
-            made = add_lists(addresses, rule, heads, longest, positions, q.device)
+            made = add_block_lists(addresses, rule, heads, longest, positions, q.device)
         buffers = bound.run(addresses, stream)
         del made  # until everything that reads them is launched
         if along_mean and lse is not None:

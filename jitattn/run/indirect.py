@@ -1,8 +1,8 @@
 """Calls that are not launched at once: traced, watched, transformed, or of tensors without memory.
 
-They go through the operators (ops.py, kvcache_ops.py), which tracers, dispatch modes, meta and fake
-tensors know, or, inside a transform of torch.func on a GPU, through transforms.py. On the CPU the
-usual path is one of operators that all of these know, and is taken where it can be.
+They go through the operators (operators.py, kvcache_operators.py), which tracers, dispatch modes,
+meta and fake tensors know, or, inside a transform of torch.func on a GPU, through transforms.py. On
+the CPU the usual path is one of operators that all of these know, and is taken where it can be.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from jitattn.request import problem
 from jitattn.request.layouts import check_kinds, parse_any
 from jitattn.request.outputs import check_out
 from jitattn.request.scores import tensors_of
-from jitattn.run.encoding import encode
 from jitattn.run.forward import has_duals, run
 from jitattn.run.kvcache import prepare_with_kvcache, run_with_kvcache
 from jitattn.run.kvcache_operators import encode_with_kvcache
+from jitattn.run.operator_encoding import encode
 from jitattn.run.transforms import attention_in_transform
 from jitattn.values.norm import check_kind
 from jitattn.values.tensors import has_symbols, is_placeholder, is_transformed, refuse_nested

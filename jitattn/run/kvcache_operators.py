@@ -1,7 +1,7 @@
 """`attention_with_kvcache` as an operator of torch.library, for `torch.compile`.
 
 ``jitattn::attention_with_kvcache`` writes to the cache. Beside q and the caches it takes the call
-as ``jitattn::attention`` does (encoding.py), and the other arguments behind it.
+as ``jitattn::attention`` does (operator_encoding.py), and the other arguments behind it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jitattn.run.encoding import Encoded, Reader, encoder, read_call
 from jitattn.run.kvcache import KvCache, run_with_kvcache
+from jitattn.run.operator_encoding import Encoded, Reader, encoder, read_call
 from jitattn.run.operators import fake_results, refuse_in_graph
 from jitattn.values.autocast import outside_autocast
 from jitattn.values.rotary import Rotary

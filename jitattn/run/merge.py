@@ -8,7 +8,7 @@ import torch
 
 from jitattn.errors import UnsupportedError
 from jitattn.jit.device import device
-from jitattn.kernels.merge import MergeGradSpec, MergeSpec
+from jitattn.kernels.combine import CombineGradSpec, CombineSpec
 from jitattn.plan.merge import MergeSizes, PartStrides, merge, merge_gradient
 from jitattn.run.autograd import FirstOrder, apply, first_order
 from jitattn.run.execute import KeptPlans
@@ -68,7 +68,7 @@ def _merge(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor,
     index = parts.get_device()
 
     def plan() -> Plan:
-        spec = MergeSpec(
+        spec = CombineSpec(
             dtype=DTYPES[parts.dtype],
             out_dtype=DTYPES[out_dtype],
             head_dim_v=dim,
@@ -103,7 +103,7 @@ def _merge_gradient(
     index = parts.get_device()
 
     def plan() -> Plan:
-        spec = MergeGradSpec(
+        spec = CombineGradSpec(
             dtype=DTYPES[parts.dtype],
             out_dtype=DTYPES[out.dtype],
             head_dim_v=dim,

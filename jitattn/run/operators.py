@@ -1,8 +1,8 @@
 """Attention as operators of torch.library: what `torch.compile` and `torch.export` see of a call.
 
 ``jitattn::attention`` and ``jitattn::attention_backward`` take tensors, and everything else of a
-call as integers and numbers (encoding.py). Their fake implementations say shapes only; the real
-ones decode the call and take the usual way down. Eager calls do not come here: they need no
+call as integers and numbers (operator_encoding.py). Their fake implementations say shapes only; the
+real ones decode the call and take the usual way down. Eager calls do not come here: they need no
 operator.
 """
 
@@ -17,8 +17,8 @@ from torch.torch_version import TorchVersion
 from jitattn.errors import UnsupportedError
 from jitattn.request.scores import in_fp32
 from jitattn.run.backward import run_backward
-from jitattn.run.encoding import DTYPES, LAYOUTS, decode, encode
 from jitattn.run.forward import run
+from jitattn.run.operator_encoding import DTYPES, LAYOUTS, decode, encode
 from jitattn.values.autocast import outside_autocast
 
 if TYPE_CHECKING:

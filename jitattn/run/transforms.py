@@ -2,7 +2,7 @@
 
 Functions that torch.func can take apart need `setup_context`, for which torch binds arguments by
 name at every call (some 30 us); so only calls inside a transform come here. Their work is done by
-the operators (ops.py). Forward mode and gradients of gradients are for the CPU path.
+the operators (operators.py). Forward mode and gradients of gradients are for the CPU path.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from jitattn.run.encoding import Encoded
+    from jitattn.run.operator_encoding import Encoded
 
 #: Dimension of each input that vmap goes over, None for those that are alike everywhere.
 _Dims: TypeAlias = "Sequence[int | None]"

@@ -78,7 +78,7 @@ _SIXTEEN: Final = (
     Numerics.F32_ACC,
 )
 #: Architectures on which GeForce cards, and only those, are twice as fast with fp16 accumulators.
-FAST_HALVES_ARCHS: Final = ("sm_86", "sm_89")
+FAST_FP16_ACC_ARCHS: Final = ("sm_86", "sm_89")
 #: Numerics classes by gear.
 _NUMERICS: Final[dict[Dtype, tuple[Numerics, ...]]] = {
     Dtype.FP16: _SIXTEEN,
@@ -154,7 +154,9 @@ def gear_of(gear: int | None, dtype: Dtype) -> int:
     return DEFAULT_GEAR[dtype] if gear is None else gear
 
 
-def resolve_numerics(gear: int | None, dtype: Dtype, *, has_fast_halves: bool = False) -> Numerics:
+def resolve_numerics(
+    gear: int | None, dtype: Dtype, *, has_fast_fp16_acc: bool = False
+) -> Numerics:
     """Return the numerics class that keeps the guarantee of a gear.
 
     Parameters
@@ -163,7 +165,7 @@ def resolve_numerics(gear: int | None, dtype: Dtype, *, has_fast_halves: bool = 
         0 to 4; None means the default: 2 for 16-bit inputs, 0 for fp32 ones.
     dtype : Dtype
         Element type of q, k and v.
-    has_fast_halves : bool
+    has_fast_fp16_acc : bool
         Whether the GPU multiplies faster into fp16 accumulators.
 
     Raises
@@ -174,7 +176,7 @@ def resolve_numerics(gear: int | None, dtype: Dtype, *, has_fast_halves: bool = 
     if gear is None:
         gear = DEFAULT_GEAR[dtype]
     _check(gear, dtype)
-    if gear >= 3 and has_fast_halves and dtype is Dtype.FP16:
+    if gear >= 3 and has_fast_fp16_acc and dtype is Dtype.FP16:
         return Numerics.F16_ACC
     return _NUMERICS[dtype][gear]
 

@@ -1,4 +1,4 @@
-"""Small specs for tests of the service: the merge kernel compiles in a tenth of a second."""
+"""Small specs for tests of the service: the combine kernel compiles in a tenth of a second."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import random
 import struct
 
 from jitattn.cache.entry import Entry, Metadata, cache_key, sha256
+from jitattn.kernels.combine import CombineSpec
 from jitattn.kernels.fwd import FwdSpec, fwd_spec
-from jitattn.kernels.merge import MergeSpec
 from jitattn.spec.enums import Dtype, MaskKind, Numerics, RowClass
 from jitattn.spec.kernel_spec import Problem
 
 
-def merge_spec(arch: str = "sm_80", head_dim_v: int = 16) -> MergeSpec:
-    return MergeSpec(dtype=Dtype.BF16, out_dtype=Dtype.BF16, head_dim_v=head_dim_v, arch=arch)
+def combine_spec(arch: str = "sm_80", head_dim_v: int = 16) -> CombineSpec:
+    return CombineSpec(dtype=Dtype.BF16, out_dtype=Dtype.BF16, head_dim_v=head_dim_v, arch=arch)
 
 
 def forward_spec(arch: str = "sm_80", head_dim: int = 16, **other: object) -> FwdSpec:
@@ -39,7 +39,7 @@ def fake_entry(number: int, size: int = 4096, toolchain: str = "nvrtc 13.0.88") 
     struct.pack_into("<H", header, 18, 190)
     struct.pack_into("<I", header, 48, 80)
     cubin = bytes(header) + random.Random(number).randbytes(size - 64)
-    spec = merge_spec().to_dict()
+    spec = combine_spec().to_dict()
     digest = hashlib.sha256(str(number).encode()).hexdigest()
     options = ("-a",)
     return Entry(
@@ -65,4 +65,4 @@ def fake_entry(number: int, size: int = 4096, toolchain: str = "nvrtc 13.0.88") 
 
 
 #: The kernels of the fixture `filled`.
-CACHED = (merge_spec(), merge_spec("sm_86"), forward_spec())
+CACHED = (combine_spec(), combine_spec("sm_86"), forward_spec())

@@ -58,8 +58,8 @@ def _small_calls_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "LEAST_PRODUCTS", 1)
 
 
-in_halves = pytest.mark.usefixtures("_small_calls_too")
-HALVES = {
+split_fp32 = pytest.mark.usefixtures("_small_calls_too")
+SPLIT_FP32 = {
     "full": {},
     "causal": {"mask": jitattn.Causal()},
     "top left": {"mask": jitattn.Causal("top_left")},
@@ -70,15 +70,15 @@ HALVES = {
 }
 
 
-@pytest.mark.parametrize("name", list(HALVES))
+@pytest.mark.parametrize("name", list(SPLIT_FP32))
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2)], ids=str)
 @pytest.mark.parametrize("dims", [(16, 16), (64, 64), (80, 80), (128, 64), (128, 128)], ids=str)
 @pytest.mark.parametrize("gear", [2, 3])
-@in_halves
+@split_fp32
 def test_long_queries_as_fp16_parts(
     gear: int, dims: tuple[int, int], heads: tuple[int, int], name: str
 ) -> None:
-    given = {**HALVES[name], "gear": gear}
+    given = {**SPLIT_FP32[name], "gear": gear}
     promise = GEARS[gear].rel_l2[Dtype.FP32]
     for len_q, len_kv in ((200, 333), (135, 1100), (300, 100)):
         q, k, v = random_qkv(
@@ -106,7 +106,7 @@ def test_long_queries_as_fp16_parts(
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-6, 1e6, 1e15])
 @pytest.mark.parametrize("gear", [2, 3])
-@in_halves
+@split_fp32
 def test_fp16_parts_of_numbers_of_any_size(gear: int, factor: float) -> None:
     promise = GEARS[gear].rel_l2[Dtype.FP32]
     q, k, v = random_qkv(1, 200, 500, 2, head_dim=64, device="cuda", seed=3)
@@ -125,7 +125,7 @@ def test_fp16_parts_of_numbers_of_any_size(gear: int, factor: float) -> None:
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e30])
 @pytest.mark.parametrize("gear", [2, 3])
-@in_halves
+@split_fp32
 def test_what_a_row_does_not_see_is_nothing_to_it(gear: int, bad: float) -> None:
     q, k, v = random_qkv(1, 384, 384, 2, head_dim=64, device="cuda", seed=5)
     k[:, 200:], v[:, 200:] = bad, bad
@@ -135,7 +135,7 @@ def test_what_a_row_does_not_see_is_nothing_to_it(gear: int, bad: float) -> None
     assert rel_l2(out, truth) <= GEARS[gear].rel_l2[Dtype.FP32]
 
 
-@in_halves
+@split_fp32
 @pytest.mark.parametrize("scale", [None, 0.0])
 def test_fp16_parts_of_a_block_of_zeros(scale: float | None) -> None:
     """Scales whose product is below every float, in a block with hidden keys."""
@@ -147,7 +147,7 @@ def test_fp16_parts_of_a_block_of_zeros(scale: float | None) -> None:
     assert rel_l2(jitattn.attention(q, k, v, **given), truth) <= 2e-6
 
 
-@in_halves
+@split_fp32
 def test_fp16_parts_of_keys_with_very_different_values() -> None:
     """Scales are of 64 keys: what large values lie beside keeps 2^-38 of them, the others all."""
     q, k, v = random_qkv(1, 256, 256, 2, head_dim=64, device="cuda", seed=6)
@@ -158,7 +158,7 @@ def test_fp16_parts_of_keys_with_very_different_values() -> None:
 
 
 @pytest.mark.parametrize("scale", [8.0, 60.0])
-@in_halves
+@split_fp32
 def test_fp16_parts_of_cosine_attention(scale: float) -> None:
     """Most weights are far below the bound of the scores."""
     q, k, v = random_qkv(2, 200, 300, 4, 2, head_dim=64, device="cuda", seed=9)
@@ -172,7 +172,7 @@ def test_fp16_parts_of_cosine_attention(scale: float) -> None:
 
 @pytest.mark.parametrize("garbage", [1e38, float("nan")])
 @pytest.mark.parametrize("gear", [2, 3])
-@in_halves
+@split_fp32
 def test_fp16_parts_of_padded_keys(gear: int, garbage: float) -> None:
     """What hidden keys hold is nothing to the others."""
     q, k, v = random_qkv(2, 200, 300, 4, 2, head_dim=64, device="cuda", seed=11)
@@ -191,7 +191,7 @@ def test_fp16_parts_of_padded_keys(gear: int, garbage: float) -> None:
         assert max_error(lse[seen], lse_truth[seen]) <= (5e-6 if gear == 2 else 2.5e-3)
 
 
-@in_halves
+@split_fp32
 def test_batch_does_not_change_bits_of_fp16_parts() -> None:
     q, k, v = random_qkv(3, 200, 300, 4, 2, head_dim=64, device="cuda", seed=10)
     together = jitattn.attention(q, k, v, num_splits=2)
@@ -202,7 +202,7 @@ def test_batch_does_not_change_bits_of_fp16_parts() -> None:
 
 
 @pytest.mark.real_gpu
-@in_halves
+@split_fp32
 def test_fp16_parts_can_be_captured() -> None:
     qkv = random_qkv(1, 200, 300, 2, head_dim=64, device="cuda", seed=4)
     jitattn.warmup(*qkv)

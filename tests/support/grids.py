@@ -266,7 +266,7 @@ def _scales() -> list[Case]:
 
 
 def _out_dtypes() -> list[Case]:
-    """Return fp32 outputs, directly and through the merge kernel."""
+    """Return fp32 outputs, directly and through the combine kernel."""
     return [
         Case(out_dtype=FP32),
         Case(out_dtype=FP32, len_q=4, len_kv=200, num_splits=3),

@@ -42,7 +42,7 @@ struct CtaWork {
 
   // Keys from the first one of a block to the end.
   __device__ int keys_left(int ordinal) const {
-    return (kHasLists<Spec> ? range.num_keys : len_kv()) - block_at(ordinal) * Spec::kBlockKv;
+    return (kHasBlockLists<Spec> ? range.num_keys : len_kv()) - block_at(ordinal) * Spec::kBlockKv;
   }
 };
 

@@ -8,7 +8,7 @@
 // at least p. Key: the halves of the seed, moved by the high half of the offset: every bit counts.
 #pragma once
 
-#include "jitattn/attention/key_lists.cuh"
+#include "jitattn/attention/block_lists.cuh"
 #include "jitattn/attention/rows.cuh"
 #include "jitattn/attention/sequence.cuh"
 #include "jitattn/types.cuh"

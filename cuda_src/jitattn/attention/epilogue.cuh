@@ -6,7 +6,7 @@
 #include "jitattn/attention/schedule.cuh"
 #include "jitattn/attention/score.cuh"
 #include "jitattn/attention/sequence.cuh"
-#include "jitattn/attention/split_merge.cuh"
+#include "jitattn/attention/split_combine.cuh"
 #include "jitattn/ptx/math.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/tile/accumulator.cuh"
@@ -18,9 +18,9 @@
 
 namespace jitattn {
 
-// Of a kernel family, Traits has: what SplitMerge asks for; Softmax; kRowTiles and kColumnTiles,
+// Of a kernel family, Traits has: what SplitCombine asks for; Softmax; kRowTiles and kColumnTiles,
 // accumulator tiles of a warp, kDimV, their columns, and Rows, their rows (tile/warp_rows.cuh);
-// kWarpRows, the rows of a warp, and first_row(warp_q), the first of them; kParksSums, whether
+// kWarpRows, the rows of a warp, and first_row(warp_q), the first of them; kIsTwoLevel, whether
 // values have scales that the output is multiplied by.
 template <class Spec, class Traits>
 struct FwdEpilogue {
@@ -53,17 +53,17 @@ struct FwdEpilogue {
   // All threads of the CTA. The shared tiles are dead after the first barrier.
   __device__ void finish(Output& r_o, Softmax& softmax) const {
     softmax.reduce();
-    if constexpr (Spec::kWarpsKv > 1) merge_warps(r_o, softmax);
+    if constexpr (Spec::kWarpsKv > 1) combine_warps(r_o, softmax);
     if (warp_kv == 0) write(r_o, softmax);
     if (out.tile.num_splits > 1) {
-      SplitMerge<Spec, Traits>{out, params, s_addr, lane_idx}.merge_if_last();
+      SplitCombine<Spec, Traits>{out, params, s_addr, lane_idx}.combine_if_last();
     }
   }
 
  private:
   __device__ void write(Output& r_o, const Softmax& softmax) const {
     float of_values = 1.f;  // apart from the sums: a product of both might not be a number of fp32
-    if constexpr (Traits::kParksSums) {
+    if constexpr (Traits::kIsTwoLevel) {
       const int64_t heads_kv = params.heads_q / params.heads_per_kv;
       of_values = __ldg(params.v_scale + out.tile.batch_idx * heads_kv +
                         out.tile.head_idx / params.heads_per_kv);
@@ -79,7 +79,7 @@ struct FwdEpilogue {
 #pragma unroll
       for (int n = 0; n < Traits::kColumnTiles; ++n) {
         scale_row(r_o[m][n], half, inverse);
-        if constexpr (Traits::kParksSums) scale_row(r_o[m][n], half, of_values);
+        if constexpr (Traits::kIsTwoLevel) scale_row(r_o[m][n], half, of_values);
       }
     });
     if (out.tile.num_splits > 1) {
@@ -90,7 +90,7 @@ struct FwdEpilogue {
   }
 
   // Add the partial results of warps 1 .. of the same rows to warp 0's, always in that order.
-  __device__ void merge_warps(Output& r_o, Softmax& softmax) const {
+  __device__ void combine_warps(Output& r_o, Softmax& softmax) const {
     Threads::sync();  // every warp is done with the K and V tiles
     if (warp_kv != 0) {
       const uint32_t slot = slot_addr(warp_kv);

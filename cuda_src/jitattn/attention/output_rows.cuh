@@ -34,7 +34,7 @@ struct OutputRows {
     const int row = tile.q_tile_idx * Spec::kBlockQ + row_in_tile;
     const int position = rows.position(row);
     return {sequence.q_start + position, tile.head_idx + rows.head(row, position),
-            row < rows.num_rows && (!kHasLists<Spec> || position >= sequence.first_position)};
+            row < rows.num_rows && (!kHasBlockLists<Spec> || position >= sequence.first_position)};
   }
 
   __device__ int64_t lse_index(const Place& place) const {

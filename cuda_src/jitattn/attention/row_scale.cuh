@@ -28,7 +28,7 @@ struct RowScale {
 
 template <class Spec, int kRowTiles>
 struct RowScale<Spec, kRowTiles, true> {
-  static constexpr float kOffset = kIsQuantized<Spec> ? 12582912.f : 0.f;  // mma_int8.cuh
+  static constexpr float kOffset = kIsQuantized<Spec> ? 12582912.f : 0.f;  // mma/int8.cuh
   // Of a score's unit, base 2: beyond, a product with kOffset would round off more than a weight
   // may be off by.
   static constexpr float kCoarse = 0x1p-4f;
@@ -94,7 +94,7 @@ struct RowScale<Spec, kRowTiles, true> {
         work.k_batch_idx() * (params.heads_q / params.heads_per_kv) + work.kv_head_idx;
     const int64_t idx = kv_head * ceil_div(params.len_kv, kKeys) + first_key / kKeys;
     of_keys = __ldg(params.k_scale + idx);
-    if constexpr (kIsInHalves<Spec>) of_values = __ldg(params.v_scale + idx);
+    if constexpr (kSplitFp32<Spec>) of_values = __ldg(params.v_scale + idx);
   }
 
   __device__ float operator()(int m, int half) const {

@@ -66,7 +66,7 @@ __device__ __forceinline__ Extent extent_of(const FwdParamsOf<Spec>& params, int
   const int len_q = q_span<Spec>(params, batch_idx).length;
   int num_rows = len_q * params.heads_per_tile;
   const Span kv = kv_span<Spec>(params, batch_idx);
-  if (kHasLists<Spec> && len_q > 0) {
+  if (kHasBlockLists<Spec> && len_q > 0) {
     num_rows += list_shift<Spec>(params, {0, len_q}, kv) * params.heads_per_tile;
   }
   const int num_q_tiles = ceil_div(num_rows, Spec::kBlockQ);
@@ -107,7 +107,7 @@ __device__ __forceinline__ int most_blocks_of_item(const FwdParamsOf<Spec>& para
     load += warp_sum(extent.num_q_tiles * extent.num_kv_blocks);
     num_tiles += warp_sum(extent.num_q_tiles);
   }
-  // Rounding by some 1e-7 here is less than the grid has to spare (dispatch.py: plan).
+  // Rounding by some 1e-7 here is less than the grid has to spare (plan/forward.py).
   const float mean = static_cast<float>(load) * head_tiles / params.num_slots;
   int most_blocks = max_of(kFewestBlocks, static_cast<int>(ceilf(mean)));
   // If all items can run at once, they should: rounding up must not begin a second wave.
@@ -213,7 +213,7 @@ template <class Spec>
 __device__ __forceinline__ int visible_keys(const FwdParamsOf<Spec>& params,
                                             const Sequence& sequence, int position) {
   const int len_kv = kIsUniform<Spec> ? params.len_kv : sequence.len_kv;
-  if constexpr (Spec::kMask == MaskKind::kFull || kHasLists<Spec>) return len_kv;
+  if constexpr (Spec::kMask == MaskKind::kFull || kHasBlockLists<Spec>) return len_kv;
   return min_of(len_kv, position + 1 + (kIsUniform<Spec> ? params.diagonal : sequence.diagonal));
 }
 
@@ -287,7 +287,7 @@ constexpr int kNoKey = 0x3ffffff0;
 
 // The window of a head: the query at key position p sees the listed keys up to
 // p + right, of those the ones from p + left on, or before keep_first.
-struct ListHead {
+struct BlockListHead {
   int right;
   int left;
   int keep_first;
@@ -307,7 +307,7 @@ struct KvBlockRange {
   const int2* g_groups;  // lists: the groups of this tile,
   int num_groups;        // how many of them any row may see,
   int num_keys;          // and their keys that exist
-  ListHead head;
+  BlockListHead head;
 
   __device__ ListedGroup listed_group(int idx, bool is_wanted) const {
     if (!is_wanted || idx >= num_groups) return {kNoKey, 0};
@@ -330,15 +330,15 @@ struct KvBlockRange {
 
 // What a head has: its list (x: 2 list + 1 if positions below 0 see nothing) and its window.
 template <class Spec>
-__device__ __forceinline__ int4 load_list_head(const FwdListParams& params,
-                                               const Sequence& sequence, int head_idx) {
+__device__ __forceinline__ int4 load_block_list_head(const FwdBlockListParams& params,
+                                                     const Sequence& sequence, int head_idx) {
   // A query alone may have another rule.
   const bool is_alone = sequence.len_q - sequence.first_position == 1;
   return __ldg(params.list_heads + (is_alone ? params.heads_q : 0) + head_idx);
 }
 
 // The groups listed for a query tile, sorted by their keys.
-struct ListSpan {
+struct BlockListSpan {
   const int2* g_groups;
   int count;
 
@@ -360,9 +360,9 @@ struct ListSpan {
 };
 
 // Of the tile whose first query is at `position`.
-__device__ __forceinline__ ListSpan listed_span(const FwdListParams& params,
-                                                const Sequence& sequence, const int4& head,
-                                                int position) {
+__device__ __forceinline__ BlockListSpan listed_span(const FwdBlockListParams& params,
+                                                     const Sequence& sequence, const int4& head,
+                                                     int position) {
   const int first = position + sequence.diagonal;  // a tile does not straddle 0
   const int list_tile = max_of(first, 0) >> params.list_log2;
   if ((first < 0 && (head.x & 1) != 0) || list_tile >= params.list_tiles) return {nullptr, 0};
@@ -373,12 +373,13 @@ __device__ __forceinline__ ListSpan listed_span(const FwdListParams& params,
 
 // Of the groups listed for this tile those that any of its rows may see.
 template <class Spec>
-__device__ __forceinline__ void find_list(KvBlockRange& range, const FwdListParams& params,
-                                          const Sequence& sequence, const RowMap& rows,
-                                          const WorkTile& tile, int first_row, int last_row) {
-  const int4 head = load_list_head<Spec>(params, sequence, tile.head_idx);
+__device__ __forceinline__ void find_block_list(KvBlockRange& range,
+                                                const FwdBlockListParams& params,
+                                                const Sequence& sequence, const RowMap& rows,
+                                                const WorkTile& tile, int first_row, int last_row) {
+  const int4 head = load_block_list_head<Spec>(params, sequence, tile.head_idx);
   range.head = {head.y, head.z, head.w};
-  const ListSpan span = listed_span(params, sequence, head, rows.position(first_row));
+  const BlockListSpan span = listed_span(params, sequence, head, rows.position(first_row));
   range.g_groups = span.g_groups;
   const int last = rows.position(last_row) + sequence.diagonal;
   const int count = span.before(min_of(sequence.len_kv, last + 1 + head.y));
@@ -398,8 +399,8 @@ __device__ __forceinline__ KvBlockRange kv_block_range(const FwdParamsOf<Spec>& 
   const int visible = max_of(0, visible_keys<Spec>(params, sequence, rows.position(last_row)));
   int num_blocks = ceil_div(visible, Spec::kBlockKv);
   KvBlockRange range = {};
-  if constexpr (kHasLists<Spec>) {
-    find_list<Spec>(range, params, sequence, rows, tile, first_row, last_row);
+  if constexpr (kHasBlockLists<Spec>) {
+    find_block_list<Spec>(range, params, sequence, rows, tile, first_row, last_row);
     num_blocks = ceil_div(range.num_groups, Spec::kBlockKv / 16);
   }
   if constexpr (kHasGap<Spec>) {

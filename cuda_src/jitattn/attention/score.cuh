@@ -3,7 +3,7 @@
 // the softmax multiplies it again. (Most often it comes first, and q k^T is added to it.)
 #pragma once
 
-#include "jitattn/attention/key_lists.cuh"
+#include "jitattn/attention/block_lists.cuh"
 #include "jitattn/attention/matrices.cuh"
 #include "jitattn/attention/rows.cuh"
 #include "jitattn/attention/schedule.cuh"

@@ -9,12 +9,12 @@ namespace jitattn {
 
 // Whether the keys that a query tile visits are listed in memory.
 template <class Spec>
-constexpr bool kHasLists = Spec::kMask == MaskKind::kBlockLists;
+constexpr bool kHasBlockLists = Spec::kMask == MaskKind::kBlockLists;
 
 // Whether all sequences of the batch are alike, and known to be.
 template <class Spec>
 constexpr bool kIsUniform = Spec::kQLayout == SeqLayout::kBatched &&
-                            Spec::kKvLayout == SeqLayout::kBatched && !kHasLists<Spec>;
+                            Spec::kKvLayout == SeqLayout::kBatched && !kHasBlockLists<Spec>;
 
 template <class Spec>
 constexpr bool kIsPaged =
@@ -33,11 +33,12 @@ constexpr bool kHasGap = Spec::kMask == MaskKind::kWindow || kHasStride<Spec>;
 
 // Whether the mask or anything else asks for more than q k^T, scaled.
 template <class Spec>
-constexpr bool kHasScores = kHasGap<Spec> || kHasLists<Spec> || Spec::kBias != BiasKind::kNone ||
-                            Spec::kRelativeBias == Switch::kOn || Spec::kAlibi == Switch::kOn ||
-                            Spec::kSoftcap == Switch::kOn || Spec::kSinks == Switch::kOn ||
-                            Spec::kKeyPadding == Switch::kOn || Spec::kDense == Switch::kOn ||
-                            Spec::kDropout == Switch::kOn || Spec::kFixedShift == Switch::kOn;
+constexpr bool kHasScores =
+    kHasGap<Spec> || kHasBlockLists<Spec> || Spec::kBias != BiasKind::kNone ||
+    Spec::kRelativeBias == Switch::kOn || Spec::kAlibi == Switch::kOn ||
+    Spec::kSoftcap == Switch::kOn || Spec::kSinks == Switch::kOn ||
+    Spec::kKeyPadding == Switch::kOn || Spec::kDense == Switch::kOn ||
+    Spec::kDropout == Switch::kOn || Spec::kFixedShift == Switch::kOn;
 
 template <class Spec>
 constexpr bool kIsQuantized =
@@ -45,16 +46,16 @@ constexpr bool kIsQuantized =
 
 // Whether fp32 operands come as fp16 parts, V too.
 template <class Spec>
-constexpr bool kIsInHalves =
+constexpr bool kSplitFp32 =
     Spec::kNumerics == Numerics::kF16x3 || Spec::kNumerics == Numerics::kF16x1;
 
 // Whether rows of Q and blocks of K have scales of their own.
 template <class Spec>
-constexpr bool kIsScaled = kIsQuantized<Spec> || kIsInHalves<Spec>;
+constexpr bool kIsScaled = kIsQuantized<Spec> || kSplitFp32<Spec>;
 
 template <class Spec>
 using PlainParamsOf = typename Conditional<
-    kHasLists<Spec>, FwdListParams,
+    kHasBlockLists<Spec>, FwdBlockListParams,
     typename Conditional<
         kHasScores<Spec>, FwdScoreParams,
         typename Conditional<kIsUniform<Spec>, FwdParams, FwdSeqParams>::type>::type>::type;
@@ -118,7 +119,7 @@ __device__ __forceinline__ bool lifts_left(const FwdParamsOf<Spec>& params, int 
 template <class Spec>
 __device__ __forceinline__ int list_shift(const FwdParamsOf<Spec>& params, const Span& q,
                                           const Span& kv) {
-  if constexpr (kHasLists<Spec>) {
+  if constexpr (kHasBlockLists<Spec>) {
     const int corner = params.bottom_right ? kv.length - q.length : 0;
     return (corner + params.diagonal) & params.tile_mask;
   }
@@ -142,7 +143,7 @@ struct Sequence {
     } else {
       const Span q = q_span<Spec>(params, batch_idx), kv = kv_span<Spec>(params, batch_idx);
       const int corner = params.bottom_right ? kv.length - q.length : 0;
-      if constexpr (kHasLists<Spec>) {
+      if constexpr (kHasBlockLists<Spec>) {
         const int shift = list_shift<Spec>(params, q, kv);
         const int diagonal = corner + params.diagonal - shift;
         return {q.start - shift, q.length + shift, kv.start, kv.length, diagonal, 0, shift};

@@ -1,5 +1,5 @@
 // What        8-bit Q and K for the forward kernel (tile/mma/int8.cuh), and for sums in fp16
-//             (tile/parked_sums.cuh) V in fp16, scaled.
+//             (tile/two_level_accumulator.cuh) V in fp16, scaled.
 //
 // Math        q k = (c q) ((k - mean) / c) + q mean, channel by channel, where `mean` is that of K
 //             over the sequence: it adds the same to all scores of a query, which the softmax does

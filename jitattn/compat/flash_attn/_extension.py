@@ -30,7 +30,7 @@ from jitattn.compat.flash_attn._translate import (
     their_lse,
 )
 from jitattn.errors import InvalidInputError
-from jitattn.run.encoding import encode
+from jitattn.run.operator_encoding import encode
 from jitattn.values.dropout import dropout_state
 from jitattn.values.sequences import Ragged
 

@@ -2,7 +2,7 @@
 // products of a tile: S and dP, of which P and dS are made; dV, dQ and dK.
 #pragma once
 
-#include "jitattn/attention/key_lists.cuh"
+#include "jitattn/attention/block_lists.cuh"
 #include "jitattn/attention/rows.cuh"
 #include "jitattn/attention/schedule.cuh"
 #include "jitattn/attention/sequence.cuh"
@@ -70,13 +70,13 @@ struct BwdCta {
   template <bool kIsMasked>
   __device__ __forceinline__ void compute_p_and_ds(int head_idx, int tile, int stage,
                                                    const WarpKeys<Spec, Traits>& warp_keys,
-                                                   const ListHead& window) const {
+                                                   const BlockListHead& window) const {
     using Weights = TileWeights<Spec, Traits>;
     const int buffer = Spec::kStages == 2 ? stage : 0;
     const int warp_row = tile * Spec::kBlockQ + grid_s.first_row;
     const int warp_key = first_key + grid_s.first_column;
     KeyColumns<Spec> columns = {accumulator_column(lane_idx) + (kHasGroups<Spec> ? 0 : warp_key)};
-    if constexpr (kHasLists<Spec>) {
+    if constexpr (kHasBlockLists<Spec>) {
       columns.s_listed = storage.listed(stage) + grid_s.first_column / 16 * 8;
     }
     if constexpr (kGathersKeys<Spec>) {
@@ -116,10 +116,10 @@ struct BwdCta {
         r_dq, storage.ds, grid_dq, storage.k, lane_idx, [&](int key, int m) {
           return scales.of_ds(grid_dq.first_row + m * 16, key) * scales.of_k;
         });
-    wait_dq_turn<Spec, Traits>(params, own.batch, head_idx, tile, keys.turn(tile));
+    wait_dq_semaphore<Spec, Traits>(params, own.batch, head_idx, tile, keys.semaphore_value(tile));
     add_dq_tile<Spec, Traits>(params, sequence, r_dq, grid_dq, own.batch, head_idx, tile, warp_idx,
                               lane_idx);
-    end_dq_turn<Spec, Traits>(params, own.batch, head_idx, tile);
+    release_dq_semaphore<Spec, Traits>(params, own.batch, head_idx, tile);
   }
 
   // dK += dS^T Q

@@ -1,4 +1,5 @@
-// Sums dQ over key blocks in global memory: the semaphore that orders the blocks, and the additions.
+// Sums dQ over key blocks in global memory: the semaphore that orders the blocks, and the
+// additions.
 #pragma once
 
 #include "jitattn/attention/sequence.cuh"
@@ -16,18 +17,19 @@ namespace jitattn {
 template <class Spec>
 __device__ __forceinline__ int32_t* dq_semaphore(const BwdParamsOf<Spec>& params, int batch_idx,
                                                  int head_idx, int tile) {
-  return params.turns +
+  return params.dq_semaphore +
          (static_cast<int64_t>(batch_idx) * params.heads_q + head_idx) * params.num_q_tiles + tile;
 }
 
-// Waits until `turn` key blocks have added to dQ of a query tile, where their order is kept.
+// Waits until `semaphore_value` key blocks have added to dQ of a query tile, where their order is
+// kept.
 template <class Spec, class Traits>
-__device__ __forceinline__ void wait_dq_turn(const BwdParamsOf<Spec>& params, int batch_idx,
-                                             int head_idx, int tile, int turn) {
+__device__ __forceinline__ void wait_dq_semaphore(const BwdParamsOf<Spec>& params, int batch_idx,
+                                                  int head_idx, int tile, int semaphore_value) {
   if constexpr (Spec::kDeterministic == Switch::kOn) {
     if (threadIdx.x == 0) {
-      const int32_t* g_turn = dq_semaphore<Spec>(params, batch_idx, head_idx, tile);
-      while (ptx::ld_acquire(g_turn) != turn) __nanosleep(64);
+      const int32_t* g_semaphore = dq_semaphore<Spec>(params, batch_idx, head_idx, tile);
+      while (ptx::ld_acquire(g_semaphore) != semaphore_value) __nanosleep(64);
     }
     ptx::barrier_sync<Traits::kNumThreads>();
   }
@@ -35,8 +37,8 @@ __device__ __forceinline__ void wait_dq_turn(const BwdParamsOf<Spec>& params, in
 
 // Publishes the additions of this key block and lets the next one begin, where their order is kept.
 template <class Spec, class Traits>
-__device__ __forceinline__ void end_dq_turn(const BwdParamsOf<Spec>& params, int batch_idx,
-                                            int head_idx, int tile) {
+__device__ __forceinline__ void release_dq_semaphore(const BwdParamsOf<Spec>& params, int batch_idx,
+                                                     int head_idx, int tile) {
   if constexpr (Spec::kDeterministic == Switch::kOn) {
     __threadfence();
     ptx::barrier_sync<Traits::kNumThreads>();

@@ -6,7 +6,7 @@
 // blocks of their own, then all others. Columns of a block ascend.
 #pragma once
 
-#include "jitattn/attention/key_lists.cuh"
+#include "jitattn/attention/block_lists.cuh"
 #include "jitattn/attention/rows.cuh"
 #include "jitattn/attention/schedule.cuh"
 #include "jitattn/attention/sequence.cuh"
@@ -86,9 +86,9 @@ struct GatheredKeys {
   // Whether every row of a tile sees every key.
   __device__ bool is_free(int tile) const { return free.has(tile); }
 
-  // How many blocks before this one see a tile that this one sees: its turn to add to the sums of
-  // dQ.
-  __device__ int turn(int tile) const {
+  // How many blocks before this one see a tile that this one sees: the semaphore's value when it
+  // may add to sums of dQ.
+  __device__ int semaphore_value(int tile) const {
     if (is_on) return block;
     const int first_own = tile * kBlockQ + sequence.diagonal;
     const int last_row = min_of((tile + 1) * kBlockQ, sequence.len_q) - 1;

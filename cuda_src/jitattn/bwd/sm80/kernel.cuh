@@ -13,8 +13,8 @@
 //             query tiles that see them, or one of num_q_splits parts of these, of all query heads.
 //             Each product has its own grid of warps (warp_grid.cuh).
 //
-// Shared      K, V for the whole run; Q and dO, kStages of each; P and dS, through which the scores'
-// memory      grid of warps hands over to the others; LSE and delta of the rows.
+// Shared      K, V for the whole run; Q and dO, kStages of each; P and dS, through which the
+// memory      scores' grid of warps hands over to the others; LSE and delta of the rows.
 //
 // Pipeline    kStages == 2: the copies of tile i + 1 start with step i; two barriers a step.
 //               step i | wait i | barrier | start i+1 | S dP -> P dS | barrier | dV  dQ  dK |
@@ -22,11 +22,11 @@
 //
 // dQ          Every key block adds to the sums of dQ in global memory (traits.cuh), in any
 //             order; or, with kDeterministic, in the order of the keys: blocks wait for their
-//             turns. All blocks of a head are started in that order, so those waited for are
+//             semaphore. All blocks of a head are started in that order, so those waited for are
 //             running.
 //
 // dK, dV      Rounded and written; or, where query tiles are split or sequences share keys, left as
-//             fp32 parts, which another kernel adds up in order (dq_round.cuh, kv_scatter.cuh).
+//             fp32 parts, which another kernel adds up in order (postprocess.cuh, kv_scatter.cuh).
 //             Sums of very many steps would drift: tensor cores truncate.
 #pragma once
 
@@ -74,7 +74,7 @@ struct BwdHead {
   static constexpr int kNumRowStats = Traits::kRowStats * Spec::kBlockQ;
   static constexpr int kNumStats = kNumRowStats + PartScales<Spec, Traits>::kPerTile;
   static constexpr int kStatsPerThread = ceil_div(kNumStats, Traits::kNumThreads);
-  static constexpr bool kSkipsTurns = kHasLists<Spec> && Spec::kDeterministic == Switch::kOn;
+  static constexpr bool kSkipsTurns = kHasBlockLists<Spec> && Spec::kDeterministic == Switch::kOn;
 
   const Cta& cta;
   const Keys& keys;
@@ -189,13 +189,14 @@ struct BwdHead {
     queries.load_d_out(cta.storage.d_out(buffer), tile);
   }
 
-  // Key blocks that a list leaves out still take their turns.
+  // Key blocks that a list leaves out still advance the semaphore.
   __device__ __forceinline__ void skip_turns(int first, int end) const {
     if constexpr (kSkipsTurns) {
       for (int skipped = first; skipped < end; ++skipped) {
-        wait_dq_turn<Spec, Traits>(cta.params, queries.batch_idx, queries.head_idx, skipped,
-                                   keys.turn(skipped));
-        end_dq_turn<Spec, Traits>(cta.params, queries.batch_idx, queries.head_idx, skipped);
+        wait_dq_semaphore<Spec, Traits>(cta.params, queries.batch_idx, queries.head_idx, skipped,
+                                        keys.semaphore_value(skipped));
+        release_dq_semaphore<Spec, Traits>(cta.params, queries.batch_idx, queries.head_idx,
+                                           skipped);
       }
     }
   }

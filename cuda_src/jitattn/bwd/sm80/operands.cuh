@@ -134,7 +134,7 @@ struct QueryTiles {
                                        int64_t row_stride, int tile) const {
     const int first_row = tile * Spec::kBlockQ;
     const int num_rows = sequence.len_q - first_row;
-    if constexpr (kHasLists<Spec>) {
+    if constexpr (kHasBlockLists<Spec>) {
       // The first rows of a tile may not exist.
       copy.template load_rows<true, false>(s_addr, copy.lane(g_first), num_rows, [&](int skip) {
         const int row = max_of(first_row + copy.row + skip, sequence.first_position);

@@ -33,7 +33,7 @@ struct TileProducts {
   __device__ static void add_transposed(float (&r)[kRowTiles][kColumnTiles][4],
                                         uint32_t s_tile_addr, const Grid& grid, uint32_t s_b_addr,
                                         int lane_idx, ScaleOf scale_of) {
-    if constexpr (kIsInHalves<Spec>) {
+    if constexpr (kSplitFp32<Spec>) {
       Mma::template add_transposed_product<Spec::kBlockQ, kWarpRows, LayoutP, LayoutB>(
           r, s_tile_addr, grid.first_row, s_b_addr, grid.first_column, grid.num_tiles, lane_idx,
           scale_of);
@@ -47,7 +47,7 @@ struct TileProducts {
   template <class LayoutB, class Grid, int kRowTiles, int kColumnTiles, class ScaleOf>
   __device__ static void add(float (&r)[kRowTiles][kColumnTiles][4], uint32_t s_tile_addr,
                              const Grid& grid, uint32_t s_b_addr, int lane_idx, ScaleOf scale_of) {
-    if constexpr (kIsInHalves<Spec>) {
+    if constexpr (kSplitFp32<Spec>) {
       Mma::template add_product<Spec::kBlockKv, kWarpKeys, LayoutP, LayoutB>(
           r, s_tile_addr, grid.first_row, s_b_addr, grid.first_column, grid.num_tiles, lane_idx,
           scale_of);
@@ -64,7 +64,7 @@ struct PartScales {
   using Products = TileProducts<Spec, Traits>;
   static constexpr float kLiftP = 16384.f;
   static constexpr float kMostP = 2.f;
-  static constexpr int kPerTile = kIsInHalves<Spec> ? 2 : 0;  // of Q, of dO
+  static constexpr int kPerTile = kSplitFp32<Spec> ? 2 : 0;  // of Q, of dO
 
   uint32_t s_of_ds_addr;
   float of_k;
@@ -73,7 +73,7 @@ struct PartScales {
   __device__ PartScales(const BwdParamsOf<Spec>& params, int batch_idx, int kv_head_idx,
                         int first_key, uint32_t s_of_ds_addr)
       : s_of_ds_addr(s_of_ds_addr), of_k(1.f), of_v(1.f) {
-    if constexpr (kIsInHalves<Spec>) {
+    if constexpr (kSplitFp32<Spec>) {
       const int64_t heads_kv = params.heads_q / params.heads_per_kv;
       const int64_t idx =
           (batch_idx * heads_kv + kv_head_idx) * ceil_div(params.len_kv, kRowsPerScale) +
@@ -86,7 +86,7 @@ struct PartScales {
   // Of Q (0) or dO (1) of a query tile. They follow the statistics in shared memory.
   __device__ static float load(const BwdParamsOf<Spec>& params, int batch_idx, int head_idx,
                                int tile, int which) {
-    if constexpr (kIsInHalves<Spec>) {
+    if constexpr (kSplitFp32<Spec>) {
       const int64_t head = static_cast<int64_t>(batch_idx) * params.heads_q + head_idx;
       const int64_t idx =
           head * ceil_div(params.len_q, kRowsPerScale) + tile * Spec::kBlockQ / kRowsPerScale;
@@ -140,7 +140,7 @@ struct PartScales {
 
  private:
   __device__ static float of_tile(uint32_t s_addr) {
-    if constexpr (kIsInHalves<Spec>) return ptx::ld_shared_f32(s_addr);
+    if constexpr (kSplitFp32<Spec>) return ptx::ld_shared_f32(s_addr);
     return 1.f;
   }
 

@@ -2,7 +2,7 @@
 // lists have any of the block.
 #pragma once
 
-#include "jitattn/attention/key_lists.cuh"
+#include "jitattn/attention/block_lists.cuh"
 #include "jitattn/attention/schedule.cuh"
 #include "jitattn/attention/sequence.cuh"
 #include "jitattn/bwd/sm80/schedule.cuh"
@@ -28,14 +28,14 @@ struct AllTiles {
   __device__ __forceinline__ void look_at(int, int) {}
   __device__ int next(int tile) const { return tile; }
   __device__ bool is_free(int tile) const { return keys.is_free(tile); }
-  __device__ __forceinline__ ListHead window() const { return {}; }
+  __device__ __forceinline__ BlockListHead window() const { return {}; }
   __device__ void keep_listed(int, int) const {}
 };
 
 // Tiles of which a list has any of the block's keys. Each thread looks at the list of one tile of a
 // chunk, and leaves in shared memory what it says: bit idx % 32 of word idx / 32 says of tile
-// `chunk + idx` whether its list has any of the block; the same of s_free_addr, whether all rows see
-// all of it; then come the bits of the list.
+// `chunk + idx` whether its list has any of the block; the same of s_free_addr, whether all rows
+// see all of it; then come the bits of the list.
 template <class Spec, class Traits, class Keys>
 struct ListedTiles {
   static constexpr int kBlockQ = Spec::kBlockQ, kBlockKv = Spec::kBlockKv;
@@ -59,7 +59,7 @@ struct ListedTiles {
         storage(storage),
         first_key(keys.first_key),
         num_keys(num_keys),
-        head(load_list_head<Spec>(params, sequence, head_idx)) {}
+        head(load_block_list_head<Spec>(params, sequence, head_idx)) {}
 
   // Looks at a chunk of the range. All threads come here.
   __device__ __forceinline__ void look_at(int first_tile, int end_tile) {
@@ -97,9 +97,9 @@ struct ListedTiles {
     return (ptx::ld_shared_b32(s_free_addr() + idx / 32 * 4) >> idx % 32 & 1) != 0;
   }
 
-  __device__ __forceinline__ ListHead window() const { return {head.y, head.z, head.w}; }
+  __device__ __forceinline__ BlockListHead window() const { return {head.y, head.z, head.w}; }
 
-  // Stores what a tile's list says of the block, as key_lists.cuh wants it.
+  // Stores what a tile's list says of the block, as block_lists.cuh wants it.
   __device__ void keep_listed(int stage, int tile) const {
     const int group = threadIdx.x;
     if (group >= kGroups) return;
@@ -116,7 +116,7 @@ struct ListedTiles {
 
   __device__ __forceinline__ void look_at_list(int tile, uint32_t (&bits)[kGroups], bool& is_listed,
                                                bool& sees_all) const {
-    const ListSpan span = listed_span(params, sequence, head, tile * kBlockQ);
+    const BlockListSpan span = listed_span(params, sequence, head, tile * kBlockQ);
     const int last = min_of((tile + 1) * kBlockQ, sequence.len_q) - 1 + sequence.diagonal;
     const int first = max_of(tile * kBlockQ, sequence.first_position) + sequence.diagonal;
     const bool is_near =
@@ -129,7 +129,7 @@ struct ListedTiles {
 };
 
 template <class Spec, class Traits, class Keys>
-using QueryQueue = typename Conditional<kHasLists<Spec>, ListedTiles<Spec, Traits, Keys>,
+using QueryQueue = typename Conditional<kHasBlockLists<Spec>, ListedTiles<Spec, Traits, Keys>,
                                         AllTiles<Spec, Traits, Keys>>::type;
 
 }  // namespace jitattn

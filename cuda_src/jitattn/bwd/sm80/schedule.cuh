@@ -41,7 +41,7 @@ struct KvTile {
 // Full: key blocks fastest, so that neighbouring CTAs share the Q and dO of one head in L2. Else
 // heads fastest: the first key blocks, which most queries see, are started first. In both, the
 // blocks of a head are started in the order of the keys, all splits of one before the next, which
-// turns rely on.
+// the semaphore relies on.
 template <class Spec>
 __device__ __forceinline__ KvTile kv_tile_of(const BwdParamsOf<Spec>& params, uint32_t cta_idx) {
   const uint32_t num_tiles = params.num_kv_tiles, heads = params.heads_q / params.heads_per_kv;
@@ -106,7 +106,7 @@ struct KeyBlock {
 
   // Tiles of queries that see any of its keys; those of a list are searched for among them.
   __device__ TileRange tiles() const {
-    int begin = kHasLists<Spec> ? sequence.first_position : 0;  // none if that is the end
+    int begin = kHasBlockLists<Spec> ? sequence.first_position : 0;  // none if that is the end
     int64_t end = sequence.len_q;
     if constexpr (Spec::kMask == MaskKind::kCausal || kHasGap<Spec>) {
       begin = max_of(0, first_key - sequence.diagonal);
@@ -118,7 +118,7 @@ struct KeyBlock {
 
   // Whether every row of a tile sees every key.
   __device__ bool is_free(int tile) const {
-    if constexpr (kHasLists<Spec>) return false;
+    if constexpr (kHasBlockLists<Spec>) return false;
     if constexpr (Spec::kMask == MaskKind::kLocalStride) return free.has(tile);
     if (first_key + kBlockKv > sequence.len_kv) return false;
     if constexpr (Spec::kMask == MaskKind::kFull) return true;
@@ -131,8 +131,8 @@ struct KeyBlock {
     return true;
   }
 
-  // How many key blocks before this one see a tile: its turn to add to the sums of dQ.
-  __device__ int turn(int tile) const {
+  // How many key blocks before this one see a tile: the semaphore's value when it may add to dQ.
+  __device__ int semaphore_value(int tile) const {
     const int first_row = tile * kBlockQ;
     if constexpr (Spec::kMask == MaskKind::kWindow) {
       const int kept = ceil_div(params.keep_first, kBlockKv);

@@ -13,7 +13,7 @@
 // memory
 #pragma once
 
-#include "jitattn/attention/key_lists.cuh"
+#include "jitattn/attention/block_lists.cuh"
 #include "jitattn/attention/rows.cuh"
 #include "jitattn/attention/schedule.cuh"
 #include "jitattn/attention/sequence.cuh"
@@ -73,8 +73,8 @@ struct ScoreSums {
 
   // What a list says of a tile's keys.
   struct Listed {
-    ListHead window;
-    ListSpan span;
+    BlockListHead window;
+    BlockListSpan span;
     int first;  // group
   };
 
@@ -95,7 +95,7 @@ struct ScoreSums {
     const KeyBlock<Spec> keys(params, sequence, head_idx, kv_tile);
     if (num_keys <= 0 || !keys.tiles().has(q_tile)) return;
     Listed listed = {};
-    if constexpr (kHasLists<Spec>) {
+    if constexpr (kHasBlockLists<Spec>) {
       if (!find_listed(listed, sequence, head_idx, first_row, first_key, num_keys)) return;
     }
     const RowMap rows(sequence.len_q);
@@ -103,7 +103,7 @@ struct ScoreSums {
     ptx::barrier_sync<Traits::kNumThreads>();  // the last step's tiles are read
     key_copies.load(storage, sequence, key_rows, head_idx / params.heads_per_kv, kv_tile, num_keys);
     load_queries(batch_idx, head_idx, sequence, q_tile);
-    if constexpr (kHasLists<Spec>) {
+    if constexpr (kHasBlockLists<Spec>) {
       if (static_cast<int>(threadIdx.x) < kBlockKv / 16) {
         store_listed<kBlockKv>(storage.listed(0), listed.span, listed.first, first_key);
       }
@@ -112,7 +112,7 @@ struct ScoreSums {
     ptx::barrier_sync<Traits::kNumThreads>();  // tiles, LSE and delta are there
 
     const KeyColumns<Spec> columns = {
-        accumulator_column(lane_idx) + (kHasLists<Spec> ? 0 : first_key + grid.first_column),
+        accumulator_column(lane_idx) + (kHasBlockLists<Spec> ? 0 : first_key + grid.first_column),
         storage.listed(0) + grid.first_column / 16 * 8};
     const typename Weights::Tile where = {
         batch_idx, head_idx,     first_row + grid.first_row, first_key + grid.first_column, columns,
@@ -193,7 +193,7 @@ struct ScoreSums {
   // Whether the list of a query tile has any of a block's keys, and which.
   __device__ bool find_listed(Listed& listed, const Sequence& sequence, int head_idx, int first_row,
                               int first_key, int num_keys) const {
-    const int4 head = load_list_head<Spec>(params, sequence, head_idx);
+    const int4 head = load_block_list_head<Spec>(params, sequence, head_idx);
     listed.window = {head.y, head.z, head.w};
     listed.span = listed_span(params, sequence, head, first_row);
     listed.first = listed.span.before(first_key);

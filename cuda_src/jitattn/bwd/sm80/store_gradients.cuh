@@ -1,7 +1,7 @@
 // Writes dK and dV of a key block.
 #pragma once
 
-#include "jitattn/attention/key_lists.cuh"
+#include "jitattn/attention/block_lists.cuh"
 #include "jitattn/attention/rows.cuh"
 #include "jitattn/attention/schedule.cuh"
 #include "jitattn/attention/sequence.cuh"

@@ -15,7 +15,7 @@
 namespace jitattn {
 
 template <class Spec>
-using BwdParamsOf = typename Conditional<kIsInHalves<Spec>, BwdScaledParams<FwdParamsOf<Spec>>,
+using BwdParamsOf = typename Conditional<kSplitFp32<Spec>, BwdScaledParams<FwdParamsOf<Spec>>,
                                          BwdParams<FwdParamsOf<Spec>>>::type;
 
 // The products of a backward kernel.
@@ -53,9 +53,9 @@ struct BwdTraits {
   static constexpr int kDimV = ceil_div(Spec::kHeadDimV, 16) * 16;
 
   // Elements of a row. Two parts lie side by side; a tile has one scale, where rows have them.
-  static constexpr int kParts = kIsInHalves<Spec> ? 2 : 1;
+  static constexpr int kParts = kSplitFp32<Spec> ? 2 : 1;
   static constexpr int kWidthQk = kParts * kDim, kWidthV = kParts * kDimV;
-  static_assert(!kIsInHalves<Spec> ||
+  static_assert(!kSplitFp32<Spec> ||
                 (kDim == Spec::kHeadDim && kDimV == Spec::kHeadDimV && kIsUniform<Spec> &&
                  kRowsPerScale % Spec::kBlockQ == 0 && kRowsPerScale % Spec::kBlockKv == 0));
 
@@ -88,7 +88,7 @@ struct BwdTraits {
   static constexpr int kBytesDo = Spec::kBlockQ * kWidthV * kSize;
   static constexpr int kBytesP = Spec::kBlockQ * kParts * Spec::kBlockKv * kSize;
   static constexpr int kBytesRowStats = Spec::kBlockQ * 4 * kRowStats;
-  static constexpr int kBytesStats = kBytesRowStats + (kIsInHalves<Spec> ? 16 : 0);
+  static constexpr int kBytesStats = kBytesRowStats + (kSplitFp32<Spec> ? 16 : 0);
   static constexpr int kBytesListed = Spec::kBlockKv / 16 * 8;
   static constexpr int kOffsetV = kBytesK;
   static constexpr int kOffsetQ = kOffsetV + kBytesV;
@@ -97,13 +97,13 @@ struct BwdTraits {
   static constexpr int kOffsetDs = kOffsetP + kBytesP;
   static constexpr int kOffsetStats = kOffsetDs + kBytesP;
   static constexpr int kOffsetScales = kOffsetStats + 2 * kBytesStats;
-  static constexpr int kOffsetListed = kOffsetScales + (kIsInHalves<Spec> ? kNumScoreWarps * 4 : 0);
+  static constexpr int kOffsetListed = kOffsetScales + (kSplitFp32<Spec> ? kNumScoreWarps * 4 : 0);
   // Of as many query tiles as there are threads: whether the list has any of it, whether every row
   // sees all of it, and what the list says.
-  static constexpr int kOffsetFound = kOffsetListed + (kHasLists<Spec> ? 2 * kBytesListed : 0);
+  static constexpr int kOffsetFound = kOffsetListed + (kHasBlockLists<Spec> ? 2 * kBytesListed : 0);
   static constexpr int kBytesAny = kNumThreads / 8;
   static constexpr int kBytesFound = 2 * kBytesAny + kNumThreads * (Spec::kBlockKv / 16) * 4;
-  static constexpr int kSmemBytes = kOffsetFound + (kHasLists<Spec> ? kBytesFound : 0);
+  static constexpr int kSmemBytes = kOffsetFound + (kHasBlockLists<Spec> ? kBytesFound : 0);
   static_assert(kSmemBytes == Spec::kSmemBytes, "host and device disagree on shared memory");
 
   // Sums of dQ lie in fragment order where all sequences are alike: a tile is a block of its own

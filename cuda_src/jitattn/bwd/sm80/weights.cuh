@@ -2,8 +2,8 @@
 // kernel computes anew. A warp holds the rows and keys that its grid gives it.
 #pragma once
 
+#include "jitattn/attention/block_lists.cuh"
 #include "jitattn/attention/dropout.cuh"
-#include "jitattn/attention/key_lists.cuh"
 #include "jitattn/attention/mask.cuh"
 #include "jitattn/attention/rows.cuh"
 #include "jitattn/attention/schedule.cuh"
@@ -39,7 +39,7 @@ struct TileWeights {
     int first_key;
     KeyColumns<Spec> columns;
     int lane_idx;
-    ListHead window;            // lists
+    BlockListHead window;       // lists
     bool is_on_stride = false;  // gathered keys
   };
 
@@ -164,7 +164,7 @@ struct TileWeights {
             d_s[i] = d_score(whole, r_dp[m][n][2 * half + i], delta, rest, m, half, n, i);
             d_s[i] = capped(d_s[i], m, half, n, i);
           }
-          if constexpr (kIsInHalves<Spec>) {
+          if constexpr (kSplitFp32<Spec>) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               r_p[m][n][2 * half + i] = p[i];
@@ -179,7 +179,7 @@ struct TileWeights {
         }
       }
     }
-    if constexpr (kIsInHalves<Spec>) {
+    if constexpr (kSplitFp32<Spec>) {
       scales.store(r_p, r_dp, grid, storage.p, storage.ds, warp_idx, tile.lane_idx);
     }
   }
@@ -190,7 +190,7 @@ struct TileWeights {
   template <int kDim>
   __device__ static void add_product(Scores& r, uint32_t lane_a_addr, uint32_t lane_b_addr,
                                      float scale) {
-    if constexpr (kIsInHalves<Spec>) {
+    if constexpr (kSplitFp32<Spec>) {
       Mma::template add_scaled_scores<kDim>(r, lane_a_addr, lane_b_addr, scale);
     } else {
       Mma::template add_scores<kDim>(r, lane_a_addr, lane_b_addr);
@@ -205,7 +205,7 @@ struct TileWeights {
   }
 
   __device__ void hide(Scores& r_s) const {
-    if constexpr (kHasLists<Spec>) {
+    if constexpr (kHasBlockLists<Spec>) {
       const uint32_t s_listed = tile.columns.s_listed;
       if (!sees_all_listed<Spec, kKeyTiles>(params, sequence, tile.window, s_listed, tile.first_row,
                                             tile.first_row + kRowTiles * 16 - 1)) {

@@ -37,7 +37,7 @@ struct GatheredRows {
   struct Lookup {
     int page[kGroupsPerThread];
     int row[kGroupsPerThread];
-    ListedGroup listed[kHasLists<Spec> ? kGroupsPerThread : 1];
+    ListedGroup listed[kHasBlockLists<Spec> ? kGroupsPerThread : 1];
   };
 
   const FwdParamsOf<Spec>& params;
@@ -117,7 +117,7 @@ struct GatheredRows {
         key = range.template block_at<Spec>(ordinal) * Spec::kBlockKv +
               group_of(i) % kGroups * kGroup;
       }
-      if constexpr (kHasLists<Spec>) {
+      if constexpr (kHasBlockLists<Spec>) {
         const int slot = batch * kBatchGroups + group_of(i);
         found.listed[i] = range.listed_group(slot * kGroup / 16, is_mine(i) && batch >= 0);
         key = found.listed[i].first_key + slot * kGroup % 16;
@@ -154,7 +154,7 @@ struct GatheredRows {
       } else {
         ptx::st_shared_b64(slot + 8, offset_v);
       }
-      if constexpr (kHasLists<Spec>) {
+      if constexpr (kHasBlockLists<Spec>) {
         const uint32_t key = group_of(i) * kGroup;
         if (key % 16 != 0) continue;
         const int64_t bits = found.listed[i].bits;

@@ -25,14 +25,14 @@
 //
 // Sequences   Batched, ragged, or keys in pages (sequence.cuh, gathered_rows.cuh). Splits of a
 //             tile's keys are merged, in their order, by the CTA that finishes last
-//             (split_merge.cuh).
+//             (split_combine.cuh).
 //
 // Sums        The output is summed in fp32, or in fp16, of 2048 keys at a time
-//             (tile/parked_sums.cuh).
+//             (tile/two_level_accumulator.cuh).
 //
 // Masks       Positions decide which blocks a CTA visits (KvBlockRange): causal, a window with the
-//             first keys, local + stride; or lists in memory do (key_lists.cuh). Scores are changed
-//             in score.cuh, hidden in mask.cuh.
+//             first keys, local + stride; or lists in memory do (block_lists.cuh). Scores are
+//             changed in score.cuh, hidden in mask.cuh.
 #pragma once
 
 #include "jitattn/attention/cta_work.cuh"
@@ -66,7 +66,7 @@ struct FwdStep {
   const WarpScores<Spec>& scores;
   RowScale<Spec, Traits::kRowTiles>& scale;
   typename Traits::Softmax& softmax;
-  const typename Traits::Parked& parked;
+  const typename Traits::TwoLevel& two_level;
   typename Traits::Output& r_o;
   int stage;  // the buffer that holds the block
 
@@ -93,7 +93,7 @@ struct FwdStep {
       if constexpr (Spec::kFixedShift == Switch::kOff) softmax.update_max(r_s, r_o, scale);
       products.add_output(r_o, r_s, stage, softmax, scale, scores.draw_kept(block));
     }
-    parked.park_if_due(r_o, softmax.neg_max, ordinal);
+    two_level.flush_if_due(r_o, softmax.neg_max, ordinal);
     gathered.store_next(found, ordinal);
     stage = stage + 1 == Spec::kStages ? 0 : stage + 1;
   }
@@ -105,7 +105,7 @@ template <class Spec, class Traits = FwdTraits<Spec>>
 __device__ __forceinline__ void finish(const FwdParamsOf<Spec>& params,
                                        const unsigned char* s_storage, typename Traits::Output& r_o,
                                        typename Traits::Softmax& softmax,
-                                       const typename Traits::Parked& parked) {
+                                       const typename Traits::TwoLevel& two_level) {
   CtaPlan plan;
   if constexpr (kIsUniform<Spec>) {
     plan.tile = work_tile<Spec>(params, ptx::cta_idx());
@@ -116,9 +116,9 @@ __device__ __forceinline__ void finish(const FwdParamsOf<Spec>& params,
   }
   const FwdEpilogue<Spec, Traits> epilogue(params, plan, ptx::thread_idx(),
                                            ptx::shared_addr(s_storage));
-  if constexpr (Traits::kParksSums) {
+  if constexpr (Traits::kIsTwoLevel) {
     WideTile r_sum[Traits::kRowTiles][Traits::kColumnTiles];
-    parked.collect(r_sum, r_o, softmax.neg_max);
+    two_level.collect(r_sum, r_o, softmax.neg_max);
     epilogue.finish(r_sum, softmax);
   } else {
     epilogue.finish(r_o, softmax);
@@ -154,8 +154,8 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   typename Traits::Output r_o = {};
   typename Traits::Softmax softmax;
   if constexpr (Spec::kFixedShift == Switch::kOn) softmax.fix_max(params.neg_shift);
-  const typename Traits::Parked parked(s_addr + Traits::kOffsetParked, threadIdx.x, range.begin,
-                                       range.end);
+  const typename Traits::TwoLevel two_level(s_addr + Traits::kOffsetTwoLevel, threadIdx.x,
+                                            range.begin, range.end);
   RowScale<Spec, Traits::kRowTiles> scale(params);
   int ordinal = range.end - 1;  // of the step
   const GatheredRows<Spec> gathered(params, work.sequence, tile.batch_idx, s_addr);
@@ -174,8 +174,9 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   }
 
   // ---- Main loops, from right to left
-  FwdStep<Spec> step = {work, gathered, loader, products, scores, scale, softmax, parked, r_o, 0};
-  if constexpr (kHasLists<Spec>) {
+  FwdStep<Spec> step = {work,  gathered, loader,    products, scores,
+                        scale, softmax,  two_level, r_o,      0};
+  if constexpr (kHasBlockLists<Spec>) {
 #pragma unroll 1
     for (; ordinal >= range.begin; --ordinal) step.template run<true>(ordinal);
   } else if constexpr (kHasGap<Spec>) {
@@ -198,7 +199,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
     for (; ordinal >= range.begin; --ordinal) step.template run<false>(ordinal);
   }
 
-  finish<Spec>(params, s_storage, r_o, softmax, parked);
+  finish<Spec>(params, s_storage, r_o, softmax, two_level);
 }
 
 }  // namespace jitattn

@@ -176,7 +176,7 @@ struct TileLoader {
           const int row = work.first_row() + copies.q.row + skip;
           const int position = work.rows.position(row);
           const int own =
-              kHasLists<Spec> ? max_of(position, work.sequence.first_position) : position;
+              kHasBlockLists<Spec> ? max_of(position, work.sequence.first_position) : position;
           return (own * params.q_stride_row +
                   work.rows.head(row, position) * params.q_stride_head) *
                  kBytesOfQk;

@@ -1,8 +1,8 @@
 // Copies of the tiles of a bias and of a dense mask that go with a key block (staged_matrix.cuh).
 #pragma once
 
+#include "jitattn/attention/block_lists.cuh"
 #include "jitattn/attention/cta_work.cuh"
-#include "jitattn/attention/key_lists.cuh"
 #include "jitattn/attention/sequence.cuh"
 #include "jitattn/fwd/sm80/gathered_rows.cuh"
 #include "jitattn/fwd/sm80/traits.cuh"
@@ -51,7 +51,7 @@ struct MatrixLoader {
                  matrix_row<Spec>(work.sequence, position) * row_stride;
         },
         [&](int column) {
-          if constexpr (kHasLists<Spec>) {
+          if constexpr (kHasBlockLists<Spec>) {
             const uint32_t s_listed = gathered.listed_addr(block);
             return load_listed(s_listed, column / 16).first_key + column % 16;
           }

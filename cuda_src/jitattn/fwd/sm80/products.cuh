@@ -53,7 +53,7 @@ struct WarpProducts {
       softmax.exponentiate(tile, m, scale);
       if constexpr (Spec::kDropout == Switch::kOn) kept.apply(tile, m, n);
     };
-    if constexpr (kIsInHalves<Spec>) {
+    if constexpr (kSplitFp32<Spec>) {
       Mma::add_output(r_o, r_s, stage_v, scale.of_values, exponentiate);
     } else {
       Mma::add_output(r_o, r_s, stage_v, exponentiate);

@@ -12,8 +12,8 @@
 #include "jitattn/tile/mma/int8.cuh"
 #include "jitattn/tile/mma/split_p.cuh"
 #include "jitattn/tile/mma/tf32.cuh"
-#include "jitattn/tile/parked_sums.cuh"
 #include "jitattn/tile/threads.cuh"
+#include "jitattn/tile/two_level_accumulator.cuh"
 #include "jitattn/tile/warp_rows.cuh"
 #include "jitattn/types.cuh"
 #include "jitattn_spec.h"
@@ -77,8 +77,8 @@ struct FwdTraits {
   using Mma = typename MmaOf<Spec::kNumerics, Spec::kDtype>::type;
   using Element = typename Mma::Element;  // of V; of Q and K, but for those in 8 bits
   using ElementQk = typename Conditional<kIsQuantized<Spec>, int8_t, Element>::type;
-  static_assert(!kIsQuantized<Spec> ||
-                (!kHasLists<Spec> && Spec::kHeadDim % 32 == 0 && Spec::kAccess == Access::kVec16));
+  static_assert(!kIsQuantized<Spec> || (!kHasBlockLists<Spec> && Spec::kHeadDim % 32 == 0 &&
+                                        Spec::kAccess == Access::kVec16));
   using ElementOut = typename Conditional<Spec::kOutDtype == Dtype::kFp32, float, uint16_t>::type;
 
   static constexpr int kNumWarps = Spec::kWarpsQ * Spec::kWarpsKv;
@@ -105,25 +105,24 @@ struct FwdTraits {
 
   using Scores = float[kRowTiles][kKeyTiles][4];  // [kWarpRows, kWarpKeys]
 
-  // Sums of the output, and those that are parked.
-  static constexpr bool kParksSums = Spec::kNumerics == Numerics::kInt8F16;
-  using OutputTile = typename Conditional<kParksSums, NarrowTile, WideTile>::type;
+  // Accumulators of the output, of one level or of two.
+  static constexpr bool kIsTwoLevel = Spec::kNumerics == Numerics::kInt8F16;
+  using OutputTile = typename Conditional<kIsTwoLevel, NarrowTile, WideTile>::type;
   using Output = OutputTile[kRowTiles][kColumnTiles];  // [kWarpRows, kDimV]
-  using Parked =
-      typename Conditional<kParksSums,
-                           ParkedSums<kRowTiles, kColumnTiles, Spec::kBlockKv, kNumThreads>,
-                           NothingParked>::type;
+  using TwoLevel = typename Conditional<
+      kIsTwoLevel, TwoLevelAccumulator<kRowTiles, kColumnTiles, Spec::kBlockKv, kNumThreads>,
+      OneLevelAccumulator>::type;
 
   // Q in 8 bits stays in registers where there is room for it.
   static constexpr bool kHoldsQ =
       kIsQuantized<Spec> && kDim <= 128 &&
-      (kParksSums ? Spec::kBlockKv <= (kDim > 64 ? 32 : 64) : Spec::kStages > 1 && !kHasGap<Spec>);
+      (kIsTwoLevel ? Spec::kBlockKv <= (kDim > 64 ? 32 : 64) : Spec::kStages > 1 && !kHasGap<Spec>);
   using HeldQ = uint32_t[kHoldsQ ? kDim / 32 : 1][kRowTiles][4];
 
   // Elements of a row, and its 16-byte chunks in shared memory. Two parts lie side by side.
   static constexpr int kParts = Spec::kNumerics == Numerics::kF16x3 ? 2 : 1;
   static constexpr int kWidthQk = kParts * kDim, kWidthV = kParts * kDimV;
-  static_assert(!kIsInHalves<Spec> || (kDim == Spec::kHeadDim && kDimV == Spec::kHeadDimV));
+  static_assert(!kSplitFp32<Spec> || (kDim == Spec::kHeadDim && kDimV == Spec::kHeadDimV));
   static constexpr int kChunksQk = kWidthQk * sizeof(ElementQk) / 16;
   static constexpr int kChunksV = kWidthV * sizeof(Element) / 16;
 
@@ -135,11 +134,11 @@ struct FwdTraits {
 
   // Shared memory in bytes: Q, then the K buffers, then the V buffers. After the loop the same
   // space carries the partial results of the warps that split the keys, then the output tile. Sums
-  // are parked where Q was, if it is held, else behind it.
+  // of the upper level lie where Q was, if it is held, else behind it.
   static constexpr int kBytesOfQ = Spec::kBlockQ * kWidthQk * sizeof(ElementQk);
-  static constexpr int kOffsetParked = kHoldsQ ? 0 : kBytesOfQ;
+  static constexpr int kOffsetTwoLevel = kHoldsQ ? 0 : kBytesOfQ;
   static constexpr int kBytesQ =
-      kParksSums ? max_of(kBytesOfQ, kOffsetParked + Parked::kBytes) : kBytesOfQ;
+      kIsTwoLevel ? max_of(kBytesOfQ, kOffsetTwoLevel + TwoLevel::kBytes) : kBytesOfQ;
   static constexpr int kBytesK = Spec::kBlockKv * kWidthQk * sizeof(ElementQk);
   static constexpr int kBytesV = Spec::kBlockKv * kWidthV * sizeof(Element);
   static constexpr int kOffsetK = kBytesQ;
@@ -147,13 +146,13 @@ struct FwdTraits {
   static constexpr int kBytesLoop = kOffsetV + Spec::kStages * kBytesV;
   static constexpr int kBytesOut =
       sizeof(ElementOut) == 2 ? Spec::kBlockQ * kDimV * static_cast<int>(sizeof(ElementOut)) : 0;
-  static constexpr int kBytesMerge = (Spec::kWarpsKv - 1) * Spec::kBlockQ * (kDimV + 2) * 4;
-  static constexpr int kBytesReused = max_of(kBytesLoop, max_of(kBytesOut, kBytesMerge));
+  static constexpr int kBytesCombine = (Spec::kWarpsKv - 1) * Spec::kBlockQ * (kDimV + 2) * 4;
+  static constexpr int kBytesReused = max_of(kBytesLoop, max_of(kBytesOut, kBytesCombine));
 
   // Behind all that: the plan of a CTA whose sequences differ (schedule.cuh), a flag, and the rows
   // of the next blocks of keys that are gathered (gathered_rows.cuh).
   static constexpr bool kIsPaged = jitattn::kIsPaged<Spec>;
-  static constexpr bool kIsGathered = kIsPaged || kHasLists<Spec>;
+  static constexpr bool kIsGathered = kIsPaged || kHasBlockLists<Spec>;
   // K in 8 bits lies in no page: V alone is gathered then.
   static constexpr bool kGathersK = kIsGathered && !kIsQuantized<Spec>;
   // A thread copies rows that lie whole groups apart: 128 threads copy 16 at a time.
@@ -167,7 +166,7 @@ struct FwdTraits {
       kIsGathered ? 2 * kGatherBatch * (Spec::kBlockKv / kGroup) * 16 : 0;
   static constexpr int kOffsetListed = kOffsetRows + kBytesRows;
   static constexpr int kBytesListed =
-      kHasLists<Spec> ? 2 * kGatherBatch * (Spec::kBlockKv / 16) * 8 : 0;
+      kHasBlockLists<Spec> ? 2 * kGatherBatch * (Spec::kBlockKv / 16) * 8 : 0;
   // And tiles of the bias and of a dense mask, as many as of K.
   using Matrices = MatrixTraits<Spec>;
   static constexpr bool kStagesBias = Matrices::kStagesBias;

@@ -2,9 +2,9 @@
 // sees, what is added to scores, and what is hidden.
 #pragma once
 
+#include "jitattn/attention/block_lists.cuh"
 #include "jitattn/attention/cta_work.cuh"
 #include "jitattn/attention/dropout.cuh"
-#include "jitattn/attention/key_lists.cuh"
 #include "jitattn/attention/mask.cuh"
 #include "jitattn/attention/schedule.cuh"
 #include "jitattn/attention/score.cuh"
@@ -55,7 +55,7 @@ struct WarpScores {
   // Whether any row sees any key of a block.
   __device__ bool is_seen(int block) const {
     const int begin = block * Spec::kBlockKv, end = begin + Spec::kBlockKv;
-    if (!kHasLists<Spec> && begin >= last_sees()) return false;
+    if (!kHasBlockLists<Spec> && begin >= last_sees()) return false;
     if constexpr (kHasGap<Spec>) {
       return is_kept<Spec>(work.params, work.tile.head_idx, begin) ||
              end >
@@ -112,7 +112,7 @@ struct WarpScores {
 
   // What positions hide.
   __device__ __forceinline__ void mask(Scores& r_s, int block) const {
-    if constexpr (kHasLists<Spec>) {
+    if constexpr (kHasBlockLists<Spec>) {
       const uint32_t s_listed = columns_of(block).s_listed;
       if (!sees_all_listed<Spec, Traits::kKeyTiles>(work.params, work.sequence, work.range.head,
                                                     s_listed, first_position(), last_position())) {
@@ -147,7 +147,8 @@ struct WarpScores {
     return visible_keys<Spec>(work.params, work.sequence, position);
   }
 
-  // Ragged and paged kernels, and those with a gap, have no register to keep it in for the mask alone.
+  // Ragged and paged kernels, and those with a gap, have no register to keep it in for the mask
+  // alone.
   static constexpr bool kKeepsFirstKey =
       kAddsToScores<Spec> || (kIsUniform<Spec> && !kHasGap<Spec>);
   __device__ int first_masked_key() const {
@@ -156,7 +157,7 @@ struct WarpScores {
 
   __device__ KeyColumns<Spec> columns_of(int block) const {
     const int column = accumulator_column(part.lane_idx);
-    if constexpr (kHasLists<Spec>) {
+    if constexpr (kHasBlockLists<Spec>) {
       return {column, gathered.listed_addr(block) + part.first_key / 16 * 8};
     }
     return {block * Spec::kBlockKv + part.first_key + column, 0};

@@ -11,7 +11,7 @@
 #include "jitattn/tile/accumulator.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/tile/mma/f32_acc.cuh"
-#include "jitattn/tile/promoted_output.cuh"
+#include "jitattn/tile/two_level_output.cuh"
 #include "jitattn/types.cuh"
 #include "jitattn_spec.h"
 
@@ -48,8 +48,8 @@ struct MmaF16Acc : MmaF32Acc<Dtype::kFp16> {
         out[2 * half + 1] += high_of(sum[half]);
       }
     };
-    add_promoted_output<uint32_t[2], 1, kPromoteSteps>(r_o, r_s, exponentiate, pack_one, multiply,
-                                                       add);
+    add_two_level_output<uint32_t[2], 1, kPromoteSteps>(r_o, r_s, exponentiate, pack_one, multiply,
+                                                        add);
   }
 };
 

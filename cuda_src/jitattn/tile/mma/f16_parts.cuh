@@ -1,9 +1,9 @@
 // Numerics classes f16x3 and f16x1: fp32 operands as two fp16 parts each, side by side in a row,
 // [high | low], or as the high one only; scaled by powers of two so that little of them is below
-// fp16 (split_halves.cuh). Three products of mma.m16n8k16 each, or one, where TF32 takes as many of
+// fp16 (split_fp32.cuh). Three products of mma.m16n8k16 each, or one, where TF32 takes as many of
 // half the rate, and splits in the main loop.
 //
-// f16x3: sums of few columns of Q and of 64 keys are promoted, as in mma_tf32.cuh. low * low is
+// f16x3: sums of few columns of Q and of 64 keys are promoted, as in mma/tf32.cuh. low * low is
 // below 2^-22 and left out. Backward kernels have P and dS as parts too.
 #pragma once
 
@@ -12,7 +12,7 @@
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/tile/mma/f32_acc.cuh"
 #include "jitattn/tile/mma/split_p.cuh"
-#include "jitattn/tile/promoted_output.cuh"
+#include "jitattn/tile/two_level_output.cuh"
 #include "jitattn/types.cuh"
 #include "jitattn_spec.h"
 
@@ -109,8 +109,8 @@ struct MmaF16Parts : MmaF32Acc<Dtype::kFp16> {
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[i] = fmaf(sum[i], scale, out[i]);
     };
-    add_promoted_output<float[4], kParts, kPromoteSteps>(r_o, r_s, exponentiate, pack_parts,
-                                                         multiply, add);
+    add_two_level_output<float[4], kParts, kPromoteSteps>(r_o, r_s, exponentiate, pack_parts,
+                                                          multiply, add);
   }
 
   // The same times a scale, for few rows: all sums at a time, which takes fewer registers than the

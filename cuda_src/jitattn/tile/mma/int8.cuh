@@ -1,6 +1,6 @@
 // Numerics classes int8 and int8_f16: 8-bit Q and K with a scale for every row of Q and every
 // kQuantKeys keys, mma.m16n8k32 into integers; P V as MmaF32Acc has it, into fp32 or, with
-// int8_f16, into fp16 accumulators (parked_sums.cuh). (quantize.cuh, notes/0007)
+// int8_f16, into fp16 accumulators (two_level_accumulator.cuh). (quantize.cuh, notes/0007)
 //
 // In bytes, a fragment of m16n8k32 is one of m16n8k16 with two elements where that has one, so that
 // tiles, addresses and ldmatrix are those of 16-bit tiles of half the width.

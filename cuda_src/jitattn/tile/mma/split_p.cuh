@@ -2,14 +2,14 @@
 //
 // Products of 16-bit numbers are exact in fp32, so that of all roundings that of P is the largest:
 // P = high + low keeps 22 (fp16) or 16 (bf16) of its bits, for two MMAs a product. Sums are
-// promoted as in mma_tf32.cuh, every 64 keys, since the tensor cores truncate. (notes/0007)
+// promoted as in mma/tf32.cuh, every 64 keys, since the tensor cores truncate. (notes/0007)
 #pragma once
 
 #include "jitattn/ptx/ldmatrix.cuh"
 #include "jitattn/tile/element.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/tile/mma/f32_acc.cuh"
-#include "jitattn/tile/promoted_output.cuh"
+#include "jitattn/tile/two_level_output.cuh"
 #include "jitattn/types.cuh"
 #include "jitattn_spec.h"
 
@@ -48,7 +48,7 @@ struct MmaSplitP : MmaF32Acc<kDtype> {
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[i] += sum[i];
     };
-    add_promoted_output<float[4], 2, kPromoteSteps>(r_o, r_s, exponentiate, pack, multiply, add);
+    add_two_level_output<float[4], 2, kPromoteSteps>(r_o, r_s, exponentiate, pack, multiply, add);
   }
 
   // Two neighbours of P as the sum of two parts.

@@ -1,0 +1,147 @@
+// Lists of key blocks: which keys a block gathers, and which of them each row sees.
+//
+// A list names groups of 16 keys, sorted, with a bit for every cell of 8 queries and 8 keys. On top
+// of it every head has a window (schedule.cuh: BlockListHead), so that bounds need not be at
+// blocks.
+#pragma once
+
+#include "jitattn/attention/rows.cuh"
+#include "jitattn/attention/schedule.cuh"
+#include "jitattn/attention/sequence.cuh"
+#include "jitattn/ptx/shared.cuh"
+#include "jitattn/tile/fragment.cuh"
+#include "jitattn/types.cuh"
+#include "jitattn_spec.h"
+
+namespace jitattn {
+
+__device__ __forceinline__ ListedGroup load_listed(uint32_t s_listed, int group) {
+  const int64_t entry = ptx::ld_shared_b64(s_listed + group * 8);
+  return {static_cast<int>(entry), static_cast<uint32_t>(entry >> 32)};
+}
+
+// Thread t < kKeys / 16 stores what a list says of group t of the keys from first_key on, of which
+// it has none before `idx`.
+template <int kKeys>
+__device__ __forceinline__ void store_listed(uint32_t s_listed, const BlockListSpan& span, int idx,
+                                             int first_key) {
+  const int wanted = first_key / 16 + threadIdx.x;
+  int64_t entry = static_cast<int64_t>(wanted) * 16;
+#pragma unroll 1
+  for (int i = idx; i < min_of(idx + kKeys / 16, span.count); ++i) {
+    const int2 group = __ldg(span.g_groups + i);
+    if (group.x == wanted) entry |= static_cast<int64_t>(group.y) << 32;
+  }
+  ptx::st_shared_b64(s_listed + threadIdx.x * 8, entry);
+}
+
+// What a list says of the groups of the num_keys keys from first_key on; false: it has none.
+template <int kGroups>
+__device__ __forceinline__ bool load_listed_bits(uint32_t (&bits)[kGroups],
+                                                 const BlockListSpan& span, int first_key,
+                                                 int num_keys) {
+  const int begin = span.before(first_key);
+  bool is_listed = false;
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    if (begin + i >= span.count) continue;
+    const int2 group = __ldg(span.g_groups + begin + i);
+    const int idx = group.x - first_key / 16;
+    is_listed |= idx * 16 < num_keys;
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) bits[j] |= idx == j ? group.y : 0;
+  }
+  return is_listed;
+}
+
+// Whether every query of a list sees every key of these groups, its window aside.
+template <int kGroups>
+__device__ __forceinline__ bool has_all_cells(const uint32_t (&bits)[kGroups], int list_log2) {
+  const uint32_t low = (1u << (1 << (list_log2 - 3))) - 1, all = low | low << 16;
+  bool has_all = true;
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) has_all &= bits[i] == all;
+  return has_all;
+}
+
+// Whether a block's keys are groups of 16 that need not be neighbours.
+template <class Spec>
+constexpr bool kHasGroups = kHasBlockLists<Spec> || kGathersKeys<Spec>;
+
+// The key of this lane's first column in n8 tile n of a warp's keys.
+template <class Spec>
+struct KeyColumns {
+  int first;               // of tile 0; groups: within one
+  uint32_t s_listed = 0;   // lists: the entries of the warp's groups
+  int first_keys[4] = {};  // gathered keys: those of the warp's groups
+
+  __device__ int operator()(int n) const {
+    if constexpr (kGathersKeys<Spec>) return first_keys[n / 2] + n % 2 * 8 + first;
+    if constexpr (kHasBlockLists<Spec>) {
+      return load_listed(s_listed, n / 2).first_key + n % 2 * 8 + first;
+    }
+    return first + n * 8;
+  }
+};
+
+// Row of a matrix that the query at `position` has: those before the first query do not exist.
+template <class Spec>
+__device__ __forceinline__ int64_t matrix_row(const Sequence& sequence, int position) {
+  if constexpr (kHasBlockLists<Spec>) return max_of(0, position - sequence.first_position);
+  return position;
+}
+
+// Whether every row of a warp sees every key of its groups.
+template <class Spec, int kKeyTiles>
+__device__ __forceinline__ bool sees_all_listed(const FwdBlockListParams& params,
+                                                const Sequence& sequence, const BlockListHead& head,
+                                                uint32_t s_listed, int first_position,
+                                                int last_position) {
+  const int cells = 1 << (params.list_log2 - 3);
+  const uint32_t low = (1u << cells) - 1, all = low | low << 16;
+  const int limit = min_of(sequence.len_kv, first_position + sequence.diagonal + head.right + 1);
+  const int first = last_position + sequence.diagonal + head.left;
+  bool sees_all = true;
+#pragma unroll
+  for (int group = 0; group < kKeyTiles / 2; ++group) {
+    const ListedGroup listed = load_listed(s_listed, group);
+    sees_all &= listed.bits == all && listed.first_key + 16 <= limit &&
+                (listed.first_key >= first || listed.first_key + 16 <= head.keep_first);
+  }
+  return sees_all;
+}
+
+// r_s: scores of a warp's rows (tile/warp_rows.cuh); hidden ones become -inf.
+template <class Spec, class WarpRows, int kRowTiles, int kKeyTiles>
+__device__ __forceinline__ void mask_listed(float (&r_s)[kRowTiles][kKeyTiles][4],
+                                            const FwdBlockListParams& params,
+                                            const Sequence& sequence, const RowMap& rows,
+                                            const BlockListHead& head, uint32_t s_listed,
+                                            const WarpRows& warp_rows) {
+  const int column = accumulator_column(warp_rows.lane_idx);
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int position = rows.position(warp_rows(m, half)) + sequence.diagonal;
+      const int cell = (position & ((1 << params.list_log2) - 1)) >> 3;
+      const int limit = min_of(sequence.len_kv, position + head.right + 1) - column;
+      const int first = position + head.left - column;
+      const int kept = head.keep_first - column;
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+        const ListedGroup listed = load_listed(s_listed, n / 2);
+        const bool is_listed = (listed.bits >> (cell + n % 2 * 16) & 1) != 0;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int key = listed.first_key + n % 2 * 8 + i;
+          const bool sees = is_listed && key < limit && (key >= first || key < kept);
+          float& score = r_s[m][n][2 * half + i];
+          score = sees ? score : -infinity();
+        }
+      }
+    }
+  }
+}
+
+}  // namespace jitattn

@@ -1,0 +1,59 @@
+"""What FlashAttention's door adds to a call of the core: no operation, and few Python calls."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
+
+from _doors import flash_attn_calls, python_calls, stubbed_core
+
+CALLS = {one.name: one for one in flash_attn_calls("cpu")}
+#: Operations of the door itself: a packed tensor is taken apart, an LSE written as the original's.
+OPERATIONS = {
+    "qkv packed": ["aten.unbind.int"],
+    "kv packed": ["aten.unbind.int"],
+    "varlen qkv packed": ["aten.unbind.int"],
+    "cache, LSE": ["aten.nan_to_num_.default"],
+}
+#: Python calls of a call, and of one that makes values of where its sequences lie.
+MOST_CALLS, MOST_OF_SEQUENCES = 10, 19
+
+
+class Noted(TorchDispatchMode):
+    """Notes operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_no_operation_and_few_calls(name: str) -> None:
+    """Each operation is a launch, or a view for a microsecond or two; so are ten Python calls."""
+    with stubbed_core():
+        with Noted() as noted:
+            CALLS[name].call()
+        assert noted.names == OPERATIONS.get(name, [])
+        most = MOST_OF_SEQUENCES if name.startswith("varlen") else MOST_CALLS
+        assert python_calls(CALLS[name].call) <= most
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_the_core_call_is_what_the_door_amounts_to(name: str) -> None:
+    door, core = CALLS[name].call(), CALLS[name].core()
+    if isinstance(door, tuple):
+        (door, _), (core, _) = door, core
+    assert torch.equal(door, core)

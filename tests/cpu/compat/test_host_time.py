@@ -1,0 +1,77 @@
+"""The doors' own part of a call: few functions of ours, and nothing for a GPU to run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import jitattn
+from tests.cpu.compat.test_waiting import MODULES
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
+from _doors_bench_cases import DoorCase, cases
+
+#: Calls of functions of ours, for a call of the core that does nothing.
+MOST_CALLS = {"cosine": 2, "fast_ops": 6, "warp": 8, "dkernel": 14}
+CASES = {f"{case.door} {case.name}": case for case in cases("cpu", torch.float32)}
+PACKAGE = str(Path(jitattn.__file__).parent)
+
+
+@pytest.fixture(autouse=True)
+def _core_that_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    for module in MODULES:
+        monkeypatch.setattr(f"jitattn.compat.{module}.attention", lambda q, *_, **__: q)
+
+
+class Launched(TorchDispatchMode):
+    """Notes the operators that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of_ours(case: DoorCase) -> int:
+    count = 0
+
+    def profile(frame: FrameType, event: str, _: object) -> None:
+        nonlocal count
+        count += event == "call" and frame.f_code.co_filename.startswith(PACKAGE)
+
+    sys.setprofile(profile)
+    try:
+        case.call()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_door_calls_few_functions(name: str) -> None:
+    case = CASES[name]
+    case.call()  # what is made once
+    assert 0 < calls_of_ours(case) <= MOST_CALLS[case.door]
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_door_launches_nothing(name: str) -> None:
+    """But for the state of a generator that has no offset: of the CPU."""
+    case = CASES[name]
+    case.call()
+    with Launched() as launched:
+        case.call()
+    draws = case.door == "fast_ops" and not case.name.startswith("class")
+    drawn = {"aten.randint.low_generator"} if draws else set()
+    assert set(launched.names) == drawn
