@@ -1,16 +1,16 @@
-// What        Appends new keys and values to a cache in place, and turns new keys and queries by
+// Kernel      Appends new keys and values to a cache in place, and rotates new keys and queries by
 //             their positions (rotary embedding): jitattn.attention_with_kvcache.
 //
 // Math        x'_a = x_a cos - x_b sin,  x'_b = x_b cos + x_a sin for each pair (a, b) of columns,
 //             with the angle of the row's position; in fp32, rounded once.
 //
-// Paper       Su et al., RoFormer, arXiv:2104.09864. Which columns are a pair: RotaryStyle.
+// Paper       Su et al., RoFormer, arXiv:2104.09864. RotaryStyle selects the paired columns.
 //
-// Work split  ctas_per_sequence CTAs a sequence; a team of 16 lanes takes one row (token and head)
-//             at a time, a lane 16 bytes of it (or one element: Access::kElement), or pairs.
+// Work split  ctas_per_sequence CTAs per sequence; a team of 16 lanes takes one row (token and
+//             head) at a time, a lane 16 bytes of it (or one element: Access::kElement), or pairs.
 //
-// Bounds      A token beyond the room of its sequence, or on a page that does not exist, is not
-//             written. Positions that the tables of cos and sin do not have turn nothing.
+// Bounds      A token beyond the capacity of its sequence, or on a page that does not exist, is not
+//             written. Positions outside the tables of cos and sin are not rotated.
 #pragma once
 
 #include "jitattn/attention/spans.cuh"
@@ -32,7 +32,7 @@ struct Append {
 
   const AppendParams& params;
 
-  // `stop`: rows in use afterwards, which may be fewer than all tokens would need.
+  // Appends tokens. `stop`: rows in use afterwards, which may be fewer than all tokens need.
   __device__ void append_tokens(int batch_idx, int used, const Span& tokens, int stop) const {
     const int heads = 2 * params.heads_kv;  // keys, then values
     const int64_t batch = params.q_stop == nullptr ? batch_idx : 0;
@@ -82,7 +82,7 @@ struct Append {
   }
 
  private:
-  // This team's share of rows; f(token, head).
+  // Calls f(token, head) for this team's share of the rows.
   template <class F>
   __device__ void for_each_row(int64_t num_rows, int heads, F f) const {
     const int64_t part = blockIdx.x % params.ctas_per_sequence;
@@ -93,7 +93,7 @@ struct Append {
     }
   }
 
-  // f(first column) for this lane's units of a row.
+  // Calls f(first column) for this lane's units of a row.
   template <class F>
   __device__ static void for_each_unit(int dim, F f) {
     for (int column = threadIdx.x % kTeam * kUnit; column < dim; column += kTeam * kUnit) f(column);
@@ -128,7 +128,7 @@ __device__ __forceinline__ void append(const AppendParams& params) {
   static_assert(Spec::kSmemBytes == 0, "the append kernel uses no shared memory");
   const int batch_idx = blockIdx.x / params.ctas_per_sequence;
 
-  // ---- Tokens of this sequence, and how many of them there is room for
+  // ---- Tokens of this sequence, and the number of them that fit
   const int given = params.used == nullptr ? params.used_by_all
                                            : load_index(params.used, batch_idx, params.used_word);
   const int room = static_cast<int>(
