@@ -3,9 +3,9 @@
 // PAPER: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox4x32-7).
 //
 // One call yields the 16-bit random numbers of 8 weights: of query i and the keys j with equal
-// j / 32 and equal j % 8 / 2. Counter: (j / 32 * 4 + j % 8 / 2, i, batch * Hq + head, low half of the
-// offset). The number is word j % 32 / 8 of the result, its high half for odd j. A weight is kept
-// if its number is at least p. Key: the two halves of the seed, mixed with the high half of the
+// j / 32 and equal j % 8 / 2. Counter: (j / 32 * 4 + j % 8 / 2, i, batch * Hq + head, low half of
+// the offset). The number is word j % 32 / 8 of the result, its high half for odd j. A weight is
+// kept if its number is at least p. Key: the halves of the seed, mixed with the high half of the
 // offset.
 #pragma once
 
