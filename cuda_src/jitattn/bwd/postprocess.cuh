@@ -2,8 +2,8 @@
 //             to the dtype of q, and stored in its layout. (Row-order sums: sum_parts.cuh.)
 //
 // Work split  A warp: 16 rows of kColumnTiles tiles of 8 columns; four lanes share a row. For
-//             16-bit outputs, each of these lanes writes one of four tiles, 16 bytes, if 16-byte aligned;
-//             otherwise pairs of columns.
+//             16-bit outputs, each of these lanes writes one of four tiles, 16 bytes, if
+//             aligned; otherwise pairs of columns.
 #pragma once
 
 #include "jitattn/bwd/sm80/dq_fragments.cuh"

@@ -2,9 +2,9 @@
 //             accumulation (tile/two_level_accumulator.cuh) also converts V to scaled fp16.
 //
 // Math        q k = (c q) ((k - mean) / c) + q mean, channel by channel. `mean` is the mean of K
-//             over the sequence: its term is equal for all scores of a query, so that the softmax is not
-//             affected, and it is added back to the LSE. c = sqrt(max|k - mean| / max|q|) balances
-//             the channels of both. Then each row of Q is rounded to 8 bits with its own scale, and
+//             over the sequence: its term is equal for all scores of a query, so that the softmax
+//             does not change, and it is added back to the LSE. c = sqrt(max|k - mean| / max|q|)
+//             balances the channels of both. Then each row of Q is rounded to 8 bits with its own scale, and
 //             each kQuantKeys rows of K with one. V has one power-of-two scale per head.
 //
 // Paper       Zhang et al., "SageAttention", arXiv:2410.02367 (the mean of K; scales by blocks);

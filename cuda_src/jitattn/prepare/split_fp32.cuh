@@ -1,5 +1,5 @@
-// Kernel      Splits fp32 operands into hi/lo fp16 parts, or rounds them to one, for
-// tile/mma/f16_parts.cuh.
+// Kernel      Splits fp32 operands into hi/lo fp16 parts, or rounds them to one part, for
+//             tile/mma/f16_parts.cuh.
 //
 // Math        x 2^e = high + low, both fp16, [high | low] in a row. 2^e scales the maximum of each
 //             row of Q, and of each kSplitRows rows of K or V of a head, into [2^13, 2^14). Numbers
