@@ -4,8 +4,8 @@
 // Math        q k = (c q) ((k - mean) / c) + q mean, channel by channel. `mean` is the mean of K
 //             over the sequence: its term is equal for all scores of a query, so that the softmax
 //             does not change, and it is added back to the LSE. c = sqrt(max|k - mean| / max|q|)
-//             balances the channels of both. Then each row of Q is rounded to 8 bits with its own scale, and
-//             each kQuantKeys rows of K with one. V has one power-of-two scale per head.
+//             balances the channels of both. Then each row of Q is rounded to 8 bits with its own
+//             scale, and each kQuantKeys rows of K with one. V has one power-of-two scale per head.
 //
 // Paper       Zhang et al., "SageAttention", arXiv:2410.02367 (the mean of K; scales by blocks);
 //             Xiao et al., "SmoothQuant", arXiv:2211.10438 (c). We differ: both are combined, Q has

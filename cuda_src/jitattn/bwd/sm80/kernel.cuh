@@ -6,8 +6,8 @@
 //             dK += scale dS^T Q,  dQ += scale dS K
 //
 // Paper       Dao, FlashAttention-2, arXiv:2307.08691, Algorithm 2. We differ in: one CTA visits
-//             all query heads of a kv head, so that dK and dV have one writer; the query tiles of a key
-//             block follow from the mask (schedule.cuh).
+//             all query heads of a kv head, so that dK and dV have one writer; the query tiles of
+//             a key block follow from the mask (schedule.cuh).
 //
 // Work split  One CTA: kBlockKv keys of one kv head, whose dK and dV stay in registers, and all
 //             query tiles that see them, or one of num_q_splits parts of these, of all query heads.

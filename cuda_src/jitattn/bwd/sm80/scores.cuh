@@ -1,6 +1,6 @@
 // Kernel      Gradients of score modifications: of a bias, summed over its broadcast dimensions;
-//             and sums of dS by distance, for relative biases and ALiBi slopes. Every number has one
-//             writer and a fixed order: bitwise reproducible.
+//             and sums of dS by distance, for relative biases and ALiBi slopes. Every number has
+//             one writer and a fixed order: bitwise reproducible.
 //
 // Math        dS = P (dO V^T - delta), as in kernel.cuh; dbias = sum of dS
 //
