@@ -20,7 +20,7 @@ struct RowScale {
   __device__ void load_rows(const CtaWork<Spec>&, const WarpRows&) {}
   __device__ void load_keys(const CtaWork<Spec>&, int) {}
   template <class Scores>
-  __device__ void take_off(const Scores&) {}
+  __device__ void remove_initial_bias(const Scores&) {}
   // bare: the score minus the accumulator's initial bias. addend: an addend for scores with the
   // bias.
   __device__ float bare(float score) const { return score; }
@@ -73,7 +73,7 @@ struct RowScale<Spec, kRowTiles, true> {
 
   // Subtracts the initial bias from the scores where units are coarse. Lanes of a row agree.
   template <int kKeyTiles>
-  __device__ void take_off(float (&r_s)[kRowTiles][kKeyTiles][4]) {
+  __device__ void remove_initial_bias(float (&r_s)[kRowTiles][kKeyTiles][4]) {
     if constexpr (!kIsQuantized<Spec>) return;
     const bool is_coarse = of_keys > coarse_keys;
     offset = is_coarse ? 0.f : kOffset;

@@ -53,7 +53,7 @@ struct Append {
         T* g_out = static_cast<T*>(params.k_cache) + page * params.k_cache_stride_page +
                    row_in_page * params.k_cache_stride_row + head * params.k_cache_stride_head;
         if constexpr (kRotates) {
-          turn_row(g_out, g_in, position);
+          rotate_row(g_out, g_in, position);
         } else {
           copy_row(g_out, g_in, params.head_dim);
         }
@@ -68,16 +68,16 @@ struct Append {
     });
   }
 
-  __device__ void turn_queries(int batch_idx, int used, const Span& queries) const {
+  __device__ void rotate_queries(int batch_idx, int used, const Span& queries) const {
     const int64_t batch = params.q_stop == nullptr ? batch_idx : 0;
     const int64_t num_rows = static_cast<int64_t>(queries.length) * params.heads_q;
     for_each_row(num_rows, params.heads_q, [&](int query, int head) {
       const int64_t row = queries.start + query;
-      turn_row(static_cast<T*>(params.q_out) + batch * params.q_out_stride_batch +
-                   row * params.q_out_stride_row + head * params.q_out_stride_head,
-               static_cast<const T*>(params.q) + batch * params.q_stride_batch +
-                   row * params.q_stride_row + head * params.q_stride_head,
-               params.q_follows ? used + query : used);
+      rotate_row(static_cast<T*>(params.q_out) + batch * params.q_out_stride_batch +
+                     row * params.q_out_stride_row + head * params.q_out_stride_head,
+                 static_cast<const T*>(params.q) + batch * params.q_stride_batch +
+                     row * params.q_stride_row + head * params.q_stride_head,
+                 params.q_follows ? used + query : used);
     });
   }
 
@@ -104,7 +104,7 @@ struct Append {
                   [&](int column) { Pairs::store(g_out + column, Pairs::load(g_in + column)); });
   }
 
-  __device__ void turn_row(T* g_out, const T* g_in, int position) const {
+  __device__ void rotate_row(T* g_out, const T* g_in, int position) const {
     if (position >= params.table_rows) return copy_row(g_out, g_in, params.head_dim);
     const int half = params.rotary_dim / 2;
     for_each_unit(half, [&](int pair) {
@@ -112,7 +112,7 @@ struct Append {
       pairs.load_angles(params, position, pair, 1.f);
       const int first = Pairs::first_column(pair), second = Pairs::second_column(pair, half);
       Unit a = Pairs::load(g_in + first), b = Pairs::load(g_in + second);
-      pairs.turn(a, b);
+      pairs.rotate(a, b);
       Pairs::store(g_out + first, a);
       Pairs::store(g_out + second, b);
     });
@@ -144,7 +144,7 @@ __device__ __forceinline__ void append(const AppendParams& params) {
 
   const Append<Spec> work{params};
   work.append_tokens(batch_idx, used, tokens, stop);
-  if constexpr (Append<Spec>::kRotates) work.turn_queries(batch_idx, used, queries);
+  if constexpr (Append<Spec>::kRotates) work.rotate_queries(batch_idx, used, queries);
   if (blockIdx.x % params.ctas_per_sequence == 0 && threadIdx.x == 0) {
     int32_t* g_stop = params.kv_stop + static_cast<int64_t>(batch_idx) * params.stop_word;
     g_stop[0] = stop;

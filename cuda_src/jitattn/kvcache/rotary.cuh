@@ -77,13 +77,13 @@ __device__ __forceinline__ void rotary(const RotaryParams& params) {
   // ---- Rotate or copy its columns
   const int half = params.rotary_dim / 2, pair = unit * kUnit;
   const bool has_pairs = pair < half;
-  const bool turns = has_pairs && position >= 0 && position < params.table_rows;
-  if (!turns && params.in_place) return;
+  const bool rotates = has_pairs && position >= 0 && position < params.table_rows;
+  if (!rotates && params.in_place) return;
   const int rest = params.rotary_dim + (pair - half) * 2;  // for threads after the pairs
   const int first = has_pairs ? Pairs::first_column(pair) : rest;
   const int second = has_pairs ? Pairs::second_column(pair, half) : rest + kUnit;
   Pairs pairs;
-  if (turns) pairs.load_angles(params, position, pair, params.sign);
+  if (rotates) pairs.load_angles(params, position, pair, params.sign);
   const T* g_in = static_cast<const T*>(params.x) + by_row.quotient * params.x_stride_batch +
                   by_row.rest * params.x_stride_row;
   T* g_out = static_cast<T*>(params.out) + by_row.quotient * params.out_stride_batch +
@@ -94,7 +94,7 @@ __device__ __forceinline__ void rotary(const RotaryParams& params) {
     T* g_head_out = g_out + head * params.out_stride_head;
     typename Pairs::Unit a = Pairs::load(g_head + first * params.x_stride_column), b = {};
     if (has_second) b = Pairs::load(g_head + second * params.x_stride_column);
-    if (turns) pairs.turn(a, b);
+    if (rotates) pairs.rotate(a, b);
     Pairs::store(g_head_out + first * params.out_stride_column, a);
     if (has_second) Pairs::store(g_head_out + second * params.out_stride_column, b);
   }

@@ -51,7 +51,7 @@ struct RotaryPairs {
   }
 
   // Rotates each pair: (a, b) -> (a cos - b sin, b cos + a sin).
-  __device__ void turn(Unit& first, Unit& second) const {
+  __device__ void rotate(Unit& first, Unit& second) const {
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
       // Interleaved: pair i is two neighbours, and access 0 holds the first kUnit elements.

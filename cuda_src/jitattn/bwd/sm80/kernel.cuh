@@ -73,7 +73,8 @@ struct BwdHead {
   static constexpr int kNumRowStats = Traits::kRowStats * Spec::kBlockQ;
   static constexpr int kNumStats = kNumRowStats + PartScales<Spec, Traits>::kPerTile;
   static constexpr int kStatsPerThread = ceil_div(kNumStats, Traits::kNumThreads);
-  static constexpr bool kSkipsTurns = kHasBlockLists<Spec> && Spec::kDeterministic == Switch::kOn;
+  static constexpr bool kAdvancesSkipped =
+      kHasBlockLists<Spec> && Spec::kDeterministic == Switch::kOn;
 
   const Cta& cta;
   const Keys& keys;
@@ -100,7 +101,7 @@ struct BwdHead {
         }
       }
     };
-    auto keep_stats = [&](int stage) {
+    auto store_stats = [&](int stage) {
 #pragma unroll
       for (int i = 0; i < kStatsPerThread; ++i) {
         const int idx = i * Traits::kNumThreads + threadIdx.x;
@@ -109,37 +110,37 @@ struct BwdHead {
         }
       }
     };
-    queue.look_at(chunk, chunk_end);
+    queue.examine(chunk, chunk_end);
     int stage = 0;  // double-buffered LSE, delta and lists; Q and dO have kStages buffers
     int tile = queue.next(chunk);
-    skip_turns(chunk, tile);
+    advance_skipped(chunk, tile);
     if (tile < chunk_end) {
       // The last step of the previous head may still be reading.
       ptx::barrier_sync<Traits::kNumThreads>();
       load_q(0, tile);
       load_d_out(0, tile);
       fetch_stats(tile);
-      keep_stats(0);
-      queue.keep_listed(0, tile);
+      store_stats(0);
+      queue.store_entries(0, tile);
     }
     ptx::cp_async_commit();
 #pragma unroll 1
     while (tile < chunk_end) {
       const int next = queue.next(tile + 1);
       if (queue.is_free(tile)) {
-        step<false>(fetch_stats, keep_stats, tile, next, chunk_end, stage, r_dk, r_dv);
+        step<false>(fetch_stats, store_stats, tile, next, chunk_end, stage, r_dk, r_dv);
       } else {
-        step<true>(fetch_stats, keep_stats, tile, next, chunk_end, stage, r_dk, r_dv);
+        step<true>(fetch_stats, store_stats, tile, next, chunk_end, stage, r_dk, r_dv);
       }
-      skip_turns(tile + 1, next);
+      advance_skipped(tile + 1, next);
       tile = next;
     }
   }
 
  private:
   // Adds the products of a tile to dV, dQ and dK, while the next tile is copied.
-  template <bool kIsMasked, class FetchStats, class KeepStats>
-  __device__ void step(const FetchStats& fetch_stats, const KeepStats& keep_stats, int tile,
+  template <bool kIsMasked, class FetchStats, class StoreStats>
+  __device__ void step(const FetchStats& fetch_stats, const StoreStats& store_stats, int tile,
                        int next, int chunk_end, int& stage, typename Cta::DkTiles& r_dk,
                        typename Cta::DvTiles& r_dv) {
     const int buffer = kStages == 2 ? stage : 0;
@@ -160,8 +161,8 @@ struct BwdHead {
     cta.template compute_p_and_ds<kIsMasked>(queries.head_idx, tile, stage, warp_keys,
                                              queue.window());
     if (has_next) {
-      keep_stats(stage ^ 1);
-      queue.keep_listed(stage ^ 1, next);
+      store_stats(stage ^ 1);
+      queue.store_entries(stage ^ 1, next);
     }
     ptx::barrier_sync<Traits::kNumThreads>();  // P and dS are written
 
@@ -189,8 +190,8 @@ struct BwdHead {
   }
 
   // Advances the semaphore of tiles that a list excludes: other key blocks wait for this one.
-  __device__ __forceinline__ void skip_turns(int first, int end) const {
-    if constexpr (kSkipsTurns) {
+  __device__ __forceinline__ void advance_skipped(int first, int end) const {
+    if constexpr (kAdvancesSkipped) {
       for (int skipped = first; skipped < end; ++skipped) {
         wait_dq_semaphore<Spec, Traits>(cta.params, queries.batch_idx, queries.head_idx, skipped,
                                         keys.semaphore_value(skipped));

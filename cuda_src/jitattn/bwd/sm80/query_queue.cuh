@@ -25,11 +25,11 @@ struct AllTiles {
                                       const BwdStorage<Traits>&, const Keys& keys, int, int)
       : keys(keys) {}
 
-  __device__ __forceinline__ void look_at(int, int) {}
+  __device__ __forceinline__ void examine(int, int) {}
   __device__ int next(int tile) const { return tile; }
   __device__ bool is_free(int tile) const { return keys.is_free(tile); }
   __device__ __forceinline__ BlockListHead window() const { return {}; }
-  __device__ void keep_listed(int, int) const {}
+  __device__ void store_entries(int, int) const {}
 };
 
 // Visits the tiles whose lists contain keys of the block. Each thread examines the list of one tile
@@ -62,13 +62,13 @@ struct ListedTiles {
         head(load_block_list_head<Spec>(params, sequence, head_idx)) {}
 
   // Examines a chunk of the range. Called by all threads.
-  __device__ __forceinline__ void look_at(int first_tile, int end_tile) {
+  __device__ __forceinline__ void examine(int first_tile, int end_tile) {
     chunk = first_tile;
     chunk_end = end_tile;
     uint32_t bits[kGroups] = {};
     bool is_listed = false, sees_all = false;
     const int tile = chunk + threadIdx.x;
-    if (tile < chunk_end) look_at_list(tile, bits, is_listed, sees_all);
+    if (tile < chunk_end) examine_list(tile, bits, is_listed, sees_all);
     const uint32_t any = __ballot_sync(0xffffffffu, is_listed);
     const uint32_t all = __ballot_sync(0xffffffffu, sees_all);
     ptx::barrier_sync<Traits::kNumThreads>();  // the last chunk's results have been read
@@ -100,7 +100,7 @@ struct ListedTiles {
   __device__ __forceinline__ BlockListHead window() const { return {head.y, head.z, head.w}; }
 
   // Stores the list entries of a tile for the block, in the format of block_lists.cuh.
-  __device__ void keep_listed(int stage, int tile) const {
+  __device__ void store_entries(int stage, int tile) const {
     const int group = threadIdx.x;
     if (group >= kGroups) return;
     const uint64_t bits = ptx::ld_shared_b32(s_bits_addr(tile - chunk) + group * 4);
@@ -114,7 +114,7 @@ struct ListedTiles {
     return storage.found + 2 * Traits::kBytesAny + idx * kGroups * 4;
   }
 
-  __device__ __forceinline__ void look_at_list(int tile, uint32_t (&bits)[kGroups], bool& is_listed,
+  __device__ __forceinline__ void examine_list(int tile, uint32_t (&bits)[kGroups], bool& is_listed,
                                                bool& sees_all) const {
     const BlockListSpan span = listed_span(params, sequence, head, tile * kBlockQ);
     const int last = min_of((tile + 1) * kBlockQ, sequence.len_q) - 1 + sequence.diagonal;

@@ -84,7 +84,7 @@ struct FwdStep {
     if (sees_any) {
       scores.add_staged(r_s, block, stage);
       products.add_scores(r_s, stage);
-      scale.take_off(r_s);
+      scale.remove_initial_bias(r_s);
       scores.cap(r_s, block, stage);
     }
     loader.end_scores(ordinal);
