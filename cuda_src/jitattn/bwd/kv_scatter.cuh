@@ -2,7 +2,7 @@
 //             the sequences' parts. Splits and sequences are added in order.
 //
 // Work split  A thread: four values of one row of one page. It visits the entries of the block
-//             table that name the page, which are sorted: entries bounds[p] ... bounds[p + 1].
+//             table that name page p, which are sorted: [bounds[p], bounds[p + 1]).
 #pragma once
 
 #include "jitattn/attention/spans.cuh"

@@ -38,8 +38,9 @@ __device__ __forceinline__ void transpose_in_fours(uint32_t (&word)[4], int lane
   }
 }
 
-// ldmatrix.x4 lane addresses. The four 8x8 blocks lie as [rows 0-7 | rows 8-15] x [chunk 0 | chunk
-// 1]. The operand determines which of the two varies first from register to register.
+// ldmatrix.x4 lane addresses. The four 8x8 blocks lie as
+// [rows 0-7 | rows 8-15] x [chunk 0 | chunk 1]. The operand determines whether rows or chunks vary
+// first from register to register.
 
 // Row first: operand A from [row][k], and operand B of two n8 tiles from [k][n], transposed.
 template <int kChunks>

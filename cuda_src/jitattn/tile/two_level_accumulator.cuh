@@ -104,7 +104,7 @@ struct TwoLevelAccumulator {
     }
   }
 
-  // log2 of the number of flushed sums, at most 14.
+  // log2 of the number of flushed sums, rounded up; at most 14.
   __device__ int shift() const { return min_of(14, 32 - __clz((end - begin) / kBlocks)); }
 
   __device__ uint32_t unit_addr(int m, int n) const {

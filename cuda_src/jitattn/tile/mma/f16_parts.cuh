@@ -1,6 +1,6 @@
 // Numerics classes f16x3 and f16x1: fp32 operands split into hi/lo fp16 parts, adjacent in a row as
-// [high | low], or rounded to the high part only; scaled by powers of two so that little of them is
-// below the range of fp16 (prepare/split_fp32.cuh). Three products of mma.m16n8k16, or one, where
+// [high | low], or rounded to the high part only; scaled by powers of two so that little
+// underflows in fp16 (prepare/split_fp32.cuh). Three products of mma.m16n8k16, or one, where
 // TF32 takes as many at half the rate, and splits in the main loop.
 //
 // f16x3: sums over a few columns of Q and over 64 keys are promoted, as in mma/tf32.cuh. low * low

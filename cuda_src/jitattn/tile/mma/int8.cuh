@@ -34,8 +34,8 @@ struct MmaInt8 : MmaF32Acc<kDtypeV> {
     for (int d = 0; d < kDim / 32; ++d) load_columns<kDim>(r_q[d], q_addr, d);
   }
 
-  // r_s = Q K^T over kDim columns, plus kOffsetBits; r_s is overwritten. Q is given as fragments
-  // from load_q, or as an address; lane addresses as fragment.cuh gives them for Q and K.
+  // r_s = Q K^T + 1.5 * 2^23 over kDim columns; r_s is overwritten. Q is given as fragments from
+  // load_q, or as an address; lane addresses as fragment.cuh gives them for Q and K.
   template <int kDim, int kRowTiles, int kKeyTiles>
   __device__ static void add_scores(float (&r_s)[kRowTiles][kKeyTiles][4],
                                     const Columns<kRowTiles> (&r_q)[kDim / 32], uint32_t k_addr) {

@@ -1,7 +1,7 @@
 // Numerics class split_p: 16-bit operands, P split into two 16-bit parts, mma.m16n8k16.
 //
-// Products of 16-bit numbers are exact in fp32, so that the rounding of P is the largest of all: P
-// = high + low keeps 22 (fp16) or 16 (bf16) of its bits, for two MMAs per product. Sums are
+// Products of 16-bit numbers are exact in fp32, so that the rounding of P is the largest of all:
+// P = high + low keeps 22 (fp16) or 16 (bf16) of its bits, for two MMAs per product. Sums are
 // promoted every 64 keys, as in mma/tf32.cuh, since tensor cores truncate. (notes/0007)
 #pragma once
 
