@@ -1,4 +1,4 @@
-// Device-side checks, compiled in by JITATTN_DEBUG_ASSERT=1 only.
+// Device-side assertions, compiled in only with JITATTN_DEBUG_ASSERT=1.
 #pragma once
 
 #ifdef JITATTN_DEBUG_ASSERT

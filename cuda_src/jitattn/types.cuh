@@ -1,4 +1,4 @@
-// Fixed-width names without toolkit headers, and small helpers that every file may use.
+// Fixed-width integer names without toolkit headers, and small helpers for every file.
 #pragma once
 
 namespace jitattn {
@@ -11,7 +11,7 @@ using uint32_t = unsigned int;
 using int64_t = long long;
 using uint64_t = unsigned long long;
 
-// Four 32-bit words that move as one 16-byte access.
+// Four 32-bit words, moved by one 16-byte access.
 struct alignas(16) Vec16 {
   uint32_t word[4];
 };
@@ -46,20 +46,20 @@ struct Division {
   int64_t rest;
 };
 
-// In 32 bits where that is enough, in a fifth of the instructions. number >= 0.
+// Divides in 32 bits if that suffices, which takes a fifth of the instructions. number >= 0.
 __device__ __forceinline__ Division divide(int64_t number, int32_t divisor) {
   if (number >> 32 != 0) return {number / divisor, number % divisor};
   const uint32_t low = static_cast<uint32_t>(number), by = static_cast<uint32_t>(divisor);
   return {low / by, low % by};
 }
 
-// n / divisor for 0 <= n < 2^31 (jitattn/spec/arguments.py: fast_divisor).
+// Returns n / divisor for 0 <= n < 2^31 (jitattn/spec/arguments.py: fast_divisor).
 __device__ __forceinline__ int divide(int n, uint32_t mul, uint32_t shift) {
   const uint32_t dividend = n;
   return static_cast<int>((__umulhi(dividend, mul) + dividend) >> shift);
 }
 
-// Of a power of two.
+// Returns the base-2 logarithm of a power of two.
 __host__ __device__ constexpr int log2_of(int number) {
   return number <= 1 ? 0 : 1 + log2_of(number / 2);
 }

@@ -1,5 +1,5 @@
-// CUDA's words and functions, as far as the templates use them, for a C++ compiler. Precompiled:
-// most of the time that a small kernel takes is that of the headers here.
+// CUDA keywords and functions, as far as the templates use them, for a C++ compiler. Precompiled:
+// parsing these headers takes most of the compile time of a small kernel.
 #pragma once
 
 #include <immintrin.h>
@@ -16,7 +16,7 @@
 #define __host__
 #define __global__
 #define __forceinline__ inline
-#define __align__(bytes)  // what it is for is aligned below
+#define __align__(bytes)  // ignored: shared memory is aligned below
 #define __launch_bounds__(...)
 #define __grid_constant__
 
@@ -80,7 +80,7 @@ inline void __threadfence() {}
 inline void __nanosleep(unsigned) {}
 [[noreturn]] inline void __trap() { emulator::fail("a device-side check failed"); }
 
-// ---- Between threads. Masks are of all lanes that have not ended, as in the templates.
+// ---- Synchronisation. Masks name all lanes that have not exited, as in the templates.
 inline void __syncthreads() { emulator::synchronize_cta(); }
 inline void __syncwarp(unsigned = 0xffffffffu) { emulator::synchronize_warp(); }
 inline int emulated_lane() { return emulator::cta.current % emulator::kWarpSize; }
@@ -129,7 +129,7 @@ T atomicMax(T* address, T value) {
 }
 
 namespace jitattn {
-// Where `extern __shared__` leads.
+// Definition of `extern __shared__` arrays.
 alignas(128) inline unsigned char s_storage[emulator::kLargestShared];
 }  // namespace jitattn
 
@@ -161,7 +161,7 @@ void store_shared(uint32_t addr, const T& value) {
   std::memcpy(to, &value, sizeof(T));
 }
 
-// An array of shared memory that a kernel declares. It begins as NaN, as the rest does.
+// A static shared array of a kernel. It is filled with NaN at first, as dynamic memory is.
 struct SharedArray {
 #ifdef WATCHED
   SharedArray(void* begin, size_t bytes);

@@ -1,5 +1,6 @@
-// One kernel: jitattn_spec.h and ENTRY say which. Made with g++ by tests/support/emulator.py.
-#include <cuda.h>  // in these brackets, so that the precompiled one is found
+// Entry point of one emulated kernel, which jitattn_spec.h and ENTRY select. Built with g++ by
+// tests/support/emulator.py.
+#include <cuda.h>  // angle brackets find the precompiled header
 
 #include ENTRY
 
@@ -20,7 +21,7 @@ __attribute__((no_sanitize("thread"))) void call(void (*kernel)(Params), const v
 extern "C" void emulate(const void* params, unsigned num_ctas, int num_threads, int smem_bytes,
                         const emulator::Options* options) {
   const unsigned before = _mm_getcsr();
-  _mm_setcsr(before | 0x8040);  // subnormal numbers are 0, as with -ftz=true
+  _mm_setcsr(before | 0x8040);  // flush subnormal numbers to 0, as with -ftz=true
   auto& cta = emulator::cta;
   cta.options = *options;
   cta.smem_bytes = smem_bytes;
@@ -28,7 +29,7 @@ extern "C" void emulate(const void* params, unsigned num_ctas, int num_threads, 
   cta.params = params;
   cta.body = [](const void* given) { call(KERNEL, given); };
   for (cta.idx = 0; cta.idx < num_ctas; ++cta.idx) {
-    // What is not written is NaN in every dtype.
+    // Memory that is not written is NaN in every dtype.
     std::memset(jitattn::s_storage, 0xff, emulator::kLargestShared);
     emulator::run_cta(num_threads);
   }

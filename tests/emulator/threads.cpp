@@ -1,4 +1,4 @@
-// How threads take turns: compiled once, for all kernels.
+// Thread scheduler of the emulator, compiled once for all kernels.
 #include <cuda.h>
 #include <sys/mman.h>
 

@@ -1,5 +1,5 @@
-// The threads of one CTA, on one thread of the processor: each has a stack, and runs until it waits
-// for others. So a run is the same every time, and a wait that nothing ends is found out.
+// Emulates the threads of one CTA as coroutines on one CPU thread: each has a stack, and runs until
+// it waits for others. Runs are therefore deterministic, and deadlocks are detected.
 #pragma once
 
 #include <setjmp.h>
@@ -17,9 +17,9 @@ constexpr int kWarpSize = 32;
 constexpr size_t kStackBytes = 512 * 1024;
 constexpr size_t kLargestShared = 256 * 1024;
 
-// How a CTA is run. Whatever these are, a correct kernel gives the same.
+// Scheduling options of a CTA. A correct kernel gives the same result with any of them.
 struct Options {
-  int32_t late_copies;    // cp.async: 1 as late as its wait allows, 0 at once
+  int32_t late_copies;    // cp.async: 1 as late as its wait allows, 0 immediately
   int32_t last_to_first;  // threads run from the last warp to the first
 };
 
@@ -29,7 +29,7 @@ struct Options {
   std::abort();
 }
 
-// In here the emulator is at work, and not the kernel whose accesses watch.cpp looks at.
+// Marks code of the emulator itself, whose accesses watch.cpp ignores.
 #ifdef WATCHED
 inline bool is_at_work = true;
 struct AtWork {
@@ -43,7 +43,7 @@ struct AtWork {
 };
 #endif
 
-// Where some threads wait for each other.
+// A barrier for a set of threads.
 struct Barrier {
   int expected = 0;
   int arrived = 0;
@@ -53,7 +53,7 @@ struct Barrier {
     arrived = 0;
     ++generation;
   }
-  // A thread has ended, which the others no longer wait for.
+  // Removes a thread that has exited: the others no longer wait for it.
   void leave() {
     if (--expected > 0 && arrived == expected) open();
   }
@@ -62,10 +62,10 @@ struct Barrier {
 struct Copy {
   unsigned char* to;
   const unsigned char* from;
-  int bytes;  // of 16; the others become 0
+  int bytes;  // of 16; the rest is filled with 0
 };
 
-// What a lane shows the others of its warp.
+// The value that a lane passes to the others of its warp.
 struct alignas(16) Slot {
   unsigned char bytes[32];
 };
@@ -83,10 +83,10 @@ struct Thread {
   bool has_ended;
   const Barrier* waits_for;
   uint64_t generation;
-  uint32_t cta_syncs;  // that it has come through
+  uint32_t cta_syncs;  // barriers passed
   uint32_t warp_syncs;
-  std::vector<Copy> copies;               // not committed
-  std::vector<std::vector<Copy>> groups;  // committed, the oldest first
+  std::vector<Copy> copies;               // not yet committed
+  std::vector<std::vector<Copy>> groups;  // committed, oldest first
 };
 
 struct Cta {
@@ -100,7 +100,7 @@ struct Cta {
   unsigned idx = 0;
   unsigned count = 0;  // CTAs of the grid
   int smem_bytes = 0;
-  uint64_t runs = 0;  // CTAs so far
+  uint64_t runs = 0;  // CTAs run so far
   void (*body)(const void*) = nullptr;
   const void* params = nullptr;
 };
@@ -113,7 +113,7 @@ inline Warp& own_warp() { return cta.warps[cta.current / kWarpSize]; }
 // Returns once all threads that the barrier expects have arrived.
 void wait_at(Barrier& barrier);
 
-// All lanes show `mine`; returns what they show, valid until the exchange after the next.
+// Exchanges `mine` among all lanes; the returned slots are valid until the exchange after the next.
 template <class T>
 const Slot* exchange(const T& mine) {
   static_assert(sizeof(T) <= sizeof(Slot));
@@ -136,28 +136,28 @@ T shown(const Slot* slots, int lane) {
   return value;
 }
 
-// What the accesses of a thread are. Atomics do not race with each other.
+// Kind of a memory access. Atomics do not race with each other.
 enum class Access { kRead, kWrite, kAtomic };
 
-// Note an access to memory that the compiler does not show to watch.cpp.
+// Records an access that the compiler's instrumentation does not report to watch.cpp.
 #ifdef WATCHED
 void watch(const void* address, int bytes, Access access);
 #else
 inline void watch(const void*, int, Access) {}
 #endif
 
-// Orders what the CTA does, or, where a warp alone waits, what that does.
+// Waits at the barrier of the CTA, or of a warp alone, and orders the accesses around it.
 void synchronize_cta();
 void synchronize_warp();
 
-// cp.async, its commit, and its wait until at most so many groups are pending.
+// cp.async, its commit, and the wait until at most so many groups are pending.
 void start_copy(const Copy& copy);
 void commit();
 void wait_for_copies(size_t pending);
 
-// Run the current CTA to its end.
+// Runs the current CTA to its end.
 void run_cta(int num_threads);
-// Hundreds of kernels are loaded in a run of the tests, each with its own.
+// Frees the stacks: a test run loads hundreds of kernels, each with its own.
 void release_stacks();
 
 }  // namespace emulator

@@ -1,7 +1,7 @@
-// What a kernel touches: the compiler, told to look for races, has each of its accesses call what
-// is here. Found are accesses to memory that is of no tensor of the launch, and shared memory of
-// which one thread reads or writes what another has written, or writes what another has read, with
-// no barrier between the two. This file itself is compiled without such calls.
+// Memory checker of emulated kernels: the compiler's race-detection instrumentation calls the
+// functions of this file at each access. It reports accesses outside the tensors of the launch, and
+// races in shared memory: two threads access the same bytes, at least one writes, and no barrier is
+// between the two. This file itself is compiled without instrumentation.
 #include <dlfcn.h>
 #include <execinfo.h>
 
@@ -13,7 +13,7 @@
 #include "cuda.h"
 
 extern "C" {
-extern char __ehdr_start __attribute__((visibility("hidden")));  // of this library
+extern char __ehdr_start __attribute__((visibility("hidden")));  // bounds of this library
 extern char _end __attribute__((visibility("hidden")));
 }
 
@@ -29,7 +29,7 @@ struct Region {
   }
 };
 
-// When a thread did something, in barriers that it had come through.
+// Time of an access, counted in barriers that the thread has passed.
 struct Moment {
   uint64_t run;
   uint32_t cta_syncs;
@@ -37,24 +37,24 @@ struct Moment {
   int thread;
 };
 
-// What was done last to bytes of shared memory.
+// The last accesses to a granule of shared memory.
 struct Touched {
   Moment write;
   bool is_atomic;
   Moment read;
-  Moment other_read;    // by another thread of that warp
-  uint64_t read_warps;  // since that barrier of the CTA
+  Moment other_read;    // by another thread of the reading warp
+  uint64_t read_warps;  // warps that read since the last barrier of the CTA
 };
 
-constexpr uintptr_t kGranule = 2;  // bytes that are looked at together
+constexpr uintptr_t kGranule = 2;  // bytes tracked together
 constexpr size_t kMostArrays = 64 * 1024;
 constexpr int kMostReports = 10;
 constexpr int kMostFrames = 24;
 
-std::vector<Region> tensors;  // sorted
-Region latest;                // of them: where the last access was
-std::vector<Region> arrays;   // those that kernels declare shared
-std::vector<uint64_t> begun;  // the CTA in which each of them became NaN
+std::vector<Region> tensors;  // in ascending order
+Region latest;                // tensor of the last access
+std::vector<Region> arrays;   // static shared arrays of kernels
+std::vector<uint64_t> begun;  // the CTA in which each was filled with NaN
 std::vector<Touched> touched;
 std::set<std::string> found;
 std::string reports;
@@ -64,7 +64,7 @@ Moment now() {
   return {cta.runs, thread.cta_syncs, thread.warp_syncs, cta.current};
 }
 
-// `before` was done by another thread, and nothing orders the two.
+// Whether another thread did `before`, and nothing orders the two accesses.
 bool is_race(const Moment& before, const Moment& after) {
   if (before.run != after.run || before.thread == after.thread) return false;
   if (before.cta_syncs != after.cta_syncs) return false;
@@ -72,7 +72,7 @@ bool is_race(const Moment& before, const Moment& after) {
   return !is_same_warp || before.warp_syncs == after.warp_syncs;
 }
 
-// Where the kernel is, as arguments of addr2line: its calls, the innermost first.
+// Returns the current call stack as arguments of addr2line, innermost first.
 std::string calls() {
   void* frames[kMostFrames];
   const int count = backtrace(frames, kMostFrames);
@@ -102,7 +102,7 @@ std::string lines_of(const std::string& calls) {
   return lines;
 }
 
-// One report of each place.
+// Reports each place once.
 void report(const char* what, const char* format, ...) {
   if (found.size() >= kMostReports) return;
   const std::string place = calls();
@@ -184,7 +184,7 @@ void check(const void* pointer, int bytes, Access access) {
          "%d bytes are %s, %ld behind the end of a tensor, %ld before the begin of the next; "
          "thread %d, CTA %u",
          bytes, how, behind, before, cta.current, cta.idx);
-  if (access != Access::kRead) {  // would destroy what is there
+  if (access != Access::kRead) {  // would destroy the memory there
     std::fputs(reports.c_str(), stderr);
     fail("a kernel writes to memory of no tensor");
   }
@@ -210,7 +210,7 @@ SharedArray::SharedArray(void* begin, size_t bytes) {
 
 }  // namespace emulator
 
-// Before a launch: the memory of all tensors, as pairs of an address and the one behind the end.
+// Sets the memory of all tensors before a launch, as pairs of begin and end addresses.
 extern "C" void emulate_with(const uintptr_t* pairs, int count) {
   auto& tensors = emulator::tensors;
   tensors.clear();
@@ -221,13 +221,13 @@ extern "C" void emulate_with(const uintptr_t* pairs, int count) {
   emulator::reports.clear();
 }
 
-// After it: what was found.
+// Returns the reports after a launch.
 extern "C" const char* emulate_found() {
-  std::vector<emulator::Touched>().swap(emulator::touched);  // some MB for each kernel
+  std::vector<emulator::Touched>().swap(emulator::touched);  // some MB per kernel
   return emulator::reports.c_str();
 }
 
-// ---- What the compiler calls
+// ---- Functions that the instrumentation calls
 #define ACCESS(name, bytes, access)                            \
   extern "C" void __tsan_##name(const void* address) {         \
     if (emulator::is_at_work) return;                          \

@@ -1,8 +1,8 @@
-// Lists of key blocks: which keys a block gathers, and which of them each row sees.
+// Block lists: the gathered groups of 16 keys of a block, and the mask of the keys in each group.
 //
-// A list names groups of 16 keys, sorted, with a bit for every cell of 8 queries and 8 keys. On top
-// of it every head has a window (schedule.cuh: BlockListHead), so that bounds need not be at
-// blocks.
+// A list names groups of 16 keys in ascending order, each with one bit per cell of 8 queries x 8
+// keys. Each head also has a window (schedule.cuh: BlockListHead), whose bounds need not be block
+// bounds.
 #pragma once
 
 #include "jitattn/attention/rows.cuh"
@@ -20,8 +20,8 @@ __device__ __forceinline__ ListedGroup load_listed(uint32_t s_listed, int group)
   return {static_cast<int>(entry), static_cast<uint32_t>(entry >> 32)};
 }
 
-// Thread t < kKeys / 16 stores what a list says of group t of the keys from first_key on, of which
-// it has none before `idx`.
+// Stores the list entry of key group t in thread t < kKeys / 16. The groups begin at first_key;
+// `idx` is the first list entry that can name one of them.
 template <int kKeys>
 __device__ __forceinline__ void store_listed(uint32_t s_listed, const BlockListSpan& span, int idx,
                                              int first_key) {
@@ -35,7 +35,8 @@ __device__ __forceinline__ void store_listed(uint32_t s_listed, const BlockListS
   ptx::st_shared_b64(s_listed + threadIdx.x * 8, entry);
 }
 
-// What a list says of the groups of the num_keys keys from first_key on; false: it has none.
+// Loads the cell bits of the groups of num_keys keys from first_key on; returns whether any is
+// listed.
 template <int kGroups>
 __device__ __forceinline__ bool load_listed_bits(uint32_t (&bits)[kGroups],
                                                  const BlockListSpan& span, int first_key,
@@ -54,7 +55,7 @@ __device__ __forceinline__ bool load_listed_bits(uint32_t (&bits)[kGroups],
   return is_listed;
 }
 
-// Whether every query of a list sees every key of these groups, its window aside.
+// Whether every query of a list sees every key of these groups, apart from its window.
 template <int kGroups>
 __device__ __forceinline__ bool has_all_cells(const uint32_t (&bits)[kGroups], int list_log2) {
   const uint32_t low = (1u << (1 << (list_log2 - 3))) - 1, all = low | low << 16;
@@ -64,16 +65,16 @@ __device__ __forceinline__ bool has_all_cells(const uint32_t (&bits)[kGroups], i
   return has_all;
 }
 
-// Whether a block's keys are groups of 16 that need not be neighbours.
+// Whether the keys of a block are groups of 16 that need not be adjacent.
 template <class Spec>
 constexpr bool kHasGroups = kHasBlockLists<Spec> || kGathersKeys<Spec>;
 
-// The key of this lane's first column in n8 tile n of a warp's keys.
+// Maps n8 tile n of a warp's keys to the key of this lane's first column in it.
 template <class Spec>
 struct KeyColumns {
-  int first;               // of tile 0; groups: within one
-  uint32_t s_listed = 0;   // lists: the entries of the warp's groups
-  int first_keys[4] = {};  // gathered keys: those of the warp's groups
+  int first;               // in tile 0; groups: within an n8 tile
+  uint32_t s_listed = 0;   // lists: entries of the warp's groups
+  int first_keys[4] = {};  // gathered keys: first keys of the warp's groups
 
   __device__ int operator()(int n) const {
     if constexpr (kGathersKeys<Spec>) return first_keys[n / 2] + n % 2 * 8 + first;
@@ -84,7 +85,7 @@ struct KeyColumns {
   }
 };
 
-// Row of a matrix that the query at `position` has: those before the first query do not exist.
+// Returns the matrix row of the query at `position`; positions before the first query map to row 0.
 template <class Spec>
 __device__ __forceinline__ int64_t matrix_row(const Sequence& sequence, int position) {
   if constexpr (kHasBlockLists<Spec>) return max_of(0, position - sequence.first_position);
@@ -111,7 +112,7 @@ __device__ __forceinline__ bool sees_all_listed(const FwdBlockListParams& params
   return sees_all;
 }
 
-// r_s: scores of a warp's rows (tile/warp_rows.cuh); hidden ones become -inf.
+// Sets hidden scores to -inf. r_s: scores of a warp's rows (tile/warp_rows.cuh).
 template <class Spec, class WarpRows, int kRowTiles, int kKeyTiles>
 __device__ __forceinline__ void mask_listed(float (&r_s)[kRowTiles][kKeyTiles][4],
                                             const FwdBlockListParams& params,

@@ -1,4 +1,4 @@
-// What a CTA works on: a query tile of one sequence and a range of its key blocks.
+// The work of a CTA: a query tile of one sequence and a range of its key blocks.
 #pragma once
 
 #include "jitattn/attention/rows.cuh"
@@ -28,19 +28,19 @@ struct CtaWork {
         kv_head_idx(tile.head_idx / params.heads_per_kv),
         kv_batch_idx(kv_row<Spec>(params, tile.batch_idx)) {}
 
-  // Row of the batch of K. In 8 bits it is in no page: each sequence has its own (quantize.cuh).
+  // Batch row of K. INT8 K is never paged: each sequence has its own row (prepare/quantize.cuh).
   __device__ int64_t k_batch_idx() const {
     return kIsQuantized<Spec> ? tile.batch_idx : kv_batch_idx;
   }
 
   __device__ int first_row() const { return tile.q_tile_idx * Spec::kBlockQ; }
 
-  // Straight from the parameters where all sequences are alike, which saves registers.
+  // Read from the parameters if all sequences have one length, which saves registers.
   __device__ int len_kv() const { return kIsUniform<Spec> ? params.len_kv : sequence.len_kv; }
 
   __device__ int block_at(int ordinal) const { return range.template block_at<Spec>(ordinal); }
 
-  // Keys from the first one of a block to the end.
+  // Number of keys from the first one of a block to the end of the sequence.
   __device__ int keys_left(int ordinal) const {
     return (kHasBlockLists<Spec> ? range.num_keys : len_kv()) - block_at(ordinal) * Spec::kBlockKv;
   }

@@ -1,11 +1,12 @@
-// Dropout: which weights stay, by a counter-based generator that needs no state.
+// Dropout: draws the attention weights to keep from a counter-based generator without state.
 //
 // PAPER: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox4x32-7).
 //
-// One call gives the 16-bit numbers of 8 weights: those of query i and of the keys j with equal
-// j / 32 and j % 8 / 2. Counter: (j / 32 * 4 + j % 8 / 2, i, batch * Hq + head, low half of the
-// offset); word j % 32 / 8 of the result, its high half for odd j. A weight stays if its number is
-// at least p. Key: the halves of the seed, moved by the high half of the offset: every bit counts.
+// One call yields the 16-bit random numbers of 8 weights: of query i and the keys j with equal
+// j / 32 and equal j % 8 / 2. Counter: (j / 32 * 4 + j % 8 / 2, i, batch * Hq + head, low half of
+// the offset). The number is word j % 32 / 8 of the result, its high half for odd j. A weight is
+// kept if its number is at least p. Key: the halves of the seed, mixed with the high half of the
+// offset.
 #pragma once
 
 #include "jitattn/attention/block_lists.cuh"
@@ -36,12 +37,12 @@ struct Philox {
   }
 };
 
-// The generator's key and the last word of its counter, of a dropout_state.
+// The generator's key and the last word of its counter, read from a dropout_state.
 struct DropoutKey {
   uint32_t key0, key1;
   uint32_t offset;
 
-  // NOTE: two steps, so that no bit of the offset does to the key what one of the seed does.
+  // NOTE: two steps, so that a bit of the offset never changes the key as a bit of the seed does.
   __device__ explicit DropoutKey(const int64_t* state) {
     const uint64_t seed = __ldg(state), whole_offset = __ldg(state + 1);
     const uint32_t high = static_cast<uint32_t>(whole_offset >> 32);
@@ -51,19 +52,19 @@ struct DropoutKey {
   }
 };
 
-// Of the weights that a warp holds in one step, those that stay.
+// The attention weights of a warp in one step that dropout keeps.
 template <class Spec, int kRowTiles, int kKeyTiles>
 struct KeptWeights {
   static_assert(kKeyTiles <= 16, "two bits for each n8 tile");
   uint32_t bits[kRowTiles][2];
 
-  // Of a warp's rows (tile/warp_rows.cuh) and keys.
+  // Draws the numbers for a warp's rows (tile/warp_rows.cuh) and keys.
   template <class WarpRows>
   __device__ void draw(const FwdParamsOf<Spec>& params, const Sequence& sequence,
                        const RowMap& rows, int batch_idx, int first_head, const WarpRows& warp_rows,
                        const KeyColumns<Spec>& columns) {
     const DropoutKey state(params.dropout_state);
-    // Whole spans of 32 keys, where a warp's keys begin at a multiple of 32; else halves of them.
+    // Spans of 32 keys, or half spans if a warp's keys may begin in the middle of one.
     constexpr bool kIsWhole = kKeyTiles % 4 == 0 && !kHasGroups<Spec>;
     constexpr int kTiles = kIsWhole ? 4 : 2;
 #pragma unroll
@@ -93,12 +94,12 @@ struct KeptWeights {
     }
   }
 
-  // Value i of two neighbours in a row of n8 tile n.
+  // Whether column i of n8 tile n is kept, in row `half` of row tile m.
   __device__ bool keeps(int m, int half, int n, int i) const {
     return (bits[m][half] >> (2 * n + i) & 1) != 0;
   }
 
-  // Weights of n8 tile n.
+  // Sets the dropped weights of n8 tile n to 0.
   __device__ void apply(float (&tile)[4], int m, int n) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

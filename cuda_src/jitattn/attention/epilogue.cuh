@@ -1,5 +1,5 @@
-// From the accumulators of a CTA to global memory: merging the warps that split the keys, dividing
-// by the row sums, and writing either the result or the partial result of a split.
+// Forward epilogue: merges the warps that split the keys, divides by the row sums, and writes the
+// result, or the partial result of a split, to global memory.
 #pragma once
 
 #include "jitattn/attention/output_rows.cuh"
@@ -18,10 +18,10 @@
 
 namespace jitattn {
 
-// Of a kernel family, Traits has: what SplitCombine asks for; Softmax; kRowTiles and kColumnTiles,
-// accumulator tiles of a warp, kDimV, their columns, and Rows, their rows (tile/warp_rows.cuh);
-// kWarpRows, the rows of a warp, and first_row(warp_q), the first of them; kIsTwoLevel, whether
-// values have scales that the output is multiplied by.
+// Required of Traits: the members that SplitCombine needs; Softmax; kRowTiles and kColumnTiles, the
+// accumulator tiles of a warp; kDimV, its columns; Rows, its rows (tile/warp_rows.cuh); kWarpRows,
+// the number of rows of a warp, and first_row(warp_q), the first of them; kIsTwoLevel, whether V
+// has scales to multiply the output by.
 template <class Spec, class Traits>
 struct FwdEpilogue {
   using Threads = typename Traits::Threads;
@@ -38,7 +38,7 @@ struct FwdEpilogue {
   const OutputRows<Spec> out;
   const uint32_t s_addr;
   const int lane_idx, warp_q, warp_kv;
-  const typename Traits::Rows warp_rows;  // of the tile
+  const typename Traits::Rows warp_rows;  // rows of the tile
 
   __device__ FwdEpilogue(const FwdParamsOf<Spec>& params, const CtaPlan& plan, uint32_t thread_idx,
                          uint32_t s_addr)
@@ -50,7 +50,7 @@ struct FwdEpilogue {
         warp_kv(thread_idx / 32 / Spec::kWarpsQ),
         warp_rows{Traits::first_row(warp_q), lane_idx} {}
 
-  // All threads of the CTA. The shared tiles are dead after the first barrier.
+  // Runs the epilogue in all threads of the CTA. The shared tiles are dead after the first barrier.
   __device__ void finish(Output& r_o, Softmax& softmax) const {
     softmax.reduce();
     if constexpr (Spec::kWarpsKv > 1) combine_warps(r_o, softmax);
@@ -62,14 +62,14 @@ struct FwdEpilogue {
 
  private:
   __device__ void write(Output& r_o, const Softmax& softmax) const {
-    float of_values = 1.f;  // apart from the sums: a product of both might not be a number of fp32
+    float of_values = 1.f;  // apart from the row sum: the product of both could overflow fp32
     if constexpr (Traits::kIsTwoLevel) {
       const int64_t heads_kv = params.heads_q / params.heads_per_kv;
       of_values = __ldg(params.v_scale + out.tile.batch_idx * heads_kv +
                         out.tile.head_idx / params.heads_per_kv);
     }
     for_each_row([&](int m, int half, int row) {
-      float sink = 0.f;  // not of partial results: a sink is added once
+      float sink = 0.f;  // 0 for partial results: the sink is added once
       if (Spec::kSinks == Switch::kOn && out.tile.num_splits == 1) {
         const Place place = out.place_of(row);
         if (place.exists) sink = sink_weight<Spec>(params, place.head, softmax.neg_max[m][half]);
@@ -89,9 +89,9 @@ struct FwdEpilogue {
     }
   }
 
-  // Add the partial results of warps 1 .. of the same rows to warp 0's, always in that order.
+  // Adds the partial results of warps 1 .. of the same rows to warp 0's, always in that order.
   __device__ void combine_warps(Output& r_o, Softmax& softmax) const {
-    Threads::sync();  // every warp is done with the K and V tiles
+    Threads::sync();  // every warp has finished with the K and V tiles
     if (warp_kv != 0) {
       const uint32_t slot = slot_addr(warp_kv);
       for_each_tile([&](int m, int n, int tile_idx) {
@@ -149,7 +149,7 @@ struct FwdEpilogue {
 
   __device__ void write_result(const Output& r_o, const Softmax& softmax) const {
     if constexpr (kIsStaged && Spec::kWarpsKv == 1) {
-      Threads::sync();  // every warp is done with Q, K and V
+      Threads::sync();  // every warp has finished with Q, K and V
     }
     for_each_row([&](int m, int half, int row) {
       const Place place = out.place_of(row);
@@ -163,7 +163,7 @@ struct FwdEpilogue {
       }
     });
     if constexpr (kIsStaged) {
-      __syncwarp();  // a warp copies only the rows that it staged
+      __syncwarp();  // a warp copies only rows that it staged itself
       copy_staged_rows();
     }
   }
@@ -196,7 +196,7 @@ struct FwdEpilogue {
     }
   }
 
-  // ---- Direct stores from the fragments; kPaired if two columns may go in one store.
+  // ---- Direct stores from the fragments; kPaired: two columns may share one store.
   template <bool kPaired, class T>
   __device__ void write_row(T* g_row, const float (&tiles)[Traits::kColumnTiles][4],
                             int half) const {
@@ -237,7 +237,7 @@ struct FwdEpilogue {
     }
   }
 
-  // f(m, half, row of the tile)
+  // Calls f(m, half, row of the tile) for the rows of this lane.
   template <class F>
   __device__ void for_each_row(F f) const {
 #pragma unroll

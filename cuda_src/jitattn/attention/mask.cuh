@@ -1,4 +1,4 @@
-// Hides the scores that positions hide from a row. Only blocks with hidden scores come here.
+// Positional masks: sets hidden scores to -inf. Called for blocks with hidden scores only.
 #pragma once
 
 #include "jitattn/attention/rows.cuh"
@@ -9,8 +9,8 @@
 
 namespace jitattn {
 
-// r_s: scores of a warp's rows (tile/warp_rows.cuh) and keys first_key_idx ..; hidden ones become
-// -inf.
+// Sets hidden scores to -inf. r_s: scores of a warp's rows (tile/warp_rows.cuh) and of the keys
+// first_key_idx ...
 template <class Spec, class WarpRows, int kRowTiles, int kKeyTiles>
 __device__ __forceinline__ void mask_scores(float (&r_s)[kRowTiles][kKeyTiles][4],
                                             const FwdParamsOf<Spec>& params,

@@ -1,4 +1,4 @@
-// Biases and dense masks: their elements, and their tiles where they come through shared memory.
+// Types of biases and dense masks: their elements, and their tiles if staged through shared memory.
 #pragma once
 
 #include "jitattn/tile/element.cuh"

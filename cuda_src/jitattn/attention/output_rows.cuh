@@ -1,4 +1,4 @@
-// Where the rows of a CTA's tile go: in the output and the LSE, and among partial results.
+// Destinations of a CTA's rows in the output, the LSE and the partial results.
 #pragma once
 
 #include "jitattn/attention/rows.cuh"
@@ -25,7 +25,7 @@ struct OutputRows {
         rows(params, plan.sequence.len_q) {}
 
   struct Place {
-    int position;  // in the tensor: that of the sequence's first row included
+    int position;  // in the tensor, with the sequence's first row added
     int head;
     bool exists;
   };
@@ -47,12 +47,12 @@ struct OutputRows {
            place.position * params.out_stride_row + place.head * params.out_stride_head;
   }
 
-  // Rows of the tile that exist, those before a list's first query too.
+  // Number of rows of the tile that exist, with those before a list's first query.
   __device__ int num_rows() const {
     return min_of(Spec::kBlockQ, rows.num_rows - tile.q_tile_idx * Spec::kBlockQ);
   }
 
-  // First row of a split's partial result.
+  // First row of the partial result of a split.
   __device__ int64_t partial_row(int split_idx) const {
     const int head_tiles = params.heads_q / params.heads_per_tile;
     return (static_cast<int64_t>(tile.item + split_idx) * head_tiles + head_tile_idx()) *

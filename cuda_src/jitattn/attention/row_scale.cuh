@@ -1,5 +1,5 @@
-// What a score is multiplied by before exp2: one number, or, for operands with scales (8 bits, fp16
-// parts), one for each row and each block of keys.
+// The factor of a score before exp2: one constant, or, for scaled operands (INT8, fp16 parts), one
+// factor per row and key block.
 #pragma once
 
 #include "jitattn/attention/cta_work.cuh"
@@ -20,36 +20,37 @@ struct RowScale {
   __device__ void load_rows(const CtaWork<Spec>&, const WarpRows&) {}
   __device__ void load_keys(const CtaWork<Spec>&, int) {}
   template <class Scores>
-  __device__ void take_off(const Scores&) {}
-  // A score without what its accumulator began with; and an addend for scores with it.
+  __device__ void remove_initial_bias(const Scores&) {}
+  // bare: the score minus the accumulator's initial bias. addend: an addend for scores with the
+  // bias.
   __device__ float bare(float score) const { return score; }
   __device__ float addend(int, int, float addend) const { return addend; }
 };
 
 template <class Spec, int kRowTiles>
 struct RowScale<Spec, kRowTiles, true> {
-  static constexpr float kOffset = kIsQuantized<Spec> ? 12582912.f : 0.f;  // mma/int8.cuh
-  // Of a score's unit, base 2: beyond, a product with kOffset would round off more than a weight
-  // may be off by.
+  static constexpr float kOffset = kIsQuantized<Spec> ? 12582912.f : 0.f;  // see mma/int8.cuh
+  // Largest score unit, base 2, at which the product with kOffset still rounds within the error
+  // that a weight may have.
   static constexpr float kCoarse = 0x1p-4f;
-  static constexpr int kKeys = 64;  // that share a scale: quantize.cuh
+  static constexpr int kKeys = 64;  // keys that share a scale: prepare/quantize.cuh
   static_assert(kKeys % (Spec::kBlockKv / Spec::kWarpsKv) == 0, "a warp's keys share a scale");
 
-  float of_row[kRowTiles][2];  // with scale_log2
-  float coarse_keys;           // of_keys beyond which a unit is coarse
-  float offset;                // what scores of this block have in them
+  float of_row[kRowTiles][2];  // times scale_log2
+  float coarse_keys;           // of_keys above which a unit is coarse
+  float offset;                // initial bias of the scores of this block
   float of_keys;
-  float of_values;  // of V of the same keys; 1 where V is as it was given
+  float of_values;  // scale of V of the same keys; 1 if V is not scaled
 
   __device__ explicit RowScale(const FwdParamsOf<Spec>&)
       : coarse_keys(0.f), offset(kOffset), of_keys(1.f), of_values(1.f) {}
 
-  // Of a warp's rows (tile/warp_rows.cuh).
+  // Loads the scales of a warp's rows (tile/warp_rows.cuh).
   template <class WarpRows>
   __device__ void load_rows(const CtaWork<Spec>& work, const WarpRows& warp_rows) {
     const FwdParamsOf<Spec>& params = work.params;
     const RowMap& rows = work.rows;
-    // Of the first query of the sequence, and the first head of the tile.
+    // The scale of the sequence's first query in the first head of the tile.
     const float* g_scale = params.q_scale + work.tile.batch_idx * params.q_scale_stride_batch +
                            work.tile.head_idx * params.q_scale_stride_head + work.sequence.q_start;
     float most = 0.f;
@@ -62,7 +63,7 @@ struct RowScale<Spec, kRowTiles, true> {
         const int64_t head = rows.head(row, position);
         const float of_q = __ldg(g_scale + head * params.q_scale_stride_head + position);
         of_row[m][half] = of_q * params.scale_log2;
-        // Nor may the product with that of keys be 0 (quantize.cuh).
+        // Keeps the product with the scale of the keys above 0 (prepare/quantize.cuh).
         if constexpr (kIsQuantized<Spec>) of_row[m][half] = fmaxf(of_row[m][half], 1e-20f);
         most = fmaxf(most, of_row[m][half]);
       }
@@ -70,9 +71,9 @@ struct RowScale<Spec, kRowTiles, true> {
     coarse_keys = kCoarse / most;
   }
 
-  // Where units are coarse, scores lose at once what they began with. (Lanes of a row agree.)
+  // Subtracts the initial bias from the scores where units are coarse. Lanes of a row agree.
   template <int kKeyTiles>
-  __device__ void take_off(float (&r_s)[kRowTiles][kKeyTiles][4]) {
+  __device__ void remove_initial_bias(float (&r_s)[kRowTiles][kKeyTiles][4]) {
     if constexpr (!kIsQuantized<Spec>) return;
     const bool is_coarse = of_keys > coarse_keys;
     offset = is_coarse ? 0.f : kOffset;
@@ -87,10 +88,10 @@ struct RowScale<Spec, kRowTiles, true> {
     }
   }
 
-  // Of a warp's keys of a block.
+  // Loads the scale of a warp's keys of a block.
   __device__ void load_keys(const CtaWork<Spec>& work, int first_key) {
     const FwdParamsOf<Spec>& params = work.params;
-    const int64_t kv_head =  // of all sequences
+    const int64_t kv_head =  // counted over all sequences
         work.k_batch_idx() * (params.heads_q / params.heads_per_kv) + work.kv_head_idx;
     const int64_t idx = kv_head * ceil_div(params.len_kv, kKeys) + first_key / kKeys;
     of_keys = __ldg(params.k_scale + idx);
@@ -99,7 +100,7 @@ struct RowScale<Spec, kRowTiles, true> {
 
   __device__ float operator()(int m, int half) const {
     const float product = of_row[m][half] * of_keys;
-    // Never 0, with which a hidden score, -inf, would become NaN.
+    // Never 0, since 0 times a hidden score, -inf, is NaN.
     return kIsQuantized<Spec> ? product : fmaxf(product, 0x1p-100f);
   }
   __device__ float bare(float score) const { return kIsQuantized<Spec> ? score - offset : score; }

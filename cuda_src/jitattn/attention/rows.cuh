@@ -1,4 +1,4 @@
-// Rows of a query tile: which query position and head each one is (GQA packing).
+// GQA packing: maps each row of a query tile to a query position and a head.
 //
 // The heads_per_tile query heads that read one kv head are packed head-fastest:
 //   row = position * heads_per_tile + head_in_tile
@@ -22,7 +22,7 @@ struct RowMap {
         heads_per_tile(params.heads_per_tile),
         num_rows(len_q * params.heads_per_tile) {}
 
-  // Of queries that are not packed: rows are positions, which the compiler sees.
+  // Without packing: rows are positions, which the compiler then knows.
   __device__ explicit RowMap(int len_q)
       : div_mul(0), div_shift(0), heads_per_tile(1), num_rows(len_q) {}
 

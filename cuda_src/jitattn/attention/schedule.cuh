@@ -1,9 +1,9 @@
-// Which query tile, head, sequence and key range a CTA works on.
+// Forward schedule: maps each CTA to a query tile, head, sequence and range of key blocks.
 //
 // An item is a query tile of one sequence with one part (split) of its keys; every head tile has
-// them all. Where all sequences are alike, items follow from the CTA's number alone. Where they
-// differ, every CTA reads the lengths and counts: no plan has to be made beforehand, and a captured
-// graph stays right when lengths change.
+// the same items. If all sequences have one length, the item follows from the CTA's index alone. If
+// lengths differ, every CTA reads the lengths and counts: the host makes no plan, and a captured
+// graph stays valid when lengths change.
 #pragma once
 
 #include "jitattn/attention/rows.cuh"
@@ -19,13 +19,13 @@ struct WorkTile {
   int num_splits;  // of this query tile
   int head_idx;    // first query head of the tile
   int batch_idx;   // negative: no work for this CTA
-  int item;        // number of the tile's first split among all items
+  int item;        // index of the tile's first split among all items
 };
 
-// Full: query tiles fastest, so that neighbouring CTAs share the K and V of one head in L2.
-// A bias matrix: heads fastest, which most often share it.
-// Causal: heads fastest and the last (longest) query tiles first, so that short tiles fill the end
-// of the run. (9 to 11 % on causal in an earlier experiment; notes/0001)
+// Order of the tiles. Full: query tiles fastest, so that neighbouring CTAs share the K and V of one
+// head in L2. With a bias matrix: heads fastest, since heads most often share it. Causal: heads
+// fastest and the last (longest) query tiles first, so that short tiles fill the tail of the grid.
+// (9 to 11 % on causal in an earlier experiment; notes/0001)
 template <class Spec>
 __device__ __forceinline__ WorkTile uniform_tile(const FwdParams& params, uint32_t cta_idx) {
   const uint32_t num_q_tiles = params.num_q_tiles, num_splits = params.num_splits;
@@ -54,7 +54,7 @@ __device__ __forceinline__ WorkTile uniform_tile(const FwdParams& params, uint32
   return tile;
 }
 
-// Query tiles and key blocks of a sequence.
+// Numbers of query tiles and key blocks of a sequence.
 struct Extent {
   int num_q_tiles;
   int num_kv_blocks;
@@ -73,7 +73,8 @@ __device__ __forceinline__ Extent extent_of(const FwdParamsOf<Spec>& params, int
   const int num_kv_blocks = ceil_div(kv.length, Spec::kBlockKv);
   if constexpr (Spec::kMask == MaskKind::kWindow) {
     if (params.left > kNoLeft && !lifts_left<Spec>(params, len_q)) {
-      // At most: the reach of a tile's queries, wherever it begins within a block, and the first.
+      // Upper bound: the reach of a tile's queries at any offset within a block, and the first
+      // keys.
       const int positions = min_of(len_q, Spec::kBlockQ);
       const int64_t reach = static_cast<int64_t>(params.diagonal) - params.left + positions;
       const int64_t blocks =
@@ -82,7 +83,8 @@ __device__ __forceinline__ Extent extent_of(const FwdParamsOf<Spec>& params, int
     }
   }
   if constexpr (Spec::kMask == MaskKind::kLocalStride) {
-    // At most, but for dense heads: the local blocks and one more, and every stride-th before them.
+    // Upper bound, except for dense heads: the local blocks plus one, and every stride-th before
+    // them.
     const int per_block = 1 << (params.block_log2 - log2_of(Spec::kBlockKv));
     const int64_t local = static_cast<int64_t>(params.local_blocks + 2) * per_block;
     const int64_t blocks = local + num_kv_blocks / params.stride + per_block;
@@ -93,8 +95,8 @@ __device__ __forceinline__ Extent extent_of(const FwdParamsOf<Spec>& params, int
 
 __device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(0xffffffffu, value); }
 
-// Key blocks of the longest item where items are balanced: none has more than the mean load of a
-// CTA slot. extent_at(base): of sequence base + lane. The same in every lane.
+// Returns the number of key blocks of the longest balanced item: at most the mean load of a CTA
+// slot. extent_at(base): the extent of sequence base + lane. The same in every lane.
 template <class Spec, class ExtentAt>
 __device__ __forceinline__ int most_blocks_of_item(const FwdParamsOf<Spec>& params, int head_tiles,
                                                    ExtentAt extent_at) {
@@ -107,10 +109,10 @@ __device__ __forceinline__ int most_blocks_of_item(const FwdParamsOf<Spec>& para
     load += warp_sum(extent.num_q_tiles * extent.num_kv_blocks);
     num_tiles += warp_sum(extent.num_q_tiles);
   }
-  // Rounding by some 1e-7 here is less than the grid has to spare (plan/forward.py).
+  // The rounding error, about 1e-7, is less than the spare slots of the grid (plan/forward.py).
   const float mean = static_cast<float>(load) * head_tiles / params.num_slots;
   int most_blocks = max_of(kFewestBlocks, static_cast<int>(ceilf(mean)));
-  // If all items can run at once, they should: rounding up must not begin a second wave.
+  // If all items fit in one wave, rounding up must not begin a second one.
   const int share = max_of(1, params.num_slots / head_tiles);
 #pragma unroll 1
   for (int attempt = 0; attempt < 3 && num_tiles <= share; ++attempt) {
@@ -127,7 +129,7 @@ __device__ __forceinline__ int most_blocks_of_item(const FwdParamsOf<Spec>& para
   return most_blocks;
 }
 
-// The sum of this lane's value and those of the lanes before it.
+// Inclusive prefix sum over the lanes of a warp.
 __device__ __forceinline__ int warp_prefix_sum(int value) {
   const int lane_idx = threadIdx.x % 32;
 #pragma unroll
@@ -138,20 +140,21 @@ __device__ __forceinline__ int warp_prefix_sum(int value) {
   return value;
 }
 
-// The same in every warp of the CTA. Longest first, roughly: sequences come in classes of halving
-// lengths, and in their order within a class. num_splits = 0: items are balanced.
+// Finds the item of a CTA by counting; the same in every warp of the CTA. Longer sequences come
+// first: in classes of halving length, and in batch order within a class. num_splits = 0: items are
+// balanced.
 template <class Spec>
 __device__ __forceinline__ WorkTile counted_tile(const FwdParamsOf<Spec>& params,
                                                  uint32_t cta_idx) {
   constexpr int kClasses = 4;
   const int lane_idx = threadIdx.x % 32;
   const int head_tiles = params.heads_q / params.heads_per_tile;
-  // Read once where one round of lanes holds them all: this is on the way to the first copy.
+  // Read once if one round of lanes holds them all: this is on the way to the first copy.
   const Extent first_extent = extent_of<Spec>(params, lane_idx);
   auto extent_at = [&](int base) {
     return base == 0 ? first_extent : extent_of<Spec>(params, base + lane_idx);
   };
-  int most_blocks = params.len_kv;  // one split each
+  int most_blocks = params.len_kv;  // one split per tile
   if (params.num_splits == 0)
     most_blocks = most_blocks_of_item<Spec>(params, head_tiles, extent_at);
   auto splits_of = [&](const Extent& extent) {
@@ -159,13 +162,13 @@ __device__ __forceinline__ WorkTile counted_tile(const FwdParamsOf<Spec>& params
     return max_of(1, ceil_div(extent.num_kv_blocks, most_blocks));
   };
 
-  // ---- The sequence that holds this CTA's item
+  // ---- The sequence that contains this CTA's item
   WorkTile tile;
   tile.batch_idx = -1;
   const int wanted = cta_idx / head_tiles;
   tile.head_idx = (cta_idx % head_tiles) * params.heads_per_tile;
   const int longest = ceil_div(params.len_kv, Spec::kBlockKv);
-  int before = 0;  // items of the sequences passed
+  int before = 0;  // items of the sequences before
 #pragma unroll 1
   for (int length_class = 0; length_class < kClasses; ++length_class) {
     const int most = length_class == 0 ? longest : longest >> length_class;
@@ -206,9 +209,9 @@ __device__ __forceinline__ WorkTile work_tile(const FwdParamsOf<Spec>& params, u
   }
 }
 
-// Keys that the query at `position` may see: [0, limit), or with a window, of those [first, limit)
-// and the first ones. Where all sequences are alike, straight from the parameters: copies in
-// registers made the main loop spill.
+// Returns the limit of the keys that the query at `position` sees: [0, limit), or with a window
+// [first, limit) of them and the first keys. Read from the parameters if all sequences have one
+// length: copies in registers make the main loop spill.
 template <class Spec>
 __device__ __forceinline__ int visible_keys(const FwdParamsOf<Spec>& params,
                                             const Sequence& sequence, int position) {
@@ -217,7 +220,7 @@ __device__ __forceinline__ int visible_keys(const FwdParamsOf<Spec>& params,
   return min_of(len_kv, position + 1 + (kIsUniform<Spec> ? params.diagonal : sequence.diagonal));
 }
 
-// A local + stride pattern, of one kv head.
+// The local + stride pattern of one kv head.
 template <class Spec>
 struct LocalStride {
   const FwdScoreParams& params;
@@ -234,7 +237,7 @@ struct LocalStride {
     if (is_dense) return 0;
     return max_of(0, (own >> params.block_log2) - params.local_blocks + 1) << params.block_log2;
   }
-  // After the last query, by its key position, to which the block of a key is local.
+  // End of the queries, by key position, that have the block of this key among their local blocks.
   __device__ int64_t end_of_local(int key) const {
     return static_cast<int64_t>((key >> params.block_log2) + params.local_blocks)
            << params.block_log2;
@@ -248,7 +251,7 @@ struct LocalStride {
   }
 };
 
-// First key that the query at `position` sees, those aside that it sees before a gap.
+// Returns the first key after the gap that the query at `position` sees.
 template <class Spec>
 __device__ __forceinline__ int first_key(const FwdParamsOf<Spec>& params, const Sequence& sequence,
                                          int head_idx, int position) {
@@ -261,7 +264,7 @@ __device__ __forceinline__ int first_key(const FwdParamsOf<Spec>& params, const 
   return 0;
 }
 
-// Whether a key before first_key is seen all the same.
+// Whether a key before first_key is visible nevertheless: a first key, or one on the stride.
 template <class Spec>
 __device__ __forceinline__ bool is_kept(const FwdParamsOf<Spec>& params, int head_idx, int key) {
   if constexpr (Spec::kMask == MaskKind::kWindow) return key < params.keep_first;
@@ -271,42 +274,41 @@ __device__ __forceinline__ bool is_kept(const FwdParamsOf<Spec>& params, int hea
   return false;
 }
 
-// What a CTA whose sequences differ has found out, for its epilogue.
+// The plan of a CTA where sequence lengths differ, kept for the epilogue.
 struct CtaPlan {
   WorkTile tile;
   Sequence sequence;
 };
 
-// What a list says of a group of 16 keys.
+// The list entry of a group of 16 keys.
 struct ListedGroup {
-  int first_key;  // kNoKey: there is no such group
+  int first_key;  // kNoKey: no such group
   uint32_t bits;
 };
 
 constexpr int kNoKey = 0x3ffffff0;
 
-// The window of a head: the query at key position p sees the listed keys up to
-// p + right, of those the ones from p + left on, or before keep_first.
+// The window of a head: the query at key position p sees the listed keys in [p + left, p + right],
+// and those before keep_first that are not beyond p + right.
 struct BlockListHead {
   int right;
   int left;
   int keep_first;
 };
 
-// The key blocks of a CTA, by ordinals: those that any row of the tile may see, without gaps. First
-// the kept ones (of the first keys, or on the stride), then all from some block on; or those of a
-// list.
+// The key blocks of a CTA, numbered without gaps by ordinals: first the kept blocks (of the first
+// keys, or on the stride), then all blocks from some block on; or the blocks of a list.
 struct KvBlockRange {
   int begin;
   int end;
   int num_kept;
-  int gap;               // block - ordinal of the others
-  int kept_first;        // local + stride: first kept block,
-  int kept_log2;         // kernel blocks of a pattern block, as a power of two,
-  int kept_step;         // and kernel blocks from a kept pattern block to the next
-  const int2* g_groups;  // lists: the groups of this tile,
-  int num_groups;        // how many of them any row may see,
-  int num_keys;          // and their keys that exist
+  int gap;               // block - ordinal, after the kept blocks
+  int kept_first;        // local + stride: first kept block
+  int kept_log2;         // log2 of the kernel blocks in a pattern block
+  int kept_step;         // kernel blocks from one kept pattern block to the next
+  const int2* g_groups;  // lists: the groups of this tile
+  int num_groups;        // number of groups that any row may see
+  int num_keys;          // number of their keys that exist
   BlockListHead head;
 
   __device__ ListedGroup listed_group(int idx, bool is_wanted) const {
@@ -328,24 +330,24 @@ struct KvBlockRange {
   }
 };
 
-// What a head has: its list (x: 2 list + 1 if positions below 0 see nothing) and its window.
+// Loads a head's list (x: 2 list + 1 if positions below 0 see nothing) and its window.
 template <class Spec>
 __device__ __forceinline__ int4 load_block_list_head(const FwdBlockListParams& params,
                                                      const Sequence& sequence, int head_idx) {
-  // A query alone may have another rule.
+  // A single query may have another rule.
   const bool is_alone = sequence.len_q - sequence.first_position == 1;
   return __ldg(params.list_heads + (is_alone ? params.heads_q : 0) + head_idx);
 }
 
-// The groups listed for a query tile, sorted by their keys.
+// The groups listed for a query tile, in ascending order of keys.
 struct BlockListSpan {
   const int2* g_groups;
   int count;
 
-  // Groups that begin before `key`.
+  // Number of groups that begin before `key`.
   __device__ int before(int key) const {
     int below = 0, above = count;
-    // Most often all do, or all but a few.
+    // Fast path: usually all groups do.
     if (above > 0 && __ldg(g_groups + above - 1).x * 16 < key) below = above;
     while (below < above) {
       const int middle = (below + above) / 2;
@@ -359,7 +361,7 @@ struct BlockListSpan {
   }
 };
 
-// Of the tile whose first query is at `position`.
+// Returns the groups of the tile whose first query is at `position`.
 __device__ __forceinline__ BlockListSpan listed_span(const FwdBlockListParams& params,
                                                      const Sequence& sequence, const int4& head,
                                                      int position) {
@@ -371,7 +373,7 @@ __device__ __forceinline__ BlockListSpan listed_span(const FwdBlockListParams& p
   return {params.list_groups + span.x, span.y};
 }
 
-// Of the groups listed for this tile those that any of its rows may see.
+// Finds the listed groups of this tile that any of its rows may see.
 template <class Spec>
 __device__ __forceinline__ void find_block_list(KvBlockRange& range,
                                                 const FwdBlockListParams& params,
@@ -389,7 +391,7 @@ __device__ __forceinline__ void find_block_list(KvBlockRange& range,
   range.num_keys = (count - 1) * 16 + min_of(16, sequence.len_kv - last_key);
 }
 
-// Cut evenly into the tile's splits.
+// Returns the key blocks of a CTA: those of the tile, cut evenly into its splits.
 template <class Spec>
 __device__ __forceinline__ KvBlockRange kv_block_range(const FwdParamsOf<Spec>& params,
                                                        const Sequence& sequence, const RowMap& rows,
@@ -414,7 +416,7 @@ __device__ __forceinline__ KvBlockRange kv_block_range(const FwdParamsOf<Spec>& 
       range.kept_log2 = params.block_log2 - log2_of(Spec::kBlockKv);
       range.kept_first = column << range.kept_log2;
       range.kept_step = params.stride << range.kept_log2;
-      const int columns = key >> params.block_log2;  // before the local ones
+      const int columns = key >> params.block_log2;  // before the local blocks
       const int kept = columns > column ? ceil_div(columns - column, params.stride) : 0;
       range.num_kept = min_of(first, kept << range.kept_log2);
     }

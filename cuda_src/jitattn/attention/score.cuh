@@ -1,6 +1,6 @@
-// What is added to scores and done with them: softcap, ALiBi, biases, and -inf for what tensors
-// hide. Scores are q k^T here, not scaled yet: whatever is added is divided by the scale, by which
-// the softmax multiplies it again. (Most often it comes first, and q k^T is added to it.)
+// Score modifications: softcap, ALiBi, biases, and -inf for keys hidden by tensors. Scores are
+// unscaled q k^T here: each addend is divided by the scale, by which the softmax multiplies it
+// again. (Usually the addend initialises the accumulator, and q k^T is added to it.)
 #pragma once
 
 #include "jitattn/attention/block_lists.cuh"
@@ -23,8 +23,8 @@ constexpr bool kAddsToScores =
     Spec::kAlibi == Switch::kOn || Spec::kKeyPadding == Switch::kOn ||
     (Spec::kDense == Switch::kOn && Spec::kDenseStaged == Staging::kOff);
 
-// r_s = cap tanh(scale r_s / cap) / scale. tanh y = 1 - 2 / (e^2y + 1), to some 1e-7; the
-// hardware's own tanh is 2^-11.
+// r_s = cap tanh(scale r_s / cap) / scale. tanh y = 1 - 2 / (e^2y + 1), with an error of about
+// 1e-7; the error of the hardware tanh is 2^-11.
 template <class Spec, int kRowTiles, int kKeyTiles>
 __device__ __forceinline__ void cap_scores(float (&r_s)[kRowTiles][kKeyTiles][4],
                                            const FwdScoreParams& params) {
@@ -42,16 +42,16 @@ __device__ __forceinline__ void cap_scores(float (&r_s)[kRowTiles][kKeyTiles][4]
   }
 }
 
-// What is below -3e7 hides, as -inf does. A maximum is rounded to fp32 and subtracted exactly: from
-// 2^26 on, the rounding error itself would leave the range of fp16 weights.
+// Values below -3e7 hide a key, as -inf does. A maximum is rounded to fp32 and subtracted exactly:
+// from 2^26 on, the rounding error alone would leave the range of fp16 weights.
 template <class Spec>
 __device__ __forceinline__ float bounded_bias(float bias) {
   if constexpr (Spec::kBias == BiasKind::kSame && Spec::kDtype == Dtype::kFp16) return bias;
   return bias < -3e7f ? -infinity() : bias;
 }
 
-// Biases and masks in memory, of a warp's rows (tile/warp_rows.cuh) and keys. Nothing is read for
-// rows and keys that do not exist. s_bias: a staged bias at the first row and key of the warp.
+// Biases and masks in memory for a warp's rows (tile/warp_rows.cuh) and keys. Rows and keys that do
+// not exist are not read. s_bias: a staged bias at the first row and key of the warp.
 template <class Spec, class WarpRows>
 struct ScoreTerms {
   using Traits = MatrixTraits<Spec>;
@@ -61,7 +61,7 @@ struct ScoreTerms {
   static constexpr bool kReadsDense = Spec::kDense == Switch::kOn && !Traits::kStagesDense;
   static constexpr bool kStagesRow = Spec::kBiasStaged == Staging::kRow;
   static constexpr bool kStagesMatrix = Spec::kBiasStaged == Staging::kMatrix;
-  // Terms that differ from row to row, but for a bias, which may or may not.
+  // Whether terms other than the bias differ from row to row; a bias may or may not.
   static constexpr bool kHasRows = Spec::kRelativeBias == Switch::kOn ||
                                    Spec::kAlibi == Switch::kOn || kReadsDense || kStagesMatrix;
 
@@ -73,7 +73,7 @@ struct ScoreTerms {
   const KeyColumns<Spec>& columns;
   const uint32_t s_bias;
 
-  // What all rows have in common: a column is read once.
+  // Adds the terms common to all rows: a column is read once.
   template <int kRowTiles, int kKeyTiles>
   __device__ void add_columns(float (&r_s)[kRowTiles][kKeyTiles][4]) const {
     if constexpr (kReadsBias || kStagesRow || Spec::kKeyPadding == Switch::kOn) {
@@ -105,7 +105,7 @@ struct ScoreTerms {
     }
   }
 
-  // What each row has of its own.
+  // Adds the terms that differ from row to row.
   template <int kRowTiles, int kKeyTiles>
   __device__ void add_rows(float (&r_s)[kRowTiles][kKeyTiles][4]) const {
     if (!kHasRows && (!kReadsBias || params.bias_is_shared)) return;
@@ -140,9 +140,9 @@ struct ScoreTerms {
   }
 
  private:
-  // Where one row's terms are.
+  // The addresses of the terms of one row.
   struct RowTerms {
-    int own_key;  // distance 0
+    int own_key;  // key at distance 0
     const T* g_bias;
     const uint8_t* g_dense;
     float slope;
@@ -170,7 +170,7 @@ struct ScoreTerms {
     return terms;
   }
 
-  // ALiBi and the relative bias, by how far a key is from the row's own.
+  // Adds ALiBi and the relative bias, functions of the distance from the row's own key.
   __device__ void add_of_distance(float& term, const RowTerms& terms, int key) const {
     const int distance = key - terms.own_key;
     if constexpr (Spec::kAlibi == Switch::kOn) {
@@ -202,7 +202,7 @@ struct ScoreTerms {
   }
 };
 
-// r_s += (biases) / scale, and -inf where tensors hide.
+// r_s += (biases) / scale, and -inf for keys that tensors hide.
 template <class Spec, class WarpRows, int kRowTiles, int kKeyTiles>
 __device__ __forceinline__ void add_to_scores(float (&r_s)[kRowTiles][kKeyTiles][4],
                                               const FwdParamsOf<Spec>& params,
@@ -216,7 +216,7 @@ __device__ __forceinline__ void add_to_scores(float (&r_s)[kRowTiles][kKeyTiles]
   terms.add_rows(r_s);
 }
 
-// Hides what a staged mask hides; s_dense: its tile at the first row and key of the warp.
+// Applies a staged mask. s_dense: its tile at the first row and key of the warp.
 template <class Spec, class WarpRows, int kRowTiles, int kKeyTiles>
 __device__ __forceinline__ void hide_staged(float (&r_s)[kRowTiles][kKeyTiles][4],
                                             const WarpRows& warp_rows, uint32_t s_dense) {
@@ -240,7 +240,7 @@ __device__ __forceinline__ void hide_staged(float (&r_s)[kRowTiles][kKeyTiles][4
   }
 }
 
-// What a sink adds to the sum of a row whose scores are exp2(score - max), with -max given.
+// Returns the term of a sink in the row sum of exp2(score - max); -max is given.
 template <class Spec>
 __device__ __forceinline__ float sink_weight(const FwdParamsOf<Spec>& params, int head_idx,
                                              float neg_max_log2) {

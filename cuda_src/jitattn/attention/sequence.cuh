@@ -1,4 +1,4 @@
-// Where one sequence of the batch lies: first rows and lengths of its queries and keys.
+// Location of one sequence of the batch: first rows and lengths of its queries and keys.
 #pragma once
 
 #include "jitattn/attention/spans.cuh"
@@ -7,11 +7,11 @@
 
 namespace jitattn {
 
-// Whether the keys that a query tile visits are listed in memory.
+// Whether the keys of a query tile are listed in memory.
 template <class Spec>
 constexpr bool kHasBlockLists = Spec::kMask == MaskKind::kBlockLists;
 
-// Whether all sequences of the batch are alike, and known to be.
+// Whether all sequences of the batch have one length, known at compile time.
 template <class Spec>
 constexpr bool kIsUniform = Spec::kQLayout == SeqLayout::kBatched &&
                             Spec::kKvLayout == SeqLayout::kBatched && !kHasBlockLists<Spec>;
@@ -20,18 +20,18 @@ template <class Spec>
 constexpr bool kIsPaged =
     Spec::kKvLayout == SeqLayout::kPaged || Spec::kKvLayout == SeqLayout::kPaged16;
 
-// Whether a kernel block is gathered of small blocks of a local + stride pattern.
+// Whether a kernel block gathers small blocks of a local + stride pattern.
 template <class Spec>
 constexpr bool kGathersKeys = Spec::kMask == MaskKind::kFineStride;
 
 template <class Spec>
 constexpr bool kHasStride = Spec::kMask == MaskKind::kLocalStride || kGathersKeys<Spec>;
 
-// Whether keys before a bound of their own are hidden, but for some.
+// Whether visible keys form two ranges with a gap.
 template <class Spec>
 constexpr bool kHasGap = Spec::kMask == MaskKind::kWindow || kHasStride<Spec>;
 
-// Whether the mask or anything else asks for more than q k^T, scaled.
+// Whether the kernel needs more than the scaled product q k^T, by its mask or score modifications.
 template <class Spec>
 constexpr bool kHasScores =
     kHasGap<Spec> || kHasBlockLists<Spec> || Spec::kBias != BiasKind::kNone ||
@@ -44,12 +44,12 @@ template <class Spec>
 constexpr bool kIsQuantized =
     Spec::kNumerics == Numerics::kInt8 || Spec::kNumerics == Numerics::kInt8F16;
 
-// Whether fp32 operands come as fp16 parts, V too.
+// Whether fp32 operands are split into fp16 parts, V as well.
 template <class Spec>
 constexpr bool kSplitFp32 =
     Spec::kNumerics == Numerics::kF16x3 || Spec::kNumerics == Numerics::kF16x1;
 
-// Whether rows of Q and blocks of K have scales of their own.
+// Whether rows of Q and blocks of K have scales.
 template <class Spec>
 constexpr bool kIsScaled = kIsQuantized<Spec> || kSplitFp32<Spec>;
 
@@ -64,7 +64,7 @@ template <class Spec>
 using FwdParamsOf = typename Conditional<kIsScaled<Spec>, ScaledParams<PlainParamsOf<Spec>>,
                                          PlainParamsOf<Spec>>::type;
 
-// Queries of sequence batch_idx.
+// Returns the queries of sequence batch_idx.
 template <class Spec>
 __device__ __forceinline__ Span q_span(const FwdParamsOf<Spec>& params, int batch_idx) {
   if constexpr (Spec::kQLayout == SeqLayout::kBatched) return {0, params.len_q};
@@ -72,11 +72,12 @@ __device__ __forceinline__ Span q_span(const FwdParamsOf<Spec>& params, int batc
                    params.len_q, params.q_rows);
 }
 
-// Whether rows of the batch of k and v may be named. Those in 8 bits are of one sequence each.
+// Whether a block table may name batch rows of k and v. INT8 and split operands have one row per
+// sequence.
 template <class Spec>
 constexpr bool kMayNameRows = Spec::kKvLayout == SeqLayout::kRagged && !kIsScaled<Spec>;
 
-// Row of the batch of k and v that holds sequence batch_idx. (A flat tensor has one for them all.)
+// Returns the batch row of k and v of sequence batch_idx. (A flat tensor has one row for all.)
 template <class Spec>
 __device__ __forceinline__ uint32_t kv_row(const FwdParamsOf<Spec>& params, int batch_idx) {
   if constexpr (kIsPaged<Spec>) return 0;
@@ -88,7 +89,7 @@ __device__ __forceinline__ uint32_t kv_row(const FwdParamsOf<Spec>& params, int 
   return batch_idx;
 }
 
-// Keys of sequence batch_idx.
+// Returns the keys of sequence batch_idx.
 template <class Spec>
 __device__ __forceinline__ Span kv_span(const FwdParamsOf<Spec>& params, int batch_idx) {
   if constexpr (Spec::kKvLayout == SeqLayout::kBatched) return {0, params.len_kv};
@@ -101,7 +102,7 @@ __device__ __forceinline__ Span kv_span(const FwdParamsOf<Spec>& params, int bat
                    params.len_kv, params.kv_rows);
 }
 
-constexpr int kNoLeft = -0x40000000;  // as the host has it (masks.py)
+constexpr int kNoLeft = -0x40000000;  // as on the host (values/masks.py)
 
 template <class Spec>
 __device__ __forceinline__ int left_of(const FwdParamsOf<Spec>& params, int corner) {
@@ -115,7 +116,7 @@ __device__ __forceinline__ bool lifts_left(const FwdParamsOf<Spec>& params, int 
   return false;
 }
 
-// Lists: positions before query 0 in its tile.
+// Lists: number of positions in the first tile before query 0.
 template <class Spec>
 __device__ __forceinline__ int list_shift(const FwdParamsOf<Spec>& params, const Span& q,
                                           const Span& kv) {
@@ -133,7 +134,7 @@ struct Sequence {
   int len_kv;
   int diagonal;  // causal, window: query i sees keys <= i + diagonal
   int left;      // window: and keys >= i + left, or < keep_first
-  // Lists: query tiles begin where lists do, so that the first ones of a tile may not exist.
+  // Lists: query tiles begin at list bounds, so that the first positions of a tile may not exist.
   int first_position;
 
   template <class Spec>

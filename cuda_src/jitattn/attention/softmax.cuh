@@ -1,12 +1,12 @@
 // Online softmax in base 2 with a lazy maximum.
 //
 // PAPER: Milakov and Gimelshein, arXiv:1805.02867 (online softmax); Dao, arXiv:2307.08691, Alg. 1.
-// We differ in the maximum: it is raised only when a score exceeds it by more than kSlack powers of
-// two. Until then P may reach 2^kSlack, mostly 256, which costs no accuracy in fp32 accumulators
-// and fits fp16, and the rescaling of the output is skipped. Where P is kept in fp16 parts, the
-// largest is to be 2^kLift instead of 1, so that small ones keep their bits; where the output is
-// summed in fp16, so that sums stay in its range. The factors of such sums are powers of two, and
-// exact.
+// We differ in the maximum: it is raised only if a score exceeds it by more than kSlack powers of
+// two. Until then P may reach 2^kSlack, usually 256, which costs no accuracy in fp32 accumulators
+// and fits fp16, and the output is not rescaled. If P is split into fp16 parts, its maximum is
+// 2^kLift instead of 1, so that small weights keep their bits; if the output is accumulated in
+// fp16, a negative kLift keeps sums in range. Rescaling factors of fp16 sums are powers of two,
+// hence exact.
 #pragma once
 
 #include "jitattn/ptx/math.cuh"
@@ -17,14 +17,14 @@ namespace jitattn {
 
 template <int kRowTiles, int kSlack, int kLift>
 struct OnlineSoftmax {
-  // NOTE: finite, so that a row that has seen nothing gives exp2(-inf + kNoMax) = 0 and not NaN.
+  // NOTE: finite, so that a row that has seen no key gives exp2(-inf + kNoMax) = 0 and not NaN.
   static constexpr float kNoMax = 1e30f;
   static constexpr float kMostLifted = 0x1p22f;
 
-  // kLift (no more than 0 beyond kMostLifted) - max * scale_log2 per row; kNoMax before the first
-  // visible score
+  // Per row: kLift (at most 0 beyond kMostLifted) - max * scale_log2; kNoMax before the first
+  // visible score.
   float neg_max[kRowTiles][2];
-  float row_sum[kRowTiles][2];  // of this lane's columns only; reduce() adds up the quad
+  float row_sum[kRowTiles][2];  // over this lane's columns; reduce() adds up the quad
 
   __device__ OnlineSoftmax() {
 #pragma unroll
@@ -37,16 +37,16 @@ struct OnlineSoftmax {
     }
   }
 
-  // Cosine attention: scores are bounded, and the bound stands for every maximum.
+  // Fixes the maximum: the scores of cosine attention are bounded, and the bound replaces it.
   __device__ void fix_max(float neg_shift) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) neg_max[m][0] = neg_max[m][1] = neg_shift;
   }
 
-  // Raise the maxima if any score of the warp asks for it, and rescale the output with them. The
-  // vote is on each lane's own maxima; the quad shares them in the rare branch only. The branch
-  // also keeps the compiler from stretching the live ranges of scores across the exponentials.
-  // scale(m, half): what a score is multiplied by, base 2.
+  // Raises the maxima if any score of the warp requires it, and rescales the output. The vote is on
+  // each lane's own maxima; the quad shares them in the rare branch only. The branch also keeps the
+  // compiler from stretching the live ranges of scores across the exponentials. scale(m, half): the
+  // factor of a score, base 2.
   template <class Tile, int kKeyTiles, int kColumnTiles, class Scale>
   __device__ void update_max(const float (&r_s)[kRowTiles][kKeyTiles][4],
                              Tile (&r_o)[kRowTiles][kColumnTiles], const Scale& scale) {
@@ -75,7 +75,7 @@ struct OnlineSoftmax {
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
         const float most = scale.bare(highest) * scale(m, half);
-        // The sum of both is rounded: far from 0, P would leave fp16.
+        // The sum of both is rounded: for large |most|, P would overflow fp16.
         const float up = fabsf(most) < kMostLifted ? kLift : min_of(kLift, 0);
         float neg = up - most;
         if constexpr (kIsNarrow<Tile>) neg = floorf(neg);
@@ -89,7 +89,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // Scores of one n8 tile -> P = exp2(score * scale - max), added to the row sums.
+  // Replaces the scores of one n8 tile by P = exp2(score * scale - max) and adds P to the row sums.
   template <class Scale>
   __device__ void exponentiate(float (&tile)[4], int m, const Scale& scale) {
 #pragma unroll
@@ -105,7 +105,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // Make row_sum the sum over all columns, in all four lanes of a row.
+  // Reduces row_sum over all columns, in all four lanes of a row.
   __device__ void reduce() {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -119,16 +119,17 @@ struct OnlineSoftmax {
     }
   }
 
-  // Natural-log LSE of a row after reduce(); -inf for a row that saw nothing.
+  // Returns the natural-log LSE of a row after reduce(); -inf for a row that saw no key.
   __device__ float lse(int m, int half) const {
     const float sum = row_sum[m][half];
     if (sum == 0.f) return -infinity();
-    // Times 2^-kLift: a logarithm near 0 has the smaller error.
+    // Times 2^-kLift: a logarithm near 0 has a smaller error.
     constexpr float kDown = kLift < 0 ? 1 << max_of(0, -kLift) : 1.f / (1 << max_of(0, kLift));
     return (ptx::log2_approx(sum * kDown) - (neg_max[m][half] - kLift)) * kLn2;
   }
 
-  // 1 / (row_sum + sink) after reduce(); 0 for a row that saw nothing, so that its output is 0.
+  // Returns 1 / (row_sum + sink) after reduce(); 0 for a row that saw no key, so that its output is
+  // 0.
   __device__ float inverse_sum(int m, int half, float sink) const {
     const float sum = row_sum[m][half];
     return sum == 0.f ? 0.f : 1.f / (sum + sink);

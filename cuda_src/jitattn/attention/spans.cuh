@@ -1,11 +1,11 @@
-// First row and length of a sequence, from the indices of a call.
+// First row and length of a sequence, from the index tensors of a call.
 #pragma once
 
 #include "jitattn/types.cuh"
 
 namespace jitattn {
 
-// The low word of index `idx`: indices are of 4 or 8 bytes, their values below 2^31.
+// Loads the low word of index `idx`: indices have 4 or 8 bytes and values below 2^31.
 __device__ __forceinline__ int load_index(const int32_t* g_index, int idx, int words) {
   return __ldg(g_index + static_cast<int64_t>(idx) * words);
 }
@@ -15,14 +15,15 @@ struct Span {
   int length;
 };
 
-// What start and stop of a sequence stand for; twins of the numbers in sequences.py.
+// The meaning of a sequence's start and stop; the values match spec/enums.py.
 enum SpanKind : int32_t {
-  kStop,        // its first row (null: 0), and the row after its last
-  kLength,      // its first row (null: 0), and its length
-  kCumulative,  // the lengths of all before it, without and with it; its first row is 0
+  kStop,        // first row (null: 0), and the row after the last
+  kLength,      // first row (null: 0), and the length
+  kCumulative,  // sums of the lengths before it, without and with its own; its first row is 0
 };
 
-// `most`: the largest length; `rows`: of the tensor. No index leads out of it, whatever was given.
+// Loads a span, clamped to the tensor whatever the indices are. `most`: the largest length; `rows`:
+// the rows of the tensor.
 __device__ __forceinline__ Span load_span(const int32_t* g_start, const int32_t* g_stop, int idx,
                                           int words, int32_t kind, int most, int rows) {
   const int given = g_start == nullptr ? 0 : load_index(g_start, idx, words);

@@ -1,5 +1,4 @@
-// Merging the splits of a tile's keys: by the CTA that finishes the last of them, always in their
-// order.
+// Split-KV combine: the CTA that finishes the last split of a tile merges all splits, in order.
 #pragma once
 
 #include "jitattn/attention/output_rows.cuh"
@@ -13,8 +12,8 @@
 
 namespace jitattn {
 
-// Of a kernel family, Traits has: Threads, those that merge (tile/threads.cuh); kBytesReused, bytes
-// of shared memory at s_addr that are free by then; kOffsetFlag, where four more of them are.
+// Required of Traits: Threads, the threads that merge (tile/threads.cuh); kBytesReused, the bytes
+// of shared memory at s_addr that are free by then; kOffsetFlag, the offset of four more.
 template <class Spec, class Traits>
 struct SplitCombine {
   using Threads = typename Traits::Threads;
@@ -25,14 +24,14 @@ struct SplitCombine {
   const uint32_t s_addr;
   const int lane_idx;
 
-  // All threads. Every CTA reports that its split is written; the one that finds all the others
-  // reported merges them, and sets the counter back for the next launch.
+  // Merges the splits if this CTA arrives last. Called by all threads. Each CTA counts its arrival;
+  // the one that finds all others arrived merges, and resets the counter for the next launch.
   __device__ void combine_if_last() const {
     const int head_tiles = params.heads_q / params.heads_per_tile;
     int32_t* g_arrivals =
         params.arrivals + static_cast<int64_t>(out.tile.item) * head_tiles + out.head_tile_idx();
     const uint32_t s_flag = s_addr + Traits::kOffsetFlag;
-    __threadfence();  // what this thread wrote, before the report
+    __threadfence();  // this thread's writes precede the arrival
     Threads::sync();
     if (Threads::idx() == 0) {
       const bool is_last = atomicAdd(g_arrivals, 1) == out.tile.num_splits - 1;
@@ -41,16 +40,16 @@ struct SplitCombine {
     }
     Threads::sync();
     if (ptx::ld_shared_b32(s_flag) == 0) return;
-    __threadfence();  // the other CTAs' results, after their reports
+    __threadfence();  // the arrivals precede reads of the other CTAs' results
     merge();
   }
 
  private:
-  // All threads: out = sum_s w_s out_s / sum_s w_s with w_s = exp(LSE_s - max LSE), the splits in
-  // their order. A warp per row finds maximum and sum of the weights; then a thread per
-  // kCombineColumns columns of a row adds the values up. Tiles of few rows are those that are
-  // split: they have many loads in flight. For the others unrolled loops would be half of the
-  // kernel, for nothing but time to compile, and spills.
+  // out = sum_s w_s out_s / sum_s w_s with w_s = exp(LSE_s - max LSE), the splits in order. Called
+  // by all threads. A warp per row finds the maximum and the sum of the weights; then a thread per
+  // kCombineColumns columns of a row adds the values up. Short tiles, which are the ones usually
+  // split, keep many loads in flight. For tall tiles unrolled loops would double the kernel, its
+  // compile time and its spills for no gain.
   static constexpr bool kIsShort = Spec::kBlockQ <= 64;
   static constexpr int kCombineItems = kIsShort ? 2 : 1, kCombineSplits = kIsShort ? 8 : 1;
   static constexpr int kLaneRounds = kIsShort ? 4 : 1;
@@ -58,8 +57,8 @@ struct SplitCombine {
   static_assert(Spec::kBlockQ * 8 <= Traits::kBytesReused, "maxima and sums fit");
 
   __device__ void merge() const {
-    constexpr int kChunks = Spec::kHeadDimV / kCombineColumns;     // of a row
-    const int64_t step = out.partial_row(1) - out.partial_row(0);  // rows from a split to the next
+    constexpr int kChunks = Spec::kHeadDimV / kCombineColumns;     // per row
+    const int64_t step = out.partial_row(1) - out.partial_row(0);  // rows between splits
     const int num_rows = out.num_rows();
     const float* g_lses = params.partial_lse + out.partial_row(0);
 #pragma unroll kCombineItems
@@ -70,7 +69,7 @@ struct SplitCombine {
 
 #pragma unroll 1
     for (int first = 0; first < num_rows * kChunks; first += Threads::kNumThreads * kCombineItems) {
-      // Items beyond the last one read it again: a branch would keep loads from flying together.
+      // Items beyond the last one read it again: a branch would serialise the loads.
       int row[kCombineItems], chunk[kCombineItems];
       float highest[kCombineItems], sum[kCombineItems][kCombineColumns] = {};
 #pragma unroll
@@ -111,8 +110,8 @@ struct SplitCombine {
     }
   }
 
-  // One warp, one row: leaves the largest LSE and 1 / sum of the weights in shared memory, and
-  // writes the LSE.
+  // Finds the largest LSE and 1 / sum of the weights of one row with one warp, leaves both in
+  // shared memory, and writes the LSE.
   __device__ void find_weights(int row, const float* g_lse, int64_t step) const {
     float highest = -infinity();
 #pragma unroll kLaneRounds
@@ -142,7 +141,7 @@ struct SplitCombine {
     }
   }
 
-  // exp(lse - highest); a split that saw nothing has weight 0.
+  // exp(lse - highest); a split that saw no key has weight 0.
   __device__ static float weight(float lse, float highest) {
     constexpr float kLog2e = 1.4426950408889634f;
     return lse == -infinity() ? 0.f : ptx::exp2_approx((lse - highest) * kLog2e);

@@ -1,4 +1,4 @@
-// Four values of one row of a gradient, which a thread makes of fp32 parts: those of one row are
+// Four values of one row of a gradient, which a thread sums from fp32 parts. Threads of one row are
 // neighbours, then heads, then rows.
 #pragma once
 
@@ -15,7 +15,7 @@ struct GradientQuad {
   static constexpr int kQuads = ceil_div(Spec::kHeadDim, 4);
 
   int64_t outer;  // sequence or page
-  int64_t row;    // of it
+  int64_t row;    // within the sequence or page
   int64_t head;
   int first_column;
   bool exists;
@@ -34,7 +34,7 @@ struct GradientQuad {
     exists = by_quad.quotient < num_rows;
   }
 
-  // Adds the parts of a row in their order; g_row: column 0 of the first.
+  // Adds the parts of a row in order; g_row: column 0 of the first part.
   __device__ void add(const float* g_row, int num_parts, int64_t stride_part) {
     const float* g_part = g_row + first_column;
     for (int part = 0; part < num_parts; ++part, g_part += stride_part) {
@@ -45,7 +45,7 @@ struct GradientQuad {
     }
   }
 
-  // Rounds and writes them; g_row: column 0.
+  // Rounds the sums and writes them; g_row: column 0.
   __device__ void store(T* g_row, float scale, const float* g_unscale) const {
     const float factor = scale * (g_unscale == nullptr ? 1.f : __ldg(g_unscale));
 #pragma unroll

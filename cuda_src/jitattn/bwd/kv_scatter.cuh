@@ -1,8 +1,8 @@
-// What        dK or dV of keys that sequences share, from what each sequence adds: pages, or
-//             rows of the batch that are named. Splits and sequences are added up in order.
+// Kernel      Sums dK or dV of keys that sequences share (pages, or named rows of the batch) over
+//             the sequences' parts. Splits and sequences are added in order.
 //
-// Work split  A thread: four values of one row of one page. It goes through the places of the block
-//             table that name the page, which are sorted: bounds[p] … bounds[p + 1] of entries.
+// Work split  A thread: four values of one row of one page. It visits the entries of the block
+//             table that name page p, which are sorted: [bounds[p], bounds[p + 1]).
 #pragma once
 
 #include "jitattn/attention/spans.cuh"

@@ -1,9 +1,9 @@
-// What        dQ from its sums in fragment order (dq_fragments.cuh): scaled, rounded to the dtype
-//             of q, and put into its layout. (Sums in the order of q: sum_parts.cuh.)
+// Kernel      Converts dQ from its fp32 sums in fragment order (dq_fragments.cuh): scaled, rounded
+//             to the dtype of q, and stored in its layout. (Row-order sums: sum_parts.cuh.)
 //
-// Work split  A warp: 16 rows of kColumnTiles tiles of 8 columns; four lanes have a row of them. Of
-//             four tiles in 16 bits, each of these lanes writes one, 16 bytes, if they lie at
-//             multiples of 16; else pairs of columns.
+// Work split  A warp: 16 rows of kColumnTiles tiles of 8 columns; four lanes share a row. For
+//             16-bit outputs, each of these lanes writes one of four tiles, 16 bytes, if
+//             aligned; otherwise pairs of columns.
 #pragma once
 
 #include "jitattn/bwd/sm80/dq_fragments.cuh"
@@ -37,7 +37,7 @@ __device__ __forceinline__ void bwd_postprocess(const BwdPostprocessParams& para
   constexpr int kTiles = Spec::kColumnTiles;
   constexpr int kAcross = kDim / 8 / kTiles;
   static_assert(kAcross * kTiles * 8 == kDim && Spec::kNumThreads % 32 == 0);
-  constexpr int kUnits = Spec::kBlockQ / 16 * kAcross;  // of a query tile
+  constexpr int kUnits = Spec::kBlockQ / 16 * kAcross;  // per query tile
   const int lane_idx = static_cast<int>(threadIdx.x) % 32;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * (Spec::kNumThreads / 32) +
                        static_cast<int>(threadIdx.x) / 32;
@@ -49,7 +49,7 @@ __device__ __forceinline__ void bwd_postprocess(const BwdPostprocessParams& para
   const int64_t q_tile = by_q_tile.rest, batch = by_head.quotient, head = by_head.rest;
   if (batch * params.len_q * params.heads_q >= params.num_rows) return;
   const int row_tile = unit / kAcross, first_tile = unit % kAcross * kTiles;
-  // The warps that had them.
+  // The grid position of the warp that summed them.
   const int warp_row = row_tile / Grid::kRowTiles, m = row_tile % Grid::kRowTiles;
   const float* g_sum = params.sum + batch * params.sum_stride_batch +
                        head * params.sum_stride_head +

@@ -1,14 +1,14 @@
-// What        What the backward kernels need of every row: LSE in base 2, and delta.
+// Kernel      Computes the row statistics of the backward kernels: LSE in base 2, and delta.
 //
-// Math        delta = sum over columns of dO * O, less dLSE; lse_log2 = LSE log2(e), +inf for a row
-//             that saw nothing, whose weights are then exp2(-inf) = 0. A sink s, which LSE leaves
-//             out, leaves rest = 1 / (1 + e^(s - LSE)) of the weights to the keys:
-//             dS = P (rest dO V^T - delta), with P of LSE and delta = rest (dO * O) - dLSE; and
+// Math        delta = (sum over columns of dO * O) - dLSE; lse_log2 = LSE log2(e), +inf for a row
+//             that saw no key, whose weights are then exp2(-inf) = 0. With a sink s, which LSE
+//             excludes, the keys keep rest = 1 / (1 + e^(s - LSE)) of the weights:
+//             dS = P (rest dO V^T - delta), with P from LSE and delta = rest (dO * O) - dLSE; and
 //             ds = -sum over rows of (1 - rest) dO * O.
 //
 // Paper       Dao, FlashAttention-2, arXiv:2307.08691, Algorithm 2, line 4.
 //
-// Work split  kLanes neighbouring lanes a row; heads vary fastest.
+// Work split  kLanes neighbouring lanes per row; heads vary fastest.
 #pragma once
 
 #include "jitattn/ptx/math.cuh"
@@ -38,7 +38,7 @@ __device__ __forceinline__ void bwd_preprocess(const BwdPreprocessParams& params
   const Division by_head = divide(idx, params.heads_q);
   const Division by_row = divide(by_head.quotient, params.len_q);
   const int64_t batch = by_row.quotient, position = by_row.rest, head = by_head.rest;
-  // Asked for at once with the columns: a second wait would halve the bytes that are under way.
+  // Loaded together with the columns: a second wait would halve the bytes in flight.
   float lse = 0.f, d_lse = 0.f;
   if (exists) {
     lse = params.lse[batch * params.lse_stride_batch + head * params.lse_stride_head +

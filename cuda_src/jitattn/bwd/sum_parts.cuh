@@ -1,5 +1,5 @@
-// What        A gradient from fp32 parts in its own order: dQ of ragged sequences from its sums, dK or
-//             dV from what splits add. Parts are added up in order, scaled and rounded.
+// Kernel      Sums fp32 parts of a gradient in row order: dQ of ragged sequences, and dK or dV
+//             of query splits. Parts are added in order, scaled and rounded.
 //
 // Work split  A thread: four values of one row.
 #pragma once

@@ -1,10 +1,10 @@
-// What        Merges results of attention over disjoint sets of keys: jitattn.merge.
+// Kernel      Merges attention results over disjoint sets of keys: jitattn.merge.
 //
 // Math        M = max_s LSE_s,  w_s = exp(LSE_s - M),  out = sum_s w_s out_s / sum_s w_s,
-//             LSE = M + ln sum_s w_s. The parts are added in their order. A part whose LSE is -inf
-//             saw nothing, and is not read.
+//             LSE = M + ln sum_s w_s. The parts are added in order. A part whose LSE is -inf saw no
+//             key, and is not read.
 //
-// Work split  One warp a row (batch, head, position); a lane owns columns lane, lane + 32, ...
+// Work split  One warp per row (batch, head, position); a lane owns columns lane, lane + 32, ...
 #pragma once
 
 #include "jitattn/combine/combine_row.cuh"
@@ -32,7 +32,7 @@ __device__ __forceinline__ void combine(const CombineParams& params) {
   const float* g_lse = params.part_lses + own.batch_idx * params.lse_stride_batch +
                        own.head_idx * params.lse_stride_head + own.position * params.lse_stride_row;
 
-  // ---- Maximum over the parts; -inf if the row saw nothing in any of them
+  // ---- Maximum over the parts; -inf if the row saw no key in any of them
   float highest = -infinity();
   for (int part = lane_idx; part < params.num_parts; part += 32) {
     highest = fmaxf(highest, g_lse[part * params.lse_stride_part]);

@@ -1,4 +1,4 @@
-// What        Gradients of combined results (combine.cuh).
+// Kernel      Gradients of combined results (combine.cuh).
 #pragma once
 
 #include "jitattn/combine/combine_row.cuh"
@@ -40,7 +40,7 @@ __device__ __forceinline__ void combine_grad(const CombineGradParams& params) {
   for (int part = 0; part < params.num_parts; ++part) {
     const int64_t idx = part * params.num_rows + row;
     const float part_lse = params.part_lses[idx];
-    // A part that saw nothing is not read.
+    // A part that saw no key is not read.
     const bool is_seen = part_lse != -infinity();
     const float weight = is_seen ? ptx::exp2_approx((part_lse - lse) * kLog2e) : 0.f;
     auto* g_d_part = static_cast<typename In::type*>(params.d_parts) + idx * Spec::kHeadDimV;

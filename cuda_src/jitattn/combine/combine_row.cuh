@@ -1,4 +1,4 @@
-// What        Row of a warp that combines parts, or differentiates that.
+// The row of a warp in the combine kernel and in its gradient.
 #pragma once
 
 #include "jitattn/tile/element.cuh"
@@ -6,7 +6,7 @@
 
 namespace jitattn {
 
-// The row of this warp, and where its first part is.
+// The row of this warp, and the address of its first part.
 template <class Spec, class Params>
 struct CombineRow {
   using T = typename Scalar<Spec::kDtype>::type;

@@ -1,16 +1,16 @@
-// What        Appends new keys and values to a cache in place, and turns new keys and queries by
+// Kernel      Appends new keys and values to a cache in place, and rotates new keys and queries by
 //             their positions (rotary embedding): jitattn.attention_with_kvcache.
 //
 // Math        x'_a = x_a cos - x_b sin,  x'_b = x_b cos + x_a sin for each pair (a, b) of columns,
 //             with the angle of the row's position; in fp32, rounded once.
 //
-// Paper       Su et al., RoFormer, arXiv:2104.09864. Which columns are a pair: RotaryStyle.
+// Paper       Su et al., RoFormer, arXiv:2104.09864. RotaryStyle selects the paired columns.
 //
-// Work split  ctas_per_sequence CTAs a sequence; a team of 16 lanes takes one row (token and head)
-//             at a time, a lane 16 bytes of it (or one element: Access::kElement), or pairs.
+// Work split  ctas_per_sequence CTAs per sequence; a team of 16 lanes takes one row (token and
+//             head) at a time, a lane 16 bytes of it (or one element: Access::kElement), or pairs.
 //
-// Bounds      A token beyond the room of its sequence, or on a page that does not exist, is not
-//             written. Positions that the tables of cos and sin do not have turn nothing.
+// Bounds      A token beyond the capacity of its sequence, or on a page that does not exist, is not
+//             written. Positions outside the tables of cos and sin are not rotated.
 #pragma once
 
 #include "jitattn/attention/spans.cuh"
@@ -32,7 +32,7 @@ struct Append {
 
   const AppendParams& params;
 
-  // `stop`: rows in use afterwards, which may be fewer than all tokens would need.
+  // Appends tokens. `stop`: rows in use afterwards, which may be fewer than all tokens need.
   __device__ void append_tokens(int batch_idx, int used, const Span& tokens, int stop) const {
     const int heads = 2 * params.heads_kv;  // keys, then values
     const int64_t batch = params.q_stop == nullptr ? batch_idx : 0;
@@ -53,7 +53,7 @@ struct Append {
         T* g_out = static_cast<T*>(params.k_cache) + page * params.k_cache_stride_page +
                    row_in_page * params.k_cache_stride_row + head * params.k_cache_stride_head;
         if constexpr (kRotates) {
-          turn_row(g_out, g_in, position);
+          rotate_row(g_out, g_in, position);
         } else {
           copy_row(g_out, g_in, params.head_dim);
         }
@@ -68,21 +68,21 @@ struct Append {
     });
   }
 
-  __device__ void turn_queries(int batch_idx, int used, const Span& queries) const {
+  __device__ void rotate_queries(int batch_idx, int used, const Span& queries) const {
     const int64_t batch = params.q_stop == nullptr ? batch_idx : 0;
     const int64_t num_rows = static_cast<int64_t>(queries.length) * params.heads_q;
     for_each_row(num_rows, params.heads_q, [&](int query, int head) {
       const int64_t row = queries.start + query;
-      turn_row(static_cast<T*>(params.q_out) + batch * params.q_out_stride_batch +
-                   row * params.q_out_stride_row + head * params.q_out_stride_head,
-               static_cast<const T*>(params.q) + batch * params.q_stride_batch +
-                   row * params.q_stride_row + head * params.q_stride_head,
-               params.q_follows ? used + query : used);
+      rotate_row(static_cast<T*>(params.q_out) + batch * params.q_out_stride_batch +
+                     row * params.q_out_stride_row + head * params.q_out_stride_head,
+                 static_cast<const T*>(params.q) + batch * params.q_stride_batch +
+                     row * params.q_stride_row + head * params.q_stride_head,
+                 params.q_follows ? used + query : used);
     });
   }
 
  private:
-  // This team's share of rows; f(token, head).
+  // Calls f(token, head) for this team's share of the rows.
   template <class F>
   __device__ void for_each_row(int64_t num_rows, int heads, F f) const {
     const int64_t part = blockIdx.x % params.ctas_per_sequence;
@@ -93,7 +93,7 @@ struct Append {
     }
   }
 
-  // f(first column) for this lane's units of a row.
+  // Calls f(first column) for this lane's units of a row.
   template <class F>
   __device__ static void for_each_unit(int dim, F f) {
     for (int column = threadIdx.x % kTeam * kUnit; column < dim; column += kTeam * kUnit) f(column);
@@ -104,7 +104,7 @@ struct Append {
                   [&](int column) { Pairs::store(g_out + column, Pairs::load(g_in + column)); });
   }
 
-  __device__ void turn_row(T* g_out, const T* g_in, int position) const {
+  __device__ void rotate_row(T* g_out, const T* g_in, int position) const {
     if (position >= params.table_rows) return copy_row(g_out, g_in, params.head_dim);
     const int half = params.rotary_dim / 2;
     for_each_unit(half, [&](int pair) {
@@ -112,7 +112,7 @@ struct Append {
       pairs.load_angles(params, position, pair, 1.f);
       const int first = Pairs::first_column(pair), second = Pairs::second_column(pair, half);
       Unit a = Pairs::load(g_in + first), b = Pairs::load(g_in + second);
-      pairs.turn(a, b);
+      pairs.rotate(a, b);
       Pairs::store(g_out + first, a);
       Pairs::store(g_out + second, b);
     });
@@ -128,7 +128,7 @@ __device__ __forceinline__ void append(const AppendParams& params) {
   static_assert(Spec::kSmemBytes == 0, "the append kernel uses no shared memory");
   const int batch_idx = blockIdx.x / params.ctas_per_sequence;
 
-  // ---- Tokens of this sequence, and how many of them there is room for
+  // ---- Tokens of this sequence, and the number of them that fit
   const int given = params.used == nullptr ? params.used_by_all
                                            : load_index(params.used, batch_idx, params.used_word);
   const int room = static_cast<int>(
@@ -144,7 +144,7 @@ __device__ __forceinline__ void append(const AppendParams& params) {
 
   const Append<Spec> work{params};
   work.append_tokens(batch_idx, used, tokens, stop);
-  if constexpr (Append<Spec>::kRotates) work.turn_queries(batch_idx, used, queries);
+  if constexpr (Append<Spec>::kRotates) work.rotate_queries(batch_idx, used, queries);
   if (blockIdx.x % params.ctas_per_sequence == 0 && threadIdx.x == 0) {
     int32_t* g_stop = params.kv_stop + static_cast<int64_t>(batch_idx) * params.stop_word;
     g_stop[0] = stop;

@@ -1,7 +1,7 @@
-// One lane's share of a rotary embedding: kUnit pairs of columns, turned in fp32 and rounded once.
+// A lane's share of a rotary embedding: kUnit pairs of columns, rotated in fp32 and rounded once.
 //
-// A pair is the columns 2 i and 2 i + 1 (interleaved), or i and i + half. Either way, kUnit
-// neighbouring pairs are two accesses of x, and kUnit neighbours of a row of the tables.
+// A pair is the columns 2 i and 2 i + 1 (interleaved), or i and i + half. In both layouts, kUnit
+// neighbouring pairs are two accesses of x and kUnit neighbours in a row of the tables.
 #pragma once
 
 #include "jitattn/tile/element.cuh"
@@ -29,8 +29,8 @@ struct RotaryPairs {
   float cos[kUnit];
   float sin[kUnit];
 
-  // Loads those of the pairs from `pair` on at a position that the tables have; sign -1 turns the
-  // other way: the gradient.
+  // Loads the angles of the pairs from `pair` on at a position inside the tables; sign -1 rotates
+  // backwards: the gradient.
   template <class Params>
   __device__ void load_angles(const Params& params, int64_t position, int pair, float sign) {
     const auto* g_cos = static_cast<const TableT*>(params.cos) + position * params.cos_stride;
@@ -44,17 +44,17 @@ struct RotaryPairs {
     }
   }
 
-  // Columns of the two accesses that hold the pairs from `pair` on, of `half` in all.
+  // Columns of the two accesses that hold the pairs from `pair` on; there are `half` pairs.
   __device__ static int first_column(int pair) { return kInterleaved ? 2 * pair : pair; }
   __device__ static int second_column(int pair, int half) {
     return kInterleaved ? 2 * pair + kUnit : pair + half;
   }
 
-  // (a, b) -> (a cos - b sin, b cos + a sin) for each pair.
-  __device__ void turn(Unit& first, Unit& second) const {
+  // Rotates each pair: (a, b) -> (a cos - b sin, b cos + a sin).
+  __device__ void rotate(Unit& first, Unit& second) const {
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
-      // Interleaved, pair i is two neighbours, of which access 0 has the first kUnit.
+      // Interleaved: pair i is two neighbours, and access 0 holds the first kUnit elements.
       T& a_bits = kInterleaved ? at(first, second, 2 * i) : first.element[i];
       T& b_bits = kInterleaved ? at(first, second, 2 * i + 1) : second.element[i];
       const float a = Element::load(a_bits), b = Element::load(b_bits);

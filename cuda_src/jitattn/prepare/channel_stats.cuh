@@ -1,4 +1,4 @@
-// Sum, minimum and maximum of each channel of Q and K, for quantization (quantize.cuh).
+// Computes the sum, minimum and maximum of each channel of Q and K for quantization (quantize.cuh).
 #pragma once
 
 #include "jitattn/attention/spans.cuh"
@@ -12,7 +12,7 @@
 
 namespace jitattn {
 
-// Sum, minimum and maximum of a thread's eight channels over the rows that it has of a chunk.
+// Sum, minimum and maximum of a thread's eight channels over its rows of a chunk.
 template <class Spec>
 struct ChannelSums {
   using Row = QuantRow<Spec>;
@@ -22,7 +22,7 @@ struct ChannelSums {
   float least[8];
   float largest[8];
 
-  // Rows from `first` on, every kRowsPerPass-th of those before `end`.
+  // Sums every kRowsPerPass-th row from `first` on, before `end`.
   __device__ ChannelSums(const QuantParams& params, const QuantWork& work, int first, int end,
                          int lane) {
 #pragma unroll
@@ -35,7 +35,7 @@ struct ChannelSums {
       Vec16 loaded[kAhead];
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        // Again the last row, which changes neither the least nor the largest.
+        // Past the end, the last row is loaded again, which changes neither minimum nor maximum.
         loaded[j] = Row::load(params, work, min_of(row + j * Row::kRowsPerPass, end - 1), lane);
       }
 #pragma unroll
@@ -54,7 +54,7 @@ struct ChannelSums {
   }
 };
 
-// The largest finite size of V in the same rows, of which a thread has eight channels.
+// Returns the largest finite magnitude of V in the same rows, over a thread's eight channels.
 template <class Spec>
 __device__ __forceinline__ float largest_of_values(const QuantParams& params, const QuantWork& work,
                                                    int first, int end, int lane) {
@@ -75,18 +75,18 @@ __device__ __forceinline__ float largest_of_values(const QuantParams& params, co
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const float size = fabsf(x[i]);
-        most = fmaxf(most, size < infinity() ? size : 0.f);  // others scale as they like
+        most = fmaxf(most, size < infinity() ? size : 0.f);  // non-finite values are ignored
       }
     }
   }
   return most;
 }
 
-// Where the results of chunks lie: partials [ChunkSlots of q | of k, 3, D], then the largest of v,
+// Location of the per-chunk results: partials [ChunkSlots of q | of k, 3, D], then the maxima of V,
 // [ChunkSlots of k].
 template <class Spec>
 struct ChannelPartials {
-  static constexpr int kSize = 3 * QuantRow<Spec>::kDim;  // of a chunk
+  static constexpr int kSize = 3 * QuantRow<Spec>::kDim;  // per chunk
 
   const ChunkSlots slots_q;
   const ChunkSlots slots_k;
@@ -97,7 +97,7 @@ struct ChannelPartials {
         slots_k(params, true, Spec::kChunkRows),
         g_first_most_v(params.partials + (slots_q.count + slots_k.count) * kSize) {}
 
-  // The first chunk of a head of a sequence.
+  // Index of the first chunk of a head of a sequence.
   __device__ int64_t first_q(int batch, int head, const Span& q) const {
     return slots_q.first(batch, head, q);
   }
@@ -105,14 +105,14 @@ struct ChannelPartials {
     return slots_q.count + slots_k.first(batch, head, kv);
   }
 
-  // The largest of v of a chunk of k.
+  // Address of the maximum of V of a chunk of k.
   __device__ float* g_most_v(int64_t chunk) const {
     return g_first_most_v + (chunk - slots_q.count);
   }
 };
 
-// From what the chunks of a kv head and of its query heads have left: the mean of K and c of a
-// channel, by its thread; the scale of V, by the first warp.
+// Reduces the chunks of a kv head and its query heads: the mean of K and c of each channel, in the
+// channel's thread; the scale of V, in the first warp.
 template <class Spec>
 __device__ __forceinline__ void finish_head(const QuantParams& params, const QuantWork& work,
                                             const ChannelPartials<Spec>& partials, int64_t of_head,
@@ -148,14 +148,14 @@ __device__ __forceinline__ void finish_head(const QuantParams& params, const Qua
       most_q = fmaxf(most_q, fmaxf(__ldcg(g_q + 2 * kDim), -__ldcg(g_q + kDim)));
     }
   }
-  // A channel that is 0 on one side counts for nothing, whatever c.
+  // A channel that is 0 on one side contributes nothing, whatever c is.
   const bool is_used = most_k > 0.f && most_q > 0.f;
   float* g_channels = params.channels + of_head * (2 * kDim) + column;
   g_channels[0] = mean;
   g_channels[kDim] = is_used ? sqrtf(most_k / most_q) : 1.f;
 }
 
-// Leaves sum, least and largest of every channel of a chunk; and the largest of v.
+// Writes the sum, minimum and maximum of every channel of a chunk, and the maximum of V.
 template <class Spec>
 __device__ __forceinline__ void channel_stats(const QuantParams& params) {
   using Row = QuantRow<Spec>;
@@ -171,7 +171,7 @@ __device__ __forceinline__ void channel_stats(const QuantParams& params) {
   const QuantWork work = quant_work(params, Spec::kChunkRows, blockIdx.x);
   const int lane = threadIdx.x % Row::kLanes, first = threadIdx.x / Row::kLanes;
   const int len = work.own().length, first_row = work.block * Spec::kChunkRows + first;
-  if (work.block * Spec::kChunkRows >= len) return;  // of a sequence that is shorter than others
+  if (work.block * Spec::kChunkRows >= len) return;  // beyond the end of this sequence
   const int chunks_q = ceil_div(work.q.length, Spec::kChunkRows);
   const int chunks_k = ceil_div(work.kv.length, Spec::kChunkRows);
   const int end = min_of(len, (work.block + 1) * Spec::kChunkRows);
@@ -214,7 +214,7 @@ __device__ __forceinline__ void channel_stats(const QuantParams& params) {
     g_chunk[2 * kDim + column] = high;
   }
 
-  // ---- The last one of a kv head
+  // ---- The last CTA of a kv head
   const int group = params.heads_q / params.heads_kv;
   const int kv_head = work.is_k ? work.head : work.head / group;
   const int64_t of_head = static_cast<int64_t>(work.batch) * params.heads_kv + kv_head;
@@ -223,7 +223,7 @@ __device__ __forceinline__ void channel_stats(const QuantParams& params) {
   if (threadIdx.x == 0) {
     const int others = chunks_k + group * chunks_q - 1;
     s_is_last = atomicAdd(params.arrivals + of_head, 1) == others;
-    if (s_is_last) params.arrivals[of_head] = 0;  // as it was found
+    if (s_is_last) params.arrivals[of_head] = 0;  // reset for the next launch
   }
   __syncthreads();
   if (!s_is_last) return;

@@ -1,11 +1,11 @@
-// What        Scales vectors, or equal slices (groups) of them, to length 1: cosine attention; and
-//             the gradient of that.
+// Kernel      Scales vectors, or equal slices (groups) of them, to length 1: cosine
+//             attention. (Gradient: l2norm_grad.cuh.)
 //
 // Math        y = scale_h x / |x|, |x| in fp32; 0 for a vector shorter than 1e-12.
 //             dx = scale_h (dy - u (u dy)) / |x| with u = x / |x|; dscale_h = sum of u dy
 //
-// Work split  kLanes neighbouring lanes a slice; q first, then k, in one launch. The gradients of q
-//             and of k are a launch each.
+// Work split  kLanes neighbouring lanes per slice; q first, then k, in one launch. The gradients of
+//             q and of k take one launch each.
 #pragma once
 
 #include "jitattn/prepare/slice.cuh"
@@ -29,7 +29,7 @@ __device__ __forceinline__ void l2norm(const NormParams& params) {
   if (is_k) slice -= params.num_slices_q;
   const bool exists = slice < (is_k ? params.num_slices_k : params.num_slices_q);
   const int heads = is_k ? params.heads_k : params.heads_q;
-  const int len = max_of(1, is_k ? params.len_k : params.len_q);  // without keys: of no slice
+  const int len = max_of(1, is_k ? params.len_k : params.len_q);  // len_k may be 0
   const int64_t group = slice % Spec::kGroups, vector = slice / Spec::kGroups;
   const Division by_head = divide(vector, heads), by_row = divide(by_head.quotient, len);
   const int64_t batch = by_row.quotient, row = by_row.rest, head = by_head.rest;

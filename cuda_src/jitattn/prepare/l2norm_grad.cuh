@@ -1,4 +1,4 @@
-// What        Gradient of normalised vectors (l2norm.cuh).
+// Kernel      Gradient of normalised vectors (l2norm.cuh).
 #pragma once
 
 #include "jitattn/prepare/slice.cuh"

@@ -1,23 +1,23 @@
-// What        8-bit Q and K for the forward kernel (tile/mma/int8.cuh), and for sums in fp16
-//             (tile/two_level_accumulator.cuh) V in fp16, scaled.
+// Kernel      Quantizes Q and K to INT8 for the forward kernel (tile/mma/int8.cuh); for fp16
+//             accumulation (tile/two_level_accumulator.cuh) also converts V to scaled fp16.
 //
-// Math        q k = (c q) ((k - mean) / c) + q mean, channel by channel, where `mean` is that of K
-//             over the sequence: it adds the same to all scores of a query, which the softmax does
-//             not see, and the LSE gets back. c = sqrt(max|k - mean| / max|q|) makes the channels
-//             of both as even as it can. Then a row of Q is rounded to 8 bits with a scale of its
-//             own, kQuantKeys rows of K with one. A head of V has a power of two.
+// Math        q k = (c q) ((k - mean) / c) + q mean, channel by channel. `mean` is the mean of K
+//             over the sequence: its term is equal for all scores of a query, so that the softmax
+//             does not change, and it is added back to the LSE. c = sqrt(max|k - mean| / max|q|)
+//             balances the channels of both. Then each row of Q is rounded to 8 bits with its own
+//             scale, and each kQuantKeys rows of K with one. V has one power-of-two scale per head.
 //
 // Paper       Zhang et al., "SageAttention", arXiv:2410.02367 (the mean of K; scales by blocks);
-//             Xiao et al., "SmoothQuant", arXiv:2211.10438 (c). We differ: both, scales by rows of
-//             Q, and everything from one pass over Q and K.
+//             Xiao et al., "SmoothQuant", arXiv:2211.10438 (c). We differ: both are combined, Q has
+//             a scale per row, and all statistics come from one pass over Q and K.
 //
-// Work split  channel_stats: a CTA has kChunkRows rows of a head, of q or of k; the last one of a
-//             kv head makes mean and c of what all have left. quantize: a CTA has kQuantKeys rows.
-//             CTAs of k have those of v, too.
+// Work split  channel_stats: a CTA has kChunkRows rows of a head of q or k; the last one of a kv
+//             head reduces all chunks to mean and c. quantize: a CTA has kQuantKeys rows. CTAs of k
+//             also process the same rows of v.
 //
 // Pages       K is read through the block table, and written as if batched, from the first key of
-//             each sequence on: a page that several share has as many results, each with the mean
-//             and the scales of its sequence. Rows of no sequence are not read.
+//             each sequence on: a page shared by several sequences is written once for each, with
+//             the mean and the scales of that sequence. Rows of no sequence are not read.
 #pragma once
 
 #include "jitattn/prepare/quantized_rows.cuh"
@@ -30,7 +30,7 @@
 
 namespace jitattn {
 
-// The rows of V that belong to those of K of a CTA, which are written from first_out on.
+// Converts the rows of V that belong to a CTA's rows of K to scaled fp16, from row first_out on.
 template <class Spec>
 __device__ __forceinline__ void round_values(const QuantParams& params, const QuantWork& work,
                                              int64_t first_out) {
@@ -62,7 +62,7 @@ __device__ __forceinline__ void round_values(const QuantParams& params, const Qu
   }
 }
 
-// Mean and c of a thread's eight channels, which make channels even.
+// Mean and c of a thread's eight channels.
 template <class Spec>
 struct EvenChannels {
   using Row = QuantRow<Spec>;
@@ -90,10 +90,10 @@ struct EvenChannels {
     }
   }
 
-  // A number of channel i of q, c q, or of k, (k - mean) / c. Made twice, as registers are dear.
+  // Returns channel i of q, c q, or of k, (k - mean) / c. Computed twice, to save registers.
   __device__ float operator()(float x, int i) const { return (is_k ? x - mean[i] : x) * factor[i]; }
 
-  // Writes the channels of a row in 8 bits, times `inverse` of the row's scale.
+  // Stores the channels of a row as 8 bits; `inverse` is 1 / the row's scale.
   __device__ void store(int8_t* g_out, const Vec16& loaded, float inverse) const {
     float x[8];
     Row::widen(x, loaded);
@@ -106,7 +106,7 @@ struct EvenChannels {
   }
 };
 
-// Rows before those of a CTA's sequence and head, in what is written.
+// Number of output rows before those of a CTA's sequence and head.
 template <class Spec>
 __device__ __forceinline__ int64_t first_row_out(const QuantParams& params, const QuantWork& work) {
   const bool is_in_pages = QuantRow<Spec>::kIsPaged && work.is_k;
@@ -126,22 +126,22 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
   constexpr int kPasses = kQuantKeys / kRowsPerPass;
   static_assert(kPasses * kRowsPerPass == kQuantKeys, "no row of the next block");
   constexpr float kLargest = 127.f;
-  // c has made both alike: where one is below this, scores are 0 for every purpose. And the product
-  // of two scales must not be 0, with which a hidden score, -inf, would become NaN.
+  // c balances q and k: if either is below this, scores are 0 for every purpose. And the product of
+  // two scales must not be 0, since 0 times a hidden score, -inf, is NaN.
   constexpr float kLeast = 1e-10f;
   static_assert(sizeof(QuantParams) == Spec::kParamsBytes,
                 "host and device disagree on QuantParams");
   static_assert(Spec::kSmemBytes == 0);
   __shared__ float s_most[Spec::kNumThreads / 32];
 
-  // The last ones first: they are those that the cache still holds.
+  // Last blocks first: the L2 cache still holds them.
   const QuantWork work = quant_work(params, kQuantKeys, gridDim.x - 1 - blockIdx.x);
   const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
   const int len = work.own().length;
-  if (work.block * kQuantKeys >= len) return;  // of a sequence that is shorter than others
+  if (work.block * kQuantKeys >= len) return;  // beyond the end of this sequence
   const int group = params.heads_q / params.heads_kv;
   const int kv_head = work.is_k ? work.head : work.head / group;
-  // All rows are under way at once; past the end it is the last one again, which has been counted.
+  // Loads all rows at once; past the end, the last row is loaded again, which is harmless.
   Vec16 loaded[kPasses];
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
@@ -175,7 +175,7 @@ __device__ __forceinline__ void quantize(const QuantParams& params) {
     }
     if (exists && lane == 0) {
       params.q_scale[first_out + row] = fmaxf(most[pass], kLeast) / kLargest;
-      // Without keys the LSE is -inf, whatever q.
+      // Without keys the LSE is -inf, whatever q is.
       params.along_mean[first_out + row] = work.kv.length == 0 ? 0.f : along_mean;
     }
   }

@@ -1,4 +1,4 @@
-// Rows, work and results of CTAs that the kernels of 8-bit Q and K share (quantize.cuh).
+// Rows, work items and result layout shared by the INT8 quantization kernels (quantize.cuh).
 #pragma once
 
 #include "jitattn/attention/spans.cuh"
@@ -12,23 +12,23 @@ namespace jitattn {
 
 constexpr int kQuantKeys = 64;
 
-// CTAs of a multiprocessor that round; one more would spill.
+// CTAs per multiprocessor of the quantize kernel; one more would spill.
 template <class Spec>
 constexpr int kQuantCtas = Spec::kHeadDim <= 128 && Spec::kValues == Switch::kOff ? 3 : 2;
 
-// Which rows a CTA has.
+// The rows of a CTA.
 struct QuantWork {
   bool is_k;
   int head;
   int batch;
   int block;
-  Span q;  // of the sequence
+  Span q;  // the sequence's queries
   Span kv;
 
   __device__ const Span& own() const { return is_k ? kv : q; }
 };
 
-// CTAs: blocks of the longest sequence fastest, then heads, of q and then of k.
+// Maps a CTA to its rows: blocks of the longest sequence fastest, then heads; q before k.
 __device__ __forceinline__ QuantWork quant_work(const QuantParams& params, int rows_each,
                                                 int64_t cta_idx) {
   const int blocks_q = ceil_div(params.len_q, rows_each);
@@ -53,14 +53,14 @@ __device__ __forceinline__ QuantWork quant_work(const QuantParams& params, int r
   return {is_k, static_cast<int>(rest % heads), batch, block, q, kv};
 }
 
-// Where the results of chunks of q or of k lie. Sequences of one row have room for the chunks of
-// that row and for one each, so that none shares a chunk: room goes with the tensor, not with the
-// longest of its sequences.
+// Layout of the chunk results of q or of k. For flat tensors a head has slots for the chunks of all
+// rows plus one per sequence, so that no two sequences share a slot: the size depends on the
+// tensor, not on the longest sequence.
 struct ChunkSlots {
   int heads;
   int chunk_rows;
   bool is_flat;
-  int64_t of_head;  // of all sequences, if flat
+  int64_t of_head;  // slots of a head; of all sequences, if flat
   int64_t count;
 
   __device__ ChunkSlots(const QuantParams& params, bool is_k, int chunk_rows)
@@ -78,14 +78,14 @@ struct ChunkSlots {
   }
 };
 
-// What V is divided by so that the largest becomes 1 … 2, or up to 4 where that would be no normal
-// number: a power of two.
+// Returns the power of two by which V is divided so that its maximum is in [1, 2), or up to 4 where
+// the scale would be subnormal.
 __device__ __forceinline__ float scale_of_values(float most) {
   const int exponent = static_cast<int>(__float_as_uint(most) >> 23) - 127;
   return __int_as_float((min_of(126, max_of(-126, exponent)) + 127) << 23);
 }
 
-// Eight neighbouring channels of a row; lanes of kDim / 8 threads share a row.
+// Eight neighbouring channels of a row; kDim / 8 threads share a row.
 template <class Spec>
 struct QuantRow {
   using Element = Scalar<Spec::kDtype>;
@@ -95,7 +95,7 @@ struct QuantRow {
   static constexpr bool kIsPaged = Spec::kPaged == Switch::kOn;
   static_assert((kLanes & (kLanes - 1)) == 0 && kLanes <= 32, "lanes of a row are in one warp");
 
-  // Of q or k, as the CTA has them; or of v, which lies as k does.
+  // Loads a row of q or k, whichever the CTA has; or of v, which is laid out as k is.
   template <bool kIsOfV = false>
   __device__ static Vec16 load(const QuantParams& params, const QuantWork& work, int row,
                                int lane) {
@@ -105,7 +105,7 @@ struct QuantRow {
         const int idx = divide(inner, params.page_div_mul, params.page_div_shift);
         const int page = load_index(params.block_table + work.batch * params.table_stride, idx,
                                     params.table_word);
-        // Whatever the table says, no page is read but those that exist.
+        // A page index beyond the pages is replaced by 0: no other memory is read.
         outer = static_cast<uint32_t>(page) < params.num_pages ? page : 0;
         inner -= idx * params.page_size;
       }

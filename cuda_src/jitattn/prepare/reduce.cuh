@@ -11,7 +11,7 @@ __device__ __forceinline__ float largest_of_warp(float x) {
   return x;
 }
 
-// All threads come here; s_most: a word of shared memory for each warp.
+// Maximum over a CTA. Called by all threads; s_most: one word of shared memory per warp.
 template <int kNumWarps>
 __device__ __forceinline__ float largest_of_cta(float x, float (&s_most)[kNumWarps]) {
   x = largest_of_warp(x);

@@ -1,4 +1,4 @@
-// What        Slice of a vector that a few neighbouring lanes share, for normalisation.
+// Slices of vectors, shared by a few neighbouring lanes, for normalisation.
 #pragma once
 
 #include "jitattn/ptx/math.cuh"
@@ -14,7 +14,7 @@ struct Slice {
   using Element = Scalar<Spec::kDtype>;
   using T = typename Element::type;
   static constexpr int kSize = Spec::kHeadDim / Spec::kGroups;
-  // Elements of one access.
+  // Elements per access.
   static constexpr int kWide = 16 / sizeof(T);
   static constexpr int kVec = Spec::kAccess == Access::kVec16 && kSize % kWide == 0 ? kWide : 1;
   static constexpr int kChunks = kSize / kVec;
@@ -23,7 +23,7 @@ struct Slice {
 
   float x[kPerLane][kVec];
 
-  // Zeros where there is nothing.
+  // Loads the slice; zeros if it does not exist.
   __device__ void load(const T* g_in, int lane, bool exists) {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -62,7 +62,7 @@ struct Slice {
     }
   }
 
-  // Of all lanes of the slice; every lane of the warp comes here.
+  // Dot product over all lanes of the slice. Called by every lane of the warp.
   __device__ float dot(const Slice& other) const {
     float sum = 0.f;
 #pragma unroll
@@ -89,7 +89,7 @@ struct Slice {
   }
 };
 
-// 1 / |x| of a vector whose square is given; 0 if it is too short to have a direction.
+// Returns 1 / |x| for a vector with the given square; 0 if it is too short to have a direction.
 __device__ __forceinline__ float inverse_length(float square) {
   return square < 1e-24f ? 0.f : 1.f / sqrtf(square);
 }

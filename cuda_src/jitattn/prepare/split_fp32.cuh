@@ -1,12 +1,13 @@
-// What        fp32 operands as two fp16 parts each, or one, for tile/mma/f16_parts.cuh.
+// Kernel      Splits fp32 operands into hi/lo fp16 parts, or rounds them to one part, for
+//             tile/mma/f16_parts.cuh.
 //
-// Math        x 2^e = high + low, both fp16, [high | low] in a row. 2^e brings the largest number
-//             of a row of Q, and of kSplitRows rows of K or V of a head, to 2^13 … 2^14. So of a
-//             number down to 2^-15 of that 22 bits are kept, of smaller ones what is above 2^-38
-//             of it. The scales undo 2^e. One part is `high` alone. Keys that key padding hides
+// Math        x 2^e = high + low, both fp16, [high | low] in a row. 2^e scales the maximum of each
+//             row of Q, and of each kSplitRows rows of K or V of a head, into [2^13, 2^14). Numbers
+//             down to 2^-15 of the maximum keep 22 bits, smaller ones the bits above 2^-38 of it.
+//             The stored scales undo 2^e. One part is `high` alone. Keys hidden by key padding
 //             become zeros, whatever they hold.
 //
-//             Backward kernels sum over rows: rows of Q share scales too, and so do those of dO.
+//             For backward kernels, which sum over rows, blocks of Q and dO share scales too.
 //
 // Work split  A CTA has kSplitRows rows of a head of Q, dO, K or V: blocks fastest, then heads.
 #pragma once
@@ -21,7 +22,7 @@ namespace jitattn {
 
 constexpr int kSplitRows = kRowsPerScale;
 
-// A block of kSplitRows rows of one head, and lanes of four columns that share a row.
+// A block of kSplitRows rows of one head; lanes of four columns share a row.
 template <class Spec, int kDim>
 struct SplitBlock {
   static constexpr int kParts = Spec::kNumParts;
@@ -30,7 +31,8 @@ struct SplitBlock {
 
   float4 x[kLoads];
 
-  // g_head: row 0 of the head. g_keeps: which rows are not 0, or null.
+  // Loads the block. g_head: row 0 of the head. g_keeps: flags of the rows to keep, or null; the
+  // others become 0.
   __device__ void load(const float* g_head, int64_t row_stride, int first_row, int len,
                        const uint8_t* g_keeps) {
 #pragma unroll
@@ -45,13 +47,13 @@ struct SplitBlock {
     }
   }
 
-  // The largest of what is finite: an infinity is not to bring all others to 0.
+  // Largest finite magnitude: an infinity must not scale all others to 0.
   __device__ static float most_of(const float4& v) {
     auto size = [](float value) { return fabsf(value) < infinity() ? fabsf(value) : 0.f; };
     return fmaxf(fmaxf(size(v.x), size(v.y)), fmaxf(size(v.z), size(v.w)));
   }
 
-  // The largest of the block; all threads come here.
+  // Largest magnitude of the block. Called by all threads.
   template <int kNumWarps>
   __device__ float most(float (&s_most)[kNumWarps]) const {
     float largest = 0.f;
@@ -60,7 +62,7 @@ struct SplitBlock {
     return largest_of_cta(largest, s_most);
   }
 
-  // Write row `row` of a head [len, kParts, kDim]: four columns of each part.
+  // Stores row `row` of a head [len, kParts, kDim]: four columns of each part.
   __device__ static void store(uint16_t* g_head, int row, int column, const float4& v, float up) {
     const float of[4] = {v.x * up, v.y * up, v.z * up, v.w * up};
     uint2 high;
@@ -79,7 +81,7 @@ struct SplitBlock {
   }
 };
 
-// Splits kSplitRows rows of a head with one scale. All threads come here.
+// Splits kSplitRows rows of a head with one scale. Called by all threads.
 template <class Spec, int kDim>
 __device__ __forceinline__ void split_block(const float* g_in, int64_t row_stride, int block,
                                             int len, const uint8_t* g_keeps, uint16_t* g_out,
@@ -99,7 +101,7 @@ __device__ __forceinline__ void split_block(const float* g_in, int64_t row_strid
   }
 }
 
-// Splits kSplitRows rows of a head, each with its own scale. All threads come here.
+// Splits kSplitRows rows of a head, each with its own scale. Called by all threads.
 template <class Spec, int kDim>
 __device__ __forceinline__ void split_rows(const float* g_in, int64_t row_stride, int block,
                                            int len, uint16_t* g_out, float* g_scales) {
@@ -127,7 +129,7 @@ __device__ __forceinline__ void split_rows(const float* g_in, int64_t row_stride
   }
 }
 
-// The block of a CTA: its number in a head, and the head's.
+// The block of a CTA: its index within a head, and the head's index.
 struct SplitWork {
   int block;
   int of_head;

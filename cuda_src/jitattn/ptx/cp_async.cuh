@@ -12,7 +12,7 @@ __device__ __forceinline__ void cp_async_16B(uint32_t dst_addr, const void* src)
                : "memory");
 }
 
-// The same, reading only src_bytes (0 to 16) and filling the rest with zeros.
+// cp.async.cg with src-size: reads only src_bytes (0 to 16) and fills the rest with zeros.
 __device__ __forceinline__ void cp_async_16B_zfill(uint32_t dst_addr, const void* src,
                                                    uint32_t src_bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst_addr), "l"(src),

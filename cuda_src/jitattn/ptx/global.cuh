@@ -1,4 +1,4 @@
-// Sums and flags in global memory that several CTAs work on.
+// Atomic sums and flags in global memory, shared by several CTAs.
 // PTX ISA: "red", "ld", "fence".
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace jitattn::ptx {
 
-// red.global.add.f32, relaxed: nobody waits for the result
+// red.global.add.f32, relaxed: no thread waits for the result
 __device__ __forceinline__ void red_add(float* g_sum, float value) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(g_sum), "f"(value) : "memory");
 }
@@ -24,14 +24,14 @@ __device__ __forceinline__ void red_add_v4(float* g_sum, const float (&value)[4]
                : "memory");
 }
 
-// ld.acquire: what was written before the flag was set is seen after it
+// ld.acquire: writes before the flag's release are visible after it
 __device__ __forceinline__ int32_t ld_acquire(const int32_t* g_flag) {
   int32_t value;
   asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(g_flag) : "memory");
   return value;
 }
 
-// red.release.add: after everything that this thread has seen done
+// red.release.add: ordered after everything that this thread has observed
 __device__ __forceinline__ void red_release_add(int32_t* g_flag, int32_t value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(g_flag), "r"(value) : "memory");
 }

@@ -13,7 +13,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr) {
                : "r"(addr));
 }
 
-// ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16: the same, each block transposed.
+// ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16: four 8x8 blocks, each transposed.
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -26,7 +26,7 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return y;
 }
 
-// min.NaN.f32: the smaller one; NaN if either is
+// min.NaN.f32: the smaller value; NaN if either is NaN
 __device__ __forceinline__ float min_or_nan(float x, float y) {
   float z;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
@@ -68,7 +68,7 @@ __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
   return packed;
 }
 
-// cvt.rni.sat.s8.f32: to the nearest of -128 … 127
+// cvt.rni.sat.s8.f32: rounds to the nearest integer, clamped to -128 … 127
 __device__ __forceinline__ uint32_t cvt_s8(float x) {
   uint32_t y;
   asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(y) : "f"(x));

@@ -45,7 +45,7 @@ __device__ __forceinline__ void mma_m16n8k32_s8(int32_t (&c)[4], const uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// The same, d = a * b + first in every element
+// mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32: d = a * b + first in every element
 __device__ __forceinline__ void mma_m16n8k32_s8(int32_t (&d)[4], const uint32_t (&a)[4],
                                                 const uint32_t (&b)[2], int32_t first) {
   asm volatile(

@@ -1,6 +1,6 @@
 // Special registers. PTX ISA: "Special registers".
 // volatile, so that a value read again is not kept in a register in between: the main loop has none
-// to spare, and the epilogue derives its indices anew from these.
+// to spare, and the epilogue derives its indices again from these.
 #pragma once
 
 #include "jitattn/types.cuh"

@@ -1,5 +1,5 @@
-// An n8 tile of sums, as mma.m16n8k16 leaves it: four fp32 numbers, or two pairs of fp16. The first
-// half is of row g, the second of row g + 8 (fragment.cuh).
+// The m16n8 accumulator tile of mma.m16n8k16: four fp32 numbers, or two pairs of fp16. The first
+// half belongs to row g, the second to row g + 8 (fragment.cuh).
 #pragma once
 
 #include "jitattn/ptx/math.cuh"

@@ -1,4 +1,4 @@
-// Copies of row-major tiles from global to shared memory, by all threads of a CTA.
+// Copies row-major tiles from global to shared memory with all threads of a CTA.
 #pragma once
 
 #include "jitattn/ptx/cp_async.cuh"
@@ -9,12 +9,12 @@
 
 namespace jitattn {
 
-// Copies tiles of kRows rows of kDim elements, padded to kPaddedDim columns of zeros.
+// Copies tiles of kRows rows of kDim elements, padded with zeros to kPaddedDim columns.
 //
 // A group of kThreadsPerRow lanes walks along a row, so that the swizzle key of a thread never
 // changes and every address is a lane constant plus a multiple of the pass:
-//   thread t: row t / kThreadsPerRow + pass * kRowsPerPass, chunk t % kThreadsPerRow + j *
-//   kThreadsPerRow
+//   thread t: row t / kThreadsPerRow + pass * kRowsPerPass,
+//             chunk t % kThreadsPerRow + j * kThreadsPerRow
 template <class Element, int kRows, int kDim, int kPaddedDim, int kNumThreads, Access kAccess>
 struct TileCopy {
   static constexpr int kElementsPerChunk = 16 / sizeof(Element);
@@ -39,12 +39,12 @@ struct TileCopy {
         s_offset(Layout::offset(row, chunk)),
         pass_bytes(kRowsPerPass * row_stride * static_cast<int64_t>(sizeof(Element))) {}
 
-  // Where this thread's share of a tile begins; g_tile is the tile's first row.
+  // Returns the address of this thread's share of a tile; g_tile is the tile's first row.
   __device__ const char* share(const char* g_tile) const {
     return g_tile + row * (pass_bytes / kRowsPerPass) + chunk * 16;
   }
 
-  // Zero the padding columns that no copy ever touches. Once per buffer; the caller synchronises.
+  // Zeros the padding columns, which no copy touches. Once per buffer; the caller synchronises.
   __device__ void zero_padding(uint32_t s_tile_addr) const {
     if constexpr (kFilledChunks < kChunks) {
 #pragma unroll
@@ -59,26 +59,26 @@ struct TileCopy {
     }
   }
 
-  // Start copying a tile all of whose rows exist. g_share: share() of its first row.
+  // Starts copying a tile whose rows all exist. g_share: share() of its first row.
   __device__ void load_full(uint32_t s_tile_addr, const char* g_share) const {
     copy<false>(s_tile_addr, g_share, kRows);
   }
 
-  // The same for a tile of which only rows_valid rows exist; the others become zeros.
+  // Starts copying a tile with rows_valid rows and fills the other rows with zeros.
   __device__ void load_tail(uint32_t s_tile_addr, const char* g_share, int rows_valid) const {
     copy<true>(s_tile_addr, g_share, rows_valid);
   }
 
-  // This thread's chunk of the row at g_row.
+  // Returns the address of this thread's chunk in the row at g_row.
   __device__ const char* lane(const char* g_row) const { return g_row + chunk * 16; }
 
-  // Start copying rows that lie anywhere: row_offset(skip) gives the bytes from g_lane, a lane()
+  // Starts copying rows at any addresses: row_offset(skip) gives the bytes from g_lane, a lane()
   // pointer, to the row `skip` rows after this thread's first. With kTail, only rows_valid rows
   // exist; the others become zeros.
   template <bool kTail, bool kGrouped, class RowOffset>
   __device__ void load_rows(uint32_t s_tile_addr, const char* g_lane, int rows_valid,
                             RowOffset row_offset) const {
-    // A few offsets at a time: they may come from shared memory, whose latency is then paid once.
+    // Several offsets at a time: if they come from shared memory, its latency is paid once.
     constexpr int kGroup = kGrouped ? kPasses : 1;
 #pragma unroll
     for (int first = 0; first < kPasses; first += kGroup) {
@@ -93,7 +93,7 @@ struct TileCopy {
     }
   }
 
-  // Flip the sign of every element that this thread itself copied (and that has arrived).
+  // Flips the sign of every element that this thread copied (and that has arrived).
   __device__ void negate(uint32_t s_tile_addr) const {
     constexpr uint32_t kSignBits = sizeof(Element) == 4 ? 0x80000000u : 0x80008000u;
 #pragma unroll 1
@@ -124,8 +124,8 @@ struct TileCopy {
 
   template <bool kTail>
   __device__ void copy(uint32_t s_tile_addr, const char* g_row, int rows_valid) const {
-    // NOTE: the pointer walks from pass to pass. An offset for each pass would be hoisted out of
-    // the main loop, where it costs two registers that have to be spilled.
+    // NOTE: the pointer walks from pass to pass. Offsets for each pass would be hoisted out of the
+    // main loop, where they cost two registers, which then spill.
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass, g_row += pass_bytes) {
       const bool exists = !kTail || row + pass * kRowsPerPass < rows_valid;
@@ -137,7 +137,7 @@ struct TileCopy {
     }
   }
 
-  // Nothing is read at g_chunk if the chunk does not exist.
+  // Copies one chunk; g_chunk is not read if the chunk does not exist.
   template <bool kTail>
   __device__ void copy_chunk(uint32_t s_chunk_addr, const char* g_chunk, int j, bool exists) const {
     if constexpr (kAccess == Access::kVec16) {
@@ -153,7 +153,7 @@ struct TileCopy {
     }
   }
 
-  // The first `columns` elements at g_chunk, zeros after them.
+  // Returns the first `columns` elements at g_chunk, followed by zeros.
   __device__ static Vec16 gather(const Element* g_chunk, int columns) {
     union {
       Vec16 vec;

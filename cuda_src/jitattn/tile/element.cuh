@@ -1,4 +1,4 @@
-// One element of a tensor, outside of tiles: its storage type, and fp32 to and fro.
+// Scalar access to a tensor: its storage type, and conversion to and from fp32.
 #pragma once
 
 #include "jitattn/ptx/math.cuh"
@@ -15,7 +15,7 @@ struct Scalar {
     if constexpr (kDtype == Dtype::kBf16) return __int_as_float(static_cast<uint32_t>(bits) << 16);
     return ptx::f16_to_f32(bits);
   }
-  // Two neighbours, of which the first is at an even place.
+  // Loads two neighbours, the first at an even index.
   __device__ static void load_pair(float (&pair)[2], const uint16_t* g_pair) {
     const uint32_t bits = __ldg(reinterpret_cast<const uint32_t*>(g_pair));
     pair[0] = load(static_cast<uint16_t>(bits));
@@ -32,7 +32,7 @@ struct Scalar {
     }
     return static_cast<uint16_t>(ptx::pack_f16x2(value, 0.f));
   }
-  // Two neighbours.
+  // Rounds two neighbours.
   __device__ static uint32_t round_pair(float left, float right) {
     if constexpr (kDtype == Dtype::kBf16) return ptx::pack_bf16x2(left, right);
     return ptx::pack_f16x2(left, right);

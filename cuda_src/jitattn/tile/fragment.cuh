@@ -1,5 +1,5 @@
-// Which element of a tile a lane holds in the fragments of mma.m16n8k16 and m16n8k8, and which row
-// it addresses for ldmatrix. These maps exist here only.
+// Fragment layouts of mma.m16n8k16 and m16n8k8: the tile elements that a lane holds, and the rows
+// that it addresses for ldmatrix. These maps exist only here.
 //
 // Accumulator c[4] of an m16n8 tile (PTX ISA, "Matrix fragments for mma.m16n8k16"):
 //
@@ -21,8 +21,8 @@ __device__ __forceinline__ int accumulator_row(int lane_idx, int half) {
 // Column of c[0] and c[2] within the 8 columns of a tile; c[1] and c[3] are the next one.
 __device__ __forceinline__ int accumulator_column(int lane_idx) { return (lane_idx & 3) * 2; }
 
-// Four neighbouring lanes have a word each of four tiles: lane j gets the words of tile j, in the
-// order of the lanes.
+// Transposes a 4x4 block of words across four neighbouring lanes: each lane has one word of each of
+// four tiles, and lane j receives the words of tile j in lane order.
 __device__ __forceinline__ void transpose_in_fours(uint32_t (&word)[4], int lane_idx) {
 #pragma unroll
   for (int bit = 1; bit <= 2; bit *= 2) {
@@ -38,8 +38,9 @@ __device__ __forceinline__ void transpose_in_fours(uint32_t (&word)[4], int lane
   }
 }
 
-// The four 8x8 blocks of an ldmatrix.x4 lie as [rows 0-7 | rows 8-15] x [chunk 0 | chunk 1]. The
-// operand decides which of the two varies first from register to register.
+// ldmatrix.x4 lane addresses. The four 8x8 blocks lie as
+// [rows 0-7 | rows 8-15] x [chunk 0 | chunk 1]. The operand determines whether rows or chunks vary
+// first from register to register.
 
 // Row first: operand A from [row][k], and operand B of two n8 tiles from [k][n], transposed.
 template <int kChunks>

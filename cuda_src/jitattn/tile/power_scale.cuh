@@ -1,4 +1,4 @@
-// Powers of two that bring numbers into the range of fp16, and what undoes them.
+// Power-of-two scales that bring values into the range of fp16, and their inverses.
 #pragma once
 
 #include "jitattn/types.cuh"
@@ -8,7 +8,7 @@ namespace jitattn {
 // Rows of a head that share a scale.
 constexpr int kRowsPerScale = 64;
 
-// Brings numbers up to `most` to 2^13 … 2^14.
+// Scales a maximum of `most` into [2^13, 2^14), and holds the inverse.
 struct PowerScale {
   float up;
   float down;

@@ -1,7 +1,7 @@
-// Tiles of a [Lq, Lkv] matrix, a bias or a mask, on their way through shared memory.
+// Tiles of a [Lq, Lkv] matrix (a bias or a mask), staged through shared memory.
 //
-// Rows are padded by 32 bytes (4-byte elements) or 16, so that the pairs of columns that a warp
-// reads, 8 rows by 4 lanes, lie in different banks.
+// Rows are padded by 32 bytes (4-byte elements) or 16, so that the column pairs that a warp reads,
+// 8 rows by 4 lanes, lie in different banks.
 #pragma once
 
 #include "jitattn/ptx/cp_async.cuh"
@@ -14,13 +14,13 @@ struct StagedMatrix {
   static constexpr int kRowBytes = kBlockKv * sizeof(T);
   static constexpr int kPitch = kRowBytes + (sizeof(T) == 4 ? 32 : 16);
   static constexpr int kBytes = kRows * kPitch;
-  static constexpr int kChunks = kRowBytes / 16;  // of a row
+  static constexpr int kChunks = kRowBytes / 16;  // per row
   static constexpr int kPerChunk = 16 / sizeof(T);
   static_assert(kRowBytes % 16 == 0);
 
-  // Start copying a tile, by all of Threads (tile/threads.cuh): row_at(row) is the matrix's row for
-  // row `row` of the tile, key_at(column) the key of a column. Keys from len_kv on become zeros and
-  // are not read.
+  // Starts copying a tile with all of Threads (tile/threads.cuh): row_at(row) is the matrix row of
+  // row `row` of the tile, key_at(column) the key of a column. Keys from len_kv on are not read and
+  // become zeros.
   template <class Threads, class RowAt, class KeyAt>
   __device__ static void load(uint32_t s_tile_addr, int len_kv, RowAt row_at, KeyAt key_at) {
     constexpr int kItems = kRows * kChunks;

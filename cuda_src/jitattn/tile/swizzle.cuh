@@ -1,4 +1,4 @@
-// Where the 16-byte chunks of a row-major tile lie in shared memory.
+// Swizzled layout of the 16-byte chunks of a row-major tile in shared memory.
 #pragma once
 
 #include "jitattn/types.cuh"
@@ -22,14 +22,14 @@ struct Swizzle {
 
   __host__ __device__ static constexpr int key(int row) { return (row >> kShift) & (kSpan - 1); }
 
-  // Byte offset of a chunk.
+  // Returns the byte offset of a chunk.
   __host__ __device__ static constexpr int offset(int row, int chunk) {
     return row * kRowBytes + ((chunk ^ key(row)) << 4);
   }
 
-  // Byte address of chunk `chunk` (a compile-time constant after unrolling) in the row of a lane
-  // whose own address `lane_addr` is that of its chunk 0 or 1. The XOR may be taken on the whole
-  // address because row starts are multiples of kSpan * 16 bytes.
+  // Returns the byte address of chunk `chunk` (a compile-time constant after unrolling) in the row
+  // of a lane whose address `lane_addr` is that of its chunk 0 or 1. The XOR may be applied to the
+  // whole address because row starts are multiples of kSpan * 16 bytes.
   __device__ static uint32_t step(uint32_t lane_addr, int chunk) {
     return (lane_addr ^ ((chunk & (kSpan - 1)) << 4)) + ((chunk & ~(kSpan - 1)) << 4);
   }

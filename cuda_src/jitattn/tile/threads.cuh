@@ -1,4 +1,4 @@
-// The threads that work on a tile together: their numbers, and how they wait for each other.
+// Thread groups that work on a tile together: thread indices and barrier.
 #pragma once
 
 #include "jitattn/ptx/shared.cuh"
@@ -6,8 +6,8 @@
 
 namespace jitattn {
 
-// All threads of a CTA. A family whose CTAs have producer warps counts the others from 0, and has a
-// barrier of theirs.
+// All threads of a CTA. A kernel family with producer warps provides its own group, which counts
+// the other threads from 0 and has its own barrier.
 template <int kCount>
 struct CtaThreads {
   static constexpr int kNumThreads = kCount;

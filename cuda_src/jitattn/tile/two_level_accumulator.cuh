@@ -1,9 +1,9 @@
-// Output sums in fp16 accumulators, for as many keys as they like.
+// Two-level accumulation of the output in fp16, for any number of keys.
 //
-// An accumulator of fp16 rounds with every step of 16 keys, and once a sum is 2^11 times as large
-// as what is added, adds nothing more. So sums are of kKeys keys at most: then they are added to
-// others, of fp16 too, that wait in shared memory. Both have room for what they hold: a sum of
-// kKeys keys by the scales of weights and values (mma/int8.cuh), one of several by 2^-shift.
+// An fp16 accumulator rounds at every step of 16 keys, and ignores addends below 2^-11 of it.
+// So the lower level sums at most kKeys keys; each such sum is then added to an upper level, also
+// fp16, in shared memory. Both stay in range: the lower level by the scales of weights and values
+// (mma/int8.cuh), the upper level by a factor of 2^-shift.
 #pragma once
 
 #include "jitattn/ptx/math.cuh"
@@ -13,8 +13,8 @@
 
 namespace jitattn {
 
-// Each thread its own sums, which no other sees. Block ordinals go down from `end`; sums are
-// flushed after those that are a multiple of kBlocks, but for the last one, `begin`.
+// Per-thread sums, not shared between threads. Block ordinals descend from `end`; the lower level
+// is flushed after ordinals that are a multiple of kBlocks, except after the last one, `begin`.
 template <int kRowTiles, int kColumnTiles, int kBlockKv, int kNumThreads>
 struct TwoLevelAccumulator {
   static constexpr int kKeys = 2048;
@@ -22,7 +22,7 @@ struct TwoLevelAccumulator {
   static_assert(kBlocks * kBlockKv == kKeys && (kBlocks & (kBlocks - 1)) == 0);
   static_assert(kColumnTiles % 2 == 0);
 
-  // Sums, two tiles in 16 bytes; then the maxima that they are for, [row tile][half].
+  // Sums, two tiles in 16 bytes; then their maxima, [row tile][half].
   static constexpr int kUnits = kRowTiles * kColumnTiles / 2;
   static constexpr int kBytes = kNumThreads * (kUnits * 16 + kRowTiles * 8);
 
@@ -38,12 +38,12 @@ struct TwoLevelAccumulator {
         begin(begin),
         end(end) {}
 
-  // After block `ordinal`; if sums are flushed after it, r_o is zero afterwards.
+  // Flushes the lower level if block `ordinal` ends a group; r_o is then zero.
   __device__ void flush_if_due(Sums& r_o, const Maxima& neg_max, int ordinal) const {
     if ((ordinal & (kBlocks - 1)) == 0 && ordinal > begin) flush(r_o, neg_max, ordinal);
   }
 
-  // After the last block: r_sum = r_o and the upper level.
+  // Returns r_sum = r_o plus the upper level, after the last block.
   __device__ void collect(WideTile (&r_sum)[kRowTiles][kColumnTiles], const Sums& r_o,
                           const Maxima& neg_max) const {
     const bool has_upper = (end - 1) / kBlocks * kBlocks > begin;
@@ -104,7 +104,7 @@ struct TwoLevelAccumulator {
     }
   }
 
-  // 2^shift sums of kKeys keys are all there are, or 2^14.
+  // log2 of the number of flushed sums, rounded up; at most 14.
   __device__ int shift() const { return min_of(14, 32 - __clz((end - begin) / kBlocks)); }
 
   __device__ uint32_t unit_addr(int m, int n) const {
@@ -115,7 +115,7 @@ struct TwoLevelAccumulator {
     return s_maxima_addr + (m * 2 + half) * kNumThreads * 4;
   }
 
-  // What the upper level is multiplied with for the maxima of now: a power of two.
+  // Factor of the upper level for the current maxima: a power of two.
   __device__ float factor_of(const Maxima& neg_max, int m, int half) const {
     return ptx::exp2_approx(neg_max[m][half] - ptx::ld_shared_f32(maximum_addr(m, half)));
   }

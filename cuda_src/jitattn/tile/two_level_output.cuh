@@ -1,16 +1,16 @@
-// The product of P and V where sums of a few keys are made apart, and then added to the output by
-// ordinary additions ("promoted"): tensor cores truncate what they add, or have narrow sums.
+// P V with two-level accumulation: sums over a few keys are promoted to the output by ordinary
+// additions, since tensor cores truncate when they accumulate, or have narrow accumulators.
 #pragma once
 
 #include "jitattn/types.cuh"
 
 namespace jitattn {
 
-// r_o += P V with P = exponentiate(r_s), as MmaF32Acc has it, promoted after kPromoteSteps steps of
-// 16 keys. P is kept as kParts operands A.
-//   pack(part, left, right)   the parts of two neighbours of P
+// r_o += P V with P = exponentiate(r_s), as MmaF32Acc does, promoted every kPromoteSteps steps of
+// 16 keys. P is held as kParts operands A.
+//   pack(part, left, right)     the parts of two neighbours of P
 //   multiply(sum, p, step, n)   sum += P V of column tiles n and n + 1, for one step
-//   add(out, sum)             of one tile
+//   add(out, sum)               adds the sum of one tile to the output
 template <class Sum, int kParts, int kPromoteSteps, int kRowTiles, int kKeyTiles, int kColumnTiles,
           class Exponentiate, class Pack, class Multiply, class Add>
 __device__ __forceinline__ void add_two_level_output(float (&r_o)[kRowTiles][kColumnTiles][4],

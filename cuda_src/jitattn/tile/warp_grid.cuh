@@ -1,12 +1,12 @@
-// How the warps of a CTA share the result of a product.
+// Grid of warps that share the result tile of a product.
 #pragma once
 
 #include "jitattn/types.cuh"
 
 namespace jitattn {
 
-// Register tiles of a product [kRows, kColumns]: kWarps side by side along the rows, the others
-// along units of 16 columns.
+// Register tiles of a product [kRows, kColumns]: kWarps warps along the rows, the others along
+// units of 16 columns.
 template <int kRows, int kColumns, int kWarps, int kNumWarps>
 struct WarpGrid {
   static constexpr int kWarpsAcross = kNumWarps / kWarps;

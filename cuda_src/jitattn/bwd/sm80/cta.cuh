@@ -1,5 +1,5 @@
-// What a CTA of the backward kernel knows of its key block while it visits query tiles, and the
-// products of a tile: S and dP, of which P and dS are made; dV, dQ and dK.
+// Backward CTA: the state of its key block while it visits query tiles, and the products of a tile:
+// S and dP, which give P and dS; dV, dQ and dK.
 #pragma once
 
 #include "jitattn/attention/block_lists.cuh"
@@ -18,7 +18,7 @@
 
 namespace jitattn {
 
-// The keys of a warp of the scores' grid, where they are gathered: groups of 16.
+// The keys of a warp in the scores' grid, if gathered: groups of 16.
 template <class Spec, class Traits>
 struct WarpKeys {
   static constexpr int kGroups = kGathersKeys<Spec> ? Traits::GridS::kColumnTiles / 2 : 1;
@@ -54,7 +54,7 @@ struct BwdCta {
   const BwdParamsOf<Spec>& params;
   const Sequence& sequence;
   const KvTile& own;
-  const int& first_key;  // of neighbouring keys
+  const int& first_key;  // unless keys are gathered
   const int& warp_idx;
   const int& lane_idx;
   const RowMap& rows;
@@ -66,7 +66,7 @@ struct BwdCta {
   const Scales& scales;
   const ScoreOperands<Traits>& operands;
 
-  // Leaves P and dS of a query tile in shared memory.
+  // Computes P and dS of a query tile and stores them in shared memory.
   template <bool kIsMasked>
   __device__ __forceinline__ void compute_p_and_ds(int head_idx, int tile, int stage,
                                                    const WarpKeys<Spec, Traits>& warp_keys,

@@ -1,7 +1,7 @@
-// Where a warp's part of a dQ tile lies in fragment order: the sums of [block_q, kDim] are a block
-// without gaps, of which each warp has one, of which each m16n8 tile has 128 values.
-//   sm_90 and newer: a lane's four values side by side, added by one instruction
-//   before: values i of all lanes side by side
+// Fragment-order layout of dQ sums: a tile [block_q, kDim] is contiguous, divided into one block
+// per warp, with 128 values per m16n8 tile.
+//   sm_90 and newer: a lane's four values are adjacent, added by one instruction
+//   older:           value i of all lanes is adjacent
 #pragma once
 
 #include "jitattn/ptx/global.cuh"

@@ -1,4 +1,4 @@
-// Sums dQ over key blocks in global memory: the semaphore that orders the blocks, and the
+// Sums dQ over key blocks in global memory: the dq semaphore, which orders the blocks, and the
 // additions.
 #pragma once
 
@@ -21,8 +21,8 @@ __device__ __forceinline__ int32_t* dq_semaphore(const BwdParamsOf<Spec>& params
          (static_cast<int64_t>(batch_idx) * params.heads_q + head_idx) * params.num_q_tiles + tile;
 }
 
-// Waits until `semaphore_value` key blocks have added to dQ of a query tile, where their order is
-// kept.
+// Waits until `semaphore_value` key blocks have added to dQ of a query tile, if their order is
+// fixed (kDeterministic).
 template <class Spec, class Traits>
 __device__ __forceinline__ void wait_dq_semaphore(const BwdParamsOf<Spec>& params, int batch_idx,
                                                   int head_idx, int tile, int semaphore_value) {
@@ -35,7 +35,7 @@ __device__ __forceinline__ void wait_dq_semaphore(const BwdParamsOf<Spec>& param
   }
 }
 
-// Publishes the additions of this key block and lets the next one begin, where their order is kept.
+// Publishes the additions of this key block and releases the next one, if their order is fixed.
 template <class Spec, class Traits>
 __device__ __forceinline__ void release_dq_semaphore(const BwdParamsOf<Spec>& params, int batch_idx,
                                                      int head_idx, int tile) {

@@ -1,8 +1,9 @@
-// Local + stride patterns in blocks of fewer keys than a backward kernel takes at a time.
+// Local + stride patterns whose blocks have fewer keys than a backward key block.
 //
-// A column is one of the pattern's blocks of keys. Cut in the order of the keys, a kernel block
-// would have columns that all later queries see beside others that few do, and most of its
-// products would be hidden. So it gathers columns of one kind: first those on the stride, in kernel
+// A column is one of the pattern's blocks of keys. Split in key order, a kernel block would mix
+// columns that all later queries see with columns that few do, and most of its products would be
+// hidden. So it gathers columns of one kind: first those on the stride, in kernel blocks of their
+// own, then all others. Columns of a block ascend.
 // blocks of their own, then all others. Columns of a block ascend.
 #pragma once
 
@@ -17,7 +18,7 @@
 
 namespace jitattn {
 
-// A kernel block of gathered columns, as KeyBlock is one of neighbouring keys (schedule.cuh).
+// A kernel block of gathered columns; the counterpart of KeyBlock (schedule.cuh).
 template <class Spec>
 struct GatheredKeys {
   static constexpr int kBlockQ = Spec::kBlockQ, kBlockKv = Spec::kBlockKv;
@@ -25,16 +26,16 @@ struct GatheredKeys {
   const Sequence& sequence;
   const LocalStride<Spec> pattern;
   const int block;
-  const int stride;       // dense heads: 1, so that all columns are on it
-  const int first;        // column on the stride
-  const int per_log2;     // columns of a kernel block, as a power of two
-  const int num_on;       // columns on the stride,
-  const int num_off;      // and others
-  const int blocks_on;    // kernel blocks of those on the stride
-  const bool is_on;       // of this block's columns
-  const int first_idx;    // of this block's columns among those of their kind
-  const int num_columns;  // of this block; none: it has no keys
-  TileRange free;         // tiles of which every row sees every key
+  const int stride;       // 1 for dense heads: all columns are on it
+  const int first;        // first column on the stride
+  const int per_log2;     // log2 of the columns in a kernel block
+  const int num_on;       // number of columns on the stride
+  const int num_off;      // number of other columns
+  const int blocks_on;    // kernel blocks of columns on the stride
+  const bool is_on;       // whether this block's columns are on the stride
+  const int first_idx;    // index of its first column among those of its kind
+  const int num_columns;  // in this block; 0: it has no keys
+  TileRange free;         // tiles whose rows all see every key
 
   __device__ GatheredKeys(const BwdParamsOf<Spec>& params, const Sequence& sequence, int head_idx,
                           int block)
@@ -55,7 +56,7 @@ struct GatheredKeys {
                                    : free_of_stride<Spec>(sequence, pattern, is_on, key_of(0),
                                                           key_of(kBlockKv - 1) + 1)) {}
 
-  // Keys of this block that exist: its first rows.
+  // Number of keys of this block that exist: its first rows.
   __device__ int num_keys() const {
     if (num_columns == 0) return 0;
     const int last = first_key_of(num_columns - 1);
@@ -63,18 +64,18 @@ struct GatheredKeys {
     return ((num_columns - 1) << params.block_log2) + of_last;
   }
 
-  // The key of a row of this block; of one that exists, where the row does not.
+  // Returns the key of a row of this block; an existing key if the row does not exist.
   __device__ int key_of(int row) const {
     const int column = min_of(row >> params.block_log2, num_columns - 1);
     return first_key_of(column) + (row & ((1 << params.block_log2) - 1));
   }
 
-  // Of the 16 keys from this row on.
+  // Returns the first of the 16 keys from this row on; kNoKey if they do not exist.
   __device__ int first_key_of_group(int row) const {
     return row >> params.block_log2 < num_columns ? key_of(row) : kNoKey;
   }
 
-  // Tiles of queries that see any of its keys.
+  // Returns the query tiles that see any of its keys.
   __device__ TileRange tiles() const {
     const int begin = max_of(0, key_of(0) - sequence.diagonal);
     int64_t end = sequence.len_q;
@@ -86,8 +87,7 @@ struct GatheredKeys {
   // Whether every row of a tile sees every key.
   __device__ bool is_free(int tile) const { return free.has(tile); }
 
-  // How many blocks before this one see a tile that this one sees: the semaphore's value when it
-  // may add to sums of dQ.
+  // Number of earlier blocks that see a tile: the semaphore's value when this block may add to dQ.
   __device__ int semaphore_value(int tile) const {
     if (is_on) return block;
     const int first_own = tile * kBlockQ + sequence.diagonal;
@@ -100,27 +100,27 @@ struct GatheredKeys {
   }
 
  private:
-  // Kernel blocks of so many columns.
+  // Kernel blocks needed for `count` columns.
   __device__ int blocks_of(int count) const { return (count + (1 << per_log2) - 1) >> per_log2; }
 
-  // Columns on the stride of the first `count`.
+  // Number of the first `count` columns that are on the stride.
   __device__ int on_before(int count) const {
     return count > first ? ceil_div(count - first, stride) : 0;
   }
 
-  // Number of the idx-th column of this block.
+  // Returns the number of the idx-th column of this block.
   __device__ int column(int idx) const {
     const int of_kind = first_idx + idx;
     if (is_on) return first + of_kind * stride;
     if (of_kind < first) return of_kind;
-    const int past = of_kind - first, others = stride - 1;  // from one on the stride to the next
+    const int past = of_kind - first, others = stride - 1;  // columns between two on the stride
     return first + 1 + past / others * stride + past % others;
   }
 
   __device__ int first_key_of(int idx) const { return column(idx) << params.block_log2; }
 };
 
-// The key of row `row` of a kernel block.
+// Returns the key of row `row` of a kernel block.
 template <class Spec>
 __device__ __forceinline__ auto keys_of_block(const BwdParamsOf<Spec>& params,
                                               const Sequence& sequence, int kv_head_idx,
@@ -133,8 +133,8 @@ __device__ __forceinline__ auto keys_of_block(const BwdParamsOf<Spec>& params,
   }
 }
 
-// r_s: scores of rows first_row .. and of the keys of this warp; hidden ones become -inf. is_on:
-// those of the block are on the stride.
+// Sets hidden scores to -inf. r_s: scores of rows first_row .. and of this warp's keys. is_on: the
+// block's columns are on the stride.
 template <class Spec, int kRowTiles, int kKeyTiles>
 __device__ __forceinline__ void mask_gathered(float (&r_s)[kRowTiles][kKeyTiles][4],
                                               const FwdParamsOf<Spec>& params,

@@ -1,33 +1,32 @@
-// What        Gradients of q, k and v on mma.sync, ldmatrix and cp.async: sm_80 and newer.
+// Kernel      Gradients of q, k and v on mma.sync, ldmatrix and cp.async: sm_80 and newer.
 //
-// Math        P = exp2(S * scale_log2 - lse_log2), with the very S of the forward kernel
+// Math        P = exp2(S * scale_log2 - lse_log2), with S computed exactly as in the forward kernel
 //             dV += P^T dO
 //             dS = P (dO V^T - delta),  with softcap times 1 - tanh^2
 //             dK += scale dS^T Q,  dQ += scale dS K
 //
-// Paper       Dao, FlashAttention-2, arXiv:2307.08691, Algorithm 2. We differ in: query heads of a
-//             kv head are visited by one CTA, so that dK and dV have one writer; the query tiles of
+// Paper       Dao, FlashAttention-2, arXiv:2307.08691, Algorithm 2. We differ in: one CTA visits
+//             all query heads of a kv head, so that dK and dV have one writer; the query tiles of
 //             a key block follow from the mask (schedule.cuh).
 //
 // Work split  One CTA: kBlockKv keys of one kv head, whose dK and dV stay in registers, and all
 //             query tiles that see them, or one of num_q_splits parts of these, of all query heads.
 //             Each product has its own grid of warps (warp_grid.cuh).
 //
-// Shared      K, V for the whole run; Q and dO, kStages of each; P and dS, through which the
-// memory      scores' grid of warps hands over to the others; LSE and delta of the rows.
+// Shared      K, V for the whole run; Q and dO, kStages of each; P and dS, passed from the scores'
+// memory      grid of warps to the others; LSE and delta of the rows.
 //
 // Pipeline    kStages == 2: the copies of tile i + 1 start with step i; two barriers a step.
 //               step i | wait i | barrier | start i+1 | S dP -> P dS | barrier | dV  dQ  dK |
 //             kStages == 1: dO of the next tile lands under dQ and dK, Q is waited for; four.
 //
-// dQ          Every key block adds to the sums of dQ in global memory (traits.cuh), in any
-//             order; or, with kDeterministic, in the order of the keys: blocks wait for their
-//             semaphore. All blocks of a head are started in that order, so those waited for are
-//             running.
+// dQ          Every key block adds to the sums of dQ in global memory (traits.cuh), in any order;
+//             or, with kDeterministic, in key order, enforced by dq_semaphore. The blocks of a head
+//             are launched in key order, so that a block only waits for running blocks.
 //
-// dK, dV      Rounded and written; or, where query tiles are split or sequences share keys, left as
-//             fp32 parts, which another kernel adds up in order (postprocess.cuh, kv_scatter.cuh).
-//             Sums of very many steps would drift: tensor cores truncate.
+// dK, dV      Rounded and written; or, if query tiles are split or sequences share keys, left as
+//             fp32 parts, which another kernel adds in order (sum_parts.cuh, kv_scatter.cuh).
+//             Sums over very many steps would drift: tensor cores truncate.
 #pragma once
 
 #include "jitattn/attention/rows.cuh"
@@ -55,7 +54,7 @@ namespace jitattn {
 template <class Spec>
 using BwdKeys = typename Conditional<kGathersKeys<Spec>, GatheredKeys<Spec>, KeyBlock<Spec>>::type;
 
-// The query tiles of which this CTA has the products with a key block.
+// Returns the query tiles of this CTA for a key block.
 template <class Spec>
 __device__ __forceinline__ TileRange tiles_of_cta(const BwdParamsOf<Spec>& params,
                                                   const BwdKeys<Spec>& keys) {
@@ -63,18 +62,19 @@ __device__ __forceinline__ TileRange tiles_of_cta(const BwdParamsOf<Spec>& param
   return seen.part(kv_tile_of<Spec>(params, ptx::cta_idx()).split, params.num_q_splits);
 }
 
-// One query head of a CTA: its query tiles, one after the other.
+// One query head of a CTA: visits its query tiles one after the other.
 template <class Spec, class Traits>
 struct BwdHead {
   using Cta = BwdCta<Spec, Traits>;
   using Keys = BwdKeys<Spec>;
   using Queue = QueryQueue<Spec, Traits, Keys>;
   static constexpr int kStages = Spec::kStages;
-  // Statistics of a tile's rows, and its scales.
+  // Statistics of a tile's rows (LSE, delta, sink factor), and its scales.
   static constexpr int kNumRowStats = Traits::kRowStats * Spec::kBlockQ;
   static constexpr int kNumStats = kNumRowStats + PartScales<Spec, Traits>::kPerTile;
   static constexpr int kStatsPerThread = ceil_div(kNumStats, Traits::kNumThreads);
-  static constexpr bool kSkipsTurns = kHasBlockLists<Spec> && Spec::kDeterministic == Switch::kOn;
+  static constexpr bool kAdvancesSkipped =
+      kHasBlockLists<Spec> && Spec::kDeterministic == Switch::kOn;
 
   const Cta& cta;
   const Keys& keys;
@@ -85,8 +85,8 @@ struct BwdHead {
   // Visits the tiles of a chunk: the main loop.
   __device__ __forceinline__ void visit(int chunk, int chunk_end, typename Cta::DkTiles& r_dk,
                                         typename Cta::DvTiles& r_dv) {
-    // Fetched a step ahead, and held in registers until there is room. NOTE: closures. As functions
-    // of a struct they make the main loop spill, since operands come in another order.
+    // Prefetched a step ahead, and held in registers until a buffer is free. NOTE: closures. As
+    // member functions they make the main loop spill, since operands are passed in another order.
     float r_stats[kStatsPerThread];
     auto fetch_stats = [&](int tile) {
 #pragma unroll
@@ -101,7 +101,7 @@ struct BwdHead {
         }
       }
     };
-    auto keep_stats = [&](int stage) {
+    auto store_stats = [&](int stage) {
 #pragma unroll
       for (int i = 0; i < kStatsPerThread; ++i) {
         const int idx = i * Traits::kNumThreads + threadIdx.x;
@@ -110,42 +110,42 @@ struct BwdHead {
         }
       }
     };
-    queue.look_at(chunk, chunk_end);
-    int stage = 0;  // of two: LSE, delta and lists; of kStages: Q and dO
+    queue.examine(chunk, chunk_end);
+    int stage = 0;  // double-buffered LSE, delta and lists; Q and dO have kStages buffers
     int tile = queue.next(chunk);
-    skip_turns(chunk, tile);
+    advance_skipped(chunk, tile);
     if (tile < chunk_end) {
-      // The last step of the head before may still be reading.
+      // The last step of the previous head may still be reading.
       ptx::barrier_sync<Traits::kNumThreads>();
       load_q(0, tile);
       load_d_out(0, tile);
       fetch_stats(tile);
-      keep_stats(0);
-      queue.keep_listed(0, tile);
+      store_stats(0);
+      queue.store_entries(0, tile);
     }
     ptx::cp_async_commit();
 #pragma unroll 1
     while (tile < chunk_end) {
       const int next = queue.next(tile + 1);
       if (queue.is_free(tile)) {
-        step<false>(fetch_stats, keep_stats, tile, next, chunk_end, stage, r_dk, r_dv);
+        step<false>(fetch_stats, store_stats, tile, next, chunk_end, stage, r_dk, r_dv);
       } else {
-        step<true>(fetch_stats, keep_stats, tile, next, chunk_end, stage, r_dk, r_dv);
+        step<true>(fetch_stats, store_stats, tile, next, chunk_end, stage, r_dk, r_dv);
       }
-      skip_turns(tile + 1, next);
+      advance_skipped(tile + 1, next);
       tile = next;
     }
   }
 
  private:
-  // Adds the products of a tile to dV, dQ and dK, while the next one is copied.
-  template <bool kIsMasked, class FetchStats, class KeepStats>
-  __device__ void step(const FetchStats& fetch_stats, const KeepStats& keep_stats, int tile,
+  // Adds the products of a tile to dV, dQ and dK, while the next tile is copied.
+  template <bool kIsMasked, class FetchStats, class StoreStats>
+  __device__ void step(const FetchStats& fetch_stats, const StoreStats& store_stats, int tile,
                        int next, int chunk_end, int& stage, typename Cta::DkTiles& r_dk,
                        typename Cta::DvTiles& r_dv) {
     const int buffer = kStages == 2 ? stage : 0;
-    // Protects: this step's tiles before anyone reads them; the others, and P and dS, which the
-    // last step read, before anyone writes them.
+    // Protects: this step's tiles before anyone reads them; the other buffers, and P and dS, which
+    // the last step read, before anyone writes them.
     ptx::cp_async_wait<0>();
     ptx::barrier_sync<Traits::kNumThreads>();
     const bool has_next = next < chunk_end;
@@ -161,21 +161,21 @@ struct BwdHead {
     cta.template compute_p_and_ds<kIsMasked>(queries.head_idx, tile, stage, warp_keys,
                                              queue.window());
     if (has_next) {
-      keep_stats(stage ^ 1);
-      queue.keep_listed(stage ^ 1, next);
+      store_stats(stage ^ 1);
+      queue.store_entries(stage ^ 1, next);
     }
-    ptx::barrier_sync<Traits::kNumThreads>();  // P and dS are there
+    ptx::barrier_sync<Traits::kNumThreads>();  // P and dS are written
 
     cta.add_dv(r_dv, stage);
     if constexpr (kStages == 1) {
-      ptx::barrier_sync<Traits::kNumThreads>();  // dO is read
+      ptx::barrier_sync<Traits::kNumThreads>();  // dO has been read
       if (has_next) load_d_out(0, next);
       ptx::cp_async_commit();
     }
     cta.add_dq(keys, queries.head_idx, tile);
     cta.add_dk(r_dk, stage);
     if constexpr (kStages == 1) {
-      ptx::barrier_sync<Traits::kNumThreads>();  // Q is read
+      ptx::barrier_sync<Traits::kNumThreads>();  // Q has been read
       if (has_next) load_q(0, next);
       ptx::cp_async_commit();
     }
@@ -189,9 +189,9 @@ struct BwdHead {
     queries.load_d_out(cta.storage.d_out(buffer), tile);
   }
 
-  // Key blocks that a list leaves out still advance the semaphore.
-  __device__ __forceinline__ void skip_turns(int first, int end) const {
-    if constexpr (kSkipsTurns) {
+  // Advances the semaphore of tiles that a list excludes: other key blocks wait for this one.
+  __device__ __forceinline__ void advance_skipped(int first, int end) const {
+    if constexpr (kAdvancesSkipped) {
       for (int skipped = first; skipped < end; ++skipped) {
         wait_dq_semaphore<Spec, Traits>(cta.params, queries.batch_idx, queries.head_idx, skipped,
                                         keys.semaphore_value(skipped));
@@ -215,7 +215,7 @@ __device__ __forceinline__ void attn_bwd(const BwdParamsOf<Spec>& params) {
   const int first_key = own.tile * Spec::kBlockKv;
   const int num_keys = keys_in_block<Spec>(params, sequence, own);
   if (num_keys <= 0) return;
-  if (params.in_parts == kAddedParts) {  // the heads of a kv head see alike
+  if (params.in_parts == kAddedParts) {  // all heads of a kv head have the same mask
     const Keys keys(params, sequence, own.kv_head * params.heads_per_kv, own.tile);
     if (tiles_of_cta<Spec>(params, keys).is_empty()) return;
   }

@@ -1,5 +1,5 @@
-// Where a row of K or V lies: in its sequence's row of the batch, one that it names, one tensor of
-// all sequences, or a page.
+// Location of a row of K or V: in the sequence's own batch row, in a named batch row, in a flat
+// tensor of all sequences, or in a page.
 #pragma once
 
 #include "jitattn/attention/rows.cuh"
@@ -9,7 +9,7 @@
 
 namespace jitattn {
 
-// Whether sequences may share rows of K and V, so that gradients of these have no single writer.
+// Whether sequences may share rows of K and V, whose gradients then have several writers.
 template <class Spec>
 __device__ __forceinline__ bool shares_rows(const FwdParamsOf<Spec>& params) {
   if constexpr (kIsPaged<Spec>) return true;
@@ -34,13 +34,13 @@ struct KeyRows {
     if constexpr (kIsPaged<Spec>) g_table = params.block_table + batch_idx * params.table_stride;
   }
 
-  // Elements from the tensor's first to the row of a key; of the last key, for those beyond.
+  // Returns the element offset of a key's row; keys beyond the end use the last key's row.
   __device__ int64_t offset(int key, int64_t stride_batch, int64_t stride_row) const {
     if constexpr (kIsPaged<Spec>) {
       const int row = kv_start + min_of(key, last_key);
       const int idx = divide(row, params.page_div_mul, params.page_div_shift);
       const uint32_t page = load_index(g_table, idx, params.table_word);
-      // Whatever the table says, no page is read but those that exist.
+      // A page index beyond the pages is replaced by 0: no other memory is read.
       const int64_t known = page < params.num_pages ? page : 0;
       return known * stride_batch + (row - idx * params.page_size) * stride_row;
     } else {

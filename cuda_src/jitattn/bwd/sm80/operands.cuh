@@ -1,5 +1,5 @@
-// Copies of the operands of a backward kernel to shared memory: K and V of a key block, Q, dO and
-// the statistics of a query tile. Parts of both backward kernels.
+// Loads the operands of both backward kernels into shared memory: K and V of a key block; Q, dO and
+// the row statistics of a query tile.
 #pragma once
 
 #include "jitattn/attention/rows.cuh"
@@ -32,7 +32,7 @@ struct KeyCopies {
     copy_v.zero_padding(storage.v);
   }
 
-  // Starts the copies of the num_keys keys that a block has.
+  // Starts copying the num_keys keys of a block.
   __device__ __forceinline__ void load(const BwdStorage<Traits>& storage, const Sequence& sequence,
                                        const KeyRows<Spec>& key_rows, int kv_head_idx, int block,
                                        int num_keys) const {
@@ -113,8 +113,8 @@ struct QueryTiles {
     load(copies.copy_do, s_addr, g_do, params.d_out_stride_row, tile);
   }
 
-  // Statistic `stat` of a row: LSE, delta, and what a sink leaves. A row that does not exist has an
-  // LSE of +inf, and weights of 0.
+  // Returns statistic `stat` of a row: LSE, delta, or the sink factor. A row that does not exist
+  // has an LSE of +inf, and weights of 0.
   __device__ __forceinline__ float load_stat(int stat, int row, bool is_wanted = true) const {
     const bool exists = is_wanted && row < sequence.len_q && row >= sequence.first_position;
     const float* g_stats = stat == 0 ? params.lse_log2 : params.delta;

@@ -1,10 +1,10 @@
-// What a backward kernel does where operands are fp16 parts (tile/mma/f16_parts.cuh): scales.
+// Scales of backward operands that are split into fp16 parts (tile/mma/f16_parts.cuh).
 //
-//   Q, K, V, dO   one for each tile, of the kernel that made the parts
-//   P             2^14, as in the forward kernel. It is 1 at most, but for the rounding of scores
-//                 and LSE: where these are 1e7, it may pass what fp16 holds, and is cut
-//   dS            nothing bounds it: each warp of the grid of scores brings the largest of its own
-//                 to 2^13 … 2^14, and leaves in shared memory what undoes that
+//   Q, K, V, dO   one per tile, written by the split_fp32 kernel
+//   P             2^14, as in the forward kernel. P is at most 1, except for rounding of scores and
+//                 LSE: at magnitudes of 1e7 it may exceed the range of fp16, and is clamped
+//   dS            unbounded: each warp of the scores' grid scales its maximum into [2^13, 2^14) and
+//                 stores the inverse in shared memory
 #pragma once
 
 #include "jitattn/attention/sequence.cuh"
@@ -19,13 +19,13 @@
 
 namespace jitattn {
 
-// The products that a tile of P or dS takes part in, with scales where operands have them:
-// scale_of(k, m), of rows or columns k .. of the tile and row tile m of the result.
+// Products with a tile of P or dS, with scales where operands have them: scale_of(k, m), of rows or
+// columns k .. of the tile and row tile m of the result.
 template <class Spec, class Traits>
 struct TileProducts {
   using Mma = typename Traits::Mma;
   using LayoutP = typename Traits::LayoutP;
-  static constexpr int kWarpRows = Traits::GridS::kRowTiles * 16;  // of a warp of scores
+  static constexpr int kWarpRows = Traits::GridS::kRowTiles * 16;  // of a warp of the scores' grid
   static constexpr int kWarpKeys = Traits::GridS::kColumnTiles * 8;
 
   // r += (tile)^T B
@@ -64,7 +64,7 @@ struct PartScales {
   using Products = TileProducts<Spec, Traits>;
   static constexpr float kLiftP = 16384.f;
   static constexpr float kMostP = 2.f;
-  static constexpr int kPerTile = kSplitFp32<Spec> ? 2 : 0;  // of Q, of dO
+  static constexpr int kPerTile = kSplitFp32<Spec> ? 2 : 0;  // one for Q, one for dO
 
   uint32_t s_of_ds_addr;
   float of_k;
@@ -83,7 +83,8 @@ struct PartScales {
     }
   }
 
-  // Of Q (0) or dO (1) of a query tile. They follow the statistics in shared memory.
+  // Loads the scale of Q (0) or dO (1) of a query tile. They follow the statistics in shared
+  // memory.
   __device__ static float load(const BwdParamsOf<Spec>& params, int batch_idx, int head_idx,
                                int tile, int which) {
     if constexpr (kSplitFp32<Spec>) {
@@ -101,20 +102,20 @@ struct PartScales {
     return of_tile(s_stats_addr + Traits::kBytesRowStats + 4);
   }
 
-  // Of dS at a row and a key of the tile.
+  // Returns the scale of dS at a row and a key of the tile.
   __device__ float of_ds(int row, int key) const {
     const int warp = row / Products::kWarpRows + key / Products::kWarpKeys * Spec::kWarpsQ;
     return ptx::ld_shared_f32(s_of_ds_addr + warp * 4);
   }
 
-  // Store a warp's P and dS as parts.
+  // Stores a warp's P and dS as hi and lo parts.
   template <int kRowTiles, int kKeyTiles>
   __device__ void store(const float (&r_p)[kRowTiles][kKeyTiles][4],
                         const float (&r_ds)[kRowTiles][kKeyTiles][4], const GridS& grid,
                         uint32_t s_p_addr, uint32_t s_ds_addr, int warp_idx, int lane_idx) const {
     using Mma = typename Traits::Mma;
     using LayoutP = typename Traits::LayoutP;
-    // Addresses are not kept in registers from step to step then.
+    // Derived again, so that addresses are not kept in registers from step to step.
     lane_idx = static_cast<int>(ptx::thread_idx() % 32);
     const PowerScale scale(most_of(r_ds));
     if (lane_idx == 0) {
@@ -144,7 +145,7 @@ struct PartScales {
     return 1.f;
   }
 
-  // The largest of a warp's; of what is finite, if not all of it is.
+  // Largest magnitude of a warp's values; if one is not finite, the largest finite magnitude.
   template <int kRowTiles, int kKeyTiles>
   __device__ static float most_of(const float (&r)[kRowTiles][kKeyTiles][4]) {
     auto most = [&](auto size) {

@@ -1,5 +1,5 @@
-// Which of a range of query tiles a key block visits, in which order: all of them, or those whose
-// lists have any of the block.
+// Query tiles that a key block visits, in order: all tiles of a range, or those whose lists contain
+// keys of the block.
 #pragma once
 
 #include "jitattn/attention/block_lists.cuh"
@@ -14,10 +14,10 @@
 
 namespace jitattn {
 
-// All tiles of a range.
+// Visits all tiles of a range.
 template <class Spec, class Traits, class Keys>
 struct AllTiles {
-  static constexpr int kChunk = 0x40000000;  // tiles that are looked at together
+  static constexpr int kChunk = 0x40000000;  // tiles examined together
 
   const Keys& keys;
 
@@ -25,17 +25,17 @@ struct AllTiles {
                                       const BwdStorage<Traits>&, const Keys& keys, int, int)
       : keys(keys) {}
 
-  __device__ __forceinline__ void look_at(int, int) {}
+  __device__ __forceinline__ void examine(int, int) {}
   __device__ int next(int tile) const { return tile; }
   __device__ bool is_free(int tile) const { return keys.is_free(tile); }
   __device__ __forceinline__ BlockListHead window() const { return {}; }
-  __device__ void keep_listed(int, int) const {}
+  __device__ void store_entries(int, int) const {}
 };
 
-// Tiles of which a list has any of the block's keys. Each thread looks at the list of one tile of a
-// chunk, and leaves in shared memory what it says: bit idx % 32 of word idx / 32 says of tile
-// `chunk + idx` whether its list has any of the block; the same of s_free_addr, whether all rows
-// see all of it; then come the bits of the list.
+// Visits the tiles whose lists contain keys of the block. Each thread examines the list of one tile
+// of a chunk and stores the result in shared memory: bit idx % 32 of word idx / 32 says whether the
+// list of tile `chunk + idx` contains any key of the block; the words at s_free_addr, in the same
+// order, whether all rows see all keys; the cell bits of the lists follow.
 template <class Spec, class Traits, class Keys>
 struct ListedTiles {
   static constexpr int kBlockQ = Spec::kBlockQ, kBlockKv = Spec::kBlockKv;
@@ -61,17 +61,17 @@ struct ListedTiles {
         num_keys(num_keys),
         head(load_block_list_head<Spec>(params, sequence, head_idx)) {}
 
-  // Looks at a chunk of the range. All threads come here.
-  __device__ __forceinline__ void look_at(int first_tile, int end_tile) {
+  // Examines a chunk of the range. Called by all threads.
+  __device__ __forceinline__ void examine(int first_tile, int end_tile) {
     chunk = first_tile;
     chunk_end = end_tile;
     uint32_t bits[kGroups] = {};
     bool is_listed = false, sees_all = false;
     const int tile = chunk + threadIdx.x;
-    if (tile < chunk_end) look_at_list(tile, bits, is_listed, sees_all);
+    if (tile < chunk_end) examine_list(tile, bits, is_listed, sees_all);
     const uint32_t any = __ballot_sync(0xffffffffu, is_listed);
     const uint32_t all = __ballot_sync(0xffffffffu, sees_all);
-    ptx::barrier_sync<Traits::kNumThreads>();  // the last chunk's are read
+    ptx::barrier_sync<Traits::kNumThreads>();  // the last chunk's results have been read
     if (threadIdx.x % 32 == 0) {
       const int warp_idx = threadIdx.x / 32;
       ptx::st_shared_b32(storage.found + warp_idx * 4, any);
@@ -82,7 +82,7 @@ struct ListedTiles {
     ptx::barrier_sync<Traits::kNumThreads>();
   }
 
-  // The first tile of the chunk from `tile` on that is visited; the chunk's end, if none is.
+  // Returns the first tile from `tile` on to visit in the chunk; the chunk's end if there is none.
   __device__ int next(int tile) const {
     for (int idx = tile - chunk; idx < chunk_end - chunk; idx = (idx / 32 + 1) * 32) {
       const uint32_t any = ptx::ld_shared_b32(storage.found + idx / 32 * 4) >> idx % 32;
@@ -99,8 +99,8 @@ struct ListedTiles {
 
   __device__ __forceinline__ BlockListHead window() const { return {head.y, head.z, head.w}; }
 
-  // Stores what a tile's list says of the block, as block_lists.cuh wants it.
-  __device__ void keep_listed(int stage, int tile) const {
+  // Stores the list entries of a tile for the block, in the format of block_lists.cuh.
+  __device__ void store_entries(int stage, int tile) const {
     const int group = threadIdx.x;
     if (group >= kGroups) return;
     const uint64_t bits = ptx::ld_shared_b32(s_bits_addr(tile - chunk) + group * 4);
@@ -114,7 +114,7 @@ struct ListedTiles {
     return storage.found + 2 * Traits::kBytesAny + idx * kGroups * 4;
   }
 
-  __device__ __forceinline__ void look_at_list(int tile, uint32_t (&bits)[kGroups], bool& is_listed,
+  __device__ __forceinline__ void examine_list(int tile, uint32_t (&bits)[kGroups], bool& is_listed,
                                                bool& sees_all) const {
     const BlockListSpan span = listed_span(params, sequence, head, tile * kBlockQ);
     const int last = min_of((tile + 1) * kBlockQ, sequence.len_q) - 1 + sequence.diagonal;

@@ -1,4 +1,5 @@
-// Which query tiles see a key block: the rules of schedule.cuh, turned around.
+// Backward schedule: the query tiles that see a key block, the inverse of the forward schedule
+// (attention/schedule.cuh).
 #pragma once
 
 #include "jitattn/attention/schedule.cuh"
@@ -21,7 +22,7 @@ struct TileRange {
     return {max_of(begin, first), min_of(end, last)};
   }
 
-  // One of `count` parts of about the same size.
+  // Returns one of `count` parts of about equal size.
   __device__ TileRange part(int idx, int count) const {
     const int64_t size = max_of(0, end - begin);
     return {begin + static_cast<int>(size * idx / count),
@@ -35,13 +36,13 @@ struct KvTile {
   int tile;
   int kv_head;
   int batch;
-  int split;  // of its query tiles
+  int split;  // index of the split of its query tiles
 };
 
-// Full: key blocks fastest, so that neighbouring CTAs share the Q and dO of one head in L2. Else
-// heads fastest: the first key blocks, which most queries see, are started first. In both, the
-// blocks of a head are started in the order of the keys, all splits of one before the next, which
-// the semaphore relies on.
+// Order of the key blocks. Full: key blocks fastest, so that neighbouring CTAs share the Q and dO
+// of one head in L2. Otherwise heads fastest: the first key blocks, which most queries see, are
+// launched first. In both, the blocks of a head are launched in key order, all splits of one before
+// the next, as the dq semaphore requires.
 template <class Spec>
 __device__ __forceinline__ KvTile kv_tile_of(const BwdParamsOf<Spec>& params, uint32_t cta_idx) {
   const uint32_t num_tiles = params.num_kv_tiles, heads = params.heads_q / params.heads_per_kv;
@@ -63,8 +64,8 @@ __device__ __forceinline__ KvTile kv_tile_of(const BwdParamsOf<Spec>& params, ui
           static_cast<int>(head_and_batch / heads), static_cast<int>(split)};
 }
 
-// Local + stride: tiles of which every row sees the keys from first_key to before end_key, which
-// lie in blocks on the stride or in such that are not.
+// Local + stride: returns the tiles whose rows all see the keys in [first_key, end_key). The keys
+// lie all in blocks on the stride, or all in others.
 template <class Spec>
 __device__ __forceinline__ TileRange free_of_stride(const Sequence& sequence,
                                                     const LocalStride<Spec>& pattern, bool is_on,
@@ -77,17 +78,17 @@ __device__ __forceinline__ TileRange free_of_stride(const Sequence& sequence,
   return {begin, static_cast<int>(max_of<int64_t>(end, 0) / kBlockQ)};
 }
 
-// A key block of one sequence, as the query tiles see it.
+// A key block of one sequence, and the query tiles that see it.
 template <class Spec>
 struct KeyBlock {
   static constexpr int kBlockQ = Spec::kBlockQ, kBlockKv = Spec::kBlockKv;
   const BwdParamsOf<Spec>& params;
   const Sequence& sequence;
-  const int head_idx;  // a query head; the rules of its kv head
+  const int head_idx;  // a query head, for the mask of its kv head
   const int block;
   const int first_key;
-  const int end_key;  // after its last key that exists
-  TileRange free;     // local + stride: tiles of which every row sees every key
+  const int end_key;  // end of its keys that exist
+  TileRange free;     // local + stride: tiles whose rows all see every key
 
   __device__ KeyBlock(const BwdParamsOf<Spec>& params, const Sequence& sequence, int head_idx,
                       int block)
@@ -104,9 +105,9 @@ struct KeyBlock {
     }
   }
 
-  // Tiles of queries that see any of its keys; those of a list are searched for among them.
+  // Returns the query tiles that see any of its keys; block lists are searched among them.
   __device__ TileRange tiles() const {
-    int begin = kHasBlockLists<Spec> ? sequence.first_position : 0;  // none if that is the end
+    int begin = kHasBlockLists<Spec> ? sequence.first_position : 0;  // if that is the end: no tile
     int64_t end = sequence.len_q;
     if constexpr (Spec::kMask == MaskKind::kCausal || kHasGap<Spec>) {
       begin = max_of(0, first_key - sequence.diagonal);
@@ -131,7 +132,8 @@ struct KeyBlock {
     return true;
   }
 
-  // How many key blocks before this one see a tile: the semaphore's value when it may add to dQ.
+  // Number of earlier key blocks that see a tile: the semaphore's value when this block may add to
+  // dQ.
   __device__ int semaphore_value(int tile) const {
     const int first_row = tile * kBlockQ;
     if constexpr (Spec::kMask == MaskKind::kWindow) {
@@ -150,7 +152,7 @@ struct KeyBlock {
   }
 
  private:
-  // After the last row that sees any of its keys.
+  // End of the rows that see any of its keys.
   __device__ int64_t end_of_rows() const {
     constexpr int64_t kAll = 0x7fffffff;
     if constexpr (Spec::kMask == MaskKind::kWindow) {
@@ -163,7 +165,7 @@ struct KeyBlock {
     }
   }
 
-  // Key blocks on the stride, of the first `count`.
+  // Number of the first `count` key blocks that are on the stride.
   __device__ int kept_before(const LocalStride<Spec>& pattern, int count) const {
     auto columns = [&](int before) {  // on the stride, of the first `before`
       const int first = pattern.first_column();

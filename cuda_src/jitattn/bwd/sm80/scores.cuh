@@ -1,13 +1,13 @@
-// What        Gradients of what is added to scores: of a bias, summed over the dimensions in which
-//             it was broadcast; and sums of dS by distance, of which relative biases and ALiBi
-//             slopes are made. Every number has one writer and one order: bitwise reproducible.
+// Kernel      Gradients of score modifications: of a bias, summed over its broadcast dimensions;
+//             and sums of dS by distance, for relative biases and ALiBi slopes. Every number has
+//             one writer and a fixed order: bitwise reproducible.
 //
 // Math        dS = P (dO V^T - delta), as in kernel.cuh; dbias = sum of dS
 //
 // Work split  kMatrix: a CTA has a tile [kBlockQ, kBlockKv] of the bias, for one of its batches and
-//             heads, and goes through all that share it. kRow: a key block, and all query tiles
-//             too. kDistance: all tiles along one diagonal, for one batch and head; kBlockQ ==
-//             kBlockKv.
+//             heads, and visits all batches and heads that share it. kRow: a key block, and all
+//             query tiles too. kDistance: all tiles along one diagonal, for one batch and head;
+//             kBlockQ == kBlockKv.
 //
 // Shared      K, V, Q, dO; LSE and delta; a tile of dS.
 // memory
@@ -37,7 +37,7 @@ constexpr bool kSumsMatrix = Spec::kTarget == ScoreTarget::kMatrix;
 template <class Spec>
 constexpr bool kSumsDistance = Spec::kTarget == ScoreTarget::kDistance;
 
-// What a CTA adds up: a tile of the bias, a key block, or a diagonal of tiles.
+// The work of a CTA: a tile of the bias, a key block, or a diagonal of tiles.
 template <class Spec>
 struct ScoreWork {
   int kv_tile;
@@ -62,7 +62,7 @@ struct ScoreWork {
   }
 };
 
-// Sums of dS over tiles: of one batch and head at a time.
+// Sums dS over tiles, one batch and head at a time.
 template <class Spec, class Traits>
 struct ScoreSums {
   using Weights = TileWeights<Spec, Traits>;
@@ -71,11 +71,11 @@ struct ScoreSums {
   static constexpr int kRowTiles = Weights::kRowTiles, kKeyTiles = Weights::kKeyTiles;
   static_assert(kBlockQ * kBlockKv * 4 <= 2 * Traits::kBytesP, "dS fits where P and dS would be");
 
-  // What a list says of a tile's keys.
+  // The list of a query tile: window, groups, and the first one in a tile's keys.
   struct Listed {
     BlockListHead window;
     BlockListSpan span;
-    int first;  // group
+    int first;  // index of the group
   };
 
   const BwdParamsOf<Spec>& params;
@@ -84,10 +84,10 @@ struct ScoreSums {
   const QueryCopies<Spec, Traits>& query_copies;
   const ScoreOperands<Traits>& operands;
   const typename Traits::GridS& grid;
-  const bool has_scores;  // of this warp
+  const bool has_scores;  // whether this warp has scores
   const int lane_idx;
 
-  // Adds dS of one tile to r_sum, or along its diagonals to `sum`. All threads come here.
+  // Adds dS of one tile to r_sum, or along its diagonals to `sum`. Called by all threads.
   __device__ void add(int batch_idx, int head_idx, const Sequence& sequence, int q_tile,
                       int kv_tile, Scores& r_sum, float& sum) const {
     const int first_key = kv_tile * kBlockKv, first_row = q_tile * kBlockQ;
@@ -100,7 +100,7 @@ struct ScoreSums {
     }
     const RowMap rows(sequence.len_q);
     const KeyRows<Spec> key_rows(params, sequence, batch_idx);
-    ptx::barrier_sync<Traits::kNumThreads>();  // the last step's tiles are read
+    ptx::barrier_sync<Traits::kNumThreads>();  // the last step's tiles have been read
     key_copies.load(storage, sequence, key_rows, head_idx / params.heads_per_kv, kv_tile, num_keys);
     load_queries(batch_idx, head_idx, sequence, q_tile);
     if constexpr (kHasBlockLists<Spec>) {
@@ -109,7 +109,7 @@ struct ScoreSums {
       }
     }
     ptx::cp_async_wait<0>();
-    ptx::barrier_sync<Traits::kNumThreads>();  // tiles, LSE and delta are there
+    ptx::barrier_sync<Traits::kNumThreads>();  // tiles, LSE and delta are written
 
     const KeyColumns<Spec> columns = {
         accumulator_column(lane_idx) + (kHasBlockLists<Spec> ? 0 : first_key + grid.first_column),
@@ -122,8 +122,8 @@ struct ScoreSums {
     if constexpr (kSumsDistance<Spec>) add_diagonal(sum);
   }
 
-  // kDistance: writes what this thread's diagonal has of a batch and head. The diagonals of every
-  // second pair of tiles do not overlap.
+  // kDistance: writes this thread's diagonal sum for a batch and head. Diagonals of tiles alternate
+  // between two buffers, so that their ranges of distances do not overlap.
   __device__ void store_distance(const ScoreWork<Spec>& own, int batch_idx, int head_idx,
                                  const Sequence& sequence, float value) const {
     const int diagonal = own.diagonal;
@@ -162,7 +162,7 @@ struct ScoreSums {
     }
   }
 
-  // kRow: writes the bias gradient of a key block, summed over rows. All threads come here.
+  // kRow: writes the bias gradient of a key block, summed over rows. Called by all threads.
   template <class Bias>
   __device__ void store_row(typename Bias::type* g_bias, const ScoreWork<Spec>& own,
                             const Scores& r_sum, float scale) const {
@@ -190,7 +190,7 @@ struct ScoreSums {
   }
 
  private:
-  // Whether the list of a query tile has any of a block's keys, and which.
+  // Finds the keys of a block in the list of a query tile; false if there are none.
   __device__ bool find_listed(Listed& listed, const Sequence& sequence, int head_idx, int first_row,
                               int first_key, int num_keys) const {
     const int4 head = load_block_list_head<Spec>(params, sequence, head_idx);
@@ -201,7 +201,7 @@ struct ScoreSums {
            __ldg(listed.span.g_groups + listed.first).x * 16 < first_key + num_keys;
   }
 
-  // Starts the copies of Q and dO, and stores the statistics of their rows.
+  // Starts copying Q and dO, and stores the statistics of their rows.
   __device__ void load_queries(int batch_idx, int head_idx, const Sequence& sequence,
                                int q_tile) const {
     const QueryTiles<Spec, Traits> queries(params, sequence, query_copies, batch_idx, head_idx);
@@ -214,7 +214,7 @@ struct ScoreSums {
     }
   }
 
-  // Adds a warp's dS to r_sum; kDistance: leaves it in shared memory.
+  // Adds a warp's dS to r_sum; kDistance: stores it in shared memory.
   __device__ void add_scores(Weights& weights, Scores& r_sum) const {
     Scores r_p, r_dp;
     const uint32_t s_lse = storage.stats(0) + grid.first_row * 4;
@@ -244,9 +244,9 @@ struct ScoreSums {
     }
   }
 
-  // kDistance: adds the numbers of dS of this thread's diagonal.
+  // kDistance: adds the elements of dS on this thread's diagonal.
   __device__ void add_diagonal(float& sum) const {
-    ptx::barrier_sync<Traits::kNumThreads>();                          // dS is there
+    ptx::barrier_sync<Traits::kNumThreads>();                          // dS is written
     const int offset = static_cast<int>(threadIdx.x) - (kBlockQ - 1);  // column - row
 #pragma unroll 4
     for (int row = max_of(0, -offset); row < min_of(kBlockQ, kBlockKv - offset); ++row) {
@@ -254,7 +254,7 @@ struct ScoreSums {
     }
   }
 
-  // Where accumulator i of a warp's tile (m, n) lies in the tile of dS, in fp32.
+  // Returns the address of accumulator i of a warp's tile (m, n) in the fp32 tile of dS.
   __device__ uint32_t s_addr(int m, int n, int i) const {
     const int row = grid.first_row + m * 16 + accumulator_row(lane_idx, i / 2);
     const int column = grid.first_column + n * 8 + accumulator_column(lane_idx) + i % 2;
@@ -279,7 +279,7 @@ __device__ __forceinline__ void attn_bwd_scores(const BwdParamsOf<Spec>& params)
                                      operands, grid,    has_scores, lane_idx};
 
   typename TileWeights<Spec, Traits>::Scores r_sum = {};  // kMatrix, kRow
-  float sum = 0.f;                                        // kDistance: of this thread's diagonal
+  float sum = 0.f;                                        // kDistance: for this thread's diagonal
   const float unscale = params.d_out_scale == nullptr ? 1.f : __ldg(params.d_out_scale + 1);
   const int end_batch = params.target_batch == 1 ? params.batch : own.batch + 1;
   const int end_head = params.target_heads == 1 ? params.heads_q : own.head + 1;

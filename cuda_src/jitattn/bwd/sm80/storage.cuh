@@ -1,5 +1,4 @@
-// Addresses in the shared memory of a backward kernel: of its tiles, and where a lane begins to read
-// them. Parts of both backward kernels.
+// Shared-memory addresses of both backward kernels: the tiles, and the lane addresses in them.
 #pragma once
 
 #include "jitattn/ptx/shared.cuh"
@@ -8,17 +7,17 @@
 
 namespace jitattn {
 
-// The tiles, as Traits lays them out. `buffer`: of Q and dO, Traits has kStages; `stage`: of
-// statistics and lists there are two.
+// Tile addresses, as laid out by Traits. `buffer`: of Q and dO, which have kStages; `stage`: of the
+// statistics and lists, which have two.
 template <class Traits>
 struct BwdStorage {
   uint32_t k;
   uint32_t v;
-  uint32_t first_q;  // of buffer 0
+  uint32_t first_q;  // in buffer 0
   uint32_t first_d_out;
   uint32_t p;
   uint32_t ds;
-  uint32_t first_stats;  // of stage 0
+  uint32_t first_stats;  // in stage 0
   uint32_t first_listed;
   uint32_t found;
 
@@ -49,11 +48,11 @@ struct BwdStorage {
   }
 };
 
-// Where a lane of the scores' grid of warps begins to read the operands of S = Q K^T and
-// dP = dO V^T (fragment.cuh).
+// Lane addresses of the operands of S = Q K^T and dP = dO V^T in the scores' grid of warps
+// (fragment.cuh).
 template <class Traits>
 struct ScoreOperands {
-  uint32_t lane_q_addr;  // of buffer 0
+  uint32_t lane_q_addr;  // in buffer 0
   uint32_t lane_do_addr;
   uint32_t lane_k_addr;
   uint32_t lane_v_addr;

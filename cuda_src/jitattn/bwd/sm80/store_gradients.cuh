@@ -1,4 +1,4 @@
-// Writes dK and dV of a key block.
+// Stores dK and dV of a key block.
 #pragma once
 
 #include "jitattn/attention/block_lists.cuh"
@@ -19,11 +19,11 @@
 
 namespace jitattn {
 
-// BwdParams::in_parts.
+// Value of BwdParams::in_parts: fp32 parts that are added to.
 constexpr int kAddedParts = 2;
 
 // Writes a warp's part of dK or dV: row `row` of the key block to row row_of(row) from g_first on;
-// or, of fp32 parts, adds it.
+// fp32 parts may be added to.
 template <Dtype kDtype, int kHeadDim, class Grid, int kRowTiles, int kColumnTiles, class RowOf>
 __device__ __forceinline__ void store_gradient(const float (&r)[kRowTiles][kColumnTiles][4],
                                                const Grid& grid,
@@ -65,7 +65,7 @@ __device__ __forceinline__ void store_gradient(const float (&r)[kRowTiles][kColu
   }
 }
 
-// Keys of a kernel block that exist.
+// Returns the number of keys of a kernel block that exist.
 template <class Spec>
 __device__ __forceinline__ int keys_in_block(const BwdParamsOf<Spec>& params,
                                              const Sequence& sequence, const KvTile& tile) {
@@ -76,8 +76,8 @@ __device__ __forceinline__ int keys_in_block(const BwdParamsOf<Spec>& params,
   return min_of(Spec::kBlockKv, sequence.len_kv - tile.tile * Spec::kBlockKv);
 }
 
-// Writes dK and dV of a key block, in the layout of k and v or, as parts, by split and sequence.
-// Indices are derived anew: the main loop has no registers to keep them in.
+// Stores dK and dV of a key block, in the layout of k and v or, as fp32 parts, by split and
+// sequence. Indices are derived again: the main loop has no registers to hold them.
 template <class Spec, Dtype kDtype, class DkTiles, class GridDk, class DvTiles, class GridDv>
 __device__ __forceinline__ void store_gradients(const BwdParamsOf<Spec>& params,
                                                 const DkTiles& r_dk, const GridDk& grid_dk,

@@ -1,5 +1,5 @@
-// Numbers derived from the generated Spec of a backward kernel, and the checks that the host
-// agrees.
+// Constants derived from the generated Spec of a backward kernel, and checks that host and device
+// agree.
 #pragma once
 
 #include "jitattn/attention/sequence.cuh"
@@ -18,7 +18,7 @@ template <class Spec>
 using BwdParamsOf = typename Conditional<kSplitFp32<Spec>, BwdScaledParams<FwdParamsOf<Spec>>,
                                          BwdParams<FwdParamsOf<Spec>>>::type;
 
-// The products of a backward kernel.
+// Selects the MMA class of a backward kernel.
 template <Numerics kNumerics, Dtype kDtype>
 struct BwdMmaOf {
   using type = MmaF32Acc<kDtype>;
@@ -44,22 +44,22 @@ struct BwdTraits {
   static constexpr int kNumThreads = Spec::kNumThreads;
   static constexpr int kNumWarps = kNumThreads / 32;
 
-  // Statistics of a row: LSE and delta, and what a sink leaves.
+  // Row statistics: LSE, delta, and the sink factor if there are sinks.
   static constexpr bool kHasSinks = Spec::kSinks == Switch::kOn;
   static constexpr int kRowStats = kHasSinks ? 3 : 2;
 
-  // Columns, padded to whole MMAs.
+  // Columns, padded to a multiple of 16 for the MMA.
   static constexpr int kDim = ceil_div(Spec::kHeadDim, 16) * 16;
   static constexpr int kDimV = ceil_div(Spec::kHeadDimV, 16) * 16;
 
-  // Elements of a row. Two parts lie side by side; a tile has one scale, where rows have them.
+  // Elements of a row. With two parts, hi and lo are adjacent; one scale per tile.
   static constexpr int kParts = kSplitFp32<Spec> ? 2 : 1;
   static constexpr int kWidthQk = kParts * kDim, kWidthV = kParts * kDimV;
   static_assert(!kSplitFp32<Spec> ||
                 (kDim == Spec::kHeadDim && kDimV == Spec::kHeadDimV && kIsUniform<Spec> &&
                  kRowsPerScale % Spec::kBlockQ == 0 && kRowsPerScale % Spec::kBlockKv == 0));
 
-  // Scores, by the first warps only where there are few of them.
+  // Number of warps that compute scores: fewer than all if there are few scores.
   static constexpr int kNumScoreWarps = Spec::kWarpsScores;
   // Scores and dP [block_q, block_kv]; dK and dV [block_kv, ...]; dQ [block_q, kDim].
   using GridS = WarpGrid<Spec::kBlockQ, Spec::kBlockKv, Spec::kWarpsQ, kNumScoreWarps>;
@@ -79,9 +79,9 @@ struct BwdTraits {
   using CopyK = Copy<Spec::kBlockKv, kParts * Spec::kHeadDim, kWidthQk>;
   using CopyV = Copy<Spec::kBlockKv, kParts * Spec::kHeadDimV, kWidthV>;
 
-  // Shared memory in bytes: K, V, the Q buffers, the dO buffers, P, dS, two buffers of the
-  // statistics of every row and of the scales of Q and dO, those of dS, and the groups that a list
-  // names of this key block, twice.
+  // Shared memory in bytes: K, V, the Q buffers, the dO buffers, P, dS, two buffers of the row
+  // statistics with the scales of Q and dO, the scales of dS, and two buffers of the list entries
+  // of this key block.
   static constexpr int kBytesK = Spec::kBlockKv * kWidthQk * kSize;
   static constexpr int kBytesV = Spec::kBlockKv * kWidthV * kSize;
   static constexpr int kBytesQ = Spec::kBlockQ * kWidthQk * kSize;
@@ -98,16 +98,16 @@ struct BwdTraits {
   static constexpr int kOffsetStats = kOffsetDs + kBytesP;
   static constexpr int kOffsetScales = kOffsetStats + 2 * kBytesStats;
   static constexpr int kOffsetListed = kOffsetScales + (kSplitFp32<Spec> ? kNumScoreWarps * 4 : 0);
-  // Of as many query tiles as there are threads: whether the list has any of it, whether every row
-  // sees all of it, and what the list says.
+  // Results for as many query tiles as there are threads: whether the list contains any key of the
+  // block, whether every row sees all keys, and the cell bits of the list.
   static constexpr int kOffsetFound = kOffsetListed + (kHasBlockLists<Spec> ? 2 * kBytesListed : 0);
   static constexpr int kBytesAny = kNumThreads / 8;
   static constexpr int kBytesFound = 2 * kBytesAny + kNumThreads * (Spec::kBlockKv / 16) * 4;
   static constexpr int kSmemBytes = kOffsetFound + (kHasBlockLists<Spec> ? kBytesFound : 0);
   static_assert(kSmemBytes == Spec::kSmemBytes, "host and device disagree on shared memory");
 
-  // Sums of dQ lie in fragment order where all sequences are alike: a tile is a block of its own
-  // there, and a warp adds to neighbouring addresses. (notes/0006)
+  // dQ sums are in fragment order if all sequences have one length: a tile is contiguous then, and
+  // a warp adds to adjacent addresses. (notes/0006)
   static constexpr bool kDqInFragments =
       Spec::kQLayout == SeqLayout::kBatched && Spec::kKvLayout == SeqLayout::kBatched;
 };

@@ -1,5 +1,5 @@
-// Weights and their gradients, for a query tile and a key block: what every backward
-// kernel computes anew. A warp holds the rows and keys that its grid gives it.
+// Recomputes the attention weights and their gradients for a query tile and a key block, in every
+// backward kernel. A warp has the rows and keys of its grid position.
 #pragma once
 
 #include "jitattn/attention/block_lists.cuh"
@@ -31,7 +31,7 @@ struct TileWeights {
   static constexpr bool kDrops = Spec::kDropout == Switch::kOn;
   using Scores = float[kRowTiles][kKeyTiles][4];
 
-  // Where this warp is.
+  // The location of this warp's scores.
   struct Tile {
     int batch_idx;
     int head_idx;
@@ -54,8 +54,8 @@ struct TileWeights {
                          const RowMap& rows, const Tile& tile)
       : params(params), sequence(sequence), rows(rows), tile(tile) {}
 
-  // r_p: weights, dropped ones too; r_dp: dO V^T. Lane addresses as fragment.cuh gives them; s_lse:
-  // of the warp's first row. Scales undo those of operands in parts.
+  // Computes r_p, the weights before dropout, and r_dp = dO V^T. Lane addresses as fragment.cuh
+  // gives them; s_lse: of the warp's first row. The scales undo those of split operands.
   template <bool kIsMasked>
   __device__ void compute(Scores& r_p, Scores& r_dp, uint32_t lane_q_addr, uint32_t lane_k_addr,
                           uint32_t lane_do_addr, uint32_t lane_v_addr, uint32_t s_lse,
@@ -113,7 +113,7 @@ struct TileWeights {
     }
   }
 
-  // The gradient of the score that the softmax saw, of a weight and its gradient.
+  // Returns the gradient of the score at the softmax's input, from a weight and its gradient.
   __device__ float d_score(float p, float d_p, float delta, float rest, int m, int half, int n,
                            int i) const {
     if constexpr (kDrops) d_p = dropped(d_p, m, half, n, i) * params.dropout_scale;
@@ -121,26 +121,26 @@ struct TileWeights {
     return p * (d_p - delta);
   }
 
-  // What a sink leaves of the weights of a row; s_lse as above.
+  // Returns the factor that a sink leaves to the weights of a row; s_lse as above.
   __device__ static float sink_rest(uint32_t s_lse, int row) {
     if constexpr (Traits::kHasSinks)
       return ptx::ld_shared_f32(s_lse + (2 * Spec::kBlockQ + row) * 4);
     return 1.f;
   }
 
-  // A value of r_p, or 0 if dropout drops it.
+  // Applies dropout to a value: 0 if dropped.
   __device__ float dropped(float value, int m, int half, int n, int i) const {
     if constexpr (kDrops) return kept.keeps(m, half, n, i) ? value : 0.f;
     return value;
   }
 
-  // From the gradient of a score to that of scale q k^T.
+  // Converts the gradient of a score to that of scale q k^T.
   __device__ float capped(float value, int m, int half, int n, int i) const {
     if constexpr (kIsCapped) return value * r_slope[m][n][2 * half + i];
     return value;
   }
 
-  // Stores P and dS, of r_p and r_dp as compute() leaves them.
+  // Stores P and dS, from r_p and r_dp as compute() returns them.
   __device__ __forceinline__ void store(Scores& r_p, Scores& r_dp, uint32_t s_lse,
                                         const PartScales<Spec, Traits>& scales,
                                         const typename Traits::GridS& grid,

@@ -1,12 +1,11 @@
-// Where the rows of gathered keys and values lie, keys in pages or in lists of groups: byte
-// offsets, resolved well ahead of their copies. Of keys in 8 bits, which lie in no page, the values
-// alone.
+// Gathered K and V rows (paged KV, or groups of a block list): byte offsets, resolved well ahead of
+// the copies. INT8 K is never paged; then only V is gathered.
 //
-// Keys are looked up in groups that lie together: of 16 in lists, and where pages hold a multiple
-// of that, else one by one. Blocks come in batches of kBatch. In the first step of a batch, all
-// threads look up the next one, and leave the offsets of each group's first K row and V row in
-// shared memory at the end of the step, where all copies find them, with what a list says of the
-// group. There is room for two batches.
+// Keys are looked up in contiguous groups: groups of 16 for lists, and for pages that hold a
+// multiple of 16 keys; otherwise one by one. Blocks form batches of kBatch. In the first step of a
+// batch, all threads look up the next batch; at the end of the step they store the offsets of each
+// group's first K row and V row in shared memory, from which all copies read them, and the list
+// entry of the group. There is room for two batches.
 #pragma once
 
 #include "jitattn/attention/rows.cuh"
@@ -23,17 +22,17 @@ template <class Spec>
 struct GatheredRows {
   using Traits = FwdTraits<Spec>;
   static constexpr int kGroup = Traits::kGroup;
-  static constexpr int kGroups = Spec::kBlockKv / kGroup;  // of a block
+  static constexpr int kGroups = Spec::kBlockKv / kGroup;  // per block
   static constexpr int kBatch = Traits::kGatherBatch;
   static constexpr int kBatchGroups = kBatch * kGroups;
   static constexpr int kGroupsPerThread = ceil_div(kBatchGroups, Traits::kNumThreads);
   static_assert(kBatch > Spec::kStages, "a batch is looked up before its first copy");
   static constexpr int64_t kElementBytes = sizeof(typename Traits::Element);
-  // A thread's rows lie whole groups apart, so that its place in the group is always the same.
+  // A thread's rows lie whole groups apart, so that its offset within a group never changes.
   static_assert(!Traits::kIsGathered || (Traits::CopyK::kRowsPerPass % kGroup == 0 &&
                                          Traits::CopyV::kRowsPerPass % kGroup == 0));
 
-  // Page and row within it of the first key of this thread's groups of one batch, and its entry.
+  // Page, row within the page, and list entry of the first key of this thread's groups of a batch.
   struct Lookup {
     int page[kGroupsPerThread];
     int row[kGroupsPerThread];
@@ -53,7 +52,8 @@ struct GatheredRows {
         kv_start(sequence.kv_start),
         len_kv(sequence.len_kv) {}
 
-  // All threads, before the first copies: the batch of block `ordinal`, and the next one.
+  // Looks up the batch of block `ordinal` and the next one. Called by all threads before the first
+  // copies.
   __device__ __forceinline__ void begin(int ordinal, const KvBlockRange& range) const {
     const int batch = batch_of(ordinal);
     const Lookup found = look_up(batch, range), next = look_up(batch - 1, range);
@@ -61,8 +61,8 @@ struct GatheredRows {
     store(next, batch - 1);
   }
 
-  // In the step of a block: look up the next batch, if this block is the first of its own, and
-  // leave it to all at the end of the step.
+  // Looks up the next batch, in the first step of a batch; store_next stores it at the end of the
+  // step.
   __device__ __forceinline__ void look_up_next(Lookup& found, int ordinal,
                                                const KvBlockRange& range) const {
     if constexpr (Traits::kIsGathered) {
@@ -75,22 +75,22 @@ struct GatheredRows {
     }
   }
 
-  // Where the entries of a block's groups are kept.
+  // Address of the list entries of a block's groups.
   __device__ uint32_t listed_addr(uint32_t ordinal) const {
     return s_addr + (Traits::kOffsetListed - Traits::kOffsetRows) +
            ordinal % (2 * kBatch) * (Spec::kBlockKv / 16 * 8);
   }
 
-  // For copies of K, whose first row of a thread is `first_row`: where this thread's pointer into
-  // the first page stands, and the bytes from there to its row `skip` rows on, of the block of an
-  // ordinal.
+  // For copies of K, where `first_row` is a thread's first row: lane_k returns the thread's pointer
+  // into the first page, offset_k the bytes from there to its row `skip` rows on, in block
+  // `ordinal`.
   __device__ const char* lane_k(const char* g_lane, int first_row) const {
     return g_lane + first_row % kGroup * params.k_stride_row * kElementBytes;
   }
   __device__ int64_t offset_k(int ordinal, int first_row, int skip) const {
     return ptx::ld_shared_b64(row_addr(ordinal, first_row, skip));
   }
-  // The same of V.
+  // lane_k and offset_k for V.
   __device__ const char* lane_v(const char* g_lane, int first_row) const {
     return g_lane + first_row % kGroup * params.v_stride_row * kElementBytes;
   }
@@ -101,12 +101,12 @@ struct GatheredRows {
  private:
   __device__ static int batch_of(uint32_t ordinal) { return ordinal / kBatch; }
 
-  // Whether the next batch is to be looked up in the step of this block.
+  // Whether the next batch is looked up in the step of this block.
   __device__ static bool is_first_of_batch(uint32_t ordinal) {
     return ordinal % kBatch == kBatch - 1;
   }
 
-  // Batches are of ordinals, and visited from right to left.
+  // Looks up a batch of ordinals; batches are visited from right to left.
   __device__ Lookup look_up(int batch, const KvBlockRange& range) const {
     Lookup found;
 #pragma unroll
@@ -140,7 +140,7 @@ struct GatheredRows {
 #pragma unroll
     for (int i = 0; i < kGroupsPerThread; ++i) {
       if (!is_mine(i)) continue;
-      // Whatever the table says, no page is read but those that exist.
+      // A page index beyond the pages is replaced by 0: no other memory is read.
       const bool exists =
           Traits::kIsPaged && static_cast<uint32_t>(found.page[i]) < params.num_pages;
       const int64_t page = exists ? found.page[i] : 0, row = found.row[i];

@@ -1,4 +1,4 @@
-// What        Forward attention on mma.sync, ldmatrix and cp.async: sm_80 and every newer GPU.
+// Kernel      Forward attention on mma.sync, ldmatrix and cp.async: sm_80 and every newer GPU.
 //
 // Math        S = Q K^T,  P = exp2(S * scale_log2 - m),  O = P V / rowsum(P),
 //             LSE = (log2(rowsum P) + m) * ln 2, with a running maximum m per row.
@@ -27,12 +27,12 @@
 //             tile's keys are merged, in their order, by the CTA that finishes last
 //             (split_combine.cuh).
 //
-// Sums        The output is summed in fp32, or in fp16, of 2048 keys at a time
+// Sums        The output is accumulated in fp32, or in fp16 over 2048 keys at a time
 //             (tile/two_level_accumulator.cuh).
 //
-// Masks       Positions decide which blocks a CTA visits (KvBlockRange): causal, a window with the
-//             first keys, local + stride; or lists in memory do (block_lists.cuh). Scores are
-//             changed in score.cuh, hidden in mask.cuh.
+// Masks       Positions determine the blocks that a CTA visits (KvBlockRange): causal, a window
+//             with the first keys, local + stride; or block lists do (block_lists.cuh). Scores are
+//             modified in score.cuh, hidden in mask.cuh.
 #pragma once
 
 #include "jitattn/attention/cta_work.cuh"
@@ -54,7 +54,7 @@
 
 namespace jitattn {
 
-// One step: the scores of a key block, and its part of the output.
+// One step: the scores of a key block, and its contribution to the output.
 template <class Spec>
 struct FwdStep {
   using Traits = FwdTraits<Spec>;
@@ -70,7 +70,7 @@ struct FwdStep {
   typename Traits::Output& r_o;
   int stage;  // the buffer that holds the block
 
-  // kIsMasked: the block may have keys that some row does not see, or that do not exist.
+  // kIsMasked: some row may not see all keys of the block, or some keys may not exist.
   template <bool kIsMasked>
   __device__ __forceinline__ void run(int ordinal) {
     const int block = work.block_at(ordinal);
@@ -84,7 +84,7 @@ struct FwdStep {
     if (sees_any) {
       scores.add_staged(r_s, block, stage);
       products.add_scores(r_s, stage);
-      scale.take_off(r_s);
+      scale.remove_initial_bias(r_s);
       scores.cap(r_s, block, stage);
     }
     loader.end_scores(ordinal);
@@ -99,8 +99,8 @@ struct FwdStep {
   }
 };
 
-// Write the output. What the CTA works on is found out anew, or read back from shared memory:
-// registers are dear in the loop.
+// Writes the output. The work of the CTA is derived again, or read back from shared memory, since
+// the main loop has no registers to hold it.
 template <class Spec, class Traits = FwdTraits<Spec>>
 __device__ __forceinline__ void finish(const FwdParamsOf<Spec>& params,
                                        const unsigned char* s_storage, typename Traits::Output& r_o,
@@ -111,7 +111,7 @@ __device__ __forceinline__ void finish(const FwdParamsOf<Spec>& params,
     plan.tile = work_tile<Spec>(params, ptx::cta_idx());
     plan.sequence = Sequence::of<Spec>(params, plan.tile.batch_idx);
   } else {
-    Traits::Threads::sync();  // the plan was written by one thread
+    Traits::Threads::sync();  // one thread wrote the plan
     plan = *reinterpret_cast<const CtaPlan*>(s_storage + Traits::kOffsetPlan);
   }
   const FwdEpilogue<Spec, Traits> epilogue(params, plan, ptx::thread_idx(),
@@ -143,7 +143,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   const uint32_t s_addr = ptx::shared_addr(s_storage);
   JITATTN_DEVICE_ASSERT(s_addr % 128 == 0);
   if (!kIsUniform<Spec> && threadIdx.x == 0) {
-    // What the epilogue needs again: kept here, not in registers.
+    // Kept for the epilogue in shared memory, not in registers.
     *reinterpret_cast<CtaPlan*>(s_storage + Traits::kOffsetPlan) = {tile, work.sequence};
   }
 
@@ -157,12 +157,12 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   const typename Traits::TwoLevel two_level(s_addr + Traits::kOffsetTwoLevel, threadIdx.x,
                                             range.begin, range.end);
   RowScale<Spec, Traits::kRowTiles> scale(params);
-  int ordinal = range.end - 1;  // of the step
+  int ordinal = range.end - 1;  // of the current step
   const GatheredRows<Spec> gathered(params, work.sequence, tile.batch_idx, s_addr);
   TileLoader<Spec> loader(work, offsets, copies, gathered, s_addr);
   const WarpScores<Spec> scores(work, gathered, s_addr, part);
 
-  // ---- Prologue. Without a block, the tile may have no row.
+  // ---- Prologue. Without a block, the tile may have no rows.
   if (kIsUniform<Spec> || ordinal >= range.begin) scale.load_rows(work, scores.rows);
   if (ordinal >= range.begin) {
     loader.start(ordinal);
@@ -190,7 +190,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
       }
     }
   } else {
-    // Blocks on a boundary of this warp's rows, then those that every row sees whole.
+    // Blocks on a mask boundary of this warp's rows, then those that every row sees entirely.
 #pragma unroll 1
     for (; ordinal >= range.begin && scores.is_cut(ordinal); --ordinal) {
       step.template run<true>(ordinal);

@@ -1,5 +1,4 @@
-// Copies of Q once, and of key blocks from right to left, into a ring of buffers. (kernel.cuh:
-// Pipeline)
+// Loads Q once, and key blocks from right to left into a ring of buffers. (kernel.cuh: Pipeline)
 #pragma once
 
 #include "jitattn/attention/cta_work.cuh"
@@ -13,7 +12,7 @@
 
 namespace jitattn {
 
-// Where Q, K and V of this (batch, head) begin, in elements.
+// Offsets of the Q, K and V of this (batch, head), in elements.
 struct OperandOffsets {
   int64_t q;
   int64_t k;
@@ -33,7 +32,7 @@ struct OperandOffsets {
   }
 };
 
-// The copies of their tiles, by all threads (tile/copy.cuh).
+// Tile copies of Q, K and V by all threads (tile/copy.cuh).
 template <class Spec>
 struct OperandCopies {
   using Traits = FwdTraits<Spec>;
@@ -53,7 +52,7 @@ struct TileLoader {
   using Traits = FwdTraits<Spec>;
   using Threads = typename Traits::Threads;
   static constexpr int kStages = Spec::kStages;
-  // Blocks in flight ahead of a step.
+  // Number of blocks in flight ahead of a step.
   static constexpr int kPrefetch = kStages == 1 ? 1 : kStages - 1;
   static constexpr int64_t kElementBytes = sizeof(typename Traits::Element);
   static constexpr int64_t kBytesOfQk = sizeof(typename Traits::ElementQk);
@@ -63,8 +62,9 @@ struct TileLoader {
   const OperandCopies<Spec>& copies;
   const GatheredRows<Spec>& gathered;
   const MatrixLoader<Spec> matrices;
-  const uint32_t s_addr;  // of the CTA's storage, which Q begins
-  // This thread's share of the block to be copied next; these walk. Gathered: of row 0 of them all.
+  const uint32_t s_addr;  // of the CTA's storage, which begins with Q
+  // This thread's share of the next block to copy; advanced after each copy. Gathered: row 0 of
+  // all.
   const char* g_k;
   const char* g_v;
   const int64_t k_block_bytes, v_block_bytes;
@@ -97,7 +97,7 @@ struct TileLoader {
     }
   }
 
-  // Start copying Q and the first kPrefetch blocks. Only the first one, the right-most, has a tail.
+  // Starts copying Q and the first kPrefetch blocks. Only the first, right-most one has a tail.
   __device__ __forceinline__ void start(int ordinal) {
     load_q();
     copies.q.zero_padding(s_addr);
@@ -108,7 +108,7 @@ struct TileLoader {
     }
     if constexpr (Traits::kIsGathered) {
       gathered.begin(ordinal, work.range);
-      Threads::sync();  // the rows of the first blocks are known to all
+      Threads::sync();  // the rows of the first blocks are published
     }
     load_k<true>(ordinal, 0, 0);
     if constexpr (kStages > 1) load_v<true>(ordinal, 0, 0);
@@ -123,20 +123,20 @@ struct TileLoader {
     }
   }
 
-  // Q is in shared memory afterwards: it came with the first block.
+  // Waits until Q is in shared memory: it was copied with the first block.
   __device__ void wait_for_q() const {
     ptx::cp_async_wait<kPrefetch - 1>();
     Threads::sync();
   }
 
-  // Each thread its own chunks; the loop's first barrier publishes them.
+  // Negates Q, each thread its own chunks; the loop's first barrier publishes them.
   __device__ void negate_q() const {
     ptx::cp_async_wait<0>();
     copies.q.negate(s_addr);
   }
 
-  // A step begins: its K is in shared memory afterwards, with more than one stage V too, and the
-  // next copies are on their way. kMayBeFirst: the step may be that of the right-most block.
+  // Begins a step: waits for its K, with more than one stage for its V too, and starts the next
+  // copies. kMayBeFirst: the step may be that of the right-most block.
   template <bool kMayBeFirst>
   __device__ __forceinline__ void begin_step(int ordinal, int stage) {
     // Protects: this step's tiles, written by all threads' copies, before anyone reads them; and
@@ -155,7 +155,7 @@ struct TileLoader {
     ptx::cp_async_commit();
   }
 
-  // Scores are done. With one stage, V is in shared memory afterwards, and the next K on its way.
+  // Ends the scores of a step. With one stage: waits for V, and starts copying the next K.
   __device__ __forceinline__ void end_scores(int ordinal) {
     if constexpr (kStages == 1) {
       // Protects: V of this step before anyone reads it; K of this step from the next copy.
@@ -183,7 +183,7 @@ struct TileLoader {
         });
   }
 
-  // In the step of `ordinal`, the block that comes `ahead` steps later.
+  // Copies the block that comes `ahead` steps after `ordinal`.
   template <bool kMayBeFirst>
   __device__ __forceinline__ void load_k(int ordinal, int ahead, int stage) {
     matrices.load(stage, work.block_at(ordinal - ahead));

@@ -1,4 +1,4 @@
-// Copies of the tiles of a bias and of a dense mask that go with a key block (staged_matrix.cuh).
+// Loads the tiles of a bias and of a dense mask for a key block (staged_matrix.cuh).
 #pragma once
 
 #include "jitattn/attention/block_lists.cuh"
@@ -19,7 +19,7 @@ struct MatrixLoader {
   const GatheredRows<Spec>& gathered;
   const uint32_t s_addr;  // of the CTA's storage
 
-  // Start copying the tiles of a block into buffer `stage`.
+  // Starts copying the tiles of a block into buffer `stage`.
   __device__ __forceinline__ void load(int stage, int block) const {
     const FwdParamsOf<Spec>& params = work.params;
     const int64_t batch_idx = work.tile.batch_idx;

@@ -17,7 +17,7 @@ struct WarpProducts {
   using Scores = typename Traits::Scores;
   using LaneV = typename Mma::template LaneV<Traits::kChunksV>;
 
-  const uint32_t lane_q_addr, lane_k_addr;  // K, V: of buffer 0
+  const uint32_t lane_q_addr, lane_k_addr;  // K, V: in buffer 0
   const LaneV lane_v;
   typename Traits::HeldQ r_q;
 
@@ -30,7 +30,7 @@ struct WarpProducts {
         lane_v(s_addr + Traits::kOffsetV + part.first_key * Swizzle<Traits::kChunksV>::kRowBytes,
                part.lane_idx) {}
 
-  // Read Q, for all steps.
+  // Loads the fragments of Q, for all steps.
   __device__ void hold_q() { Mma::template load_q<Traits::kDim>(r_q, lane_q_addr); }
 
   // r_s += Q K^T
@@ -43,7 +43,7 @@ struct WarpProducts {
     }
   }
 
-  // r_o += P V with P = exp2(r_s * scale - max), of which dropout keeps some.
+  // r_o += P V with P = exp2(r_s * scale - max), after dropout.
   template <class Output, class Softmax, class Scale, class Kept>
   __device__ __forceinline__ void add_output(Output& r_o, Scores& r_s, int stage, Softmax& softmax,
                                              const Scale& scale, const Kept& kept) const {

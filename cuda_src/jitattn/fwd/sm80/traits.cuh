@@ -1,4 +1,4 @@
-// Numbers derived from the generated Spec, and the checks that the host agrees with them.
+// Constants derived from the generated Spec, and checks that host and device agree.
 #pragma once
 
 #include "jitattn/attention/matrices.cuh"
@@ -20,7 +20,7 @@
 
 namespace jitattn {
 
-// The products of a numerics class.
+// Selects the MMA class of a numerics class.
 template <Numerics kNumerics, Dtype kDtype>
 struct MmaOf {
   using type = MmaF32Acc<kDtype>;
@@ -59,7 +59,7 @@ struct MmaOf<Numerics::kTf32, kDtype> {
   using type = MmaTf32<1>;
 };
 
-// The part of a score tile that a warp has: its rows, and the keys of its column of warps.
+// A warp's part of a score tile: its rows, and the keys of its column of warps.
 struct WarpPart {
   int lane_idx;
   int first_row;
@@ -75,7 +75,7 @@ struct FwdTraits {
                 "host and device disagree on FwdParams");
 
   using Mma = typename MmaOf<Spec::kNumerics, Spec::kDtype>::type;
-  using Element = typename Mma::Element;  // of V; of Q and K, but for those in 8 bits
+  using Element = typename Mma::Element;  // of V; of Q and K unless INT8
   using ElementQk = typename Conditional<kIsQuantized<Spec>, int8_t, Element>::type;
   static_assert(!kIsQuantized<Spec> || (!kHasBlockLists<Spec> && Spec::kHeadDim % 32 == 0 &&
                                         Spec::kAccess == Access::kVec16));
@@ -85,7 +85,7 @@ struct FwdTraits {
   static constexpr int kNumThreads = 32 * kNumWarps;
   using Threads = CtaThreads<kNumThreads>;
 
-  // Columns, padded to whole MMAs.
+  // Columns, padded to a multiple of 16 for the MMA.
   static constexpr int kDim = ceil_div(Spec::kHeadDim, 16) * 16;
   static constexpr int kDimV = ceil_div(Spec::kHeadDimV, 16) * 16;
 
@@ -105,7 +105,7 @@ struct FwdTraits {
 
   using Scores = float[kRowTiles][kKeyTiles][4];  // [kWarpRows, kWarpKeys]
 
-  // Accumulators of the output, of one level or of two.
+  // Accumulators of the output, with one level or two.
   static constexpr bool kIsTwoLevel = Spec::kNumerics == Numerics::kInt8F16;
   using OutputTile = typename Conditional<kIsTwoLevel, NarrowTile, WideTile>::type;
   using Output = OutputTile[kRowTiles][kColumnTiles];  // [kWarpRows, kDimV]
@@ -113,13 +113,13 @@ struct FwdTraits {
       kIsTwoLevel, TwoLevelAccumulator<kRowTiles, kColumnTiles, Spec::kBlockKv, kNumThreads>,
       OneLevelAccumulator>::type;
 
-  // Q in 8 bits stays in registers where there is room for it.
+  // INT8 Q stays in registers if it fits.
   static constexpr bool kHoldsQ =
       kIsQuantized<Spec> && kDim <= 128 &&
       (kIsTwoLevel ? Spec::kBlockKv <= (kDim > 64 ? 32 : 64) : Spec::kStages > 1 && !kHasGap<Spec>);
   using HeldQ = uint32_t[kHoldsQ ? kDim / 32 : 1][kRowTiles][4];
 
-  // Elements of a row, and its 16-byte chunks in shared memory. Two parts lie side by side.
+  // Elements of a row, and its 16-byte chunks in shared memory. Two parts are adjacent.
   static constexpr int kParts = Spec::kNumerics == Numerics::kF16x3 ? 2 : 1;
   static constexpr int kWidthQk = kParts * kDim, kWidthV = kParts * kDimV;
   static_assert(!kSplitFp32<Spec> || (kDim == Spec::kHeadDim && kDimV == Spec::kHeadDimV));
@@ -133,8 +133,8 @@ struct FwdTraits {
   using CopyV = Copy<Element, Spec::kBlockKv, kParts * Spec::kHeadDimV, kWidthV>;
 
   // Shared memory in bytes: Q, then the K buffers, then the V buffers. After the loop the same
-  // space carries the partial results of the warps that split the keys, then the output tile. Sums
-  // of the upper level lie where Q was, if it is held, else behind it.
+  // space holds the partial results of the warps that split the keys, then the output tile. The
+  // upper level of the accumulator overlaps Q if Q is held in registers; otherwise it follows.
   static constexpr int kBytesOfQ = Spec::kBlockQ * kWidthQk * sizeof(ElementQk);
   static constexpr int kOffsetTwoLevel = kHoldsQ ? 0 : kBytesOfQ;
   static constexpr int kBytesQ =
@@ -149,13 +149,13 @@ struct FwdTraits {
   static constexpr int kBytesCombine = (Spec::kWarpsKv - 1) * Spec::kBlockQ * (kDimV + 2) * 4;
   static constexpr int kBytesReused = max_of(kBytesLoop, max_of(kBytesOut, kBytesCombine));
 
-  // Behind all that: the plan of a CTA whose sequences differ (schedule.cuh), a flag, and the rows
-  // of the next blocks of keys that are gathered (gathered_rows.cuh).
+  // After all that: the plan of a CTA where sequence lengths differ (schedule.cuh), a flag, and the
+  // rows of the next gathered key blocks (gathered_rows.cuh).
   static constexpr bool kIsPaged = jitattn::kIsPaged<Spec>;
   static constexpr bool kIsGathered = kIsPaged || kHasBlockLists<Spec>;
-  // K in 8 bits lies in no page: V alone is gathered then.
+  // INT8 K is never paged: only V is gathered then.
   static constexpr bool kGathersK = kIsGathered && !kIsQuantized<Spec>;
-  // A thread copies rows that lie whole groups apart: 128 threads copy 16 at a time.
+  // A thread copies rows that lie whole groups apart: 128 threads copy 16 rows at a time.
   static constexpr int kGroup = Spec::kKvLayout == SeqLayout::kPaged || kNumThreads < 128 ? 1 : 16;
   static constexpr int kGatherBatch = kGroup == 16 ? 8 : 4;
   static constexpr int kOffsetPlan = kBytesReused;
@@ -167,7 +167,7 @@ struct FwdTraits {
   static constexpr int kOffsetListed = kOffsetRows + kBytesRows;
   static constexpr int kBytesListed =
       kHasBlockLists<Spec> ? 2 * kGatherBatch * (Spec::kBlockKv / 16) * 8 : 0;
-  // And tiles of the bias and of a dense mask, as many as of K.
+  // Tiles of the bias and of a dense mask, as many buffers as of K.
   using Matrices = MatrixTraits<Spec>;
   static constexpr bool kStagesBias = Matrices::kStagesBias;
   static constexpr bool kStagesDense = Matrices::kStagesDense;

@@ -1,5 +1,5 @@
-// What a warp does with its scores of a key block, the products aside: which blocks any of its rows
-// sees, what is added to scores, and what is hidden.
+// Operations on a warp's scores of a key block other than the products: tests which blocks its rows
+// see, adds score modifications, and applies the masks.
 #pragma once
 
 #include "jitattn/attention/block_lists.cuh"
@@ -17,7 +17,7 @@
 
 namespace jitattn {
 
-// Ordinals of the blocks that every row sees whole, where a gap is hidden: the ones of the window,
+// Ordinals of the blocks that every row sees entirely, where there is a gap: blocks of the window,
 // and of the first keys.
 struct WholeBlocks {
   int begin;
@@ -64,18 +64,18 @@ struct WarpScores {
     return true;
   }
 
-  // Whether any row does not see some key of a block, in a range without a gap.
+  // Whether some key of a block is hidden from any row, in a range without a gap.
   __device__ bool is_cut(int ordinal) const {
     return (ordinal + 1) * Spec::kBlockKv > first_sees();
   }
 
-  // The others, in a range with a gap.
+  // Returns the blocks without hidden keys, in a range with a gap.
   __device__ __forceinline__ WholeBlocks whole_blocks() const {
     const KvBlockRange& range = work.range;
     const int seen = max_of(0, first_sees());
     const int first =
         first_key<Spec>(work.params, work.sequence, work.tile.head_idx, last_position());
-    int end_of_kept = range.num_kept;  // local + stride: kept blocks lie before every row's own
+    int end_of_kept = range.num_kept;  // local + stride: kept blocks precede every row's own block
     if constexpr (Spec::kMask == MaskKind::kWindow) {
       end_of_kept = min_of(min_of(work.params.keep_first, seen) / Spec::kBlockKv, end_of_kept);
     }
@@ -84,7 +84,7 @@ struct WarpScores {
   }
 
   // ---- Before, around and after Q K^T
-  // Before copies are waited for, so that a bias is on its way meanwhile.
+  // Adds biases before the wait for copies, so that their loads overlap it.
   template <bool kIsMasked>
   __device__ __forceinline__ void add_early(Scores& r_s, int block, int stage) const {
     if constexpr (!kIsCapped && !Traits::kIsStaged) {
@@ -92,12 +92,12 @@ struct WarpScores {
     }
   }
 
-  // Before the product, of tiles that have arrived.
+  // Adds staged biases before the product; their tiles have arrived.
   __device__ __forceinline__ void add_staged(Scores& r_s, int block, int stage) const {
     if constexpr (!kIsCapped && Traits::kIsStaged) change(r_s, block, stage);
   }
 
-  // After the product.
+  // Applies softcap after the product, then the biases and the staged mask.
   __device__ __forceinline__ void cap(Scores& r_s, int block, int stage) const {
     if constexpr (kIsCapped) {
       cap_scores<Spec>(r_s, work.params);
@@ -110,7 +110,7 @@ struct WarpScores {
     }
   }
 
-  // What positions hide.
+  // Applies the positional mask or the block list.
   __device__ __forceinline__ void mask(Scores& r_s, int block) const {
     if constexpr (kHasBlockLists<Spec>) {
       const uint32_t s_listed = columns_of(block).s_listed;
@@ -125,7 +125,7 @@ struct WarpScores {
     }
   }
 
-  // The weights that dropout keeps.
+  // Draws the weights that dropout keeps.
   __device__ __forceinline__ Kept draw_kept(int block) const {
     Kept kept;
     if constexpr (kDrops) {
@@ -136,7 +136,7 @@ struct WarpScores {
   }
 
  private:
-  // ---- What this warp's first and last rows see. Derived anew where needed, to save registers.
+  // ---- Limits of this warp's first and last rows, derived again where needed to save registers.
   __device__ int first_position() const { return work.rows.position(rows.first); }
   __device__ int last_position() const {
     return work.rows.position(rows.template last<Traits::kRowTiles>());
@@ -147,8 +147,8 @@ struct WarpScores {
     return visible_keys<Spec>(work.params, work.sequence, position);
   }
 
-  // Ragged and paged kernels, and those with a gap, have no register to keep it in for the mask
-  // alone.
+  // Ragged and paged kernels, and those with a gap, have no register to hold the first key for the
+  // mask alone.
   static constexpr bool kKeepsFirstKey =
       kAddsToScores<Spec> || (kIsUniform<Spec> && !kHasGap<Spec>);
   __device__ int first_masked_key() const {

@@ -1,9 +1,9 @@
-// Numerics class f16_acc: fp16 operands, P V in fp16 accumulators, mma.m16n8k16. GeForce cards of
+// Numerics class f16_acc: fp16 operands, P V in fp16 accumulators, mma.m16n8k16. GeForce GPUs of
 // sm_86 and sm_89 run these at twice the rate.
 //
-// Sums of 64 keys are added to fp32 ones: over all keys in fp16 the error would be six times as
-// large. P is at most 1 here (kMaxSlack), so that 64 products fit fp16 for |V| up to 1023; beyond
-// that sums become infinite, and the result with them. (notes/0007)
+// Sums over 64 keys are promoted to fp32: over all keys, fp16 sums would have six times the error.
+// P is at most 1 here (kMaxSlack), so that 64 products fit fp16 for |V| up to 1023; larger values
+// overflow to infinity in the result. (notes/0007)
 #pragma once
 
 #include "jitattn/ptx/ldmatrix.cuh"
@@ -22,7 +22,7 @@ struct MmaF16Acc : MmaF32Acc<Dtype::kFp16> {
   static constexpr int kMaxSlack = 0;
   static constexpr int kPromoteSteps = 4;  // of 16 keys
 
-  // r_o += P V with P = exponentiate(r_s), as MmaF32Acc has it.
+  // r_o += P V with P = exponentiate(r_s), as MmaF32Acc does.
   template <int kRowTiles, int kKeyTiles, int kColumnTiles, int kChunks, class Exponentiate>
   __device__ static void add_output(float (&r_o)[kRowTiles][kColumnTiles][4],
                                     float (&r_s)[kRowTiles][kKeyTiles][4],

@@ -1,10 +1,10 @@
-// Numerics classes f16x3 and f16x1: fp32 operands as two fp16 parts each, side by side in a row,
-// [high | low], or as the high one only; scaled by powers of two so that little of them is below
-// fp16 (split_fp32.cuh). Three products of mma.m16n8k16 each, or one, where TF32 takes as many of
-// half the rate, and splits in the main loop.
+// Numerics classes f16x3 and f16x1: fp32 operands split into hi/lo fp16 parts, adjacent in a row as
+// [high | low], or rounded to the high part only; scaled by powers of two so that little
+// underflows in fp16 (prepare/split_fp32.cuh). Three products of mma.m16n8k16, or one, where
+// TF32 takes as many at half the rate, and splits in the main loop.
 //
-// f16x3: sums of few columns of Q and of 64 keys are promoted, as in mma/tf32.cuh. low * low is
-// below 2^-22 and left out. Backward kernels have P and dS as parts too.
+// f16x3: sums over a few columns of Q and over 64 keys are promoted, as in mma/tf32.cuh. low * low
+// is below 2^-22 and omitted. Backward kernels split P and dS as well.
 #pragma once
 
 #include "jitattn/ptx/ldmatrix.cuh"
@@ -21,7 +21,7 @@ namespace jitattn {
 template <int kProducts>  // 3 or 1
 struct MmaF16Parts : MmaF32Acc<Dtype::kFp16> {
   static constexpr bool kIsSplit = kProducts == 3;
-  // NOTE: of the class; in the function whose lambdas need it, NVRTC 13.0 dies of it.
+  // NOTE: a member of the class; inside the function with the lambdas, it crashes NVRTC 13.0.
   static constexpr int kParts = kIsSplit ? 2 : 1;
   using Base = MmaF32Acc<Dtype::kFp16>;
   using Split = MmaSplitP<Dtype::kFp16>;
@@ -80,7 +80,7 @@ struct MmaF16Parts : MmaF32Acc<Dtype::kFp16> {
     }
   }
 
-  // r_o += scale * P V with P = exponentiate(r_s), as MmaF32Acc has it; kChunks of all parts of a
+  // r_o += scale * P V with P = exponentiate(r_s), as MmaF32Acc does; kChunks covers all parts of a
   // row.
   template <int kRowTiles, int kKeyTiles, int kColumnTiles, int kChunks, class Exponentiate>
   __device__ static void add_output(float (&r_o)[kRowTiles][kColumnTiles][4],
@@ -113,8 +113,8 @@ struct MmaF16Parts : MmaF32Acc<Dtype::kFp16> {
                                                           multiply, add);
   }
 
-  // The same times a scale, for few rows: all sums at a time, which takes fewer registers than the
-  // fragments of Q.
+  // r_s += scale * Q K^T for few rows: all sums at a time, which takes fewer registers than holding
+  // the fragments of Q.
   template <int kDim, int kRowTiles, int kKeyTiles>
   __device__ static void add_scaled_scores(float (&r_s)[kRowTiles][kKeyTiles][4], uint32_t q_addr,
                                            uint32_t k_addr, float scale) {
@@ -147,8 +147,9 @@ struct MmaF16Parts : MmaF32Acc<Dtype::kFp16> {
     }
   }
 
-  // r += scale * A^T B, as MmaF32Acc has it; kParts of A and of B side by side in their rows.
-  // scale_of(k, m): of rows k .. of A and of B, for row tile m of r; it is the same for kEven rows.
+  // r += scale * A^T B, as MmaF32Acc does; the kParts parts of A and of B are adjacent in a row.
+  // scale_of(k, m): scale of rows k .. of A and of B, for row tile m of r; constant over kEven
+  // rows.
   template <int kDepth, int kEven, class LayoutA, class LayoutB, int kRowTiles, int kColumnTiles,
             class ScaleOf>
   __device__ static void add_transposed_product(float (&r)[kRowTiles][kColumnTiles][4],
@@ -166,7 +167,7 @@ struct MmaF16Parts : MmaF32Acc<Dtype::kFp16> {
                                       });
   }
 
-  // r += scale * A B, as MmaF32Acc has it. scale_of(k, m): of columns k .. of A and rows of B.
+  // r += scale * A B, as MmaF32Acc does. scale_of(k, m): scale of columns k .. of A and rows of B.
   template <int kDepth, int kEven, class LayoutA, class LayoutB, int kRowTiles, int kColumnTiles,
             class ScaleOf>
   __device__ static void add_product(float (&r)[kRowTiles][kColumnTiles][4], uint32_t s_a_addr,
@@ -182,7 +183,7 @@ struct MmaF16Parts : MmaF32Acc<Dtype::kFp16> {
                                       });
   }
 
-  // Store two neighbours of a row of a tile as parts of `scale` times them; `column` is even.
+  // Stores two neighbours of a row, times `scale`, as hi and lo parts; `column` is even.
   template <class Layout>
   __device__ static void store_pair(uint32_t s_tile_addr, int row, int column, float left,
                                     float right, float scale) {
@@ -203,8 +204,8 @@ struct MmaF16Parts : MmaF32Acc<Dtype::kFp16> {
                                    LoadA load_a) {
     static_assert(kIsSplit);
     constexpr int kLow = LayoutB::kRowBytes / 32;
-    // Two steps between promotions at most, since the fragments of A stay in registers; and no
-    // unrolling, which would keep addresses of all steps there too.
+    // At most two steps between promotions, since the fragments of A stay in registers; not
+    // unrolled, since that would keep the addresses of all steps in registers too.
     constexpr int kCount = min_of(2, min_of(kDepth, kEven) / 16);
 #pragma unroll 1
     for (int first = 0; first < kDepth; first += kCount * 16) {
@@ -253,7 +254,7 @@ struct MmaF16Parts : MmaF32Acc<Dtype::kFp16> {
     }
   }
 
-  // sum += A B of both parts; operands B of two tiles of columns.
+  // sum += A B over both parts; operands B of two column tiles.
   template <int kRowTiles>
   __device__ static void add_products(float (&sum)[kRowTiles][2][4],
                                       const uint32_t (&high)[kRowTiles][4],

@@ -14,7 +14,7 @@ namespace jitattn {
 template <Dtype kDtype>
 struct MmaF32Acc {
   using Element = uint16_t;
-  static constexpr int kMaxSlack = 8;  // of the running maximum: OnlineSoftmax
+  static constexpr int kMaxSlack = 8;  // slack of the running maximum: OnlineSoftmax
   static constexpr int kLift = 0;
 
   // Lane address in a V tile [keys][columns].
@@ -87,9 +87,9 @@ struct MmaF32Acc {
     }
   }
 
-  // r += A^T B over kDepth rows of two shared tiles: A [kDepth][columns of kLayoutA], of which the
-  // rows of r are the columns from a_column on, and B [kDepth][...], from b_column on. Column tiles
-  // of r from num_tiles on are left alone.
+  // r += A^T B over kDepth rows of two shared tiles: A [kDepth][columns of kLayoutA], whose columns
+  // from a_column on are the rows of r, and B [kDepth][...], from b_column on. Column tiles of r
+  // from num_tiles on are left alone.
   template <int kDepth, class LayoutA, class LayoutB, int kRowTiles, int kColumnTiles>
   __device__ static void add_transposed_product(float (&r)[kRowTiles][kColumnTiles][4],
                                                 uint32_t s_a_addr, int a_column, uint32_t s_b_addr,
@@ -124,7 +124,7 @@ struct MmaF32Acc {
     }
   }
 
-  // Store two neighbours of a row of a tile as operands; `column` is even.
+  // Stores two neighbours of a row of a tile as operands; `column` is even.
   template <class Layout>
   __device__ static void store_pair(uint32_t s_tile_addr, int row, int column, float left,
                                     float right) {
@@ -132,14 +132,14 @@ struct MmaF32Acc {
     ptx::st_shared_b32(s_chunk_addr + column % 8 * 2, pack(left, right));
   }
 
-  // Two values rounded to the 16-bit type, `low` in the low half.
+  // Packs two values rounded to the 16-bit type, `low` in the low half.
   __device__ static uint32_t pack(float low, float high) {
     if constexpr (kDtype == Dtype::kBf16) return ptx::pack_bf16x2(low, high);
     return ptx::pack_f16x2(low, high);
   }
 
  protected:
-  // One step of 16 rows of B, from row k on.
+  // Multiplies one step of 16 rows of B, from row k on.
   template <class LayoutB, int kRowTiles, int kColumnTiles>
   __device__ static void add_step(float (&r)[kRowTiles][kColumnTiles][4],
                                   const uint32_t (&a)[kRowTiles][4], uint32_t s_b_addr, int k,

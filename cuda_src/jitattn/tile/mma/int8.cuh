@@ -1,9 +1,9 @@
-// Numerics classes int8 and int8_f16: 8-bit Q and K with a scale for every row of Q and every
-// kQuantKeys keys, mma.m16n8k32 into integers; P V as MmaF32Acc has it, into fp32 or, with
-// int8_f16, into fp16 accumulators (two_level_accumulator.cuh). (quantize.cuh, notes/0007)
+// Numerics classes int8 and int8_f16: INT8 Q and K with one scale per row of Q and per kQuantKeys
+// keys, mma.m16n8k32 with int32 accumulators; P V as in MmaF32Acc, in fp32 or, with int8_f16, in
+// fp16 accumulators (two_level_accumulator.cuh). (prepare/quantize.cuh, notes/0007)
 //
-// In bytes, a fragment of m16n8k32 is one of m16n8k16 with two elements where that has one, so that
-// tiles, addresses and ldmatrix are those of 16-bit tiles of half the width.
+// In bytes, a fragment of m16n8k32 is a fragment of m16n8k16 with two elements in place of one, so
+// that tiles, addresses and ldmatrix are those of 16-bit tiles of half the width.
 #pragma once
 
 #include "jitattn/ptx/ldmatrix.cuh"
@@ -15,26 +15,27 @@
 
 namespace jitattn {
 
-// kDtypeV: of V.
+// kDtypeV: dtype of V.
 template <Dtype kDtypeV>
 struct MmaInt8 : MmaF32Acc<kDtypeV> {
-  // The bits of 1.5 * 2^23: added to as integers, they are that number plus the sum, exactly, as
-  // |sum| <= 256 * 127^2 < 2^22. No conversion is needed, and RowScale takes the number off again.
+  // The bits of 1.5 * 2^23: an integer sum added to them gives the bits of 1.5 * 2^23 + sum,
+  // exactly, as |sum| <= 256 * 127^2 < 2^22. This saves the conversion; RowScale subtracts the
+  // constant.
   static constexpr int32_t kOffsetBits = 0x4B400000;
 
-  // A warp's rows of Q and 32 columns.
+  // Fragments of a warp's rows of Q, for 32 columns.
   template <int kRowTiles>
   using Columns = uint32_t[kRowTiles][4];
 
-  // Those of all columns, for all steps.
+  // Fragments of all columns, held for all steps.
   template <int kDim, int kRowTiles>
   __device__ static void load_q(Columns<kRowTiles> (&r_q)[kDim / 32], uint32_t q_addr) {
 #pragma unroll
     for (int d = 0; d < kDim / 32; ++d) load_columns<kDim>(r_q[d], q_addr, d);
   }
 
-  // r_s = Q K^T over kDim columns, plus that number; r_s is overwritten. Q as load_q left it, or
-  // where it lies; lane addresses as fragment.cuh gives them for Q and K.
+  // r_s = Q K^T + 1.5 * 2^23 over kDim columns; r_s is overwritten. Q is given as fragments from
+  // load_q, or as an address; lane addresses as fragment.cuh gives them for Q and K.
   template <int kDim, int kRowTiles, int kKeyTiles>
   __device__ static void add_scores(float (&r_s)[kRowTiles][kKeyTiles][4],
                                     const Columns<kRowTiles> (&r_q)[kDim / 32], uint32_t k_addr) {
@@ -51,7 +52,7 @@ struct MmaInt8 : MmaF32Acc<kDtypeV> {
   }
 
  private:
-  // Columns 32 d and up.
+  // Returns the fragments of columns 32 d and up.
   template <int kDim, int kRowTiles>
   __device__ static void load_columns(Columns<kRowTiles>& columns, uint32_t q_addr, int d) {
     using Layout = Swizzle<kDim / 16>;
@@ -98,8 +99,8 @@ struct MmaInt8 : MmaF32Acc<kDtypeV> {
 };
 
 struct MmaInt8F16 : MmaInt8<Dtype::kFp16> {
-  // Weights up to 2^(kLift + kMaxSlack) = 4, of 2048 values below 4 (quantize.cuh): sums up to
-  // 2^15.
+  // Weights up to 2^(kLift + kMaxSlack) = 4, times 2048 values below 4 (prepare/quantize.cuh): sums
+  // up to 2^15.
   static constexpr int kMaxSlack = 4;
   static constexpr int kLift = -2;
 };

@@ -1,8 +1,8 @@
-// Numerics class split_p: 16-bit operands, P as a sum of two 16-bit parts, mma.m16n8k16.
+// Numerics class split_p: 16-bit operands, P split into two 16-bit parts, mma.m16n8k16.
 //
-// Products of 16-bit numbers are exact in fp32, so that of all roundings that of P is the largest:
-// P = high + low keeps 22 (fp16) or 16 (bf16) of its bits, for two MMAs a product. Sums are
-// promoted as in mma/tf32.cuh, every 64 keys, since the tensor cores truncate. (notes/0007)
+// Products of 16-bit numbers are exact in fp32, so that the rounding of P is the largest of all:
+// P = high + low keeps 22 (fp16) or 16 (bf16) of its bits, for two MMAs per product. Sums are
+// promoted every 64 keys, as in mma/tf32.cuh, since tensor cores truncate. (notes/0007)
 #pragma once
 
 #include "jitattn/ptx/ldmatrix.cuh"
@@ -19,11 +19,11 @@ template <Dtype kDtype>
 struct MmaSplitP : MmaF32Acc<kDtype> {
   using Base = MmaF32Acc<kDtype>;
   static constexpr int kPromoteSteps = 4;  // of 16 keys
-  // fp16: P is up to 2^15, so that low parts of small weights stay above the end of fp16.
+  // fp16: P reaches 2^15, so that the low parts of small weights do not underflow.
   static constexpr int kLift = kDtype == Dtype::kFp16 ? 14 : 0;
   static constexpr int kMaxSlack = kDtype == Dtype::kFp16 ? 1 : Base::kMaxSlack;
 
-  // r_o += P V with P = exponentiate(r_s), as MmaF32Acc has it.
+  // r_o += P V with P = exponentiate(r_s), as MmaF32Acc does.
   template <int kRowTiles, int kKeyTiles, int kColumnTiles, int kChunks, class Exponentiate>
   __device__ static void add_output(float (&r_o)[kRowTiles][kColumnTiles][4],
                                     float (&r_s)[kRowTiles][kKeyTiles][4],
@@ -51,7 +51,7 @@ struct MmaSplitP : MmaF32Acc<kDtype> {
     add_two_level_output<float[4], 2, kPromoteSteps>(r_o, r_s, exponentiate, pack, multiply, add);
   }
 
-  // Two neighbours of P as the sum of two parts.
+  // Splits two neighbours of P into two parts.
   __device__ static void split(uint32_t& high, uint32_t& low, float left, float right) {
     using Element = Scalar<kDtype>;
     high = Base::pack(left, right);

@@ -1,8 +1,8 @@
-// Numerics classes tf32x3 and tf32: fp32 operands, each split into two TF32 parts or rounded to
-// one, mma.m16n8k8.
+// Numerics classes tf32x3 and tf32: fp32 operands, split into two TF32 parts or rounded to one,
+// mma.m16n8k8.
 //
 // x = high + low with high = tf32(x), low = tf32(x - high) keeps 22 bits of the mantissa. A product
-// is high*high + high*low + low*high in fp32; low*low is below 2^-22 of it and left out.
+// is high*high + high*low + low*high in fp32; low*low is below 2^-22 of it and omitted.
 //
 // NOTE: the tensor cores truncate when they add to an fp32 accumulator, so long sums drift by up to
 // 2^-23 a step. Sums therefore start from zero every kPromoteSteps steps and are added to the
@@ -22,7 +22,7 @@ namespace jitattn {
 template <int kProducts>  // 3 or 1
 struct MmaTf32 {
   using Element = float;
-  static constexpr int kMaxSlack = 8;  // of the running maximum: OnlineSoftmax
+  static constexpr int kMaxSlack = 8;  // slack of the running maximum: OnlineSoftmax
   static constexpr int kLift = 0;
   static constexpr int kPromoteSteps = 4;  // MMA steps (of depth 8) between promotions
 
@@ -136,7 +136,7 @@ struct MmaTf32 {
     }
   }
 
-  // r += A^T B, as MmaF32Acc has it. Contraction index t stands for row 2t, t + 4 for row 2t + 1 of
+  // r += A^T B, as MmaF32Acc does. Contraction index t stands for row 2t, t + 4 for row 2t + 1 of
   // both, whose chunks lie in different banks.
   template <int kDepth, class LayoutA, class LayoutB, int kRowTiles, int kColumnTiles>
   __device__ static void add_transposed_product(float (&r)[kRowTiles][kColumnTiles][4],
@@ -158,7 +158,7 @@ struct MmaTf32 {
         });
   }
 
-  // r += A B, as MmaF32Acc has it.
+  // r += A B, as MmaF32Acc does.
   template <int kDepth, class LayoutA, class LayoutB, int kRowTiles, int kColumnTiles>
   __device__ static void add_product(float (&r)[kRowTiles][kColumnTiles][4], uint32_t s_a_addr,
                                      int a_row, uint32_t s_b_addr, int b_column, int num_tiles,
@@ -179,7 +179,7 @@ struct MmaTf32 {
         });
   }
 
-  // Store two neighbours of a row of a tile as operands; `column` is even.
+  // Stores two neighbours of a row of a tile as operands; `column` is even.
   template <class Layout>
   __device__ static void store_pair(uint32_t s_tile_addr, int row, int column, float left,
                                     float right) {

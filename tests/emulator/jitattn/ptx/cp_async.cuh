@@ -9,7 +9,7 @@ inline void cp_async_16B_zfill(uint32_t dst_addr, const void* src, uint32_t src_
     emulator::fail("the source of a cp.async is not aligned");
   }
   const emulator::AtWork at_work;
-  // All 16 bytes count as read, however few of them are asked for, as to a GPU's checker.
+  // All 16 bytes count as read even if fewer are requested, as in compute-sanitizer.
   if (src_bytes > 0) emulator::watch(src, 16, emulator::Access::kRead);
   emulator::start_copy({emulator::at_shared(dst_addr, 16), static_cast<const unsigned char*>(src),
                         static_cast<int>(src_bytes)});

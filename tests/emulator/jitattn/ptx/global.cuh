@@ -17,7 +17,7 @@ inline void red_add_v4(float* g_sum, const float (&value)[4]) {
   for (int i = 0; i < 4; ++i) g_sum[i] += value[i];
 }
 
-// CTAs run one after another: what is waited for must have come from one before.
+// CTAs run one after another: the awaited value must come from an earlier one.
 inline int32_t ld_acquire(const int32_t* g_flag) {
   emulator::watch(g_flag, 4, emulator::Access::kRead);
   const emulator::AtWork at_work;

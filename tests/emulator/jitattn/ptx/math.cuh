@@ -25,7 +25,7 @@ inline uint32_t pack_f16x2(float low, float high) {
   return f32_to_f16(low) | static_cast<uint32_t>(f32_to_f16(high)) << 16;
 }
 
-// Of two numbers each, rounded to fp32 on the way to fp16.
+// Applies an operation to pairs of fp16 element by element; rounds to fp32, then to fp16.
 template <class Operation>
 inline uint32_t of_halves(uint32_t x, uint32_t y, uint32_t z, Operation operation) {
   float result[2];
@@ -55,7 +55,7 @@ inline uint32_t cvt_s8(float x) {
   return static_cast<int32_t>(x != x ? 0.f : std::min(127.f, std::max(-128.f, rounded)));
 }
 
-// Round to nearest, ties away from zero, to 10 bits.
+// Rounds to a 10-bit mantissa, to nearest, ties away from zero.
 inline uint32_t cvt_tf32(float x) {
   const uint32_t bits = __float_as_uint(x);
   if ((bits >> 23 & 0xff) == 0xff) return bits;

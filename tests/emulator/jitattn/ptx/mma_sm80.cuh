@@ -1,4 +1,5 @@
-// D = A B + C of one warp. Sums are made in fp64 and rounded once, where tensor cores truncate.
+// D = A B + C of one warp. Sums are computed in fp64 and rounded once, whereas tensor cores
+// truncate.
 #pragma once
 
 #include "jitattn/ptx/math.cuh"
@@ -11,9 +12,9 @@ struct Operands {
   uint32_t b[2];
 };
 
-// Words of four lanes side by side hold a row of A or a column of B; a[1], a[3] are 8 rows further
-// down, a[2], a[3] and b[1] in the second half of K. dot(row word, column word) adds the products
-// of the elements of a word; for accumulator i, which is at row lane / 4 + i / 2 * 8 and column
+// The words of four neighbouring lanes hold a row of A or a column of B; a[1] and a[3] are 8 rows
+// further down, a[2], a[3] and b[1] in the second half of K. dot(row word, column word) sums the
+// products of the elements of a word; accumulator i is at row lane / 4 + i / 2 * 8 and column
 // lane % 4 * 2 + i % 2.
 template <class Sum, class Dot>
 inline void products(Sum (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Dot dot) {
