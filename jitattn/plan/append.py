@@ -1,4 +1,4 @@
-"""The plan of appending to a KV cache: one launch."""
+"""Plans the append to a KV cache: one launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_CTAS: Final = 65536
 
 
 class AppendFacts(NamedTuple):
-    """Facts of the tensors of a call. An index has 4-byte words; 0 where there is none."""
+    """Tensor facts that the plan depends on. Index sizes are in 4-byte words; 0: no index."""
 
     batch: int  #: sequences
     num_new: int
@@ -48,7 +48,7 @@ class AppendFacts(NamedTuple):
 
 
 def append(spec: AppendSpec, facts: AppendFacts) -> Plan:
-    """Return the plan that writes new tokens, turned queries, and the rows in use afterwards."""
+    """Plan the launch that writes new tokens, rotated queries, and the cache lengths afterwards."""
     if not facts.batch:
         return Plan((), {})
     rows = 2 * facts.heads_kv * facts.num_new

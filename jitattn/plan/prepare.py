@@ -1,4 +1,4 @@
-"""Operands that kernels make for the kernel for attention: fp16 parts of fp32, or 8 bits.
+"""Plans operand preparation: fp32 operands split into fp16 parts, or INT8 and fp16 quantization.
 
 fp32 operands come as fp16 parts for long queries: two each, or one in gears 3 and 4. A kernel makes
 the parts (cuda_src/jitattn/prepare/split_fp32.cuh), then the kernel for attention multiplies
@@ -69,7 +69,7 @@ _SCALES: Final = ("q_scale", "k_scale", "v_scale")
 
 
 class Prepared(NamedTuple):
-    """What the kernel for attention reads instead of a call's own operands."""
+    """Operands for the attention kernel, with the launches and buffers that prepare them."""
 
     problem: Problem
     runtime: Runtime
@@ -81,11 +81,11 @@ class Prepared(NamedTuple):
 
 
 def operands(problem: Problem, runtime: Runtime, call: Call, arch: str) -> Prepared:
-    """Return the operands of the forward kernel: prepared ones, or a call's own."""
+    """Return the operands of the forward kernel, prepared if the call qualifies."""
     chosen = kernel_problem(problem, runtime, call, arch)
     if chosen is None:
         return Prepared(problem, runtime, Plan((), {}), _OPERANDS, {}, {})
-    if not chosen.has_scores:  # the bound of cosine attention is not needed
+    if not chosen.has_scores:  # drops the fixed shift of cosine attention
         runtime = runtime._replace(scores=None)
     return (
         quantized(chosen, runtime, arch)
@@ -95,12 +95,12 @@ def operands(problem: Problem, runtime: Runtime, call: Call, arch: str) -> Prepa
 
 
 def kernel_problem(problem: Problem, runtime: Runtime, call: Call, arch: str) -> Problem | None:
-    """Return the problem of the kernel that reads prepared operands, if the call has one."""
+    """Return the problem of the kernel for prepared operands; None if the call uses its own."""
     rows = runtime.len_q * (runtime.heads_q // max(1, runtime.heads_kv))
     if rows <= RowClass.ROWS64 or call.tile_rows in (16, 64) or runtime.scale < 0:
         return None
     if problem.dtype is Dtype.FP32:
-        # Not the batch: a sequence has the same bits in any, with a fixed number of splits.
+        # Not the batch size: with a fixed split count a sequence's result is the same in any batch.
         is_short = _products(problem, runtime) < LEAST_PRODUCTS
         return None if is_short else split_fp32_problem(problem)
     if gear_of(call.gear, problem.dtype) != 4 or runtime.len_kv == 0 or not runtime.rows_are_apart:
@@ -109,7 +109,7 @@ def kernel_problem(problem: Problem, runtime: Runtime, call: Call, arch: str) ->
 
 
 def backward_kernel_problem(problem: Problem, runtime: Runtime) -> Problem | None:
-    """Return the problem of the backward kernel for fp16 parts, if that serves the call."""
+    """Return the problem of the backward kernel for fp16 parts; None if the call has none."""
     if _products(problem, runtime) < LEAST_BACKWARD_PRODUCTS:
         return None
     return split_fp32_backward(backward_problem(problem))
@@ -122,7 +122,7 @@ def _products(problem: Problem, runtime: Runtime) -> int:
 def split(
     problem: Problem, runtime: Runtime, arch: str, d_out_strides: Strides | None = None
 ) -> Prepared:
-    """Return q, k and v as fp16 parts; with `d_out_strides` for a backward kernel, and dO too.
+    """Plan the split of q, k and v into fp16 parts; with `d_out_strides` of dO too, for backward.
 
     Raises
     ------
@@ -205,7 +205,7 @@ def split(
 
 
 def quantized(problem: Problem, runtime: Runtime, arch: str) -> Prepared:
-    """Return q and k in 8 bits, and v in fp16 where the kernel sums in fp16.
+    """Plan INT8 quantization of q and k, and of v to fp16 where the kernel accumulates in fp16.
 
     Raises
     ------
@@ -240,7 +240,7 @@ def quantized(problem: Problem, runtime: Runtime, arch: str) -> Prepared:
         "k_8": Buffer((*rows_of_k, dim), "int8"),
         "q_scale": Buffer(rows_of_q, "fp32"),
         "k_scale": Buffer((batch, heads_kv, -(-len_kv // BLOCK_KEYS)), "fp32"),
-        # It is added to the LSE of rows of no sequence too.
+        # Rows that belong to no sequence are read as well.
         "along_mean": Buffer(rows_of_q, "fp32", is_zeroed=runtime.indices is not None),
         "channels": Buffer((batch, heads_kv, 2, dim), "fp32"),
         "partials": Buffer((sum(slots) * 3 * dim + slots[1],), "fp32"),

@@ -1,4 +1,4 @@
-"""The plan of a rotary embedding: one launch, as many threads as there are columns or few heads."""
+"""Plans a rotary embedding: one launch, whose grid follows from columns, rows and heads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _THREADS_PER_SM: Final = 4096
 
 
 class RotaryFacts(NamedTuple):
-    """Facts of the tensors of a rotation."""
+    """Tensor facts of a rotary embedding."""
 
     shape: tuple[int, ...]
     x_strides: RowStrides
@@ -36,7 +36,7 @@ class RotaryFacts(NamedTuple):
 
 
 def rotate(spec: RotarySpec, facts: RotaryFacts, num_sms: int) -> Plan:
-    """Return the plan of a rotation.
+    """Plan a rotary embedding.
 
     Raises
     ------
