@@ -1,7 +1,7 @@
-"""The kernel families, a file each: spec, arguments, tiles, and what the compile matrix has of it.
+"""The kernel families, one file each: spec, arguments, tiles, and compile matrix.
 
-A family is one line here, an entry in cuda_src/entry, and its device code. Everything else finds it
-by name (`spec.kernel_spec.families`).
+A family is registered by one line here, an entry in cuda_src/entry, and its device code. Everything
+else finds it by name (`spec.kernel_spec.families`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Arguments of the backward kernels: those of the forward kernel (`fwd_arguments.py`), and more."""
+"""Arguments of the backward kernels, which extend the forward kernel's (`fwd_arguments.py`)."""
 
 from __future__ import annotations
 
@@ -97,5 +97,5 @@ BWD_TABLES: Final = tuple(_TABLES.values())
 
 
 def bwd_arguments(problem: Problem) -> ArgumentTable:
-    """Return the arguments of a backward kernel of a problem."""
+    """Return the backward-kernel arguments of a problem."""
     return _TABLES[fwd_arguments(problem)]

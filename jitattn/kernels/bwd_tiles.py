@@ -72,13 +72,13 @@ _SPLIT_FP32: Final[_Table] = {
     112: ((32, 64, 8, 2, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
     128: ((64, 64, 8, 2, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
 }
-#: The same with what needs further registers: whatever is done with scores but masks of positions
-#: and key padding.
+#: fp16 parts with score modifications other than positional masks and key padding, which take
+#: further registers.
 _SPLIT_FP32_CHANGED: Final[_Table] = {
     64: ((64, 64, 8, 2, 2, 2, 1),),
     128: ((32, 32, 8, 2, 2, 2, 1),),
 }
-#: The same of the gradients of what is added to scores: square, one stage.
+#: Score-gradient kernels: square, one stage.
 _SQUARES: Final[tuple[_Row, ...]] = (
     (64, 64, 8, 4, 4, 4, 1),
     (32, 32, 8, 2, 2, 2, 1),
@@ -88,7 +88,7 @@ _SQUARES: Final[tuple[_Row, ...]] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BwdTile:
-    """How the work of a backward kernel is cut. Each product has its own grid of warps."""
+    """The tile of a backward kernel. Each product has its own warp grid."""
 
     block_q: int  #: rows of a step
     block_kv: int  #: keys of a CTA
@@ -102,12 +102,12 @@ class BwdTile:
 
     @property
     def num_threads(self) -> int:
-        """Threads of a CTA."""
+        """Return the threads per CTA."""
         return 32 * self.num_warps
 
 
 def smem_bytes(problem: Problem, tile: BwdTile) -> int:
-    """Dynamic shared memory of a CTA; `bwd/sm80/traits.cuh` asserts the same number."""
+    """Return the dynamic shared memory per CTA; `bwd/sm80/traits.cuh` asserts the same."""
     dims = padded_head_dim(problem.head_dim) + padded_head_dim(problem.head_dim_v)
     rows = tile.block_kv + tile.stages * tile.block_q
     size = (rows * dims + 2 * tile.block_q * tile.block_kv) * problem.dtype.bytes
@@ -122,10 +122,10 @@ def smem_bytes(problem: Problem, tile: BwdTile) -> int:
 
 
 def backward_problem(problem: Problem) -> Problem:
-    """Return what a forward problem is to its backward kernel.
+    """Map a forward problem to the problem of its backward kernel.
 
-    A fixed shift cancels, matrices are read where they are, and pages of any size alike. Whatever
-    the gear, gradients have the numerics of gear 2; fp16 parts are kept where a kernel takes them.
+    A fixed shift cancels, matrices are not staged, and all page sizes share a kernel. In every
+    gear, gradients have the numerics of gear 2; fp16 parts are kept where a kernel supports them.
     """
     split_fp32 = problem.numerics is Numerics.F16X3 and split_fp32_backward(problem) is not None
     return replace(
@@ -140,7 +140,7 @@ def backward_problem(problem: Problem) -> Problem:
 
 
 def choose_tile(problem: Problem, arch: str) -> BwdTile:
-    """Return the tile of the backward kernel of a backward problem.
+    """Choose the tile of the backward kernel of a backward problem.
 
     Raises
     ------
@@ -171,7 +171,7 @@ def choose_tile(problem: Problem, arch: str) -> BwdTile:
 
 
 def choose_square(problem: Problem, arch: str) -> BwdTile:
-    """Return the tile of a kernel for gradients of what is added to scores."""
+    """Choose the square tile of a score-gradient kernel."""
     for row in _SQUARES:
         tile = _tile(row)
         if smem_bytes(problem, tile) <= max_smem_bytes(arch):
@@ -180,7 +180,7 @@ def choose_square(problem: Problem, arch: str) -> BwdTile:
 
 
 def _has_changes(problem: Problem) -> bool:
-    """Return whether scores are changed by more than a sink, which takes one product a weight."""
+    """Return whether scores are modified beyond a sink, which costs one product per weight."""
     return replace(problem, sinks=Switch.OFF).has_scores
 
 

@@ -1,7 +1,7 @@
 """Arguments of the forward kernels, which backward kernels extend (`bwd_arguments.py`).
 
-What a kernel reads beside the fields that all have depends on its problem: sequences that differ,
-what is done with scores, lists of key blocks, scales of operands that were made for it.
+Beside the common fields, a kernel's arguments depend on its problem: sequence layouts, score
+modifications, block lists, scales of prepared operands.
 """
 
 from __future__ import annotations

@@ -1,34 +1,34 @@
 """Plans operand preparation: fp32 operands split into fp16 parts, or INT8 and fp16 quantization.
 
-fp32 operands come as fp16 parts for long queries: two each, or one in gears 3 and 4. A kernel makes
-the parts (cuda_src/jitattn/prepare/split_fp32.cuh), then the kernel for attention multiplies
-these, at twice the rate of TF32. Calls that this does not serve take TF32 products: short queries,
-sequences of their own and pages, whatever is done with scores but masks of positions and key
-padding, head dims that are no multiple of 16 or above 128, other alignments than 16 bytes.
+For long queries, fp32 operands are split into fp16 parts: two each (hi and lo), or one in gears 3
+and 4. A kernel splits them (cuda_src/jitattn/prepare/split_fp32.cuh), and the attention kernel
+multiplies the parts, at twice the rate of TF32. Other calls take TF32 products: short queries,
+sequence layouts and pages, score modifications other than positional masks and key padding, head
+dims that are no multiple of 16 or above 128, and other alignments than 16 bytes.
 
-A scale is of one row of q, and of 64 rows of a head of k or v: beside a finite number that is 2^20
-times as large, others of these rows keep 18 bits, and 2^-38 of it is the least that is left,
-whether or not a query sees that number. The product of the largest of q and of k must be a number
-of fp32, and v below 1e28. Keys that key padding hides become zeros, whatever they hold.
+One scale per q row and per 64 k/v rows: beside a finite value 2^20 times as large, other values of
+these rows keep 18 bits, and values below 2^-38 of it flush to zero, whether or not a query sees it.
+The product of the maxima of q and k must be finite in fp32, and v below 1e28. Keys hidden by key
+padding become zeros.
 
-The backward kernel has two parts of q, k, v and dO, whatever is done with scores but biases and
-dense masks, which may hide keys that hold anything. All scales are of 64 rows there, of q and dO
-too: beside a row of dO that is 2^20 times as large, dq of another keeps 18 bits.
+The backward kernel reads two parts of q, k, v and dO, with all score modifications but biases and
+dense masks, since keys that these hide may hold anything. Scales there are per 64 rows, of q and dO
+too: beside a row of dO 2^20 times as large, dq of another row keeps 18 bits.
 
-Gear 4 has Q and K in 8 bits, for long queries. Two kernels bring them to 8 bits
-(cuda_src/jitattn/prepare/quantize.cuh). Keys in pages come to 8 bits at every call, and outside the
-pages, which nothing writes to: a page that several sequences share comes once for each, as each has
-a mean of its own. The output is summed in fp16, of 2048 keys at a time
-(cuda_src/jitattn/tile/two_level_accumulator.cuh). For that, v comes to fp16 with a power of two for
-each head, which its largest finite number decides: beside that, numbers keep 11 bits down to 2^-14
-of it, and 2^-25 is the least that is left. In pages v stays where it is, and sums are in fp32, as
-where v is not as wide as q and k. Calls that this does not serve have the numerics of gear 3: short
-queries, a decoding step above all, which would wait for K to be read twice; sequences that may
-share rows of one tensor; and problems without a kernel for it (jitattn/kernels/operands.py).
+Gear 4 quantizes q and k to INT8, for long queries, in two kernels
+(cuda_src/jitattn/prepare/quantize.cuh). Paged keys are quantized at every call, into a separate
+buffer, never in place: a page that several sequences share is quantized for each, by its own mean.
+The output accumulates in fp16 over 2048 keys at a time
+(cuda_src/jitattn/tile/two_level_accumulator.cuh). For that, v is converted to fp16 with a
+power-of-two scale per head, chosen by its largest finite value: values keep 11 bits down to 2^-14
+of it, and the smallest that remain are 2^-25 of it. Paged v stays in place, and sums are in fp32,
+as where v's head dim differs from that of q and k. Other calls have the numerics of gear 3: short
+queries, above all decoding steps, which would have to read K twice; sequences that may share rows
+of one tensor; and problems without such a kernel (jitattn/kernels/operands.py).
 
-Memory: fp16 parts take as much as q, k, v and dO, one part of each half of it. 8 bits take half the
-memory of q and k, all that v takes, 8 bytes a row of q, and 12 bytes a channel for every 512 rows
-and for every sequence; of keys in pages, what all sequences would have with the longest.
+Memory: two fp16 parts take as much as q, k, v and dO, one part half of it. INT8 takes half the
+memory of q and k, all of v's, 8 bytes per row of q, and 12 bytes per channel for every 512 rows and
+for every sequence; paged keys count as if all sequences had the longest length.
 """
 
 from __future__ import annotations
