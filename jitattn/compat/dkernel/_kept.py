@@ -1,4 +1,4 @@
-"""Masks of a module's pattern, each made once for as long as the pattern is the same."""
+"""Caches the masks of a module's pattern for as long as the pattern is unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_MASKS: Final = 16
 
 
 class KeptMasks:
-    """Masks of patterns in blocks of one size."""
+    """A cache of pattern masks with one block size."""
 
     def __init__(self, block_size: int, causal: bool) -> None:
         self._block_size, self._causal = block_size, causal
@@ -29,7 +29,7 @@ class KeptMasks:
         self._wholes: dict[torch.device, tuple[Tensor, Snapshot | None, Tensor]] = {}
 
     def mask(self, pattern: Tensor, moved: int = 0, first_row: int | None = None) -> BlockSparse:
-        """Return the mask of a pattern, the same value as long as the pattern is the same.
+        """Return the cached mask of a pattern, or make a new one if the pattern has changed.
 
         `moved` is by how many rows it is moved down: new rows are empty, those above the top go.
         """
@@ -50,7 +50,7 @@ class KeptMasks:
         return found
 
     def _moved(self, pattern: Tensor, moved: int) -> Tensor:
-        """Return the pattern moved down, in blocks that kernels take; a part of what is kept."""
+        """Return the pattern shifted down, in block sizes of the kernels."""
         factor = max(1, self._block_size // LARGEST_BLOCK)
         if moved == 0 and factor == 1:
             return pattern
@@ -71,5 +71,5 @@ class KeptMasks:
 
 
 def _holds(snapshot: Snapshot | None, pattern: Tensor) -> bool:
-    """Return whether a pattern is as it was; one that only a graph has read may not be."""
+    """Return whether a pattern is surely unchanged; unknown for one read only by a graph."""
     return snapshot is not None and snapshot.still_holds(pattern)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class LocalStrideSparseAttention(SparseAttention):
-    """Attention to the blocks nearby, and to every so many-th of the others (phi-3-small).
+    """Attention to local blocks, and to every `vert_stride`-th of the others (phi-3-small).
 
     The pattern is a rule, not stored, where its heads are those of the tensors, blocks are of 128
     or fewer, and, not causal, no heads are dense and there are no more queries than keys.
@@ -79,7 +79,7 @@ class LocalStrideSparseAttention(SparseAttention):
 
     @property
     def sparse_pattern(self) -> Tensor:  # type: ignore[override]
-        """The pattern, [heads, blocks, blocks], bool: written out when it is first asked for."""
+        """The pattern, [heads, blocks, blocks], bool, materialized on first use."""
         return self._pattern_on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def _written(self, num_blocks: int, device: torch.device | None = None) -> Tensor:
@@ -117,7 +117,7 @@ class LocalStrideSparseAttention(SparseAttention):
         return None if rule is None or shift != 0 else [rule]
 
     def _closed_form(self, heads: tuple[int, int]) -> LocalStride | None:
-        """Return the pattern as a rule of positions, if it is one of these heads."""
+        """Return the pattern as a positional mask, if the heads allow it."""
         # Dense, it does not matter which blocks are local.
         local = 1 if self.vert_stride == 1 else self.local_blocks
         if self.block_size > LARGEST_BLOCK or local == 0:

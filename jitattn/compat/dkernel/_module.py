@@ -30,7 +30,7 @@ _MOST_FACTS: Final = 256
 
 
 class Facts(NamedTuple):
-    """What follows from the shapes of a call."""
+    """Facts that follow from the shapes of a call."""
 
     is_packed: bool
     layout: str
@@ -42,7 +42,7 @@ class Facts(NamedTuple):
 
 
 class SparseAttention(torch.nn.Module):
-    """Attention by any pattern of blocks; differentiable in every mode.
+    """Attention with any block-sparse pattern; differentiable in every mode.
 
     Parameters
     ----------
@@ -245,7 +245,7 @@ class SparseAttention(torch.nn.Module):
         return self._joined(both, shift % self.block_size, return_lse, out)
 
     def _facts_of(self, q: Tensor, k: Tensor, v: Tensor, is_batch: bool) -> Facts:
-        """Return what follows from the shapes of a call, which are checked; kept by them.
+        """Check the shapes of a call, and return the facts that follow from them, cached by shape.
 
         Raises
         ------
@@ -292,13 +292,13 @@ class SparseAttention(torch.nn.Module):
 
     @property
     def _size(self) -> tuple[int, int]:
-        """Rows and columns of the pattern."""
+        """Return the rows and columns of the pattern."""
         pattern: Tensor = self._buffers["sparse_pattern"]  # type: ignore[assignment]
         rows, columns = pattern.shape[1:]
         return rows, columns
 
     def _first_row(self, len_q: int, len_kv: int) -> int:
-        """Return where query 0 is among the rows of the pattern, in tokens."""
+        """Return the token position of query 0 in the rows of the pattern."""
         rows, columns = self._size
         past = len_kv - len_q
         if rows == columns:
@@ -317,7 +317,7 @@ class SparseAttention(torch.nn.Module):
         return first
 
     def _check_positions(self, longest: int, most: int) -> None:
-        """Refuse a pattern without rows for all positions: paddings and packing count by them."""
+        """Refuse a pattern without a row for every position, which paddings and packing require."""
         if longest > most:
             raise CheckFailedError(
                 f"sequences of up to {longest} tokens, padded or packed: rows of the pattern count "
@@ -326,11 +326,11 @@ class SparseAttention(torch.nn.Module):
             )
 
     def _rules_of(self, heads: tuple[int, int], shift: int) -> list[Mask] | None:
-        """Return the mask if it is a rule of numbers; None: it is made of the pattern."""
+        """Return the mask if it is in closed form; None if it needs the pattern."""
         return None
 
     def _masks_of(self, heads: tuple[int, int], shift: int, device: torch.device) -> list[Mask]:
-        """Return the mask of a call, or two of which each query takes one (see `_joined`)."""
+        """Return the mask of a call, or two masks that divide the queries (see `_joined`)."""
         pattern = self._pattern_on(device)
         count = pattern.size(0)
         if count != 1 and count not in heads:
@@ -352,7 +352,7 @@ class SparseAttention(torch.nn.Module):
         return pattern
 
     def _joined(self, both: list[Any], rest: int, return_lse: bool, out: Tensor | None) -> Any:  # noqa: ANN401
-        """Return for each query the result that its row is right in.
+        """Select for each query the result of the mask that applies to its row.
 
         Causal, with rows that count from query 0 and `rest` more keys before it than whole blocks:
         a block of queries lies in two blocks of positions. Its first queries take the result of

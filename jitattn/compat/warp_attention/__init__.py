@@ -174,7 +174,7 @@ _warp_attention_forward = warp_attention_forward
 
 
 def log_next_power_of_2(x: int) -> int:
-    """Return the logarithm of the least power of two that is not below x; 0 of 0."""
+    """Return ceil(log2(x)), and 0 for 0."""
     return max(0, math.ceil(x) - 1).bit_length()
 
 
@@ -202,7 +202,7 @@ def get_default_gear() -> int:
 
 
 def set_log_level(level: int) -> None:
-    """Set how much Python's logger ``jitattn`` lets through, for all of jitattn.
+    """Set the level of Python's logger ``jitattn``, for all of jitattn.
 
     0 is silent, 1 for errors, 2 for warnings (a cache directory that cannot be used), 3 for what
     is compiled and how the cache fares besides. From 4 on, each call through this door says which
@@ -224,7 +224,7 @@ def set_log_level(level: int) -> None:
 
 
 def get_log_level() -> int:
-    """Return what `set_log_level` has set; 2, warnings, at first."""
+    """Return the level that `set_log_level` set; by default 2, warnings."""
     return _settings["log_level"]
 
 
@@ -258,14 +258,14 @@ def _log_kernel(query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, 
 
 
 def _wants_gradients(*tensors: Tensor) -> bool:
-    """Whether autograd follows the call; arrays of other libraries have no gradients."""
+    """Return whether autograd records the call; arrays of other libraries have no gradients."""
     return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tensors)
 
 
 def _sequences(
     name: str, tensor: Tensor, start: Tensor | None, length: Tensor | None, longest: int
 ) -> Ragged:
-    """Return where sequences lie, in which the largest length is read if it is not known."""
+    """Return the sequences of a call; synchronizes to read an unknown largest length."""
     side = "q" if name == "query" else "kv"
     if start is None or length is None:
         raise CheckFailedError(

@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch and by SDPA, as the original's scripts time them; [B, L, H, D]."""
+"""Times attention in plain PyTorch and by SDPA, as the original's scripts do; [B, L, H, D]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times, errors, pictures and choices of tiles, as the original's scripts make them."""
+"""Times gears, measures errors, plots charts and tunes tiles, as the original's scripts do."""
 
 from __future__ import annotations
 
