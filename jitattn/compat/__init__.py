@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType, TracebackType
 
-#: Names that programs import, and the modules of ours that answer to them.
+#: Package names that programs import, and jitattn's modules that replace them.
 DOORS: Final = {
     "dkernel": "jitattn.compat.dkernel",
     "fast_ops": "jitattn.compat.fast_ops",
@@ -75,7 +75,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if ours is None:
             return None
         spec = ModuleSpec(fullname, self, origin=ours.origin)
-        # Another thread may look below the empty module before ours is in its place.
+        # Another thread may import a submodule before our module replaces the empty one.
         spec.submodule_search_locations = ours.submodule_search_locations
         return spec
 
@@ -119,7 +119,7 @@ def _imported(name: str) -> ModuleType:
 
 def _taken_out(name: str) -> dict[str, ModuleType]:
     """Remove a name and its submodules from `sys.modules`."""
-    every = sys.modules.copy()  # other threads import meanwhile
+    every = sys.modules.copy()  # other threads may import meanwhile
     found = {key: every[key] for key in every if key.partition(".")[0] == name}
     for key in found:
         sys.modules.pop(key, None)

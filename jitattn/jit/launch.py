@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 #: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _MAX_DYNAMIC_SHARED_SIZE_BYTES: Final = 8
-#: A block gets more dynamic shared memory than this only after asking for it.
+#: More dynamic shared memory than this requires a function attribute.
 _DEFAULT_SMEM_BYTES: Final = 48 * 1024
 #: Largest grid in x.
 MAX_GRID: Final = 2**31 - 1

@@ -25,7 +25,7 @@ from jitattn.kernels.sum_parts import SumPartsSpec
 if TYPE_CHECKING:
     from jitattn.spec.kernel_spec import KernelSpec
 
-#: In the order in which messages name them.
+#: All families, in the order of error messages.
 FAMILIES: Final[tuple[type[KernelSpec], ...]] = (
     FwdSpec,
     BwdSpec,

@@ -28,7 +28,7 @@ from jitattn.values.gears import resolve_numerics
 #: taken, of the row for the largest padded head dim that it serves.
 _Row = tuple[int, int, int, int, int, int, int]
 _Table = dict[int, tuple[_Row, ...]]
-#: Four warps are for two CTAs on a multiprocessor, and left out where only one fits.
+#: Tiles of four warps are for two CTAs per multiprocessor, and skipped where only one fits.
 #: TFLOP/s of an H200, bf16, 16k keys, full / causal.
 _TILES: Final[_Table] = {
     # 287 / 281; 64x128 262 causal, 64x64 with 4 warps 274
@@ -38,19 +38,19 @@ _TILES: Final[_Table] = {
     192: ((64, 64, 8, 4, 2, 2, 2), (64, 64, 8, 4, 2, 2, 1), (32, 64, 8, 2, 2, 2, 1)),
     256: ((64, 64, 8, 4, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
 }
-#: Patterns whose blocks are of 64 keys or fewer: wider tiles visit what nobody sees. Local 16 of
+#: Patterns with blocks of 64 keys or fewer: wider tiles visit hidden keys. Local 16 of
 #: stride 8, us: D=64 1463 (128x128 2007), D=128 2611 (2 stages 2690, 128x64 3151, 64x128 3617).
 _SPARSE: Final[_Table] = {
     **_TILES,
     64: ((64, 64, 4, 2, 2, 2, 2), (64, 64, 4, 2, 2, 2, 1), (64, 64, 8, 4, 2, 2, 2)),
     128: ((64, 64, 4, 2, 2, 2, 1), (64, 64, 8, 4, 2, 2, 2), (64, 64, 8, 4, 2, 2, 1)),
 }
-#: The same in blocks of 16 and 32, gathered. Local 32 of stride 8 in blocks of 32, us: D=64 1381
+#: Patterns with gathered blocks of 16 and 32. Local 32 of stride 8 in blocks of 32, us: D=64 1381
 #: (64x128 1465, 128x128 1389), D=128 2512 (64x64 with 4 warps 2899).
 _FINE: Final[_Table] = {**_SPARSE, 128: ((64, 128, 8, 2, 4, 2, 2), *_SPARSE[128])}
 #: Windows, us at D=128: 1024 keys 1330 (1 stage 1424, 64x128 1446), 4096 4024 (4344, 4161).
 _WINDOW: Final[_Table] = {**_SPARSE, 128: ((64, 64, 4, 2, 2, 2, 2), *_SPARSE[128])}
-#: Changes of scores need registers, and so do sequences that differ. D=64, softcap, us: 5591
+#: Score modifications and sequence layouts need registers. D=64, softcap, us: 5591
 #: (128x128 6039).
 _CHANGED: Final[_Table] = {
     **_TILES,
@@ -62,9 +62,9 @@ _FP32: Final[_Table] = {
     128: ((32, 64, 8, 2, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
     256: ((32, 32, 8, 2, 2, 2, 1), (16, 16, 8, 1, 1, 1, 1)),
 }
-#: fp32 as fp16 parts, which take as much room. us, full: D=64, 4 x 4k, 8 heads, 3343 (TF32 9837,
-#: 8 warps 3612 to 4371, two stages 4009, 32x64 3721 and more), D=128, 8k, 16 heads, 14834 (TF32
-#: 39451, 32x64 15185 and more, 32x32 16655 and more). Four warps of D=48 would spill.
+#: fp32 as fp16 parts, which take the same shared memory. us, full: D=64, 4 x 4k, 8 heads, 3343
+#: (TF32 9837, 8 warps 3612 to 4371, two stages 4009, 32x64 3721 and more), D=128, 8k, 16 heads,
+#: 14834 (TF32 39451, 32x64 15185 and more, 32x32 16655 and more). Four warps of D=48 would spill.
 _SPLIT_FP32: Final[_Table] = {
     32: ((64, 64, 4, 2, 2, 2, 1), (64, 64, 8, 2, 2, 2, 1)),
     48: ((64, 64, 8, 2, 2, 2, 1),),

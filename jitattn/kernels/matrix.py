@@ -15,14 +15,14 @@ from jitattn.values.gears import resolve_numerics
 #: Head dims of real models; together with the largest of each tile row they are the matrix.
 MODEL_DIMS: Final = (40, 64, 72, 80, 96, 112, 128, 160, 192, 256)
 ALL_DIMS: Final = tuple(range(16, 257, 16))
-#: Where the sequences of q, and of k and v, lie, beside batched.
+#: Sequence layouts of q, and of k and v, other than batched.
 LAYOUTS: Final = (
     (SeqLayout.RAGGED, SeqLayout.RAGGED),
     (SeqLayout.BATCHED, SeqLayout.PAGED),
     (SeqLayout.RAGGED, SeqLayout.PAGED),
     (SeqLayout.BATCHED, SeqLayout.PAGED16),
 )
-#: Masks, biases and the like: each alone, and two that meet in models.
+#: Score modifications: each alone, and pairs that occur in models.
 FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"mask": MaskKind.WINDOW},
     {"mask": MaskKind.LOCAL_STRIDE},
@@ -46,7 +46,7 @@ FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"mask": MaskKind.BLOCK_LISTS, "kv_layout": SeqLayout.PAGED16},
     {"mask": MaskKind.BLOCK_LISTS, "dropout": Switch.ON},
 )
-#: The same of backward kernels.
+#: Score modifications of backward kernels.
 BACKWARD_FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"mask": MaskKind.WINDOW},
     {"mask": MaskKind.LOCAL_STRIDE},

@@ -32,7 +32,7 @@ NORM: Final = ArgumentStruct(
     ),
 )
 
-#: The gradient of one of the two; a slice as above, the gradient and dx contiguous.
+#: The gradient of q or k; a slice as above, the gradient and dx contiguous.
 NORM_GRAD: Final = ArgumentStruct(
     "NormGradParams",
     (

@@ -25,12 +25,12 @@ from jitattn.spec.kernel_spec import arch_number
 if TYPE_CHECKING:
     from jitattn.spec.kernel_spec import Problem
 
-#: Head dims in 8 bits, and the largest as fp16 parts, which are multiples of 16.
+#: Head dims with INT8 kernels, and the largest with fp16 parts, which are multiples of 16.
 HEAD_DIMS: Final = (32, 64, 128, 256)
 LARGEST_SPLIT_FP32: Final = 128
-#: Rows of a CTA that quantizes or splits; keys of one scale.
+#: Rows per CTA of the quantize and split kernels, and keys per scale.
 BLOCK_KEYS: Final = 64
-#: Below these head dims, exponentials and not products are what a step waits for. Gear 2's time
+#: Below these head dims a step is bound by exponentials, not by products. Gear 2's time
 #: over gear 4's on an H200, full / causal: D=32 1.00 / 1.05, D=64 1.16 / 1.13; with sums in fp32
 #: D=64 0.98.
 _LEAST_ON_SM90: Final = {Numerics.INT8_F16: 64, Numerics.INT8: 128}

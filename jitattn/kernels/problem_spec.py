@@ -16,7 +16,7 @@ class ProblemSpec(KernelSpec):
     """A spec with fields `problem` and `tile`, and options of its family."""
 
     __slots__ = ()
-    #: Fields beside problem and tile, with the values that a choice without them stands for.
+    #: Fields beside problem and tile, with the values that a choice without them implies.
     options: ClassVar[Mapping[str, tuple[StrEnum, ...]]] = {}
     problem: Problem
 

@@ -11,10 +11,10 @@ from jitattn.spec.arguments import Argument, ArgumentStruct, ArgumentTable, stri
 from jitattn.spec.enums import Dtype, MatrixSize, Numerics, Switch
 from jitattn.spec.kernel_spec import KernelSpec, Problem
 
-#: Rows of a CTA that looks at channels.
+#: Rows per CTA of the channel statistics kernel.
 CHUNK_ROWS: Final = 512
 
-#: What makes them (quantize.cuh).
+#: The common parameters of the quantization kernels (quantize.cuh).
 QUANT: Final = ArgumentStruct(
     "QuantParams",
     (

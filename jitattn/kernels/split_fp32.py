@@ -12,7 +12,7 @@ from jitattn.spec.arguments import Argument, ArgumentStruct, ArgumentTable, stri
 from jitattn.spec.enums import Dtype, MatrixSize, Numerics, Switch
 from jitattn.spec.kernel_spec import KernelSpec, Problem
 
-#: What makes fp16 parts (split_fp32.cuh).
+#: Parameters of the split kernel (split_fp32.cuh).
 SPLIT_FP32: Final = ArgumentStruct(
     "SplitFp32Params",
     (

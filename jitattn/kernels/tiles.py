@@ -34,11 +34,11 @@ MAX_SMEM_BYTES: Final = {
     120: 99 * 1024,
     121: 99 * 1024,
 }
-#: What the runtime keeps for itself in every resident block.
+#: Shared memory that the CUDA runtime reserves per resident CTA.
 _RESERVED_SMEM_BYTES: Final = 1024
-#: What sm_80 has.
+#: Shared memory of sm_80.
 _MEDIUM_SMEM_BYTES: Final = 163 * 1024
-#: Above this, a short query's tile takes a multiprocessor for itself.
+#: Above this, a short query's tile may use a whole multiprocessor's shared memory.
 _SMALLEST_LARGE_SMEM: Final = 200 * 1024
 
 #: (block_q, block_kv, warps_q, stages) by the largest padded head dim that the row serves, for long
@@ -63,12 +63,12 @@ _SMALL_SMEM: Final[_Table] = {
     192: (128, 64, 8, 1),
     256: (64, 64, 4, 1),
 }
-#: Sequences that differ: 128x128 would spill 88 bytes (753 us against 811 at 8k causal).
+#: Sequence layouts: 128x128 would spill 88 bytes (753 us against 811 at 8k causal).
 _LARGE_SMEM_SEQ: Final[_Table] = {**_LARGE_SMEM, 64: (128, 96, 4, 1)}
-#: Windows, biases and the like need registers, too. At 16k keys, D=64, us: a window of 4096 773
+#: Score modifications need registers, too. At 16k keys, D=64, us: a window of 4096 773
 #: (784 with 128x96 and one stage, 774 with 128x128), key padding 3511 (3281, 3758).
 _LARGE_SMEM_SCORES: Final[_Table] = {**_LARGE_SMEM, 64: (128, 64, 4, 2), 128: (128, 64, 4, 1)}
-#: The same where every row sees all keys, or all before it.
+#: Score modifications with a full or causal mask.
 _LARGE_SMEM_CHANGES: Final[_Table] = {**_LARGE_SMEM_SCORES, 64: (128, 96, 4, 1)}
 _MEDIUM_SMEM_SCORES: Final[_Table] = {**_MEDIUM_SMEM, 64: (128, 64, 4, 2)}
 #: sm_100: not measured; 128x128 would spill 68 bytes there.
@@ -88,37 +88,38 @@ _WITH_SCORES: Final = {
 #: Loads of single elements need registers for their addresses: smaller steps from D=112 on.
 _ELEMENT: Final[_Table] = {96: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)}
 
-#: The same for fp32 inputs, on every architecture: 46 TFLOP/s at D=64 and 47 at D=128.
+#: fp32 inputs, on every architecture: 46 TFLOP/s at D=64 and 47 at D=128.
 _FP32: Final[_Table] = {
     64: (64, 32, 4, 1),
     128: (128, 32, 8, 1),
     256: (64, 16, 4, 1),
 }
 
-#: fp32 inputs as two fp16 parts: 16 rows a warp, as both parts of P and promoted sums need
-#: registers. ms at 16k keys, full / causal, H200: D=128 16.62 / 8.44, 128x64 with eight warps
+#: fp32 inputs as two fp16 parts: 16 rows per warp, as both parts of P and the two-level accumulator
+#: need registers. ms at 16k keys, full / causal, H200: D=128 16.62 / 8.44, 128x64 with eight warps
 #: 16.73 / 8.51; D=64 8.75 / 4.38 and 8.97 / 4.43.
 _SPLIT_FP32: Final[_Table] = {64: (64, 64, 4, 1), 128: (64, 64, 4, 1)}
-#: Where only one CTA fits at D=128: eight warps of it. Not measured.
+#: fp32 inputs as two parts where only one CTA fits at D=128: eight warps. Not measured.
 _SPLIT_FP32_MEDIUM_SMEM: Final[_Table] = {**_SPLIT_FP32, 128: (128, 64, 8, 1)}
 _SPLIT_FP32_SMALL_SMEM: Final[_Table] = {**_SPLIT_FP32, 128: (128, 32, 8, 1)}
-#: As one part. D=128 7.25 / 3.85 ms, 128x64 with eight warps 7.84 / 4.22, two stages 7.21 / 3.91;
-#: D=64 3.70 / 1.92, one stage 3.85 / 1.93, 64x64, which spills nothing, 3.76 / 2.12.
+#: fp32 inputs as one fp16 part. D=128 7.25 / 3.85 ms, 128x64 with eight warps 7.84 / 4.22, two
+#: stages 7.21 / 3.91; D=64 3.70 / 1.92, one stage 3.85 / 1.93, 64x64, which spills nothing, 3.76 /
+#: 2.12.
 _ROUNDED: Final[_Table] = {64: (128, 64, 4, 2), 128: (64, 64, 4, 1)}
 _ROUNDED_UNTUNED: Final[_Table] = {**_ROUNDED, 64: (64, 64, 4, 2)}
 
-#: Q and K in 8 bits. With 32 keys at D=128, and at D=64, Q is in registers (traits.cuh).
+#: INT8 Q and K. With 32 keys at D=128, and at D=64, Q is in registers (traits.cuh).
 _IN_8_BITS: Final[_Table] = {64: (128, 64, 4, 2), 128: (128, 32, 4, 2), 256: (128, 64, 8, 1)}
 _IN_8_BITS_SMALL_SMEM: Final[_Table] = {
     **_IN_8_BITS,
     128: (128, 32, 4, 1),
     256: (64, 64, 4, 1),
 }
-#: And sums in fp16: us at 16k keys, 16 heads, D=128, full / causal / a window of 2048 keys, H200:
-#: 4136 / 2127 / 741, with 32 keys 4243 / 2190 / 806, one stage 4216 / 2182.
+#: INT8 Q and K with fp16 accumulation: us at 16k keys, 16 heads, D=128, full / causal / a window of
+#: 2048 keys, H200: 4136 / 2127 / 741, with 32 keys 4243 / 2190 / 806, one stage 4216 / 2182.
 _IN_8_BITS_LARGE_SMEM: Final[_Table] = {**_IN_8_BITS, 128: (128, 64, 4, 2)}
 
-#: Rows of the largest tile, by which packing is judged.
+#: Rows of the largest tile, which decides GQA packing.
 _LARGEST_BLOCK_Q: Final = 128
 
 
@@ -370,7 +371,7 @@ def heads_per_tile(len_q: int, group: int) -> int:
     return group if alone < 0.9 * packed or rows <= RowClass.ROWS64 else 1
 
 
-#: Costs in key blocks: starting a CTA, and the merge, by the rows of a tile. One CTA merges a tile,
+#: Costs in key blocks: starting a CTA, and combining splits, by rows of a tile. One CTA combines,
 #: in 60 to 100 us if it has 128 rows, where a key block takes 2.3 (4 x 128 queries on 1024 keys, 32
 #: heads, D=128: 76 us with two splits, 37 with one).
 _SPLIT_PROLOGUE: Final = 3.0

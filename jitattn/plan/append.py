@@ -12,7 +12,7 @@ from jitattn.spec.enums import LENGTHS
 if TYPE_CHECKING:
     from jitattn.request.problem import Strides
 
-#: Rows (token and head) that a CTA takes at a time, and how many times it should at least.
+#: Rows (token and head) per CTA iteration, and the least number of iterations.
 _TEAMS: Final = AppendSpec.num_threads // 16
 _ROUNDS: Final = 4
 _MOST_CTAS: Final = 65536

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jitattn.spec.kernel_spec import Problem
 
 LOG2_E: Final = math.log2(math.e)
-#: Stands for a scale of 0, with which a hidden score, -inf, would become NaN.
+#: Replaces a scale of 0, which would turn hidden scores, -inf, into NaN.
 TINY_SCALE: Final = 1e-30
 _ADDRESSES: Final = [one.name for one in (*FWD_SEQ.fields, *FWD_SCORE.fields) if one.is_address]
 

@@ -33,7 +33,7 @@ class BackwardOperands(NamedTuple):
     d_out_strides: Strides  #: as the preprocess kernel reads it, in the dtype of out
     main_d_out_strides: Strides  #: as the others do: in the dtype of q, scaled
     lse_strides: Strides  #: (batch, head, row)
-    d_lse_strides: Strides | None  #: likewise; None: the LSE has no gradient
+    d_lse_strides: Strides | None  #: (batch, head, row); None: the LSE has no gradient
     is_aligned: bool  #: out and the preprocess kernel's dO, to 16 bytes
     has_scale: bool  #: dO is scaled to fit fp16
     dq_strides: Strides

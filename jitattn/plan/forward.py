@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from jitattn.request.problem import Call, Runtime, Strides
     from jitattn.spec.kernel_spec import KernelSpec, Problem
 
-#: Numbers that come at run time, so that calls with a key more, as decoding steps, share a plan.
+#: Arguments bound at run time, so that decoding steps with growing key counts share a plan.
 LENGTHS: Final = ("len_kv", "diagonal")
-#: A call with more query tiles than this many times the CTAs that the GPU holds needs no splits.
+#: Calls with more query tiles than this multiple of the resident CTAs are not split.
 _BALANCED_TILES: Final = 4
 
 

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from jitattn.request.problem import Runtime
     from jitattn.spec.kernel_spec import KernelSpec, Problem
 
-#: Rows that a CTA adds up. The relative drift is about 2^-25 for each MMA of 16 rows in 16 bits,
-#: which is a third of the rounding to that dtype then; fp32 sums are rounded to nearest.
+#: Most rows that a CTA accumulates. The relative drift is about 2^-25 for each MMA of 16 rows in 16
+#: bits, which is a third of the rounding to that dtype then; fp32 sums are rounded to nearest.
 _MOST_ROWS: Final = {Dtype.FP16: 1 << 17, Dtype.BF16: 1 << 18, Dtype.FP32: 1 << 16}
-#: Steps of a CTA below which a split does not pay for the kernels that add up.
+#: Least steps per CTA for which a split pays for the kernel that adds up the parts.
 _LEAST_STEPS: Final = 8
 ALL_TILES: Final = 2**31 - 1
 

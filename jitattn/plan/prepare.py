@@ -57,11 +57,11 @@ if TYPE_CHECKING:
     from jitattn.request.problem import Call, Runtime, Strides
     from jitattn.spec.kernel_spec import Problem
 
-#: Products of a sequence's q and k, of two numbers each, that make up for a kernel more. us on an
-#: H200, 16 heads, D=64, parts and TF32: 256 rows on 4096 keys (2^30) 127 and 143, 128 rows (2^29)
-#: 91 and 89, 512 on 512 (2^28) 42 and 43.
+#: Least multiply-adds of QK^T per sequence that pay for the split kernel. us on an H200, 16 heads,
+#: D=64, parts and TF32: 256 rows on 4096 keys (2^30) 127 and 143, 128 rows (2^29) 91 and 89, 512 on
+#: 512 (2^28) 42 and 43.
 LEAST_PRODUCTS: Final = 1 << 29
-#: The same of a backward pass, which has five products to the forward pass's two. us at 4 x 1024, 8
+#: The bound for a backward pass, with five products to the forward pass's two. us at 4 x 1024, 8
 #: heads, D=64 (2^29): 456, TF32 673.
 LEAST_BACKWARD_PRODUCTS: Final = 1 << 28
 _OPERANDS: Final = {name: Place(name) for name in ("q", "k", "v")}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jitattn.request.block_lists import BlockLists
     from jitattn.values.masks import Rule
 
-#: Bytes of lists of rules without tensors, of all devices together.
+#: Size limit in bytes of the lists of rules without tensors, over all devices.
 _MOST_BYTES: Final = 1 << 30
 
 Key: TypeAlias = tuple[Hashable, ...]
@@ -86,7 +86,7 @@ class BlockListCache:
     def __init__(self, most_bytes: int = _MOST_BYTES) -> None:
         self._lock = threading.RLock()  # reentrant: a finalizer may run while it is held
         self._of_patterns: dict[Key, _Entry] = {}
-        #: Keys of the lists that read a pattern's memory, by that memory.
+        #: Cache keys of the lists that depend on a pattern's memory, by that memory.
         self._readers: dict[int, set[Key]] = {}
         self._of_values: OrderedDict[Key, _Entry] = OrderedDict()
         self._most_bytes = most_bytes

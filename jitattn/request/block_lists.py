@@ -70,8 +70,8 @@ class _Head(NamedTuple):
     right: int = _OPEN
     left: int = -_OPEN
     keep_first: int = 0
-    #: Whether a block of queries sees a block of keys, by their numbers; None: all do, and so do
-    #: queries before the first key, which see nothing in a pattern.
+    #: Predicate (query block, key block) → visible; None: all blocks are visible, also to queries
+    #: before the first key, which see nothing in a pattern.
     sees: Callable[[Tensor, Tensor], Tensor] | None = None
     block_size: int = 128
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from jitattn.values.sequences import KvSequences, QSequences
 
 _MAX_COUNT: Final = 2**31 - 1
-#: Bytes of a row of K or V up to which there is room for tiles of a bias beside it.
+#: Largest K or V row in bytes that leaves shared memory for staged bias tiles.
 _LARGEST_STAGED: Final = 512
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from jitattn.request.problem import Call
 
-#: Bounds, in powers of two: weights and their sums stay within the range of their dtype.
+#: Score bounds, base 2, within which weights and their sums stay in the range of their dtype.
 _WIDEST_FP16: Final = 14.5
 _WIDEST: Final = 60.0
 _LARGEST_FP16: Final = 14.0

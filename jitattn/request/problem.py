@@ -41,14 +41,14 @@ if TYPE_CHECKING:
     from jitattn.values.masks import Mask, Rule
     from jitattn.values.sequences import KvSequences, QSequences
 
-#: Strides in elements, (batch, row, head); 0 for a dimension of size 0 or 1, which no index passes.
+#: Strides in elements, (batch, row, head); 0 for a dimension of size 0 or 1.
 Strides: TypeAlias = tuple[int, int, int]
 
 MAX_SPLITS: Final = 256
 _FP64: Final = torch.float64
 #: Rows, keys and heads are counted in 32 bits.
 _MAX_COUNT: Final = 2**31 - 1
-#: |scale| · log2(e) travels as an fp32 number.
+#: |scale| · log2(e) is passed as fp32.
 _MAX_SCALE: Final = 3.4e38 / math.log2(math.e)
 
 #: The gear, None for the dtype's own, and whether the GPU is faster with fp16 accumulators.
@@ -104,12 +104,12 @@ class Runtime(NamedTuple):
     scale: float  #: finite, any sign
     diagonal: int  #: causal, window: query i sees the keys <= i + diagonal; 0 for Full
     indices: Indices | None = None  #: None: every sequence fills its row of the batch
-    scores: ScoreArguments | None = None  #: what is done with scores; None: nothing but a scale
+    scores: ScoreArguments | None = None  #: score modifications; None: the scale only
     listed: Rule | None = None  #: what lists of blocks are made of
     heads_agree: bool = True  #: the query heads of a kv head share its lists
     q_is_flat: bool = False  #: q is [total, Hq, D]
     k_is_flat: bool = False  #: k and v are [total, Hkv, D]
-    rows_are_apart: bool = True  #: no row of q or k is of two sequences, but for pages
+    rows_are_apart: bool = True  #: no row belongs to two sequences; pages aside
     shares_rows: bool = False  #: sequences may share rows of k and v: pages, or rows by index
     table_width: int = 1  #: entries of a row of the block table
 

@@ -44,8 +44,7 @@ if TYPE_CHECKING:
     from jitattn.spec.kernel_spec import Problem
     from jitattn.values.masks import Mask
 
-#: Addresses by the names that plans have for operands of a call. A run of a plan adds to it, and
-#: its further keys are not names.
+#: Addresses by the plans' operand names. A run of a plan adds entries whose keys are no names.
 Addresses: TypeAlias = dict[Any, Any]
 _Facts: TypeAlias = tuple[Any, ...]
 
@@ -55,9 +54,9 @@ _NUMBERS: Final = frozenset((type(None), int, float))
 _INTEGERS: Final = frozenset((type(None), int))
 _SEQUENCES: Final = frozenset((Ragged, Padded, Paged))
 _MOST_REQUESTS: Final = 4096
-#: By the facts of a call; and one for each kind of plain call, whatever its number of keys.
+#: Requests by the facts of a call, and one per kind of plain call for all key counts.
 _requests: dict[_Facts, Request] = {}
-#: Facts of a call with no options.
+#: Number of facts of a call without options.
 _NUM_PLAIN: Final = 11
 #: Keys are counted in 32 bits.
 _MAX_COUNT: Final = 2**31 - 1

@@ -55,7 +55,7 @@ def matrix(
     return address, (steps[0], steps[1], steps[2])
 
 
-#: The way out of a matrix with other dimensions than four.
+#: Advice for a matrix without four dimensions.
 _FEWER_DIMENSIONS: Final = {
     2: "; of [Lq, Lkv] pass x[None, None]",
     3: "; of [Hq, Lq, Lkv] pass x[None], of [B, Lq, Lkv] x[:, None]",

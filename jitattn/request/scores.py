@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from jitattn.values.dropout import Dropout
     from jitattn.values.masks import Rule
 
-#: Windows count positions in both directions.
+#: Windows use signed positions.
 _MAX_WINDOW_LENGTH: Final = 2**30
-#: Lists count groups of keys, and their windows positions in both directions.
+#: Block lists count key groups, and their windows use signed positions.
 _MAX_LISTED_LENGTH: Final = 2**28
-#: What kernels do not read of small tables.
+#: Small tables of these dtypes are converted to fp32.
 _NARROW: Final = (torch.float16, torch.bfloat16)
 #: Block sizes of local + stride patterns that need no lists: whole kernel blocks.
 _KERNEL_BLOCKS: Final = (64, 128)

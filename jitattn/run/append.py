@@ -37,7 +37,7 @@ class Append(NamedTuple):
     length: Tensor | int
     stop: Tensor  #: [B]: written by the append: rows in use afterwards
     rotary: Rotary | None
-    follows: bool  #: query i is turned by the position of new token i; else all by that of token 0
+    follows: bool  #: rotate query i by new token i's position; else all by token 0's
     layout: str
     q_seqs: Ragged | None
     kv_seqs: Padded | Paged

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from jitattn.request.problem import Call
     from jitattn.values.norm import L2Norm
 
-#: What is added to scores and may have a gradient, as `Scores` names it.
+#: Fields of `Scores` that may have gradients.
 ADDED: Final = ("bias", "relative_bias", "alibi_slopes", "sinks")
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jitattn.request.problem import Call, Strides
     from jitattn.request.request import Addresses, Request
 
-#: Largest dS, and dO, that fp16 operands are scaled to, as a power of two.
+#: log2 of the magnitude to which dS and dO are scaled at most, as fp16 operands.
 _LARGEST_FP16_LOG2: Final = 15.0
 
 

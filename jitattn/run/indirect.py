@@ -102,10 +102,10 @@ def kvcache_indirectly(
 class _Way(enum.Enum):
     """The execution path of a call."""
 
-    USUAL = enum.auto()  #: as any
-    TRANSFORM = enum.auto()  #: by functions that torch.func can take apart
+    USUAL = enum.auto()  #: the eager path
+    TRANSFORM = enum.auto()  #: by autograd functions that torch.func can transform
     SHAPES = enum.auto()  #: by the operator, on placeholders
-    SYMBOLS = enum.auto()  #: likewise, of sizes that are not known
+    SYMBOLS = enum.auto()  #: by the operator, on placeholders with symbolic sizes
     VALUES = enum.auto()  #: by the operator, on tensors with values
 
     @classmethod

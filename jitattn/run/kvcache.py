@@ -105,7 +105,7 @@ def checked_length(length: object) -> int:
 class Prepared(NamedTuple):
     """A validated call, with the derived arguments of append and attention."""
 
-    turned: Tensor  #: q, or where the turned q goes
+    turned: Tensor  #: q, or the buffer for the rotated q
     new: Append | None  #: None: nothing is appended
     call: Call
     request: Request

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from jitattn.request.problem import Call
 
-#: Whether torch.compile follows the question whether a transform is active.
+#: Whether torch.compile can trace the check for an active transform.
 _TRACES_TRANSFORMS: Final = TorchVersion(torch.__version__) >= "2.9"
-#: What may have a gradient beside q, k and v, as `Scores` names it.
+#: Fields of `Scores` that may have gradients beside q, k and v.
 _ADDED: Final = ("bias", "relative_bias", "alibi_slopes", "sinks")
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from jitattn.plan.step import Plan
 
-#: Place of a part of a tensor: what stands between [ and ].
+#: Index of a part of a tensor, as in x[index].
 Index: TypeAlias = tuple[slice | int, ...]
 _plans: Final = KeptPlans()
 

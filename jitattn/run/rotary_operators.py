@@ -18,7 +18,7 @@ from jitattn.values.rotary import Rotary
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: All of a tensor, by the first tables.
+#: The whole tensor, rotated by the first tables.
 WHOLE: Final = (Part((), 0),)
 
 

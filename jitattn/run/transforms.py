@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from jitattn.run.operator_encoding import Encoded
 
-#: Dimension of each input that vmap goes over, None for those that are alike everywhere.
+#: The mapped dimension of each input, None for inputs that are not mapped.
 _Dims: TypeAlias = "Sequence[int | None]"
 
 

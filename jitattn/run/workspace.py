@@ -14,9 +14,9 @@ import torch
 from jitattn.errors import LaunchError
 from jitattn.jit import backend
 
-#: Counters of a stream at first; they grow.
+#: Initial number of counters per stream; it grows on demand.
 _FIRST: Final = 4096
-#: Counters that are kept ready for captures, during which none can be zeroed.
+#: Counters reserved for captures, during which none can be zeroed.
 _FOR_CAPTURES: Final = 1 << 17
 
 _scalars: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}

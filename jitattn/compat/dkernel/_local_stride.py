@@ -75,7 +75,7 @@ class LocalStrideSparseAttention(SparseAttention):
         self.head_sliding_offset = head_sliding_offset
         self.active_head_range = None if homo_head else active_head_range
         self._patterns: dict[torch.device, Tensor] = {}
-        self._written(1)  # refuses what is no pattern
+        self._written(1)  # raises for an invalid pattern
 
     @property
     def sparse_pattern(self) -> Tensor:  # type: ignore[override]
@@ -113,17 +113,17 @@ class LocalStrideSparseAttention(SparseAttention):
 
     def _rules_of(self, heads: tuple[int, int], shift: int) -> list[Mask] | None:
         rule = self._closed_form(heads)
-        # Positions count, so not where rows of the pattern do.
+        # The closed form counts positions, not rows of the pattern.
         return None if rule is None or shift != 0 else [rule]
 
     def _closed_form(self, heads: tuple[int, int]) -> LocalStride | None:
         """Return the pattern as a positional mask, if the heads allow it."""
-        # Dense, it does not matter which blocks are local.
+        # For dense heads the local blocks are irrelevant.
         local = 1 if self.vert_stride == 1 else self.local_blocks
         if self.block_size > LARGEST_BLOCK or local == 0:
             return None
         if self.homo_head:
-            # The original takes the one head for head 0 of one.
+            # The original treats a single head as head 0 of one.
             return LocalStride(
                 self.block_size,
                 local,

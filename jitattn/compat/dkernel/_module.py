@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jitattn.values.masks import Mask
 
 _HINTS: Final = ("out", "d_splits", "inference")
-#: Shapes of calls that a module knows at a time.
+#: Most call shapes that a module caches.
 _MOST_FACTS: Final = 256
 
 
@@ -37,8 +37,8 @@ class Facts(NamedTuple):
     heads: tuple[int, int]  #: of q and of k
     lengths: tuple[int, int]  #: of q and of k: tokens of a sequence, or of all where packed
     most_positions: int | None  #: tokens of its rows, where a pattern has fewer rows than columns
-    shift: int  #: by how many tokens positions are ahead of rows of the pattern
-    masks: list[Mask] | None  #: if they are rules of numbers
+    shift: int  #: tokens by which positions are ahead of pattern rows
+    masks: list[Mask] | None  #: if they are in closed form
 
 
 class SparseAttention(torch.nn.Module):
@@ -238,7 +238,7 @@ class SparseAttention(torch.nn.Module):
             if torch.compiler.is_compiling():
                 raise UnsupportedError("out is given under torch.compile: make the module without")
             check_out(out, (q, k, v), (*q.shape[:-1], v.shape[-1]), q.dtype)
-            out.zero_()  # attention leaves rows of the caller's room that are padding as they are
+            out.zero_()  # attention does not write the padding rows of `out`
         if len(masks) == 1:
             return attention(q, k, v, mask=masks[0], out=out, **arguments)
         both = [attention(q, k, v, mask=mask, **arguments) for mask in masks]
@@ -264,7 +264,7 @@ class SparseAttention(torch.nn.Module):
                 self.seq_dim, self.max_seqlen,
             )  # fmt: skip
             known = self._facts.get(key)
-        except (AttributeError, RuntimeError):  # no tensors, or nested ones
+        except (AttributeError, RuntimeError):  # not tensors, or nested ones
             return self._checked_facts(q, k, v, is_batch)
         if known is None:
             if len(self._facts) >= _MOST_FACTS:
@@ -302,7 +302,7 @@ class SparseAttention(torch.nn.Module):
         rows, columns = self._size
         past = len_kv - len_q
         if rows == columns:
-            # What is before the first key sees nothing if causal; else it is no position at all.
+            # Positions before the first key see nothing if causal; else they do not exist.
             first = past if self.causal or past >= 0 else 0
         elif len_q == 1 and rows > 1:
             first = max(0, past)  # as the original has it

@@ -26,7 +26,7 @@ class Placed(NamedTuple):
 
     q_seqs: Ragged | Padded | None
     kv_seqs: Ragged | Padded
-    longest_kv: int | None  #: keys of a sequence, if that is known
+    longest_kv: int | None  #: keys of the longest sequence, if known
     tile_rows: int | None = None
 
 
@@ -103,7 +103,7 @@ def packed(
     kv_seqs = Ragged.from_cu_seqlens(cu_k, bound)
     q_seqs = kv_seqs
     if cu_q is not cu_k or longest_q not in (None, bound):
-        # No sequence has more queries than keys, but for one query.
+        # No sequence has more queries than keys, or it has one query.
         q_seqs = Ragged.from_cu_seqlens(cu_q, max(1, bound) if longest_q is None else longest_q)
     return Placed(q_seqs, kv_seqs, longest_kv, tile_rows)
 

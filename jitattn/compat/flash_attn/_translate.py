@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from jitattn.values.masks import Mask
 
-#: What the core says, and what these functions do.
+#: The core's argument names in error messages, and these functions'.
 WORDS: Final = {
     "scale": "softmax_scale",
     "q_seqs": "cu_seqlens_q",
@@ -41,7 +41,7 @@ _FULL: Final = Full()
 _CAUSAL: Final = Causal()
 _NAN: Final = float("nan")
 _INFINITY: Final = float("inf")
-#: Keys between two updates of the running maximum that S_dmask is relative to.
+#: Key block size by which the running maximum in S_dmask is updated.
 DMASK_BLOCK: Final = 64
 #: Lq and Lkv of S_dmask are multiples of this.
 _DMASK_UNIT: Final = 128

@@ -50,10 +50,10 @@ __all__ = [
 ]
 
 num_gears: Final = len(GEARS)
-#: Tiles, by the query rows that they are for.
+#: Tile rows of each version.
 _TILE_ROWS: Final = (16, 64, 128)
 num_kernel_versions: Final = len(_TILE_ROWS)
-#: Of Python's logging, by the original's levels: silent, errors, warnings, information, and all.
+#: Python logging levels by the original's: silent, errors, warnings, information, all.
 _LEVELS: Final = (
     logging.CRITICAL + 1,
     logging.ERROR,
@@ -62,10 +62,10 @@ _LEVELS: Final = (
     logging.DEBUG,
     1,
 )
-#: From this level on, calls say which kernel they take; from the next one on, all of it.
+#: From these levels on, calls log their kernel, and all of its fields.
 _KERNELS, _EVERYTHING = 4, 5
 _LOG: Final = logging.getLogger("jitattn.compat.warp_attention")
-#: What the core says, and what this door does.
+#: The core's argument names in error messages, and this door's.
 _WORDS: Final = {
     "q": "query",
     "k": "key",
@@ -151,7 +151,7 @@ def warp_attention_forward(
             )
         same = kv_seq_start is q_seq_start and kv_seq_len is q_seq_len
         if q_seqs is not None and same and kv_max_seq_len in (-1, q_max_seq_len):
-            kv_seqs = q_seqs  # of self-attention: looked at once
+            kv_seqs = q_seqs  # self-attention: checked once
         else:
             if kv_max_seq_len < 0 and not _wants_gradients(query, key, value):
                 kv_max_seq_len = key.shape[0]

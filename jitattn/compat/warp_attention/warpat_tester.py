@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_TOLERANCE: Final = 1e-4  #: mean absolute error up to which `tune` takes a choice
+_TOLERANCE: Final = 1e-4  #: largest mean absolute error that `tune` accepts
 _HEADS, _HISTORY = 64, 4096
 
 

@@ -53,7 +53,7 @@ class Jagged:
         pairs = ((self._offsets, other._offsets), (self._lengths, other._lengths))
         own = [(one, two) for one, two in pairs if one is not two]
         if not own or self.values.device != other.values.device:
-            return  # the core says what is wrong with devices
+            return  # the core reports wrong devices
         way_out = "make V with torch.nested.nested_tensor_from_jagged(values, K.offsets(), ...)"
         is_capturing = _is_capturing(self.values)
         if torch.compiler.is_compiling() or is_capturing:
@@ -166,7 +166,7 @@ def check_lengths(keys: list[int], values: list[int], way_out: str) -> None:
 def _longest(nested: Any) -> int | None:  # noqa: ANN401
     """Return the largest length, cached by torch from 2.5 on; None where it cannot be read."""
     if torch.compiler.is_compiling() or not hasattr(nested, "_maybe_max_seqlen"):
-        return None  # of a compiled call it is read when that runs: no graph depends on it
+        return None  # a compiled call reads it at run time: no graph depends on it
     known: int | None = nested._maybe_max_seqlen
     return nested._max_seqlen if known is None and not _is_capturing(nested) else known
 

@@ -25,7 +25,7 @@ from jitattn.values.masks import Causal, Full
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: What the core says, and what this door does.
+#: The core's argument names in error messages, and this door's.
 _WORDS: Final = {
     "scale": "softmax_scale",
     "check the layout argument": "the layout is [B, L, H, D]",

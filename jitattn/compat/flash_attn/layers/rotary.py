@@ -261,7 +261,7 @@ class RotaryEmbedding(torch.nn.Module):
         ):
             return
         self._seq_len_cached = seqlen
-        # A model in 16 bits has its buffers in 16 bits, and large positions need all of fp32.
+        # A 16-bit model has 16-bit buffers, but large positions need fp32.
         is_wide = self.inv_freq.dtype is torch.float32
         frequencies = self.inv_freq if is_wide else self._compute_inv_freq(device)
         position = torch.arange(seqlen, device=device, dtype=torch.float32)

@@ -98,7 +98,7 @@ def get_absolute_path(path: str) -> str:
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - of a module
-    if name == "tune":  # it needs the whole package, which needs what is above
+    if name == "tune":  # imported last: it needs the names above
         from jitattn.compat.warp_attention.warpat_tester import tune
 
         return tune
