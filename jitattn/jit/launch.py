@@ -73,11 +73,11 @@ class Kernel:
     spec: KernelSpec
     built: Built
     device_index: int
-    blocks_per_sm: int  #: blocks that fit on a multiprocessor at a time
+    blocks_per_sm: int  #: resident CTAs per multiprocessor
     _module: Any  # dropping it would unload the function
     _function: Any
-    _launch: Any  # cuLaunchKernel, as CuPy has it
-    _block: int  # threads
+    _launch: Any  # CuPy's cuLaunchKernel
+    _block: int  # threads per CTA
     _smem_bytes: int
     _arguments: ArgumentTable
 

@@ -72,7 +72,7 @@ class BwdSpec(BackwardSpec):
     options: ClassVar[Mapping[str, tuple[StrEnum, ...]]] = {"deterministic": (Switch.OFF,)}
     problem: Problem  #: as `backward_problem` has it
     tile: BwdTile
-    deterministic: Switch  #: key blocks add to dQ in their order
+    deterministic: Switch  #: key blocks add to dQ in fixed order
     arch: str
 
     @property

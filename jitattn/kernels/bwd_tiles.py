@@ -98,7 +98,7 @@ class BwdTile:
     warps_keys: int  #: warps side by side along the rows of dK and dV
     warps_dq: int  #: along the rows of dQ
     stages: int  #: Q and dO buffers; 1 takes four barriers a step, 2 two
-    min_blocks_per_sm: int  #: what __launch_bounds__ promises
+    min_blocks_per_sm: int  #: of __launch_bounds__
 
     @property
     def num_threads(self) -> int:

@@ -90,8 +90,8 @@ class ChannelStatsSpec(KernelSpec):
     dtype: Dtype
     head_dim: int
     chunk_rows: int  #: of a CTA
-    paged: Switch  #: whether k lies in pages
-    values: Switch  #: whether v is to be scaled as well
+    paged: Switch  #: whether k is paged
+    values: Switch  #: whether v is scaled as well
     arch: str
 
     @classmethod
@@ -111,7 +111,7 @@ class QuantizeSpec(KernelSpec):
     dtype: Dtype
     head_dim: int
     paged: Switch  #: as in `ChannelStatsSpec`
-    values: Switch  #: whether v comes to fp16, as in `ChannelStatsSpec`
+    values: Switch  #: whether v is converted to fp16, as in `ChannelStatsSpec`
     arch: str
 
     @classmethod

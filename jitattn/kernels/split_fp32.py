@@ -58,8 +58,8 @@ class SplitFp32Spec(KernelSpec):
     dtype: Dtype  #: of q, k and v: fp32
     head_dim: int
     head_dim_v: int
-    num_parts: int  #: 2, or 1: the high one
-    gradients: Switch  #: dO too; q by blocks of rows, as all others
+    num_parts: int  #: 2 (hi, lo), or 1 (hi)
+    gradients: Switch  #: splits dO too; q has scales per row block, too
     arch: str
 
     @classmethod

@@ -132,7 +132,7 @@ class Tile:
     warps_q: int  #: warps side by side along the rows; each owns block_q / warps_q rows
     warps_kv: int  #: warps side by side along the keys of a step
     stages: int  #: K and V buffers; 1 takes two barriers a step, 2 or more one
-    min_blocks_per_sm: int  #: what __launch_bounds__ promises
+    min_blocks_per_sm: int  #: of __launch_bounds__
 
     @property
     def num_threads(self) -> int:

@@ -39,7 +39,7 @@ class AppendFacts(NamedTuple):
     table_width: int
     table_stride: int  #: of the block table, in words
     table_word: int
-    used_word: int  #: 0: one length for all, which comes at run time
+    used_word: int  #: 0: one length for all, bound at run time
     stop_word: int
     q_rows: int
     q_span: tuple[int, int, bool] | None  #: ragged: word, kind, and whether starts are given

@@ -41,9 +41,9 @@ class Backward(NamedTuple):
 
     plan: Plan
     longest_listed: int  #: positions that block lists cover; 0 where there are none
-    tile_positions: frozenset[int]  #: for which lists are needed
+    tile_positions: frozenset[int]  #: that need block lists
     needs_entries: bool  #: of the block table, in the order of pages
-    bias_differs: bool  #: the gradient of a bias comes for each sequence
+    bias_differs: bool  #: each sequence has its own bias gradient
 
 
 def backward(
@@ -132,7 +132,7 @@ def specs_of_gradients(
     rule : Rule, optional
         The rule of the block lists.
     targets : collection of ScoreTarget
-        Gradients of what is added to scores.
+        The score gradients that are needed.
     """
     own = without_block_lists(problem, rule, arch)
     specs = specs_of_backward(own, arch, deterministic=deterministic)

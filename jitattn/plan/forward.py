@@ -39,8 +39,8 @@ class Tiling(NamedTuple):
     rows: RowClass
     heads_per_tile: int
     num_q_tiles: int  #: of the longest sequence
-    num_splits: int  #: 0: every CTA finds out from the lengths
-    num_slots: int  #: CTAs that the GPU holds at a time
+    num_splits: int  #: 0: computed by every CTA from the lengths
+    num_slots: int  #: CTAs that fit the GPU at once
     num_ctas: int
 
 
@@ -48,11 +48,11 @@ class Forward(NamedTuple):
     """The plan of a forward pass, with the facts that `run` and `explain` need."""
 
     plan: Plan
-    problem: Problem  #: of the kernel for attention
+    problem: Problem  #: of the attention kernel
     tiling: Tiling
     longest_listed: int  #: positions that block lists cover; 0 where there are none
     tile_positions: int
-    along_mean: str = ""  #: buffer of what the LSE lacks, unscaled: quantised calls
+    along_mean: str = ""  #: buffer to add to the LSE, unscaled: quantized calls
 
 
 def forward(

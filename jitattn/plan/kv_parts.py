@@ -34,7 +34,7 @@ ALL_TILES: Final = 2**31 - 1
 class Split(NamedTuple):
     """The split of a key block's queries over CTAs and launches."""
 
-    num_ctas: int = 1  #: that share them in a launch
+    num_ctas: int = 1  #: that share the queries in a launch
     tiles_per_launch: int = ALL_TILES
     num_launches: int = 1
 
@@ -53,7 +53,7 @@ class KvGradient(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    row: int  #: dimension of rows; the one of heads is beside it
+    row: int  #: row dimension; the head dimension is next to it
     is_flat: bool
 
     @property
@@ -88,7 +88,7 @@ def choose_split(
     ----------
     spec : BwdSpec
     num_slots : int
-        CTAs that the GPU holds at a time.
+        CTAs that fit the GPU at once.
     runtime : Runtime
     tiles : (int, int)
         Query tiles and key blocks of the longest sequence.

@@ -54,7 +54,7 @@ def _plan(
 ) -> Plan:
     if not numbers["num_rows"]:
         return Plan((), {})
-    rows_per_cta = spec.num_threads // 32  # one a warp
+    rows_per_cta = spec.num_threads // 32  # one per warp
     num_ctas = -(-sizes.batch * sizes.heads_q * sizes.len_q // rows_per_cta)
     places = {name: Place(name) for name in names}
     return Plan((Step(spec, num_ctas, numbers, places),), {})

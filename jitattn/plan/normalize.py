@@ -16,7 +16,7 @@ class Side(NamedTuple):
     """Sizes and strides of q or k for the kernels."""
 
     rows: int
-    heads: int  #: faster than rows: those of a [B, H, L, D] tensor are its rows
+    heads: int  #: the faster index; for [B, H, L, D] the roles of rows and heads swap
     strides: Strides
     num_slices: int
 

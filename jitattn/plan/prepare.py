@@ -77,7 +77,7 @@ class Prepared(NamedTuple):
     inputs: Mapping[str, Place]  #: q, k and v
     scale_numbers: Mapping[str, float]
     scale_places: Mapping[str, Place]
-    along_mean: str = ""  #: buffer of q times the mean of K, which the LSE gets back
+    along_mean: str = ""  #: buffer of q times the mean of K, which is added to the LSE
 
 
 def operands(problem: Problem, runtime: Runtime, call: Call, arch: str) -> Prepared:
@@ -218,7 +218,7 @@ def quantized(problem: Problem, runtime: Runtime, arch: str) -> Prepared:
     numbers, places = arguments.sequences(runtime)
     del numbers["bottom_right"]
     rows_q = int(numbers["q_rows"])
-    rows_kv = len_kv if problem.kv_layout.page_group else int(numbers["kv_rows"])  # out of pages
+    rows_kv = len_kv if problem.kv_layout.page_group else int(numbers["kv_rows"])  # unpaged copy
     flat = (runtime.q_is_flat, runtime.k_is_flat)
     rows_of_q = (1 if flat[0] else batch, heads_q, rows_q)
     rows_of_k = (1 if flat[1] else batch, heads_kv, rows_kv)

@@ -29,7 +29,7 @@ class RotaryFacts(NamedTuple):
     table_shape: tuple[int, int]  #: (rows, half of the rotated columns)
     table_strides: tuple[int, int]  #: between the rows of cos and of sin
     num_sequences: int | None  #: of a ragged x; None: every sequence is a row of the batch
-    offset_word: int  #: 4-byte words of an index, 0: one offset for all, which comes at run time
+    offset_word: int  #: 4-byte words of an index, 0: one offset for all, bound at run time
     cu_word: int  #: 4-byte words of a cumulative length, 0: none
     in_place: bool
     back: bool

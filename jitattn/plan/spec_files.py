@@ -97,7 +97,7 @@ def _lines(path: Path, content: bytes) -> list[tuple[int, Any]]:
             found.append((number, ValueError("it is nested too deeply")))
         except ValueError as error:
             found.append((number, error))
-    # A document of several lines ends at most one of them with a whole object.
+    # In a multi-line document at most one line is a complete object.
     num_objects = sum(isinstance(one, dict) for _, one in found)
     is_document = path.suffix == ".json" or first[-1:] in (b"[", b"{", b",", b":")
     return found if num_objects > is_document else []

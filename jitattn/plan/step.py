@@ -55,8 +55,8 @@ class Step(NamedTuple):
 
     spec: KernelSpec
     grid: int
-    numbers: Mapping[str, float]  #: arguments that are known
-    places: Mapping[str, Place]  #: arguments that are known at run time
+    numbers: Mapping[str, float]  #: constant arguments
+    places: Mapping[str, Place]  #: arguments resolved at run time
 
 
 class Plan(NamedTuple):
@@ -64,4 +64,4 @@ class Plan(NamedTuple):
 
     steps: tuple[Step, ...]
     buffers: Mapping[str, Buffer]
-    num_counters: int = 0  #: of `Place("counters")`: zeros, which the kernels set back
+    num_counters: int = 0  #: of `Place("counters")`: zeros, reset by the kernels

@@ -105,7 +105,7 @@ class Runtime(NamedTuple):
     diagonal: int  #: causal, window: query i sees the keys <= i + diagonal; 0 for Full
     indices: Indices | None = None  #: None: every sequence fills its row of the batch
     scores: ScoreArguments | None = None  #: score modifications; None: the scale only
-    listed: Rule | None = None  #: what lists of blocks are made of
+    listed: Rule | None = None  #: the rule of the block lists
     heads_agree: bool = True  #: the query heads of a kv head share its lists
     q_is_flat: bool = False  #: q is [total, Hq, D]
     k_is_flat: bool = False  #: k and v are [total, Hkv, D]
@@ -242,7 +242,7 @@ def check_options(
 ) -> None:
     """Check scalar options. Types come first: 2.0 and True equal 2 and 1 as dictionary keys."""
     if gear is not None and type(gear) is not int:
-        resolve_numerics(gear, DTYPES.get(q.dtype, Dtype.FP16))  # refuses it
+        resolve_numerics(gear, DTYPES.get(q.dtype, Dtype.FP16))  # raises if unsupported
     if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
         raise InvalidInputError(
             f"out_dtype={out_dtype!r}: it must be the dtype of q or torch.float32, as a torch.dtype"
@@ -319,7 +319,7 @@ def _new_problem(
                 f"{name} is {dim}: it must be from 1 to {MAX_HEAD_DIM}; "
                 "check the layout, or split the heads"
             )
-    # No kernel is chosen for fp64, which is for the CPU: its gears are those of fp32.
+    # fp64 runs on the CPU only, without a kernel: its gears are those of fp32.
     kind, out_kind = (DTYPES.get(one, Dtype.FP32) for one in (dtype, out_dtype))
     return Problem(
         dtype=kind,

@@ -83,7 +83,7 @@ def _widened(name: str, table: Any) -> Tensor | None:  # noqa: ANN401 - checked 
     if not isinstance(table, Tensor) or table.dtype not in _NARROW:
         return None
     if not torch.compiler.is_dynamo_compiling():
-        index_address(name, table)  # refuses memory that is gone
+        index_address(name, table)  # raises for freed memory
     return table.float()
 
 
@@ -200,7 +200,7 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         if bias is relative is slopes is None and softcap is None:
             shift = norms.shift_of(norm, scale, q.dtype)
     kind, bottom_right, diagonal, left, keep_first, lifts = _rule(parts.rule, sizes)
-    magnitude = abs(scale) or 1e-30  # as `plan.arguments` has it for a scale of 0
+    magnitude = abs(scale) or 1e-30  # as in `plan.arguments` for a scale of 0
     is_paired = False
     if bias is not None:
         address, steps = of_bias

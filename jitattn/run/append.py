@@ -35,7 +35,7 @@ class Append(NamedTuple):
     k_cache: Tensor
     v_cache: Tensor
     length: Tensor | int
-    stop: Tensor  #: [B]: written by the append: rows in use afterwards
+    stop: Tensor  #: [B]: cache lengths afterwards, written by the append
     rotary: Rotary | None
     follows: bool  #: rotate query i by new token i's position; else all by token 0's
     layout: str

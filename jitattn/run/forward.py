@@ -44,8 +44,8 @@ class _Ready(NamedTuple):
     """Per-request state of a warm call: the bound plan, and patterns of its results."""
 
     out: Tensor
-    num_zeroed: int  #: bytes of it: where some rows may belong to no sequence, all
-    lse: Tensor | None  #: None: it is not asked for
+    num_zeroed: int  #: bytes; all if some rows may belong to no sequence
+    lse: Tensor | None  #: None: not requested
     bound: BoundPlan | None  #: None: there are no rows
     longest_listed: int
     tile_positions: int

@@ -66,7 +66,7 @@ def attention_indirectly(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Any:  #
         return _asked_for(attention_in_transform(q, k, v, encode(call)), call)
     if way is _Way.SHAPES:
         with disable_proxy_modes_tracing():
-            parse_any(q, k, v, call)  # the operator refuses nothing
+            parse_any(q, k, v, call)  # the operator itself does not validate
     results = torch.ops.jitattn.attention(q, k, v, *encode(call))
     return _asked_for(_into_out(results, call, (q, k, v), way), call)
 
