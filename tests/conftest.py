@@ -1,4 +1,4 @@
-"""Options, seeds, and the skip of what this machine cannot run."""
+"""Defines command-line options and seeds, and skips tests that this machine cannot run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Figures of kernels, kept by key, so that only what has changed is built again.
+"""Stores kernel figures by cache key, so that only changed kernels are built again.
 
-A key is made of templates, generated header, options and compiler (`cache.entry.cache_key`),
-as they are now: figures of other sources or of another compiler are not found.
+A key covers templates, generated header, options and compiler (`cache.entry.cache_key`): figures of
+other sources or of another compiler are not found.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ABOUT: Final = (
 
 
 def load(path: Path = FIGURES_FILE) -> tuple[dict[str, list[Any]], str]:
-    """Return the figures that are kept, by key, and their compiler; none if there is no file."""
+    """Load the stored figures by key, and their compiler; empty if there is no file."""
     if not path.exists():
         return {}, ""
     found = json.loads(path.read_text())
@@ -31,7 +31,7 @@ def load(path: Path = FIGURES_FILE) -> tuple[dict[str, list[Any]], str]:
 
 
 def save(figures: Mapping[str, list[Any]], compiler: str, path: Path = FIGURES_FILE) -> None:
-    """Write figures, a line a kernel, sorted."""
+    """Write figures sorted by key, one line per kernel."""
     rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(figures[key])}" for key in sorted(figures))
     head = f' "about": {json.dumps(_ABOUT)},\n "compiler": {json.dumps(compiler)},\n'
     path.write_text(f'{{\n{head} "figures": {{\n{rows}\n }}\n}}\n')

@@ -1,4 +1,4 @@
-"""Host time of warm calls, each beside SDPA's, and how many Python functions a call enters."""
+"""Measures the host time of warm calls beside SDPA's, and the Python function calls of each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BATCH, _LENGTH, _HEADS, _DIM = 2, 512, 8, 64
 
 
 class Report(Protocol):
-    """Where figures go."""
+    """A sink for benchmark figures."""
 
     def add(
         self, section: str, shape: str, provider: str, metric: str, figures: Spread
@@ -27,7 +27,7 @@ class Report(Protocol):
 
 
 class HostCase(NamedTuple):
-    """A call of ours, SDPA's that users would make, and the goal for the ratio."""
+    """A jitattn call, the equivalent SDPA call, and the target ratio of their host times."""
 
     name: str
     ours: Callable[[], Any]
@@ -36,7 +36,7 @@ class HostCase(NamedTuple):
 
 
 def host_cases(device: str = "cuda") -> Iterator[HostCase]:
-    """Yield calls that are so short that the host decides."""
+    """Yield calls so short that host time dominates."""
     attend: Any = jitattn.attention
     sdpa: Any = F.scaled_dot_product_attention
 
@@ -111,13 +111,13 @@ def host_cases(device: str = "cuda") -> Iterator[HostCase]:
 
 
 def _one_more(most: int) -> Iterator[int]:
-    """Yield key counts that no call had before, as decoding steps have them, up to a cache's."""
+    """Yield growing key counts, new at every call as in decoding, up to the cache size."""
     while True:
         yield from range(most // 4, most + 1)
 
 
 def python_calls(call: Callable[[], Any]) -> int:
-    """Return how many Python functions a warm call enters."""
+    """Count the Python functions that a warm call enters."""
     for _ in range(3):
         call()
     count = 0

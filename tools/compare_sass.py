@@ -41,7 +41,7 @@ RENAMED_FAMILIES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """Machine code of one kernel, as a digest and figures; or why there is none."""
+    """The machine code of one kernel, as a digest and figures, or a build error."""
 
     digest: str = ""
     instructions: int = 0
@@ -83,7 +83,7 @@ def code_of(cubin: bytes, registers: int, spill_bytes: int) -> Code:
         It is no cubin, or has no instructions.
     """
     found = sections(cubin)
-    # By kind, and not by the kernel's name: .text.<kernel>, .nv.constant<bank>.<kernel>.
+    # Sections are digested by kind, not by name (.text.<kernel>, .nv.constant<bank>.<kernel>).
     kept = sorted(
         (".".join(name.split(".")[: 2 if name.startswith(".text.") else 3]), content)
         for name, content in found.items()
@@ -121,7 +121,7 @@ def sample(keys: Iterable[str], count: int | None) -> list[str]:
 
 
 def emit(output: Path, arguments: argparse.Namespace) -> None:
-    """Build the kernels of the tree that is imported, and write their codes as JSON."""
+    """Build the kernels of the imported source tree, and write their digests as JSON."""
     matrix = importlib.import_module("compile_matrix")
     asked = {family_of(name) for name in arguments.family.split(",") if name}
     specs = {
@@ -156,7 +156,7 @@ def _import_first(names: Sequence[str]) -> Any:
 
 
 def collect(tree: Path, options: Sequence[str], cache: Path) -> dict[str, Code]:
-    """Build the kernels of a tree in a process that imports it.
+    """Build the kernels of a source tree in a subprocess.
 
     Raises
     ------
@@ -175,7 +175,7 @@ def collect(tree: Path, options: Sequence[str], cache: Path) -> dict[str, Code]:
 
 
 def compare(before: dict[str, Code], after: dict[str, Code]) -> tuple[list[str], int]:
-    """Return lines on kernels that differ, fail or are in one tree only, and how many are equal."""
+    """Report kernels that differ, fail or are in one tree only, and count equal ones."""
     lines, equal = [], 0
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)

@@ -1,10 +1,10 @@
-"""The compile matrix: every row of the tile tables, compiled for its architecture. No GPU needed.
+"""Compile the matrix of kernels: every tile-table row on its architecture. No GPU needed.
 
-``python tools/compile_matrix.py`` compiles it and fails on an error or an unlisted spill;
-`resource_report.py` prints its figures and tests/cpu/tools/test_compile_matrix.py tests it. Figures
-of kernels that have not changed since come from tests/data/kernel_figures.json, by their cache
-keys, which are made anew from the sources; ``--verify N`` compiles one of N of these all the same
-and compares, ``--rebuild`` compiles all, ``--update`` writes the file.
+``python tools/compile_matrix.py`` fails on a compile error or an unlisted spill;
+`resource_report.py` prints the figures and tests/cpu/tools/test_compile_matrix.py tests the matrix.
+Figures of unchanged kernels come from tests/data/kernel_figures.json, by cache keys computed from
+the present sources; ``--verify N`` compiles one of N of these all the same and compares,
+``--rebuild`` compiles all, ``--update`` writes the file.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ OPTIONAL: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one kernel costs; `error` is empty if it was built."""
+    """Registers, spills and compile time of one kernel; `error` is empty if it was built."""
 
     spec: dict[str, str | int]
     registers: int = 0
@@ -68,12 +68,12 @@ class Figures:
 
     @property
     def name(self) -> str:
-        """Return a short name: what tells this kernel from its neighbours."""
+        """Return a short name that distinguishes this kernel from similar ones."""
         return kernel_name(self.spec)
 
 
 def kernel_name(fields: dict[str, str | int]) -> str:
-    """'sm_90 fwd bf16 d128 causal 128x64' and the like, from a spec's flat fields."""
+    """Format a short name such as 'sm_90 fwd bf16 d128 causal 128x64' from a spec's flat fields."""
     if "mask" not in fields:
         first = ("arch", "family")
         shown = {name: name if value == "on" else value for name, value in fields.items()}
@@ -102,7 +102,7 @@ def kernel_name(fields: dict[str, str | int]) -> str:
 
 
 def matrix(arch: str, *, full: bool = False, short: bool = False) -> list[KernelSpec]:
-    """Return the specs of an architecture, each once.
+    """Return the distinct specs of an architecture.
 
     The tuned architectures get every row of the tile table at its largest head dim, the head dims
     of real models, every kernel of the presets, and one for each further class of the spec; `full`
@@ -141,7 +141,7 @@ def build_one(spec: KernelSpec) -> Figures:
 
 
 def kept(specs: Sequence[KernelSpec]) -> dict[KernelSpec, Figures]:
-    """Return the figures of kernels that have not changed since these were written."""
+    """Return the stored figures of kernels whose cache keys are unchanged."""
     from jitattn.jit import build
 
     figures, compiler = _figures.load()
@@ -158,7 +158,7 @@ def kept(specs: Sequence[KernelSpec]) -> dict[KernelSpec, Figures]:
 
 
 def sample(known: Mapping[KernelSpec, Figures], one_of: int, part: int) -> list[KernelSpec]:
-    """Return about one of `one_of` kernels by their keys; each `part` of as many is another."""
+    """Select about one in `one_of` kernels by key; each `part` selects different ones."""
     return [
         spec
         for spec, figures in known.items()
@@ -167,7 +167,7 @@ def sample(known: Mapping[KernelSpec, Figures], one_of: int, part: int) -> list[
 
 
 def verified(built: Figures, before: Figures) -> Figures:
-    """Return what was built, with an error if its figures are not those that were kept."""
+    """Return the built figures, with an error if they differ from the stored ones."""
     differences = [
         f"{name} {getattr(built, name)}, kept as {getattr(before, name)}"
         for name in _figures.FIELDS
@@ -179,7 +179,7 @@ def verified(built: Figures, before: Figures) -> Figures:
 
 
 def update(figures: Sequence[Figures]) -> None:
-    """Write the figures of whole matrices to the file, by the keys that they were made under.
+    """Write the figures of whole matrices to the file, by cache key.
 
     Raises
     ------
@@ -220,14 +220,14 @@ def build_all(
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """A kernel that may spill, and why."""
+    """A kernel that may spill, with the limit and the reason."""
 
     match: dict[str, str | int]
     spill_bytes: int
     reason: str
 
     def covers(self, spec: dict[str, str | int]) -> bool:
-        """Whether every field named in `match` has that value in the spec."""
+        """Return whether the spec has all field values of `match`."""
         return all(spec.get(key) == value for key, value in self.match.items())
 
 
@@ -258,12 +258,12 @@ def problems(figures: Iterable[Figures], budget: Sequence[Allowance]) -> list[st
 
 
 def parse_arches(text: str) -> tuple[str, ...]:
-    """'80,90' or 'sm_80,sm_90' → ('sm_80', 'sm_90')."""
+    """Parse '80,90' or 'sm_80,sm_90' → ('sm_80', 'sm_90')."""
     return tuple(f"sm_{part.strip().removeprefix('sm_')}" for part in text.split(","))
 
 
 def parse_verify(text: str) -> tuple[int, int]:
-    """'50:13' → (50, 13); '50' → (50, number of the day), so that days take turns."""
+    """Parse '50:13' → (50, 13); '50' → (50, day number), so that each day verifies others."""
     one_of, colon, part = text.partition(":")
     if int(one_of) < 1:
         raise ValueError(f"{text}: one of {one_of}")
@@ -301,7 +301,7 @@ def collect(
             say(f"[{count}/{len(missing)}] {figures.name}: {state}")
 
     with tempfile.TemporaryDirectory(prefix="jitattn-matrix-") as folder:
-        # The budget is of the newest compiler that is installed, whatever this driver could load.
+        # The budget is for the newest installed compiler, even if this driver cannot load its code.
         newest = str(max(compilers.installed(), default=""))
         defaults = {"JITATTN_CACHE_DIR": folder, "JITATTN_NVRTC": newest}
         added = {name: value for name, value in defaults.items() if name not in os.environ}

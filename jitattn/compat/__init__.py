@@ -1,11 +1,11 @@
-"""Front doors: the names, arguments and layouts of other systems over jitattn's one core.
+"""Front doors: the names, arguments and layouts of other attention libraries, over jitattn.
 
 Change one import, or let the old one find ours::
 
     with jitattn.compat.alias("flash_cosine_sim_attention"):
         from flash_cosine_sim_attention import flash_cosine_sim_attention
 
-They translate, and compute nothing themselves.
+They translate arguments and results, and compute nothing themselves.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType, TracebackType
 
-#: Names that programs import, and the modules of ours that answer to them.
+#: Package names that programs import, and jitattn's modules that replace them.
 DOORS: Final = {
     "dkernel": "jitattn.compat.dkernel",
     "fast_ops": "jitattn.compat.fast_ops",
@@ -40,14 +40,14 @@ DOORS: Final = {
 
 @dataclass(slots=True)
 class _Held:
-    """A name that aliases hold."""
+    """A module name that aliases have taken over."""
 
     before: dict[str, ModuleType]  #: what had the name, and names below it
     count: int = 0  #: of aliases that stand
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Lets names that are held, and what is below them, lead to modules of ours.
+    """An import finder that maps aliased names and their submodules to jitattn's modules.
 
     Our modules themselves are what is imported, and nothing of them changes: they keep their names,
     specs and loaders, so that they can be reloaded and what is in them pickled.
@@ -62,7 +62,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         path: Sequence[str] | None = None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        """Answer to a name that is held, and to what is below it.
+        """Return the spec of an aliased name or of its submodule.
 
         Imports nothing: Python holds the lock of all imports meanwhile.
         """
@@ -75,12 +75,12 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if ours is None:
             return None
         spec = ModuleSpec(fullname, self, origin=ours.origin)
-        # Another thread may look below the empty module before ours is in its place.
+        # Another thread may import a submodule before our module replaces the empty one.
         spec.submodule_search_locations = ours.submodule_search_locations
         return spec
 
     def exec_module(self, module: ModuleType) -> None:
-        """Put our module in the place of the empty one that the import system has made.
+        """Replace the empty module of the import system by jitattn's module.
 
         To return ours from `create_module` would let the import system put the alias's spec on it.
         """
@@ -106,7 +106,7 @@ def _ours(fullname: str) -> str:
 
 
 def _imported(name: str) -> ModuleType:
-    """Import a module, packages that it is in first.
+    """Import a module, its parent packages first.
 
     Asked for the module at once, Python takes its lock and then those of its packages; a thread
     that imports such a package meanwhile, and with it the module, takes them the other way round.
@@ -118,8 +118,8 @@ def _imported(name: str) -> ModuleType:
 
 
 def _taken_out(name: str) -> dict[str, ModuleType]:
-    """Take a name and those below it from the modules."""
-    every = sys.modules.copy()  # other threads import meanwhile
+    """Remove a name and its submodules from `sys.modules`."""
+    every = sys.modules.copy()  # other threads may import meanwhile
     found = {key: every[key] for key in every if key.partition(".")[0] == name}
     for key in found:
         sys.modules.pop(key, None)
@@ -127,7 +127,7 @@ def _taken_out(name: str) -> dict[str, ModuleType]:
 
 
 class Alias:
-    """A name that finds one of our modules, and its submodules, until it is undone.
+    """An import alias of one of jitattn's modules and its submodules, until it is undone.
 
     A context manager; `undo` does the same once and for all. A name may have several, undone in any
     order: it is given back with the last. Modules that were imported under the name meanwhile stay
@@ -145,7 +145,7 @@ class Alias:
                 sys.meta_path.insert(0, _FINDER)
 
     def undo(self) -> None:
-        """Give the name back, if no other alias has it."""
+        """Release the name, unless another alias holds it."""
         with _lock:
             if not self._stands:
                 return
@@ -170,7 +170,7 @@ class Alias:
 
 
 def alias(name: str, *, shadow: bool = False) -> Alias:
-    """Let ``import name`` find our front door.
+    """Make ``import name`` load jitattn's front door.
 
     Parameters
     ----------
@@ -208,7 +208,7 @@ def alias(name: str, *, shadow: bool = False) -> Alias:
 
 
 def is_installed(name: str) -> bool:
-    """Return whether the name leads to a module that is not one of ours."""
+    """Return whether a module of this name is installed that is not jitattn's."""
     if name not in _held:
         loaded = sys.modules.get(name)
         if loaded is not None and loaded is not sys.modules.get(DOORS.get(name, "")):

@@ -1,12 +1,12 @@
-"""Errors of the kinds that the systems behind the doors raise, in the words of the doors.
+"""Translates the core's errors to the exception types and argument names of a front door.
 
-A door's function stands under `errors_as`: what the core refuses below it is then also of the
-original's kind, and speaks of the door's arguments::
+A door's function is decorated by `errors_as`: an error of the core below it is then also of the
+original's type, and names the door's arguments::
 
     @errors_as(ExtensionError, {"q": "query", "k": "key", "v": "value"})
     def forward(query, key, value): ...
 
-What the original asserts before, a door refuses itself, with `check`; that passes through.
+Conditions that the original asserts are checked by the door, with `check`; these errors pass.
 `UnsupportedError` needs nothing: it is a NotImplementedError, and so a RuntimeError.
 """
 
@@ -27,19 +27,19 @@ _R = TypeVar("_R")
 
 
 class DoorError(InvalidInputError):
-    """An argument of a door breaks a rule. Raised as one of the kinds below."""
+    """An argument of a door breaks a rule. Raised as one of the types below."""
 
 
 class CheckFailedError(DoorError, AssertionError):
-    """A rule that the original asserts: callers may catch it as either."""
+    """An assertion of the original fails; also an AssertionError."""
 
 
 class ExtensionError(DoorError, RuntimeError):
-    """A rule that the original's extension checks (TORCH_CHECK): callers may catch it as either."""
+    """A TORCH_CHECK of the original's extension fails; also a RuntimeError."""
 
 
 def check(holds: bool, message: str) -> None:
-    """Refuse what breaks a rule.
+    """Raise unless a condition holds.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def check(holds: bool, message: str) -> None:
 def errors_as(
     kind: type[DoorError], names: Mapping[str, str] = MappingProxyType({})
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Let what a function refuses be of the original's kind too; costs nothing where it does not.
+    """Decorate a function to raise errors of the original's type too; free unless it raises.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ def errors_as(
 
 
 def in_words(error: InvalidInputError, names: Mapping[str, str]) -> str:
-    """Return the message of an error with a door's words in it, for whole words of the core's."""
+    """Return an error message with the core's argument names replaced by the door's."""
     if not names:
         return str(error)
     longest_first = sorted(names, key=len, reverse=True)

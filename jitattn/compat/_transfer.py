@@ -1,4 +1,4 @@
-"""Small tensors from the host to a GPU, without waiting for it."""
+"""Copies small tensors from the host to a GPU without synchronizing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def on_device(name: str, tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device.
+    """Return a tensor on a device, copied without synchronizing.
 
     From the host to a GPU it goes through pinned memory: a plain copy would wait until all that was
     launched before has run.

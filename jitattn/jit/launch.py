@@ -1,4 +1,4 @@
-"""Loading cubins and launching them through CuPy. CuPy's partial types stay in this file.
+"""Loads cubins and launches kernels through CuPy. CuPy's partial types stay in this file.
 
 The launch takes raw pointers packed into one parameter struct and a raw stream number: no arrays
 cross into CuPy. The struct lives in a buffer of the calling thread; the driver copies it during the
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 #: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _MAX_DYNAMIC_SHARED_SIZE_BYTES: Final = 8
-#: A block gets more dynamic shared memory than this only after asking for it.
+#: More dynamic shared memory than this requires a function attribute.
 _DEFAULT_SMEM_BYTES: Final = 48 * 1024
 #: Largest grid in x.
 MAX_GRID: Final = 2**31 - 1
 
 
 class _Thread:
-    """The parameter buffer of a thread, and the devices whose context it has made current."""
+    """Per-thread launch state: a parameter buffer, and the devices with a current context."""
 
     __slots__ = ("_pointers", "buffer", "devices", "params")
 
@@ -54,13 +54,13 @@ _local = threading.local()
 
 
 def _thread_on(device_index: int) -> _Thread:
-    """Return what a thread launches with, its context on the current device made."""
+    """Return the launch state of this thread, creating the device's context if necessary."""
     try:
         thread: _Thread = _local.thread
     except AttributeError:
         thread = _local.thread = _Thread()
     if device_index not in thread.devices:
-        # A thread that has made no CUDA call yet has no current context; this makes it one.
+        # A thread without CUDA calls so far has no current context; this creates it.
         import_cupy().cuda.runtime.free(0)
         thread.devices.add(device_index)
     return thread
@@ -68,21 +68,21 @@ def _thread_on(device_index: int) -> _Thread:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kernel:
-    """A kernel that is loaded on one device."""
+    """A kernel loaded on one device."""
 
     spec: KernelSpec
     built: Built
     device_index: int
-    blocks_per_sm: int  #: blocks that fit on a multiprocessor at a time
+    blocks_per_sm: int  #: resident CTAs per multiprocessor
     _module: Any  # dropping it would unload the function
     _function: Any
-    _launch: Any  # cuLaunchKernel, as CuPy has it
-    _block: int  # threads
+    _launch: Any  # CuPy's cuLaunchKernel
+    _block: int  # threads per CTA
     _smem_bytes: int
     _arguments: ArgumentTable
 
     def bind(self, grid: int, numbers: Mapping[str, float], dynamic: Sequence[str]) -> BoundLaunch:
-        """Return the kernel with its grid and all arguments but those named `dynamic`.
+        """Bind the grid and all arguments but those named `dynamic`.
 
         Raises
         ------
@@ -93,7 +93,7 @@ class Kernel:
 
 
 class BoundLaunch:
-    """A kernel with all that does not change from call to call; `launch` gives it the rest."""
+    """A kernel with its grid and constant arguments packed; `launch` fills in the others."""
 
     __slots__ = ("_block", "_device_index", "_function", "_launch", "_pack_into", "_smem", "grid",
                  "kernel", "parts")  # fmt: skip
@@ -105,7 +105,7 @@ class BoundLaunch:
         self._block, self._smem = kernel._block, kernel._smem_bytes
 
     def launch(self, stream: int, values: Iterable[int | bytes]) -> None:
-        """Start the kernel in a raw CUDA stream.
+        """Launch the kernel in a raw CUDA stream.
 
         Parameters
         ----------
@@ -126,7 +126,7 @@ _lock = threading.Lock()
 
 
 def kernel(spec: KernelSpec, device_index: int) -> Kernel:
-    """Return the kernel of `spec` on a device: loaded, from the cache, or compiled.
+    """Load the kernel of `spec` on a device, from the cache or by compiling it.
 
     Raises
     ------
@@ -150,17 +150,17 @@ def kernel(spec: KernelSpec, device_index: int) -> Kernel:
 
 
 def is_loaded(spec: KernelSpec, device_index: int) -> bool:
-    """Whether `kernel` would return without loading anything."""
+    """Return whether the kernel is loaded on the device."""
     return (spec, device_index) in _kernels
 
 
 def unload_all() -> None:
-    """Forget every loaded kernel; the next call loads it anew."""
+    """Drop all loaded kernels; the next call loads its kernel again."""
     _kernels.clear()
 
 
 def zero(address: int, num_bytes: int, stream: int) -> None:
-    """Set device memory to zero, in a raw CUDA stream; loads no kernel for that."""
+    """Set device memory to zero in a raw CUDA stream, by memset and without a kernel."""
     _memset()(address, 0, num_bytes, stream)
 
 
@@ -208,7 +208,7 @@ def _load(built: Built, device_index: int) -> Kernel:
 
 @functools.cache
 def import_cupy() -> Any:  # noqa: ANN401 - CuPy's modules have partial types
-    """Import CuPy, keeping it from failing where its own cache directory cannot be made.
+    """Import CuPy, also where its own cache directory cannot be created.
 
     Raises
     ------
@@ -230,7 +230,7 @@ def import_cupy() -> Any:  # noqa: ANN401 - CuPy's modules have partial types
 
 
 def can_make(directory: Path) -> bool:
-    """Whether a directory is there and can be written, or can be made; not in another's home."""
+    """Return whether a directory is writable or can be created, outside other users' homes."""
     try:
         path = directory.expanduser()
         if not files.is_among_ours(path):

@@ -1,7 +1,7 @@
-"""The kernel families, a file each: spec, arguments, tiles, and what the compile matrix has of it.
+"""The kernel families, one file each: spec, arguments, tiles, and compile matrix.
 
-A family is one line here, an entry in cuda_src/entry, and its device code. Everything else finds it
-by name (`spec.kernel_spec.families`).
+A family is registered by one line here, an entry in cuda_src/entry, and its device code. Everything
+else finds it by name (`spec.kernel_spec.families`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jitattn.kernels.sum_parts import SumPartsSpec
 if TYPE_CHECKING:
     from jitattn.spec.kernel_spec import KernelSpec
 
-#: In the order in which messages name them.
+#: All families, in the order of error messages.
 FAMILIES: Final[tuple[type[KernelSpec], ...]] = (
     FwdSpec,
     BwdSpec,

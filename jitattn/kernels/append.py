@@ -1,4 +1,4 @@
-"""The kernel that appends to a KV cache."""
+"""The append kernel: writes new keys and values to a KV cache, with rotary embedding."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ APPEND: Final = ArgumentStruct(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppendSpec(KernelSpec):
-    """The kernel that appends to a KV cache, with rotary embedding; head dims are parameters."""
+    """Spec of the append kernel; head dims are run-time parameters."""
 
     family: ClassVar[str] = "append"
     arguments: ClassVar[ArgumentTable] = ArgumentTable(APPEND)
@@ -93,7 +93,7 @@ class AppendSpec(KernelSpec):
 
     @classmethod
     def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
-        """Yield the specs that the compile matrix has of this family."""
+        """Yield the compile-matrix specs of this family."""
         del size
         bf16, fp32 = Dtype.BF16, Dtype.FP32
         for dtype, table_dtype in ((bf16, bf16), (fp32, fp32), (bf16, fp32)):

@@ -1,4 +1,4 @@
-"""The backward kernel: its spec, and which kernels a backward pass needs."""
+"""The backward kernel: its spec, and the kernels of a backward pass."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from jitattn.spec.kernel_spec import KernelSpec, Problem, padded_head_dim
 
 
 class BackwardSpec(ProblemSpec):
-    """Base of the kernels that have a backward tile and the arguments of a backward kernel."""
+    """Base of the specs with a backward tile and the backward kernel's arguments."""
 
     __slots__ = ()
     problem: Problem
@@ -40,49 +40,49 @@ class BackwardSpec(ProblemSpec):
 
     @property
     def num_threads(self) -> int:
-        """Threads of a CTA."""
+        """Return the threads per CTA."""
         return self.tile.num_threads
 
     @property
     def smem_bytes(self) -> int:
-        """Dynamic shared memory of a CTA."""
+        """Return the dynamic shared memory per CTA in bytes."""
         return smem_bytes(self.problem, self.tile)
 
     @property
     def arguments(self) -> ArgumentTable:
-        """The parameter struct of this kernel."""
+        """Return the parameter struct of this kernel."""
         return bwd_arguments(self.problem)
 
     @property
     def structs(self) -> tuple[ArgumentStruct, ...]:
-        """Structs of the generated header."""
+        """Return the structs of the generated header."""
         return BWD_STRUCTS
 
     @classmethod
     def tables(cls) -> tuple[ArgumentTable, ...]:
-        """Return the parameter structs that kernels of this family have."""
+        """Return the parameter structs of this family."""
         return BWD_TABLES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BwdSpec(BackwardSpec):
-    """The backward kernel: dK, dV, and the sums of dQ."""
+    """Spec of the backward kernel: dK, dV, and fp32 sums of dQ."""
 
     family: ClassVar[str] = "bwd"
     options: ClassVar[Mapping[str, tuple[StrEnum, ...]]] = {"deterministic": (Switch.OFF,)}
     problem: Problem  #: as `backward_problem` has it
     tile: BwdTile
-    deterministic: Switch  #: key blocks add to dQ in their order
+    deterministic: Switch  #: key blocks add to dQ in fixed order
     arch: str
 
     @property
     def in_fragments(self) -> bool:
-        """Whether the sums of dQ lie in fragment order."""
+        """Return whether the sums of dQ are stored in MMA fragment order."""
         return self.problem.q_layout == self.problem.kv_layout == SeqLayout.BATCHED
 
     @property
     def dq_columns(self) -> int:
-        """Columns of a query tile's sums in fragment order."""
+        """Return the columns of a query tile's sums in fragment order."""
         across = self.tile.num_warps // self.tile.warps_dq
         units = padded_head_dim(self.problem.head_dim) // 16
         return across * -(-units // across) * 16
@@ -96,14 +96,14 @@ class BwdSpec(BackwardSpec):
         rows: Sequence[RowClass],
         **options: Any,  # noqa: ANN401 - of the type of each field
     ) -> Iterator[KernelSpec]:
-        """Yield every kernel that the backward pass of a call can need: lengths decide."""
+        """Yield the kernels that a backward pass may need, depending on lengths."""
         del gear, rows
         deterministic = options["deterministic"] is Switch.ON
         yield from specs_of_backward(problem, arch, deterministic=deterministic)
 
     @classmethod
     def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
-        """Yield the specs that the compile matrix has of this family, and of dQ after it."""
+        """Yield the compile-matrix specs of this family and of its dQ postprocess kernels."""
         if size >= MatrixSize.TUNED:
             yield from _in_16_bits(arch)
             yield from _in_fp32(arch)
@@ -112,7 +112,7 @@ class BwdSpec(BackwardSpec):
 
 
 def bwd_spec(problem: Problem, arch: str, *, deterministic: bool = False) -> BwdSpec:
-    """Return the whole spec of the backward kernel of a forward problem on `arch`.
+    """Return the spec of the backward kernel of a forward problem on `arch`.
 
     Raises
     ------
@@ -126,7 +126,7 @@ def bwd_spec(problem: Problem, arch: str, *, deterministic: bool = False) -> Bwd
 
 
 def dq_spec(spec: BwdSpec) -> BwdPostprocessSpec | SumPartsSpec:
-    """Return the kernel that makes dQ of the sums that a backward kernel leaves."""
+    """Return the spec of the kernel that converts the fp32 sums to dQ."""
     problem, tile = spec.problem, spec.tile
     if not spec.in_fragments:
         return SumPartsSpec(dtype=problem.dtype, head_dim=problem.head_dim, arch=spec.arch)
@@ -141,7 +141,7 @@ def dq_spec(spec: BwdSpec) -> BwdPostprocessSpec | SumPartsSpec:
 
 
 def specs_of_parts(problem: Problem, arch: str) -> list[KernelSpec]:
-    """Return the kernels that add up parts of dK and dV for a backward problem: lengths decide."""
+    """Return the kernels that may add up parts of dK and dV, depending on lengths."""
     made: list[KernelSpec] = []
     for dim in dict.fromkeys((problem.head_dim, problem.head_dim_v)):
         if problem.kv_layout is not SeqLayout.PAGED:
@@ -154,7 +154,7 @@ def specs_of_parts(problem: Problem, arch: str) -> list[KernelSpec]:
 def specs_of_backward(
     problem: Problem, arch: str, *, deterministic: bool = False
 ) -> list[KernelSpec]:
-    """Return every kernel that the backward pass of a call can need: lengths decide."""
+    """Return the kernels that a backward pass may need, depending on lengths."""
     spec = bwd_spec(problem, arch, deterministic=deterministic)
     stats = bwd_preprocess_specs(problem.out_dtype, problem.head_dim_v, arch)
     specs: list[KernelSpec] = [spec, *stats, dq_spec(spec)]
@@ -179,7 +179,7 @@ def _in_16_bits(arch: str) -> Iterator[KernelSpec]:
 
 
 def _in_fp32(arch: str) -> Iterator[KernelSpec]:
-    """Yield TF32 products, and fp16 parts wherever they serve."""
+    """Yield fp32 problems with TF32 products, and with fp16 parts where supported."""
     fp32 = Dtype.FP32
     for dim in (64, 128, 256):
         yield bwd_spec(problem(fp32, dim), arch)

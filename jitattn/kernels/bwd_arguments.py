@@ -1,4 +1,4 @@
-"""Arguments of the backward kernels: those of the forward kernel (`fwd_arguments.py`), and more."""
+"""Arguments of the backward kernels, which extend the forward kernel's (`fwd_arguments.py`)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from jitattn.spec.arguments import Argument, ArgumentStruct, ArgumentTable, stri
 if TYPE_CHECKING:
     from jitattn.spec.kernel_spec import Problem
 
-#: What a backward kernel reads beside the parameters of its forward kernel, of which it leaves
-#: out `out`, `lse` and those of splits.
+#: Backward parameters beside those of the forward kernel, except `out`, `lse` and splits.
 BWD: Final = ArgumentStruct(
     "BwdParams",
     (
@@ -78,7 +77,7 @@ BWD: Final = ArgumentStruct(
     base="Base",
 )
 
-#: And where operands are fp16 parts.
+#: Further parameters for operands split into fp16 parts.
 BWD_SCALED: Final = ArgumentStruct(
     "BwdScaledParams",
     (Argument("d_out_part_scale", "const float*", "[B, Hq, ceil(Lq / 64)], contiguous"),),
@@ -97,5 +96,5 @@ BWD_TABLES: Final = tuple(_TABLES.values())
 
 
 def bwd_arguments(problem: Problem) -> ArgumentTable:
-    """Return the arguments of a backward kernel of a problem."""
+    """Return the backward-kernel arguments of a problem."""
     return _TABLES[fwd_arguments(problem)]

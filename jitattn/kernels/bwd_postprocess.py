@@ -1,4 +1,4 @@
-"""The kernel that makes dQ of its sums in fragment order."""
+"""The backward postprocess kernel: rounds fp32 sums of dQ, in MMA fragment order, to dQ."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jitattn.spec.arguments import Argument, ArgumentStruct, ArgumentTable, stri
 from jitattn.spec.enums import Dtype, MatrixSize
 from jitattn.spec.kernel_spec import KernelSpec, padded_head_dim
 
-#: From the sums of dQ in fragment order to dQ. A row is a query of one head.
+#: Converts fp32 sums of dQ in fragment order to dQ. A row is a query of one head.
 BWD_POSTPROCESS: Final = ArgumentStruct(
     "BwdPostprocessParams",
     (
@@ -30,7 +30,7 @@ BWD_POSTPROCESS: Final = ArgumentStruct(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BwdPostprocessSpec(KernelSpec):
-    """The kernel that makes dQ of its sums in fragment order."""
+    """Spec of the backward postprocess kernel."""
 
     family: ClassVar[str] = "bwd_postprocess"
     arguments: ClassVar[ArgumentTable] = ArgumentTable(BWD_POSTPROCESS)
@@ -46,11 +46,11 @@ class BwdPostprocessSpec(KernelSpec):
 
     @property
     def column_tiles(self) -> int:
-        """Tiles of 16 rows and 8 columns that a warp rounds."""
+        """Return the number of 16x8 tiles that a warp rounds."""
         return 4 if padded_head_dim(self.head_dim) % 32 == 0 else 2
 
     @classmethod
     def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
-        """Yield the specs that the compile matrix has of this family."""
+        """Yield the compile-matrix specs of this family."""
         del arch, size
         return iter(())  # `BwdSpec` lists them: their fields are of its tile

@@ -1,4 +1,4 @@
-"""The kernel that prepares LSE and delta of every row for the backward kernels."""
+"""The backward preprocess kernel: base-2 LSE and delta of every row."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BWD_PREPROCESS: Final = ArgumentStruct(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BwdPreprocessSpec(KernelSpec):
-    """The kernel that prepares LSE and delta of every row for the backward kernel."""
+    """Spec of the backward preprocess kernel."""
 
     family: ClassVar[str] = "bwd_preprocess"
     arguments: ClassVar[ArgumentTable] = ArgumentTable(BWD_PREPROCESS)
@@ -55,21 +55,21 @@ class BwdPreprocessSpec(KernelSpec):
 
     @property
     def lanes(self) -> int:
-        """Lanes that share a row: a power of two, with two accesses each or more, if it has two."""
+        """Return the lanes per row: a power of two, each with two or more accesses if possible."""
         wide = 16 // self.dtype.bytes if self.access is Access.VEC16 else 1
         accesses = self.head_dim_v // wide
         return min(32, 1 << (max(accesses // 2, 1).bit_length() - 1))
 
     @classmethod
     def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
-        """Yield the specs that the compile matrix has of this family."""
+        """Yield the compile-matrix specs of this family."""
         del size
         for dtype, dim in ((Dtype.BF16, 64), (Dtype.FP32, 33)):
             yield from bwd_preprocess_specs(dtype, dim, arch)
 
 
 def bwd_preprocess_specs(dtype: Dtype, head_dim_v: int, arch: str) -> list[BwdPreprocessSpec]:
-    """Return the kernels that calls can need: alignment decides."""
+    """Return the preprocess kernels that calls may need, depending on alignment."""
     return [
         BwdPreprocessSpec(dtype=dtype, head_dim_v=head_dim_v, access=access, arch=arch)
         for access in Access

@@ -1,4 +1,4 @@
-"""The kernel for gradients of what is added to scores: biases, relative biases, ALiBi slopes."""
+"""The score-gradient kernel: gradients of biases, relative biases and ALiBi slopes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jitattn.values.gears import resolve_numerics
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreGradSpec(BackwardSpec):
-    """The kernel for gradients of what is added to scores."""
+    """Spec of the score-gradient kernel."""
 
     family: ClassVar[str] = "bwd_scores"
     options: ClassVar[Mapping[str, tuple[StrEnum, ...]]] = {"target": tuple(ScoreTarget)}
@@ -36,13 +36,13 @@ class ScoreGradSpec(BackwardSpec):
         rows: Sequence[RowClass],
         **options: Any,  # noqa: ANN401 - of the type of each field
     ) -> Iterator[KernelSpec]:
-        """Yield the kernel for one target."""
+        """Yield the score-gradient kernel for the target in `options`."""
         del gear, rows
         yield score_grad_spec(listed_problem(problem), arch, options["target"])
 
     @classmethod
     def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
-        """Yield the specs that the compile matrix has of this family."""
+        """Yield the compile-matrix specs of this family."""
         bf16, same = Dtype.BF16, BiasKind.SAME
         if size >= MatrixSize.TUNED:
             biased = problem(bf16, 128, bias=BiasKind.FP32, relative_bias=Switch.ON)
@@ -55,7 +55,7 @@ class ScoreGradSpec(BackwardSpec):
 
 
 def score_grad_spec(problem: Problem, arch: str, target: ScoreTarget) -> ScoreGradSpec:
-    """Return the whole spec of a kernel for gradients of what is added to scores."""
+    """Return the spec of a score-gradient kernel."""
     problem = replace(backward_problem(problem), numerics=resolve_numerics(2, problem.dtype))
     tile = choose_square(problem, arch)
     return ScoreGradSpec(problem=problem, tile=tile, target=target, arch=arch)

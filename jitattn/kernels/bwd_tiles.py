@@ -28,7 +28,7 @@ from jitattn.values.gears import resolve_numerics
 #: taken, of the row for the largest padded head dim that it serves.
 _Row = tuple[int, int, int, int, int, int, int]
 _Table = dict[int, tuple[_Row, ...]]
-#: Four warps are for two CTAs on a multiprocessor, and left out where only one fits.
+#: Tiles of four warps are for two CTAs per multiprocessor, and skipped where only one fits.
 #: TFLOP/s of an H200, bf16, 16k keys, full / causal.
 _TILES: Final[_Table] = {
     # 287 / 281; 64x128 262 causal, 64x64 with 4 warps 274
@@ -38,19 +38,19 @@ _TILES: Final[_Table] = {
     192: ((64, 64, 8, 4, 2, 2, 2), (64, 64, 8, 4, 2, 2, 1), (32, 64, 8, 2, 2, 2, 1)),
     256: ((64, 64, 8, 4, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
 }
-#: Patterns whose blocks are of 64 keys or fewer: wider tiles visit what nobody sees. Local 16 of
+#: Patterns with blocks of 64 keys or fewer: wider tiles visit hidden keys. Local 16 of
 #: stride 8, us: D=64 1463 (128x128 2007), D=128 2611 (2 stages 2690, 128x64 3151, 64x128 3617).
 _SPARSE: Final[_Table] = {
     **_TILES,
     64: ((64, 64, 4, 2, 2, 2, 2), (64, 64, 4, 2, 2, 2, 1), (64, 64, 8, 4, 2, 2, 2)),
     128: ((64, 64, 4, 2, 2, 2, 1), (64, 64, 8, 4, 2, 2, 2), (64, 64, 8, 4, 2, 2, 1)),
 }
-#: The same in blocks of 16 and 32, gathered. Local 32 of stride 8 in blocks of 32, us: D=64 1381
+#: Patterns with gathered blocks of 16 and 32. Local 32 of stride 8 in blocks of 32, us: D=64 1381
 #: (64x128 1465, 128x128 1389), D=128 2512 (64x64 with 4 warps 2899).
 _FINE: Final[_Table] = {**_SPARSE, 128: ((64, 128, 8, 2, 4, 2, 2), *_SPARSE[128])}
 #: Windows, us at D=128: 1024 keys 1330 (1 stage 1424, 64x128 1446), 4096 4024 (4344, 4161).
 _WINDOW: Final[_Table] = {**_SPARSE, 128: ((64, 64, 4, 2, 2, 2, 2), *_SPARSE[128])}
-#: Changes of scores need registers, and so do sequences that differ. D=64, softcap, us: 5591
+#: Score modifications and sequence layouts need registers. D=64, softcap, us: 5591
 #: (128x128 6039).
 _CHANGED: Final[_Table] = {
     **_TILES,
@@ -62,9 +62,9 @@ _FP32: Final[_Table] = {
     128: ((32, 64, 8, 2, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
     256: ((32, 32, 8, 2, 2, 2, 1), (16, 16, 8, 1, 1, 1, 1)),
 }
-#: fp32 as fp16 parts, which take as much room. us, full: D=64, 4 x 4k, 8 heads, 3343 (TF32 9837,
-#: 8 warps 3612 to 4371, two stages 4009, 32x64 3721 and more), D=128, 8k, 16 heads, 14834 (TF32
-#: 39451, 32x64 15185 and more, 32x32 16655 and more). Four warps of D=48 would spill.
+#: fp32 as fp16 parts, which take the same shared memory. us, full: D=64, 4 x 4k, 8 heads, 3343
+#: (TF32 9837, 8 warps 3612 to 4371, two stages 4009, 32x64 3721 and more), D=128, 8k, 16 heads,
+#: 14834 (TF32 39451, 32x64 15185 and more, 32x32 16655 and more). Four warps of D=48 would spill.
 _SPLIT_FP32: Final[_Table] = {
     32: ((64, 64, 4, 2, 2, 2, 1), (64, 64, 8, 2, 2, 2, 1)),
     48: ((64, 64, 8, 2, 2, 2, 1),),
@@ -72,13 +72,13 @@ _SPLIT_FP32: Final[_Table] = {
     112: ((32, 64, 8, 2, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
     128: ((64, 64, 8, 2, 2, 2, 1), (32, 32, 8, 2, 2, 2, 1)),
 }
-#: The same with what needs further registers: whatever is done with scores but masks of positions
-#: and key padding.
+#: fp16 parts with score modifications other than positional masks and key padding, which take
+#: further registers.
 _SPLIT_FP32_CHANGED: Final[_Table] = {
     64: ((64, 64, 8, 2, 2, 2, 1),),
     128: ((32, 32, 8, 2, 2, 2, 1),),
 }
-#: The same of the gradients of what is added to scores: square, one stage.
+#: Score-gradient kernels: square, one stage.
 _SQUARES: Final[tuple[_Row, ...]] = (
     (64, 64, 8, 4, 4, 4, 1),
     (32, 32, 8, 2, 2, 2, 1),
@@ -88,7 +88,7 @@ _SQUARES: Final[tuple[_Row, ...]] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BwdTile:
-    """How the work of a backward kernel is cut. Each product has its own grid of warps."""
+    """The tile of a backward kernel. Each product has its own warp grid."""
 
     block_q: int  #: rows of a step
     block_kv: int  #: keys of a CTA
@@ -98,16 +98,16 @@ class BwdTile:
     warps_keys: int  #: warps side by side along the rows of dK and dV
     warps_dq: int  #: along the rows of dQ
     stages: int  #: Q and dO buffers; 1 takes four barriers a step, 2 two
-    min_blocks_per_sm: int  #: what __launch_bounds__ promises
+    min_blocks_per_sm: int  #: of __launch_bounds__
 
     @property
     def num_threads(self) -> int:
-        """Threads of a CTA."""
+        """Return the threads per CTA."""
         return 32 * self.num_warps
 
 
 def smem_bytes(problem: Problem, tile: BwdTile) -> int:
-    """Dynamic shared memory of a CTA; `bwd/sm80/traits.cuh` asserts the same number."""
+    """Return the dynamic shared memory per CTA; `bwd/sm80/traits.cuh` asserts the same."""
     dims = padded_head_dim(problem.head_dim) + padded_head_dim(problem.head_dim_v)
     rows = tile.block_kv + tile.stages * tile.block_q
     size = (rows * dims + 2 * tile.block_q * tile.block_kv) * problem.dtype.bytes
@@ -122,10 +122,10 @@ def smem_bytes(problem: Problem, tile: BwdTile) -> int:
 
 
 def backward_problem(problem: Problem) -> Problem:
-    """Return what a forward problem is to its backward kernel.
+    """Map a forward problem to the problem of its backward kernel.
 
-    A fixed shift cancels, matrices are read where they are, and pages of any size alike. Whatever
-    the gear, gradients have the numerics of gear 2; fp16 parts are kept where a kernel takes them.
+    A fixed shift cancels, matrices are not staged, and all page sizes share a kernel. In every
+    gear, gradients have the numerics of gear 2; fp16 parts are kept where a kernel supports them.
     """
     split_fp32 = problem.numerics is Numerics.F16X3 and split_fp32_backward(problem) is not None
     return replace(
@@ -140,7 +140,7 @@ def backward_problem(problem: Problem) -> Problem:
 
 
 def choose_tile(problem: Problem, arch: str) -> BwdTile:
-    """Return the tile of the backward kernel of a backward problem.
+    """Choose the tile of the backward kernel of a backward problem.
 
     Raises
     ------
@@ -171,7 +171,7 @@ def choose_tile(problem: Problem, arch: str) -> BwdTile:
 
 
 def choose_square(problem: Problem, arch: str) -> BwdTile:
-    """Return the tile of a kernel for gradients of what is added to scores."""
+    """Choose the square tile of a score-gradient kernel."""
     for row in _SQUARES:
         tile = _tile(row)
         if smem_bytes(problem, tile) <= max_smem_bytes(arch):
@@ -180,7 +180,7 @@ def choose_square(problem: Problem, arch: str) -> BwdTile:
 
 
 def _has_changes(problem: Problem) -> bool:
-    """Return whether scores are changed by more than a sink, which takes one product a weight."""
+    """Return whether scores are modified beyond a sink, which costs one product per weight."""
     return replace(problem, sinks=Switch.OFF).has_scores
 
 

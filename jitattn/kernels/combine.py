@@ -1,4 +1,4 @@
-"""Kernels over results for disjoint sets of keys: their merge, and its gradient."""
+"""The combine kernels: merge partial results over disjoint sets of keys, and the gradient."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jitattn.spec.arguments import Argument, ArgumentStruct, ArgumentTable, stri
 from jitattn.spec.enums import Dtype, MatrixSize
 from jitattn.spec.kernel_spec import KernelSpec
 
-#: From results of parts to their merge; a row is a query of one head.
+#: Merges partial results; a row is a query of one head.
 COMBINE: Final = ArgumentStruct(
     "CombineParams",
     (
@@ -27,8 +27,8 @@ COMBINE: Final = ArgumentStruct(
     ),
 )
 
-#: The gradient of that. What belongs to a part is [num_parts, B, Hq, Lq, ...] and contiguous but
-#: for the parts themselves, [num_parts, B, Lq, Hq, Dv].
+#: The gradient of a merge. Tensors per part are contiguous [num_parts, B, Hq, Lq, ...], but the
+#: parts themselves are [num_parts, B, Lq, Hq, Dv].
 COMBINE_GRAD: Final = ArgumentStruct(
     "CombineGradParams",
     (
@@ -51,7 +51,7 @@ COMBINE_GRAD: Final = ArgumentStruct(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _OfParts(KernelSpec):
-    """What the kernels over results for disjoint sets of keys have in common."""
+    """Common fields of the combine kernels."""
 
     num_threads: ClassVar[int] = 128
     smem_bytes: ClassVar[int] = 0
@@ -62,14 +62,14 @@ class _OfParts(KernelSpec):
 
     @classmethod
     def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
-        """Yield the specs that the compile matrix has of this family."""
+        """Yield the compile-matrix specs of this family."""
         del size
         yield cls(dtype=Dtype.BF16, out_dtype=Dtype.BF16, head_dim_v=128, arch=arch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CombineSpec(_OfParts):
-    """The kernel that combines them, in a fixed order."""
+    """Spec of the kernel that merges partial results in a fixed order."""
 
     family: ClassVar[str] = "combine"
     arguments: ClassVar[ArgumentTable] = ArgumentTable(COMBINE)
@@ -77,7 +77,7 @@ class CombineSpec(_OfParts):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CombineGradSpec(_OfParts):
-    """The kernel for the gradient of a merge."""
+    """Spec of the kernel for the gradient of a merge."""
 
     family: ClassVar[str] = "combine_grad"
     arguments: ClassVar[ArgumentTable] = ArgumentTable(COMBINE_GRAD)

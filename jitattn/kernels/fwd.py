@@ -1,4 +1,4 @@
-"""The forward kernel: its spec, and which of its kernels calls need."""
+"""The forward kernel: its spec, and the variants that calls need."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from jitattn.values.gears import FAST_FP16_ACC_ARCHS, resolve_numerics
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FwdSpec(ProblemSpec):
-    """The forward kernel."""
+    """Spec of the forward kernel."""
 
     family: ClassVar[str] = "fwd"
     problem: Problem
@@ -50,31 +50,31 @@ class FwdSpec(ProblemSpec):
 
     @property
     def num_threads(self) -> int:
-        """Threads of a CTA."""
+        """Return the threads per CTA."""
         return self.tile.num_threads
 
     @property
     def smem_bytes(self) -> int:
-        """Dynamic shared memory of a CTA."""
+        """Return the dynamic shared memory per CTA in bytes."""
         return smem_bytes(self.problem, self.tile)
 
     @property
     def arguments(self) -> ArgumentTable:
-        """The parameter struct of this kernel."""
+        """Return the parameter struct of this kernel."""
         return fwd_arguments(self.problem)
 
     @property
     def structs(self) -> tuple[ArgumentStruct, ...]:
-        """Structs of the generated header."""
+        """Return the structs of the generated header."""
         return FWD_STRUCTS
 
     @classmethod
     def tables(cls) -> tuple[ArgumentTable, ...]:
-        """Return the parameter structs that kernels of this family have."""
+        """Return the parameter structs of this family."""
         return FWD_TABLES
 
     def to_choice(self) -> dict[str, str | int]:
-        """Return the choice that stands for exactly this kernel: its row class decides the tile."""
+        """Return the choice for exactly this kernel; its row class determines the tile."""
         same = (row for row in RowClass if fwd_spec(self.problem, self.arch, row) == self)
         return {**ProblemSpec.to_choice(self), "rows": next(same, RowClass.MANY).name.lower()}
 
@@ -87,7 +87,7 @@ class FwdSpec(ProblemSpec):
         rows: Sequence[RowClass],
         **options: Any,  # noqa: ANN401 - there are none
     ) -> Iterator[KernelSpec]:
-        """Yield every kernel that calls of a gear can need; the GPU and the lengths decide."""
+        """Yield the kernels that calls of a gear may need, depending on GPU and lengths."""
         del options
         problem = listed_problem(problem)
         numerics = {problem.numerics}
@@ -100,7 +100,7 @@ class FwdSpec(ProblemSpec):
 
     @classmethod
     def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
-        """Yield the specs that the compile matrix has of this family."""
+        """Yield the compile-matrix specs of this family."""
         if size is MatrixSize.FULL:
             masks = (MaskKind.FULL, MaskKind.CAUSAL)
             for dtype, rows, mask, dim in itertools.product(Dtype, RowClass, masks, ALL_DIMS):
@@ -113,19 +113,19 @@ class FwdSpec(ProblemSpec):
 
 @functools.lru_cache(maxsize=1024)
 def fwd_spec(problem: Problem, arch: str, rows: RowClass) -> FwdSpec:
-    """Return the whole spec of the forward kernel of `problem` on `arch`."""
+    """Return the spec of the forward kernel of `problem` on `arch`."""
     return FwdSpec(problem=problem, tile=choose_tile(problem, arch, rows), arch=arch)
 
 
 def listed_problem(problem: Problem) -> Problem:
-    """Return a problem with lists of blocks for a pattern that only backward kernels compute."""
+    """Replace a mask that only backward kernels compute directly by block lists."""
     if problem.mask is MaskKind.FINE_STRIDE:
         return replace(problem, mask=MaskKind.BLOCK_LISTS)
     return problem
 
 
 def specs_for_gear(problem: Problem, gear: int, arch: str) -> list[KernelSpec]:
-    """Return every kernel by which calls of a gear can have prepared operands: lengths decide."""
+    """Return the kernels for prepared operands that calls of a gear may need."""
     in_8_bits = problem_in_8_bits(problem, arch) if gear == 4 else None
     if in_8_bits is not None:
         return [*quantize_specs(in_8_bits, arch), fwd_spec(in_8_bits, arch, RowClass.MANY)]
@@ -136,10 +136,10 @@ def specs_for_gear(problem: Problem, gear: int, arch: str) -> list[KernelSpec]:
 
 
 def _rows_of_tables(arch: str) -> Iterator[KernelSpec]:
-    """Yield every row of the tile tables, the head dims of models, layouts, masks and the like."""
+    """Yield problems of all tile-table rows, common head dims, layouts, masks and the like."""
     for dtype in (Dtype.BF16, Dtype.FP32):
         for rows in RowClass:
-            # The last head dim of a run of equal tiles needs the most registers and shared memory.
+            # Of head dims with equal tiles the largest needs the most registers and shared memory.
             largest = {}
             for dim in ALL_DIMS:
                 spec = fwd_spec(problem(dtype, dim), arch, rows)
@@ -156,7 +156,7 @@ def _rows_of_tables(arch: str) -> Iterator[KernelSpec]:
 
 
 def _gears(arch: str) -> Iterator[KernelSpec]:
-    """Yield numerics of no default gear; fp16 accumulators where a call can get them."""
+    """Yield problems of non-default gears; fp16 accumulators where calls can select them."""
     many, ragged = RowClass.MANY, SeqLayout.RAGGED
     kinds = [(Dtype.BF16, Numerics.SPLIT_P), (Dtype.FP32, Numerics.TF32)]
     if arch in ("sm_86", "sm_89"):

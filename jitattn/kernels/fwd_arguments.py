@@ -1,7 +1,7 @@
 """Arguments of the forward kernels, which backward kernels extend (`bwd_arguments.py`).
 
-What a kernel reads beside the fields that all have depends on its problem: sequences that differ,
-what is done with scores, lists of key blocks, scales of operands that were made for it.
+Beside the common fields, a kernel's arguments depend on its problem: sequence layouts, score
+modifications, block lists, scales of prepared operands.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jitattn.spec.enums import MaskKind
 if TYPE_CHECKING:
     from jitattn.spec.kernel_spec import Problem
 
-#: What every forward kernel reads.
+#: Parameters of every forward kernel.
 FWD: Final = ArgumentStruct(
     "FwdParams",
     (
@@ -68,9 +68,9 @@ FWD: Final = ArgumentStruct(
     ),
 )
 
-#: And where sequences differ. A ragged q is [total, Hq, D] (batch stride 0) or [B, Lq, Hq, D];
-#: so are k and v. A paged k is [num_pages, page_size, Hkv, D], and its batch stride is that of a
-#: page.
+#: Further parameters for sequence layouts. A ragged q is [total, Hq, D] (batch stride 0) or
+#: [B, Lq, Hq, D]; so are k and v. A paged k is [num_pages, page_size, Hkv, D], and its batch stride
+#: is that of a page.
 FWD_SEQ: Final = ArgumentStruct(
     "FwdSeqParams",
     (
@@ -109,7 +109,7 @@ FWD_SEQ: Final = ArgumentStruct(
     base="FwdParams",
 )
 
-#: And what is done with scores beside scaling them. Strides in elements; 0 where a dimension is 1.
+#: Further parameters for score modifications. Strides in elements; 0 for size-1 dimensions.
 FWD_SCORE: Final = ArgumentStruct(
     "FwdScoreParams",
     (
@@ -163,7 +163,8 @@ FWD_SCORE: Final = ArgumentStruct(
     base="FwdSeqParams",
 )
 
-#: And lists of key blocks. A group is 16 keys; the queries of a list are 8 cells or 16, of 8 each.
+#: Further parameters for block lists. A group is 16 keys; the queries of a list are 8 cells or 16,
+#: of 8 each.
 FWD_BLOCK_LIST: Final = ArgumentStruct(
     "FwdBlockListParams",
     (
@@ -190,8 +191,8 @@ FWD_BLOCK_LIST: Final = ArgumentStruct(
     base="FwdScoreParams",
 )
 
-#: And the scales of operands that were made for the kernel, and are contiguous: Q and K in 8
-#: bits, or all three as fp16 parts, [B, H, L, parts, D]. Backward kernels have q_scale as
+#: Further parameters: scales of prepared operands, which are contiguous: INT8 Q and K, or all
+#: three as fp16 parts, [B, H, L, parts, D]. Backward kernels have q_scale as
 #: d_out_scale.
 SCALED: Final = ArgumentStruct(
     "ScaledParams",

@@ -1,4 +1,4 @@
-"""The kernel that adds up fp32 parts of dK or dV by sequences that share keys."""
+"""The KV scatter kernel: adds up per-sequence parts of dK or dV into shared rows or pages."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from jitattn.spec.arguments import Argument, ArgumentStruct, ArgumentTable, stri
 from jitattn.spec.enums import Dtype, MatrixSize
 from jitattn.spec.kernel_spec import KernelSpec
 
-#: From the parts of dK or dV by sequences to rows of memory that sequences may share: pages, or
-#: rows of the batch that they name. An entry is a place of the block table.
+#: Adds per-sequence parts of dK or dV into memory that sequences may share: pages, or batch rows
+#: named by `batch_idx`. An entry is a place of the block table.
 SCATTER: Final = ArgumentStruct(
     "ScatterParams",
     (
@@ -44,7 +44,7 @@ SCATTER: Final = ArgumentStruct(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScatterSpec(KernelSpec):
-    """The kernel for dK or dV of keys that sequences share, of parts by sequences."""
+    """Spec of the kernel that adds up per-sequence fp32 parts of dK or dV."""
 
     family: ClassVar[str] = "kv_scatter"
     arguments: ClassVar[ArgumentTable] = ArgumentTable(SCATTER)
@@ -56,6 +56,6 @@ class ScatterSpec(KernelSpec):
 
     @classmethod
     def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
-        """Yield the specs that the compile matrix has of this family."""
+        """Yield the compile-matrix specs of this family."""
         del size
         yield cls(dtype=Dtype.BF16, head_dim=64, arch=arch)

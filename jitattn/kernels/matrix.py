@@ -1,4 +1,4 @@
-"""Problems of the compile matrix, which several families have kernels for."""
+"""Problems of the compile matrix that several kernel families share."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from jitattn.values.gears import resolve_numerics
 #: Head dims of real models; together with the largest of each tile row they are the matrix.
 MODEL_DIMS: Final = (40, 64, 72, 80, 96, 112, 128, 160, 192, 256)
 ALL_DIMS: Final = tuple(range(16, 257, 16))
-#: Where the sequences of q, and of k and v, lie, beside batched.
+#: Sequence layouts of q, and of k and v, other than batched.
 LAYOUTS: Final = (
     (SeqLayout.RAGGED, SeqLayout.RAGGED),
     (SeqLayout.BATCHED, SeqLayout.PAGED),
     (SeqLayout.RAGGED, SeqLayout.PAGED),
     (SeqLayout.BATCHED, SeqLayout.PAGED16),
 )
-#: Masks, biases and the like: each alone, and two that meet in models.
+#: Score modifications: each alone, and pairs that occur in models.
 FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"mask": MaskKind.WINDOW},
     {"mask": MaskKind.LOCAL_STRIDE},
@@ -46,7 +46,7 @@ FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"mask": MaskKind.BLOCK_LISTS, "kv_layout": SeqLayout.PAGED16},
     {"mask": MaskKind.BLOCK_LISTS, "dropout": Switch.ON},
 )
-#: The same of backward kernels.
+#: Score modifications of backward kernels.
 BACKWARD_FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"mask": MaskKind.WINDOW},
     {"mask": MaskKind.LOCAL_STRIDE},
@@ -72,7 +72,7 @@ def problem(
     mask: MaskKind = MaskKind.CAUSAL,
     **other: Any,  # noqa: ANN401 - of whatever type the field is
 ) -> Problem:
-    """Return a problem with the default numerics; `other` sets further fields."""
+    """Build a problem with default numerics; `other` sets further fields."""
     return Problem(
         **{
             "dtype": dtype,
@@ -87,7 +87,7 @@ def problem(
 
 
 def problems_in_8_bits(arch: str) -> Iterator[Problem]:
-    """Yield the problems of gear 4 that have kernels in 8 bits on `arch`."""
+    """Yield the gear-4 problems that have INT8 kernels on `arch`."""
     bf16, fp16 = Dtype.BF16, Dtype.FP16
     asked = [problem(bf16, dim, mask) for dim in HEAD_DIMS for mask in _POSITIONAL]
     asked += [problem(fp16, 128), problem(fp16, 128, head_dim_v=64)]
@@ -105,13 +105,13 @@ def problems_in_8_bits(arch: str) -> Iterator[Problem]:
 
 
 def split_fp32_problems() -> Iterator[Problem]:
-    """Yield problems of fp32 inputs as fp16 parts, one for each split kernel."""
+    """Yield problems with fp32 inputs as fp16 parts, one for each split kernel."""
     for numerics, dim in itertools.product((Numerics.F16X3, Numerics.F16X1), (16, 64, 80, 128)):
         yield problem(Dtype.FP32, dim, numerics=numerics)
     yield problem(Dtype.FP32, 128, head_dim_v=64, numerics=Numerics.F16X3)
 
 
 def masks_of(asked: Problem) -> Iterator[Problem]:
-    """Yield a problem with every mask of positions."""
+    """Yield a problem with every positional mask."""
     for mask in _POSITIONAL:
         yield replace(asked, mask=mask)

@@ -1,4 +1,4 @@
-"""Kernels that scale q and k to length 1 by groups of columns, and the gradient of that."""
+"""The L2 normalisation kernels: unit-length q and k by groups of columns, and the gradient."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NORM: Final = ArgumentStruct(
     ),
 )
 
-#: The gradient of one of the two; a slice as above, the gradient and dx contiguous.
+#: The gradient of q or k; a slice as above, the gradient and dx contiguous.
 NORM_GRAD: Final = ArgumentStruct(
     "NormGradParams",
     (
@@ -57,7 +57,7 @@ NORM_GRAD: Final = ArgumentStruct(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _OfSlices(KernelSpec):
-    """What the kernels over slices of vectors have in common."""
+    """Common fields of the normalisation kernels; a slice is one group of a vector."""
 
     derived: ClassVar[tuple[str, ...]] = ("lanes",)
     num_threads: ClassVar[int] = 256
@@ -70,7 +70,7 @@ class _OfSlices(KernelSpec):
 
     @property
     def lanes(self) -> int:
-        """Lanes that share a slice: a power of two, with at least one access each."""
+        """Return the lanes per slice: a power of two, with at least one access each."""
         size = self.head_dim // self.groups
         wide = 16 // self.dtype.bytes
         is_wide = self.access is Access.VEC16 and size % wide == 0
@@ -78,7 +78,7 @@ class _OfSlices(KernelSpec):
         return min(32, 1 << (accesses.bit_length() - 1))
 
     def fault(self) -> str | None:
-        """Name the number that no kernel can have; None if all are possible."""
+        """Explain the field that no kernel supports; None if all are supported."""
         reason = KernelSpec.fault(self)
         if reason is None and self.head_dim % self.groups:
             return f"groups={self.groups}: it must divide head_dim={self.head_dim}"
@@ -86,7 +86,7 @@ class _OfSlices(KernelSpec):
 
     @classmethod
     def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
-        """Yield the specs that the compile matrix has of this family."""
+        """Yield the compile-matrix specs of this family."""
         del size
         for dtype in (Dtype.BF16, Dtype.FP32):
             for groups in (1, 8):
@@ -96,7 +96,7 @@ class _OfSlices(KernelSpec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormSpec(_OfSlices):
-    """The kernel that scales q and k to length 1, by groups of columns."""
+    """Spec of the kernel that scales q and k to unit length, by groups of columns."""
 
     family: ClassVar[str] = "norm"
     arguments: ClassVar[ArgumentTable] = ArgumentTable(NORM)
@@ -104,7 +104,7 @@ class NormSpec(_OfSlices):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormGradSpec(_OfSlices):
-    """The kernel for its gradient, of q or of k."""
+    """Spec of the kernel for the gradient of the normalisation, of q or k."""
 
     family: ClassVar[str] = "norm_grad"
     arguments: ClassVar[ArgumentTable] = ArgumentTable(NORM_GRAD)

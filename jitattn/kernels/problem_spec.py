@@ -1,4 +1,4 @@
-"""Base of the families whose kernels are for a `Problem`, with a tile that is chosen for it."""
+"""Base of the kernel families with a `Problem` and a tile chosen for it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jitattn.values.gears import resolve_numerics
 
 
 class ProblemSpec(KernelSpec):
-    """A spec with fields `problem` and `tile`, and options of its own."""
+    """A spec with fields `problem` and `tile`, and options of its family."""
 
     __slots__ = ()
-    #: Fields beside problem and tile, with the values that a choice without them stands for.
+    #: Fields beside problem and tile, with the values that a choice without them implies.
     options: ClassVar[Mapping[str, tuple[StrEnum, ...]]] = {}
     problem: Problem
 
@@ -29,7 +29,7 @@ class ProblemSpec(KernelSpec):
         rows: Sequence[RowClass],
         **options: Any,  # noqa: ANN401 - of the type of each field
     ) -> Iterator[KernelSpec]:
-        """Yield every kernel that calls with this problem can need: lengths decide.
+        """Yield the kernels that calls with this problem may need, depending on lengths.
 
         Parameters
         ----------
@@ -45,13 +45,13 @@ class ProblemSpec(KernelSpec):
         raise NotImplementedError
 
     def to_choice(self) -> dict[str, str | int]:
-        """Return the choice that stands for exactly this kernel; the tile follows."""
+        """Return the choice for exactly this kernel; the tile follows from it."""
         flat = self.to_dict()
         names = ("family", "arch", *(field.name for field in fields(Problem)), *self.options)
         return {name: flat[name] for name in names}
 
     def command(self) -> str:
-        """Return the shell command that makes this kernel, with all that its calls can need."""
+        """Return the shell command that builds this kernel and the others its calls may need."""
         problem = self.problem
         dims = f"{problem.head_dim}"
         if problem.head_dim_v != problem.head_dim:
@@ -77,7 +77,7 @@ def usual_problem(
     gear: int | None = None,
     **given: Any,  # noqa: ANN401 - of the type of each field
 ) -> Problem:
-    """Return the problem of the usual call with these properties; `given` are further fields."""
+    """Build the problem of a typical call with these properties; `given` sets further fields."""
     aligned = (head_dim * dtype.bytes) % 16 == 0 == (head_dim_v * dtype.bytes) % 16
     usual: dict[str, Any] = {
         "dtype": dtype,

@@ -1,4 +1,4 @@
-"""Kernels that bring q and k to 8 bits."""
+"""The quantization kernels of gear 4: channel statistics, then INT8 q and k."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jitattn.spec.arguments import Argument, ArgumentStruct, ArgumentTable, stri
 from jitattn.spec.enums import Dtype, MatrixSize, Numerics, Switch
 from jitattn.spec.kernel_spec import KernelSpec, Problem
 
-#: Rows of a CTA that looks at channels.
+#: Rows per CTA of the channel statistics kernel.
 CHUNK_ROWS: Final = 512
 
-#: What makes them (quantize.cuh).
+#: The common parameters of the quantization kernels (quantize.cuh).
 QUANT: Final = ArgumentStruct(
     "QuantParams",
     (
@@ -81,7 +81,7 @@ QUANT: Final = ArgumentStruct(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelStatsSpec(KernelSpec):
-    """The kernel that finds the mean and the range of every channel of q and k."""
+    """Spec of the kernel that computes the mean and range of every channel of q and k."""
 
     family: ClassVar[str] = "channel_stats"
     arguments: ClassVar[ArgumentTable] = ArgumentTable(QUANT)
@@ -90,19 +90,19 @@ class ChannelStatsSpec(KernelSpec):
     dtype: Dtype
     head_dim: int
     chunk_rows: int  #: of a CTA
-    paged: Switch  #: whether k lies in pages
-    values: Switch  #: whether v is to be scaled as well
+    paged: Switch  #: whether k is paged
+    values: Switch  #: whether v is scaled as well
     arch: str
 
     @classmethod
     def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
-        """Yield the specs that the compile matrix has of this family."""
+        """Yield the compile-matrix specs of this family."""
         return _matrix(0, arch, size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeSpec(KernelSpec):
-    """The kernel that brings q and k to 8 bits."""
+    """Spec of the kernel that quantizes q and k to INT8."""
 
     family: ClassVar[str] = "quantize"
     arguments: ClassVar[ArgumentTable] = ArgumentTable(QUANT)
@@ -111,17 +111,17 @@ class QuantizeSpec(KernelSpec):
     dtype: Dtype
     head_dim: int
     paged: Switch  #: as in `ChannelStatsSpec`
-    values: Switch  #: whether v comes to fp16, as in `ChannelStatsSpec`
+    values: Switch  #: whether v is converted to fp16, as in `ChannelStatsSpec`
     arch: str
 
     @classmethod
     def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
-        """Yield the specs that the compile matrix has of this family."""
+        """Yield the compile-matrix specs of this family."""
         return _matrix(1, arch, size)
 
 
 def quantize_specs(in_8_bits: Problem, arch: str) -> tuple[ChannelStatsSpec, QuantizeSpec]:
-    """Return the kernels that prepare q, k and v for a problem in 8 bits."""
+    """Return the specs of the kernels that prepare q, k and v for an INT8 problem."""
     paged = Switch.ON if in_8_bits.kv_layout.page_group else Switch.OFF
     dtype, dim = in_8_bits.dtype, in_8_bits.head_dim
     values = Switch.ON if in_8_bits.numerics is Numerics.INT8_F16 else Switch.OFF
@@ -134,7 +134,7 @@ def quantize_specs(in_8_bits: Problem, arch: str) -> tuple[ChannelStatsSpec, Qua
 
 
 def _matrix(kernel: int, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
-    """Yield one of the two kernels of every problem in 8 bits."""
+    """Yield one of the two kernels for every INT8 problem."""
     if size >= MatrixSize.TUNED:
         for problem in problems_in_8_bits(arch):
             yield quantize_specs(problem, arch)[kernel]

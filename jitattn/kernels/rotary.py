@@ -1,4 +1,4 @@
-"""The kernel of a rotary embedding."""
+"""The rotary embedding kernel."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ ROTARY: Final = ArgumentStruct(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RotarySpec(KernelSpec):
-    """The kernel of a rotary embedding and of its gradient; dims are parameters."""
+    """Spec of the rotary embedding kernel, also its gradient; dims are run-time parameters."""
 
     family: ClassVar[str] = "rotary"
     arguments: ClassVar[ArgumentTable] = ArgumentTable(ROTARY)
@@ -75,7 +75,7 @@ class RotarySpec(KernelSpec):
 
     @classmethod
     def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
-        """Yield the specs that the compile matrix has of this family."""
+        """Yield the compile-matrix specs of this family."""
         del size
         bf16, fp32 = Dtype.BF16, Dtype.FP32
         for dtype, table_dtype in ((bf16, bf16), (fp32, fp32), (bf16, fp32)):

@@ -1,4 +1,4 @@
-"""The kernel that makes fp16 parts of fp32 operands."""
+"""The split_fp32 kernel: splits fp32 operands into scaled fp16 parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jitattn.spec.arguments import Argument, ArgumentStruct, ArgumentTable, stri
 from jitattn.spec.enums import Dtype, MatrixSize, Numerics, Switch
 from jitattn.spec.kernel_spec import KernelSpec, Problem
 
-#: What makes fp16 parts (split_fp32.cuh).
+#: Parameters of the split kernel (split_fp32.cuh).
 SPLIT_FP32: Final = ArgumentStruct(
     "SplitFp32Params",
     (
@@ -49,7 +49,7 @@ SPLIT_FP32: Final = ArgumentStruct(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitFp32Spec(KernelSpec):
-    """The kernel that makes fp16 parts of q, k and v, and for a backward kernel of dO."""
+    """Spec of the kernel that splits q, k and v, and for a backward kernel dO, into fp16 parts."""
 
     family: ClassVar[str] = "split_fp32"
     arguments: ClassVar[ArgumentTable] = ArgumentTable(SPLIT_FP32)
@@ -58,13 +58,13 @@ class SplitFp32Spec(KernelSpec):
     dtype: Dtype  #: of q, k and v: fp32
     head_dim: int
     head_dim_v: int
-    num_parts: int  #: 2, or 1: the high one
-    gradients: Switch  #: dO too; q by blocks of rows, as all others
+    num_parts: int  #: 2 (hi, lo), or 1 (hi)
+    gradients: Switch  #: splits dO too; q has scales per row block, too
     arch: str
 
     @classmethod
     def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
-        """Yield the specs that the compile matrix has of this family."""
+        """Yield the compile-matrix specs of this family."""
         if size < MatrixSize.TUNED:
             return
         for problem in split_fp32_problems():
@@ -75,7 +75,7 @@ class SplitFp32Spec(KernelSpec):
 
 @functools.cache
 def split_fp32_spec(problem: Problem, arch: str, *, gradients: bool = False) -> SplitFp32Spec:
-    """Return the kernel that makes the parts for a problem that has them."""
+    """Return the spec of the split kernel for a problem with fp16 parts."""
     return SplitFp32Spec(
         dtype=problem.dtype,
         head_dim=problem.head_dim,

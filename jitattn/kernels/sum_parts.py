@@ -1,4 +1,4 @@
-"""The kernel that adds up fp32 parts of a gradient, in its own order."""
+"""The sum_parts kernel: adds up fp32 parts of a gradient in fixed order, and rounds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jitattn.spec.arguments import Argument, ArgumentStruct, ArgumentTable, stri
 from jitattn.spec.enums import Dtype, MatrixSize
 from jitattn.spec.kernel_spec import KernelSpec
 
-#: From fp32 parts of a gradient, in its own order, to the gradient.
+#: Adds up fp32 parts that have the layout of the gradient.
 SUM_PARTS: Final = ArgumentStruct(
     "SumPartsParams",
     (
@@ -30,7 +30,7 @@ SUM_PARTS: Final = ArgumentStruct(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SumPartsSpec(KernelSpec):
-    """The kernel for parts in the order of the gradient."""
+    """Spec of the kernel that adds up parts with the layout of the gradient."""
 
     family: ClassVar[str] = "sum_parts"
     arguments: ClassVar[ArgumentTable] = ArgumentTable(SUM_PARTS)
@@ -42,7 +42,7 @@ class SumPartsSpec(KernelSpec):
 
     @classmethod
     def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
-        """Yield the specs that the compile matrix has of this family."""
+        """Yield the compile-matrix specs of this family."""
         del size
         yield cls(dtype=Dtype.BF16, head_dim=64, arch=arch)
         yield cls(dtype=Dtype.FP32, head_dim=33, arch=arch)

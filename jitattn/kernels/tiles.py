@@ -1,4 +1,4 @@
-"""Forward tiles and split counts: pure functions of problem, architecture, row class and counts.
+"""Chooses forward tiles and split counts: pure functions of problem, architecture and sizes.
 
 Tuning knowledge is data with a comment. Nothing here reads a tensor. Figures: cuda_src/notes/0001.
 """
@@ -34,11 +34,11 @@ MAX_SMEM_BYTES: Final = {
     120: 99 * 1024,
     121: 99 * 1024,
 }
-#: What the runtime keeps for itself in every resident block.
+#: Shared memory that the CUDA runtime reserves per resident CTA.
 _RESERVED_SMEM_BYTES: Final = 1024
-#: What sm_80 has.
+#: Shared memory of sm_80.
 _MEDIUM_SMEM_BYTES: Final = 163 * 1024
-#: Above this, a short query's tile takes a multiprocessor for itself.
+#: Above this, a short query's tile may use a whole multiprocessor's shared memory.
 _SMALLEST_LARGE_SMEM: Final = 200 * 1024
 
 #: (block_q, block_kv, warps_q, stages) by the largest padded head dim that the row serves, for long
@@ -63,12 +63,12 @@ _SMALL_SMEM: Final[_Table] = {
     192: (128, 64, 8, 1),
     256: (64, 64, 4, 1),
 }
-#: Sequences that differ: 128x128 would spill 88 bytes (753 us against 811 at 8k causal).
+#: Sequence layouts: 128x128 would spill 88 bytes (753 us against 811 at 8k causal).
 _LARGE_SMEM_SEQ: Final[_Table] = {**_LARGE_SMEM, 64: (128, 96, 4, 1)}
-#: Windows, biases and the like need registers, too. At 16k keys, D=64, us: a window of 4096 773
+#: Score modifications need registers, too. At 16k keys, D=64, us: a window of 4096 773
 #: (784 with 128x96 and one stage, 774 with 128x128), key padding 3511 (3281, 3758).
 _LARGE_SMEM_SCORES: Final[_Table] = {**_LARGE_SMEM, 64: (128, 64, 4, 2), 128: (128, 64, 4, 1)}
-#: The same where every row sees all keys, or all before it.
+#: Score modifications with a full or causal mask.
 _LARGE_SMEM_CHANGES: Final[_Table] = {**_LARGE_SMEM_SCORES, 64: (128, 96, 4, 1)}
 _MEDIUM_SMEM_SCORES: Final[_Table] = {**_MEDIUM_SMEM, 64: (128, 64, 4, 2)}
 #: sm_100: not measured; 128x128 would spill 68 bytes there.
@@ -88,59 +88,60 @@ _WITH_SCORES: Final = {
 #: Loads of single elements need registers for their addresses: smaller steps from D=112 on.
 _ELEMENT: Final[_Table] = {96: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)}
 
-#: The same for fp32 inputs, on every architecture: 46 TFLOP/s at D=64 and 47 at D=128.
+#: fp32 inputs, on every architecture: 46 TFLOP/s at D=64 and 47 at D=128.
 _FP32: Final[_Table] = {
     64: (64, 32, 4, 1),
     128: (128, 32, 8, 1),
     256: (64, 16, 4, 1),
 }
 
-#: fp32 inputs as two fp16 parts: 16 rows a warp, as both parts of P and promoted sums need
-#: registers. ms at 16k keys, full / causal, H200: D=128 16.62 / 8.44, 128x64 with eight warps
+#: fp32 inputs as two fp16 parts: 16 rows per warp, as both parts of P and the two-level accumulator
+#: need registers. ms at 16k keys, full / causal, H200: D=128 16.62 / 8.44, 128x64 with eight warps
 #: 16.73 / 8.51; D=64 8.75 / 4.38 and 8.97 / 4.43.
 _SPLIT_FP32: Final[_Table] = {64: (64, 64, 4, 1), 128: (64, 64, 4, 1)}
-#: Where only one CTA fits at D=128: eight warps of it. Not measured.
+#: fp32 inputs as two parts where only one CTA fits at D=128: eight warps. Not measured.
 _SPLIT_FP32_MEDIUM_SMEM: Final[_Table] = {**_SPLIT_FP32, 128: (128, 64, 8, 1)}
 _SPLIT_FP32_SMALL_SMEM: Final[_Table] = {**_SPLIT_FP32, 128: (128, 32, 8, 1)}
-#: As one part. D=128 7.25 / 3.85 ms, 128x64 with eight warps 7.84 / 4.22, two stages 7.21 / 3.91;
-#: D=64 3.70 / 1.92, one stage 3.85 / 1.93, 64x64, which spills nothing, 3.76 / 2.12.
+#: fp32 inputs as one fp16 part. D=128 7.25 / 3.85 ms, 128x64 with eight warps 7.84 / 4.22, two
+#: stages 7.21 / 3.91; D=64 3.70 / 1.92, one stage 3.85 / 1.93, 64x64, which spills nothing, 3.76 /
+#: 2.12.
 _ROUNDED: Final[_Table] = {64: (128, 64, 4, 2), 128: (64, 64, 4, 1)}
 _ROUNDED_UNTUNED: Final[_Table] = {**_ROUNDED, 64: (64, 64, 4, 2)}
 
-#: Q and K in 8 bits. With 32 keys at D=128, and at D=64, Q is in registers (traits.cuh).
+#: INT8 Q and K. With 32 keys at D=128, and at D=64, Q is in registers (traits.cuh).
 _IN_8_BITS: Final[_Table] = {64: (128, 64, 4, 2), 128: (128, 32, 4, 2), 256: (128, 64, 8, 1)}
 _IN_8_BITS_SMALL_SMEM: Final[_Table] = {
     **_IN_8_BITS,
     128: (128, 32, 4, 1),
     256: (64, 64, 4, 1),
 }
-#: And sums in fp16: us at 16k keys, 16 heads, D=128, full / causal / a window of 2048 keys, H200:
-#: 4136 / 2127 / 741, with 32 keys 4243 / 2190 / 806, one stage 4216 / 2182.
+#: INT8 Q and K with fp16 accumulation: us at 16k keys, 16 heads, D=128, full / causal / a window of
+#: 2048 keys, H200: 4136 / 2127 / 741, with 32 keys 4243 / 2190 / 806, one stage 4216 / 2182.
 _IN_8_BITS_LARGE_SMEM: Final[_Table] = {**_IN_8_BITS, 128: (128, 64, 4, 2)}
 
-#: Rows of the largest tile, by which packing is judged.
+#: Rows of the largest tile, which decides GQA packing.
 _LARGEST_BLOCK_Q: Final = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """How the work is cut: what we chose for a problem on an architecture."""
+    """The tile of a forward kernel for a problem on an architecture."""
 
     block_q: int  #: rows of a CTA's query tile (after GQA packing)
     block_kv: int  #: keys of one step
     warps_q: int  #: warps side by side along the rows; each owns block_q / warps_q rows
     warps_kv: int  #: warps side by side along the keys of a step
     stages: int  #: K and V buffers; 1 takes two barriers a step, 2 or more one
-    min_blocks_per_sm: int  #: what __launch_bounds__ promises
+    min_blocks_per_sm: int  #: of __launch_bounds__
 
     @property
     def num_threads(self) -> int:
-        """Threads of a CTA."""
+        """Return the threads per CTA."""
         return 32 * self.warps_q * self.warps_kv
 
 
 def holds_q(problem: Problem, tile: Tile) -> bool:
-    """Whether Q stays in registers; `traits.cuh` has the same rule."""
+    """Return whether Q stays in registers; `traits.cuh` has the same rule."""
     dim = padded_head_dim(problem.head_dim)
     if not problem.numerics.is_quantized or dim > 128:
         return False
@@ -151,29 +152,29 @@ def holds_q(problem: Problem, tile: Tile) -> bool:
 
 
 def smem_bytes(problem: Problem, tile: Tile) -> int:
-    """Dynamic shared memory of a CTA; `traits.cuh` asserts the same number."""
+    """Return the dynamic shared memory per CTA; `traits.cuh` asserts the same."""
     dim, dim_v = padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v)
     size = 2 * problem.numerics.num_parts or problem.dtype.bytes
     size_qk = 1 if problem.numerics.is_quantized else size
     s_q = tile.block_q * dim * size_qk
     if problem.numerics is Numerics.INT8_F16:
-        # Sums in fp16 that wait, and the maxima that they are for: where Q was, if it is held.
+        # Parked fp16 sums and their row maxima; they reuse Q's space if Q is held in registers.
         s_two_level = tile.block_q * (2 * dim_v + 16)
         s_q = max(s_q, s_two_level) if holds_q(problem, tile) else s_q + s_two_level
     s_kv = tile.stages * tile.block_kv * (dim * size_qk + dim_v * size)
-    # After the loop the same space carries the output tile, and the partial results of the
-    # warps that split the keys: r_o, m and l of every warp_kv but the first, in fp32.
+    # After the loop the same space holds the output tile, and the fp32 partial results (r_o, m, l)
+    # of all warps that split the keys but the first.
     s_out = tile.block_q * dim_v * (2 if problem.out_dtype is not Dtype.FP32 else 0)
     s_combine = (tile.warps_kv - 1) * tile.block_q * (dim_v + 2) * 4
-    # Behind that: the plan of a CTA, and the rows of keys that are gathered.
+    # Then the work item of the CTA, and the gathered key rows.
     s_rows = 0
     if group := problem.gather_group:
         group = group if tile.num_threads >= 128 else 1
-        batch = 8 if group == 16 else 4  # blocks that are looked up together
+        batch = 8 if group == 16 else 4  # blocks looked up at once
         s_rows = 2 * batch * (tile.block_kv // group) * 16
         if problem.mask is MaskKind.BLOCK_LISTS:
             s_rows += 2 * batch * (tile.block_kv // 16) * 8
-    # And tiles of a bias and of a dense mask, with room between their rows.
+    # Then staged tiles of a bias and a dense mask, with padded rows.
     s_matrices = 0
     if problem.bias_staged is not Staging.OFF:
         wide = problem.bias is BiasKind.FP32 or problem.dtype is Dtype.FP32
@@ -186,7 +187,7 @@ def smem_bytes(problem: Problem, tile: Tile) -> int:
 
 
 def max_smem_bytes(arch: str) -> int:
-    """Return the largest shared memory of a block on `arch`, in bytes.
+    """Return the maximum shared memory per CTA on `arch`, in bytes.
 
     Raises
     ------
@@ -203,7 +204,7 @@ def max_smem_bytes(arch: str) -> int:
 
 
 def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
-    """Return the tile of `problem` on `arch` for a row class.
+    """Choose the tile of `problem` on `arch` for a row class.
 
     Raises
     ------
@@ -231,20 +232,20 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
         table = _LARGE_SMEM_SEQ
     block_q, block_kv, warps_q, stages = next(row for top, row in table.items() if dim <= top)
     if problem.numerics is Numerics.INT8 and problem.gather_group and problem.has_scores:
-        # Rows of V that are looked up beside two ranges of keys: 128 rows and 32 keys would spill
-        # 4 to 44 bytes at D=128, 64 keys 12 to 32 at D=256. Not measured.
+        # Gathered V rows beside two key ranges: 128 rows and 32 keys would spill 4 to 44 bytes at
+        # D=128, 64 keys 12 to 32 at D=256. Speed not measured.
         if dim > 128:
             block_kv = 32
         elif dim > 64:
             block_q, block_kv, stages = 64, 64, 1
     if problem.numerics in (Numerics.SPLIT_P, Numerics.F16_ACC):
-        # Sums that are promoted, and with SPLIT_P both parts of P: half the rows a warp.
+        # The two-level accumulator, and with SPLIT_P both parts of P: half the rows per warp.
         if warps_q == 4 and block_q == 128:
             warps_q, block_kv, stages = 8, 64, 1 if dim > 64 else stages
         if dim > 192:
             block_kv = 32  # 64 keys would spill 8 to 128 bytes
     if problem.dropout is Switch.ON and dim > 64 and warps_q == 4:
-        # Drawing the weights that stay takes registers: 64 keys would spill 24 to 292 bytes.
+        # Dropout's random numbers take registers: 64 keys would spill 24 to 292 bytes.
         block_kv, stages = min(block_kv, 32), 2
     if Staging.MATRIX in (problem.bias_staged, problem.dense_staged):
         # Two CTAs on a multiprocessor matter more than a second stage and wide blocks.
@@ -262,7 +263,7 @@ def choose_tile(problem: Problem, arch: str, rows: RowClass) -> Tile:
 
 
 def _in_8_bits(problem: Problem, limit: int) -> _Table:
-    """Return the table for Q and K in 8 bits."""
+    """Return the tile table for INT8 Q and K."""
     if limit < _MEDIUM_SMEM_BYTES:
         return _IN_8_BITS_SMALL_SMEM
     if limit < _SMALLEST_LARGE_SMEM or problem.numerics is Numerics.INT8:
@@ -273,7 +274,7 @@ def _in_8_bits(problem: Problem, limit: int) -> _Table:
 
 
 def _of_parts(problem: Problem, limit: int) -> _Table:
-    """Return the table for fp32 inputs as fp16 parts."""
+    """Return the tile table for fp32 inputs as fp16 parts."""
     is_padded = problem.key_padding is Switch.ON  # the larger tiles would spill 24 to 60 bytes
     if problem.numerics is Numerics.F16X1:
         return _ROUNDED if limit > _SMALLEST_LARGE_SMEM and not is_padded else _ROUNDED_UNTUNED
@@ -283,7 +284,7 @@ def _of_parts(problem: Problem, limit: int) -> _Table:
 
 
 def _with_scores(problem: Problem, arch: int, plain: _Table) -> _Table:
-    """Return the table for long queries with windows, biases and the like."""
+    """Return the tile table for long queries with score modifications."""
     if plain is not _LARGE_SMEM or problem.mask not in (MaskKind.FULL, MaskKind.CAUSAL):
         return _WITH_SCORES.get(arch, plain)
     bare = replace(problem, sinks=Switch.OFF, fixed_shift=Switch.OFF)
@@ -292,11 +293,11 @@ def _with_scores(problem: Problem, arch: int, plain: _Table) -> _Table:
         return _LARGE_SMEM_SCORES  # 96 keys would spill 20 to 96 bytes
     if bare.has_scores:
         return _LARGE_SMEM_CHANGES
-    return plain if problem.is_uniform else _LARGE_SMEM_SEQ  # nothing is done to a score
+    return plain if problem.is_uniform else _LARGE_SMEM_SEQ  # scores are unmodified
 
 
 def _rows16(problem: Problem, limit: int) -> list[tuple[int, Tile]]:
-    """List (budget in bytes, tile) for one MMA tile of rows: its four warps split the keys.
+    """List (budget in bytes, tile) candidates for up to 16 rows: four warps split the keys.
 
     Bytes in flight decide. 128 keys and 2 stages in all of a large shared memory read 4.6 TB/s of
     an H200's 4.6 at 64 x 8k; three stages of 64 keys in half of it, 4.56.
@@ -310,7 +311,7 @@ def _rows16(problem: Problem, limit: int) -> list[tuple[int, Tile]]:
     stages = 3 if problem.gather_group else 2
     wide = [(limit, _tile(16, 128, 1, 4, stages))] if limit > _SMALLEST_LARGE_SMEM else []
     if problem.mask in (MaskKind.LOCAL_STRIDE, MaskKind.BLOCK_LISTS):
-        wide = []  # a kernel block lies in a block of the pattern, of 64 keys or more
+        wide = []  # a key block must lie within a pattern block, of 64 keys or more
     return [
         *wide,
         *((half_of(limit), _tile(16, 64, 1, 4, stages)) for stages in (3, 2)),
@@ -319,11 +320,11 @@ def _rows16(problem: Problem, limit: int) -> list[tuple[int, Tile]]:
 
 
 def _rows64(problem: Problem, limit: int) -> list[tuple[int, Tile]]:
-    """List (budget in bytes, tile) for up to 64 rows: 16 a warp, all keys.
+    """List (budget in bytes, tile) candidates for up to 64 rows: 16 per warp, all keys.
 
     Two stages beat three by 4 % (4.2 TB/s against 4.05 at 8 x 16k, 32 rows, H200).
     """
-    # fp32 keeps the promoted sums of a step in registers: 64 keys would spill.
+    # fp32 keeps the second-level sums of a step in registers: 64 keys would spill.
     widths = (64, 32)
     if problem.dtype is Dtype.FP32:
         widths = (32, 16) if max(problem.head_dim, problem.head_dim_v) <= 128 else (16, 16)
@@ -342,7 +343,7 @@ def _largest_that_fits(problem: Problem, arch: str, candidates: list[tuple[int, 
 
 
 def half_of(limit: int) -> int:
-    """Shared memory of a block when two are to fit on a multiprocessor."""
+    """Return the shared memory per CTA with two CTAs per multiprocessor."""
     return (limit + _RESERVED_SMEM_BYTES) // 2 - _RESERVED_SMEM_BYTES
 
 
@@ -358,7 +359,7 @@ def _tile(block_q: int, block_kv: int, warps_q: int, warps_kv: int, stages: int)
 
 
 def heads_per_tile(len_q: int, group: int) -> int:
-    """Return how many query heads of a kv head share a tile: all of them (`group`) or 1.
+    """Return the query heads packed into a tile: all of a kv head (`group`) or 1.
 
     Packing pays where one head's rows leave a good part of their last tile empty.
     """
@@ -370,7 +371,7 @@ def heads_per_tile(len_q: int, group: int) -> int:
     return group if alone < 0.9 * packed or rows <= RowClass.ROWS64 else 1
 
 
-#: Costs in key blocks: starting a CTA, and the merge, by the rows of a tile. One CTA merges a tile,
+#: Costs in key blocks: starting a CTA, and combining splits, by rows of a tile. One CTA combines,
 #: in 60 to 100 us if it has 128 rows, where a key block takes 2.3 (4 x 128 queries on 1024 keys, 32
 #: heads, D=128: 76 us with two splits, 37 with one).
 _SPLIT_PROLOGUE: Final = 3.0
@@ -378,7 +379,7 @@ _COMBINE_COST: Final = {16: 4.0, 64: 12.0, 128: 45.0}
 
 
 def combine_cost(block_q: int) -> float:
-    """Return the time in which a tile of so many rows is merged, in key blocks."""
+    """Return the cost of combining the splits of a tile, in units of key blocks."""
     return next(
         (cost for rows, cost in _COMBINE_COST.items() if block_q <= rows), _COMBINE_COST[128]
     )
@@ -388,7 +389,7 @@ def combine_cost(block_q: int) -> float:
 def choose_splits(
     num_tiles: int, num_kv_blocks: int, num_slots: int, combine_cost: float = _COMBINE_COST[16]
 ) -> int:
-    """Return how many CTAs should share the keys of one query tile.
+    """Choose the number of CTAs that share the keys of a query tile.
 
     Parameters
     ----------
@@ -408,7 +409,7 @@ def choose_splits(
         splits = min(waves * num_slots // num_tiles, num_kv_blocks // 2, 128)
         if splits < 2:
             continue
-        used = -(-num_kv_blocks // -(-num_kv_blocks // splits))  # without the empty ones
+        used = -(-num_kv_blocks // -(-num_kv_blocks // splits))  # without empty splits
         cost = -(-num_tiles * used // num_slots) * (-(-num_kv_blocks // used) + _SPLIT_PROLOGUE)
         cost += combine_cost + 0.1 * used
         if cost < best_cost:

@@ -1,1 +1,1 @@
-"""Which kernels serve a call, and which of them are made ahead."""
+"""Launch plans: the kernels of a call, their arguments and workspace, and kernels built ahead."""

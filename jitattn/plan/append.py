@@ -1,4 +1,4 @@
-"""The plan of appending to a KV cache: one launch."""
+"""Plans the append to a KV cache: one launch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from jitattn.spec.enums import LENGTHS
 if TYPE_CHECKING:
     from jitattn.request.problem import Strides
 
-#: Rows (token and head) that a CTA takes at a time, and how many times it should at least.
+#: Rows (token and head) per CTA iteration, and the least number of iterations.
 _TEAMS: Final = AppendSpec.num_threads // 16
 _ROUNDS: Final = 4
 _MOST_CTAS: Final = 65536
 
 
 class AppendFacts(NamedTuple):
-    """Facts of the tensors of a call. An index has 4-byte words; 0 where there is none."""
+    """Tensor facts that the plan depends on. Index sizes are in 4-byte words; 0: no index."""
 
     batch: int  #: sequences
     num_new: int
@@ -39,7 +39,7 @@ class AppendFacts(NamedTuple):
     table_width: int
     table_stride: int  #: of the block table, in words
     table_word: int
-    used_word: int  #: 0: one length for all, which comes at run time
+    used_word: int  #: 0: one length for all, bound at run time
     stop_word: int
     q_rows: int
     q_span: tuple[int, int, bool] | None  #: ragged: word, kind, and whether starts are given
@@ -48,7 +48,7 @@ class AppendFacts(NamedTuple):
 
 
 def append(spec: AppendSpec, facts: AppendFacts) -> Plan:
-    """Return the plan that writes new tokens, turned queries, and the rows in use afterwards."""
+    """Plan the launch that writes new tokens, rotated queries, and the cache lengths afterwards."""
     if not facts.batch:
         return Plan((), {})
     rows = 2 * facts.heads_kv * facts.num_new

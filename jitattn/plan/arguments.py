@@ -1,4 +1,4 @@
-"""Arguments that all kernels for attention have, by name."""
+"""Builds the named arguments that all attention kernels share."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     from jitattn.spec.kernel_spec import Problem
 
 LOG2_E: Final = math.log2(math.e)
-#: Stands for a scale of 0, with which a hidden score, -inf, would become NaN.
+#: Replaces a scale of 0, which would turn hidden scores, -inf, into NaN.
 TINY_SCALE: Final = 1e-30
 _ADDRESSES: Final = [one.name for one in (*FWD_SEQ.fields, *FWD_SCORE.fields) if one.is_address]
 
 
 def positive_scale(runtime: Runtime) -> float:
-    """Return |scale|, never 0."""
+    """Return |scale|, or `TINY_SCALE` for a scale of 0."""
     return abs(runtime.scale) or TINY_SCALE
 
 
 def strides(name: str, steps: Strides) -> dict[str, float]:
-    """Return the strides of a tensor, as (batch, row, head), by name."""
+    """Name the (batch, row, head) strides of a tensor."""
     kinds = ("batch", "row", "head")
     return {f"{name}_stride_{kind}": step for kind, step in zip(kinds, steps, strict=True)}
 
 
 def page_strides(name: str, steps: Strides) -> dict[str, float]:
-    """Return the strides of a cache, as (page, row, head), by name."""
+    """Name the (page, row, head) strides of a paged cache."""
     kinds = ("page", "row", "head")
     return {f"{name}_stride_{kind}": step for kind, step in zip(kinds, steps, strict=True)}
 
@@ -41,7 +41,7 @@ def page_strides(name: str, steps: Strides) -> dict[str, float]:
 def add_optional(
     optional: Mapping[str, Place | None], numbers: dict[str, float], places: dict[str, Place]
 ) -> None:
-    """Add addresses, 0 for those that are absent."""
+    """Add optional addresses; an absent one is passed as 0."""
     for name, place in optional.items():
         if place is None:
             numbers[name] = 0
@@ -50,33 +50,33 @@ def add_optional(
 
 
 def sequences(runtime: Runtime) -> tuple[dict[str, float], dict[str, Place]]:
-    """Return where sequences lie."""
+    """Return the arguments for the location of each sequence."""
     indices = runtime.indices
     found = alike(runtime.len_q, runtime.len_kv) if indices is None else indices.arguments
     return _split(found._asdict())
 
 
 def scores(runtime: Runtime) -> tuple[dict[str, float], dict[str, Place]]:
-    """Return what is done with scores."""
+    """Return the arguments of score modifications."""
     return _split({} if runtime.scores is None else runtime.scores._asdict())
 
 
 def block_lists(tile_positions: int) -> tuple[dict[str, float], dict[str, Place]]:
-    """Return what is known of block lists ahead; the rest comes with the lists themselves."""
+    """Return the block-list arguments; addresses and sizes are filled in at run time."""
     numbers: dict[str, float] = {"tile_mask": tile_positions - 1}
     names = BlockListArguments._fields
     return numbers, {name: Place(block_list_operand(name, tile_positions)) for name in names}
 
 
 def block_list_operand(name: str, tile_positions: int) -> str:
-    """Return the operand for an argument of block lists; lists differ by positions of a tile."""
+    """Return the operand name of a block-list argument; lists differ by positions per tile."""
     return f"{name} of {tile_positions}"
 
 
 def tail(
     problem: Problem, runtime: Runtime, tile_positions: int
 ) -> tuple[dict[str, float], dict[str, Place]]:
-    """Return what follows the arguments that every kernel for attention has."""
+    """Return the optional arguments: sequences, score modifications and block lists."""
     numbers: dict[str, float] = {}
     places: dict[str, Place] = {}
     parts = []
@@ -93,6 +93,6 @@ def tail(
 
 
 def _split(values: dict[str, float]) -> tuple[dict[str, float], dict[str, Place]]:
-    """Separate addresses, which differ from call to call, but for those that are 0: absent."""
+    """Separate constants from addresses, which vary per call; absent addresses are constant 0."""
     places = {name: Place(name) for name in _ADDRESSES if values.get(name)}
     return {name: value for name, value in values.items() if name not in places}, places

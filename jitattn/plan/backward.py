@@ -1,6 +1,6 @@
-"""The plan of a backward pass: preprocess rows, then dK, dV and the sums of dQ, then dQ.
+"""Plans the backward pass: preprocess rows, compute dK, dV and fp32 sums of dQ, postprocess dQ.
 
-Memory beside the results: LSE and delta in fp32 (8 bytes a row and head, 16 with sinks), and the
+Workspace: LSE and delta in fp32 (8 bytes a row and head, 16 with sinks), and the
 sums of dQ in fp32 (4 bytes an element of q, rounded up to whole tiles); where the kernel takes fp32
 as fp16 parts (prepare.py), as much again as q, k, v and dO; where dK and dV come in parts
 (kv_parts.py), 4 bytes an element of these for each part. No tensor is Lq x Lkv.
@@ -37,19 +37,19 @@ _FINE_BLOCKS: Final = (16, 32)
 
 
 class Backward(NamedTuple):
-    """The plan of a backward pass, and what `run` asks of it."""
+    """The plan of a backward pass, with the facts that `run` needs."""
 
     plan: Plan
     longest_listed: int  #: positions that block lists cover; 0 where there are none
-    tile_positions: frozenset[int]  #: for which lists are needed
+    tile_positions: frozenset[int]  #: that need block lists
     needs_entries: bool  #: of the block table, in the order of pages
-    bias_differs: bool  #: the gradient of a bias comes for each sequence
+    bias_differs: bool  #: each sequence has its own bias gradient
 
 
 def backward(
     problem: Problem, runtime: Runtime, operands: BackwardOperands, device: Device
 ) -> Backward:
-    """Return the plan of a backward pass with at least one row and one key.
+    """Plan a backward pass with at least one row and one key.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def backward(
 
 
 def kernel_problem(problem: Problem, runtime: Runtime, arch: str) -> Problem:
-    """Return the problem of the kernel for dq, dk and dv of a call."""
+    """Return the problem of the kernel that computes dq, dk and dv."""
     own = without_block_lists(problem, runtime.listed, arch)
     if own is not problem:
         return own
@@ -107,7 +107,7 @@ def kernel_problem(problem: Problem, runtime: Runtime, arch: str) -> Problem:
 
 
 def without_block_lists(problem: Problem, rule: Rule | None, arch: str) -> Problem:
-    """Return that of lists of `rule`; small blocks of a causal local + stride need no lists."""
+    """Replace block lists by a local + stride mask where the kernel computes `rule` directly."""
     if not (isinstance(rule, LocalStride) and rule.causal and rule.block_size in _FINE_BLOCKS):
         return problem
     whole = replace(problem, mask=MaskKind.LOCAL_STRIDE)
@@ -130,9 +130,9 @@ def specs_of_gradients(
     ----------
     problem : Problem
     rule : Rule, optional
-        What block lists are of.
+        The rule of the block lists.
     targets : collection of ScoreTarget
-        Gradients of what is added to scores.
+        The score gradients that are needed.
     """
     own = without_block_lists(problem, rule, arch)
     specs = specs_of_backward(own, arch, deterministic=deterministic)
@@ -140,10 +140,10 @@ def specs_of_gradients(
 
 
 def _main(whole: BackwardPass) -> tuple[list[Step], BwdSpec, dict[str, Buffer]]:
-    """Return the launches for dq, dk and dv."""
+    """Plan the launches that compute dq, dk and dv."""
     runtime, operands, device = whole.runtime, whole.operands, whole.device
     problem = kernel_problem(whole.problem, runtime, device.arch)
-    if problem.mask is not whole.problem.mask:  # without lists, whose sequences count as different
+    if problem.mask is not whole.problem.mask:  # block lists count all sequences as different
         corner = runtime.len_kv - runtime.len_q if problem.is_uniform else 0
         runtime = runtime._replace(diagonal=corner, listed=None)
         whole = whole._replace(problem=problem, runtime=runtime)

@@ -1,4 +1,4 @@
-"""What the launches of a backward pass share: facts of its tensors, and their arguments."""
+"""Shared state of the launches of a backward pass: tensor facts and common arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class BackwardOperands(NamedTuple):
-    """Facts of the tensors of a backward pass. Strides are (batch, row, head), or as said."""
+    """Tensor facts of a backward pass. Strides are (batch, row, head) unless stated otherwise."""
 
     batch: int  #: of q: 1 where it is flat
     length: int  #: rows of q
@@ -33,7 +33,7 @@ class BackwardOperands(NamedTuple):
     d_out_strides: Strides  #: as the preprocess kernel reads it, in the dtype of out
     main_d_out_strides: Strides  #: as the others do: in the dtype of q, scaled
     lse_strides: Strides  #: (batch, head, row)
-    d_lse_strides: Strides | None  #: likewise; None: the LSE has no gradient
+    d_lse_strides: Strides | None  #: (batch, head, row); None: the LSE has no gradient
     is_aligned: bool  #: out and the preprocess kernel's dO, to 16 bytes
     has_scale: bool  #: dO is scaled to fit fp16
     dq_strides: Strides
@@ -48,7 +48,7 @@ class BackwardOperands(NamedTuple):
 
 
 class BackwardPass(NamedTuple):
-    """What the launches of one pass share."""
+    """Problem, sizes, operands and device of one backward pass."""
 
     problem: Problem
     runtime: Runtime
@@ -57,13 +57,13 @@ class BackwardPass(NamedTuple):
     prepared: Prepared | None = None  #: fp16 parts of the operands
 
     def num_tiles(self, problem: Problem, tile: BwdTile) -> tuple[int, int]:
-        """Query tiles and key blocks of the longest sequence."""
+        """Return the query tiles and key blocks of the longest sequence."""
         len_q = self.runtime.len_q
         if problem.mask is MaskKind.BLOCK_LISTS:
-            len_q += tile.block_q - 1  # tiles begin where lists do
+            len_q += tile.block_q - 1  # tiles are aligned to the block lists
         num_kv_tiles = -(-self.runtime.len_kv // tile.block_kv)
         if problem.mask is MaskKind.FINE_STRIDE:
-            num_kv_tiles += 1  # either kind of keys may leave a block half empty
+            num_kv_tiles += 1  # local and strided keys may each leave a partial block
         return -(-len_q // tile.block_q), num_kv_tiles
 
 
@@ -76,7 +76,7 @@ def launch(
     kv_targets: tuple[KvTarget, KvTarget] | None,
     changes: Mapping[str, float],
 ) -> Step:
-    """Return a launch of a kernel that takes `BwdParams`; `target` is what it has as dq_sum."""
+    """Return the launch of a kernel with `BwdParams`, which accumulates into `target` as dq_sum."""
     if num_ctas > MAX_GRID:
         raise UnsupportedError(
             f"the backward pass needs {num_ctas} CTAs: a grid has at most 2**31 - 1; split the "

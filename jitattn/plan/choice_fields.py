@@ -1,4 +1,4 @@
-"""The fields of one choice, read value by value; each error names the choice, the field, the value.
+"""Reads and checks the fields of one choice; errors name the choice, the field and the value.
 
 A choice comes from a file or a command line, so a value may be of any type that JSON, TOML or a
 caller knows.
@@ -27,18 +27,18 @@ DEFAULTS: Final[dict[str, tuple[str | int, ...]]] = {
 
 
 class Fields:
-    """A choice and where it stands."""
+    """The fields of one choice, and its place in the file or command line."""
 
     def __init__(self, choice: Choice, where: str) -> None:
         self.choice = choice
         self.where = where
 
     def refuse(self, reason: str) -> NoReturn:
-        """Raise the error of this choice."""
+        """Raise an error that names this choice."""
         raise InvalidInputError(f"{self.where}: {reason}")
 
     def check_names(self, known: Collection[str], shown: Iterable[str]) -> None:
-        """Refuse fields that are unknown or empty, and lists that stand for too much."""
+        """Refuse unknown or empty fields, and lists with too many combinations."""
         for name in self.choice:
             if name not in known:
                 self.refuse(f"unknown field {name!r}; the fields are {', '.join(shown)}")
@@ -52,12 +52,12 @@ class Fields:
             )
 
     def values(self, name: str) -> list[Any]:
-        """Return the values of a field, or those that it has by default."""
+        """Return the values of a field, or its defaults."""
         value = self.choice.get(name, DEFAULTS.get(name, ()))
         return list(value) if isinstance(value, list | tuple) else [value]
 
     def words(self, name: str, allowed: Collection[str]) -> list[Any]:
-        """Return the values of a field that has certain words only."""
+        """Return the values of a field with a fixed vocabulary."""
         values = self.values(name)
         for value in values:
             if value not in list(allowed):
@@ -65,7 +65,7 @@ class Fields:
         return values
 
     def numbers(self, name: str) -> list[int]:
-        """Return the values of a field that counts something."""
+        """Return the values of an integer field."""
         return [self._number(name, value, "a number") for value in self.values(name)]
 
     def head_dims(self) -> list[tuple[int, int]]:
@@ -73,7 +73,7 @@ class Fields:
         return [self._head_dims(value) for value in self.values("head_dim")]
 
     def row_classes(self) -> list[RowClass]:
-        """Return the row classes that a choice is restricted to; none if it is not."""
+        """Return the row classes of a choice; empty if it is for all of them."""
         classes = {row.name.lower(): row for row in RowClass}
         return [classes[word] for word in self.words("rows", classes)]
 

@@ -1,4 +1,4 @@
-"""Choices: kernels described by what they are for, in files that people read and write.
+"""Expands choices, human-written descriptions of kernels by their use, into kernel specs.
 
 A choice is a table of fields, each with one value or a list of them, and stands for every
 combination::
@@ -57,7 +57,7 @@ def problem_fields() -> dict[str, list[str] | None]:
 def specs_of(
     choices: Sequence[Choice], archs: Sequence[str] = (), where: str = ""
 ) -> list[KernelSpec]:
-    """Return every kernel that the choices stand for, without repetition.
+    """Return the specs of all kernels that the choices stand for, each once.
 
     A choice without `rows` stands for all that calls with its properties can need: every row class.
 
@@ -89,7 +89,7 @@ def specs_of(
 def expand(
     entries: Iterable[tuple[str, Choice]], archs: Sequence[str] = ()
 ) -> tuple[list[KernelSpec], list[JitAttnError]]:
-    """Return every kernel that choices stand for, and an error for each choice that is wrong.
+    """Expand choices into kernel specs, and return an error for each invalid choice.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def expand(
 
 
 def read_entries(path: Path) -> list[tuple[str, Choice]]:
-    """Read the choices of a spec file, each with its place; what is no choice costs a warning.
+    """Read the choices of a spec file, each with its place; warn of entries that are no choices.
 
     Raises
     ------
@@ -130,7 +130,7 @@ def read_file(path: Path) -> list[Choice]:
 
 @cache
 def presets() -> dict[str, tuple[str, list[Choice]]]:
-    """Every preset by name: what it is for, and its choices."""
+    """Return every preset by name, with its description and choices."""
     raw = tomllib.loads(_PRESETS.read_text(encoding="utf-8"))
     return {name: (preset["about"], preset["kernels"]) for name, preset in raw.items()}
 
@@ -200,7 +200,7 @@ def _problem_kinds() -> list[type[ProblemSpec]]:
 
 
 def _other_fields() -> tuple[str, ...]:
-    """Fields of a choice that are no fields of `Problem`."""
+    """Return the fields of a choice that `Problem` lacks."""
     options = (name for kind in _problem_kinds() for name in kind.options)
     return ("family", "arch", "gear", "rows", *options)
 
@@ -217,7 +217,7 @@ def _options(kind: type[ProblemSpec], given: Fields) -> Iterator[dict[str, Any]]
 
 
 def _check(given: Fields, plain: Sequence[type[KernelSpec]]) -> None:
-    """Refuse unknown fields, and values that a field cannot have, whatever the families need."""
+    """Refuse unknown fields and invalid values, including those that no chosen family uses."""
     allowed = problem_fields()
     own = (field.name for kind in plain for field in fields(kind))  # type: ignore[arg-type]
     others = _other_fields()
@@ -238,7 +238,7 @@ def _check(given: Fields, plain: Sequence[type[KernelSpec]]) -> None:
 def _plain_specs(
     kind: type[KernelSpec], given: Fields, archs: Sequence[str]
 ) -> Iterator[KernelSpec]:
-    """Every kernel of a family without tiles; dtypes that are not named are that of the inputs."""
+    """Yield every kernel of a family without tiles; unnamed dtypes are the inputs' dtype."""
     hints = get_type_hints(kind)
     names = [field.name for field in fields(kind) if field.name != "arch"]  # type: ignore[arg-type]
     options: list[list[Any]] = []
@@ -264,7 +264,7 @@ def _plain_specs(
 
 
 def _problems(given: Fields) -> list[tuple[Problem, int | None]]:
-    """Every problem of a choice, with its gear; with None if numerics are named instead."""
+    """Yield every problem of a choice, with its gear, or None if numerics are named instead."""
     dims = given.head_dims()
     dtypes = [Dtype(word) for word in given.values("dtype")]
     skipped = {*_DIMENSIONS, *_other_fields()} - {"gear"}
@@ -286,7 +286,7 @@ def _problems(given: Fields) -> list[tuple[Problem, int | None]]:
 def _problem(
     chosen: Mapping[str, Any], dtype: Dtype, head_dim: int, head_dim_v: int, mask: str
 ) -> Problem:
-    """Fill in what a choice leaves open as the usual call would have it."""
+    """Build a problem; fields that the choice leaves open get the values of a typical call."""
     hints = get_type_hints(Problem)
     given = {name: hints[name](value) for name, value in chosen.items() if name != "gear"}
     gear = chosen.get("gear")

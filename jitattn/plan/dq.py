@@ -1,4 +1,4 @@
-"""dQ of a backward pass: room for its sums, and the launch that rounds these."""
+"""Plans dQ of a backward pass: its fp32 accumulator, and the postprocess launch that rounds it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def room_for_dq(whole: BackwardPass, spec: BwdSpec) -> tuple[Buffer, Strides]:
-    """Return zeros for the sums of dQ, and their strides."""
+    """Return the zeroed fp32 accumulator of dQ, and its strides."""
     operands, heads = whole.operands, whole.runtime.heads_q
     if spec.in_fragments:
         num_q_tiles, _ = whole.num_tiles(spec.problem, spec.tile)
@@ -29,7 +29,7 @@ def room_for_dq(whole: BackwardPass, spec: BwdSpec) -> tuple[Buffer, Strides]:
 
 
 def postprocess(whole: BackwardPass, spec: BwdSpec, dq_strides: Strides) -> Step:
-    """Return the launch that makes dQ of its sums."""
+    """Plan the launch that converts the fp32 accumulator to dQ."""
     operands, runtime = whole.operands, whole.runtime
     num_rows = operands.batch * operands.length * runtime.heads_q
     rounding = dq_spec(spec)
@@ -58,7 +58,7 @@ def postprocess(whole: BackwardPass, spec: BwdSpec, dq_strides: Strides) -> Step
     tile = spec.tile
     num_q_tiles, _ = whole.num_tiles(spec.problem, tile)
     first_position = 0
-    if runtime.listed is not None:  # tiles begin where lists do
+    if runtime.listed is not None:  # tiles are aligned to the block lists
         corner = runtime.diagonal
         if runtime.indices is not None and runtime.indices.arguments.bottom_right:
             corner += runtime.len_kv - runtime.len_q

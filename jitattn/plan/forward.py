@@ -1,7 +1,7 @@
-"""The plan of a forward pass: preparation of operands, then the kernel for attention.
+"""Plans the forward pass: operand preparation, then the attention kernel.
 
-Which kernels serve a call, with which tile, packing and splits, follows from the problem, the sizes
-and the GPU alone: never from the contents of a tensor, nor from addresses.
+Kernels, tile, packing and split count depend on the problem, the sizes and the GPU alone, never on
+tensor contents or addresses.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ if TYPE_CHECKING:
     from jitattn.request.problem import Call, Runtime, Strides
     from jitattn.spec.kernel_spec import KernelSpec, Problem
 
-#: Numbers that come at run time, so that calls with a key more, as decoding steps, share a plan.
+#: Arguments bound at run time, so that decoding steps with growing key counts share a plan.
 LENGTHS: Final = ("len_kv", "diagonal")
-#: A call with more query tiles than this many times the CTAs that the GPU holds needs no splits.
+#: Calls with more query tiles than this multiple of the resident CTAs are not split.
 _BALANCED_TILES: Final = 4
 
 
 class Tiling(NamedTuple):
-    """How the rows and keys of a call are cut."""
+    """The tiling of a call: kernel, GQA packing, split count and grid size."""
 
     spec: FwdSpec
     rows: RowClass
     heads_per_tile: int
     num_q_tiles: int  #: of the longest sequence
-    num_splits: int  #: 0: every CTA finds out from the lengths
-    num_slots: int  #: CTAs that the GPU holds at a time
+    num_splits: int  #: 0: computed by every CTA from the lengths
+    num_slots: int  #: CTAs that fit the GPU at once
     num_ctas: int
 
 
 class Forward(NamedTuple):
-    """The plan of a forward pass, and what `run` and `explain` ask of it."""
+    """The plan of a forward pass, with the facts that `run` and `explain` need."""
 
     plan: Plan
-    problem: Problem  #: of the kernel for attention
+    problem: Problem  #: of the attention kernel
     tiling: Tiling
     longest_listed: int  #: positions that block lists cover; 0 where there are none
     tile_positions: int
-    along_mean: str = ""  #: buffer of what the LSE lacks, unscaled: quantised calls
+    along_mean: str = ""  #: buffer to add to the LSE, unscaled: quantized calls
 
 
 def forward(
@@ -63,7 +63,7 @@ def forward(
     lse_strides: tuple[int, int] | None,
     device: Device,
 ) -> Forward:
-    """Return the plan of a call with at least one row.
+    """Plan a call with at least one row.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def forward(
 
 
 def lengths_of(runtime: Runtime) -> dict[str, int]:
-    """Return the numbers that a plan is run with beside addresses."""
+    """Return the lengths that a plan takes at run time, beside addresses."""
     return {"len_kv": runtime.len_kv, "diagonal": runtime.diagonal}
 
 
@@ -115,10 +115,10 @@ def deciding_facts(
     lse_strides: tuple[int, int] | None,
     device: Device,
 ) -> tuple[Hashable, ...] | None:
-    """Return what decides the plan of a call, without `LENGTHS`; None: the call is not plain.
+    """Return the cache key of a plan that serves other key counts too; None if the call has none.
 
-    The key count matters through tiling alone, so through the number of key blocks; where operands
-    are prepared, or scores or sequences have arguments of their own, it is in more of a plan.
+    In such a plan the key count decides the tiling only. Prepared operands, score modifications and
+    sequence arguments depend on the key count in further ways, so these calls have no such key.
     """
     has_more = any(one is not None for one in (runtime.scores, runtime.indices, runtime.listed))
     if has_more or prepare.kernel_problem(problem, runtime, call, device.arch) is not None:
@@ -155,13 +155,13 @@ def tile(
     num_slots = device.slots(spec)
     block_q = spec.tile.block_q
     if runtime.listed is not None:
-        # Tiles begin where lists do: at most so many rows of the first one do not exist.
+        # Tiles are aligned to the block lists, so the first one may begin before row 0.
         num_rows += (tile_positions(block_q, packed) - 1) * packed
     num_q_tiles = -(-num_rows // block_q)
     head_tiles = runtime.heads_q // packed
     num_tiles = num_q_tiles * runtime.batch
     if runtime.indices is not None and (rows_in_all := runtime.indices.q_rows_in_all) is not None:
-        # Fewer where most sequences are shorter than the longest: one more for each, at most.
+        # A bound from the total row count: at most one partial tile for each sequence.
         beyond = num_rows - runtime.len_q * packed
         rows_in_all = rows_in_all * packed + beyond * runtime.batch
         num_tiles = min(num_tiles, rows_in_all // block_q + runtime.batch)
@@ -180,7 +180,7 @@ def tile(
     elif num_tiles * head_tiles > _BALANCED_TILES * num_slots:
         num_splits = 1
     else:
-        # At most one item more than its share of the slots for each query tile.
+        # Each query tile may get one item more than its share of the slots.
         num_splits, num_items = 0, num_tiles + num_slots // head_tiles + 1
     num_ctas = num_items * head_tiles
     if num_ctas > MAX_GRID:
@@ -191,27 +191,27 @@ def tile(
 
 
 def tile_positions(block_q: int, packed: int) -> int:
-    """Return how many query positions a tile has whose heads are packed."""
+    """Return the query positions per tile, given the number of packed heads."""
     return max(1, block_q // packed)
 
 
 def specs_of_problem(problem: Problem, arch: str) -> list[KernelSpec]:
-    """Return every kernel that calls with this problem can need, whatever their lengths."""
+    """Return the kernels for this problem at all lengths."""
     return list(dict.fromkeys(fwd_spec(problem, arch, rows) for rows in RowClass))
 
 
 def _packed(runtime: Runtime) -> int:
-    """Return how many query heads share a tile."""
+    """Return the number of query heads packed into a tile."""
     group = runtime.heads_q // runtime.heads_kv
     packed = heads_per_tile(runtime.len_q, group)
     if runtime.listed is None or packed == 1:
         return packed
-    # A tile is of one list, and of a power of two of positions.
+    # A tile has a single block list and a power-of-two number of positions.
     return packed if runtime.heads_agree and packed & (packed - 1) == 0 else 1
 
 
 def blocks_seen(problem: Problem, runtime: Runtime, tile: Tile) -> int:
-    """Return the key blocks that a query tile visits, where all sequences are alike."""
+    """Return the number of key blocks that a query tile visits in a uniform batch."""
     num_blocks = -(-runtime.len_kv // tile.block_kv)
     scores = runtime.scores
     if scores is None:
@@ -233,7 +233,7 @@ def _attend(
     lse_strides: tuple[int, int] | None,
     positions: int,
 ) -> tuple[Step, dict[str, Buffer]]:
-    """Return the launch of the kernel for attention, and its workspace."""
+    """Plan the launch of the attention kernel, and its workspace."""
     problem, runtime, spec = prepared.problem, prepared.runtime, tiling.spec
     packed = tiling.heads_per_tile
     multiplier, shift = divisor(packed)
@@ -267,7 +267,7 @@ def _attend(
     if tiling.num_splits == 1:
         numbers |= dict.fromkeys(("partial_out", "partial_lse", "arrivals"), 0)
     else:
-        # One allocation for both: values of every item, and after them their LSEs.
+        # One allocation: the partial outputs of all items, then their LSEs.
         num_rows = tiling.num_ctas * spec.tile.block_q
         values = num_rows * problem.head_dim_v
         buffers["partial"] = Buffer((values + num_rows,), "fp32")

@@ -1,11 +1,11 @@
-"""dK and dV as fp32 parts: of splits of the queries, and of sequences that share keys.
+"""Plans dK and dV as fp32 partial sums, over query splits and over sequences that share keys.
 
-Usually one CTA has all queries of a key block, and rounds and writes its dK and dV. Where keys are
-few, that leaves the chip empty: the queries are split over CTAs, and a kernel adds up their parts
-in order. Sums of very many steps drift as well, since tensor cores truncate: a CTA takes no more
-than `_MOST_ROWS` rows, and where keys are many, launches follow one another and add to the same
-part. Keys in pages, or in rows of the batch that sequences name, may be of several sequences: each
-has a part of its own, and a kernel goes through those of each page, in order.
+Usually one CTA processes all queries of a key block, and rounds and writes its dK and dV. With few
+keys that leaves the GPU idle, so the queries are split over CTAs, and a kernel adds up the parts in
+fixed order. Very long sums drift as well, since tensor cores truncate: a CTA takes at most
+`_MOST_ROWS` rows, and with many keys successive launches add to the same part. Keys in pages, or in
+batch rows named by `batch_idx`, may belong to several sequences: each sequence has its own part,
+and a kernel adds up those of each page, in order.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     from jitattn.request.problem import Runtime
     from jitattn.spec.kernel_spec import KernelSpec, Problem
 
-#: Rows that a CTA adds up. The relative drift is about 2^-25 for each MMA of 16 rows in 16 bits,
-#: which is a third of the rounding to that dtype then; fp32 sums are rounded to nearest.
+#: Most rows that a CTA accumulates. The relative drift is about 2^-25 for each MMA of 16 rows in 16
+#: bits, which is a third of the rounding to that dtype then; fp32 sums are rounded to nearest.
 _MOST_ROWS: Final = {Dtype.FP16: 1 << 17, Dtype.BF16: 1 << 18, Dtype.FP32: 1 << 16}
-#: Steps of a CTA below which a split does not pay for the kernels that add up.
+#: Least steps per CTA for which a split pays for the kernel that adds up the parts.
 _LEAST_STEPS: Final = 8
 ALL_TILES: Final = 2**31 - 1
 
 
 class Split(NamedTuple):
-    """How the queries of a key block are cut."""
+    """The split of a key block's queries over CTAs and launches."""
 
-    num_ctas: int = 1  #: that share them in a launch
+    num_ctas: int = 1  #: that share the queries in a launch
     tiles_per_launch: int = ALL_TILES
     num_launches: int = 1
 
 
 class KvStrides(NamedTuple):
-    """Strides in elements."""
+    """Strides of dK or dV, or of their parts, in elements."""
 
     split: int
     batch: int
@@ -53,12 +53,12 @@ class KvGradient(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    row: int  #: dimension of rows; the one of heads is beside it
+    row: int  #: row dimension; the head dimension is next to it
     is_flat: bool
 
     @property
     def strides(self) -> tuple[int, int, int]:
-        """Strides of (batch or page, row, head)."""
+        """Return the (batch or page, row, head) strides."""
         dim = self.shape[-1]
         if self.is_flat:
             return 0, self.shape[1] * dim, dim
@@ -67,12 +67,12 @@ class KvGradient(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Rows of each row of the batch, of a page, or in all."""
+        """Return the rows per sequence, per page, or in all if flat."""
         return self.shape[0] if self.is_flat else self.shape[self.row]
 
 
 class KvTarget(NamedTuple):
-    """Where a backward kernel writes dK or dV."""
+    """The destination of dK or dV in a backward kernel."""
 
     place: Place
     strides: KvStrides
@@ -82,18 +82,18 @@ class KvTarget(NamedTuple):
 def choose_split(
     spec: BwdSpec, num_slots: int, runtime: Runtime, tiles: tuple[int, int], *, is_fixed: bool
 ) -> Split:
-    """Return the split of a pass.
+    """Choose the query split of a backward pass.
 
     Parameters
     ----------
     spec : BwdSpec
     num_slots : int
-        CTAs that the GPU holds at a time.
+        CTAs that fit the GPU at once.
     runtime : Runtime
     tiles : (int, int)
         Query tiles and key blocks of the longest sequence.
     is_fixed : bool
-        The result of a sequence may not depend on what is beside it in the batch.
+        The result of a sequence must not depend on the rest of the batch.
     """
     num_q_tiles, num_kv_tiles = tiles
     group = runtime.heads_q // runtime.heads_kv
@@ -108,14 +108,14 @@ def choose_split(
 
 
 def plain_target(gradient: KvGradient) -> KvTarget:
-    """Return dK or dV itself as the target: one writer, rounded."""
+    """Return dK or dV itself as the target: a single CTA writes rounded values."""
     return KvTarget(Place(gradient.name), KvStrides(0, *gradient.strides))
 
 
 def parts_target(
     gradient: KvGradient, split: Split, problem: Problem, runtime: Runtime
 ) -> KvTarget:
-    """Return room for the parts of dK or dV."""
+    """Return an fp32 buffer for the parts of dK or dV as the target."""
     is_covered = split.num_launches == 1
     if runtime.shares_rows:
         dim = gradient.shape[-1]
@@ -141,7 +141,7 @@ def combine(
     dtype: Dtype,
     arch: str,
 ) -> Step:
-    """Return the launch that adds up the parts of dK or dV, in order, and rounds.
+    """Plan the launch that adds up the parts of dK or dV in fixed order, and rounds.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The plans of a merge of results over disjoint sets of keys, and of its gradient."""
+"""Plans the merge of results over disjoint sets of keys, and its gradient."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PartStrides: TypeAlias = tuple[int, int, int, int]
 
 
 class MergeSizes(NamedTuple):
-    """Sizes of the parts, [num_parts, B, Lq, Hq, Dv]."""
+    """Sizes of the partial results, [num_parts, B, Lq, Hq, Dv]."""
 
     num_parts: int
     batch: int
@@ -28,7 +28,7 @@ class MergeSizes(NamedTuple):
 def merge(
     spec: CombineSpec, sizes: MergeSizes, part_strides: PartStrides, lse_strides: PartStrides
 ) -> Plan:
-    """Return the plan of a merge."""
+    """Plan the merge of partial results."""
     numbers = {**_numbers(sizes, part_strides), **_by_part("lse", lse_strides)}
     return _plan(spec, sizes, numbers, ("parts", "part_lses", "out", "lse"))
 
@@ -36,7 +36,7 @@ def merge(
 def merge_gradient(
     spec: CombineGradSpec, sizes: MergeSizes, part_strides: PartStrides, *, has_d_lse: bool
 ) -> Plan:
-    """Return the plan of the gradients of parts and their LSEs."""
+    """Plan the gradients of partial results and their LSEs."""
     numbers = _numbers(sizes, part_strides)
     names = ["parts", "part_lses", "out", "lse", "d_out", "d_parts", "d_part_lses"]
     if has_d_lse:
@@ -54,7 +54,7 @@ def _plan(
 ) -> Plan:
     if not numbers["num_rows"]:
         return Plan((), {})
-    rows_per_cta = spec.num_threads // 32  # one a warp
+    rows_per_cta = spec.num_threads // 32  # one per warp
     num_ctas = -(-sizes.batch * sizes.heads_q * sizes.len_q // rows_per_cta)
     places = {name: Place(name) for name in names}
     return Plan((Step(spec, num_ctas, numbers, places),), {})

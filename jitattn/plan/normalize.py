@@ -1,4 +1,4 @@
-"""The plans of cosine attention's normalisation and of its gradient: a launch each."""
+"""Plans the normalisation of cosine attention and its gradient: one launch each."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Side(NamedTuple):
-    """Sizes and strides of q or of k as the kernels see it."""
+    """Sizes and strides of q or k for the kernels."""
 
     rows: int
-    heads: int  #: faster than rows: those of a [B, H, L, D] tensor are its rows
+    heads: int  #: the faster index; for [B, H, L, D] the roles of rows and heads swap
     strides: Strides
     num_slices: int
 
@@ -24,7 +24,7 @@ class Side(NamedTuple):
 def normalize(
     spec: NormSpec, of_q: Side, of_k: Side, *, heads_first: bool, has_scale: bool
 ) -> Plan:
-    """Return the plan that scales q and k to length 1, by groups of columns."""
+    """Plan the launch that scales q and k to unit length, by groups of columns."""
     num_slices = of_q.num_slices + of_k.num_slices
     if not num_slices:
         return Plan((), {})
@@ -50,7 +50,7 @@ def normalize(
 def normalize_gradient(
     spec: NormGradSpec, side: Side, *, heads_first: bool, has_scale: bool, has_d_scale: bool
 ) -> Plan:
-    """Return the plan of the gradient of q or of k, and of what q adds to that of head_scale."""
+    """Plan the gradient of q or k, and the partial sums of the gradient of head_scale."""
     numbers: dict[str, float] = {
         **arguments.strides("x", side.strides),
         "num_slices": side.num_slices,

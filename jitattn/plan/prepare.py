@@ -1,34 +1,34 @@
-"""Operands that kernels make for the kernel for attention: fp16 parts of fp32, or 8 bits.
+"""Plans operand preparation: fp32 operands split into fp16 parts, or INT8 and fp16 quantization.
 
-fp32 operands come as fp16 parts for long queries: two each, or one in gears 3 and 4. A kernel makes
-the parts (cuda_src/jitattn/prepare/split_fp32.cuh), then the kernel for attention multiplies
-these, at twice the rate of TF32. Calls that this does not serve take TF32 products: short queries,
-sequences of their own and pages, whatever is done with scores but masks of positions and key
-padding, head dims that are no multiple of 16 or above 128, other alignments than 16 bytes.
+For long queries, fp32 operands are split into fp16 parts: two each (hi and lo), or one in gears 3
+and 4. A kernel splits them (cuda_src/jitattn/prepare/split_fp32.cuh), and the attention kernel
+multiplies the parts, at twice the rate of TF32. Other calls take TF32 products: short queries,
+sequence layouts and pages, score modifications other than positional masks and key padding, head
+dims that are no multiple of 16 or above 128, and other alignments than 16 bytes.
 
-A scale is of one row of q, and of 64 rows of a head of k or v: beside a finite number that is 2^20
-times as large, others of these rows keep 18 bits, and 2^-38 of it is the least that is left,
-whether or not a query sees that number. The product of the largest of q and of k must be a number
-of fp32, and v below 1e28. Keys that key padding hides become zeros, whatever they hold.
+One scale per q row and per 64 k/v rows: beside a finite value 2^20 times as large, other values of
+these rows keep 18 bits, and values below 2^-38 of it flush to zero, whether or not a query sees it.
+The product of the maxima of q and k must be finite in fp32, and v below 1e28. Keys hidden by key
+padding become zeros.
 
-The backward kernel has two parts of q, k, v and dO, whatever is done with scores but biases and
-dense masks, which may hide keys that hold anything. All scales are of 64 rows there, of q and dO
-too: beside a row of dO that is 2^20 times as large, dq of another keeps 18 bits.
+The backward kernel reads two parts of q, k, v and dO, with all score modifications but biases and
+dense masks, since keys that these hide may hold anything. Scales there are per 64 rows, of q and dO
+too: beside a row of dO 2^20 times as large, dq of another row keeps 18 bits.
 
-Gear 4 has Q and K in 8 bits, for long queries. Two kernels bring them to 8 bits
-(cuda_src/jitattn/prepare/quantize.cuh). Keys in pages come to 8 bits at every call, and outside the
-pages, which nothing writes to: a page that several sequences share comes once for each, as each has
-a mean of its own. The output is summed in fp16, of 2048 keys at a time
-(cuda_src/jitattn/tile/two_level_accumulator.cuh). For that, v comes to fp16 with a power of two for
-each head, which its largest finite number decides: beside that, numbers keep 11 bits down to 2^-14
-of it, and 2^-25 is the least that is left. In pages v stays where it is, and sums are in fp32, as
-where v is not as wide as q and k. Calls that this does not serve have the numerics of gear 3: short
-queries, a decoding step above all, which would wait for K to be read twice; sequences that may
-share rows of one tensor; and problems without a kernel for it (jitattn/kernels/operands.py).
+Gear 4 quantizes q and k to INT8, for long queries, in two kernels
+(cuda_src/jitattn/prepare/quantize.cuh). Paged keys are quantized at every call, into a separate
+buffer, never in place: a page that several sequences share is quantized for each, by its own mean.
+The output accumulates in fp16 over 2048 keys at a time
+(cuda_src/jitattn/tile/two_level_accumulator.cuh). For that, v is converted to fp16 with a
+power-of-two scale per head, chosen by its largest finite value: values keep 11 bits down to 2^-14
+of it, and the smallest that remain are 2^-25 of it. Paged v stays in place, and sums are in fp32,
+as where v's head dim differs from that of q and k. Other calls have the numerics of gear 3: short
+queries, above all decoding steps, which would have to read K twice; sequences that may share rows
+of one tensor; and problems without such a kernel (jitattn/kernels/operands.py).
 
-Memory: fp16 parts take as much as q, k, v and dO, one part of each half of it. 8 bits take half the
-memory of q and k, all that v takes, 8 bytes a row of q, and 12 bytes a channel for every 512 rows
-and for every sequence; of keys in pages, what all sequences would have with the longest.
+Memory: two fp16 parts take as much as q, k, v and dO, one part half of it. INT8 takes half the
+memory of q and k, all of v's, 8 bytes per row of q, and 12 bytes per channel for every 512 rows and
+for every sequence; paged keys count as if all sequences had the longest length.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ if TYPE_CHECKING:
     from jitattn.request.problem import Call, Runtime, Strides
     from jitattn.spec.kernel_spec import Problem
 
-#: Products of a sequence's q and k, of two numbers each, that make up for a kernel more. us on an
-#: H200, 16 heads, D=64, parts and TF32: 256 rows on 4096 keys (2^30) 127 and 143, 128 rows (2^29)
-#: 91 and 89, 512 on 512 (2^28) 42 and 43.
+#: Least multiply-adds of QK^T per sequence that pay for the split kernel. us on an H200, 16 heads,
+#: D=64, parts and TF32: 256 rows on 4096 keys (2^30) 127 and 143, 128 rows (2^29) 91 and 89, 512 on
+#: 512 (2^28) 42 and 43.
 LEAST_PRODUCTS: Final = 1 << 29
-#: The same of a backward pass, which has five products to the forward pass's two. us at 4 x 1024, 8
+#: The bound for a backward pass, with five products to the forward pass's two. us at 4 x 1024, 8
 #: heads, D=64 (2^29): 456, TF32 673.
 LEAST_BACKWARD_PRODUCTS: Final = 1 << 28
 _OPERANDS: Final = {name: Place(name) for name in ("q", "k", "v")}
@@ -69,7 +69,7 @@ _SCALES: Final = ("q_scale", "k_scale", "v_scale")
 
 
 class Prepared(NamedTuple):
-    """What the kernel for attention reads instead of a call's own operands."""
+    """Operands for the attention kernel, with the launches and buffers that prepare them."""
 
     problem: Problem
     runtime: Runtime
@@ -77,15 +77,15 @@ class Prepared(NamedTuple):
     inputs: Mapping[str, Place]  #: q, k and v
     scale_numbers: Mapping[str, float]
     scale_places: Mapping[str, Place]
-    along_mean: str = ""  #: buffer of q times the mean of K, which the LSE gets back
+    along_mean: str = ""  #: buffer of q times the mean of K, which is added to the LSE
 
 
 def operands(problem: Problem, runtime: Runtime, call: Call, arch: str) -> Prepared:
-    """Return the operands of the forward kernel: prepared ones, or a call's own."""
+    """Return the operands of the forward kernel, prepared if the call qualifies."""
     chosen = kernel_problem(problem, runtime, call, arch)
     if chosen is None:
         return Prepared(problem, runtime, Plan((), {}), _OPERANDS, {}, {})
-    if not chosen.has_scores:  # the bound of cosine attention is not needed
+    if not chosen.has_scores:  # drops the fixed shift of cosine attention
         runtime = runtime._replace(scores=None)
     return (
         quantized(chosen, runtime, arch)
@@ -95,12 +95,12 @@ def operands(problem: Problem, runtime: Runtime, call: Call, arch: str) -> Prepa
 
 
 def kernel_problem(problem: Problem, runtime: Runtime, call: Call, arch: str) -> Problem | None:
-    """Return the problem of the kernel that reads prepared operands, if the call has one."""
+    """Return the problem of the kernel for prepared operands; None if the call uses its own."""
     rows = runtime.len_q * (runtime.heads_q // max(1, runtime.heads_kv))
     if rows <= RowClass.ROWS64 or call.tile_rows in (16, 64) or runtime.scale < 0:
         return None
     if problem.dtype is Dtype.FP32:
-        # Not the batch: a sequence has the same bits in any, with a fixed number of splits.
+        # Not the batch size: with a fixed split count a sequence's result is the same in any batch.
         is_short = _products(problem, runtime) < LEAST_PRODUCTS
         return None if is_short else split_fp32_problem(problem)
     if gear_of(call.gear, problem.dtype) != 4 or runtime.len_kv == 0 or not runtime.rows_are_apart:
@@ -109,7 +109,7 @@ def kernel_problem(problem: Problem, runtime: Runtime, call: Call, arch: str) ->
 
 
 def backward_kernel_problem(problem: Problem, runtime: Runtime) -> Problem | None:
-    """Return the problem of the backward kernel for fp16 parts, if that serves the call."""
+    """Return the problem of the backward kernel for fp16 parts; None if the call has none."""
     if _products(problem, runtime) < LEAST_BACKWARD_PRODUCTS:
         return None
     return split_fp32_backward(backward_problem(problem))
@@ -122,7 +122,7 @@ def _products(problem: Problem, runtime: Runtime) -> int:
 def split(
     problem: Problem, runtime: Runtime, arch: str, d_out_strides: Strides | None = None
 ) -> Prepared:
-    """Return q, k and v as fp16 parts; with `d_out_strides` for a backward kernel, and dO too.
+    """Plan the split of q, k and v into fp16 parts; with `d_out_strides` of dO too, for backward.
 
     Raises
     ------
@@ -205,7 +205,7 @@ def split(
 
 
 def quantized(problem: Problem, runtime: Runtime, arch: str) -> Prepared:
-    """Return q and k in 8 bits, and v in fp16 where the kernel sums in fp16.
+    """Plan INT8 quantization of q and k, and of v to fp16 where the kernel accumulates in fp16.
 
     Raises
     ------
@@ -218,7 +218,7 @@ def quantized(problem: Problem, runtime: Runtime, arch: str) -> Prepared:
     numbers, places = arguments.sequences(runtime)
     del numbers["bottom_right"]
     rows_q = int(numbers["q_rows"])
-    rows_kv = len_kv if problem.kv_layout.page_group else int(numbers["kv_rows"])  # out of pages
+    rows_kv = len_kv if problem.kv_layout.page_group else int(numbers["kv_rows"])  # unpaged copy
     flat = (runtime.q_is_flat, runtime.k_is_flat)
     rows_of_q = (1 if flat[0] else batch, heads_q, rows_q)
     rows_of_k = (1 if flat[1] else batch, heads_kv, rows_kv)
@@ -240,7 +240,7 @@ def quantized(problem: Problem, runtime: Runtime, arch: str) -> Prepared:
         "k_8": Buffer((*rows_of_k, dim), "int8"),
         "q_scale": Buffer(rows_of_q, "fp32"),
         "k_scale": Buffer((batch, heads_kv, -(-len_kv // BLOCK_KEYS)), "fp32"),
-        # It is added to the LSE of rows of no sequence too.
+        # Rows that belong to no sequence are read as well.
         "along_mean": Buffer(rows_of_q, "fp32", is_zeroed=runtime.indices is not None),
         "channels": Buffer((batch, heads_kv, 2, dim), "fp32"),
         "partials": Buffer((sum(slots) * 3 * dim + slots[1],), "fp32"),

@@ -1,4 +1,4 @@
-"""The first launch of a backward pass: statistics of every row."""
+"""Plans the first launch of a backward pass: LSE and delta of every row."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def preprocess(whole: BackwardPass) -> Step:
-    """Return the launch for the statistics of every row.
+    """Plan the launch that computes the row statistics.
 
-    They are LSE in base 2, delta, the part of the weights that a sink leaves, and what the row adds
-    to dsinks.
+    They are the LSE in base 2, delta, the total weight that a sink leaves to the keys, and the
+    row's contribution to dsinks.
     """
     operands, problem = whole.operands, whole.problem
     spec = BwdPreprocessSpec(

@@ -1,4 +1,4 @@
-"""The plan of a rotary embedding: one launch, as many threads as there are columns or few heads."""
+"""Plans a rotary embedding: one launch, whose grid follows from columns, rows and heads."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
 
 #: Strides in elements, of (batch, row, head, column).
 RowStrides: TypeAlias = tuple[int, int, int, int]
-#: Heads of a row that a thread turns one after another, if that leaves so many threads for each SM.
+#: Heads of a row that a thread rotates in sequence, if enough threads per SM remain.
 _HEADS_PER_THREAD: Final = 4
 _THREADS_PER_SM: Final = 4096
 
 
 class RotaryFacts(NamedTuple):
-    """Facts of the tensors of a rotation."""
+    """Tensor facts of a rotary embedding."""
 
     shape: tuple[int, ...]
     x_strides: RowStrides
     out_strides: RowStrides
-    table_shape: tuple[int, int]  #: (rows, half of the columns that are turned)
+    table_shape: tuple[int, int]  #: (rows, half of the rotated columns)
     table_strides: tuple[int, int]  #: between the rows of cos and of sin
     num_sequences: int | None  #: of a ragged x; None: every sequence is a row of the batch
-    offset_word: int  #: 4-byte words of an index, 0: one offset for all, which comes at run time
-    cu_word: int  #: likewise of the cumulative lengths, 0: none
+    offset_word: int  #: 4-byte words of an index, 0: one offset for all, bound at run time
+    cu_word: int  #: 4-byte words of a cumulative length, 0: none
     in_place: bool
     back: bool
 
 
 def rotate(spec: RotarySpec, facts: RotaryFacts, num_sms: int) -> Plan:
-    """Return the plan of a rotation.
+    """Plan a rotary embedding.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Launches of a backward pass for the gradients of what is added to scores."""
+"""Plans the gradients of biases, relative biases and ALiBi slopes in a backward pass."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 
 def target_of(bias_shape: tuple[int, ...]) -> ScoreTarget:
-    """Return whether the gradient of a bias has a row for each query, or one for all."""
+    """Return the gradient kernel's target: a bias row per query, or one broadcast row."""
     return ScoreTarget.MATRIX if bias_shape[2] > 1 else ScoreTarget.ROW
 
 
 def bias_gradient(whole: BackwardPass, bias_shape: tuple[int, ...]) -> tuple[Step, Buffer, bool]:
-    """Return the launch for the gradient of a bias, its room, and whether sequences have own."""
+    """Plan the gradient of a bias: launch, buffer, and whether each sequence has its own."""
     runtime, dtype = whole.runtime, whole.operands.bias_dtype
     target = target_of(bias_shape)
     spec = score_grad_spec(whole.problem, whole.device.arch, target)
     num_q_tiles, num_kv_tiles = whole.num_tiles(spec.problem, spec.tile)
     batch, heads, rows, columns = bias_shape
-    # Lists: tiles begin elsewhere in every sequence, so that each needs a gradient of its own.
+    # With block lists tiles begin at different rows in each sequence: each needs its own gradient.
     differs = runtime.listed is not None and target is ScoreTarget.MATRIX
     differs &= batch == 1 < runtime.batch and whole.problem.q_layout is not SeqLayout.BATCHED
     if differs:
@@ -40,7 +40,7 @@ def bias_gradient(whole: BackwardPass, bias_shape: tuple[int, ...]) -> tuple[Ste
 
 
 def distance_gradient(whole: BackwardPass) -> tuple[Step, Buffer]:
-    """Return the launch for sums of dS by key - query + Lkv, [2, B, Hq, Lq + Lkv]."""
+    """Plan the sums of dS by distance key - query + Lkv, [2, B, Hq, Lq + Lkv]."""
     runtime = whole.runtime
     spec = score_grad_spec(whole.problem, whole.device.arch, ScoreTarget.DISTANCE)
     num_q_tiles, num_kv_tiles = whole.num_tiles(spec.problem, spec.tile)

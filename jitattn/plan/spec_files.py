@@ -1,7 +1,7 @@
-"""Spec files: TOML, JSON, or lines of JSON with one choice each, as ``JITATTN_RECORD`` writes them.
+"""Reads spec files: TOML, JSON, or JSON lines with one choice each, as ``JITATTN_RECORD`` writes.
 
-A line that cannot be read costs that line and no other: a record is written by programs that may be
-killed at any moment.
+A malformed line is skipped, and no other: a record is written by programs that may be killed at any
+moment.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAX_FILE_BYTES: Final = 16 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class SpecFile:
-    """The choices of a file, each with its place, and what is in it that is no choice."""
+    """The choices of a file, each with its place, and the faults of its other entries."""
 
     entries: list[tuple[str, Choice]]
     faults: list[str]
@@ -68,7 +68,7 @@ def read(path: Path) -> SpecFile:
 
 
 def _kernels(path: Path, raw: Any) -> list[tuple[int, Any]]:  # noqa: ANN401 - any JSON or TOML
-    """List the choices of a document, numbered."""
+    """List the numbered choices of a document."""
     kernels = raw
     if isinstance(raw, dict):
         is_one_choice = path.suffix != ".toml" and "kernels" not in raw  # a record of one line
@@ -81,9 +81,9 @@ def _kernels(path: Path, raw: Any) -> list[tuple[int, Any]]:  # noqa: ANN401 - a
 
 
 def _lines(path: Path, content: bytes) -> list[tuple[int, Any]]:
-    """List the lines of a record, numbered, each with what it holds or why it holds nothing.
+    """List the lines of a record, numbered, each parsed or with its fault.
 
-    Returns nothing for what is no record but a document that is broken somewhere.
+    The list is empty for a malformed document that is no record.
     """
     found: list[tuple[int, Any]] = []
     first = b""
@@ -97,7 +97,7 @@ def _lines(path: Path, content: bytes) -> list[tuple[int, Any]]:
             found.append((number, ValueError("it is nested too deeply")))
         except ValueError as error:
             found.append((number, error))
-    # A document of several lines ends at most one of them with a whole object.
+    # In a multi-line document at most one line is a complete object.
     num_objects = sum(isinstance(one, dict) for _, one in found)
     is_document = path.suffix == ".json" or first[-1:] in (b"[", b"{", b",", b":")
     return found if num_objects > is_document else []

@@ -1,4 +1,4 @@
-"""Plans as data: kernels in order, the memory between them, and every argument by its name."""
+"""Launch plans as data: ordered kernels, intermediate buffers, and all arguments by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Device(Protocol):
-    """Facts of a GPU that plans depend on."""
+    """GPU properties that plans depend on."""
 
     @property
     def arch(self) -> str:
@@ -19,26 +19,26 @@ class Device(Protocol):
         ...
 
     def slots(self, spec: KernelSpec) -> int:
-        """CTAs of a kernel that the GPU holds at a time; loads the kernel if need be."""
+        """Return the CTAs of a kernel that fit the GPU at once; loads the kernel if necessary."""
         ...
 
 
 class Place(NamedTuple):
-    """An address that is known at run time: that of an operand of the call, or in a buffer."""
+    """An address resolved at run time: of an operand, or in a buffer."""
 
     name: str
     offset: int = 0  #: in bytes
 
 
 class Buffer(NamedTuple):
-    """Device memory that a plan needs for one run."""
+    """A device buffer that a plan allocates for one run."""
 
     shape: tuple[int, ...]
     dtype: str  #: "fp32", "fp16", "int8" or "int32"
     is_zeroed: bool = False
 
     def strides(self) -> tuple[int, int, int]:
-        """Return (batch, row, head) of a [B, H, L, ...] buffer; 0 where no index passes."""
+        """Return (batch, row, head) strides of a [B, H, L, ...] buffer; 0 for size-1 dimensions."""
         batch, heads, rows = self.shape[:3]
         width = 1
         for size in self.shape[3:]:
@@ -51,17 +51,17 @@ class Buffer(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One launch."""
+    """One kernel launch."""
 
     spec: KernelSpec
     grid: int
-    numbers: Mapping[str, float]  #: arguments that are known
-    places: Mapping[str, Place]  #: arguments that are known at run time
+    numbers: Mapping[str, float]  #: constant arguments
+    places: Mapping[str, Place]  #: arguments resolved at run time
 
 
 class Plan(NamedTuple):
-    """Launches in order."""
+    """Kernel launches in order, with their buffers."""
 
     steps: tuple[Step, ...]
     buffers: Mapping[str, Buffer]
-    num_counters: int = 0  #: of `Place("counters")`: zeros, which the kernels set back
+    num_counters: int = 0  #: of `Place("counters")`: zeros, reset by the kernels

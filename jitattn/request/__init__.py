@@ -1,1 +1,1 @@
-"""One call, checked once: its problem, its sizes, and what kernels read of it."""
+"""Validates calls, each kind once: problem, sizes, and kernel arguments."""

@@ -1,4 +1,4 @@
-"""Kernel arguments that follow from a request alone, as named tuples.
+"""Named tuples of the kernel arguments that follow from a request alone.
 
 The fields are those of the argument tables (`kernels/fwd_arguments.py`), where they are explained.
 """
@@ -12,10 +12,10 @@ from jitattn.spec.enums import LENGTHS
 
 
 class SequenceArguments(NamedTuple):
-    """Where sequences lie, as kernels read it (`FwdSeqParams`).
+    """The location of each sequence (`FwdSeqParams`).
 
-    Addresses are 0 for what does not exist. Indices are read as 4-byte words: of one of 8 bytes,
-    the low word.
+    An absent tensor has address 0. Indices are read as 4-byte words: of an 8-byte index, the low
+    word.
     """
 
     q_start: int
@@ -39,19 +39,19 @@ class SequenceArguments(NamedTuple):
 
     @property
     def has_memory(self) -> bool:
-        """Whether no index is a placeholder."""
+        """Return whether all index tensors have memory."""
         return min(self[:6]) >= 0
 
 
 def alike(len_q: int, len_kv: int) -> SequenceArguments:
-    """Return the arguments of sequences that fill their rows, for kernels that take them anyway."""
+    """Return the sequence arguments of a uniform batch, for kernels that require them."""
     return SequenceArguments(
         0, 0, 0, 0, 0, 0, False, 1, 1, 1, LENGTHS, LENGTHS, len_q, len_kv, 0, 1, *divisor(1)
     )
 
 
 class ScoreArguments(NamedTuple):
-    """What is done with scores beside scaling them (`FwdScoreParams`)."""
+    """Score modifications beside the scale (`FwdScoreParams`)."""
 
     bias: int
     relative_bias: int
@@ -90,7 +90,7 @@ class ScoreArguments(NamedTuple):
 
 
 class BlockListArguments(NamedTuple):
-    """Lists of key blocks (`FwdBlockListParams`), without what is of a tile."""
+    """Block lists (`FwdBlockListParams`), without the fields that depend on the tile."""
 
     list_groups: int
     list_spans: int

@@ -1,4 +1,4 @@
-"""Keep block lists for as long as the patterns that they were made from.
+"""Caches block lists for as long as the patterns that they were built from exist.
 
 Lists of a `BlockSparse` belong to the memory of its pattern: values made again from the same
 tensor, views of it and what operators are handed find them, and they go with the memory. Lists of
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jitattn.request.block_lists import BlockLists
     from jitattn.values.masks import Rule
 
-#: Bytes of lists of rules without tensors, of all devices together.
+#: Size limit in bytes of the lists of rules without tensors, over all devices.
 _MOST_BYTES: Final = 1 << 30
 
 Key: TypeAlias = tuple[Hashable, ...]
@@ -41,7 +41,7 @@ def patterns_of(rule: Rule) -> list[Tensor]:
 
 
 def identity_of(rule: Rule) -> Hashable:
-    """Return a key that rules over the same memory share; valid while that memory is alive."""
+    """Return a cache key for a rule: equal for the same pattern memory, valid while it is alive."""
     if isinstance(rule, PerHead):
         return tuple(identity_of(part) for part in rule.rules)
     if not isinstance(rule, BlockSparse):
@@ -53,7 +53,7 @@ def identity_of(rule: Rule) -> Hashable:
 
 
 class _Entry:
-    """Lists, and what they depend on."""
+    """Block lists, and the pattern versions that they were built from."""
 
     __slots__ = ("lists", "snapshots", "streams")
 
@@ -69,7 +69,7 @@ class _Entry:
         )
 
     def record_use(self, device: torch.device) -> None:
-        """Let the allocator wait for the current stream before it gives the memory away."""
+        """Record the current stream with the allocator, which then delays reuse of the memory."""
         if device.type != "cuda":
             return
         stream = backend.active.stream(device.index)
@@ -81,12 +81,12 @@ class _Entry:
 
 
 class BlockListCache:
-    """Lists by rule, device and lengths; thread-safe."""
+    """A thread-safe cache of block lists by rule, device and lengths."""
 
     def __init__(self, most_bytes: int = _MOST_BYTES) -> None:
-        self._lock = threading.RLock()  # memory may die, and be dropped here, while it is held
+        self._lock = threading.RLock()  # reentrant: a finalizer may run while it is held
         self._of_patterns: dict[Key, _Entry] = {}
-        #: Keys of the lists that read a pattern's memory, by that memory.
+        #: Cache keys of the lists that depend on a pattern's memory, by that memory.
         self._readers: dict[int, set[Key]] = {}
         self._of_values: OrderedDict[Key, _Entry] = OrderedDict()
         self._most_bytes = most_bytes
@@ -98,7 +98,7 @@ class BlockListCache:
         return len(self._of_patterns) + len(self._of_values)
 
     def find(self, key: Key, rule: Rule, device: torch.device) -> BlockLists | None:
-        """Return the lists made earlier, if the patterns were not written to since."""
+        """Return the cached lists, unless their patterns were written to since."""
         patterns = patterns_of(rule)
         with self._lock:
             entry = (self._of_patterns if patterns else self._of_values).get(key)
@@ -112,14 +112,14 @@ class BlockListCache:
     def make(
         self, key: Key, rule: Rule, device: torch.device, build: Callable[[], BlockLists]
     ) -> BlockLists:
-        """Build lists in the current stream, wait until they are there, and keep them."""
+        """Build lists in the current stream, synchronize, and cache them."""
         patterns = patterns_of(rule)
         snapshots = [Snapshot(pattern) for pattern in patterns]
         stream = 0
         made = build()
         if device.type == "cuda":
             stream = backend.active.stream(device.index)
-            torch.cuda.current_stream(device).synchronize()  # any stream may read them from here on
+            torch.cuda.current_stream(device).synchronize()  # from now on any stream may read them
         entry = _Entry(made, snapshots, stream)
         with self._lock:
             if patterns:
@@ -129,7 +129,7 @@ class BlockListCache:
         return made
 
     def pin(self, lists: BlockLists) -> None:
-        """Keep lists for good: a graph that is being captured reads them."""
+        """Keep lists for the life of the process: a captured graph reads them."""
         with self._lock:
             if not any(lists is pinned for pinned in self._captured):
                 self._captured.append(lists)

@@ -1,10 +1,10 @@
-"""Lists of key blocks: what a kernel of `MaskKind.BLOCK_LISTS` reads to know whom a query sees.
+"""Builds block lists, the sparse masks of `MaskKind.BLOCK_LISTS` kernels.
 
-A list names, for every run of `positions` positions that queries may have, the groups of 16 keys
-that any of them sees, with a bit for every cell of 8 queries and 8 keys. Heads that see alike share
-a list. On top of its list every head has a window, so that bounds need not be at blocks. Lists
-depend on the rule and on head counts, and cover lengths rounded up: the first call that needs them
-makes them on the device, and they are kept (block_list_cache.py).
+For every `positions` consecutive query positions, a list names the groups of 16 keys that any of
+them sees, with a bit for every cell of 8 queries and 8 keys. Heads with the same mask share a list.
+Beside its list every head has a window, so that bounds need not be at blocks. Lists depend on the
+rule and on head counts, and cover lengths rounded up: the first call that needs them builds them on
+the device, and they are cached (block_list_cache.py).
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
     from jitattn.values.masks import Rule
 
-#: A bound that hides nothing.
+#: A window bound that hides no key.
 _OPEN: Final = 2**29
 _GROUP: Final = 16
 #: Queries and keys of a cell.
 _CELL: Final = 8
-#: Tiles times groups of a list that are looked at together: 8 bytes each.
+#: Tiles times groups that are processed at once: 8 bytes each.
 _MOST_PLACES: Final = 2**24
 _cache = BlockListCache()
 
 
 class BlockLists(NamedTuple):
-    """The arrays of `FwdBlockListParams`, and how they are indexed."""
+    """The arrays of `FwdBlockListParams`, and the positions of a tile of a list."""
 
     groups: Tensor  #: int32 [n, 2]
     spans: Tensor  #: int32 [lists, tiles, 2]
@@ -48,12 +48,12 @@ class BlockLists(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Memory that they take."""
+        """Return the size of the arrays in bytes."""
         return sum(tensor.nbytes for tensor in (self.groups, self.spans, self.heads))
 
     @property
     def arguments(self) -> BlockListArguments:
-        """What a kernel reads."""
+        """Return the kernel arguments."""
         return BlockListArguments(
             list_groups=self.groups.data_ptr(),
             list_spans=self.spans.data_ptr(),
@@ -64,20 +64,20 @@ class BlockLists(NamedTuple):
 
 
 class _Head(NamedTuple):
-    """What one head sees: a list, by whom it is shared, and a window."""
+    """The mask of one head: a block list, its sharing key, and a window."""
 
     key: Hashable
     right: int = _OPEN
     left: int = -_OPEN
     keep_first: int = 0
-    #: Whether a block of queries sees a block of keys, by their numbers; None: all do, and so do
-    #: queries before the first key, which see nothing in a pattern.
+    #: Predicate (query block, key block) → visible; None: all blocks are visible, also to queries
+    #: before the first key, which see nothing in a pattern.
     sees: Callable[[Tensor, Tensor], Tensor] | None = None
     block_size: int = 128
 
 
 def heads_agree(rule: Rule, heads_q: int, heads_kv: int) -> bool:
-    """Return whether all query heads of a kv head see alike."""
+    """Return whether all query heads of each kv head have the same mask."""
     group = heads_q // max(1, heads_kv)
     if isinstance(rule, PerHead):
         if len(rule.rules) == heads_kv:
@@ -97,7 +97,7 @@ def block_lists_of(
     tile_positions: int,
     device: torch.device,
 ) -> BlockLists:
-    """Return the lists of a rule, made now if need be.
+    """Return the block lists of a rule, building them on first use.
 
     Parameters
     ----------
@@ -185,7 +185,7 @@ def _build(
 def _head(
     rule: Rule, head: int, heads: tuple[int, int], device: torch.device, *, is_alone: bool
 ) -> _Head:
-    """Return what a head sees; `is_alone`: in a sequence with one query."""
+    """Return the mask of a head; `is_alone`: in a sequence with a single query."""
     heads_q, heads_kv = heads
     kv_head = head // (heads_q // heads_kv)
     if isinstance(rule, PerHead):
@@ -229,7 +229,7 @@ def _of_local_stride(rule: LocalStride, kv_head: int, heads: tuple[int, int]) ->
 
 
 def _list(head: _Head, covered: int, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return groups [n, 2] and spans [tiles, 2] of one list."""
+    """Build the groups [n, 2] and spans [tiles, 2] of one list."""
     tiles, num_groups = -(-covered // positions), -(-covered // _GROUP)
     every = (1 << min(positions, 128) // _CELL) - 1
     every |= every << 16
@@ -255,7 +255,7 @@ def _list(head: _Head, covered: int, positions: int, device: torch.device) -> tu
 def _runs(
     head: _Head, tiles: int, positions: int, num_groups: int, every: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return one list of all groups, of which each tile sees a run."""
+    """Build a list of all groups, of which each tile sees a contiguous span."""
     number = torch.arange(num_groups, device=device)
     groups = torch.stack([number, torch.full_like(number, every)], dim=1).to(torch.int32)
     first = torch.arange(tiles, device=device) * positions
@@ -265,7 +265,7 @@ def _runs(
 
 
 def _pattern_bits(head: _Head, tile: Tensor, positions: int, key: Tensor) -> Tensor:
-    """Return the bits of tiles [n, 1] and of groups with first keys [1, m], int64 [n, m]."""
+    """Compute the cell bits of tiles [n, 1] and groups with first keys [1, m], int64 [n, m]."""
     size, sees = head.block_size, head.sees
     if sees is None:
         raise InternalError("a list without a pattern has no bits")

@@ -1,4 +1,4 @@
-"""Validation of calls whose sequences differ: ragged, padded, paged → `Problem` + `Runtime`."""
+"""Validates the sequence layouts of a call (ragged, padded, paged) → `Problem` + `Runtime`."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from jitattn.values.sequences import KvSequences, QSequences
 
 _MAX_COUNT: Final = 2**31 - 1
-#: Bytes of a row of K or V up to which there is room for tiles of a bias beside it.
+#: Largest K or V row in bytes that leaves shared memory for staged bias tiles.
 _LARGEST_STAGED: Final = 512
 
 
 class _Side(NamedTuple):
-    """q, or k and v: sizes, and which dimensions are what."""
+    """The sizes and dimension order of q, or of k and v."""
 
     batch: int
     rows: int  #: of the tensor: of all sequences together, or of each, or of all pages
@@ -49,7 +49,7 @@ class _Side(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """Facts of a call, also of one that cannot be launched."""
+    """A validated call, possibly with placeholders, which cannot be launched."""
 
     problem: Problem
     runtime: Runtime
@@ -57,7 +57,7 @@ class Parsed(NamedTuple):
 
 
 def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime]:
-    """Check every argument of `attention`, and sort its facts by what they change.
+    """Validate every argument of `attention`; separate compile-time from run-time facts.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def parse(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Problem, Runtime
 
 
 def parse_any(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Parsed:
-    """Parse as `parse` does; asks no placeholder its address."""
+    """Parse as `parse` does, but accept placeholders: tensors without an address."""
     is_uniform = call.q_seqs is None and call.kv_seqs is None
     problem.check_alike(q, k, v)
     problem.axes(call.layout)
@@ -158,14 +158,14 @@ def parse_any(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Parsed:
 
 
 def _of_uniform(arguments: ScoreArguments, corner: int, len_q: int) -> ScoreArguments:
-    """Move the left bound of a window to where all sequences have it."""
+    """Add the diagonal of a uniform batch to the left bound of a window."""
     if arguments.left <= NO_LEFT or (arguments.full_on_decode and len_q == 1):
         return arguments._replace(left=NO_LEFT)
     return arguments._replace(left=arguments.left + corner)
 
 
 def check_kinds(q_seqs: QSequences, kv_seqs: KvSequences, device: torch.device) -> None:
-    """Check what kinds of values say where sequences lie, and the device of their indices."""
+    """Check the types of `q_seqs` and `kv_seqs`, and the device of their indices."""
     for name, seqs, kinds in (
         ("q_seqs", q_seqs, (Ragged, Padded)),
         ("kv_seqs", kv_seqs, (Ragged, Padded, Paged)),
@@ -227,7 +227,7 @@ def _kv_side(name: str, tensor: Tensor, call: Call) -> _Side:
 def _flat(tensor: Tensor, seqs: Ragged, name: str) -> _Side:
     longest = tensor.shape[0]
     if not seqs.knows_max_length():
-        if index_address(name, seqs.stop) == NO_ADDRESS:  # nothing to be read, nor to be launched
+        if index_address(name, seqs.stop) == NO_ADDRESS:  # a placeholder: not launched
             return _Side(seqs.batch, longest, tensor.shape[1], longest, 0, 1, None)
         if tensor.is_cuda and backend.active.is_capturing():
             raise InvalidInputError(
@@ -282,7 +282,7 @@ def _check_fit(q: Tensor, k: Tensor, v: Tensor, ours: _Side, k_side: _Side, v_si
 
 
 def _strides(name: str, tensor: Tensor, side: _Side) -> problem.Strides:
-    """Strides in elements as (batch or page, row, head); 0 where no index passes."""
+    """Return (batch or page, row, head) strides in elements; 0 for dimensions of size 1."""
     stride, shape = strides_of(name, tensor), tensor.shape
 
     def step(dimension: int | None) -> int:
@@ -345,7 +345,7 @@ def _indices(call: Call, ours: _Side, theirs: _Side, bottom_right: bool) -> Indi
 
 
 def _are_apart(seqs: QSequences | KvSequences) -> bool:
-    """Whether no row is of two sequences, but for pages."""
+    """Return whether every row belongs to at most one sequence; pages count as separate."""
     if isinstance(seqs, Ragged):
         return not seqs.stop_is_length  # cumulative lengths
     if isinstance(seqs, Padded):
@@ -354,7 +354,7 @@ def _are_apart(seqs: QSequences | KvSequences) -> bool:
 
 
 def _shares_rows(seqs: KvSequences) -> bool:
-    """Whether sequences may share rows of k and v."""
+    """Return whether sequences may share rows of k and v."""
     return isinstance(seqs, Paged) or (isinstance(seqs, Padded) and seqs.batch_idx is not None)
 
 

@@ -1,8 +1,7 @@
-"""Cosine attention in a request: the norm checked, and the bound that its scores have.
+"""Validates the norm of cosine attention, and derives the upper bound of its scores.
 
-A bound that is known stands for the running maximum of every row, which the kernel then need not
-keep; where it is not known, or too large, the maximum is kept. The result is the softmax in both
-cases.
+A known bound replaces the running row maximum of the online softmax; without one, or with one that
+is too large, the kernel tracks the maximum. The result is the softmax in both cases.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ if TYPE_CHECKING:
 
     from jitattn.request.problem import Call
 
-#: Bounds, in powers of two: weights and their sums stay within the range of their dtype.
+#: Score bounds, base 2, within which weights and their sums stay in the range of their dtype.
 _WIDEST_FP16: Final = 14.5
 _WIDEST: Final = 60.0
 _LARGEST_FP16: Final = 14.0
 
 
 class RowOrder(NamedTuple):
-    """Order of rows and heads in q and k."""
+    """The order of rows and heads in q and k."""
 
     heads_first: bool
     q_is_flat: bool
@@ -38,7 +37,7 @@ class RowOrder(NamedTuple):
 
     @classmethod
     def of(cls, call: Call) -> RowOrder:
-        """Return that of a call's tensors."""
+        """Return the order in a call's tensors."""
         q_is_flat = isinstance(call.q_seqs, Ragged)
         is_bhsd = call.layout == "bhsd"
         return cls(is_bhsd and not q_is_flat, q_is_flat, isinstance(call.kv_seqs, Ragged))
@@ -71,7 +70,7 @@ def check(norm: L2Norm, q: Tensor, heads: int, call: Call) -> int:
 
 
 def shift_of(norm: L2Norm, scale: float, dtype: torch.dtype) -> float | None:
-    """Return what stands for the negated maximum of every row, base 2; None: keep the maximum."""
+    """Return the fixed softmax shift, base 2, in place of -max; None: track the row maximum."""
     if norm.head_scale is not None and norm.bound is None:
         return None
     highest = abs(scale) * norm.groups * (1.0 if norm.bound is None else norm.bound)
@@ -82,7 +81,7 @@ def shift_of(norm: L2Norm, scale: float, dtype: torch.dtype) -> float | None:
 
 
 def call_of_normalized(call: Call, scale: float) -> Call:
-    """Return the call with q and k already normalised, and its own scale."""
+    """Return the call for already normalised q and k, with an explicit scale."""
     norm = call.scores.qk_norm
     if norm is not None:
         is_bounded = norm.head_scale is None or norm.bound is not None

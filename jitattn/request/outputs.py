@@ -1,4 +1,4 @@
-"""Checks of the tensor that a caller wants the result in."""
+"""Validates the output tensor that a caller passes as `out`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jitattn.values.tensors import address_of, short
 def check_out(
     out: Tensor, inputs: tuple[Tensor, Tensor, Tensor], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """Check the caller's result tensor; its strides are checked where they are read."""
+    """Check dtype, shape and memory of `out`; strides are checked where they are read."""
     if not isinstance(out, torch.Tensor):
         raise InvalidInputError(f"out is a {type(out).__name__}: it must be a torch tensor")
     if out.shape != shape:
@@ -41,11 +41,11 @@ def check_out(
 
 
 def _check_out_memory(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuse a result that overlaps itself or, where that is simple to tell, an input."""
+    """Refuse an `out` that overlaps itself or, where that is simple to tell, an input."""
     count = out.numel()
     if not count:
         return
-    reached = 1  # elements from the first to the last of the dimensions so far, narrow ones first
+    reached = 1  # extent of the dimensions so far, smallest strides first
     for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
         if size > 1:
             if stride < reached:
@@ -59,8 +59,8 @@ def _check_out_memory(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         other, other_span = address_of(name, tensor), _span(tensor)
         other_end = other + other_span * tensor.element_size()
-        # Where the address ranges meet, the memory is shared for certain if they begin together or
-        # if one of them has no gaps; interleaved ones are the caller's affair.
+        # Overlapping address ranges surely share memory if they begin together or if one of them
+        # has no gaps; interleaved ones are the caller's responsibility.
         if (
             start < other_end
             and other < end
@@ -75,7 +75,7 @@ def _check_out_memory(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _span(tensor: Tensor) -> int:
-    """Elements from the first to the last of a tensor that is not empty."""
+    """Return the extent of a non-empty tensor in memory, in elements."""
     return 1 + sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )

@@ -1,8 +1,8 @@
-"""Validation: the arguments of a call → `Problem` (changes machine code) + `Runtime` (does not).
+"""Validates the arguments of a call → `Problem` (compile-time facts) + `Runtime` (run-time facts).
 
-The one validation of the CPU and the GPU path. It runs on every call, so the usual call pays for
-plain comparisons only: texts are built when something is wrong, and `Problem`s are kept, keyed by
-the few facts that they follow from (a closed, small set: dtypes, head dims, mask kind, gear and
+The one validation of the CPU and the GPU path. It may run on every call, so the usual call costs
+plain comparisons only: messages are built on failure, and `Problem`s are cached, keyed by the few
+facts that they follow from (a closed, small set: dtypes, head dims, mask kind, gear and
 the alignment class; never lengths, counts or strides).
 """
 
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
     from jitattn.values.masks import Mask, Rule
     from jitattn.values.sequences import KvSequences, QSequences
 
-#: Strides in elements, (batch, row, head); 0 for a dimension of size 0 or 1, which no index passes.
+#: Strides in elements, (batch, row, head); 0 for a dimension of size 0 or 1.
 Strides: TypeAlias = tuple[int, int, int]
 
 MAX_SPLITS: Final = 256
 _FP64: Final = torch.float64
 #: Rows, keys and heads are counted in 32 bits.
 _MAX_COUNT: Final = 2**31 - 1
-#: |scale| · log2(e) travels as an fp32 number.
+#: |scale| · log2(e) is passed as fp32.
 _MAX_SCALE: Final = 3.4e38 / math.log2(math.e)
 
 #: The gear, None for the dtype's own, and whether the GPU is faster with fp16 accumulators.
@@ -57,7 +57,7 @@ _problems: dict[tuple[object, ...], Problem] = {}
 
 
 class Call(NamedTuple):
-    """The keyword arguments of `attention`, as they were given."""
+    """The keyword arguments of `attention`, unchecked."""
 
     mask: Mask
     scale: float | None
@@ -75,20 +75,20 @@ class Call(NamedTuple):
 
 
 class Indices(NamedTuple):
-    """Where sequences lie that differ from each other."""
+    """The location of each sequence in a batch that is not uniform."""
 
     arguments: SequenceArguments
     is_flat: bool  #: q is [total, Hq, D], and so out; LSE is [Hq, total]
 
     @property
     def q_rows_in_all(self) -> int | None:
-        """Query rows of all sequences together, at most; None if they may share rows."""
+        """Return an upper bound on the query rows of all sequences; None if they may share rows."""
         found = self.arguments
         return found.q_rows if self.is_flat and not found.q_span_kind else None
 
 
 class Runtime(NamedTuple):
-    """What a call hands to a kernel beside the code: sizes, strides and numbers.
+    """The run-time facts of a call: sizes, strides and numbers.
 
     Strides are in elements, as (batch, row, head), whatever the layout was.
     """
@@ -104,23 +104,23 @@ class Runtime(NamedTuple):
     scale: float  #: finite, any sign
     diagonal: int  #: causal, window: query i sees the keys <= i + diagonal; 0 for Full
     indices: Indices | None = None  #: None: every sequence fills its row of the batch
-    scores: ScoreArguments | None = None  #: what is done with scores; None: nothing but a scale
-    listed: Rule | None = None  #: what lists of blocks are made of
+    scores: ScoreArguments | None = None  #: score modifications; None: the scale only
+    listed: Rule | None = None  #: the rule of the block lists
     heads_agree: bool = True  #: the query heads of a kv head share its lists
     q_is_flat: bool = False  #: q is [total, Hq, D]
     k_is_flat: bool = False  #: k and v are [total, Hkv, D]
-    rows_are_apart: bool = True  #: no row of q or k is of two sequences, but for pages
+    rows_are_apart: bool = True  #: no row belongs to two sequences; pages aside
     shares_rows: bool = False  #: sequences may share rows of k and v: pages, or rows by index
     table_width: int = 1  #: entries of a row of the block table
 
 
 def is_deterministic(call: Call) -> bool:
-    """Whether dq is to be the same in every run: as the call says, or torch's own switch."""
+    """Return whether dq must be bitwise reproducible, by the call or by torch's global switch."""
     return call.deterministic or torch.are_deterministic_algorithms_enabled()
 
 
 def axes(layout: str) -> tuple[int, int]:
-    """Return which dimensions of a batched tensor are rows and heads."""
+    """Return the row and head dimensions of a batched tensor."""
     if layout == "bshd":
         return 1, 2
     if layout == "bhsd":
@@ -131,7 +131,7 @@ def axes(layout: str) -> tuple[int, int]:
 
 
 def check_batched(q: Tensor, k: Tensor, v: Tensor, layout: str) -> None:
-    """Check the shapes of inputs against each other whose sequences fill the batch."""
+    """Check that the shapes of a uniform batch agree."""
     row, head = axes(layout)
     shape_q, shape_k, shape_v = q.shape, k.shape, v.shape
     if not len(shape_q) == len(shape_k) == len(shape_v) == 4:
@@ -151,7 +151,7 @@ def check_batched(q: Tensor, k: Tensor, v: Tensor, layout: str) -> None:
 
 
 def check_alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.Size, torch.Size, torch.Size]:
-    """Check types, dtypes and devices of the inputs against each other; return their shapes."""
+    """Check that types, dtypes and devices of the inputs agree; return their shapes."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
             raise InvalidInputError(
@@ -194,7 +194,7 @@ def check_counts(
     heads_q: int,
     heads_kv: int,
 ) -> None:
-    """Check head counts against each other, and that everything can be counted in 32 bits."""
+    """Check that head counts are compatible, and that all counts fit 32 bits."""
     if (heads_q % heads_kv if heads_kv else heads_q) != 0:
         raise InvalidInputError(
             f"q has {heads_q} heads but k and v have {heads_kv}: the heads of q must be a multiple "
@@ -209,7 +209,7 @@ def check_counts(
 
 
 def check_mask(mask: Mask) -> None:
-    """Refuse what is no mask."""
+    """Refuse a value that is no mask."""
     if not is_mask(mask):
         raise _no_mask(mask)
 
@@ -240,9 +240,9 @@ def check_options(
     return_lse: bool,
     tile_rows: int | None,
 ) -> None:
-    """Check what is small. Types come first: 2.0 and True would pass for 2 and 1 in a key."""
+    """Check scalar options. Types come first: 2.0 and True equal 2 and 1 as dictionary keys."""
     if gear is not None and type(gear) is not int:
-        resolve_numerics(gear, DTYPES.get(q.dtype, Dtype.FP16))  # refuses it
+        resolve_numerics(gear, DTYPES.get(q.dtype, Dtype.FP16))  # raises if unsupported
     if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
         raise InvalidInputError(
             f"out_dtype={out_dtype!r}: it must be the dtype of q or torch.float32, as a torch.dtype"
@@ -262,7 +262,7 @@ def check_options(
 
 
 def checked_scale(scale: float) -> float:
-    """Return the scale as a float; refuse what is none."""
+    """Return the scale as a float; refuse values that are no numbers."""
     number = real(scale)
     if number is not None and -_MAX_SCALE < number < _MAX_SCALE:
         return number
@@ -274,16 +274,16 @@ def checked_scale(scale: float) -> float:
 
 
 def setting_of(gear: int | None, q: Tensor) -> Setting:
-    """Return what decides the numerics, beside the dtype."""
+    """Return the setting that selects the numerics of a dtype."""
     if gear is None:
         gear = get_default_gear()
-    if gear is None or gear < 3:  # no GPU makes a difference
+    if gear is None or gear < 3:  # independent of the GPU
         return gear, False
     return gear, q.is_cuda and device(q.get_device()).has_fast_fp16_acc
 
 
 def problem_of(facts: tuple[Any, ...]) -> Problem:
-    """Return the `Problem` of these facts, always the same object."""
+    """Return the interned `Problem` of these facts."""
     problem = _problems.get(facts)
     if problem is None:
         problem = _problems[facts] = _new_problem(*facts)
@@ -302,7 +302,7 @@ def _new_problem(
     kv_layout: SeqLayout = SeqLayout.BATCHED,
     *others: Any,  # noqa: ANN401 - `scores.Fields` without the mask
 ) -> Problem:
-    """Check what is worth checking once per kind of call, and build its `Problem`."""
+    """Run the checks that depend on these facts alone, and build the `Problem`."""
     if dtype not in CPU_DTYPES:
         raise UnsupportedError(
             f"q is {short(dtype)}: attention takes {', '.join(map(short, CPU_DTYPES))} (which is "
@@ -319,7 +319,7 @@ def _new_problem(
                 f"{name} is {dim}: it must be from 1 to {MAX_HEAD_DIM}; "
                 "check the layout, or split the heads"
             )
-    # No kernel is chosen for fp64, which is for the CPU: its gears are those of fp32.
+    # fp64 runs on the CPU only, without a kernel: its gears are those of fp32.
     kind, out_kind = (DTYPES.get(one, Dtype.FP32) for one in (dtype, out_dtype))
     return Problem(
         dtype=kind,
@@ -336,7 +336,7 @@ def _new_problem(
 
 
 def _refuse_shapes(q: Tensor, k: Tensor, v: Tensor, row: int, head: int) -> NoReturn:
-    """Name the first size that does not fit."""
+    """Raise an error that names the first mismatched size."""
     for what, axis, one, other in (
         ("batch", 0, ("q", q), ("k", k)),
         ("batch", 0, ("q", q), ("v", v)),
@@ -355,5 +355,5 @@ def _refuse_shapes(q: Tensor, k: Tensor, v: Tensor, row: int, head: int) -> NoRe
 
 
 def shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """Name the shapes of the inputs, for a message."""
+    """Format the shapes of the inputs for an error message."""
     return f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"

@@ -1,10 +1,9 @@
-"""Requests: calls checked once, and found again by the facts that every check depends on.
+"""Caches requests, the validated form of calls, by all facts that validation depends on.
 
-A check reads shapes, strides, dtypes, devices, alignments and the values of masks and options, and
-nothing else: never contents, nor addresses. Calls with the same facts get the same request, and
-with it the plans that are kept there. Addresses are looked up at every call. A call that is out of
-the ordinary (a number of numpy's, an address that may be none, a tensor without elements) is
-checked anew every time.
+Validation reads shapes, strides, dtypes, devices, alignments and the values of masks and options,
+never tensor contents or addresses. Calls with the same facts share a request and its cached plans;
+addresses are looked up at every call. Unusual calls (numpy scalars, tensors that may have no
+address or no elements) are validated every time.
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ if TYPE_CHECKING:
     from jitattn.spec.kernel_spec import Problem
     from jitattn.values.masks import Mask
 
-#: Addresses by the names that plans have for operands of a call. A run of a plan adds to it, and
-#: its further keys are not names.
+#: Addresses by the plans' operand names. A run of a plan adds entries whose keys are no names.
 Addresses: TypeAlias = dict[Any, Any]
 _Facts: TypeAlias = tuple[Any, ...]
 
@@ -56,30 +54,30 @@ _NUMBERS: Final = frozenset((type(None), int, float))
 _INTEGERS: Final = frozenset((type(None), int))
 _SEQUENCES: Final = frozenset((Ragged, Padded, Paged))
 _MOST_REQUESTS: Final = 4096
-#: By the facts of a call; and one for each kind of plain call, whatever its number of keys.
+#: Requests by the facts of a call, and one per kind of plain call for all key counts.
 _requests: dict[_Facts, Request] = {}
-#: Facts of a call with no options.
+#: Number of facts of a call without options.
 _NUM_PLAIN: Final = 11
 #: Keys are counted in 32 bits.
 _MAX_COUNT: Final = 2**31 - 1
 
 
 class Request:
-    """A call that was checked: what it asks for, without tensors and addresses.
+    """A validated call, without its tensors and addresses.
 
     Attributes
     ----------
     problem : Problem
-        What changes machine code.
+        Facts that select the machine code.
     runtime : Runtime
-        What does not, without the rule that block lists are of. Addresses in it are of the call
-        that was checked first.
+        Facts that do not, without the rule of block lists. Its addresses are those of the call
+        that was validated first.
     has_rows : bool
-        There is something to compute.
+        Whether there is a row to compute.
     is_listed : bool
-        The mask comes as block lists.
+        Whether the mask is computed by block lists.
     plans : dict
-        Plans by what else decides them; `run` keeps them here.
+        Cached plans, by the further facts that select them; maintained by `run`.
     """
 
     __slots__ = ("has_rows", "is_listed", "plans", "problem", "runtime")
@@ -92,14 +90,14 @@ class Request:
         self.plans: dict[Hashable, Any] = {}
 
     def runtime_of(self, call: Call) -> Runtime:
-        """Return the runtime with the rule of a call."""
+        """Return the runtime with the block-list rule of a call."""
         if not self.is_listed:
             return self.runtime
         return self.runtime._replace(listed=parts_of(call.mask).rule)
 
 
 class Found(NamedTuple):
-    """A request, and the addresses of one call."""
+    """A request with the addresses of one call."""
 
     request: Request
     addresses: Addresses
@@ -121,7 +119,7 @@ def request_of(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Request, Ad
     addresses: Addresses = {}
     facts = _facts(q, k, v, call, addresses)
     request = None if facts is None else _requests.get(facts)
-    if request is not None and call.out is None:  # the usual call, at little cost
+    if request is not None and call.out is None:  # the fast path
         return request, addresses
     request, addresses, has_memory = _checked(q, k, v, call, facts, addresses)
     if not has_memory:
@@ -130,7 +128,7 @@ def request_of(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Request, Ad
 
 
 def find(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Found:
-    """Return the request of a call as `request_of` does, of placeholders too."""
+    """Return the request of a call as `request_of` does, but accept placeholders."""
     addresses: Addresses = {}
     return _checked(q, k, v, call, _facts(q, k, v, call, addresses), addresses)
 
@@ -138,10 +136,10 @@ def find(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Found:
 def _checked(
     q: Tensor, k: Tensor, v: Tensor, call: Call, facts: _Facts | None, addresses: Addresses
 ) -> Found:
-    """Return the request of a call with these facts: a known one, or one that is checked now."""
+    """Return the cached request of these facts, or validate the call."""
     request = None if facts is None else _requests.get(facts)
     if request is not None:
-        if call.out is not None:  # its memory may lie in that of an input
+        if call.out is not None:  # it may alias an input
             shape = (*q.shape[:-1], v.shape[-1])
             check_out(call.out, (q, k, v), shape, call.out_dtype or q.dtype)
         return Found(request, addresses, True)
@@ -153,7 +151,7 @@ def _checked(
     parsed = parse_any(q, k, v, call)
     request = Request(parsed.problem, parsed.runtime)
     if parsed.has_memory and not was_known:
-        # Found out by the check itself: the largest length of ragged sequences.
+        # The longest of the ragged sequences is computed by the validation itself.
         facts = _facts(q, k, v, call, addresses)
     if facts is None:
         addresses = _addresses(q, k, v, call)
@@ -172,9 +170,9 @@ def _keep(facts: _Facts, request: Request) -> None:
 
 
 def _without_length(facts: _Facts) -> _Facts | None:
-    """Return the facts of a plain call without its number of keys; None: they are of another.
+    """Return the facts of a plain call without its key count; None for any other call.
 
-    A row of a single key has no stride, and one of none has no kernel.
+    Calls with fewer than two keys are excluded: one key has no row stride, none has no kernel.
     """
     if len(facts) != _NUM_PLAIN:
         return None
@@ -187,7 +185,7 @@ def _without_length(facts: _Facts) -> _Facts | None:
 
 
 def _longer(facts: _Facts) -> Request | None:
-    """Return the request of a plain call that differs from a known one in its number of keys."""
+    """Derive the request of a plain call from a cached one with another key count."""
     but_lengths = _without_length(facts)
     known = None if but_lengths is None else _requests.get(but_lengths)
     if known is None:
@@ -205,7 +203,7 @@ def forget_requests() -> None:
 
 
 def _facts(q: Tensor, k: Tensor, v: Tensor, call: Call, addresses: Addresses) -> _Facts | None:
-    """Return what every check of a call depends on, and note addresses; None: check it anew."""
+    """Return all facts that validation depends on, and collect addresses; None: not cacheable."""
     given: tuple[Any, ...] = call
     (mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, q_seqs, kv_seqs, scores,
      _, tile_rows) = given  # fmt: skip
@@ -224,10 +222,10 @@ def _facts(q: Tensor, k: Tensor, v: Tensor, call: Call, addresses: Addresses) ->
         facts: _Facts = (
             dtype, index, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
             (at_q | at_k | at_v) & 15, get_default_gear(),
-            # Cheaper to hash than a value.
+            # Cheaper to hash than the mask itself.
             None if kind is Full else mask.align if kind is Causal else kind,
         )  # fmt: skip
-    except (AttributeError, RuntimeError):  # no tensors; sparse, nested, inside a transform
+    except (AttributeError, RuntimeError):  # no tensor, or sparse, nested or transformed
         return None
     addresses["q"], addresses["k"], addresses["v"] = at_q, at_k, at_v
     if (
@@ -238,7 +236,7 @@ def _facts(q: Tensor, k: Tensor, v: Tensor, call: Call, addresses: Addresses) ->
         and (return_lse is False or return_lse is True)
     ):
         return facts
-    # Types come first: 2.0 and True would pass for 2 and 1 in a key.
+    # Types come first: 2.0 and True equal 2 and 1 as dictionary keys.
     if not (
         type(scale) in _NUMBERS
         and type(gear) in _INTEGERS
@@ -273,8 +271,8 @@ def _note_tensor(
     facts: list[Any],
     addresses: Addresses,
 ) -> bool:
-    """Note the facts of a tensor; return whether it is an ordinary one."""
-    if type(tensor) not in PLAIN:  # some warn when asked for an address
+    """Collect the facts of a tensor; return whether it can be cached."""
+    if type(tensor) not in PLAIN:  # some subclasses warn in data_ptr()
         return False
     address = tensor.data_ptr()
     if address < LOW_ADDRESS or tensor.is_neg():
@@ -290,7 +288,7 @@ def _note_matrix(
     facts: list[Any],
     addresses: Addresses,
 ) -> bool:
-    """Note a tensor that is read in pieces of 16 bytes, of which the last may end beyond it."""
+    """Collect a matrix that is read 16 bytes at a time, possibly past its end."""
     if not _note_tensor(name, tensor, facts, addresses):
         return False
     shape, size = facts[-3], tensor.element_size()
@@ -313,7 +311,7 @@ def _note_mask(mask: Mask, facts: list[Any], addresses: Addresses) -> bool:
         facts += (mask.block_size, mask.causal, mask.first_row)
         return _note_tensor("pattern", mask.pattern, facts, addresses)
     if isinstance(mask, PerHead) and kind is PerHead:
-        known: dict[Hashable, int] = {}  # which rules are the same decides how heads are packed
+        known: dict[Hashable, int] = {}  # GQA packing depends on which rules are equal
         facts += (known.setdefault(identity_of(rule), len(known)) for rule in mask.rules)
         return all(_note_mask(rule, facts, addresses) for rule in mask.rules)
     if isinstance(mask, Both) and kind is Both:
@@ -337,7 +335,7 @@ def _note_sequences(
     if kind not in _SEQUENCES:
         return False
     longest, is_length = seqs._max_length, seqs.stop_is_length
-    if kind is Ragged and longest is None:  # the check finds it out
+    if kind is Ragged and longest is None:  # validation computes it
         return False
     cumulative = seqs.cumulative
     if cumulative is None:
@@ -410,7 +408,7 @@ def _note_scores(scores: Scores, facts: list[Any], addresses: Addresses) -> bool
 
 
 def _addresses(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Addresses:
-    """Return the addresses of a call that `parse_any` has checked; negative for placeholders."""
+    """Return the addresses of a validated call; negative for placeholders."""
     found = {name: address_of(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
     if call.out is not None:
         found["out"] = address_of("out", call.out)

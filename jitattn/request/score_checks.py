@@ -1,4 +1,4 @@
-"""Checks of the tensors and numbers that change scores: dtypes, shapes, strides, addresses."""
+"""Validates the tensors and numbers of score modifications: dtypes, shapes, strides, addresses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Sizes(NamedTuple):
-    """What the tensors here are checked against."""
+    """The sizes that score tensors are checked against."""
 
     batch: int
     heads: int
@@ -55,7 +55,7 @@ def matrix(
     return address, (steps[0], steps[1], steps[2])
 
 
-#: The way out of a matrix with other dimensions than four.
+#: Advice for a matrix without four dimensions.
 _FEWER_DIMENSIONS: Final = {
     2: "; of [Lq, Lkv] pass x[None, None]",
     3: "; of [Hq, Lq, Lkv] pass x[None], of [B, Lq, Lkv] x[:, None]",
@@ -63,7 +63,7 @@ _FEWER_DIMENSIONS: Final = {
 
 
 def padding(keep: Tensor, sizes: Sizes) -> tuple[int, int]:
-    """Check which keys are kept, [B, Lkv]; return their address and the stride of rows."""
+    """Check a key padding mask [B, Lkv]; return its address and row stride."""
     name, shape = "KeyPadding(...)", list(keep.shape)
     check_dtype(name, keep, (torch.bool,))
     is_long = not sizes.is_exact and len(shape) == 2 and shape[1] >= sizes.len_kv
@@ -88,10 +88,10 @@ def vector(
     *,
     is_copied: bool = False,
 ) -> int:
-    """Check a small table of numbers of one of these shapes; return its address, 0 for none.
+    """Check a small table of one of these shapes; return its address, 0 for None.
 
-    A size of -1 is any odd number. Kernels read fp32, which `scores.in_fp32` makes of others, and
-    rows without gaps, where nothing else copies them.
+    A size of -1 matches any odd size. Kernels read fp32 (`scores.in_fp32` converts) and contiguous
+    rows; a caller that copies the table anyway passes `is_copied`.
     """
     if values is None:
         return 0
@@ -113,7 +113,7 @@ def _fits(got: Sequence[int], shape: Sequence[int]) -> bool:
 
 
 def check_dtype(name: str, values: Tensor, dtypes: Collection[torch.dtype]) -> None:
-    """Refuse a tensor of another dtype, and say how it comes to one of these."""
+    """Refuse a tensor of another dtype, naming the conversion."""
     if values.dtype in dtypes:
         return
     allowed = list(dict.fromkeys(dtypes))
@@ -131,7 +131,7 @@ def check_dtype(name: str, values: Tensor, dtypes: Collection[torch.dtype]) -> N
 
 
 def softcap_of(softcap: Any) -> float:  # noqa: ANN401 - checked here
-    """Check a softcap, and return it as a float."""
+    """Check a softcap and return it as a float."""
     number = real(softcap)
     if number is None or not 1e-6 <= number <= 1e30:
         raise InvalidInputError(

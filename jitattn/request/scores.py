@@ -1,7 +1,7 @@
-"""What is done with scores beside scaling them: masks that are tensors, windows, biases, softcap.
+"""Validates score modifications: tensor masks, windows, biases, softcap, sinks and dropout.
 
-Validation of these arguments → the fields of `Problem` that they change, and the numbers and
-addresses that a kernel reads (`ScoreArguments`).
+The result is the fields of `Problem` that they change, and the numbers and addresses that a kernel
+reads (`ScoreArguments`).
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ if TYPE_CHECKING:
     from jitattn.values.dropout import Dropout
     from jitattn.values.masks import Rule
 
-#: Windows count positions in both directions.
+#: Windows use signed positions.
 _MAX_WINDOW_LENGTH: Final = 2**30
-#: Lists count groups of keys, and their windows positions in both directions.
+#: Block lists count key groups, and their windows use signed positions.
 _MAX_LISTED_LENGTH: Final = 2**28
-#: What kernels do not read of small tables.
+#: Small tables of these dtypes are converted to fp32.
 _NARROW: Final = (torch.float16, torch.bfloat16)
 #: Block sizes of local + stride patterns that need no lists: whole kernel blocks.
 _KERNEL_BLOCKS: Final = (64, 128)
 
 
 class Scores(NamedTuple):
-    """The keyword arguments of `attention` that change scores, as they were given."""
+    """The keyword arguments of `attention` that modify scores, unchecked."""
 
     bias: Tensor | None = None
     relative_bias: Tensor | None = None
@@ -64,7 +64,7 @@ NO_CHANGES: Final = Scores()
 
 
 def in_fp32(scores: Scores) -> Scores:
-    """Return the arguments with small tables in fp32, as kernels read them; autograd follows."""
+    """Convert small tables to fp32 as kernels read them; differentiable."""
     changes: dict[str, Any] = {}
     for name in ("relative_bias", "alibi_slopes", "sinks"):
         table = _widened(name, getattr(scores, name))
@@ -79,16 +79,16 @@ def in_fp32(scores: Scores) -> Scores:
 
 
 def _widened(name: str, table: Any) -> Tensor | None:  # noqa: ANN401 - checked later
-    """Return a table of 16 bits in fp32, None for any other."""
+    """Convert a 16-bit table to fp32; return None for any other dtype."""
     if not isinstance(table, Tensor) or table.dtype not in _NARROW:
         return None
     if not torch.compiler.is_dynamo_compiling():
-        index_address(name, table)  # refuses memory that is gone
+        index_address(name, table)  # raises for freed memory
     return table.float()
 
 
 class Fields(NamedTuple):
-    """The fields of `Problem` that depend on these arguments."""
+    """The fields of `Problem` that depend on score modifications."""
 
     mask: MaskKind
     bias: BiasKind
@@ -105,7 +105,7 @@ class Fields(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What a kernel needs to know."""
+    """The validated problem fields and kernel arguments of score modifications."""
 
     fields: Fields
     bottom_right: bool
@@ -115,7 +115,7 @@ class Checked(NamedTuple):
 
 
 def tensors_of(call: Call) -> dict[str, Tensor]:
-    """Return the tensors among these arguments, by name."""
+    """Return the tensors of score modifications, by name."""
     parts = parts_of(call.mask)
     found = {
         "bias": call.scores.bias,
@@ -134,7 +134,7 @@ def tensors_of(call: Call) -> dict[str, Tensor]:
 
 
 def of_sequence(call: Call, idx: int) -> Call:
-    """Return the arguments of one sequence of the batch."""
+    """Return the score modifications of one sequence of the batch."""
     if not isinstance(call.mask, KeyPadding | Dense | Both) and call.scores == NO_CHANGES:
         return call
     parts = parts_of(call.mask)
@@ -154,7 +154,7 @@ def of_sequence(call: Call, idx: int) -> Call:
 
 
 def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
-    """Check mask and score arguments, and return what kernels need.
+    """Validate mask and score arguments, and derive problem fields and kernel arguments.
 
     Raises
     ------
@@ -190,7 +190,7 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         of_dense[0],
         0 if dropout is None else index_address("dropout_state", dropout.state),
     )
-    # What is not among the parameters of the kernel for attention.
+    # Arguments that are no parameters of the attention kernel.
     read = [index_address("BlockSparse(...)", pattern) for pattern in patterns_of(parts.rule)]
     if softcap is not None:
         softcap = softcap_of(softcap)
@@ -200,7 +200,7 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         if bias is relative is slopes is None and softcap is None:
             shift = norms.shift_of(norm, scale, q.dtype)
     kind, bottom_right, diagonal, left, keep_first, lifts = _rule(parts.rule, sizes)
-    magnitude = abs(scale) or 1e-30  # as `plan.arguments` has it for a scale of 0
+    magnitude = abs(scale) or 1e-30  # as in `plan.arguments` for a scale of 0
     is_paired = False
     if bias is not None:
         address, steps = of_bias
@@ -259,7 +259,7 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
 
 
 def patterns_of(rule: Rule) -> list[Tensor]:
-    """Return the patterns of blocks in a rule."""
+    """Return the block patterns in a rule."""
     rules = rule.rules if isinstance(rule, PerHead) else (rule,)
     return [part.pattern for part in rules if isinstance(part, BlockSparse)]
 
@@ -271,7 +271,7 @@ def _switch(value: object) -> Switch:
 def _staged(
     matrix: Tensor | None, where: tuple[int, tuple[int, int, int]], *, by_row: bool
 ) -> Staging:
-    """How a matrix may come: all its rows at multiples of 16 bytes, or the one row of all."""
+    """Return how a matrix is staged: 16-byte aligned rows, or one broadcast row."""
     if matrix is None:
         return Staging.OFF
     address, (batch, head, row) = where
@@ -283,9 +283,9 @@ def _staged(
 
 
 def stagings(call: Call) -> list[tuple[Staging, Staging]]:
-    """Return how bias and dense mask may come in calls like this, whatever their lengths.
+    """Return the possible stagings of bias and dense mask in calls like this, at all lengths.
 
-    Lengths decide whether rows lie at multiples of 16 bytes.
+    Lengths decide whether rows begin at multiples of 16 bytes.
     """
     dense = parts_of(call.mask).dense
 
@@ -300,7 +300,7 @@ def stagings(call: Call) -> list[tuple[Staging, Staging]]:
 
 
 def _ends_whole(matrix: Tensor) -> bool:
-    """Whether the last 16 bytes that a copy of the last row names are in memory of the tensor."""
+    """Return whether the 16-byte copy that ends the last row stays within the storage."""
     size = matrix.element_size()
     beyond = -matrix.shape[3] * size % 16
     if beyond == 0:
@@ -311,7 +311,7 @@ def _ends_whole(matrix: Tensor) -> bool:
 
 
 def _pattern(rule: Rule, sizes: Sizes) -> tuple[int, ...]:
-    """local_blocks, stride, head_step, head_shift, first_dense, block_log2."""
+    """Return (local_blocks, stride, head_step, head_shift, first_dense, block_log2) of a rule."""
     if isinstance(rule, PerHead):
         if len(rule.rules) not in (sizes.heads, sizes.heads_kv):
             raise InvalidInputError(
@@ -343,7 +343,7 @@ def _pattern(rule: Rule, sizes: Sizes) -> tuple[int, ...]:
 
 
 def _rule(rule: Rule, sizes: Sizes) -> tuple[MaskKind, bool, int, int, int, bool]:
-    """Kind, whether aligned to the bottom right, diagonal, left, keep_first, full_on_decode."""
+    """Return (kind, is bottom-right aligned, diagonal, left, keep_first, full_on_decode)."""
     if isinstance(rule, Full):
         return MaskKind.FULL, False, 0, 0, 0, False
     if isinstance(rule, Causal):

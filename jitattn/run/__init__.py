@@ -1,1 +1,1 @@
-"""A call carried out: outputs, workspace, launches; autograd; operators."""
+"""Executes calls: outputs, workspace, launches, autograd functions, torch operators."""

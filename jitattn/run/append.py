@@ -1,4 +1,4 @@
-"""Appending to a KV cache on the GPU: one launch of the append kernel."""
+"""Appends to a KV cache on the GPU by one launch of the append kernel."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ _plans: Final = KeptPlans()
 
 
 class Append(NamedTuple):
-    """What is to be appended, and where; every tensor is checked."""
+    """The checked arguments of an append: new tokens, cache, lengths and rotary tables."""
 
     k: Tensor  #: [B, num_new, Hkv, D] in the layout of q, or flat as a ragged q
     v: Tensor
     k_cache: Tensor
     v_cache: Tensor
     length: Tensor | int
-    stop: Tensor  #: [B]: written by the append: rows in use afterwards
+    stop: Tensor  #: [B]: cache lengths afterwards, written by the append
     rotary: Rotary | None
-    follows: bool  #: query i is turned by the position of new token i; else all by that of token 0
+    follows: bool  #: rotate query i by new token i's position; else all by token 0's
     layout: str
     q_seqs: Ragged | None
     kv_seqs: Padded | Paged
 
 
 def append_spec(dtype: torch.dtype, rotary: Rotary | None, access: Access, arch: str) -> AppendSpec:
-    """Return the kernel that appends."""
+    """Return the spec of the append kernel."""
     style = RotaryStyle.NONE
     if rotary is not None:
         style = RotaryStyle.INTERLEAVED if rotary.interleaved else RotaryStyle.HALF_SPLIT
@@ -58,7 +58,7 @@ def append_spec(dtype: torch.dtype, rotary: Rotary | None, access: Access, arch:
 
 
 def append_cuda(q: Tensor, turned: Tensor, new: Append) -> None:
-    """Write the new tokens into the cache, the turned queries, and the rows in use afterwards."""
+    """Write new tokens to the cache, rotated queries, and the cache lengths afterwards."""
     check_cuda()
     row, head = axes(new.layout)
     is_flat, is_paged = new.q_seqs is not None, isinstance(new.kv_seqs, Paged)
@@ -81,7 +81,7 @@ def append_cuda(q: Tensor, turned: Tensor, new: Append) -> None:
         units |= batch_step | row_step | head_step
     rotary, of_rotary = new.rotary, None
     if rotary is not None:
-        units |= rotary.cos.shape[1]  # half of the columns that are turned
+        units |= rotary.cos.shape[1]  # half of the rotated columns
     units *= q.element_size()
     for address in addresses.values():
         units |= address
@@ -133,7 +133,7 @@ def append_cuda(q: Tensor, turned: Tensor, new: Append) -> None:
 
 
 def _strides(tensor: Tensor, dimensions: tuple[int | None, int, int]) -> Strides:
-    """Return the strides of these dimensions; 0 where no index passes."""
+    """Return the strides of these dimensions; 0 for size-1 dimensions."""
     shape, stride = tensor.shape, tensor.stride()
     first, row, head = dimensions
     return (

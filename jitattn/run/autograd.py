@@ -1,7 +1,7 @@
-"""Attention on a GPU under autograd: the forward kernel, and the backward kernels when asked.
+"""Autograd functions of the GPU path: forward kernels, and backward kernels on request.
 
-The CPU path needs none of this: it is made of differentiable operations, and gives derivatives of
-every order, and forward mode too.
+The CPU path needs none of this: it consists of differentiable operations, with derivatives of every
+order and forward mode.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ if TYPE_CHECKING:
     from jitattn.request.problem import Call
     from jitattn.values.norm import L2Norm
 
-#: What is added to scores and may have a gradient, as `Scores` names it.
+#: Fields of `Scores` that may have gradients.
 ADDED: Final = ("bias", "relative_bias", "alibi_slopes", "sinks")
 
 
 class _Refused(Function):
-    """Passes gradients on, and refuses to be differentiated."""
+    """An identity on gradients that refuses second-order differentiation."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
-        """Return the first `count` as they are: gradients, before what they depend on."""
+        """Return the first `count` tensors, the gradients; the others are their dependencies."""
         del ctx
         return tuple(gradient.view_as(gradient) for gradient in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # noqa: ANN401
-        """Refuse."""
+        """Refuse second-order differentiation."""
         raise UnsupportedError(NO_SECOND_ORDER)
 
 
 def first_order(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """Let a backward pass run outside of autograd; what it returns refuses to be differentiated.
+    """Run a backward pass without autograd; its results refuse to be differentiated again.
 
-    (torch's own `once_differentiable` does the like, but not where only saved tensors require
+    (torch's `once_differentiable` is similar, but misses the case where only saved tensors require
     gradients, and its error names no way out.)
     """
     compute = outside_autocast(backward)
@@ -72,7 +72,7 @@ def first_order(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple
 
 
 class FirstOrder(Function):
-    """What functions with kernels refuse."""
+    """Base of the kernels' autograd functions: refuses forward mode."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: ANN401 - autograd's
@@ -81,7 +81,7 @@ class FirstOrder(Function):
 
 
 class Attention(FirstOrder):
-    """`attention` as autograd sees it: q, k, v and what is added to scores in, out and LSE out."""
+    """The autograd function of `attention`: q, k, v, biases and sinks in, out and LSE out."""
 
     @staticmethod
     def forward(
@@ -96,7 +96,7 @@ class Attention(FirstOrder):
         call: Call,
         compute: Callable[[], tuple[Tensor, Tensor]],
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Compute out, and the LSE, which is returned if it is asked for."""
+        """Compute out and the LSE; return the LSE on request."""
         out, lse = compute()
         kept = KeptCall(call if call.out is None else call._replace(out=None))
         ctx.save_for_backward(q, k, v, out, lse, *kept.take_tensors())
@@ -111,7 +111,7 @@ class Attention(FirstOrder):
         d_out: Tensor | None,
         d_lse: Tensor | None = None,
     ) -> Any:  # noqa: ANN401
-        """Compute the gradients."""
+        """Compute the first-order gradients."""
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if d_out is None:
             if d_lse is None:
@@ -125,7 +125,7 @@ class Attention(FirstOrder):
 
 
 class Normalize(FirstOrder):
-    """The normalisation of cosine attention: q, k and the scale of each head in, q and k out."""
+    """The autograd function of L2 normalisation: q, k and head_scale in, q and k out."""
 
     @staticmethod
     def forward(
@@ -136,7 +136,7 @@ class Normalize(FirstOrder):
         norm: L2Norm,
         call: Call,
     ) -> tuple[Tensor, Tensor]:
-        """Normalise."""
+        """Normalise q and k."""
         ctx.save_for_backward(q, k, head_scale)
         ctx.groups, ctx.rows = norm.groups, RowOrder.of(call)
         ctx.set_materialize_grads(False)
@@ -145,7 +145,7 @@ class Normalize(FirstOrder):
     @staticmethod
     @first_order
     def backward(ctx: Any, d_q: Tensor | None, d_k: Tensor | None) -> Any:  # noqa: ANN401
-        """Compute the gradients."""
+        """Compute the first-order gradients."""
         q, k, head_scale = ctx.saved_tensors
         wants_scale = ctx.needs_input_grad[2]
         dq, dk, d_scale = normalize.normalized_grad(
@@ -155,9 +155,9 @@ class Normalize(FirstOrder):
 
 
 def apply(function: type[Function], *inputs: object) -> Any:  # noqa: ANN401 - autograd's
-    """Apply a function to tensors that have memory, which those inside a transform have not.
+    """Apply an autograd function to tensors with memory, outside transforms.
 
-    `Function.apply` would look at every tensor for remains of transforms of torch.func first.
+    `Function.apply` would first search every tensor for torch.func transforms.
     """
     if torch._C._are_functorch_transforms_active():
         return function.apply(*inputs)

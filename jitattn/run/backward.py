@@ -1,4 +1,4 @@
-"""The backward pass on a GPU: operands made ready, the plan carried out, gradients returned."""
+"""Executes the backward pass on a GPU: prepares operands, runs the plan, returns gradients."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from jitattn.request.problem import Call, Strides
     from jitattn.request.request import Addresses, Request
 
-#: Largest dS, and dO, that fp16 operands are scaled to, as a power of two.
+#: log2 of the magnitude to which dS and dO are scaled at most, as fp16 operands.
 _LARGEST_FP16_LOG2: Final = 15.0
 
 
 class Gradients(NamedTuple):
-    """Gradients of a call; `None` where nothing was asked for."""
+    """The gradients of a call; None where none was requested."""
 
     dq: Tensor
     dk: Tensor
@@ -45,7 +45,7 @@ class Gradients(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Dimensions of rows and heads in a tensor like q; those of the LSE follow."""
+    """The row and head dimensions of a tensor like q."""
 
     is_flat: bool
     row: int
@@ -53,24 +53,24 @@ class _Rows(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, layout: str) -> _Rows:
-        """Return those of q."""
+        """Return the row and head dimensions of q."""
         if q.dim() == 3:
             return cls(True, 0, 1)
         return cls(False, 1, 2) if layout == "bshd" else cls(False, 2, 1)
 
     def strides(self, tensor: Tensor) -> Strides:
-        """Return (batch, row, head) of a tensor like q."""
+        """Return the (batch, row, head) strides of a tensor like q."""
         stride = tensor.stride()
         return (0 if self.is_flat else stride[0], stride[self.row], stride[self.head])
 
     def by_head(self, tensor: Tensor) -> Strides:
-        """Return (batch, head, row) of a tensor like the LSE."""
+        """Return the (batch, head, row) strides of a tensor like the LSE."""
         stride = tensor.stride()
         return (0 if self.is_flat else stride[0], stride[-2], stride[-1])
 
 
 def settle_overlaps(call: Call) -> None:
-    """Find out whether sequences of keys overlap, once for the life of their value."""
+    """Determine whether key sequences overlap; cached with the sequences value."""
     if call.kv_seqs is not None:
         overlaps(call.kv_seqs)
 
@@ -98,7 +98,7 @@ def run_backward(
     d_lse : Tensor, like `lse`, optional
     call : Call
     wanted : collection of str
-        Which of bias, relative_bias, alibi_slopes and sinks need gradients.
+        Those of bias, relative_bias, alibi_slopes and sinks that need gradients.
 
     Raises
     ------
@@ -148,7 +148,10 @@ def _launch(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
     wanted: Collection[str],
 ) -> dict[str, Tensor]:
-    """Fill dq, dk and dv, and return the other gradients; `tensors`: v, out, lse, d_out, d_lse."""
+    """Compute dq, dk and dv in place, and return the other gradients.
+
+    `tensors` are v, out, lse, d_out and d_lse.
+    """
     v, out, lse, d_out, d_lse = tensors
     dq, dk, dv = found[:3]
     d_out_scale = _scale_of_d_out(dq.dtype, v, d_out, d_lse, call)
@@ -156,7 +159,7 @@ def _launch(
     main = d_out.to(dq.dtype) if d_out_scale is None else (d_out * d_out_scale[0]).to(dq.dtype)
     needs_copy = main.stride(-1) != 1 and main.shape[-1] > 1
     if needs_copy or (request.problem.access is Access.VEC16 and not _is_aligned(main)):
-        main = main.clone(memory_format=torch.contiguous_format)  # contiguous() keeps odd addresses
+        main = main.clone(memory_format=torch.contiguous_format)  # contiguous() keeps addresses
     rows = _Rows.of(dq, call.layout)
     bias, dropout = call.scores.bias, call.scores.dropout
     has_bias = bias is not None and "bias" in wanted
@@ -208,12 +211,12 @@ def _launch(
         for positions in planned.tile_positions
     ]
     buffers = bound.run(addresses, backend.active.stream(index))
-    del lists, used  # until everything that reads them is launched
+    del lists, used  # kept alive until all their readers are launched
     return score_gradients(buffers, call.scores, runtime, planned.bias_differs, wanted)
 
 
 def _in_lines(tensor: Tensor) -> Tensor:
-    """Return a tensor whose rows have no gaps."""
+    """Return a tensor with contiguous rows, copied if necessary."""
     return tensor.contiguous() if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 else tensor
 
 
@@ -225,11 +228,11 @@ def _kv_gradient(name: str, gradient: Tensor, call: Call) -> KvGradient:
 def _scale_of_d_out(
     dtype: torch.dtype, v: Tensor, d_out: Tensor, d_lse: Tensor | None, call: Call
 ) -> Tensor | None:
-    """Return a power of two by which dO and dS fit fp16, and its inverse, on the device.
+    """Return a power-of-two scale by which dO and dS fit fp16, and its inverse, on the device.
 
-    Gradients of fp32 results may be of any size. |dS| is at most |dP| + |delta|, and both products
-    of rows of dO with v, or means of its rows, at most |dO| |v|. Rows that are not finite count for
-    nothing here: they reach the gradients that depend on them in any case.
+    Gradients of fp32 results may have any magnitude. |dS| <= |dP| + |delta|, and both terms are at
+    most |dO| |v|, as products of rows of dO with rows of v or their weighted means. Non-finite rows
+    are ignored here: they reach the gradients that depend on them in any case.
     """
     if dtype is not torch.float16 or (d_out.dtype is torch.float16 and d_lse is None):
         return None
@@ -249,7 +252,7 @@ def _scale_of_d_out(
 
 
 def _is_aligned(tensor: Tensor) -> bool:
-    """Whether rows begin at multiples of 16 bytes, and end there."""
+    """Return whether all rows begin and end at multiples of 16 bytes."""
     units = tensor.data_ptr() | tensor.shape[-1] * tensor.element_size()
     for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
         if size > 1:
@@ -258,9 +261,9 @@ def _is_aligned(tensor: Tensor) -> bool:
 
 
 def _entries(gradient: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Return the places of a block table in the order of their pages, and where each page begins.
+    """Sort the places of a block table by page, and return them with each page's first place.
 
-    Places that no key of their sequence is in come last, behind all pages.
+    Places beyond the keys of their sequence come last, behind all pages.
     """
     seqs, num_pages = call.kv_seqs, gradient.shape[0]
     if isinstance(seqs, Paged):

@@ -1,4 +1,4 @@
-"""A plan carried out on a device: buffers allocated, kernels launched in the current stream."""
+"""Executes plans on a device: allocates buffers, launches kernels in the current stream."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _DTYPES: Final = {
 
 
 class LoadedDevice:
-    """Facts of a GPU that plans depend on, kernels that are loaded on it among them."""
+    """The `Device` of plans: GPU properties, and occupancy of kernels loaded on it."""
 
     __slots__ = ("_num_sms", "arch", "index")
 
@@ -43,7 +43,7 @@ class LoadedDevice:
         self.index, self.arch, self._num_sms = index, here.arch, here.num_sms
 
     def slots(self, spec: KernelSpec) -> int:
-        """CTAs of a kernel that the GPU holds at a time; loads the kernel if need be.
+        """Return the CTAs of a kernel that fit the GPU at once; loads the kernel if necessary.
 
         Raises
         ------
@@ -54,7 +54,7 @@ class LoadedDevice:
 
 
 class _Made(NamedTuple):
-    """A buffer of a plan, allocated anew for every run."""
+    """A workspace buffer of a plan, allocated at every run."""
 
     name: str
     pattern: torch.Tensor
@@ -62,10 +62,10 @@ class _Made(NamedTuple):
 
 
 class BoundPlan:
-    """A plan with its kernels loaded on a device, and all their constant arguments packed.
+    """A plan with its kernels loaded on a device, and their constant arguments packed.
 
-    A run looks up each launch's values by key in one dictionary: operands and buffers by name,
-    places with an offset by themselves, and constant bytes by themselves too.
+    A run looks up each launch's values in one dictionary: operands and buffers by name, places with
+    an offset by the place, and constant bytes by the bytes.
     """
 
     __slots__ = ("_buffers", "_constants", "_derived", "_index", "_num_counters", "_steps")
@@ -97,7 +97,7 @@ class BoundPlan:
         self._derived = tuple(derived)
 
     def with_values(self, values: dict[str, int]) -> BoundPlan:
-        """Return the same plan, with some of its operands known."""
+        """Return the plan with some of its operands bound to values."""
         other = BoundPlan.__new__(BoundPlan)
         other._index, other._num_counters = self._index, self._num_counters
         other._buffers, other._steps, other._derived = self._buffers, self._steps, self._derived
@@ -105,7 +105,7 @@ class BoundPlan:
         return other
 
     def run(self, addresses: Addresses, stream: int) -> dict[str, torch.Tensor]:
-        """Launch every step in a raw CUDA stream, which is the current one of the device.
+        """Launch all steps in a raw CUDA stream, the device's current one.
 
         Parameters
         ----------
@@ -135,7 +135,7 @@ class BoundPlan:
 
 
 class KeptPlans:
-    """Plans of a function of the package by what decides them, bound on their devices."""
+    """A cache of bound plans by device and by the facts that determine them."""
 
     def __init__(self) -> None:
         self._bound: dict[tuple[Hashable, ...], BoundPlan] = {}
@@ -148,7 +148,7 @@ class KeptPlans:
         addresses: Addresses,
         device_index: int,
     ) -> None:
-        """Run the plan of these facts in the current stream of a device; `make` returns a new one.
+        """Run the plan of these facts in the device's current stream, making it on first use.
 
         Parameters
         ----------
@@ -185,7 +185,7 @@ def add_block_lists(
     tile_positions: int,
     like: torch.device,
 ) -> block_lists.BlockLists:
-    """Add the arguments of block lists to the operands of a plan, and return the lists.
+    """Add the block-list arguments to the operands of a plan, and return the lists.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The forward pass: a request, its plan, its result."""
+"""Executes the forward pass: request, plan, launch, result."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ _MOST_SHARED: Final = 1024
 
 
 class _Ready(NamedTuple):
-    """What a request needs at every call: its plan, and patterns of its results."""
+    """Per-request state of a warm call: the bound plan, and patterns of its results."""
 
     out: Tensor
-    num_zeroed: int  #: bytes of it: where some rows may belong to no sequence, all
-    lse: Tensor | None  #: None: it is not asked for
+    num_zeroed: int  #: bytes; all if some rows may belong to no sequence
+    lse: Tensor | None  #: None: not requested
     bound: BoundPlan | None  #: None: there are no rows
     longest_listed: int
     tile_positions: int
@@ -61,7 +61,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | tuple[Tensor, T
 def run_request(
     q: Tensor, k: Tensor, v: Tensor, request: Request, addresses: Addresses, call: Call
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute a call that was checked."""
+    """Compute the call of a validated request."""
     scores = call.scores
     if scores is not NO_CHANGES and (norm := scores.qk_norm) is not None and norm.normalize:
         if not q.is_cuda:
@@ -89,9 +89,9 @@ def run_request(
 def _run_followed(
     q: Tensor, k: Tensor, v: Tensor, request: Request, addresses: Addresses, call: Call
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute a call under autograd."""
+    """Compute the call of a validated request under autograd."""
     settle_overlaps(call)
-    if not call.deterministic and is_deterministic(call):  # torch's own switch, as it is now
+    if not call.deterministic and is_deterministic(call):  # torch's global switch may have changed
         call = call._replace(deterministic=True)
 
     def compute() -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ def _cosine_on_cpu(
 def _run_cuda(
     q: Tensor, request: Request, addresses: Addresses, call: Call, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if not request.plans:  # in a forked child none is known
+    if not request.plans:  # true in a forked child as well
         check_cuda()
     device_index = q.get_device()
     if device_index == backend.active.current_device():
@@ -141,7 +141,7 @@ def _attend(
     return_lse: bool,
     device_index: int,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Run the plan of a request, on the current device."""
+    """Allocate the results of a request and run its plan on the current device."""
     ready: _Ready | None = request.plans.get(return_lse)
     if ready is None:
         ready = _make_ready(q, request, call, return_lse, device_index)
@@ -166,7 +166,7 @@ def _attend(
             rule = parts_of(call.mask).rule
             made = add_block_lists(addresses, rule, heads, longest, positions, q.device)
         buffers = bound.run(addresses, stream)
-        del made  # until everything that reads them is launched
+        del made  # kept alive until all their readers are launched
         if along_mean and lse is not None:
             lse.add_(buffers[along_mean].view(lse.shape), alpha=request.runtime.scale)
     return out if lse is None else (out, lse)
@@ -177,7 +177,7 @@ def _make_ready(
 ) -> _Ready:
     shape = (*q.shape[:-1], request.problem.head_dim_v)
     out = workspace.pattern(shape, call.out_dtype or q.dtype, q.device)
-    # Rows that belong to no sequence are written by no kernel.
+    # No kernel writes rows that belong to no sequence.
     is_sparse = request.problem.q_layout is not SeqLayout.BATCHED
     num_zeroed = out.numel() * out.element_size() if is_sparse else 0
     lse = None
@@ -202,7 +202,7 @@ def _bound_plan(
     like: torch.device,
     device_index: int,
 ) -> tuple[BoundPlan, Forward]:
-    """Return the plan of a call, given the strides of its results; it may be one of other calls."""
+    """Return the bound plan of a call, given its result strides; other calls may share it."""
     out_strides: Strides
     lse_strides = None
     if request.runtime.q_is_flat:
@@ -236,7 +236,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def lse_shape(q: Tensor, runtime: Runtime) -> tuple[int, ...]:
-    """Return the shape of the LSE: [B, Hq, Lq], or [Hq, total] where q is flat."""
+    """Return the shape of the LSE: [B, Hq, Lq], or [Hq, total] for a flat q."""
     if runtime.indices is None:
         return runtime.batch, runtime.heads_q, runtime.len_q
     if runtime.q_is_flat:
@@ -246,7 +246,7 @@ def lse_shape(q: Tensor, runtime: Runtime) -> tuple[int, ...]:
 
 
 def is_followed(*tensors: Tensor | None) -> bool:
-    """Whether autograd follows an operation on these tensors.
+    """Return whether autograd records an operation on these tensors.
 
     Raises
     ------
@@ -261,7 +261,7 @@ def is_followed(*tensors: Tensor | None) -> bool:
 
 
 def has_duals(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a tensor is a dual number of forward mode, whose tangent a kernel would drop."""
+    """Return whether a tensor is a forward-mode dual, whose tangent a kernel would drop."""
     return forward_ad._current_level >= 0 and any(
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
         for tensor in tensors
@@ -269,7 +269,7 @@ def has_duals(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def check_cuda() -> None:
-    """Refuse a process that cannot use its GPU."""
+    """Refuse a forked process, whose CUDA context is unusable."""
     if backend.active.is_in_bad_fork():
         raise LaunchError(
             "this process was forked from one that had used CUDA, which does not survive that; "
@@ -282,7 +282,7 @@ backend.on_change(_shared.clear)
 
 
 def forget_kernels() -> None:
-    """Forget which kernels calls have got: in a forked child, and in tests."""
+    """Clear all cached plans: in a forked child, and in tests."""
     forget_requests()
     _shared.clear()
     launch.unload_all()

@@ -1,8 +1,9 @@
-"""Calls that are not launched at once: traced, watched, transformed, or of tensors without memory.
+"""Dispatches calls that cannot launch kernels directly: traced, transformed, or placeholders.
 
-They go through the operators (operators.py, kvcache_operators.py), which tracers, dispatch modes,
-meta and fake tensors know, or, inside a transform of torch.func on a GPU, through transforms.py. On
-the CPU the usual path is one of operators that all of these know, and is taken where it can be.
+They go through the torch operators (operators.py, kvcache_operators.py), which tracers, dispatch
+modes, meta and fake tensors support, or, inside a torch.func transform on a GPU, through
+transforms.py. The CPU path consists of operators that all of these support, and is taken where
+possible.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ is_tracing: Final[Callable[[], bool]] = torch._C._is_tracing  #: by torch.jit.tr
 
 
 def is_watched() -> bool:
-    """Whether a tracer or a dispatch mode looks on, to which a launch shows nothing."""
+    """Return whether a tracer or dispatch mode is active, which would miss a kernel launch."""
     return num_dispatch_modes() > 0 or is_tracing()
 
 
 def attention_indirectly(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Any:  # noqa: ANN401
-    """Compute `attention` on torch tensors that are not plain, or while somebody looks on.
+    """Compute `attention` on tensors that are not plain, or under a tracer or dispatch mode.
 
     Raises
     ------
@@ -65,7 +66,7 @@ def attention_indirectly(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Any:  #
         return _asked_for(attention_in_transform(q, k, v, encode(call)), call)
     if way is _Way.SHAPES:
         with disable_proxy_modes_tracing():
-            parse_any(q, k, v, call)  # the operator refuses nothing
+            parse_any(q, k, v, call)  # the operator itself does not validate
     results = torch.ops.jitattn.attention(q, k, v, *encode(call))
     return _asked_for(_into_out(results, call, (q, k, v), way), call)
 
@@ -73,7 +74,7 @@ def attention_indirectly(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Any:  #
 def kvcache_indirectly(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: KvCache, call: Call
 ) -> Any:  # noqa: ANN401
-    """Compute `attention_with_kvcache` likewise.
+    """Compute `attention_with_kvcache` under the same conditions.
 
     Raises
     ------
@@ -99,17 +100,17 @@ def kvcache_indirectly(
 
 
 class _Way(enum.Enum):
-    """How a call is computed."""
+    """The execution path of a call."""
 
-    USUAL = enum.auto()  #: as any
-    TRANSFORM = enum.auto()  #: by functions that torch.func can take apart
+    USUAL = enum.auto()  #: the eager path
+    TRANSFORM = enum.auto()  #: by autograd functions that torch.func can transform
     SHAPES = enum.auto()  #: by the operator, on placeholders
-    SYMBOLS = enum.auto()  #: likewise, of sizes that are not known
+    SYMBOLS = enum.auto()  #: by the operator, on placeholders with symbolic sizes
     VALUES = enum.auto()  #: by the operator, on tensors with values
 
     @classmethod
     def of(cls, q: Tensor, others: Sequence[Tensor]) -> _Way:
-        """Return the way of a call that these tensors take part in."""
+        """Return the execution path of a call with these tensors."""
         tensors = [q, *others]
         is_symbolic = is_tracing() or has_symbols(tensors)
         is_usual = not (q.is_cuda or is_symbolic)  # on the CPU
@@ -125,7 +126,7 @@ class _Way(enum.Enum):
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
-    """Refuse what cannot even be written down for an operator."""
+    """Refuse arguments that cannot be encoded for an operator."""
     problem.check_alike(q, k, v)
     problem.axes(call.layout)
     problem.check_mask(call.mask)
@@ -137,7 +138,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
 
 
 def _indices(call: Call) -> list[Tensor]:
-    """Return the tensors that say where sequences lie."""
+    """Return the index tensors of the sequences."""
     found = []
     for seqs in (call.q_seqs, call.kv_seqs):
         names = ("start", "stop", "batch_idx", "block_table")
@@ -148,7 +149,7 @@ def _indices(call: Call) -> list[Tensor]:
 def _into_out(
     results: tuple[Tensor, Tensor], call: Call, inputs: tuple[Tensor, Tensor, Tensor], way: _Way
 ) -> tuple[Tensor, Tensor]:
-    """Write the result of an operator where the caller wants it."""
+    """Copy the result of an operator into `out` if it is given."""
     result, lse = results
     if call.out is None:
         return result, lse

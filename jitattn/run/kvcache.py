@@ -1,4 +1,4 @@
-"""A call on a KV cache: what it may be given, appending, and attending."""
+"""Executes calls on a KV cache: validates arguments, appends, and attends."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class KvCache(NamedTuple):
-    """Arguments of `attention_with_kvcache` that `attention` has not."""
+    """The arguments of `attention_with_kvcache` beside those of `attention`."""
 
     k: Tensor | None
     v: Tensor | None
@@ -47,7 +47,7 @@ class KvCache(NamedTuple):
 def check_kinds(
     q: object, k_cache: object, v_cache: object, cache: KvCache, q_seqs: object
 ) -> None:
-    """Check what kinds of arguments a call was given, and that none wants a gradient.
+    """Check the types of a call's arguments, and that none requires a gradient.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def check_kinds(
 
 
 def checked_length(length: object) -> int:
-    """Return a number of rows as an int; refuse what is none.
+    """Return a row count as an int; refuse other values.
 
     Raises
     ------
@@ -103,9 +103,9 @@ def checked_length(length: object) -> int:
 
 
 class Prepared(NamedTuple):
-    """A call that is checked, with what it is made of."""
+    """A validated call, with the derived arguments of append and attention."""
 
-    turned: Tensor  #: q, or where the turned q goes
+    turned: Tensor  #: q, or the buffer for the rotated q
     new: Append | None  #: None: nothing is appended
     call: Call
     request: Request
@@ -143,7 +143,7 @@ def run_with_kvcache(
 def prepare_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: KvCache, call: Call
 ) -> Prepared:
-    """Check a call, and make what it needs beside its tensors; nothing is written yet.
+    """Validate a call and derive its further arguments; writes nothing.
 
     Raises
     ------
@@ -162,7 +162,7 @@ def prepare_with_kvcache(
             "batch_idx and block_table are both given: with pages, the table says where the keys "
             "of each sequence are; index its rows instead"
         )
-    q_seqs = call.q_seqs if isinstance(call.q_seqs, Ragged) else None  # nothing else is taken
+    q_seqs = call.q_seqs if isinstance(call.q_seqs, Ragged) else None  # other kinds are refused
     max_length = cache.max_length
     batch = shape_q[0] if q_seqs is None else q_seqs.batch
     num_new = 0
@@ -211,7 +211,7 @@ def _stop(
     is_appended: bool,
     like: Tensor,
 ) -> Tensor:
-    """Return where the rows in use after the call will stand, [B]; or stand already."""
+    """Return the tensor of cache lengths after the call, [B]: a new one, or the given one."""
     if isinstance(length, Tensor):
         check_index("length", length, 1)
         if len(length) != batch or length.device != like.device:
@@ -228,12 +228,12 @@ def _stop(
 
 
 def _check_new(q: Tensor, new: Append, num_new: int) -> bool:
-    """Check the new tokens against q and the cache, and the tables against both.
+    """Check new tokens against q and the cache, and rotary tables against both.
 
     Returns
     -------
     bool
-        Whether all of them have memory.
+        True if all of them have memory.
     """
     addresses = []
     row, head = checks.axes(new.layout)
@@ -287,7 +287,7 @@ def _check_new(q: Tensor, new: Append, num_new: int) -> bool:
 
 
 def _room(kv_seqs: KvSequences, k_cache: Tensor, layout: str) -> int:
-    """Return how many rows a sequence may have in the cache."""
+    """Return the cache capacity of a sequence, in rows."""
     if isinstance(kv_seqs, Paged):
         return kv_seqs.block_table.shape[1] * k_cache.shape[1]
     return k_cache.shape[checks.axes(layout)[0]]

@@ -1,4 +1,4 @@
-"""`attention_with_kvcache` as an operator of torch.library, for `torch.compile`.
+"""Registers `attention_with_kvcache` as a torch.library operator, for `torch.compile`.
 
 ``jitattn::attention_with_kvcache`` writes to the cache. Beside q and the caches it takes the call
 as ``jitattn::attention`` does (operator_encoding.py), and the other arguments behind it.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def encode_with_kvcache(cache: KvCache, call: Call) -> Encoded:
-    """Take a call apart; `torch.compile` traces this."""
+    """Encode a call as operator arguments; `torch.compile` traces this."""
     writer = encoder(call)
     length, rotary = cache.length, cache.rotary
     writer.integer(length if isinstance(length, int) else None)
@@ -46,7 +46,7 @@ def encode_with_kvcache(cache: KvCache, call: Call) -> Encoded:
 def call_kvcache_operator(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: KvCache, call: Call
 ) -> Any:  # noqa: ANN401 - Tensor or (Tensor, Tensor)
-    """Call the operator: Tensor, or two with the LSE.
+    """Call the operator, and return the output, with the LSE on request.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Results over disjoint sets of keys merged on a GPU, and the gradients of that."""
+"""Merges results over disjoint sets of keys on a GPU, with gradients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def merge_on_gpu(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[T
 
 
 class Merge(FirstOrder):
-    """A merge as autograd sees it: parts and their LSEs in, out and LSE out."""
+    """The autograd function of a merge: parts and their LSEs in, out and LSE out."""
 
     @staticmethod
     def forward(
@@ -40,7 +40,7 @@ class Merge(FirstOrder):
         lses: Tensor,
         out_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """Merge."""
+        """Merge the parts."""
         out, lse = _merge(parts, lses, out_dtype)
         ctx.save_for_backward(parts, lses, out, lse)
         ctx.set_materialize_grads(False)
@@ -49,7 +49,7 @@ class Merge(FirstOrder):
     @staticmethod
     @first_order
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:  # noqa: ANN401
-        """Compute the gradients."""
+        """Compute the gradients of parts and LSEs."""
         parts, lses, out, lse = ctx.saved_tensors
         if d_out is None:
             if d_lse is None:
@@ -92,7 +92,7 @@ def _merge(parts: Tensor, lses: Tensor, out_dtype: torch.dtype) -> tuple[Tensor,
 def _merge_gradient(
     parts: Tensor, lses: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of parts and LSEs, as those are shaped."""
+    """Return the gradients of parts and LSEs, in their shapes."""
     num_parts, batch, len_q, heads, dim = parts.shape
     parts = _in_lines(parts)
     d_out = readable("the gradient of out", d_out)
@@ -129,7 +129,7 @@ def _merge_gradient(
 
 
 def _in_lines(parts: Tensor) -> Tensor:
-    """Return parts whose rows have no gaps."""
+    """Return parts with contiguous rows, copied if necessary."""
     return parts.contiguous() if parts.stride(4) != 1 and parts.shape[4] > 1 else parts
 
 

@@ -1,4 +1,4 @@
-"""q and k normalised on the GPU for cosine attention, and the gradients of that."""
+"""Normalises q and k on the GPU for cosine attention, with gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _plans: Final = KeptPlans()
 
 
 def normalized(q: Tensor, k: Tensor, norm: L2Norm, call: Call) -> tuple[Tensor, Tensor]:
-    """Return contiguous normalised copies of q and k, in their dtype: one launch."""
+    """Return contiguous normalised copies of q and k, by one launch."""
     q_out, k_out = like_normalized(q, k)
     rows, groups = RowOrder.of(call), norm.groups
     scale = None if norm.head_scale is None else norm.head_scale.contiguous()
@@ -62,7 +62,7 @@ def normalized_grad(
     *,
     wants_scale: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of q, of k and, if wanted, of head_scale: a launch for each tensor."""
+    """Return the gradients of q, k and, on request, head_scale, by one launch for q and for k."""
     (q, k), (d_q, d_k) = inputs, gradients
     of_q, of_k = _sides(q, k, rows, groups)
     d_scale = torch.zeros_like(head_scale) if head_scale is not None and wants_scale else None
@@ -87,7 +87,7 @@ def _gradient(
     scale: Tensor | None,
     along: Tensor | None,
 ) -> Tensor:
-    """Return the gradient of q or of k; `along` gets what it adds to that of `scale`."""
+    """Return the gradient of q or k; `along` receives the row terms of the gradient of `scale`."""
     d_y = readable("the gradient of a normalised tensor", d_y).to(x.dtype).contiguous()
     dx = torch.empty_like(d_y)
     if not side.num_slices:
@@ -118,13 +118,13 @@ def _gradient(
 
 
 def like_normalized(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Return new tensors for normalised q and k."""
+    """Allocate tensors for normalised q and k."""
     dense = torch.contiguous_format
     return torch.empty_like(q, memory_format=dense), torch.empty_like(k, memory_format=dense)
 
 
 def norm_spec(q: Tensor, k: Tensor, norm: L2Norm, call: Call, arch: str) -> NormSpec:
-    """Return the kernel that normalises q and k."""
+    """Return the spec of the kernel that normalises q and k."""
     of_q, of_k = (side.strides for side in _sides(q, k, RowOrder.of(call), norm.groups))
     units = q.shape[-1] | of_q[0] | of_q[1] | of_q[2] | of_k[0] | of_k[1] | of_k[2]
     aligned = (q.data_ptr() | k.data_ptr() | units * q.element_size()) & 15 == 0
@@ -138,7 +138,7 @@ def norm_spec(q: Tensor, k: Tensor, norm: L2Norm, call: Call, arch: str) -> Norm
 
 
 def norm_grad_specs(spec: NormSpec) -> list[NormGradSpec]:
-    """Return the kernels that the gradient of a normalisation can need."""
+    """Return the kernels that the gradient of a normalisation may need."""
     return [
         NormGradSpec(
             dtype=spec.dtype,
@@ -156,7 +156,7 @@ def _sides(q: Tensor, k: Tensor, rows: RowOrder, groups: int) -> tuple[Side, Sid
 
 
 def _side(tensor: Tensor, is_flat: bool, groups: int) -> Side:
-    """Return the inner sizes of a tensor: copies keep the order of its dimensions."""
+    """Return the sizes and strides of a tensor; copies keep the order of its dimensions."""
     stride, shape = tensor.stride(), tensor.shape
     num_slices = tensor.numel() // shape[-1] * groups
     if is_flat:

@@ -1,4 +1,4 @@
-"""A call of attention as tensors, integers and numbers, which is what operators take, and back."""
+"""Encodes a call of `attention` as tensors, integers and floats for operators, and decodes it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DTYPES: Final = (None, torch.float16, torch.bfloat16, torch.float32, torch.float
 
 
 class Encoded(NamedTuple):
-    """A call beside q, k and v."""
+    """The encoded arguments of a call beside q, k and v."""
 
     tensors: list[Tensor]
     ints: list[int]
@@ -45,10 +45,10 @@ class Encoded(NamedTuple):
 
 
 class KeptCall:
-    """A call as an autograd context keeps it: without its tensors, which autograd is to save.
+    """A call in an autograd context, separated from its tensors, which autograd saves.
 
-    Tensors of masks, sequences, scores and dropout are read again by the backward pass: autograd
-    must know of them, to notice writes and to let its hooks move them.
+    The backward pass reads the tensors of masks, sequences, scores and dropout again: saved by
+    autograd, they are checked for writes, and saved-tensor hooks can move them.
     """
 
     __slots__ = ("_call", "_floats", "_ints", "tensors")
@@ -61,12 +61,12 @@ class KeptCall:
             self.tensors, self._call = tuple(tensors), None
 
     def take_tensors(self) -> tuple[Tensor, ...]:
-        """Return the tensors to save, and let go of them."""
+        """Return the tensors to save, dropping the references to them."""
         tensors, self.tensors = self.tensors, ()
         return tensors
 
     def call_with(self, tensors: Sequence[Tensor]) -> Call:
-        """Return the call, given the tensors that were saved."""
+        """Rebuild the call from the saved tensors."""
         if self._call is not None:
             return self._call
         return decode(list(tensors), self._ints, self._floats)
@@ -79,15 +79,15 @@ def _is_without_tensors(call: Call) -> bool:
 
 
 class Writer:
-    """Takes a call apart, in the order in which `Reader` puts it together."""
+    """Serializes the fields of a call, in the order in which `Reader` reads them."""
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self.ints: list[int] = []
-        self.floats: list[float] = [0.0]  # autograd takes an empty list for one of tensors
+        self.floats: list[float] = [0.0]  # autograd mistakes an empty list for tensors
 
     def encoded(self) -> Encoded:
-        """Return what was written."""
+        """Return the encoded fields."""
         return Encoded(self.tensors, self.ints, self.floats)
 
     def tensor(self, value: Tensor | None) -> None:
@@ -109,7 +109,7 @@ class Writer:
             self.floats.append(float(value))
 
     def rule(self, rule: Rule) -> None:
-        """Write a mask of positions or a pattern."""
+        """Write a positional mask or a pattern."""
         if isinstance(rule, Full):
             self.integer(0)
         elif isinstance(rule, Causal):
@@ -146,7 +146,7 @@ class Writer:
                 self.rule(part)
 
     def sequences(self, seqs: Any) -> None:  # noqa: ANN401 - one of three, or None
-        """Write where sequences lie."""
+        """Write a sequences value, or None."""
         if seqs is None:
             self.integer(0)
             return
@@ -165,7 +165,7 @@ class Writer:
 
 
 class Reader:
-    """Puts a call together again."""
+    """Deserializes the fields of a call."""
 
     def __init__(self, tensors: list[Tensor], ints: list[int], floats: list[float]) -> None:
         self._tensors, self._ints, self._floats = tensors, iter(ints), iter(floats[1:])
@@ -185,7 +185,7 @@ class Reader:
         return next(self._floats) if self.integer() else None
 
     def rule(self) -> Any:  # noqa: ANN401 - a rule
-        """Read a mask of positions or a pattern."""
+        """Read a positional mask or a pattern."""
         kind = self.integer()
         if kind == 0:
             return Full()
@@ -212,7 +212,7 @@ class Reader:
         return PerHead([self.rule() for _ in range(self.integer())])
 
     def sequences(self) -> Any:  # noqa: ANN401 - one of three, or None
-        """Read where sequences lie."""
+        """Read a sequences value, or None."""
         kind = self.integer()
         if kind == 0:
             return None
@@ -230,15 +230,15 @@ class Reader:
 
 
 def encode(call: Call) -> Encoded:
-    """Take a call apart; `torch.compile` traces this."""
+    """Encode a call as operator arguments; `torch.compile` traces this."""
     return encoder(call).encoded()
 
 
 def encoder(call: Call) -> Writer:
-    """Take a call apart, with room for more."""
-    axes(call.layout)  # refuses what is none
+    """Encode a call, and return the writer for further fields."""
+    axes(call.layout)  # raises for an unknown layout
     writer = Writer()
-    # First what shapes depend on.
+    # First the fields that result shapes depend on.
     writer.integer(LAYOUTS.index(call.layout))
     writer.integer(DTYPES.index(call.out_dtype))
     parts = parts_of(call.mask)
@@ -267,12 +267,12 @@ def encoder(call: Call) -> Writer:
 
 
 def decode(tensors: list[Tensor], ints: list[int], floats: list[float]) -> Call:
-    """Put a call together; it asks for the LSE."""
+    """Decode a call, which then requests the LSE."""
     return read_call(Reader(tensors, ints, floats))
 
 
 def read_call(reader: Reader) -> Call:
-    """Put a call together, and leave what comes after it."""
+    """Decode a call, and leave the fields that follow it."""
     layout, out_dtype = LAYOUTS[reader.integer()], DTYPES[reader.integer()]
     rule, padding, dense = reader.rule(), reader.tensor(), reader.tensor()
     mask: Mask = rule

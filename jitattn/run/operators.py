@@ -1,9 +1,8 @@
-"""Attention as operators of torch.library: what `torch.compile` and `torch.export` see of a call.
+"""Registers `attention` as torch.library operators, for `torch.compile` and `torch.export`.
 
-``jitattn::attention`` and ``jitattn::attention_backward`` take tensors, and everything else of a
-call as integers and numbers (operator_encoding.py). Their fake implementations say shapes only; the
-real ones decode the call and take the usual way down. Eager calls do not come here: they need no
-operator.
+``jitattn::attention`` and ``jitattn::attention_backward`` take tensors, and the other arguments of
+a call as integers and floats (operator_encoding.py). Their fake implementations return shapes only;
+the real ones decode the call and run it as an eager call. Eager calls bypass the operators.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ if TYPE_CHECKING:
 
     from jitattn.request.problem import Call
 
-#: Whether torch.compile follows the question whether a transform is active.
+#: Whether torch.compile can trace the check for an active transform.
 _TRACES_TRANSFORMS: Final = TorchVersion(torch.__version__) >= "2.9"
-#: What may have a gradient beside q, k and v, as `Scores` names it.
+#: Fields of `Scores` that may have gradients beside q, k and v.
 _ADDED: Final = ("bias", "relative_bias", "alibi_slopes", "sinks")
 
 
 def refuse_in_graph(call: Call) -> None:
-    """Refuse a call in a graph of `torch.compile` that an operator cannot have.
+    """Refuse a call in a `torch.compile` graph that the operators do not support.
 
     Raises
     ------
@@ -52,12 +51,12 @@ def refuse_in_graph(call: Call) -> None:
 
 
 def call_operator(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Any:  # noqa: ANN401
-    """Call the operator: Tensor, or two with the LSE.
+    """Call the operator, and return the output, with the LSE on request.
 
     Raises
     ------
     UnsupportedError
-        An operator cannot have the call.
+        The operator does not support the call.
     """
     refuse_in_graph(call)
     tensors, ints, floats = encode(call)
@@ -88,7 +87,7 @@ def _attention_fake(
 
 
 def fake_results(q: Tensor, v: Tensor, ints: list[int]) -> tuple[Tensor, Tensor]:
-    """Return out and LSE as far as shapes go; `ints` begins as `encoder` has it."""
+    """Return fake out and LSE; `ints` begins with the shape fields written by `encoder`."""
     out_dtype = DTYPES[ints[1]]
     if q.dim() == 3:
         shape: tuple[Any, ...] = (q.shape[1], q.shape[0])
@@ -123,7 +122,7 @@ def _attention_backward(
         found = run_backward(q, k, v, out, lse, d_out, d_lse, call, of_names)._asdict()
         more = [found[names[idx]].to(tensors[idx].dtype) for idx in wanted]
         return [found["dq"], found["dk"], found["dv"], *more]
-    # Through the usual way down, under autograd: on the CPU, and through a normalisation.
+    # By autograd through the eager path: on the CPU, and through a normalisation.
     with _autograd_at_work(), torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         inner = [x.detach() for x in tensors]
@@ -163,7 +162,7 @@ def _attention_backward_fake(
 
 
 def _places(call: Call, tensors: list[Tensor]) -> dict[str, int]:
-    """Where the tensors that may have gradients are, by name."""
+    """Return the positions of tensors that may have gradients, by name."""
     found = {}
     for name in _ADDED:
         for idx, tensor in enumerate(tensors):
@@ -173,7 +172,7 @@ def _places(call: Call, tensors: list[Tensor]) -> dict[str, int]:
 
 
 def _autograd_at_work() -> Any:  # noqa: ANN401 - a guard of torch
-    """Let autograd follow what an operator does, which torch's dispatcher switches off."""
+    """Enable autograd inside an operator, where torch's dispatcher disables it."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
     for key in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA):
         keys = keys | torch._C.DispatchKeySet(key)
@@ -186,7 +185,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ANN401 
     ctx.save_for_backward(q, k, v, *output, *tensors)
     ctx.ints, ctx.floats = ints, floats
     ctx.num_tensors = len(tensors)
-    ctx.set_materialize_grads(False)  # its zeros are real, also where all else is fake
+    ctx.set_materialize_grads(False)  # it would make real zeros among fake tensors
 
 
 def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:  # noqa: ANN401

@@ -1,4 +1,4 @@
-"""Rotary position embedding on a GPU: launches of the rotary kernel, and what autograd sees."""
+"""Rotary position embedding on a GPU: kernel launches and the autograd function."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
     from jitattn.plan.step import Plan
 
-#: Place of a part of a tensor: what stands between [ and ].
+#: Index of a part of a tensor, as in x[index].
 Index: TypeAlias = tuple[slice | int, ...]
 _plans: Final = KeptPlans()
 
 
 class Part(NamedTuple):
-    """A part of a tensor that is turned, and the number of the tables that it is turned by."""
+    """A slice of a tensor to rotate, and the index of its cos and sin tables."""
 
     place: Index
     table: int
 
 
 class Rotation(NamedTuple):
-    """A rotation of parts of a tensor, without its tensors."""
+    """The parameters of a rotary embedding, without its tensors."""
 
     parts: tuple[Part, ...]  #: each [B, L, H, D], [B, L, n, H, D] or, ragged, [total, H, D]
     kept: tuple[Index, ...]  #: all others
@@ -48,7 +48,7 @@ class Rotation(NamedTuple):
 
 
 class Rotate(FirstOrder):
-    """A rotation as autograd sees it: linear, with derivatives of every order."""
+    """The autograd function of a rotary embedding: linear, with derivatives of every order."""
 
     @staticmethod
     def forward(
@@ -58,12 +58,12 @@ class Rotate(FirstOrder):
         rotation: Rotation,
         *tables: Tensor,
     ) -> Tensor:
-        """Turn. In place, x itself is returned, and autograd takes that for a view of it."""
+        """Rotate. In place, x itself is returned, which autograd treats as a view of it."""
         return rotate_cuda(x, offsets, cu_seqlens, rotation, *tables)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ANN401 - autograd's
-        """Keep what the gradient needs; that is not x."""
+        """Save the tables and offsets, which the gradient needs; not x."""
         del output
         _, offsets, cu_seqlens, rotation, *tables = inputs
         ctx.save_for_backward(offsets, cu_seqlens, *tables)
@@ -71,7 +71,7 @@ class Rotate(FirstOrder):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Any:  # noqa: ANN401 - autograd's
-        """Turn the gradient back, out of place: others may hold it."""
+        """Rotate the gradient back, out of place: it may be shared."""
         offsets, cu_seqlens, *tables = ctx.saved_tensors
         back = ctx.rotation._replace(back=not ctx.rotation.back, in_place=False)
         dx = rotate_followed(d_out, offsets, cu_seqlens, back, *tables)
@@ -85,7 +85,7 @@ def rotate_followed(
     rotation: Rotation,
     *tables: Tensor,
 ) -> Tensor:
-    """Turn under autograd."""
+    """Apply a rotary embedding under autograd."""
     result: Tensor = Rotate.apply(x, offsets, cu_seqlens, rotation, *tables)  # type: ignore[no-untyped-call]
     return result
 
@@ -97,7 +97,7 @@ def rotate_cuda(
     rotation: Rotation,
     *tables: Tensor,
 ) -> Tensor:
-    """Turn parts of x, in place or into a new tensor: a launch for each; all arguments checked.
+    """Rotate parts of x in place or into a new tensor, one launch each; arguments are checked.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def rotate_cuda(
 def rotary_spec(
     dtype: torch.dtype, table_dtype: torch.dtype, interleaved: bool, access: Access, arch: str
 ) -> RotarySpec:
-    """Return the kernel that turns."""
+    """Return the spec of the rotary kernel."""
     return RotarySpec(
         dtype=DTYPES[dtype],
         table_dtype=DTYPES[table_dtype],
@@ -132,7 +132,7 @@ def rotary_spec(
 
 
 def by_heads(x: Tensor) -> Iterator[Tensor]:
-    """Yield tensors [B, L, H, D] or [total, H, D] over the same memory; mostly one."""
+    """Yield views [B, L, H, D] or [total, H, D] of a part; usually one."""
     if x.dim() < 5:
         yield x
     elif x.shape[2] == 1 or x.stride(2) == x.shape[3] * x.stride(3):
@@ -204,7 +204,7 @@ def _launch(
 
 
 def _access(facts: RotaryFacts, together: int, element: int, table_element: int) -> Access:
-    """Return 16 bytes at a time if every access begins at a multiple of them."""
+    """Return 16-byte access if every address and stride is aligned to it."""
     x, out, half = facts.x_strides, facts.out_strides, facts.table_shape[1]
     units = half if facts.in_place else half | facts.shape[-1]
     units |= x[0] | x[1] | x[2] | out[0] | out[1] | out[2]
@@ -215,7 +215,7 @@ def _access(facts: RotaryFacts, together: int, element: int, table_element: int)
 
 
 def _strides(x: Tensor) -> RowStrides:
-    """Return those of batch, row, head and column; 0 where no index passes."""
+    """Return the (batch, row, head, column) strides; 0 for size-1 dimensions."""
     *outer, row, head, column = x.stride()
     *sizes, rows, heads, columns = x.shape
     return (

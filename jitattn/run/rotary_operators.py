@@ -1,6 +1,6 @@
-"""Rotary position embedding as operators of torch.library, for `torch.compile`.
+"""Registers rotary position embedding as torch.library operators, for `torch.compile`.
 
-``jitattn::apply_rotary`` returns a new tensor and is differentiable in x; what writes to x is
+``jitattn::apply_rotary`` returns a new tensor and is differentiable in x; the in-place operator is
 ``jitattn::apply_rotary_``. Both take one tensor [B, L, H, D] or, with cumulative lengths,
 [total, H, D].
 """
@@ -18,7 +18,7 @@ from jitattn.values.rotary import Rotary
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: All of a tensor, by the first tables.
+#: The whole tensor, rotated by the first tables.
 WHOLE: Final = (Part((), 0),)
 
 

@@ -1,4 +1,4 @@
-"""Gradients of what is added to scores, and of sinks, from what kernels left of them."""
+"""Reduces kernel buffers to the gradients of biases, relative biases, ALiBi slopes and sinks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def score_gradients(
     bias_differs: bool,
     wanted: Collection[str],
 ) -> dict[str, Tensor]:
-    """Return the gradients of what is added to scores.
+    """Return the gradients of score biases and sinks.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def score_gradients(
     scores : Scores
     runtime : Runtime
     bias_differs : bool
-        The gradient of a bias that all sequences share comes for each of them.
+        Whether "d_bias" has one gradient per sequence of a bias that they share.
     wanted : collection of str
     """
     found = {}
@@ -55,14 +55,14 @@ def score_gradients(
 
 
 def _of_relative(sums: Tensor, relative: Tensor, len_kv: int) -> Tensor:
-    """From sums by distance to a table whose first and last entries stand for all beyond."""
+    """Reduce sums by distance to a relative-bias table, whose end entries extend outwards."""
     by_head = sums.sum(0)
     if relative.shape[0] == 1:
         by_head = by_head.sum(0, keepdim=True)
     reach = relative.shape[1] // 2
     if reach == 0:
         return by_head.sum(1, keepdim=True)
-    # Room for every entry on either side: index 0 is distance -len_kv - reach.
+    # Padded to cover every entry: index 0 is distance -len_kv - reach.
     padded = torch.nn.functional.pad(by_head, (reach, reach))
     low, high = len_kv + 1, len_kv + 2 * reach  # after distance -reach, at distance +reach
     return torch.cat(

@@ -1,8 +1,8 @@
-"""`attention` inside transforms of torch.func on a GPU: grad, vjp, jacrev, vmap, and these nested.
+"""Autograd functions for torch.func transforms on a GPU: grad, vjp, jacrev, vmap, and nested ones.
 
-Functions that torch.func can take apart need `setup_context`, for which torch binds arguments by
-name at every call (some 30 us); so only calls inside a transform come here. Their work is done by
-the operators (operators.py). Forward mode and gradients of gradients are for the CPU path.
+Functions that torch.func can transform need `setup_context`, for which torch binds arguments by
+name at every call (some 30 us); so only calls inside a transform come here. The operators
+(operators.py) do the work. Forward mode and second-order gradients need the CPU path.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from jitattn.run.operator_encoding import Encoded
 
-#: Dimension of each input that vmap goes over, None for those that are alike everywhere.
+#: The mapped dimension of each input, None for inputs that are not mapped.
 _Dims: TypeAlias = "Sequence[int | None]"
 
 
@@ -34,7 +34,7 @@ def attention_in_transform(q: Tensor, k: Tensor, v: Tensor, given: Encoded) -> t
 
 
 class _Attention(FirstOrder):
-    """``jitattn::attention`` as torch.func sees it: tensors in, out and LSE out."""
+    """The transformable function of ``jitattn::attention``: tensors in, out and LSE out."""
 
     @staticmethod
     def forward(ints: list[int], floats: list[float], *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,13 +45,13 @@ class _Attention(FirstOrder):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ANN401
-        """Save what the gradient depends on."""
+        """Save the tensors that the gradient depends on."""
         ctx.ints, ctx.floats, *tensors = inputs
         ctx.save_for_backward(*output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Any:  # noqa: ANN401
-        """Compute the gradients."""
+        """Compute the gradients of all tensors."""
         saved = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
         wanted = [idx for idx in range(len(needed) - 3) if needed[3 + idx]]
@@ -69,7 +69,7 @@ class _Attention(FirstOrder):
         floats: list[float],
         *tensors: Tensor,
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """Compute all at once if that is simple, else one after another."""
+        """Compute in one merged batch if possible, else one entry after another."""
 
         def once(*parts: Tensor) -> tuple[Tensor, ...]:
             found: tuple[Tensor, ...] = _Attention.apply(ints, floats, *parts)  # type: ignore[no-untyped-call]
@@ -80,13 +80,13 @@ class _Attention(FirstOrder):
 
 
 class _Backward(FirstOrder):
-    """``jitattn::attention_backward`` likewise; it has no gradient."""
+    """The transformable function of ``jitattn::attention_backward``; it has no gradient."""
 
     @staticmethod
     def forward(
         ints: list[int], floats: list[float], wanted: list[int], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        """Compute the gradients of q, k, v and of the wanted ones of the other tensors."""
+        """Compute the gradients of q, k, v and of the other `wanted` tensors."""
         d_out, d_lse, out, lse, q, k, v, *others = tensors
         found = torch.ops.jitattn.attention_backward(
             d_out, d_lse, q, k, v, out, lse, others, ints, floats, wanted
@@ -99,7 +99,7 @@ class _Backward(FirstOrder):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # noqa: ANN401
-        """Refuse."""
+        """Refuse second-order differentiation."""
         raise UnsupportedError(NO_SECOND_ORDER)
 
     @staticmethod
@@ -111,7 +111,7 @@ class _Backward(FirstOrder):
         wanted: list[int],
         *tensors: Tensor,
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """Compute all at once if that is simple, else one after another."""
+        """Compute in one merged batch if possible, else one entry after another."""
 
         def once(*parts: Tensor) -> tuple[Tensor, ...]:
             found: tuple[Tensor, ...] = _Backward.apply(ints, floats, wanted, *parts)  # type: ignore[no-untyped-call]
@@ -122,7 +122,7 @@ class _Backward(FirstOrder):
 
 
 def _dims(tensors: Sequence[Tensor], in_dims: _Dims) -> list[int]:
-    """Return how many dimensions each tensor has inside the map."""
+    """Return the number of dimensions of each tensor inside the map."""
     return [x.dim() - (dim is not None) for x, dim in zip(tensors, in_dims, strict=True)]
 
 
@@ -133,10 +133,10 @@ def _mapped(
     tensors: Sequence[Tensor],
     is_simple: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Map a function over a dimension of its tensors; results have it in front.
+    """Map a function over a dimension of its tensors; in the results it comes first.
 
-    Simple is where every tensor has a batch of its own in front and the function treats its
-    sequences alike: then the two batches are one.
+    `is_simple`: every tensor has a leading batch dimension whose entries are treated alike, so the
+    mapped dimension is merged into the batch.
     """
     moved = [
         x if dim is None else x.movedim(dim, 0) for x, dim in zip(tensors, in_dims, strict=True)

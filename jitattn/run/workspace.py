@@ -1,9 +1,8 @@
-"""Memory beside operands: patterns for buffers, and counters that are zeroed once, for ever.
+"""Allocates workspace: patterns for buffers, and split-KV arrival counters, reset by the kernel.
 
-A launch that splits keys counts the CTAs that have finished. The last one sets the counter back, so
-that the next launch in the same stream finds zeros again. Launches that may run at the same time
-must not share counters: every stream has its own, and so has every launch that a CUDA graph
-captures, for as long as the process lives.
+A launch that splits keys counts its finished CTAs. The last one resets the counter to zero for the
+next launch in the same stream. Launches that may run concurrently must not share counters: every
+stream has its own, and so has every launch captured in a CUDA graph, for the life of the process.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import torch
 from jitattn.errors import LaunchError
 from jitattn.jit import backend
 
-#: Counters of a stream at first; they grow.
+#: Initial number of counters per stream; it grows on demand.
 _FIRST: Final = 4096
-#: Counters that are kept ready for captures, during which none can be zeroed.
+#: Counters reserved for captures, during which none can be zeroed.
 _FOR_CAPTURES: Final = 1 << 17
 
 _scalars: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
@@ -26,21 +25,21 @@ _for_captures: dict[int, tuple[torch.Tensor, int]] = {}
 
 
 def pattern(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return a tensor of which `torch.empty_like` makes contiguous ones of this shape.
+    """Return a template from which `torch.empty_like` allocates contiguous tensors of this shape.
 
-    It is the cheapest way to allocate at every call: torch need not read sizes and options. All
-    patterns of a dtype are of one number, so they take no memory.
+    This is the cheapest way to allocate at every call: torch need not parse sizes and options. All
+    templates of a dtype expand one element, so they take no memory.
     """
     scalar = _scalars.get((dtype, device))
     if scalar is None:
         scalar = _scalars[dtype, device] = torch.empty((), dtype=dtype, device=device)
     made = scalar.expand(shape)
-    # Of up to one number, torch would take over strides of 0.
+    # With at most one element torch would copy the strides of 0.
     return made if made.numel() > 1 else torch.empty(shape, dtype=dtype, device=device)
 
 
 def arrivals(count: int, device_index: int, stream: int) -> int:
-    """Return the address of `count` counters, all zero, for a launch in a stream.
+    """Return the address of `count` zeroed arrival counters for a launch in a stream.
 
     Raises
     ------
@@ -58,7 +57,7 @@ def arrivals(count: int, device_index: int, stream: int) -> int:
 
 
 def prepare(device_index: int) -> None:
-    """Make counters ready for captures."""
+    """Allocate the counters for graph captures in advance."""
     if device_index not in _for_captures:
         _for_captures[device_index] = (_zeros(_FOR_CAPTURES, device_index), 0)
 
@@ -77,7 +76,7 @@ def _captured(count: int, device_index: int) -> int:
                 "a call that splits its keys is captured before any was made on this device; call "
                 "jitattn.warmup with the same arguments before the capture"
             )
-        # All are given out: zeroed by the graph itself then, at every replay.
+        # The reserve is used up: the graph zeroes new counters at every replay.
         return _zeros(count, device_index).data_ptr()
     _for_captures[device_index] = (counters, used + count)
     return counters.data_ptr() + 4 * used

@@ -1,4 +1,4 @@
-"""Running `jitattn-cache` in this process."""
+"""Runs `jitattn-cache` in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cache of its own for every test, and nothing left in the process."""
+"""Gives every test its own cache, and resets process state afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running a function in forked children: many processes that start at one moment, in milliseconds.
+"""Runs a function in many forked processes that start at once, within milliseconds.
 
 Errors of a child become errors of the test. The children are killed if they outlive the test.
 """

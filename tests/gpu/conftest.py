@@ -1,4 +1,4 @@
-"""Compiling first, in parallel; GPU fixtures."""
+"""Compiles the tests' kernels in parallel beforehand, and defines GPU fixtures."""
 
 from __future__ import annotations
 

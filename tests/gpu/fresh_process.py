@@ -1,4 +1,4 @@
-"""Running code in a new process that uses a cache directory of its own."""
+"""Runs code in a new process with its own cache directory."""
 
 from __future__ import annotations
 

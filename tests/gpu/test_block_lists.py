@@ -1,4 +1,4 @@
-"""Block lists on a GPU: streams, captures, inference mode, many patterns."""
+"""Tests block lists on a GPU: streams, captures, inference mode, many patterns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels from disk, from another process, from the other compiler."""
+"""Tests kernels loaded from disk, from another process, and from the other compiler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The front doors on a GPU, forward and backward."""
+"""Tests the front doors on a GPU, forward and backward."""
 
 from __future__ import annotations
 

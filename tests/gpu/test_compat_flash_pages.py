@@ -1,4 +1,4 @@
-"""FlashAttention's door over pages on the GPU: values and gradients."""
+"""Tests the FlashAttention door over pages on a GPU: values and gradients."""
 
 from __future__ import annotations
 

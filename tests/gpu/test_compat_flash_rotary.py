@@ -1,4 +1,4 @@
-"""The rotary embedding of FlashAttention's door on the GPU, beside the CPU path's."""
+"""Tests the FlashAttention door's rotary embedding on a GPU against the CPU path."""
 
 from __future__ import annotations
 

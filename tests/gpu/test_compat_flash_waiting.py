@@ -1,4 +1,4 @@
-"""FlashAttention's calls on a GPU: none waits for the device, and all can be captured."""
+"""Tests that FlashAttention's calls on a GPU never synchronize and can be captured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same calls on a GPU."""
+"""Tests random calls of the doors on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the readmes of the five systems do, under the names that they import.
+"""Tests the readme examples of the five systems, under the names that they import.
 
 The calls of flash-cosine-sim-attention and fast-ops are in test_compat.py.
 """

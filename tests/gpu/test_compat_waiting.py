@@ -1,4 +1,4 @@
-"""Calls of the doors wait for nothing, and can be captured."""
+"""Tests that calls of the doors never synchronize and can be captured."""
 
 from __future__ import annotations
 

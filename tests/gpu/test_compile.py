@@ -1,4 +1,4 @@
-"""torch.compile on a GPU: one graph, the same results as without, forward and backward."""
+"""Tests torch.compile on a GPU: one graph, same results as eager, forward and backward."""
 
 from __future__ import annotations
 

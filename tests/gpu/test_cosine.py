@@ -1,4 +1,4 @@
-"""Cosine attention on the GPU: norms, the fixed shift, the maximum where no bound is known."""
+"""Tests cosine attention on a GPU: norms, fixed shift, and row maxima without a bound."""
 
 from __future__ import annotations
 

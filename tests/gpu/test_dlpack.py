@@ -1,4 +1,4 @@
-"""Arrays of other libraries come in through DLPack and go back as what they were."""
+"""Tests arrays of other libraries through DLPack, returned as their own type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dropout on the GPU: the mask function's mask is the mask used; seeds; graphs."""
+"""Tests dropout on a GPU: `dropout_mask` against the kernel, seeds, graphs."""
 
 from __future__ import annotations
 

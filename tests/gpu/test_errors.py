@@ -1,4 +1,4 @@
-"""Refusals that only a GPU shows."""
+"""Tests errors that occur on a GPU only."""
 
 from __future__ import annotations
 

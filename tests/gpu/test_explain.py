@@ -1,4 +1,4 @@
-"""`explain` tells what `attention` does."""
+"""Tests that `explain` reports the kernel and launches of `attention`."""
 
 from __future__ import annotations
 

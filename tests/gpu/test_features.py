@@ -1,4 +1,4 @@
-"""Masks, biases and the like on the GPU: random combinations; nothing recompiled."""
+"""Tests random combinations of masks and score modifications on a GPU, without recompiling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forward kernels over the grids: values, LSE, poisoned surroundings."""
+"""Tests the forward kernels over the grids: values, LSE, poisoned surroundings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fp32 inputs at fp32 accuracy."""
+"""Tests fp32 inputs at fp32 accuracy."""
 
 from __future__ import annotations
 

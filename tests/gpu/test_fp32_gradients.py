@@ -1,4 +1,4 @@
-"""Gradients of fp32 inputs as fp16 parts."""
+"""Tests gradients of fp32 inputs split into fp16 parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gears on a GPU: the errors that they promise, on every path, and tiles that are asked for."""
+"""Tests gears on a GPU: guaranteed error bounds on every path, and requested tiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients of scores far from 0, of sinks far above them, and of results in fp32."""
+"""Tests gradients with scores far from 0, sinks far above them, and fp32 results."""
 
 from __future__ import annotations
 

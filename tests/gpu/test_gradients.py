@@ -1,4 +1,4 @@
-"""Gradients on the GPU: random combinations, determinism, memory, refusals."""
+"""Tests gradients on a GPU: random combinations, determinism, memory, errors."""
 
 from __future__ import annotations
 

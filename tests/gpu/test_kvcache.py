@@ -1,4 +1,4 @@
-"""attention_with_kvcache on the GPU: random calls, graphs, tokens for which there is no room."""
+"""Tests attention_with_kvcache on a GPU: random calls, graphs, full caches."""
 
 from __future__ import annotations
 

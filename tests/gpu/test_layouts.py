@@ -1,4 +1,4 @@
-"""Tensors as users have them: strides, alignment, sizes beyond 2**31 elements."""
+"""Tests tensor layouts: strides, alignment, sizes beyond 2**31 elements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`merge` on the GPU, against the CPU path."""
+"""Tests `merge` on a GPU against the CPU path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors without memory, tables of 16 bits, torch's switches: what a launch must not meet."""
+"""Tests placeholders, 16-bit tables, and torch's global switches on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold whatever the numbers are."""
+"""Tests invariants that hold for all inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gear 4 on a GPU: 8-bit q and k, with values, keys and scores of any size."""
+"""Tests gear 4 on a GPU: INT8 q and k, with values, keys and scores of any magnitude."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gear 4 on a GPU: 8-bit q and k of ragged and padded sequences, and of keys in pages."""
+"""Tests gear 4 on a GPU: INT8 q and k of ragged and padded sequences and paged keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients of few keys that many queries see: split over CTAs, and as exact as others."""
+"""Tests gradients of few keys seen by many queries, which are split over CTAs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runtime facts stay out of the spec: nothing compiles when only they change."""
+"""Tests that changes of run-time facts alone never recompile a kernel."""
 
 from __future__ import annotations
 

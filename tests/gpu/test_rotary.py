@@ -1,4 +1,4 @@
-"""apply_rotary on the GPU: random calls, graphs, what is computed without a kernel of ours."""
+"""Tests apply_rotary on a GPU: random calls, graphs, and calls without a kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A write between forward and backward to anything that backward depends on raises, on a GPU."""
+"""Tests that writes to saved tensors between forward and backward raise, on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random layouts of sequences against the reference; decoding in a graph; nothing recompiled."""
+"""Tests random sequence layouts against the reference, and decoding in a graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernel service on a GPU: warming up, archives, forks, and cubins that the driver refuses."""
+"""Tests the kernel service on a GPU: warm-up, archives, forks, and rejected cubins."""
 
 from __future__ import annotations
 

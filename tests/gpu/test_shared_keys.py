@@ -1,4 +1,4 @@
-"""Gradients of keys in pages, and in rows of the batch that sequences name."""
+"""Tests gradients of paged keys, and of batch rows named by `batch_idx`."""
 
 from __future__ import annotations
 

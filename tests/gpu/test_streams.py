@@ -1,4 +1,4 @@
-"""Streams, threads, graphs, devices."""
+"""Tests streams, threads, graphs and devices."""
 
 from __future__ import annotations
 

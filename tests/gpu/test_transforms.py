@@ -1,4 +1,4 @@
-"""Calls on a GPU that are transformed, traced or watched: torch.func, make_fx, jit.trace, modes."""
+"""Tests transformed or traced calls on a GPU: torch.func, make_fx, jit.trace, dispatch modes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels without a GPU: their sources as C++, run on the processor, one CTA after another.
+"""Emulates kernels without a GPU: compiles their sources as C++, and runs CTAs one by one.
 
 Raw PTX is in cuda_src/jitattn/ptx alone; tests/emulator has twins of these files, CUDA's words, and
 threads that wait for each other. Everything else of a kernel, and all of the host's part of a call,

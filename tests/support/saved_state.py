@@ -1,4 +1,4 @@
-"""Calls with tensors that backward reads again, and writes to them in between."""
+"""Calls whose saved tensors are written to between forward and backward."""
 
 from __future__ import annotations
 

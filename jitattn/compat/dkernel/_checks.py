@@ -1,4 +1,4 @@
-"""What calls of the modules refuse before anything is launched."""
+"""Validates the arguments of the modules' calls before any launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NUM_PACKED: Final = 2
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, seq_dim: int | None) -> None:
-    """Check that q, k and v go together."""
+    """Check that the shapes of q, k and v agree."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise InvalidInputError(f"{name} is a {type(x).__name__}: it must be a tensor")
@@ -45,7 +45,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, seq_dim: int | None) -> None:
 
 
 def check_indices(where: tuple[Tensor | None, ...], q: Tensor) -> None:
-    """Check what says where sequences lie."""
+    """Check the index tensors of the sequences."""
     dims = q.dim()
     for idx, index in enumerate(where):
         if index is None:
@@ -66,7 +66,7 @@ def check_indices(where: tuple[Tensor | None, ...], q: Tensor) -> None:
 
 
 def check_paddings(left: Tensor | None, seqlens: Tensor | None, len_kv: int) -> None:
-    """Check the numbers that need not be waited for, those that are not on a GPU."""
+    """Check paddings that are on the host, without synchronizing."""
     here = [x for x in (left, seqlens) if x is not None and not x.is_cuda]
     if not here or torch.compiler.is_compiling():
         return
@@ -85,7 +85,7 @@ def check_paddings(left: Tensor | None, seqlens: Tensor | None, len_kv: int) -> 
 
 
 def check_lse(idx: int, out: Tensor, lse: Tensor, hdim: int) -> None:
-    """Refuse an LSE that is not of this result."""
+    """Refuse an LSE that does not match its output."""
     if out.dim() != 4:
         return
     shape = [len(out), out.shape[hdim], out.shape[3 - hdim]]

@@ -1,4 +1,4 @@
-"""Masks of a module's pattern, each made once for as long as the pattern is the same."""
+"""Caches the masks of a module's pattern for as long as the pattern is unchanged."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from jitattn.values.write_tracking import Snapshot
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: What kernels take; a larger block of a pattern is several.
+#: Largest block of a kernel; larger pattern blocks are split.
 LARGEST_BLOCK: Final = 128
 _MOST_MASKS: Final = 16
 
 
 class KeptMasks:
-    """Masks of patterns in blocks of one size."""
+    """A cache of pattern masks with one block size."""
 
     def __init__(self, block_size: int, causal: bool) -> None:
         self._block_size, self._causal = block_size, causal
-        #: By how they were made: the pattern, its contents then, and the mask.
+        #: By construction arguments: the pattern, a snapshot of its version, and the mask.
         self._masks: dict[tuple[object, ...], tuple[Tensor, Snapshot, BlockSparse]] = {}
-        #: The pattern, its contents then, and itself in kernel blocks, with room to be moved in.
+        #: The pattern, a snapshot of its version, and a padded copy in kernel blocks.
         self._wholes: dict[torch.device, tuple[Tensor, Snapshot | None, Tensor]] = {}
 
     def mask(self, pattern: Tensor, moved: int = 0, first_row: int | None = None) -> BlockSparse:
-        """Return the mask of a pattern, the same value as long as the pattern is the same.
+        """Return the cached mask of a pattern, or make a new one if the pattern has changed.
 
-        `moved` is by how many rows it is moved down: new rows are empty, those above the top go.
+        `moved` is the number of rows by which it is shifted down: new rows are empty.
         """
         size = min(self._block_size, LARGEST_BLOCK)
-        if torch.compiler.is_compiling():  # operators know a mask by the memory of its pattern
-            # An index, not a symbol: shapes of patterns are facts of a graph.
+        if torch.compiler.is_compiling():  # operators identify a mask by its pattern's memory
+            # An int, not a symbol: a graph is specialized on pattern shapes.
             blocks = self._moved(pattern, operator.index(moved))
             return BlockSparse(blocks, size, self._causal, first_row)
-        key = (moved, first_row, id(pattern))  # which no other has while it is kept here
+        key = (moved, first_row, id(pattern))  # unique while the pattern is referenced here
         known = self._masks.get(key)
         if known is not None and known[0] is pattern and known[1].still_holds(pattern):
             return known[2]
@@ -50,7 +50,7 @@ class KeptMasks:
         return found
 
     def _moved(self, pattern: Tensor, moved: int) -> Tensor:
-        """Return the pattern moved down, in blocks that kernels take; a part of what is kept."""
+        """Return the pattern shifted down, in block sizes of the kernels."""
         factor = max(1, self._block_size // LARGEST_BLOCK)
         if moved == 0 and factor == 1:
             return pattern
@@ -58,7 +58,7 @@ class KeptMasks:
             max(pattern.shape[1:]) if self._causal and pattern.shape[1] != pattern.shape[2] else 0
         )
         known = self._wholes.get(pattern.device)
-        in_graph = torch.compiler.is_compiling()  # which cannot ask for versions
+        in_graph = torch.compiler.is_compiling()  # versions cannot be read in a graph
         if known is None or known[0] is not pattern or not (in_graph or _holds(known[1], pattern)):
             snapshot = None if in_graph else Snapshot(pattern)
             with torch.inference_mode(False):
@@ -71,5 +71,5 @@ class KeptMasks:
 
 
 def _holds(snapshot: Snapshot | None, pattern: Tensor) -> bool:
-    """Return whether a pattern is as it was; one that only a graph has read may not be."""
+    """Return whether a pattern is surely unchanged; unknown for one read only by a graph."""
     return snapshot is not None and snapshot.still_holds(pattern)

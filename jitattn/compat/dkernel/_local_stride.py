@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class LocalStrideSparseAttention(SparseAttention):
-    """Attention to the blocks nearby, and to every so many-th of the others (phi-3-small).
+    """Attention to local blocks, and to every `vert_stride`-th of the others (phi-3-small).
 
     The pattern is a rule, not stored, where its heads are those of the tensors, blocks are of 128
     or fewer, and, not causal, no heads are dense and there are no more queries than keys.
@@ -75,11 +75,11 @@ class LocalStrideSparseAttention(SparseAttention):
         self.head_sliding_offset = head_sliding_offset
         self.active_head_range = None if homo_head else active_head_range
         self._patterns: dict[torch.device, Tensor] = {}
-        self._written(1)  # refuses what is no pattern
+        self._written(1)  # raises for an invalid pattern
 
     @property
     def sparse_pattern(self) -> Tensor:  # type: ignore[override]
-        """The pattern, [heads, blocks, blocks], bool: written out when it is first asked for."""
+        """The pattern, [heads, blocks, blocks], bool, materialized on first use."""
         return self._pattern_on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def _written(self, num_blocks: int, device: torch.device | None = None) -> Tensor:
@@ -113,17 +113,17 @@ class LocalStrideSparseAttention(SparseAttention):
 
     def _rules_of(self, heads: tuple[int, int], shift: int) -> list[Mask] | None:
         rule = self._closed_form(heads)
-        # Positions count, so not where rows of the pattern do.
+        # The closed form counts positions, not rows of the pattern.
         return None if rule is None or shift != 0 else [rule]
 
     def _closed_form(self, heads: tuple[int, int]) -> LocalStride | None:
-        """Return the pattern as a rule of positions, if it is one of these heads."""
-        # Dense, it does not matter which blocks are local.
+        """Return the pattern as a positional mask, if the heads allow it."""
+        # For dense heads the local blocks are irrelevant.
         local = 1 if self.vert_stride == 1 else self.local_blocks
         if self.block_size > LARGEST_BLOCK or local == 0:
             return None
         if self.homo_head:
-            # The original takes the one head for head 0 of one.
+            # The original treats a single head as head 0 of one.
             return LocalStride(
                 self.block_size,
                 local,

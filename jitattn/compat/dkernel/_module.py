@@ -25,24 +25,24 @@ if TYPE_CHECKING:
     from jitattn.values.masks import Mask
 
 _HINTS: Final = ("out", "d_splits", "inference")
-#: Shapes of calls that a module knows at a time.
+#: Most call shapes that a module caches.
 _MOST_FACTS: Final = 256
 
 
 class Facts(NamedTuple):
-    """What follows from the shapes of a call."""
+    """Facts that follow from the shapes of a call."""
 
     is_packed: bool
     layout: str
     heads: tuple[int, int]  #: of q and of k
     lengths: tuple[int, int]  #: of q and of k: tokens of a sequence, or of all where packed
     most_positions: int | None  #: tokens of its rows, where a pattern has fewer rows than columns
-    shift: int  #: by how many tokens positions are ahead of rows of the pattern
-    masks: list[Mask] | None  #: if they are rules of numbers
+    shift: int  #: tokens by which positions are ahead of pattern rows
+    masks: list[Mask] | None  #: if they are in closed form
 
 
 class SparseAttention(torch.nn.Module):
-    """Attention by any pattern of blocks; differentiable in every mode.
+    """Attention with any block-sparse pattern; differentiable in every mode.
 
     Parameters
     ----------
@@ -238,14 +238,14 @@ class SparseAttention(torch.nn.Module):
             if torch.compiler.is_compiling():
                 raise UnsupportedError("out is given under torch.compile: make the module without")
             check_out(out, (q, k, v), (*q.shape[:-1], v.shape[-1]), q.dtype)
-            out.zero_()  # attention leaves rows of the caller's room that are padding as they are
+            out.zero_()  # attention does not write the padding rows of `out`
         if len(masks) == 1:
             return attention(q, k, v, mask=masks[0], out=out, **arguments)
         both = [attention(q, k, v, mask=mask, **arguments) for mask in masks]
         return self._joined(both, shift % self.block_size, return_lse, out)
 
     def _facts_of(self, q: Tensor, k: Tensor, v: Tensor, is_batch: bool) -> Facts:
-        """Return what follows from the shapes of a call, which are checked; kept by them.
+        """Check the shapes of a call, and return the facts that follow from them, cached by shape.
 
         Raises
         ------
@@ -264,7 +264,7 @@ class SparseAttention(torch.nn.Module):
                 self.seq_dim, self.max_seqlen,
             )  # fmt: skip
             known = self._facts.get(key)
-        except (AttributeError, RuntimeError):  # no tensors, or nested ones
+        except (AttributeError, RuntimeError):  # not tensors, or nested ones
             return self._checked_facts(q, k, v, is_batch)
         if known is None:
             if len(self._facts) >= _MOST_FACTS:
@@ -292,17 +292,17 @@ class SparseAttention(torch.nn.Module):
 
     @property
     def _size(self) -> tuple[int, int]:
-        """Rows and columns of the pattern."""
+        """Return the rows and columns of the pattern."""
         pattern: Tensor = self._buffers["sparse_pattern"]  # type: ignore[assignment]
         rows, columns = pattern.shape[1:]
         return rows, columns
 
     def _first_row(self, len_q: int, len_kv: int) -> int:
-        """Return where query 0 is among the rows of the pattern, in tokens."""
+        """Return the token position of query 0 in the rows of the pattern."""
         rows, columns = self._size
         past = len_kv - len_q
         if rows == columns:
-            # What is before the first key sees nothing if causal; else it is no position at all.
+            # Positions before the first key see nothing if causal; else they do not exist.
             first = past if self.causal or past >= 0 else 0
         elif len_q == 1 and rows > 1:
             first = max(0, past)  # as the original has it
@@ -317,7 +317,7 @@ class SparseAttention(torch.nn.Module):
         return first
 
     def _check_positions(self, longest: int, most: int) -> None:
-        """Refuse a pattern without rows for all positions: paddings and packing count by them."""
+        """Refuse a pattern without a row for every position, which paddings and packing require."""
         if longest > most:
             raise CheckFailedError(
                 f"sequences of up to {longest} tokens, padded or packed: rows of the pattern count "
@@ -326,11 +326,11 @@ class SparseAttention(torch.nn.Module):
             )
 
     def _rules_of(self, heads: tuple[int, int], shift: int) -> list[Mask] | None:
-        """Return the mask if it is a rule of numbers; None: it is made of the pattern."""
+        """Return the mask if it is in closed form; None if it needs the pattern."""
         return None
 
     def _masks_of(self, heads: tuple[int, int], shift: int, device: torch.device) -> list[Mask]:
-        """Return the mask of a call, or two of which each query takes one (see `_joined`)."""
+        """Return the mask of a call, or two masks that divide the queries (see `_joined`)."""
         pattern = self._pattern_on(device)
         count = pattern.size(0)
         if count != 1 and count not in heads:
@@ -352,7 +352,7 @@ class SparseAttention(torch.nn.Module):
         return pattern
 
     def _joined(self, both: list[Any], rest: int, return_lse: bool, out: Tensor | None) -> Any:  # noqa: ANN401
-        """Return for each query the result that its row is right in.
+        """Select for each query the result of the mask that applies to its row.
 
         Causal, with rows that count from query 0 and `rest` more keys before it than whole blocks:
         a block of queries lies in two blocks of positions. Its first queries take the result of

@@ -1,7 +1,7 @@
-"""Where the sequences of a call lie: one after another, or with padding around them.
+"""Translates packed and padded sequences to arguments of `attention`.
 
-Lengths on the host are checked. Lengths on a GPU are not waited for: bounds stand for them, and the
-kernels read them.
+Lengths on the host are checked. Lengths on a GPU are never synchronized: the host uses bounds, and
+the kernels read the lengths.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class Placed(NamedTuple):
-    """Arguments of `attention` that say where sequences lie."""
+    """The sequence arguments of `attention`."""
 
     q_seqs: Ragged | Padded | None
     kv_seqs: Ragged | Padded
-    longest_kv: int | None  #: keys of a sequence, if that is known
+    longest_kv: int | None  #: keys of the longest sequence, if known
     tile_rows: int | None = None
 
 
@@ -39,7 +39,7 @@ def packed(
     longest: tuple[int | None, int | None],
     device: torch.device,
 ) -> Placed:
-    """Return where packed sequences lie.
+    """Translate packed sequences.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def packed(
     kv_seqs = Ragged.from_cu_seqlens(cu_k, bound)
     q_seqs = kv_seqs
     if cu_q is not cu_k or longest_q not in (None, bound):
-        # No sequence has more queries than keys, but for one query.
+        # No sequence has more queries than keys, or it has one query.
         q_seqs = Ragged.from_cu_seqlens(cu_q, max(1, bound) if longest_q is None else longest_q)
     return Placed(q_seqs, kv_seqs, longest_kv, tile_rows)
 
@@ -115,7 +115,7 @@ def padded(
     seqlens: Tensor | None,
     device: torch.device,
 ) -> Placed:
-    """Return where sequences lie that have padding, with at least one of the two tensors.
+    """Translate padded sequences, given at least one of the two tensors.
 
     Raises
     ------
@@ -145,7 +145,7 @@ def _check_bound(name: str, bound: int, room: int) -> None:
 
 
 def _on_host(cu_seqlens: Tensor) -> list[int] | None:
-    """Return the lengths of sequences if they are to be had without waiting for a device."""
+    """Return the lengths of sequences if they are on the host; None otherwise."""
     if cu_seqlens.is_cuda or torch.compiler.is_compiling():
         return None
     return [stop - start for start, stop in pairwise(cu_seqlens.tolist())]
@@ -163,6 +163,6 @@ def _check_lengths(lengths_q: list[int], lengths_kv: list[int] | None) -> None:
 
 
 def _usual_rows(total: int, batch: int, group: int) -> int | None:
-    """Return the rows of a tile for sequences of mean length; None: those of long ones."""
+    """Choose the tile rows by the mean sequence length; None selects the tile of long ones."""
     rows = -(-total // max(1, batch)) * group
     return 16 if rows <= 16 else 64 if rows <= 64 else None

@@ -1,4 +1,4 @@
-"""dkernel's modules, and what combines their results."""
+"""dkernel's modules, and the function that combines their results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Patterns of blocks as dkernel has them: made, converted and checked, in plain PyTorch."""
+"""dkernel's functions on block patterns: building, conversion and checks, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def get_sparse_attn_mask(
     vert_position_type: str | None = None,
     causal: bool = True,
 ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor | None]:
-    """Write a local + stride pattern out.
+    """Materialize a local + stride pattern.
 
     With i and j a query's and a key's block and h the kv head of a query head, a block is attended
     to if it is local, on the stride, or its head is dense; causal, if j <= i as well.
@@ -153,7 +153,7 @@ def local_stride_blocks(
     causal: bool = True,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Write these blocks of a local + stride pattern out, [heads or 1, rows, columns], bool.
+    """Materialize blocks of a local + stride pattern, [heads or 1, rows, columns], bool.
 
     As `get_sparse_attn_mask` has the arguments. Nothing here waits for a device.
 
@@ -271,7 +271,7 @@ def ccol_row_to_dense(ccol: Tensor, rows: Tensor, dtype: torch.dtype = torch.flo
 
 
 def is_kv_cache_efficient(sparse_pattern: Tensor, block_m: int, block_n: int) -> bool:
-    """Return whether keys below the diagonal that a row passes over are never seen again.
+    """Return whether keys below the diagonal that a row skips are skipped by all later rows.
 
     Parameters
     ----------
@@ -288,7 +288,7 @@ def is_kv_cache_efficient(sparse_pattern: Tensor, block_m: int, block_n: int) ->
 
 
 def verify_sparse_pattern(sparse_pattern: Tensor) -> None:
-    """Refuse what is no pattern.
+    """Refuse an invalid pattern.
 
     Raises
     ------
@@ -375,5 +375,5 @@ def multiple_of(x: int, y: int) -> int:
 
 
 def get_q_block_ids(past_len: int, q_len: int, block_size: int) -> range:
-    """Return the numbers of the blocks that queries after `past_len` tokens lie in."""
+    """Return the indices of the blocks that contain queries after `past_len` tokens."""
     return range(past_len // block_size, -(-(past_len + q_len) // block_size))

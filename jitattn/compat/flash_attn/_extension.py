@@ -355,7 +355,7 @@ def _backward(
 
 
 def _into(given: tuple[Tensor | None, ...], results: list[Tensor]) -> list[Tensor]:
-    """Write results where the caller wants them."""
+    """Copy results into the caller's tensors where they are given."""
     pairs = zip(given, results, strict=True)
     return [result if room is None else room.copy_(result) for room, result in pairs]
 

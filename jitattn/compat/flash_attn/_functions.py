@@ -319,7 +319,7 @@ def _attend(
     """Call the core: out, or (out, lse, S_dmask)."""
     q, k, v = all_in_rows(q, k, v)
     state = None
-    if return_attn_probs and dropout_p > 0.0:  # S_dmask is drawn from it once more
+    if return_attn_probs and dropout_p > 0.0:  # S_dmask is drawn from it again
         state = dropout_state(q.device)
     found = attention(
         q,

@@ -180,5 +180,5 @@ def with_kvcache(
 
 
 def _room(k_cache: Tensor, block_table: Tensor | None) -> int:
-    """Return the rows of the cache that a sequence may have."""
+    """Return the cache capacity of a sequence, in rows."""
     return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])

@@ -1,4 +1,4 @@
-"""FlashAttention's torch operators, under their names, for those who call them or trace them.
+"""Registers FlashAttention's torch operators under their names.
 
 `torch.ops.flash_attn._flash_attn_forward` and the like. Where a real FlashAttention is installed,
 that name is its own, and ours are `torch.ops.jitattn_flash_attn`.

@@ -1,4 +1,4 @@
-"""FlashAttention's arguments and results in jitattn's terms, and back."""
+"""Translates FlashAttention's arguments and results to jitattn's, and back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from jitattn.values.masks import Mask
 
-#: What the core says, and what these functions do.
+#: The core's argument names in error messages, and these functions'.
 WORDS: Final = {
     "scale": "softmax_scale",
     "q_seqs": "cu_seqlens_q",
@@ -41,14 +41,14 @@ _FULL: Final = Full()
 _CAUSAL: Final = Causal()
 _NAN: Final = float("nan")
 _INFINITY: Final = float("inf")
-#: Keys between two updates of the running maximum that S_dmask is relative to.
+#: Key block size by which the running maximum in S_dmask is updated.
 DMASK_BLOCK: Final = 64
 #: Lq and Lkv of S_dmask are multiples of this.
 _DMASK_UNIT: Final = 128
 
 
 def plain_mask(causal: bool, window_size: Sequence[int], keep_first: int) -> Mask | None:
-    """Return the rule of a call without a window; None: `mask_of` says, or refuses.
+    """Return the mask of a call without a window; None if `mask_of` must decide.
 
     The usual call, whose lengths need not be looked at.
     """
@@ -64,7 +64,7 @@ def mask_of(
     force_fa_decode: bool,
     longest: tuple[int, int] | None,
 ) -> Mask:
-    """Return the rule; without a bound on the left, `keep_first` and the like mean nothing.
+    """Return the mask of a call; without a left bound `keep_first` and the like have no effect.
 
     Parameters
     ----------
@@ -111,12 +111,12 @@ _shared_window: Final = functools.lru_cache(maxsize=256)(_window)
 
 
 def lengths_of(q: Tensor, k: Tensor) -> tuple[int, int]:
-    """Return Lq and Lkv of a batch; what is none is refused later."""
+    """Return Lq and Lkv of a batch; invalid inputs are refused later."""
     return (q.shape[1], k.shape[1]) if q.dim() == k.dim() == 4 else (0, 0)
 
 
 def in_rows(x: Tensor) -> Tensor:
-    """Return a tensor whose columns are neighbours: copied if they are not, as the original does.
+    """Return a tensor with contiguous columns, copied if necessary, as the original does.
 
     What has no strides is refused later.
     """
@@ -127,7 +127,7 @@ def in_rows(x: Tensor) -> Tensor:
 
 
 def all_in_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return three tensors as `in_rows` does."""
+    """Apply `in_rows` to three tensors."""
     try:
         if q.is_contiguous() and k.is_contiguous() and v.is_contiguous():
             return q, k, v
@@ -145,7 +145,7 @@ def keys_of(
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
 ) -> Ragged | Paged:
-    """Return where the keys of sequences lie.
+    """Return the key sequences of a call.
 
     Raises
     ------
@@ -169,22 +169,22 @@ def keys_of(
 
 
 def their_lse(lse: Tensor) -> Tensor:
-    """Rows that see nothing have +inf there."""
+    """Return the LSE in FlashAttention's convention: +inf for rows that see no key."""
     return lse.nan_to_num(_NAN, _INFINITY, _INFINITY)
 
 
 def into_their_lse(lse: Tensor) -> Tensor:
-    """Change an LSE that nobody else has, and no gradient goes through, into theirs."""
+    """Convert an unshared LSE without gradient to FlashAttention's convention, in place."""
     return lse.nan_to_num_(_NAN, _INFINITY, _INFINITY)
 
 
 def our_lse(lse: Tensor) -> Tensor:
-    """And -inf here."""
+    """Return the LSE in jitattn's convention: -inf for rows that see no key."""
     return lse.nan_to_num(_NAN, -_INFINITY, -_INFINITY)
 
 
 def rounded_up(length: int) -> int:
-    """Return a length as S_dmask has it."""
+    """Round a length up as S_dmask does."""
     return -(-length // _DMASK_UNIT) * _DMASK_UNIT
 
 
@@ -201,7 +201,7 @@ def s_dmask(
     dropout_p: float,
     state: Tensor,
 ) -> Tensor:
-    """Compute what the original returns to its tests: weights, negative where dropped.
+    """Compute S_dmask, the original's test output: weights, negative where dropped.
 
     A weight is exp(score - m), where m is the largest score of its row from the `DMASK_BLOCK` keys
     that it is among to the last key: blocks are visited from the right. Plain PyTorch, and a
@@ -257,7 +257,7 @@ def dmask_of(
     q_seqs: Ragged | None = None,
     kv_seqs: Ragged | Paged | None = None,
 ) -> Tensor:
-    """Return S_dmask of a call of `attention` with a dropout."""
+    """Compute S_dmask of a call of `attention` with dropout."""
     sizes = q.shape[1], k.shape[1]
     if isinstance(q_seqs, Ragged) and isinstance(kv_seqs, Ragged):
         sizes = q_seqs.max_length(), kv_seqs.max_length()
@@ -275,7 +275,7 @@ def dmask_of(
 
 
 def parts_of(x: Tensor, seqs: Ragged | Paged | None) -> list[Tensor]:
-    """Return each sequence's own rows, [L, H, D]; reads lengths from the device."""
+    """Return the rows of each sequence, [L, H, D]; synchronizes to read lengths."""
     if isinstance(seqs, Paged):
         raise UnsupportedError(
             "return_attn_probs with dropout and block_table: S_dmask is computed of keys that lie "

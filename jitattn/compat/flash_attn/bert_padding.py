@@ -1,4 +1,4 @@
-"""From padded batches to sequences one after another, and back."""
+"""Converts padded batches to ragged sequences, and back."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
 
 
 class IndexFirstAxis:
-    """`index_first_axis`, for those who call its `apply`."""
+    """The function class of `index_first_axis`, with `apply`."""
 
     apply = staticmethod(index_first_axis)
 
 
 class IndexPutFirstAxis:
-    """`index_put_first_axis`, likewise."""
+    """The function class of `index_put_first_axis`, with `apply`."""
 
     apply = staticmethod(index_put_first_axis)
 
 
 class IndexFirstAxisResidual(Function):
-    """Rows of a tensor, and the tensor for a residual connection, which may be written to."""
+    """Selects rows of a tensor, and returns the tensor too, writable, for a residual connection."""
 
     @staticmethod
     def forward(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both; the second over the memory of x, and no view of it to autograd."""
+        """Return the rows and x; the latter shares x's memory, but is no view for autograd."""
         return x.index_select(0, indices), x.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ANN401 - autograd's
-        """Keep the indices."""
+        """Save the indices."""
         del output
         ctx.save_for_backward(inputs[1])
 
@@ -64,7 +64,7 @@ def index_first_axis_residual(x: Tensor, indices: Tensor) -> tuple[Tensor, Tenso
 def unpad_input(
     hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
-    """Put the real tokens of a batch one after another.
+    """Pack the real tokens of a padded batch.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ def unpad_input(
 def unpad_input_for_concatenated_sequences(
     hidden_states: Tensor, attention_mask_in_length: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Put the real tokens of a batch whose rows hold several sequences one after another.
+    """Pack the real tokens of a padded batch whose rows hold several sequences.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def unpad_input_for_concatenated_sequences(
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
-    """Put tokens back into a batch; the rest is 0.
+    """Unpack tokens into a padded batch; padding is 0.
 
     Parameters
     ----------

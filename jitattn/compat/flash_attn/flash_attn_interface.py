@@ -1,4 +1,4 @@
-"""FlashAttention's functions, and what else stands in the original's module of this name."""
+"""FlashAttention's functions, and the other names of the original's module."""
 
 from __future__ import annotations
 
@@ -65,17 +65,17 @@ __all__ = [
 
 
 def maybe_contiguous(x: Tensor | None) -> Tensor | None:
-    """Return a tensor whose columns are neighbours: copied if they are not."""
+    """Return a tensor with contiguous columns, copied if necessary."""
     return None if x is None else in_rows(x)
 
 
 def round_multiple(x: int, m: int) -> int:
-    """Return the least multiple of m that is not below x."""
+    """Round x up to a multiple of m."""
     return -(-x // m) * m
 
 
 def _apply_of(function: Callable[..., Any]) -> staticmethod[..., Any]:
-    """Return what the original's class of a function has as `apply`: one argument more."""
+    """Return the `apply` of a function class: the function with one further argument."""
 
     def apply(*given: Any) -> Any:  # noqa: ANN401 - the function's
         """Call the function; the last argument says whether autograd may follow."""
@@ -87,37 +87,37 @@ def _apply_of(function: Callable[..., Any]) -> staticmethod[..., Any]:
 
 
 class FlashAttnFunc:
-    """`flash_attn_func`, for those who call its `apply`: all arguments, and is_grad_enabled."""
+    """The function class of `flash_attn_func`; `apply` takes all arguments and is_grad_enabled."""
 
     apply = _apply_of(flash_attn_func)
 
 
 class FlashAttnKVPackedFunc:
-    """`flash_attn_kvpacked_func`, likewise."""
+    """The function class of `flash_attn_kvpacked_func`."""
 
     apply = _apply_of(flash_attn_kvpacked_func)
 
 
 class FlashAttnQKVPackedFunc:
-    """`flash_attn_qkvpacked_func`, likewise."""
+    """The function class of `flash_attn_qkvpacked_func`."""
 
     apply = _apply_of(flash_attn_qkvpacked_func)
 
 
 class FlashAttnVarlenFunc:
-    """`flash_attn_varlen_func`, likewise; `block_table` before the last."""
+    """The function class of `flash_attn_varlen_func`; `block_table` precedes the last argument."""
 
     apply = _apply_of(flash_attn_varlen_func)
 
 
 class FlashAttnVarlenKVPackedFunc:
-    """`flash_attn_varlen_kvpacked_func`, likewise."""
+    """The function class of `flash_attn_varlen_kvpacked_func`."""
 
     apply = _apply_of(flash_attn_varlen_kvpacked_func)
 
 
 class FlashAttnVarlenQKVPackedFunc:
-    """`flash_attn_varlen_qkvpacked_func`, likewise."""
+    """The function class of `flash_attn_varlen_qkvpacked_func`."""
 
     apply = _apply_of(flash_attn_varlen_qkvpacked_func)
 
@@ -125,6 +125,6 @@ class FlashAttnVarlenQKVPackedFunc:
 def _get_block_size_n(
     device: torch.device, head_dim: int, is_dropout: bool, is_causal: bool
 ) -> int:
-    """Return the keys between two updates of the maximum that S_dmask is relative to."""
+    """Return the key block size by which the maximum in S_dmask is updated."""
     del device, head_dim, is_dropout, is_causal
     return DMASK_BLOCK

@@ -1,4 +1,4 @@
-"""Attention with a bias, at the place of the original's Triton functions.
+"""Attention with a bias, under the names of the original's Triton functions.
 
 Limits of the original are lifted: any lengths, head dims from 1 to 256, fp32, GQA, CPU tensors, and
 gradients of the bias. `causal` is aligned to the top left, as there.
@@ -78,18 +78,18 @@ def flash_attn_qkvpacked_func(
 
 
 class FlashAttnFunc:
-    """`flash_attn_func`, for those who call its `apply`."""
+    """The function class of `flash_attn_func`, with `apply`."""
 
     apply = staticmethod(flash_attn_func)
 
 
 class FlashAttnKVPackedFunc:
-    """`flash_attn_kvpacked_func`, likewise."""
+    """The function class of `flash_attn_kvpacked_func`."""
 
     apply = staticmethod(flash_attn_kvpacked_func)
 
 
 class FlashAttnQKVPackedFunc:
-    """`flash_attn_qkvpacked_func`, likewise."""
+    """The function class of `flash_attn_qkvpacked_func`."""
 
     apply = staticmethod(flash_attn_qkvpacked_func)

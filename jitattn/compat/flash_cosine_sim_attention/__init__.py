@@ -111,7 +111,7 @@ def plain_cosine_sim_attention(
     l2norm_qk: bool = True,
     attn_bias_batch_dim: bool = False,
 ) -> Tensor:
-    """Compute the same in plain PyTorch, in the dtype of q, with memory for all scores.
+    """Compute cosine attention in plain PyTorch, in the dtype of q, with all scores in memory.
 
     Parameters, result and errors are those of `flash_cosine_sim_attention`.
     """
@@ -143,7 +143,7 @@ def triton_flash_cosine_sim_attention(
     l2norm_qk: bool = True,
     sequence_parallel: bool | None = None,
 ) -> Tensor:
-    """Compute `flash_cosine_sim_attention`, under the name of newer versions' Triton kernel.
+    """Compute `flash_cosine_sim_attention`; the name of newer versions' Triton kernel.
 
     `sequence_parallel` says how that one's backward pass is scheduled, and nothing here.
     """
@@ -179,7 +179,7 @@ def _check(
     layout: str,
     qk_norm: L2Norm | None,
 ) -> None:
-    """Refuse what `jitattn.attention` refuses."""
+    """Refuse the arguments that `jitattn.attention` refuses."""
     scores = NO_CHANGES
     if not (bias is None and relative_bias is None and qk_norm is None):
         scores = Scores(bias=bias, relative_bias=relative_bias, qk_norm=qk_norm)
@@ -262,7 +262,7 @@ _OF_BOTH_KINDS: Final = {
 
 
 class _Package(ModuleType):
-    """The package: its functions keep the names that submodules have, too."""
+    """The package's module type: functions keep their names beside submodules of the same name."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if isinstance(value, ModuleType):

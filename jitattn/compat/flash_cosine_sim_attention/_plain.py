@@ -49,7 +49,7 @@ def plain_attention(
     heads_kv, len_kv = k.shape[1:3]
     if groups:
         q, k = l2norm(q, groups), l2norm(k, groups)
-    # Query heads of a kv head side by side: its keys and values are not repeated.
+    # Query heads are grouped by kv head, so that keys and values are not repeated.
     side_by_side = (batch, heads_kv, heads // max(1, heads_kv) * len_q)
     q = (q * scale).reshape(*side_by_side, q.shape[3])
     scores = matmul(q, k.transpose(2, 3)).view(batch, heads, len_q, len_kv)
@@ -58,7 +58,7 @@ def plain_attention(
         lowest = torch.finfo(torch.promote_types(scores.dtype, bias.dtype)).min
         if bias.dim() == 2:
             bias = bias[:, _columns(bias, len_q, len_kv)]
-        scores = scores + bias.clamp(min=lowest / 2)  # -inf would make NaN of a row of its own
+        scores = scores + bias.clamp(min=lowest / 2)  # -inf would give NaN rows
     hidden = None if mask is None else ~mask[:, None, None, :]
     if causal:
         future = torch.ones(len_q, len_kv, dtype=torch.bool, device=q.device)

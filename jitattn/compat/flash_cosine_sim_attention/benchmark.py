@@ -1,4 +1,4 @@
-"""A timer for functions of tensors, as the original has it."""
+"""The original's timer for functions of tensors."""
 
 from __future__ import annotations
 

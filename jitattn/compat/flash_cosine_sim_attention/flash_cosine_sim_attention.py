@@ -1,4 +1,4 @@
-"""The functions of the package, and what else stands in the original's module of this name."""
+"""The functions of the package, and the other names of the original's module."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def grouped_l2norm(t: Tensor, groups: int = 1) -> Tensor:
 def flash_cosine_sim_attention_cuda(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
 ) -> Tensor:
-    """Compute attention over q and k as they are: `l2norm_tensors` makes them of length 1."""
+    """Compute attention over q and k without normalising them; see `l2norm_tensors`."""
     return flash_cosine_sim_attention(q, k, v, mask, None, scale, 1, causal, l2norm_qk=False)
 
 
@@ -55,12 +55,12 @@ def flash_cosine_sim_attention_cpu(
     row_tile_size: int = 512,
     col_tile_size: int = 512,
 ) -> Tensor:
-    """Compute the same; tiles are chosen here, whatever is said of them."""
+    """Compute attention over q and k without normalising them; tile arguments are ignored."""
     del row_tile_size, col_tile_size
     return flash_cosine_sim_attention_cuda(q, k, v, mask, scale, causal)
 
 
 class FlashCosineSimAttention:
-    """`flash_cosine_sim_attention_cuda`, for those who call its `apply`."""
+    """The function class of `flash_cosine_sim_attention_cuda`, with `apply`."""
 
     apply = staticmethod(flash_cosine_sim_attention_cuda)

@@ -1,4 +1,4 @@
-"""A causal transformer on cosine attention, with the names and arguments of the original's.
+"""A causal transformer with cosine attention, by the original's names and arguments.
 
 Unlike there, `attn_l2norm_groups` reaches the attention. `use_cuda_kernel=False` takes the plain
 PyTorch oracle, as the original does.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def non_cosine_sim_attn_fn(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:  # noqa: ANN401
-    """Compute ordinary causal softmax attention, scaled by 1 / sqrt(D); the rest is passed over."""
+    """Compute plain causal softmax attention, scaled by 1 / sqrt(D); ignores further arguments."""
     del kwargs
     out: Tensor = attention(q, k, v, mask=Causal(), layout="bhsd")
     return out
@@ -103,7 +103,7 @@ class Attention(nn.Module):
 
 
 class _Residual(nn.Module):
-    """A layer added to its input; a norm follows if none goes before.
+    """A residual layer, with post-norm unless pre-norm is used.
 
     Wang et al., "DeepNet", arXiv:2203.00555, weights inputs by (2 depth)^(1/4) then.
     """
@@ -206,7 +206,7 @@ class CosineSimCausalTransformer(nn.Module):
         filter_thres: float = 0.9,
         **kwargs: Any,  # noqa: ANN401
     ) -> Tensor:
-        """Draw tokens after a start.
+        """Sample tokens that continue a prompt.
 
         Parameters
         ----------

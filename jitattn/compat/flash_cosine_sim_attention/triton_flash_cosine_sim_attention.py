@@ -1,4 +1,4 @@
-"""Newer versions' module of their Triton kernel."""
+"""The module of newer versions' Triton kernel."""
 
 from __future__ import annotations
 

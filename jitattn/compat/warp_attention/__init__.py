@@ -50,10 +50,10 @@ __all__ = [
 ]
 
 num_gears: Final = len(GEARS)
-#: Tiles, by the query rows that they are for.
+#: Tile rows of each version.
 _TILE_ROWS: Final = (16, 64, 128)
 num_kernel_versions: Final = len(_TILE_ROWS)
-#: Of Python's logging, by the original's levels: silent, errors, warnings, information, and all.
+#: Python logging levels by the original's: silent, errors, warnings, information, all.
 _LEVELS: Final = (
     logging.CRITICAL + 1,
     logging.ERROR,
@@ -62,10 +62,10 @@ _LEVELS: Final = (
     logging.DEBUG,
     1,
 )
-#: From this level on, calls say which kernel they take; from the next one on, all of it.
+#: From these levels on, calls log their kernel, and all of its fields.
 _KERNELS, _EVERYTHING = 4, 5
 _LOG: Final = logging.getLogger("jitattn.compat.warp_attention")
-#: What the core says, and what this door does.
+#: The core's argument names in error messages, and this door's.
 _WORDS: Final = {
     "q": "query",
     "k": "key",
@@ -151,7 +151,7 @@ def warp_attention_forward(
             )
         same = kv_seq_start is q_seq_start and kv_seq_len is q_seq_len
         if q_seqs is not None and same and kv_max_seq_len in (-1, q_max_seq_len):
-            kv_seqs = q_seqs  # of self-attention: looked at once
+            kv_seqs = q_seqs  # self-attention: checked once
         else:
             if kv_max_seq_len < 0 and not _wants_gradients(query, key, value):
                 kv_max_seq_len = key.shape[0]
@@ -174,7 +174,7 @@ _warp_attention_forward = warp_attention_forward
 
 
 def log_next_power_of_2(x: int) -> int:
-    """Return the logarithm of the least power of two that is not below x; 0 of 0."""
+    """Return ceil(log2(x)), and 0 for 0."""
     return max(0, math.ceil(x) - 1).bit_length()
 
 
@@ -202,7 +202,7 @@ def get_default_gear() -> int:
 
 
 def set_log_level(level: int) -> None:
-    """Set how much Python's logger ``jitattn`` lets through, for all of jitattn.
+    """Set the level of Python's logger ``jitattn``, for all of jitattn.
 
     0 is silent, 1 for errors, 2 for warnings (a cache directory that cannot be used), 3 for what
     is compiled and how the cache fares besides. From 4 on, each call through this door says which
@@ -224,7 +224,7 @@ def set_log_level(level: int) -> None:
 
 
 def get_log_level() -> int:
-    """Return what `set_log_level` has set; 2, warnings, at first."""
+    """Return the level that `set_log_level` set; by default 2, warnings."""
     return _settings["log_level"]
 
 
@@ -258,14 +258,14 @@ def _log_kernel(query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, 
 
 
 def _wants_gradients(*tensors: Tensor) -> bool:
-    """Whether autograd follows the call; arrays of other libraries have no gradients."""
+    """Return whether autograd records the call; arrays of other libraries have no gradients."""
     return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tensors)
 
 
 def _sequences(
     name: str, tensor: Tensor, start: Tensor | None, length: Tensor | None, longest: int
 ) -> Ragged:
-    """Return where sequences lie, in which the largest length is read if it is not known."""
+    """Return the sequences of a call; synchronizes to read an unknown largest length."""
     side = "q" if name == "query" else "kv"
     if start is None or length is None:
         raise CheckFailedError(

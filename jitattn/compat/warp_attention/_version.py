@@ -1,4 +1,4 @@
-"""The version, where the published package has it."""
+"""The version, at the module path of the published package."""
 
 from __future__ import annotations
 

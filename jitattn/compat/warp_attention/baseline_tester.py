@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch and by SDPA, as the original's scripts time them; [B, L, H, D]."""
+"""Times attention in plain PyTorch and by SDPA, as the original's scripts do; [B, L, H, D]."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _tester(function: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 test_torch_naive = _tester(attn)
-test_torch_sdpa = _tester(_sdpa)  #: its causal mask is aligned to the top left
+test_torch_sdpa = _tester(_sdpa)  #: with a causal mask aligned to the top left
 test_flash_attn = _tester(_flash)  #: SDPA's FlashAttention-2, with the same mask
 
 

@@ -1,4 +1,4 @@
-"""Times, errors, pictures and choices of tiles, as the original's scripts make them."""
+"""Times gears, measures errors, plots charts and tunes tiles, as the original's scripts do."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_TOLERANCE: Final = 1e-4  #: mean absolute error up to which `tune` takes a choice
+_TOLERANCE: Final = 1e-4  #: largest mean absolute error that `tune` accepts
 _HEADS, _HISTORY = 64, 4096
 
 

@@ -1,4 +1,4 @@
-"""Cosine attention on the CPU path, its shift, and its arguments."""
+"""Tests cosine attention on the CPU path: results, fixed shift, arguments."""
 
 from __future__ import annotations
 

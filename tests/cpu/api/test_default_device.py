@@ -1,4 +1,4 @@
-"""torch.set_default_device and set_default_dtype change nothing inside: factories name both."""
+"""Tests that torch.set_default_device and set_default_dtype have no effect on internal tensors."""
 
 from __future__ import annotations
 

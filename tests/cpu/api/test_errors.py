@@ -1,4 +1,4 @@
-"""Refusals beside those of `test_problem.py`: memory, autograd, sizes, other libraries."""
+"""Tests errors beside those of `test_problem.py`: memory, autograd, sizes, other libraries."""
 
 from __future__ import annotations
 

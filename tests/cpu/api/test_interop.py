@@ -1,4 +1,4 @@
-"""The DLPack door with numpy, and its refusals."""
+"""Tests DLPack exchange with numpy, and its errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""attention_with_kvcache on the CPU path, and what it refuses."""
+"""Tests attention_with_kvcache on the CPU path, and its errors."""
 
 from __future__ import annotations
 

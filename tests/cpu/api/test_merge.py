@@ -1,4 +1,4 @@
-"""`merge`: exact, deterministic, indifferent to parts that saw nothing."""
+"""Tests that `merge` is exact, deterministic, and ignores parts that see no key."""
 
 from __future__ import annotations
 

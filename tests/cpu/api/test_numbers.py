@@ -1,4 +1,4 @@
-"""Numbers of every kind as arguments, tables in every dtype, and what is said of others."""
+"""Tests numeric arguments of every type, tables of every dtype, and errors for other values."""
 
 from __future__ import annotations
 

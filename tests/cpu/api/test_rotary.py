@@ -1,4 +1,4 @@
-"""apply_rotary on the CPU path, its operators, and what it refuses."""
+"""Tests apply_rotary on the CPU path, its operators, and its errors."""
 
 from __future__ import annotations
 

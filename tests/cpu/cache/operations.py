@@ -1,4 +1,4 @@
-"""Operations of the cache and of archives, each with what is true of it after a fault."""
+"""Operations of the cache and of archives, each with the invariants that hold after a fault."""
 
 from __future__ import annotations
 

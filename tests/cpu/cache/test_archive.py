@@ -1,4 +1,4 @@
-"""Archives: the same kernels give the same bytes, and nothing hostile gets in."""
+"""Tests archives: reproducible bytes, and rejection of hostile contents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Archives that are damaged, hostile, rewritten while they are read, or imported before."""
+"""Tests archives that are damaged, hostile, rewritten during reading, or imported before."""
 
 from __future__ import annotations
 

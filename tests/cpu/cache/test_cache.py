@@ -1,4 +1,4 @@
-"""The disk cache: what is believed, what is not, and what trouble does."""
+"""Tests the disk cache: valid entries, corrupt entries, and I/O errors."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Injects every error of every system call of every operation of the cache.
 
-Whatever fails, nothing raises but what is documented, no entry is wrong or half there, nothing
-outside is touched, no descriptor and no draft is left, and doing it again works. A process that is
-killed at a call leaves no more than drafts, which are swept.
+After any fault, only documented errors are raised, no entry is wrong or incomplete, nothing outside
+the cache has changed, no descriptor or draft is left, and a retry succeeds. A process killed at a
+call leaves at most drafts, which are removed later.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Nothing outside the cache is deleted, replaced, moved or marked, whatever lies in its place."""
+"""Tests that nothing outside the cache is deleted, replaced, moved or marked, links or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many processes and one cache directory: stopped, started together, forked, evicting.
+"""Tests many processes on one cache directory: stopped, started together, forked, evicting.
 
 What happens when one is killed is in `test_cache_faults.py`. Nothing here depends on how fast a
 process runs or on which of them runs first: where order matters, they wait for each other.

@@ -1,4 +1,4 @@
-"""Where the cache lies when the usual place cannot be had, and what `clear` may delete there."""
+"""Tests the fallback location of the cache, and the limits of `clear` there."""
 
 from __future__ import annotations
 

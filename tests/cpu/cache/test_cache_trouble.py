@@ -1,4 +1,4 @@
-"""Trouble with the directory: full, read-only, foreign, remote, with a wrong clock, not there."""
+"""Tests faulty cache directories: full, read-only, foreign, remote, missing, with a wrong clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Archives imported again, killed while they are imported, and beside commands that delete."""
+"""Tests archive imports that are repeated, killed, or concurrent with deletions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Directories that are only read: found in order, whatever compiler made them, never written."""
+"""Tests read-only cache layers: search order, kernels of any compiler, no writes."""
 
 from __future__ import annotations
 

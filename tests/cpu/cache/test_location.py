@@ -1,4 +1,4 @@
-"""Whose directories the cache is kept in, and what decides about its path."""
+"""Tests the location of the cache directory, and the ownership that it requires."""
 
 from __future__ import annotations
 

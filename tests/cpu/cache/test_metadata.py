@@ -1,4 +1,4 @@
-"""What metadata, memo and specs say is checked once, when it is read: nothing raises later."""
+"""Tests that metadata, memo and specs are validated when read, so that later use cannot fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that commands write: whole or not at all, new names and regular files only."""
+"""Tests files written by commands: atomic, and only to new names or regular files."""
 
 from __future__ import annotations
 

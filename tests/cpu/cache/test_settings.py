@@ -1,4 +1,4 @@
-"""Environment variables: read late, refused clearly, and documented."""
+"""Tests environment variables: read at first use, validated with clear errors, and documented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the doctor finds, and that it always finishes."""
+"""Tests the findings of `doctor`, and that it always finishes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking at kernels from the command line."""
+"""Tests the commands that inspect kernels."""
 
 from __future__ import annotations
 

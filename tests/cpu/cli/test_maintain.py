@@ -1,4 +1,4 @@
-"""Checking, moving and deleting kernels from the command line."""
+"""Tests the commands that verify, move and delete kernels."""
 
 from __future__ import annotations
 

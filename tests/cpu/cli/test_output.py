@@ -1,4 +1,4 @@
-"""Output of the commands: whole or a failure by name, and never a character that does not print."""
+"""Tests command output: complete or a named failure, with printable characters only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`jitattn-cache prebuild`: what it makes, from which sources, and what it refuses."""
+"""Tests `jitattn-cache prebuild`: kernels built, sources of choices, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Front doors: how they are found, and that they are ours under another name."""
+"""Tests the import aliases of the front doors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The door of flash-cosine-sim-attention, against dense fp64 of its documented semantics."""
+"""Tests the flash-cosine-sim-attention door against a dense fp64 reference of its documentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Patterns of dkernel's door, against dense fp64 of its documented semantics."""
+"""Tests patterns of the dkernel door against a dense fp64 reference of its documentation."""
 
 from __future__ import annotations
 

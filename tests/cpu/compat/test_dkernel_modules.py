@@ -1,4 +1,4 @@
-"""Modules of dkernel's door: compiled, moved, written to, and what they refuse."""
+"""Tests modules of the dkernel door: compiled, moved, modified, and their errors."""
 
 from __future__ import annotations
 

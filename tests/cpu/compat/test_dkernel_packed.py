@@ -1,4 +1,4 @@
-"""Packed sequences of dkernel's door: bounds on their lengths."""
+"""Tests packed sequences of the dkernel door: length bounds."""
 
 from __future__ import annotations
 

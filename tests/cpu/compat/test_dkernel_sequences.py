@@ -1,4 +1,4 @@
-"""Sequences of dkernel's door: with padding, packed, and in parts, against dense fp64."""
+"""Tests padded, packed and partial sequences of the dkernel door against dense fp64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs without elements, in every public function of the doors."""
+"""Tests empty inputs in every public function of the doors."""
 
 from __future__ import annotations
 

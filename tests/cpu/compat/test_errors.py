@@ -1,4 +1,4 @@
-"""Errors of doors: of the original's kind, in the door's words."""
+"""Tests the doors' errors: the original's exception types and argument names."""
 
 from __future__ import annotations
 

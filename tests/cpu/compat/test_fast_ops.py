@@ -1,4 +1,4 @@
-"""The door of fast-ops, against dense attention of its documented semantics."""
+"""Tests the fast-ops door against a dense reference of its documentation."""
 
 from __future__ import annotations
 

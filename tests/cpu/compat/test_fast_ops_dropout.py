@@ -1,4 +1,4 @@
-"""Dropout of the door of fast-ops: the state of a call, and by how much the generator moves."""
+"""Tests dropout of the fast-ops door: call state and generator offsets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The door of FlashAttention and SWAA, against dense fp64 of their documented semantics."""
+"""Tests the FlashAttention and SWAA door against a dense fp64 reference of their documentation."""
 
 from __future__ import annotations
 

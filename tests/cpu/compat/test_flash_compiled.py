@@ -1,4 +1,4 @@
-"""FlashAttention's functions under torch.compile: one graph, the same results and gradients."""
+"""Tests FlashAttention's functions under torch.compile: one graph, same results and gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FlashAttention's extension module, operators, S_dmask and rotary embedding."""
+"""Tests FlashAttention's extension module, operators, S_dmask and rotary embedding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What FlashAttention's door adds to a call of the core: no operation, and few Python calls."""
+"""Tests the overhead of the FlashAttention door: no tensor operations, few Python calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of FlashAttention beside its functions: padding, classes with `apply`, Triton's module."""
+"""Tests FlashAttention's further names: padding, function classes, the Triton module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FlashAttention's door over pages: gradients, and inputs of a cache that require them."""
+"""Tests the FlashAttention door over pages: gradients, and cache inputs that require them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The door's rotary embedding, against fp64 of its definition, rounded once."""
+"""Tests the FlashAttention door's rotary embedding against fp64, rounded once."""
 
 from __future__ import annotations
 

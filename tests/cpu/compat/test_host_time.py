@@ -1,4 +1,4 @@
-"""The doors' own part of a call: few functions of ours, and nothing for a GPU to run."""
+"""Tests the doors' overhead per call: few Python functions, no GPU work."""
 
 from __future__ import annotations
 

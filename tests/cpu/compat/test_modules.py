@@ -1,4 +1,4 @@
-"""Modules of the published packages: names at the places where newer versions have them."""
+"""Tests that names exist at the module paths of the published packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random calls of the doors on the CPU path: all arguments, forward and backward."""
+"""Tests random calls of the doors on the CPU path: all arguments, forward and backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No door waits for the device: their own part, with tensors that say that they are on a GPU."""
+"""Tests that no door synchronizes the device, with CPU tensors that claim to be on a GPU."""
 
 from __future__ import annotations
 

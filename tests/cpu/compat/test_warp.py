@@ -1,4 +1,4 @@
-"""The door of WarpAttention, against dense fp64 of its documented semantics."""
+"""Tests the WarpAttention door against a dense fp64 reference of its documentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public function on CPU tensors, its docstring, and the exception tree."""
+"""Tests `attention` on CPU tensors, its docstring, and the exception hierarchy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CPU path: numbers, memory, derivatives."""
+"""Tests the CPU path: accuracy, memory, derivatives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks, biases and the like on the CPU path."""
+"""Tests masks and score modifications on the CPU path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients of the CPU path: random combinations against fp64 autograd of the reference."""
+"""Tests CPU-path gradients of random combinations against fp64 autograd of the reference."""
 
 from __future__ import annotations
 

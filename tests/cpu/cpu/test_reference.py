@@ -1,4 +1,4 @@
-"""The oracle against arithmetic written out by hand, and against torch."""
+"""Tests the reference against hand-written arithmetic and torch."""
 
 from __future__ import annotations
 

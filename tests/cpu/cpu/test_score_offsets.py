@@ -1,4 +1,4 @@
-"""The CPU path and the reference where scores are far from 0, and sinks far from the scores."""
+"""Tests the CPU path and the reference with scores far from 0 and sinks far from the scores."""
 
 from __future__ import annotations
 

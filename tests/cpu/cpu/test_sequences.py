@@ -1,4 +1,4 @@
-"""Ragged, padded and paged sequences on the CPU path."""
+"""Tests ragged, padded and paged sequences on the CPU path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory, disk, compiler; threads and processes."""
+"""Tests kernel building: memory and disk caches, compiler, threads and processes."""
 
 from __future__ import annotations
 

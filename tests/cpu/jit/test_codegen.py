@@ -1,4 +1,4 @@
-"""The generated header, and its C++ twins."""
+"""Tests the generated header against its C++ counterparts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which NVRTC compiles."""
+"""Tests the choice of NVRTC version."""
 
 from __future__ import annotations
 

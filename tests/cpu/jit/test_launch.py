@@ -1,4 +1,4 @@
-"""The launcher, as far as no GPU is needed."""
+"""Tests the launcher without a GPU."""
 
 from __future__ import annotations
 

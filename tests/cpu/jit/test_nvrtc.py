@@ -1,4 +1,4 @@
-"""The compiler: which one, how, and what it says when it fails."""
+"""Tests NVRTC: loading, options, and error messages."""
 
 from __future__ import annotations
 

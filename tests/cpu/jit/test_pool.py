@@ -1,4 +1,4 @@
-"""Building side by side, recording what was used, and warming up."""
+"""Tests parallel builds, recording of used kernels, and warm-up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trouble around the workers: each kernel fails with a reason, and `build_all` ends."""
+"""Tests worker failures: each kernel fails with a reason, and `build_all` returns."""
 
 from __future__ import annotations
 

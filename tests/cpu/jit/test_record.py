@@ -1,4 +1,4 @@
-"""`JITATTN_RECORD`: whole lines or none, in regular files that are one's own to write."""
+"""Tests `JITATTN_RECORD`: atomic lines, in regular files that the user may write."""
 
 from __future__ import annotations
 

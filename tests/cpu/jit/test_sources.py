@@ -1,4 +1,4 @@
-"""Finding and reading the templates."""
+"""Tests locating and reading kernel templates."""
 
 from __future__ import annotations
 

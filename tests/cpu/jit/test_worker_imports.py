@@ -1,4 +1,4 @@
-"""What a worker imports: what its parent does, whatever names the directories have."""
+"""Tests that workers import the same package as their parent, whatever the directory names."""
 
 from __future__ import annotations
 

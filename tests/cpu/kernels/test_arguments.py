@@ -1,4 +1,4 @@
-"""Argument tables: layout, rendering, packing by name; and what of them a family's key holds."""
+"""Tests argument tables: layout, rendering, packing by name, and their part in cache keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiles and specs of the backward kernels."""
+"""Tests tiles and specs of the backward kernels."""
 
 from __future__ import annotations
 

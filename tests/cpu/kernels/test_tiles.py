@@ -1,4 +1,4 @@
-"""Tiles fit, and split counts make sense, for whatever is asked."""
+"""Tests that forward tiles fit shared memory, and that split counts are sensible."""
 
 from __future__ import annotations
 

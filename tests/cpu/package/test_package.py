@@ -1,4 +1,4 @@
-"""What importing does not do, and who may import whom."""
+"""Tests side effects of importing, and the import order of the layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every public name of the five systems is there, takes what it took, and has a test.
+"""Tests that every public name of the five systems exists, has its signature, and is tested.
 
 The names of the seeds are in public_names.toml. Those of the published packages are read out of the
 archives by tools/public_names.py; what is left out of them has its reason.

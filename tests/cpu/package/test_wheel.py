@@ -1,4 +1,4 @@
-"""The wheel works without the repository."""
+"""Tests that the wheel works without the repository."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choices: what they stand for, how they are read, what is refused, and the way back."""
+"""Tests choices: expansion, parsing, errors, and the round trip from specs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans: every step names every argument of its kernel, and no other."""
+"""Tests that every step of a plan names exactly the arguments of its kernel."""
 
 from __future__ import annotations
 

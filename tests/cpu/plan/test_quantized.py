@@ -1,4 +1,4 @@
-"""Gear 4: which calls have Q and K in 8 bits, and which kernels bring them there."""
+"""Tests gear 4: the calls with INT8 Q and K, and their quantization kernels."""
 
 from __future__ import annotations
 

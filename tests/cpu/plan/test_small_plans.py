@@ -1,4 +1,4 @@
-"""Plans of one launch beside attention: every argument of their kernels is named, and no other."""
+"""Tests that plans of a single launch name exactly the arguments of their kernels."""
 
 from __future__ import annotations
 

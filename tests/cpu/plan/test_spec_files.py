@@ -1,4 +1,4 @@
-"""Spec files: what is wrong is named by file, entry and field, and costs nothing else."""
+"""Tests spec files: errors name file, entry and field, and affect that entry only."""
 
 from __future__ import annotations
 

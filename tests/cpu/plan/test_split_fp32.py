@@ -1,4 +1,4 @@
-"""fp32 inputs as fp16 parts: which calls have them."""
+"""Tests the choice of calls whose fp32 inputs are split into fp16 parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Block lists are built once, follow what is written to a pattern, and go with its memory."""
+"""Tests the block-list cache: built once, rebuilt after writes, freed with the pattern."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lists of key blocks say what the reference says, read as a kernel reads them."""
+"""Tests block lists, decoded as a kernel reads them, against the reference mask."""
 
 from __future__ import annotations
 

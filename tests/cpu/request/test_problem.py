@@ -1,4 +1,4 @@
-"""Validation: what is asked, sorted by what it changes; and every refusal."""
+"""Tests validation: `Problem`, `Runtime`, and every error."""
 
 from __future__ import annotations
 

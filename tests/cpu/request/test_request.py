@@ -1,4 +1,4 @@
-"""Requests: which calls share one, and what is looked at anew at every call."""
+"""Tests requests: calls that share one, and facts read at every call."""
 
 from __future__ import annotations
 

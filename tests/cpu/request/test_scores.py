@@ -1,4 +1,4 @@
-"""What masks, biases and the like refuse, and how masks combine."""
+"""Tests errors of masks and score modifications, and combinations of masks."""
 
 from __future__ import annotations
 

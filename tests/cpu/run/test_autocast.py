@@ -1,4 +1,4 @@
-"""Nothing inside is subject to autocast: forward, backward, plain functions."""
+"""Tests that autocast has no effect on forward, backward and helper functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The autograd functions of the GPU path, with stand-ins for its kernels."""
+"""Tests the autograd functions of the GPU path with stand-ins for its kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.compile without graph breaks: the operators, forward and backward, on the CPU path."""
+"""Tests torch.compile without graph breaks: operators, forward and backward, on the CPU path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors without values: meta and fake ones have results of that kind, others are refused."""
+"""Tests placeholders: meta and fake tensors give results of that kind, others are refused."""
 
 from __future__ import annotations
 

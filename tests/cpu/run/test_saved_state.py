@@ -1,4 +1,4 @@
-"""A write between forward and backward to anything that backward depends on raises, on the CPU."""
+"""Tests that writes to saved tensors between forward and backward raise, on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls on the CPU that are transformed or traced: torch.func, make_fx, jit.trace, compile."""
+"""Tests transformed or traced calls on the CPU: torch.func, make_fx, jit.trace, compile."""
 
 from __future__ import annotations
 

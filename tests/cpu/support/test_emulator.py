@@ -1,4 +1,4 @@
-"""Kernels on the processor: calls by a GPU's path, and what an emulator must not let pass."""
+"""Tests the kernel emulator: calls through the GPU path, and faults that it must detect."""
 
 from __future__ import annotations
 

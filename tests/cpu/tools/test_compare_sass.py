@@ -1,4 +1,4 @@
-"""tools/compare_sass.py: instructions and constants count, names and other sections do not."""
+"""Tests tools/compare_sass.py: it compares instructions and constants, not names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One kernel for each class of the spec compiles, with no unlisted spill; CI compiles all."""
+"""Tests that one kernel of each spec class compiles without unlisted spills; CI compiles all."""
 
 from __future__ import annotations
 

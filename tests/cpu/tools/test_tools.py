@@ -1,4 +1,4 @@
-"""The tools, as far as no GPU is needed."""
+"""Tests the tools without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dropout on the CPU path: the generator, its mask, its rate, its reproducibility."""
+"""Tests dropout on the CPU path: generator, mask, rate, reproducibility."""
 
 from __future__ import annotations
 

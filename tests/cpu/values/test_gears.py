@@ -1,4 +1,4 @@
-"""Gears: what they are called, the default, and which numerics keep their promise."""
+"""Tests gears: names, default, and the numerics that meet their guarantees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mask values, and the size of the grids that use them."""
+"""Tests mask values, and the size of the test grids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions on patterns of blocks."""
+"""Tests functions on block patterns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Public values: copies, pickles, equality and hashes; numbers of numpy's."""
+"""Tests public values: copies, pickles, equality, hashes, and numpy scalars."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Its attention: `flash_attention` ([B, H, L, D]), `flash_attention_triton` ([B, L, H, D])."""
+"""Attention of fast-ops: `flash_attention` [B, H, L, D], `flash_attention_triton` [B, L, H, D]."""

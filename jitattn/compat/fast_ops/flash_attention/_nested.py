@@ -1,4 +1,4 @@
-"""Nested tensors of [B, H, L, D] as sequences one after another, [total, H, D], and back."""
+"""Converts nested tensors [B, H, L, D] to ragged sequences [total, H, D], and back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Jagged:
-    """A jagged tensor [B, H, j, D]: its own values, offsets and lengths, wherever they are.
+    """A jagged tensor [B, H, j, D], by its values, offsets and lengths, without a copy.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class Jagged:
         self.values: Tensor = nested.values().transpose(0, 1)
 
     def sequences(self) -> Ragged:
-        """Return where they lie in `values`; reads the largest length if torch does not know it."""
+        """Return the sequences in `values`; synchronizes if the largest length is unknown."""
         longest = _longest(self._nested)
         if longest is None and _is_capturing(self.values):
             longest = self.values.shape[0]  # a bound
@@ -45,7 +45,7 @@ class Jagged:
         return Ragged(self._offsets[:-1], self._lengths, longest)  # with gaps between them
 
     def check_like(self, other: Jagged) -> None:
-        """Refuse values in other rows than these keys.
+        """Refuse values whose offsets differ from the keys'.
 
         Tensors that share offsets are told by that alone. Others are compared, which waits for the
         device; where that cannot be, they are refused.
@@ -53,7 +53,7 @@ class Jagged:
         pairs = ((self._offsets, other._offsets), (self._lengths, other._lengths))
         own = [(one, two) for one, two in pairs if one is not two]
         if not own or self.values.device != other.values.device:
-            return  # the core says what is wrong with devices
+            return  # the core reports wrong devices
         way_out = "make V with torch.nested.nested_tensor_from_jagged(values, K.offsets(), ...)"
         is_capturing = _is_capturing(self.values)
         if torch.compiler.is_compiling() or is_capturing:
@@ -75,7 +75,7 @@ class Jagged:
         return [int(length) for length in lengths.tolist()]
 
     def nest(self, flat: Tensor) -> Tensor:
-        """Make a result [total, H, Dv] nested, by this tensor's own offsets: j is the same."""
+        """Convert a result [total, H, Dv] to a jagged tensor with this tensor's offsets."""
         longest = _longest(self._nested)
         known = {} if longest is None else {"max_seqlen": longest}
         return torch.nested.nested_tensor_from_jagged(
@@ -84,7 +84,7 @@ class Jagged:
 
 
 class Strided:
-    """A strided nested tensor of B sequences [H, L, D], copied one after another."""
+    """A strided nested tensor of B sequences [H, L, D], copied to a ragged one."""
 
     def __init__(self, name: str, nested: Tensor) -> None:
         parts = nested.unbind()
@@ -98,18 +98,18 @@ class Strided:
         self.values = torch.cat([part.transpose(0, 1) for part in parts])
 
     def sequences(self) -> Ragged:
-        """Return where they lie in `values`."""
+        """Return the sequences in `values`."""
         lengths = torch.tensor([0, *self._lengths], dtype=torch.int64, device="cpu")
         cumulative = lengths.cumsum(0).to(torch.int32)
         offsets = on_device("the list of lengths", cumulative, self.values.device)
         return Ragged.from_cu_seqlens(offsets, max(self._lengths))
 
     def check_like(self, other: Strided) -> None:
-        """Refuse values of other lengths than these keys; torch has lengths on the host."""
+        """Refuse values whose lengths differ from the keys'; torch has lengths on the host."""
         check_lengths(self._lengths, other._lengths, "nest them by one list of lengths")
 
     def nest(self, flat: Tensor) -> Tensor:
-        """Make a result [total, H, Dv] nested in the same way."""
+        """Convert a result [total, H, Dv] to a strided nested tensor."""
         parts = torch.split(flat, self._lengths)
         return torch.nested.as_nested_tensor([part.transpose(0, 1) for part in parts])
 
@@ -154,7 +154,7 @@ def flattened(Q: Tensor, K: Tensor, V: Tensor) -> list[Any]:  # noqa: N803 - the
 
 
 def check_lengths(keys: list[int], values: list[int], way_out: str) -> None:
-    """Refuse sequences that have not as many values as keys."""
+    """Refuse sequences with different numbers of keys and values."""
     for idx, (own, other) in enumerate(zip(keys, values, strict=True)):
         if own != other:
             raise ExtensionError(
@@ -164,9 +164,9 @@ def check_lengths(keys: list[int], values: list[int], way_out: str) -> None:
 
 
 def _longest(nested: Any) -> int | None:  # noqa: ANN401
-    """Return the largest length if it may be asked for; torch keeps it then, from 2.5 on."""
+    """Return the largest length, cached by torch from 2.5 on; None where it cannot be read."""
     if torch.compiler.is_compiling() or not hasattr(nested, "_maybe_max_seqlen"):
-        return None  # of a compiled call it is read when that runs: no graph depends on it
+        return None  # a compiled call reads it at run time: no graph depends on it
     known: int | None = nested._maybe_max_seqlen
     return nested._max_seqlen if known is None and not _is_capturing(nested) else known
 

@@ -1,4 +1,4 @@
-"""The oracle of the original's tests: dense attention that also returns its weights."""
+"""Reference attention of the original's tests: dense, and also returns its weights."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from jitattn.values.masks import Causal, Full
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: What the core says, and what this door does.
+#: The core's argument names in error messages, and this door's.
 _WORDS: Final = {
     "q": "Q",
     "k": "K",

@@ -25,7 +25,7 @@ from jitattn.values.masks import Causal, Full
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: What the core says, and what this door does.
+#: The core's argument names in error messages, and this door's.
 _WORDS: Final = {
     "scale": "softmax_scale",
     "check the layout argument": "the layout is [B, L, H, D]",
@@ -134,7 +134,7 @@ def increment_philox_state(increment: int) -> tuple[int, int]:
 
 
 def _not_dense(q: Tensor, k: Tensor, v: Tensor) -> CheckFailedError:
-    """Return what is said of the first tensor that is no dense one of four dimensions."""
+    """Return the error message for the first tensor that is not dense with four dimensions."""
     first = ((name, x) for name, x in (("q", q), ("k", k), ("v", v)) if x.is_nested or x.ndim != 4)
     name, tensor = next(first)
     return CheckFailedError(
@@ -158,7 +158,7 @@ def _check_bias(bias: Tensor, len_q: int, len_kv: int) -> None:
 
 
 def _next_state(count: int, device: torch.device) -> Tensor:
-    """Draw the state of a call with so many weights, and move the generator as the original does.
+    """Draw the dropout state of a call, and advance the generator as the original does.
 
     The host waits for nothing: seed and offset of the generator decide what a kernel draws.
     """
@@ -172,7 +172,7 @@ def _next_state(count: int, device: torch.device) -> Tensor:
 
 
 def _skip_state(count: int, device: torch.device) -> None:
-    """Move the generator as a call does that draws nothing; the CPU's has no offsets, and draws."""
+    """Advance the generator as a call without dropout does; the CPU's, without offsets, draws."""
     generator = _moving_generator(device)
     if generator is not None:
         generator.set_offset(generator.get_offset() + _rounded(count))
@@ -181,7 +181,7 @@ def _skip_state(count: int, device: torch.device) -> None:
 
 
 def _moving_generator(device: torch.device) -> torch.Generator | None:
-    """Return the generator of a GPU, None where its offset cannot be set: captured and compiled.
+    """Return the generator of a GPU; None in captures and compiled graphs, which fix its offset.
 
     There torch moves it, by what was drawn, and draws anew in every replay.
     """
@@ -196,7 +196,7 @@ def _moving_generator(device: torch.device) -> torch.Generator | None:
 
 @functools.lru_cache(maxsize=64)
 def _is_gpu(device: torch.device) -> bool:
-    """Whether a device is a GPU; kept, as a device writes its type anew each time."""
+    """Return whether a device is a GPU; cached, as `device.type` builds a string each time."""
     return device.type == "cuda"
 
 

@@ -1,1 +1,1 @@
-"""Layers that callers import beside the attention functions."""
+"""Layers of the original package beside the attention functions."""

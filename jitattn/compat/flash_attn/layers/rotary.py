@@ -37,7 +37,7 @@ def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
 def apply_rotary_emb_torch(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
 ) -> Tensor:
-    """Turn x [B, L, H, D] by tables [L, rotary_dim / 2] or [B, L, rotary_dim / 2], in its dtype."""
+    """Rotate x [B, L, H, D] by tables [L, rotary_dim / 2] or [B, L, rotary_dim / 2]."""
     rotary_dim = 2 * cos.shape[-1]
     wide_cos, wide_sin = (_widened(table, interleaved)[..., None, :] for table in (cos, sin))
     turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
@@ -56,7 +56,7 @@ def apply_rotary_emb(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> Tensor:
-    """Turn vectors by their positions.
+    """Rotate vectors by their positions.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ def apply_rotary_emb_qkv_(
     seqlen_offsets: int | Tensor = 0,
     num_heads_q: int | None = None,
 ) -> Tensor:
-    """Turn q and k of a packed qkv by their positions, in place.
+    """Rotate q and k of a packed qkv by their positions, in place.
 
     Parameters
     ----------
@@ -139,7 +139,7 @@ def apply_rotary_emb_qkv_(
 def _places(
     qkv: Tensor, num_heads_q: int | None
 ) -> tuple[slice | int, slice | int, slice, slice | int]:
-    """Return where q, k, q and k, and v lie in the third dimension."""
+    """Return the slices of q, k, q and k, and v in the third dimension."""
     if qkv.dim() == 5 and qkv.shape[2] == 3:
         return 0, 1, slice(2), 2
     if qkv.dim() != 4:
@@ -166,7 +166,7 @@ def apply_rotary_emb_kv_(
     interleaved: bool = False,
     seqlen_offsets: int | Tensor = 0,
 ) -> Tensor:
-    """Turn k of a packed kv [B, L, 2, H, D] by its positions, in place.
+    """Rotate k of a packed kv [B, L, 2, H, D] by its positions, in place.
 
     Returns
     -------
@@ -180,25 +180,25 @@ def apply_rotary_emb_kv_(
 
 
 class ApplyRotaryEmb:
-    """`apply_rotary_emb`, for those who call its `apply`."""
+    """The function class of `apply_rotary_emb`, with `apply`."""
 
     apply = staticmethod(apply_rotary_emb)
 
 
 class ApplyRotaryEmbQKV_:  # noqa: N801 - the original's name
-    """`apply_rotary_emb_qkv_`, likewise."""
+    """The function class of `apply_rotary_emb_qkv_`."""
 
     apply = staticmethod(apply_rotary_emb_qkv_)
 
 
 class ApplyRotaryEmbKV_:  # noqa: N801
-    """`apply_rotary_emb_kv_`, likewise."""
+    """The function class of `apply_rotary_emb_kv_`."""
 
     apply = staticmethod(apply_rotary_emb_kv_)
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """Turns queries and keys, in place, by tables of its own, which grow when they are too short.
+    """Rotates queries and keys in place by its own tables, which grow on demand.
 
     Parameters
     ----------
@@ -251,7 +251,7 @@ class RotaryEmbedding(torch.nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make tables for so many positions, unless those that are there will do."""
+        """Extend the tables to a number of positions, if they are too short."""
         found = self._cos_cached
         if (
             found is not None
@@ -261,7 +261,7 @@ class RotaryEmbedding(torch.nn.Module):
         ):
             return
         self._seq_len_cached = seqlen
-        # A model in 16 bits has its buffers in 16 bits, and large positions need all of fp32.
+        # A 16-bit model has 16-bit buffers, but large positions need fp32.
         is_wide = self.inv_freq.dtype is torch.float32
         frequencies = self.inv_freq if is_wide else self._compute_inv_freq(device)
         position = torch.arange(seqlen, device=device, dtype=torch.float32)
@@ -283,7 +283,7 @@ class RotaryEmbedding(torch.nn.Module):
         max_seqlen: int | None = None,
         num_heads_q: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Turn q and k of qkv, as `apply_rotary_emb_qkv_` takes it; or of q and kv.
+        """Rotate q and k of qkv as `apply_rotary_emb_qkv_` does, or of q and kv.
 
         Parameters
         ----------
@@ -320,7 +320,7 @@ class RotaryEmbedding(torch.nn.Module):
 
 
 def _tables(cos: Tensor, sin: Tensor, interleaved: bool) -> Rotary:
-    """Return the tables as the core takes them: of one dtype, rows one after another."""
+    """Return the tables in the core's form: one dtype, contiguous rows."""
     if cos.dim() != 2 or cos.shape != sin.shape:
         raise CheckFailedError(
             f"cos {list(cos.shape)} and sin {list(sin.shape)}: both must be [positions, "

@@ -1,1 +1,1 @@
-"""Operations that callers import beside the attention functions."""
+"""Operations of the original package beside the attention functions."""

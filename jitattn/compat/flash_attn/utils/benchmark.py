@@ -1,4 +1,4 @@
-"""`flash_attn.utils.benchmark`: time of a function and of its backward pass, with torch's timer.
+"""`flash_attn.utils.benchmark`: times a function and its backward pass with torch's timer.
 
 Each timer takes a function and its arguments, and returns a pair of `torch.utils.benchmark.Timer`
 and `Measurement` (seconds: `.mean`); `desc` names what is printed with `verbose`; `amp` runs it
@@ -62,7 +62,7 @@ def benchmark_backward(
     amp_dtype: torch.dtype = torch.float16,
     **kwinputs: Any,  # noqa: ANN401
 ) -> Timed:
-    """Time the backward pass of a call, which is made once."""
+    """Time the backward pass of a single forward call."""
     with torch.autocast(_device_of(inputs), amp_dtype, enabled=amp):
         result = _first(fn(*inputs, **kwinputs))
     d_result = _gradient(result, grad)
@@ -127,7 +127,7 @@ def benchmark_memory(
     verbose: bool = True,
     **kwinputs: Any,  # noqa: ANN401
 ) -> float:
-    """Return the most memory that PyTorch had on the GPU during a call, in units of 10^9 bytes.
+    """Return PyTorch's peak GPU memory during a call, in units of 10^9 bytes.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What the original's scripts use: timing, operation counts, errors."""
+"""Helpers of the original's scripts: timing, operation counts, errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def cuda_synchronize(
     device: torch.device | str | int | None = None, stream: torch.cuda.Stream | None = None
 ) -> None:
-    """Wait for a stream, or for all of a device; without a GPU there is nothing to wait for."""
+    """Synchronize a stream or a device; does nothing without a GPU."""
     if not torch.cuda.is_available():
         return
     if stream is not None:
@@ -36,7 +36,7 @@ def cuda_timeit(
     warmup_loops: int = 1,
     setup: Callable[[], Any] | None = None,
 ) -> tuple[Any, float]:
-    """Time ``func(**args)`` by the host's clock, waiting for the device around every loop.
+    """Time ``func(**args)`` by the host's clock, synchronizing around every loop.
 
     Returns
     -------
@@ -98,7 +98,7 @@ def get_absolute_path(path: str) -> str:
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - of a module
-    if name == "tune":  # it needs the whole package, which needs what is above
+    if name == "tune":  # imported last: it needs the names above
         from jitattn.compat.warp_attention.warpat_tester import tune
 
         return tune

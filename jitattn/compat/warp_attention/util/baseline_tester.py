@@ -1,4 +1,4 @@
-"""Times of other attentions, where the published package has them."""
+"""Timing of baseline attentions, at the module path of the published package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Charts of gears beside other attentions, where the published package has them."""
+"""Charts of gears beside other attentions, at the module path of the published package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fastest version of every gear, where the published package has them."""
+"""Tuning of the version of every gear, at the module path of the published package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timing, operation counts, errors, where the published package has them."""
+"""Timing, operation counts and errors, at the module path of the published package."""
 
 from __future__ import annotations
 

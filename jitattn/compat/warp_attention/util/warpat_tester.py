@@ -1,4 +1,4 @@
-"""Times and errors of a gear, where the published package has them."""
+"""Times and errors of a gear, at the module path of the published package."""
 
 from __future__ import annotations
 

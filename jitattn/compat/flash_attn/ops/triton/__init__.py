@@ -1,1 +1,1 @@
-"""The place of the original's Triton kernels."""
+"""The module path of the original's Triton kernels."""

@@ -1,4 +1,4 @@
-"""Rotary position embedding without autograd, at the place of the original's Triton kernel."""
+"""Rotary position embedding without autograd, under the name of the original's Triton kernel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def apply_rotary(
     inplace: bool = False,
     conjugate: bool = False,
 ) -> Tensor:
-    """Turn vectors by their positions, as `apply_rotary_emb`; `conjugate`: the other way."""
+    """Rotate vectors by their positions as `apply_rotary_emb` does; `conjugate`: backwards."""
     return apply_rotary_emb(
         x,
         cos,
