@@ -58,4 +58,8 @@ def score_grad_spec(problem: Problem, arch: str, target: ScoreTarget) -> ScoreGr
     """Return the spec of a score-gradient kernel."""
     problem = replace(backward_problem(problem), numerics=resolve_numerics(2, problem.dtype))
     tile = choose_square(problem, arch)
+    # Two CTAs run side by side where this costs no spills.
+    few_columns = problem.head_dim <= (128 if problem.mask is MaskKind.BLOCK_LISTS else 64)
+    if target is ScoreTarget.MATRIX and few_columns and problem.dtype is not Dtype.FP32:
+        tile = replace(tile, min_blocks_per_sm=2)
     return ScoreGradSpec(problem=problem, tile=tile, target=target, arch=arch)
