@@ -293,7 +293,7 @@ def _traced(
     has_kernel = x.is_cuda and _has_kernel(x, [rotary.cos for rotary in tables])
     if has_kernel and inplace and not is_followed(x):
         for place, number in parts:
-            for own in by_heads(x[place] if place else x):
+            for (own,) in by_heads(x[place] if place else x):
                 torch.ops.jitattn.apply_rotary_(own, *_of_operator(tables[number], positions))
         return x
     result = _composed(x, tables, positions, parts, _operator if has_kernel else apply_rotary_cpu)

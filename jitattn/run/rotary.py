@@ -131,14 +131,17 @@ def rotary_spec(
     )
 
 
-def by_heads(x: Tensor) -> Iterator[Tensor]:
-    """Yield views [B, L, H, D] or [total, H, D] of a part; usually one."""
-    if x.dim() < 5:
-        yield x
-    elif x.shape[2] == 1 or x.stride(2) == x.shape[3] * x.stride(3):
-        yield x.flatten(2, 3)
+def by_heads(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield views [B, L, H, D] or [total, H, D] of tensors of one shape.
+
+    Usually one view of each; several where a tensor has gaps between its groups of heads.
+    """
+    if tensors[0].dim() < 5:
+        yield tensors
+    elif all(x.shape[2] == 1 or x.stride(2) == x.shape[3] * x.stride(3) for x in tensors):
+        yield tuple(x.flatten(2, 3) for x in tensors)
     else:
-        yield from x.unbind(2)
+        yield from zip(*(x.unbind(2) for x in tensors), strict=True)
 
 
 def _launch_parts(
@@ -154,7 +157,7 @@ def _launch_parts(
         source, target = x, out
         if part.place:
             source, target = x[part.place], out[part.place]
-        for one, other in zip(by_heads(source), by_heads(target), strict=True):
+        for one, other in by_heads(source, target):
             _launch(one, other, cos, sin, positions, rotation, index)
 
 

@@ -22,7 +22,7 @@ from jitattn.compat.fast_ops.flash_attention.flash_attention_triton import (
     triton_dropout_mask,
 )
 from jitattn.compat.flash_attn import _extension as extension
-from jitattn.compat.flash_attn import flash_attn_func
+from jitattn.compat.flash_attn import flash_attn_func, flash_attn_with_kvcache
 from jitattn.compat.flash_cosine_sim_attention import flash_cosine_sim_attention, l2norm_tensors
 from jitattn.compat.flash_cosine_sim_attention.transformer import CosineSimCausalTransformer
 from jitattn.compat.warp_attention import warp_attention_forward
@@ -329,3 +329,22 @@ def test_flash_attn_extension(dropout_p: float) -> None:
     )
     for one, other in zip(found[:3], wanted, strict=True):
         assert rel_l2(one, other) < 5e-3
+
+
+def test_the_lse_of_a_cache_does_not_break_a_gradient() -> None:
+    q, cache = torch.randn(1, 2, 4, 32).half(), torch.randn(2, 1, 16, 4, 32).half()
+    found = []
+    for device in ("cuda", "cpu"):
+        slopes = torch.linspace(0.1, 0.4, 4).to(device).requires_grad_()
+        with torch.enable_grad():
+            out, lse = flash_attn_with_kvcache(
+                q.to(device),
+                *cache.to(device),
+                cache_seqlens=12,
+                causal=True,
+                alibi_slopes=slopes,
+                return_softmax_lse=True,
+            )
+            loss = out.float().sum() + lse.sum()
+        found.append(torch.autograd.grad(loss, slopes)[0].cpu())
+    assert rel_l2(*found) <= 5e-3

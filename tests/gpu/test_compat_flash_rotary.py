@@ -77,3 +77,15 @@ def test_packed_kv_and_the_module() -> None:
     module, qkv = RotaryEmbedding(D), torch.randn(B, L, 3, H, D)
     found = module(qkv.clone().cuda())
     torch.testing.assert_close(found.cpu(), module.cpu()(qkv.clone()), atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_with_gaps() -> None:
+    """What is turned has gaps between q, k and v, and its copy has none."""
+    x, true = both(torch.randn(B, L, 3, H, D).half())
+    tables = torch.randn(2, 20, D // 2).half()
+    with torch.enable_grad():
+        out = apply_rotary_emb_qkv_(x, *tables.cuda())
+        wanted = apply_rotary_emb_qkv_(true, *tables)
+        more = torch.randn(B, L, 3, 2, D).half()
+        out, wanted = torch.cat([out, more.cuda()], 3), torch.cat([wanted, more], 3)
+    check_alike(out, wanted, x, true)

@@ -264,7 +264,7 @@ class SparseAttention(torch.nn.Module):
                 self.seq_dim, self.max_seqlen,
             )  # fmt: skip
             known = self._facts.get(key)
-        except (AttributeError, RuntimeError):  # not tensors, or nested ones
+        except (AttributeError, RuntimeError, TypeError):  # not tensors, nested ones, or symbolic sizes
             return self._checked_facts(q, k, v, is_batch)
         if known is None:
             if len(self._facts) >= _MOST_FACTS:

@@ -16,6 +16,7 @@ from jitattn.compat.flash_attn._translate import (
     into_their_lse,
     mask_of,
     plain_mask,
+    their_lse,
 )
 from jitattn.errors import InvalidInputError
 from jitattn.values.rotary import Rotary
@@ -176,7 +177,11 @@ def with_kvcache(
             found = attention_with_kvcache(q, k_cache, v_cache, k, v, **given)
     else:
         found = attention_with_kvcache(q, k_cache, v_cache, k, v, **given)
-    return (found[0], into_their_lse(found[1])) if return_lse else (found, None)
+    if not return_lse:
+        return found, None
+    result, lse = found
+    # Only alibi_slopes may have a gradient here; then autograd has saved the LSE.
+    return result, their_lse(lse) if lse.requires_grad else into_their_lse(lse)
 
 
 def _room(k_cache: Tensor, block_table: Tensor | None) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import jitattn
 from jitattn.compat.dkernel import (
@@ -40,6 +41,16 @@ def _compile_cases() -> dict[str, tuple[SparseAttention, tuple[int, int], dict[s
             "closed": (LocalStrideSparseAttention(4, 64, SIZE, 1, 3, num_kv_heads=2), (60, 60), {}),
             "written": (LocalStrideSparseAttention(4, 64, SIZE, 1, 3), (60, 60), {}),
         }
+
+
+@pytest.mark.parametrize("name", ["square", "closed"])
+def test_traced_with_symbolic_sizes(name: str) -> None:
+    layer = _compile_cases()[name][0]
+    q, k, v = tensors(60, 60)
+    graph = make_fx(lambda *own: layer(*own), tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+        q, k, v
+    )
+    torch.testing.assert_close(graph(q, k, v), layer(q, k, v))
 
 
 @pytest.mark.parametrize("name", list(_compile_cases()))
