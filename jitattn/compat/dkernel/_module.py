@@ -264,7 +264,11 @@ class SparseAttention(torch.nn.Module):
                 self.seq_dim, self.max_seqlen,
             )  # fmt: skip
             known = self._facts.get(key)
-        except (AttributeError, RuntimeError, TypeError):  # not tensors, nested ones, or symbolic sizes
+        except (
+            AttributeError,
+            RuntimeError,
+            TypeError,
+        ):  # not tensors, nested ones, or symbolic sizes
             return self._checked_facts(q, k, v, is_batch)
         if known is None:
             if len(self._facts) >= _MOST_FACTS:
