@@ -17,7 +17,7 @@ from jitattn.errors import WithoutMemoryError
 from jitattn.request.block_list_cache import identity_of
 from jitattn.request.layouts import parse_any
 from jitattn.request.outputs import check_out
-from jitattn.request.scores import NO_CHANGES
+from jitattn.request.scores import ADDED, NO_CHANGES, TABLES, added_of
 from jitattn.values.gears import get_default_gear
 from jitattn.values.masks import (
     BlockSparse,
@@ -385,8 +385,7 @@ def _note_scores(scores: Scores, facts: list[Any], addresses: Addresses) -> bool
     if relative is slopes is sinks is None:
         facts.append("no tables")
     else:
-        tables = (("relative_bias", relative), ("alibi_slopes", slopes), ("sinks", sinks))
-        for name, table in tables:
+        for name, table in zip(TABLES, (relative, slopes, sinks), strict=True):
             if table is None:
                 facts.append(None)
             elif not _note_tensor(name, table, facts, addresses):
@@ -419,10 +418,7 @@ def _addresses(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Addresses:
     tensors = {
         "key_padding": None if parts.key_padding is None else parts.key_padding.keep,
         "dense": None if parts.dense is None else parts.dense.keep,
-        "bias": scores.bias,
-        "relative_bias": scores.relative_bias,
-        "alibi_slopes": scores.alibi_slopes,
-        "sinks": scores.sinks,
+        **dict(zip(ADDED, added_of(scores), strict=True)),
         "dropout_state": None if scores.dropout is None else scores.dropout.state,
         "block_table": getattr(call.kv_seqs, "block_table", None),
     }
