@@ -20,15 +20,14 @@ from jitattn.request.outputs import check_out
 from jitattn.request.scores import ADDED, NO_CHANGES, TABLES, added_of
 from jitattn.values.gears import get_default_gear
 from jitattn.values.masks import (
+    BY_VALUE,
     BlockSparse,
     Both,
     Causal,
     Dense,
     Full,
     KeyPadding,
-    LocalStride,
     PerHead,
-    Window,
     parts_of,
 )
 from jitattn.values.norm import L2Norm
@@ -50,8 +49,6 @@ if TYPE_CHECKING:
 Addresses: TypeAlias = dict[Any, Any]
 _Facts: TypeAlias = tuple[Any, ...]
 
-#: Masks that are equal by value.
-_BY_VALUE: Final = frozenset((Full, Causal, Window, LocalStride))
 _NUMBERS: Final = frozenset((type(None), int, float))
 _INTEGERS: Final = frozenset((type(None), int))
 _SEQUENCES: Final = frozenset((Ragged, Padded, Paged))
@@ -302,7 +299,7 @@ def _note_matrix(
 def _note_mask(mask: Mask, facts: list[Any], addresses: Addresses) -> bool:
     kind: type[Any] = type(mask)
     facts.append(kind)
-    if kind in _BY_VALUE:
+    if kind in BY_VALUE:
         facts.append(mask)
         return True
     if isinstance(mask, KeyPadding) and kind is KeyPadding:
