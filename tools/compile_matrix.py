@@ -31,7 +31,7 @@ from jitattn.jit import compilers
 from jitattn.jit.pool import num_processors
 from jitattn.plan.choices import preset, specs_of
 from jitattn.spec.enums import MatrixSize
-from jitattn.spec.kernel_spec import KernelSpec, families
+from jitattn.spec.kernel_spec import SWITCHES, KernelSpec, families
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -45,10 +45,7 @@ TUNED: Final = ("sm_80", "sm_86", "sm_89", "sm_90")
 UNTUNED: Final = ("sm_87", "sm_100", "sm_120")
 
 #: Fields of optional inputs.
-OPTIONAL: Final = (
-    "bias", "relative_bias", "alibi", "softcap", "sinks", "key_padding", "dense", "dropout",
-    "fixed_shift", "bias_staged", "dense_staged",
-)  # fmt: skip
+OPTIONAL: Final = ("bias", *SWITCHES, "bias_staged", "dense_staged")
 
 
 @dataclass(frozen=True, slots=True)

@@ -282,9 +282,8 @@ def bind(
     bound.apply_defaults()
     given = bound.arguments
     tensors = interop.from_all({name: given[name] for name in ("q", "k", "v")}, out=given["out"])
-    names = ("bias", "relative_bias", "alibi_slopes", "softcap", "sinks")
-    more = ("dropout_p", "dropout_state", "qk_norm")
-    scores = _scores(tensors["q"], *(given[name] for name in (*names, *more)))
+    of_scores = list(inspect.signature(_scores).parameters)[1:]
+    scores = _scores(tensors["q"], *(given[name] for name in of_scores))
     others = {name: given[name] for name in Call._fields if name != "scores"}
     others["out"] = tensors.get("out")
     return tensors, Call(**others, scores=NO_CHANGES if scores == NO_CHANGES else scores)

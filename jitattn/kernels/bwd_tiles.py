@@ -21,7 +21,7 @@ from jitattn.spec.enums import (
     Staging,
     Switch,
 )
-from jitattn.spec.kernel_spec import Problem, padded_head_dim
+from jitattn.spec.kernel_spec import SWITCHES, Problem, padded_head_dim
 from jitattn.values.gears import resolve_numerics
 
 #: block_q, block_kv, num_warps, warps_q, warps_keys, warps_dq, stages: the first that fits is
@@ -83,6 +83,10 @@ _SQUARES: Final[tuple[_Row, ...]] = (
     (64, 64, 8, 4, 4, 4, 1),
     (32, 32, 8, 2, 2, 2, 1),
     (16, 16, 8, 1, 1, 1, 1),
+)
+#: Optional inputs that cost registers.
+_NEED_REGISTERS: Final = tuple(
+    name for name in SWITCHES if name not in ("sinks", "key_padding", "fixed_shift")
 )
 
 
@@ -185,8 +189,7 @@ def _has_changes(problem: Problem) -> bool:
 
 
 def _changes_scores(problem: Problem) -> bool:
-    names = ("relative_bias", "alibi", "softcap", "dense", "dropout")
-    changes = any(getattr(problem, name) is Switch.ON for name in names)
+    changes = any(getattr(problem, name) is Switch.ON for name in _NEED_REGISTERS)
     return changes or problem.bias is not BiasKind.NONE
 
 

@@ -20,7 +20,7 @@ from jitattn.spec.enums import (
     Numerics,
     Switch,
 )
-from jitattn.spec.kernel_spec import arch_number
+from jitattn.spec.kernel_spec import SWITCHES, arch_number
 
 if TYPE_CHECKING:
     from jitattn.spec.kernel_spec import Problem
@@ -37,8 +37,8 @@ _LEAST_ON_SM90: Final = {Numerics.INT8_F16: 64, Numerics.INT8: 128}
 #: The fp16-part equivalent of each TF32 numerics class.
 _SPLIT_FP32: Final = {Numerics.TF32X3: Numerics.F16X3, Numerics.TF32: Numerics.F16X1}
 _MASKS: Final = (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE)
-_TO_SCORES: Final = ("relative_bias", "alibi", "softcap", "sinks", "dense", "dropout",
-                     "fixed_shift")  # fmt: skip
+#: Optional inputs that the kernels for quantized and for split operands do not take.
+_TO_SCORES: Final = tuple(name for name in SWITCHES if name != "key_padding")
 #: Numerics classes by the dtype of the inputs.
 _NUMERICS: Final = {
     Dtype.FP16: (Numerics.F32_ACC, Numerics.SPLIT_P, Numerics.F16_ACC, Numerics.INT8,

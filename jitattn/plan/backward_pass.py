@@ -39,7 +39,7 @@ class BackwardOperands(NamedTuple):
     dq_strides: Strides
     dk: KvGradient
     dv: KvGradient
-    wanted: tuple[str, ...]  #: bias, relative_bias, alibi_slopes, sinks: those with gradients
+    wanted: tuple[str, ...]  #: of `request.scores.ADDED`, those with gradients
     bias_shape: tuple[int, ...] | None
     bias_dtype: str
     dropout_scale: float

@@ -16,18 +16,17 @@ from jitattn.errors import WithoutMemoryError
 from jitattn.request.block_list_cache import identity_of
 from jitattn.request.layouts import parse_any
 from jitattn.request.outputs import check_out
-from jitattn.request.scores import NO_CHANGES
+from jitattn.request.scores import ADDED, NO_CHANGES, TABLES, added_of
 from jitattn.values.gears import get_default_gear
 from jitattn.values.masks import (
+    BY_VALUE,
     BlockSparse,
     Both,
     Causal,
     Dense,
     Full,
     KeyPadding,
-    LocalStride,
     PerHead,
-    Window,
     parts_of,
 )
 from jitattn.values.norm import L2Norm
@@ -48,8 +47,6 @@ if TYPE_CHECKING:
 Addresses: TypeAlias = dict[Any, Any]
 _Facts: TypeAlias = tuple[Any, ...]
 
-#: Masks that are equal by value.
-_BY_VALUE: Final = frozenset((Full, Causal, Window, LocalStride))
 _NUMBERS: Final = frozenset((type(None), int, float))
 _INTEGERS: Final = frozenset((type(None), int))
 _SEQUENCES: Final = frozenset((Ragged, Padded, Paged))
@@ -300,7 +297,7 @@ def _note_matrix(
 def _note_mask(mask: Mask, facts: list[Any], addresses: Addresses) -> bool:
     kind: type[Any] = type(mask)
     facts.append(kind)
-    if kind in _BY_VALUE:
+    if kind in BY_VALUE:
         facts.append(mask)
         return True
     if isinstance(mask, KeyPadding) and kind is KeyPadding:
@@ -383,8 +380,7 @@ def _note_scores(scores: Scores, facts: list[Any], addresses: Addresses) -> bool
     if relative is slopes is sinks is None:
         facts.append("no tables")
     else:
-        tables = (("relative_bias", relative), ("alibi_slopes", slopes), ("sinks", sinks))
-        for name, table in tables:
+        for name, table in zip(TABLES, (relative, slopes, sinks), strict=True):
             if table is None:
                 facts.append(None)
             elif not _note_tensor(name, table, facts, addresses):
@@ -417,10 +413,7 @@ def _addresses(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Addresses:
     tensors = {
         "key_padding": None if parts.key_padding is None else parts.key_padding.keep,
         "dense": None if parts.dense is None else parts.dense.keep,
-        "bias": scores.bias,
-        "relative_bias": scores.relative_bias,
-        "alibi_slopes": scores.alibi_slopes,
-        "sinks": scores.sinks,
+        **dict(zip(ADDED, added_of(scores), strict=True)),
         "dropout_state": None if scores.dropout is None else scores.dropout.state,
         "block_table": getattr(call.kv_seqs, "block_table", None),
     }

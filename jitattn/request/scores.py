@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
@@ -61,12 +63,17 @@ class Scores(NamedTuple):
 
 
 NO_CHANGES: Final = Scores()
+#: The tensors among them, which may have gradients; after the bias, small tables.
+ADDED: Final = ("bias", "relative_bias", "alibi_slopes", "sinks")
+TABLES: Final = ADDED[1:]
+#: Returns the tensors in this order. (torch.compile does not trace it.)
+added_of: Final[Callable[[Scores], tuple[Tensor | None, ...]]] = attrgetter(*ADDED)
 
 
 def in_fp32(scores: Scores) -> Scores:
     """Convert small tables to fp32 as kernels read them; differentiable."""
     changes: dict[str, Any] = {}
-    for name in ("relative_bias", "alibi_slopes", "sinks"):
+    for name in TABLES:
         table = _widened(name, getattr(scores, name))
         if table is not None:
             changes[name] = table
@@ -118,10 +125,7 @@ def tensors_of(call: Call) -> dict[str, Tensor]:
     """Return the tensors of score modifications, by name."""
     parts = parts_of(call.mask)
     found = {
-        "bias": call.scores.bias,
-        "relative_bias": call.scores.relative_bias,
-        "alibi_slopes": call.scores.alibi_slopes,
-        "sinks": call.scores.sinks,
+        **{name: getattr(call.scores, name) for name in ADDED},
         "KeyPadding(...)": None if parts.key_padding is None else parts.key_padding.keep,
         "Dense(...)": None if parts.dense is None else parts.dense.keep,
     }

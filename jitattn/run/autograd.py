@@ -7,13 +7,14 @@ order and forward mode.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import Function
 
 from jitattn.errors import NO_FORWARD_MODE, NO_SECOND_ORDER, UnsupportedError
 from jitattn.request.norm import RowOrder
+from jitattn.request.scores import ADDED
 from jitattn.run import normalize
 from jitattn.run.backward import run_backward
 from jitattn.run.operator_encoding import KeptCall
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
     from jitattn.request.problem import Call
     from jitattn.values.norm import L2Norm
-
-#: Fields of `Scores` that may have gradients.
-ADDED: Final = ("bias", "relative_bias", "alibi_slopes", "sinks")
 
 
 class _Refused(Function):
@@ -86,17 +84,15 @@ class Attention(FirstOrder):
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401 - autograd's
+        call: Call,
+        compute: Callable[[], tuple[Tensor, Tensor]],
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        bias: Tensor | None,
-        relative_bias: Tensor | None,
-        alibi_slopes: Tensor | None,
-        sinks: Tensor | None,
-        call: Call,
-        compute: Callable[[], tuple[Tensor, Tensor]],
+        *added: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Compute out and the LSE; return the LSE on request."""
+        """Compute out and the LSE; return the LSE on request. `added` are the tensors of `ADDED`."""
+        del added  # in `call`
         out, lse = compute()
         kept = KeptCall(call if call.out is None else call._replace(out=None))
         ctx.save_for_backward(q, k, v, out, lse, *kept.take_tensors())
@@ -115,13 +111,13 @@ class Attention(FirstOrder):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if d_out is None:
             if d_lse is None:
-                return (None,) * 9
+                return (None,) * len(ctx.needs_input_grad)
             d_out = torch.zeros_like(out)
-        needs = dict(zip(ADDED, ctx.needs_input_grad[3:], strict=False))
-        wanted = [name for name, needed in needs.items() if needed]
+        needs = ctx.needs_input_grad[5:]
+        wanted = [name for name, needed in zip(ADDED, needs, strict=True) if needed]
         call = ctx.call.call_with(tensors)
         found = run_backward(q, k, v, out, lse, d_out, d_lse, call, wanted)
-        return (*found, None, None)
+        return (None, None, found.dq, found.dk, found.dv, *map(found.added.get, ADDED))
 
 
 class Normalize(FirstOrder):

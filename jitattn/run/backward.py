@@ -38,10 +38,7 @@ class Gradients(NamedTuple):
     dq: Tensor
     dk: Tensor
     dv: Tensor
-    bias: Tensor | None = None
-    relative_bias: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-    sinks: Tensor | None = None
+    added: dict[str, Tensor]  #: those asked for of what is added to scores, as `Scores` names it
 
 
 class _Rows(NamedTuple):
@@ -98,7 +95,7 @@ def run_backward(
     d_lse : Tensor, like `lse`, optional
     call : Call
     wanted : collection of str
-        Those of bias, relative_bias, alibi_slopes and sinks that need gradients.
+        Those of `request.scores.ADDED` that need gradients.
 
     Raises
     ------
@@ -128,23 +125,23 @@ def run_backward(
     like = torch.zeros_like if is_sparse else torch.empty_like
     dk, dv = like(k, memory_format=dense), like(v, memory_format=dense)
     dq = (torch.zeros_like if is_empty else torch.empty_like)(q, memory_format=dense)
-    found = Gradients(dq, dk, dv)
     with backend.active.on_device(q.get_device()):
         if is_empty:
             zeros = {
                 name: torch.zeros_like(getattr(call.scores, name), memory_format=dense)
                 for name in wanted
             }
-            return found._replace(**zeros)
-        others = _launch(request, addresses, call, found, (v, out, lse, d_out, d_lse), wanted)
-    return found._replace(dk=-dk if negated else dk, **others)
+            return Gradients(dq, dk, dv, zeros)
+        tensors = (v, out, lse, d_out, d_lse)
+        added = _launch(request, addresses, call, (dq, dk, dv), tensors, wanted)
+    return Gradients(dq, -dk if negated else dk, dv, added)
 
 
 def _launch(
     request: Request,
     addresses: Addresses,
     call: Call,
-    found: Gradients,
+    results: tuple[Tensor, Tensor, Tensor],
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
     wanted: Collection[str],
 ) -> dict[str, Tensor]:
@@ -153,7 +150,7 @@ def _launch(
     `tensors` are v, out, lse, d_out and d_lse.
     """
     v, out, lse, d_out, d_lse = tensors
-    dq, dk, dv = found[:3]
+    dq, dk, dv = results
     d_out_scale = _scale_of_d_out(dq.dtype, v, d_out, d_lse, call)
     out, of_rows = _in_lines(out), _in_lines(d_out.to(out.dtype))
     main = d_out.to(dq.dtype) if d_out_scale is None else (d_out * d_out_scale[0]).to(dq.dtype)

@@ -16,7 +16,7 @@ from jitattn.plan.forward import Forward, deciding_facts, forward, lengths_of
 from jitattn.request.norm import call_of_normalized
 from jitattn.request.problem import axes, is_deterministic
 from jitattn.request.request import forget_requests, request_of
-from jitattn.request.scores import NO_CHANGES
+from jitattn.request.scores import NO_CHANGES, added_of
 from jitattn.run import normalize, workspace
 from jitattn.run.autograd import Attention, Normalize, apply
 from jitattn.run.backward import settle_overlaps
@@ -79,9 +79,7 @@ def run_request(
     if scores is NO_CHANGES:
         if not is_followed(q, k, v):
             return _run_cuda(q, request, addresses, call, call.return_lse)
-    elif not is_followed(
-        q, k, v, scores.bias, scores.relative_bias, scores.alibi_slopes, scores.sinks
-    ):
+    elif not is_followed(q, k, v, *added_of(scores)):
         return _run_cuda(q, request, addresses, call, call.return_lse)
     return _run_followed(q, k, v, request, addresses, call)
 
@@ -100,9 +98,8 @@ def _run_followed(
             raise InternalError("the LSE is missing")
         return result
 
-    bias, relative, slopes, _, sinks, _, _ = call.scores
     found: Tensor | tuple[Tensor, Tensor] = apply(
-        Attention, q, k, v, bias, relative, slopes, sinks, call, compute
+        Attention, call, compute, q, k, v, *added_of(call.scores)
     )
     return found
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 
 from jitattn.request.problem import Call, axes, is_deterministic
-from jitattn.request.scores import NO_CHANGES, Scores
+from jitattn.request.scores import ADDED, NO_CHANGES, Scores
 from jitattn.values.dropout import Dropout
 from jitattn.values.masks import (
     BlockSparse,
@@ -253,8 +253,8 @@ def encoder(call: Call) -> Writer:
     writer.sequences(call.q_seqs)
     writer.sequences(call.kv_seqs)
     scores = call.scores
-    for value in (scores.bias, scores.relative_bias, scores.alibi_slopes, scores.sinks):
-        writer.tensor(value)
+    for name in ADDED:
+        writer.tensor(getattr(scores, name))
     writer.number(scores.softcap)
     writer.integer(None if scores.dropout is None else scores.dropout.threshold)
     writer.tensor(None if scores.dropout is None else scores.dropout.state)
@@ -286,14 +286,14 @@ def read_call(reader: Reader) -> Call:
     gear, num_splits, tile_rows = reader.integer(), reader.integer(), reader.integer()
     deterministic = bool(reader.integer())
     q_seqs, kv_seqs = reader.sequences(), reader.sequences()
-    bias, relative, slopes, sinks = (reader.tensor() for _ in range(4))
+    added = {name: reader.tensor() for name in ADDED}
     softcap = reader.number()
     threshold, state = reader.integer(), reader.tensor()
     dropout = None if threshold is None else Dropout(threshold, state)
     groups, head_scale, bound = reader.integer(), reader.tensor(), reader.number()
     normalize = reader.integer()
     norm = None if groups is None else L2Norm(groups, head_scale, bound, bool(normalize))
-    scores = Scores(bias, relative, slopes, softcap, sinks, dropout, norm)
+    scores = Scores(**added, softcap=softcap, dropout=dropout, qk_norm=norm)
     return Call(
         mask,
         scale,

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.torch_version import TorchVersion
 
 from jitattn.errors import UnsupportedError
-from jitattn.request.scores import in_fp32
+from jitattn.request.scores import ADDED, in_fp32
 from jitattn.run.backward import run_backward
 from jitattn.run.forward import run
 from jitattn.run.operator_encoding import DTYPES, LAYOUTS, decode, encode
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 #: Whether torch.compile can trace the check for an active transform.
 _TRACES_TRANSFORMS: Final = TorchVersion(torch.__version__) >= "2.9"
-#: Fields of `Scores` that may have gradients beside q, k and v.
-_ADDED: Final = ("bias", "relative_bias", "alibi_slopes", "sinks")
 
 
 def refuse_in_graph(call: Call) -> None:
@@ -119,9 +117,9 @@ def _attention_backward(
     if q.is_cuda and (norm is None or not norm.normalize):
         of_names = [names[idx] for idx in wanted if idx in names]
         call = call._replace(scores=in_fp32(call.scores))
-        found = run_backward(q, k, v, out, lse, d_out, d_lse, call, of_names)._asdict()
-        more = [found[names[idx]].to(tensors[idx].dtype) for idx in wanted]
-        return [found["dq"], found["dk"], found["dv"], *more]
+        found = run_backward(q, k, v, out, lse, d_out, d_lse, call, of_names)
+        more = [found.added[names[idx]].to(tensors[idx].dtype) for idx in wanted]
+        return [found.dq, found.dk, found.dv, *more]
     # By autograd through the eager path: on the CPU, and through a normalisation.
     with _autograd_at_work(), torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -164,7 +162,7 @@ def _attention_backward_fake(
 def _places(call: Call, tensors: list[Tensor]) -> dict[str, int]:
     """Return the positions of tensors that may have gradients, by name."""
     found = {}
-    for name in _ADDED:
+    for name in ADDED:
         for idx, tensor in enumerate(tensors):
             if tensor is getattr(call.scores, name):
                 found[name] = idx

@@ -67,18 +67,10 @@ class Problem:
     @property
     def has_scores(self) -> bool:
         """Whether scores have a mask other than full or causal, a bias, or any other modifier."""
-        optional = (
-            self.relative_bias,
-            self.alibi,
-            self.softcap,
-            self.sinks,
-            self.dropout,
-            self.fixed_shift,
-        )
         return (
             self.mask not in (MaskKind.FULL, MaskKind.CAUSAL)
             or self.bias is not BiasKind.NONE
-            or Switch.ON in (*optional, self.key_padding, self.dense)
+            or any(getattr(self, name) is Switch.ON for name in SWITCHES)
         )
 
     @property
@@ -91,6 +83,12 @@ class Problem:
     def gather_group(self) -> int:
         """Number of keys per lookup; 0 if keys are contiguous."""
         return self.kv_layout.page_group or (16 if self.mask is MaskKind.BLOCK_LISTS else 0)
+
+
+#: Fields of `Problem` that say whether an optional input is there.
+SWITCHES: Final = tuple(
+    field.name for field in fields(Problem) if isinstance(field.default, Switch)
+)
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -12,7 +12,7 @@ only itself, not even a copy, as tensors are not compared.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 
 from jitattn.errors import InvalidInputError
 from jitattn.values.given import integer
@@ -285,7 +285,7 @@ class PerHead(_Mask):
         """Refuse rules that are not allowed for a single head."""
         object.__setattr__(self, "rules", tuple(rules))
         for rule in self.rules:
-            if not isinstance(rule, Full | Causal | Window | LocalStride | BlockSparse):
+            if not isinstance(rule, HeadRule):
                 raise InvalidInputError(
                     f"PerHead([... {rule!r} ...]): each must be a Full, Causal, Window, "
                     "LocalStride or BlockSparse; intersect tensors with the whole of it"
@@ -341,6 +341,8 @@ class Both(_Mask):
 HeadRule: TypeAlias = Full | Causal | Window | LocalStride | BlockSparse
 Rule: TypeAlias = HeadRule | PerHead
 Mask: TypeAlias = Rule | KeyPadding | Dense | Both
+#: Rules made of numbers, which are compared and hashed by value.
+BY_VALUE: Final = frozenset(get_args(Rule)) - {BlockSparse, PerHead}
 
 
 def is_mask(value: object) -> bool:
@@ -356,7 +358,7 @@ def parts_of(mask: _Mask) -> Both:
         return Both(_FULL, key_padding=mask)
     if isinstance(mask, Dense):
         return Both(_FULL, dense=mask)
-    if isinstance(mask, Full | Causal | Window | LocalStride | BlockSparse | PerHead):
+    if isinstance(mask, Rule):
         return Both(mask)
     raise InvalidInputError(f"mask={mask!r}: it is none of jitattn's masks")
 

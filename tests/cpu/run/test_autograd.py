@@ -13,6 +13,7 @@ from jitattn.api.attention import bind
 from jitattn.cpu.attention import run_cpu
 from jitattn.request.layouts import parse
 from jitattn.request.problem import Call
+from jitattn.request.scores import ADDED
 from jitattn.run import autograd
 from jitattn.run.backward import Gradients
 
@@ -40,7 +41,7 @@ def run_backward(
         own = [x.detach().requires_grad_() for x in (q, k, v)]
         ends = compute(own[0], own[1], own[2], call._replace(return_lse=True))
         starts = (d_out, torch.zeros_like(ends[1]) if d_lse is None else d_lse)
-        return Gradients(*torch.autograd.grad(ends, own, starts))
+        return Gradients(*torch.autograd.grad(ends, own, starts), {})
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +56,9 @@ def leaves() -> list[Tensor]:
 
 def followed(own: list[Tensor], **given: Any) -> tuple[Tensor, Tensor]:
     _, call = bind(own[0], own[1], own[2], given)
-    none = (None,) * len(autograd.ADDED)
+    none = (None,) * len(ADDED)
     call = call._replace(return_lse=True)
-    found = autograd.apply(autograd.Attention, *own, *none, call, lambda: compute(*own, call))
+    found = autograd.apply(autograd.Attention, call, lambda: compute(*own, call), *own, *none)
     out, lse = found
     return out, lse
 
