@@ -91,7 +91,7 @@ class Attention(FirstOrder):
         v: Tensor,
         *added: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Compute out and the LSE; return the LSE on request. `added` are the tensors of `ADDED`."""
+        """Compute out and the LSE; return the LSE on request. `added`: the tensors of `ADDED`."""
         del added  # in `call`
         out, lse = compute()
         kept = KeptCall(call if call.out is None else call._replace(out=None))
