@@ -202,7 +202,7 @@ def bench_doors(report: Report, rounds: int) -> None:
     for one in (*flash_attn_calls("cuda"), *cases("cuda")):
         figures = {"core": one.core, "door": one.call}
         # In turns: what a drifting clock adds is no part of the difference.
-        times = host_times_in_turns(figures, rounds=rounds * 30)
+        times = host_times_in_turns(figures, rounds=rounds * 3)
         for name, found in times.items():
             report.add("doors", f"{one.door}: {one.name}", name, "host_us", found)
         core, door = times["core"].p50, times["door"].p50
