@@ -37,28 +37,24 @@ __device__ __forceinline__ void store_gradient(const float (&r)[kRowTiles][kColu
     for (int half = 0; half < 2; ++half) {
       const int row = grid.first_row + m * 16 + accumulator_row(lane_idx, half);
       if (row >= num_rows) continue;
-      const int first_column = grid.first_column + accumulator_column(lane_idx);
-      auto* g_row = g_first + static_cast<int64_t>(row_of(row)) * row_stride + first_column;
+      auto* g_row = g_first + static_cast<int64_t>(row_of(row)) * row_stride;
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
-        const int columns_left = kHeadDim - first_column - n * 8;
+        const int column = grid.first_column + n * 8 + accumulator_column(lane_idx);
         if (n >= grid.num_tiles) continue;
-        if (kHeadDim % 16 != 0 && columns_left <= 0) continue;
         float left = r[m][n][2 * half] * scale, right = r[m][n][2 * half + 1] * scale;
-        auto* g_pair = g_row + n * 8;
-        if constexpr (kHeadDim % 2 == 0 && kDtype == Dtype::kFp32) {
-          const float2 before = adds ? *reinterpret_cast<float2*>(g_pair) : float2{0.f, 0.f};
-          *reinterpret_cast<float2*>(g_pair) = {left + before.x, right + before.y};
-        } else if constexpr (kHeadDim % 2 == 0) {
-          *reinterpret_cast<uint32_t*>(g_pair) = MmaF32Acc<kDtype>::pack(left, right);
-        } else {
-          const bool has_right = columns_left > 1;
-          if (adds) {
-            left += Element::load(g_pair[0]);
-            if (has_right) right += Element::load(g_pair[1]);
+        if constexpr (kHeadDim % 2 == 0 && kDtype != Dtype::kFp32) {
+          using Mma = MmaF32Acc<kDtype>;
+          if (column < kHeadDim) {
+            *reinterpret_cast<uint32_t*>(g_row + column) = Mma::pack(left, right);
           }
-          g_pair[0] = Element::round(left);
-          if (has_right) g_pair[1] = Element::round(right);
+        } else {
+          if (adds) {
+            if (column < kHeadDim) left += Element::load(g_row[column]);
+            if (column + 1 < kHeadDim) right += Element::load(g_row[column + 1]);
+          }
+          if (column < kHeadDim) g_row[column] = Element::round(left);
+          if (column + 1 < kHeadDim) g_row[column + 1] = Element::round(right);
         }
       }
     }
