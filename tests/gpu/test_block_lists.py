@@ -9,6 +9,7 @@ import jitattn
 from jitattn.reference import reference
 from jitattn.request import block_lists
 
+from ..support.capture import capture
 from ..support.compare import rel_l2
 
 
@@ -76,7 +77,7 @@ def test_a_hundred_patterns_are_captured_after_one_call() -> None:
     rules = [random_rule() for _ in range(100)]
     expected = [jitattn.attention(*qkv, mask=rule) for rule in rules]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         found = [jitattn.attention(*qkv, mask=rule) for rule in rules]
     del rules
     graph.replay()

@@ -15,6 +15,7 @@ from jitattn.compat.fast_ops.flash_attention.flash_attention_triton import (
     triton_dropout_mask,
 )
 from tests.support import doors
+from tests.support.capture import capture
 
 pytestmark = [
     pytest.mark.real_gpu,
@@ -45,7 +46,7 @@ def test_a_call_is_captured(name: str) -> None:
     call = doors.calls("cuda", torch.float16)[name]
     expected = call()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         found = call()
     graph.replay()
     is_drawn = name in ("fast_ops dropout", "fast_ops mask")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import jitattn
+from tests.support.capture import capture
 from tests.support.compare import rel_l2
 
 TOLERANCE = {torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2, torch.float32: 3e-6}
@@ -73,7 +74,7 @@ def test_a_warm_call_compiles_nothing() -> None:
     jitattn.warmup(q, k, v, qk_norm=jitattn.L2Norm())
     compiled = build.stats().compiled
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         out = jitattn.attention(q, k, v, qk_norm=jitattn.L2Norm())
     graph.replay()
     eager = jitattn.attention(q, k, v, qk_norm=jitattn.L2Norm())

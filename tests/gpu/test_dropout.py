@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import jitattn
+from tests.support.capture import capture
 from tests.support.compare import rel_l2
 
 BF16 = torch.bfloat16
@@ -68,7 +69,7 @@ def test_a_graph_draws_anew_in_every_replay() -> None:
     q, k, v = torch.randn(3, 1, 100, 4, 64, device="cuda", dtype=BF16)
     jitattn.attention(q, k, v, dropout_p=0.5)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         out = jitattn.attention(q, k, v, dropout_p=0.5)
     results = []
     for _ in range(3):

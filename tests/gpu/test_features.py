@@ -16,6 +16,7 @@ from jitattn.spec.enums import Access, BiasKind, MaskKind, RowClass, SeqLayout, 
 from jitattn.spec.kernel_spec import Problem
 from jitattn.values.gears import resolve_numerics
 from jitattn.values.tensors import DTYPES
+from tests.support.capture import capture
 from tests.support.compare import rel_l2
 from tests.support.features import (
     FEATURES,
@@ -168,13 +169,13 @@ def test_lists_in_a_graph_need_a_call_before() -> None:
     rule = jitattn.BlockSparse(torch.rand(10, 10, device="cuda") < 0.5, 32)
     jitattn.warmup(q, k, v, mask=rule)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         q.mul(2)  # an empty graph is warned of
         with pytest.raises(jitattn.LaunchError, match="make one call"):
             jitattn.attention(q, k, v, mask=rule)
     eager = jitattn.attention(q, k, v, mask=rule)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         out = jitattn.attention(q, k, v, mask=rule)
     graph.replay()
     assert torch.equal(out, eager)

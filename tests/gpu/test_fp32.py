@@ -11,6 +11,7 @@ from jitattn.plan import prepare
 from jitattn.request import request
 from jitattn.spec.enums import Dtype
 from jitattn.values.gears import GEARS
+from tests.support.capture import capture
 from tests.support.compare import max_error, rel_l2
 from tests.support.inputs import random_qkv
 
@@ -211,7 +212,7 @@ def test_fp16_parts_can_be_captured() -> None:
         expected = jitattn.attention(*qkv)
         side.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
+        with capture(graph, stream=side):
             captured = jitattn.attention(*qkv)
     for _ in range(3):
         captured.fill_(float("nan"))

@@ -20,6 +20,7 @@ from jitattn.spec.enums import Access, BiasKind, MaskKind, RowClass, ScoreTarget
 from jitattn.spec.kernel_spec import Problem
 from jitattn.values.gears import resolve_numerics
 from jitattn.values.tensors import DTYPES
+from tests.support.capture import capture
 from tests.support.compare import rel_l2
 from tests.support.features import KINDS
 from tests.support.gradients import (
@@ -370,7 +371,7 @@ def test_a_step_can_be_captured() -> None:
         expected = [x.clone() for x in step()]
         side.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
+        with capture(graph, stream=side):
             captured = step()
     for _ in range(3):
         for x in captured:

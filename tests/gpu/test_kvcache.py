@@ -17,6 +17,7 @@ from jitattn.spec.enums import Access, MaskKind, RowClass, SeqLayout
 from jitattn.spec.kernel_spec import Problem
 from jitattn.values.gears import resolve_numerics
 from jitattn.values.tensors import DTYPES
+from tests.support.capture import capture
 from tests.support.compare import rel_l2
 from tests.support.kvcache import KINDS, CacheCase, cache_cases, check_kvcache
 from tests.support.precompile import CompileOnce
@@ -85,7 +86,7 @@ def test_a_graph_decodes_while_lengths_grow() -> None:
     own = {name: x.clone() for name, x in inputs.items()}
     jitattn.attention_with_kvcache(**inputs, length=length, rotary=rotary)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         out = jitattn.attention_with_kvcache(**inputs, length=length, rotary=rotary)
     compiled = build.stats().compiled
     for step in range(150):

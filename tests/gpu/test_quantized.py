@@ -12,6 +12,7 @@ from jitattn.spec.enums import Numerics
 from jitattn.spec.kernel_spec import arch_number
 from jitattn.values.gears import GEARS
 from jitattn.values.tensors import DTYPES
+from tests.support.capture import capture
 from tests.support.compare import rel_l2
 from tests.support.gears import MASKS, check, tensors
 
@@ -178,7 +179,7 @@ def test_8_bits_can_be_captured() -> None:
         expected = jitattn.attention(*qkv, gear=4)
         side.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
+        with capture(graph, stream=side):
             captured = jitattn.attention(*qkv, gear=4)
     for _ in range(3):
         captured.fill_(float("nan"))

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 import jitattn
 from jitattn import Rotary
 from jitattn.plan.choices import specs_of
+from tests.support.capture import capture
 from tests.support.precompile import CompileOnce
 from tests.support.random_cases import cases, check_part, in_parts
 from tests.support.rotary import RotaryCase, check_rotary, rotary_cases
@@ -85,7 +86,7 @@ def test_in_a_graph() -> None:
     offset = torch.zeros(2, dtype=torch.int32, device="cuda")
     jitattn.apply_rotary(x, rotary, offset=offset)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         out = jitattn.apply_rotary(x, rotary, offset=offset)
     for step in (0, 5, 97, 99):
         offset.fill_(step)

@@ -16,6 +16,7 @@ from jitattn.spec.enums import Access, MaskKind, RowClass, SeqLayout
 from jitattn.spec.kernel_spec import Problem
 from jitattn.values.gears import resolve_numerics
 from jitattn.values.tensors import DTYPES
+from tests.support.capture import capture
 from tests.support.compare import rel_l2
 from tests.support.layouts import KINDS, LayoutCase, check_layout, layout_cases
 from tests.support.precompile import CompileOnce
@@ -79,7 +80,7 @@ def test_decode_in_a_graph_while_lengths_grow() -> None:
     q, k, v, seqs = paged_inputs([1, 700, 33, 0], 3000)
     jitattn.attention(q, k, v, kv_seqs=seqs)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         out = jitattn.attention(q, k, v, kv_seqs=seqs)
     for step in (0, 1, 15, 400, 2200):
         seqs.length.copy_(torch.tensor([1 + step, min(3000, 700 + step), 33 + step, step]))
@@ -142,7 +143,7 @@ def test_unknown_length_is_refused_during_capture() -> None:
     jitattn.attention(flat, flat, flat, q_seqs=known, kv_seqs=known, mask=Causal())
     unknown = Ragged(start, start + 5)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         with pytest.raises(jitattn.InvalidInputError, match="give max_length"):
             jitattn.attention(flat, flat, flat, q_seqs=unknown, kv_seqs=unknown, mask=Causal())
         out = jitattn.attention(flat, flat, flat, q_seqs=known, kv_seqs=known, mask=Causal())

@@ -18,6 +18,7 @@ from jitattn.cache.entry import Entry, sha256
 from jitattn.jit import build, compilers
 from jitattn.plan import choices
 from jitattn.run import forward
+from tests.support.capture import capture
 from tests.support.inputs import random_qkv
 
 from .fresh_process import ROOT, in_fresh_process
@@ -34,7 +35,7 @@ def test_warmup_then_capture() -> None:
     assert done.kernels == len(_specs(40))
     long = random_qkv(1, 200, 300, 4, 2, 40, dtype=BF16, device="cuda")
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         out = jitattn.attention(q, k, v, mask=jitattn.Causal())
         jitattn.attention(*long, mask=jitattn.Causal())  # another row class
         jitattn.attention(q, k, v, mask=jitattn.Causal(), num_splits=4)  # and splits

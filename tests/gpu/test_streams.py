@@ -9,6 +9,7 @@ import torch
 
 import jitattn
 from jitattn.run import forward
+from tests.support.capture import capture
 from tests.support.compare import rel_l2
 from tests.support.inputs import random_qkv
 
@@ -36,7 +37,7 @@ def test_graph_replays_with_new_inputs(num_splits: int) -> None:
     q, k, v = random_qkv(2, 4, 900, 8, 2, 64, dtype=BF16, device="cuda")
     jitattn.attention(q, k, v, num_splits=num_splits)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         out = jitattn.attention(q, k, v, num_splits=num_splits)
     for seed in (1, 2, 3):
         fresh = random_qkv(2, 4, 900, 8, 2, 64, dtype=BF16, device="cuda", seed=seed)
@@ -54,13 +55,13 @@ def test_cold_kernel_during_capture_is_refused_and_the_stream_survives() -> None
     graph = torch.cuda.CUDAGraph()
     with (
         pytest.raises(jitattn.LaunchError, match=r"jitattn\.warmup"),
-        torch.cuda.graph(graph),
+        capture(graph),
     ):
         jitattn.attention(q, k, v)
     jitattn.warmup(q, k, v)  # as the error says
     assert torch.equal(jitattn.attention(q, k, v), truth)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         out = jitattn.attention(q, k, v)
     graph.replay()
     assert torch.equal(out, truth)
@@ -72,7 +73,7 @@ def test_first_split_may_come_during_capture() -> None:
     forward.forget_kernels()
     jitattn.attention(q, k, v, num_splits=1)  # makes counters ready too
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         out = jitattn.attention(q, k, v, num_splits=4)
     graph.replay()
     assert torch.equal(out, truth)
