@@ -86,6 +86,15 @@ def test_modules_of_a_room_form_no_circle() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
+def test_files_of_tests_are_short() -> None:
+    long = {
+        path.relative_to(ROOT).as_posix(): lines
+        for path in (ROOT / "tests").rglob("*.py")
+        if (lines := len(path.read_text().splitlines())) > 400
+    }
+    assert not long
+
+
 def test_reference_is_its_own() -> None:
     """It shares no code with what it judges, but for values and the guard of MKL's first call."""
     files = [path for path in MODULES if path.parts[:2] == ("jitattn", "reference")]
