@@ -13,12 +13,13 @@ from torch.autograd import Function
 from jitattn.cpu.rotary import Positions, apply_rotary_cpu
 from jitattn.errors import InvalidInputError
 from jitattn.run.forward import is_followed
+from jitattn.run.indirect import in_transform
 from jitattn.run.rotary import Rotation, by_heads, rotary_spec, rotate_cuda, rotate_followed
 from jitattn.run.rotary_operators import WHOLE
 from jitattn.spec.enums import Access
 from jitattn.values.rotary import Rotary
 from jitattn.values.sequences import check_index
-from jitattn.values.tensors import DTYPES
+from jitattn.values.tensors import DTYPES, is_transformed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -235,7 +236,8 @@ def _is_fake(x: Tensor) -> bool:
 def _has_kernel(x: Tensor, tables: Sequence[Tensor]) -> bool:
     """Return whether a kernel computes result and gradients of a tensor on a GPU."""
     wants = torch.is_grad_enabled() and any(table.requires_grad for table in tables)
-    return x.dtype in DTYPES and not wants
+    is_constant = in_transform() and not is_transformed(x)  # results would be wrapped tensors
+    return x.dtype in DTYPES and not wants and not is_constant
 
 
 def _composed(

@@ -15,7 +15,12 @@ from jitattn.request.problem import Call
 from jitattn.request.score_checks import softcap_of
 from jitattn.request.scores import NO_CHANGES, Scores, in_fp32
 from jitattn.run.forward import run
-from jitattn.run.indirect import attention_indirectly, is_tracing, num_dispatch_modes
+from jitattn.run.indirect import (
+    attention_indirectly,
+    in_transform,
+    is_tracing,
+    num_dispatch_modes,
+)
 from jitattn.run.operators import call_operator
 from jitattn.values.dropout import Dropout, check_state, threshold_of
 from jitattn.values.dropout import dropout_state as draw_state
@@ -227,7 +232,7 @@ def attention(
         return call_operator(q, k, v, Call(*values))
     call = _NEW(Call, values)  # what Call(*values) does, at half the cost
     is_plain = type(q) is type(k) is type(v) is Tensor or {type(q), type(k), type(v)} <= PLAIN
-    if is_plain and not (num_dispatch_modes() or is_tracing()):
+    if is_plain and not (num_dispatch_modes() or is_tracing() or in_transform()):
         try:
             return run(q, k, v, call)
         except WithoutMemoryError:

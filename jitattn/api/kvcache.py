@@ -10,7 +10,7 @@ from jitattn.errors import WithoutMemoryError
 from jitattn.request.problem import Call
 from jitattn.request.score_checks import softcap_of
 from jitattn.request.scores import Scores
-from jitattn.run.indirect import is_watched, kvcache_indirectly
+from jitattn.run.indirect import in_transform, is_watched, kvcache_indirectly
 from jitattn.run.kvcache import KvCache, check_kinds, checked_length, run_with_kvcache
 from jitattn.run.kvcache_operators import call_kvcache_operator
 from jitattn.values.masks import Causal
@@ -132,7 +132,7 @@ def attention_with_kvcache(
     if torch.compiler.is_dynamo_compiling():
         return call_kvcache_operator(q, k_cache, v_cache, cache, call)
     are_plain = type(q) in PLAIN and type(k_cache) in PLAIN and type(v_cache) in PLAIN
-    if not are_plain or is_watched():
+    if not are_plain or is_watched() or in_transform():
         return kvcache_indirectly(q, k_cache, v_cache, cache, call)
     try:
         return run_with_kvcache(q, k_cache, v_cache, cache, call)

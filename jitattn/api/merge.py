@@ -12,7 +12,7 @@ from jitattn.cpu.mkl_warmup import mkl_warmup
 from jitattn.errors import InternalError, InvalidInputError, UnsupportedError
 from jitattn.request.problem import axes
 from jitattn.run.forward import has_duals
-from jitattn.run.indirect import is_watched
+from jitattn.run.indirect import in_transform, is_watched
 from jitattn.run.merge import merge_on_gpu
 from jitattn.values.autocast import outside_autocast
 from jitattn.values.tensors import CPU_DTYPES, DTYPES, address_of
@@ -104,7 +104,7 @@ def _has_kernel(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor
         if isinstance(one, Tensor)
     ]
     addresses = [address_of(name, one) for name, one in named]
-    if not all(one.is_cuda for _, one in named) or is_watched():
+    if not all(one.is_cuda for _, one in named) or is_watched() or in_transform():
         return False
     return min(addresses, default=0) >= 0 and not has_duals(one for _, one in named)
 

@@ -9,6 +9,7 @@ possible.
 from __future__ import annotations
 
 import enum
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 num_dispatch_modes: Final[Callable[[], int]] = torch._C._len_torch_dispatch_stack
 is_tracing: Final[Callable[[], bool]] = torch._C._is_tracing  #: by torch.jit.trace
+#: By torch.func: grad, vmap, jvp …. Tensors that are allocated inside are wrapped, without memory.
+in_transform: Final[Callable[[], bool]] = torch._C._are_functorch_transforms_active
 
 
 def is_watched() -> bool:
@@ -57,7 +60,8 @@ def attention_indirectly(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Any:  #
     _check(q, k, v, call)
     way = _Way.of(q, [k, v, *tensors_of(call).values(), *_indices(call)])
     if way is _Way.USUAL:
-        return run(q, k, v, call)
+        with _on_constants(q):
+            return run(q, k, v, call)
     if way is _Way.TRANSFORM:
         if call.out is not None:
             raise UnsupportedError(
@@ -83,10 +87,12 @@ def kvcache_indirectly(
     inputs = (q, k_cache, v_cache)
     refuse_nested((("q", q), ("k_cache", k_cache), ("v_cache", v_cache)))
     _check(*inputs, call)
-    given = encode_with_kvcache(cache, call)
+    with _on_constants(q):  # which may allocate, for numbers of the call
+        given = encode_with_kvcache(cache, call)
     way = _Way.of(q, [k_cache, v_cache, *given.tensors])
     if way is _Way.USUAL:
-        return run_with_kvcache(*inputs, cache, call)
+        with _on_constants(q):
+            return run_with_kvcache(*inputs, cache, call)
     if way is _Way.TRANSFORM:
         raise UnsupportedError(
             "attention_with_kvcache inside a transform of torch.func (grad, vmap, jvp …): it "
@@ -97,6 +103,13 @@ def kvcache_indirectly(
             prepare_with_kvcache(*inputs, cache, call)
     results = torch.ops.jitattn.attention_with_kvcache(*inputs, *given)
     return _asked_for(_into_out(results, call, inputs, way), call)
+
+
+def _on_constants(q: Tensor) -> AbstractContextManager[object]:
+    """Suspend the transforms of torch.func for a call on a GPU that has none of their tensors."""
+    if q.is_cuda and in_transform():
+        return torch._C._DisableFuncTorch()
+    return nullcontext()
 
 
 class _Way(enum.Enum):

@@ -72,6 +72,32 @@ def test_grad_of_what_is_added_to_scores() -> None:
     assert_same(found, true_gradients(function, *tables))
 
 
+def test_constants_inside_of_a_transform() -> None:
+    """Calls whose tensors belong to no transform, as those of a frozen part of a model."""
+    q, k, v = inputs()
+    x = torch.ones((), device="cuda")
+    angle = torch.arange(L, device="cuda")[:, None] * torch.ones(D // 2, device="cuda") / 8
+    rotary = jitattn.Rotary(angle.cos(), angle.sin(), interleaved=False)
+    length = torch.full((B,), L, dtype=torch.int32, device="cuda")
+    one_row = q[:, :1].contiguous()  # inside, the result of any operation is the transform's
+
+    def computed() -> list[Tensor]:
+        out, lse = jitattn.attention(q, k, v, mask=Causal(), return_lse=True)
+        other = jitattn.attention_with_kvcache(one_row, k, v, length=length)
+        merged, _ = jitattn.merge([out, out], [lse, lse])
+        return [out, lse, other, merged, jitattn.apply_rotary(q, rotary)]
+
+    wanted = computed()
+
+    def scaled(x: Tensor) -> Tensor:
+        return sum((one.float().sum() for one in computed()), torch.zeros((), device="cuda")) * x
+
+    gradient = grad(scaled)(x)
+    assert rel_l2(gradient, sum(one.float().sum() for one in wanted)) < 1e-3
+    assert_same(vmap(lambda x: tuple(x * one for one in computed()))(x[None]),
+                [one[None] for one in wanted])  # fmt: skip
+
+
 def test_vjp_and_jacrev() -> None:
     q, k, v = (x[:1, :2, :1] for x in inputs())
     out, pull = vjp(lambda q: jitattn.attention(q, k, v), q)
