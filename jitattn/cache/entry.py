@@ -183,9 +183,7 @@ _CHECKS: Final[dict[str, Callable[[Any], bool]]] = {
     "spec": _is_spec,
     "arch": _matches(ARCH.pattern),
     "toolchain": _matches(r"[a-z][a-z0-9_-]{0,31} [0-9]{1,6}(\.[0-9]{1,6}){0,3}"),
-    "options": lambda value: (
-        type(value) is list and len(value) <= 64 and all(map(_is_option, value))
-    ),
+    "options": _is_options,
     "source_digest": _is_digest,
     "header_digest": _is_digest,
     "registers": _is_figure,

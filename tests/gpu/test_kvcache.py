@@ -11,20 +11,15 @@ from hypothesis import given
 import jitattn
 from jitattn import Rotary
 from jitattn.jit import build
-from jitattn.kernels.fwd import fwd_spec
 from jitattn.plan.choices import specs_of
-from jitattn.spec.enums import Access, MaskKind, RowClass, SeqLayout
-from jitattn.spec.kernel_spec import Problem
-from jitattn.values.gears import resolve_numerics
-from jitattn.values.tensors import DTYPES
+from jitattn.spec.enums import Access, SeqLayout
 from tests.support.capture import capture
 from tests.support.compare import rel_l2
 from tests.support.kvcache import KINDS, CacheCase, cache_cases, check_kvcache
-from tests.support.precompile import CompileOnce
+from tests.support.precompile import CompileOnce, forward_specs
 from tests.support.random_cases import cases, check_part, in_parts
 
 BF16 = torch.bfloat16
-MASKS = (MaskKind.FULL, MaskKind.CAUSAL)
 LAYOUTS = tuple(
     itertools.product((SeqLayout.BATCHED, SeqLayout.RAGGED), (SeqLayout.RAGGED, SeqLayout.PAGED))
 )
@@ -37,19 +32,7 @@ def _compiled(arch: str, compile_once: CompileOnce) -> None:
         [{"family": "append", "dtype": ["bf16", "fp16"], "table_dtype": ["bf16", "fp16", "fp32"]}],
         [arch],
     )
-    for (dtype, dim), mask, (q, kv), rows in itertools.product(KINDS, MASKS, LAYOUTS, RowClass):
-        problem = Problem(
-            dtype=DTYPES[dtype],
-            out_dtype=DTYPES[dtype],
-            head_dim=dim,
-            head_dim_v=dim,
-            mask=mask,
-            numerics=resolve_numerics(None, DTYPES[dtype]),
-            q_layout=q,
-            kv_layout=kv,
-            access=Access.VEC16 if dim * 2 % 16 == 0 else Access.ELEMENT,
-        )
-        specs.append(fwd_spec(problem, arch, rows))
+    specs += forward_specs(KINDS, LAYOUTS, arch)
     assert len(specs) <= 150
     assert compile_once(specs) == []
 

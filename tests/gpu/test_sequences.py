@@ -11,42 +11,22 @@ from hypothesis import given
 import jitattn
 from jitattn import Causal, Full, Padded, Paged, Ragged
 from jitattn.jit import build
-from jitattn.kernels.fwd import fwd_spec
-from jitattn.spec.enums import Access, MaskKind, RowClass, SeqLayout
-from jitattn.spec.kernel_spec import Problem
-from jitattn.values.gears import resolve_numerics
-from jitattn.values.tensors import DTYPES
+from jitattn.spec.enums import SeqLayout
 from tests.support.capture import capture
 from tests.support.compare import rel_l2
 from tests.support.layouts import KINDS, LayoutCase, check_layout, layout_cases
-from tests.support.precompile import CompileOnce
+from tests.support.precompile import CompileOnce, forward_specs
 from tests.support.random_cases import cases, check_part, in_parts
 
 BF16 = torch.bfloat16
-MASKS = (MaskKind.FULL, MaskKind.CAUSAL)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(arch: str, compile_once: CompileOnce) -> None:
     """Compile in parallel all kernels that the random cases can need."""
-    specs = []
-    for (dtype, dim), mask, q, kv, rows in itertools.product(
-        KINDS, MASKS, (SeqLayout.BATCHED, SeqLayout.RAGGED), SeqLayout, RowClass
-    ):
-        if q is kv is SeqLayout.BATCHED:
-            continue
-        problem = Problem(
-            dtype=DTYPES[dtype],
-            out_dtype=DTYPES[dtype],
-            head_dim=dim,
-            head_dim_v=dim,
-            mask=mask,
-            numerics=resolve_numerics(None, DTYPES[dtype]),
-            q_layout=q,
-            kv_layout=kv,
-            access=Access.VEC16 if dim * 2 % 16 == 0 else Access.ELEMENT,
-        )
-        specs.append(fwd_spec(problem, arch, rows))
+    layouts = itertools.product((SeqLayout.BATCHED, SeqLayout.RAGGED), SeqLayout)
+    batched = (SeqLayout.BATCHED, SeqLayout.BATCHED)
+    specs = forward_specs(KINDS, [pair for pair in layouts if pair != batched], arch)
     assert len(specs) <= 150
     assert compile_once(specs) == []
 

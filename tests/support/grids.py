@@ -315,7 +315,6 @@ EDGE: tuple[Case, ...] = tuple(
     )
 )
 FULL: tuple[Case, ...] = tuple(case for case in dict.fromkeys(_full()) if case not in set(EDGE))
-GRIDS = {"smoke": SMOKE, "edge": EDGE, "full": FULL}
 
 
 def spec_facts(case: Case) -> tuple[object, ...]:

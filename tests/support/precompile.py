@@ -6,10 +6,12 @@ The kernels go to the disk cache, and the tests read them there. Of the processe
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 
 from jitattn.cache.entry import sha256
@@ -17,8 +19,10 @@ from jitattn.jit.pool import build_all
 from jitattn.kernels.fwd import fwd_spec
 from jitattn.request.layouts import parse
 from jitattn.request.problem import Call, Runtime
-from jitattn.spec.enums import RowClass
-from jitattn.spec.kernel_spec import KernelSpec
+from jitattn.spec.enums import Access, MaskKind, RowClass, SeqLayout
+from jitattn.spec.kernel_spec import KernelSpec, Problem
+from jitattn.values.gears import resolve_numerics
+from jitattn.values.tensors import DTYPES
 
 from .grids import Case
 from .inputs import call_arguments, poisoned
@@ -53,6 +57,33 @@ def specs_of(cases: Iterable[Case], arch: str) -> list[KernelSpec]:
         problem, runtime = parse(q, k, v, Call(**{**given, **call_arguments(case)}))
         specs[fwd_spec(problem, arch, row_class(runtime))] = None
     return list(specs)
+
+
+def forward_specs(
+    kinds: Iterable[tuple[torch.dtype, int]],
+    layouts: Iterable[tuple[SeqLayout, SeqLayout]],
+    arch: str,
+) -> list[KernelSpec]:
+    """Return the forward kernels of dtypes with head dims and of (q, kv) layouts, full and causal.
+
+    Every row class has one.
+    """
+    masks = (MaskKind.FULL, MaskKind.CAUSAL)
+    specs: list[KernelSpec] = []
+    for (dtype, dim), mask, (q, kv), rows in itertools.product(kinds, masks, layouts, RowClass):
+        problem = Problem(
+            dtype=DTYPES[dtype],
+            out_dtype=DTYPES[dtype],
+            head_dim=dim,
+            head_dim_v=dim,
+            mask=mask,
+            numerics=resolve_numerics(None, DTYPES[dtype]),
+            q_layout=q,
+            kv_layout=kv,
+            access=Access.VEC16 if dim * 2 % 16 == 0 else Access.ELEMENT,
+        )
+        specs.append(fwd_spec(problem, arch, rows))
+    return specs
 
 
 def compile_once(specs: Sequence[KernelSpec], shared: Path) -> list[str]:
