@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from jitattn.kernels.tiles import Tile
     from jitattn.plan.step import Device
     from jitattn.request.problem import Call, Runtime, Strides
+    from jitattn.request.request import Request
     from jitattn.spec.kernel_spec import KernelSpec, Problem
 
 #: Arguments bound at run time, so that decoding steps with growing key counts share a plan.
 LENGTHS: Final = ("len_kv", "diagonal")
+#: Keys are counted in 32 bits.
+_MOST_KEYS: Final = 2**31 - 1
 #: Calls with more query tiles than this multiple of the resident CTAs are not split.
 _BALANCED_TILES: Final = 4
 
@@ -102,9 +105,9 @@ def forward(
     )
 
 
-def lengths_of(runtime: Runtime) -> dict[str, int]:
+def lengths_of(request: Request) -> dict[str, int]:
     """Return the lengths that a plan takes at run time, beside addresses."""
-    return {"len_kv": runtime.len_kv, "diagonal": runtime.diagonal}
+    return {"len_kv": request.len_kv, "diagonal": request.diagonal}
 
 
 def deciding_facts(
@@ -120,14 +123,34 @@ def deciding_facts(
     In such a plan the key count decides the tiling only. Prepared operands, score modifications and
     sequence arguments depend on the key count in further ways, so these calls have no such key.
     """
-    has_more = any(one is not None for one in (runtime.scores, runtime.indices, runtime.listed))
-    if has_more or prepare.kernel_problem(problem, runtime, call, device.arch) is not None:
+    if not _is_own_kernel(problem, runtime, call, device.arch):
         return None
     tiling = tile(problem, runtime, call.num_splits, call.tile_rows, device)
     return (
         problem, tiling[1:], runtime._replace(len_kv=0, diagonal=0), out_strides, lse_strides,
         device.arch,
     )  # fmt: skip
+
+
+def keys_per_block(problem: Problem, runtime: Runtime, call: Call, device: Device) -> int | None:
+    """Return the keys per block, if nothing but the number of key blocks decides the tiling.
+
+    Like calls with other key counts then have the same plan as this one, whatever their counts, if
+    they have the same number of blocks. None: at some key counts, operands are prepared, or
+    `deciding_facts` has no key.
+    """
+    # Only products of sizes beyond a bound, and keys at all, make a call prepare its operands.
+    longest = runtime._replace(len_kv=_MOST_KEYS)
+    if not _is_own_kernel(problem, longest, call, device.arch):
+        return None
+    return tile(problem, runtime, call.num_splits, call.tile_rows, device).spec.tile.block_kv
+
+
+def _is_own_kernel(problem: Problem, runtime: Runtime, call: Call, arch: str) -> bool:
+    """Return whether a call takes batched operands as they are, and modifies no scores."""
+    if not runtime.scores is runtime.indices is runtime.listed is None:
+        return False
+    return prepare.kernel_problem(problem, runtime, call, arch) is None
 
 
 def tile(

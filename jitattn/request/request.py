@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import torch
 
-from jitattn.errors import WithoutMemoryError
+from jitattn.errors import InternalError, WithoutMemoryError
 from jitattn.request.block_list_cache import identity_of
 from jitattn.request.layouts import parse_any
 from jitattn.request.outputs import check_out
@@ -66,25 +66,54 @@ class Request:
     ----------
     problem : Problem
         Facts that select the machine code.
-    runtime : Runtime
-        Facts that do not, without the rule of block lists. Its addresses are those of the call
-        that was validated first.
+    len_kv, diagonal : int
+        As in the runtime.
     has_rows : bool
         Whether there is a row to compute.
     is_listed : bool
         Whether the mask is computed by block lists.
+    base : Request, optional
+        The request from which this one was derived: of a like call with another key count.
     plans : dict
         Cached plans, by the further facts that select them; maintained by `run`.
+    plans_of_lengths : dict
+        Those that serve all requests derived from this one; maintained by `run`.
     """
 
-    __slots__ = ("has_rows", "is_listed", "plans", "problem", "runtime")
+    __slots__ = ("_runtime", "base", "diagonal", "has_rows", "is_listed", "len_kv", "plans",
+                 "plans_of_lengths", "problem")  # fmt: skip
 
     def __init__(self, problem: Problem, runtime: Runtime) -> None:
         self.problem = problem
         self.has_rows = runtime.batch * runtime.heads_q * runtime.len_q > 0
         self.is_listed = runtime.listed is not None
-        self.runtime = runtime._replace(listed=None)
+        self._runtime: Runtime | None = runtime._replace(listed=None)
+        self.len_kv, self.diagonal = runtime.len_kv, runtime.diagonal
+        self.base: Request | None = None
         self.plans: dict[Hashable, Any] = {}
+        self.plans_of_lengths: dict[Hashable, Any] = {}
+
+    def with_keys(self, len_kv: int, diagonal: int) -> Request:
+        """Return the request of a like call without block lists, with another key count."""
+        other = Request.__new__(Request)
+        other.problem, other.has_rows, other.is_listed = self.problem, self.has_rows, False
+        other.len_kv, other.diagonal = len_kv, diagonal
+        other._runtime, other.base, other.plans = None, self, {}
+        return other
+
+    @property
+    def runtime(self) -> Runtime:
+        """Facts that do not select the machine code, without the rule of block lists.
+
+        Addresses in it are those of the call that was validated first.
+        """
+        runtime = self._runtime
+        if runtime is None:
+            if self.base is None:
+                raise InternalError("a request without sizes")
+            runtime = self.base.runtime._replace(len_kv=self.len_kv, diagonal=self.diagonal)
+            self._runtime = runtime
+        return runtime
 
     def runtime_of(self, call: Call) -> Runtime:
         """Return the runtime with the block-list rule of a call."""
@@ -115,9 +144,10 @@ def request_of(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Request, Ad
     """
     addresses: Addresses = {}
     facts = _facts(q, k, v, call, addresses)
-    request = None if facts is None else _requests.get(facts)
-    if request is not None and call.out is None:  # the fast path
-        return request, addresses
+    if facts is not None:
+        request = _requests.get(facts) or _longer(facts)
+        if request is not None and call.out is None:  # the fast path
+            return request, addresses
     request, addresses, has_memory = _checked(q, k, v, call, facts, addresses)
     if not has_memory:
         raise WithoutMemoryError
@@ -134,14 +164,11 @@ def _checked(
     q: Tensor, k: Tensor, v: Tensor, call: Call, facts: _Facts | None, addresses: Addresses
 ) -> Found:
     """Return the cached request of these facts, or validate the call."""
-    request = None if facts is None else _requests.get(facts)
+    request = None if facts is None else _requests.get(facts) or _longer(facts)
     if request is not None:
         if call.out is not None:  # it may alias an input
             shape = (*q.shape[:-1], v.shape[-1])
             check_out(call.out, (q, k, v), shape, call.out_dtype or q.dtype)
-        return Found(request, addresses, True)
-    if facts is not None and (request := _longer(facts)) is not None:
-        _keep(facts, request)
         return Found(request, addresses, True)
     seqs = [one for one in (call.q_seqs, call.kv_seqs) if isinstance(one, Ragged)]
     was_known = all(one.knows_max_length() for one in seqs)
@@ -153,17 +180,23 @@ def _checked(
     if facts is None:
         addresses = _addresses(q, k, v, call)
     elif parsed.has_memory:
-        _keep(facts, request)
+        _make_room()
+        _requests[facts] = request
+        but_length = _without_length(facts)
+        if but_length is not None:
+            _requests[but_length] = request
     return Found(request, addresses, parsed.has_memory)
 
 
-def _keep(facts: _Facts, request: Request) -> None:
-    if len(_requests) + 2 > _MOST_REQUESTS:
+def _make_room() -> None:
+    """Forget requests if there are too many, those of other key counts first."""
+    if len(_requests) + 2 <= _MOST_REQUESTS:
+        return
+    for facts, request in list(_requests.items()):
+        if request.base is not None:
+            _requests.pop(facts, None)
+    if len(_requests) > _MOST_REQUESTS // 2:
         forget_requests()
-    _requests[facts] = request
-    but_lengths = _without_length(facts)
-    if but_lengths is not None:
-        _requests.setdefault(but_lengths, request)
 
 
 def _without_length(facts: _Facts) -> _Facts | None:
@@ -173,25 +206,37 @@ def _without_length(facts: _Facts) -> _Facts | None:
     """
     if len(facts) != _NUM_PLAIN:
         return None
-    _, _, _, (batch, num_keys, *rest), (_, num_values, *rest_v), _, of_k, of_v, *_ = facts
-    if len(rest) != 2 or not 1 < num_keys == num_values <= _MAX_COUNT:
+    dtype, index, of_q, of_k, of_v, steps_q, steps_k, steps_v, alignment, gear, mask = facts
+    if not len(of_k) == len(of_v) == 4:
         return None
-    first = (of_k[0], of_v[0]) if batch > 1 else None
-    return (*facts[:3], facts[3][0], *rest, facts[4][0], *rest_v, facts[5], first, of_k[1:],
-            of_v[1:], *facts[8:])  # fmt: skip
+    batch, num_keys, heads, dim = of_k
+    batch_v, num_values, heads_v, dim_v = of_v
+    if not 1 < num_keys == num_values <= _MAX_COUNT:
+        return None
+    batch_step, row, head, step = steps_k
+    batch_step_v, row_v, head_v, step_v = steps_v
+    if batch <= 1:  # the step to another sequence is of no account
+        batch_step = batch_step_v = None
+    return (
+        dtype, index, of_q, batch, heads, dim, batch_v, heads_v, dim_v, steps_q, batch_step, row,
+        head, step, batch_step_v, row_v, head_v, step_v, alignment, gear, mask,
+    )  # fmt: skip
 
 
 def _longer(facts: _Facts) -> Request | None:
-    """Derive the request of a plain call from a cached one with another key count."""
-    but_lengths = _without_length(facts)
-    known = None if but_lengths is None else _requests.get(but_lengths)
-    if known is None:
+    """Derive and keep the request of a plain call, given one with another key count."""
+    but_length = _without_length(facts)
+    known = None if but_length is None else _requests.get(but_length)
+    if known is None or but_length is None:
         return None
-    runtime, num_keys = known.runtime, facts[3][1]
-    diagonal = runtime.diagonal
+    num_keys, diagonal = facts[3][1], known.diagonal
     if facts[-1] == "bottom_right":
-        diagonal += num_keys - runtime.len_kv
-    return Request(known.problem, runtime._replace(len_kv=num_keys, diagonal=diagonal))
+        diagonal += num_keys - known.len_kv
+    if len(_requests) >= _MOST_REQUESTS:
+        _make_room()
+        _requests[but_length] = known
+    request = _requests[facts] = known.with_keys(num_keys, diagonal)
+    return request
 
 
 def forget_requests() -> None:

@@ -12,7 +12,7 @@ from jitattn.cpu.attention import run_cpu
 from jitattn.cpu.norm import normalized as normalized_on_cpu
 from jitattn.errors import NO_FORWARD_MODE, InternalError, LaunchError, UnsupportedError
 from jitattn.jit import backend, launch
-from jitattn.plan.forward import Forward, deciding_facts, forward, lengths_of
+from jitattn.plan.forward import Forward, deciding_facts, forward, keys_per_block, lengths_of
 from jitattn.request.norm import call_of_normalized
 from jitattn.request.problem import axes, is_deterministic
 from jitattn.request.request import forget_requests, request_of
@@ -50,6 +50,14 @@ class _Ready(NamedTuple):
     longest_listed: int
     tile_positions: int
     along_mean: str
+
+
+class _AnyLength(NamedTuple):
+    """State that plain calls share whatever their key count: all but the lengths, and the plan."""
+
+    ready: _Ready  #: of one of them
+    keys_per_block: int
+    bound: dict[int, BoundPlan]  #: by the number of key blocks
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | tuple[Tensor, Tensor]:
@@ -172,6 +180,14 @@ def _attend(
 def _make_ready(
     q: Tensor, request: Request, call: Call, return_lse: bool, device_index: int
 ) -> _Ready:
+    """Return the state of the calls of a request, after its first use."""
+    base = request.base
+    known: _AnyLength | None = None if base is None else base.plans_of_lengths.get(return_lse)
+    if known is not None:
+        bound = known.bound.get(-(-request.len_kv // known.keys_per_block))
+        if bound is not None:
+            out, num_zeroed, lse, _, *others = known.ready
+            return _Ready(out, num_zeroed, lse, bound.with_values(lengths_of(request)), *others)
     shape = (*q.shape[:-1], request.problem.head_dim_v)
     out = workspace.pattern(shape, call.out_dtype or q.dtype, q.device)
     # No kernel writes rows that belong to no sequence.
@@ -185,10 +201,21 @@ def _make_ready(
     strides = contiguous_strides(shape) if call.out is None else call.out.stride()
     of_lse = None if lse is None else contiguous_strides(tuple(lse.shape))
     bound, planned = _bound_plan(request, call, strides, of_lse, q.device, device_index)
-    return _Ready(
+    ready = _Ready(
         out, num_zeroed, lse, bound, planned.longest_listed, planned.tile_positions,
         planned.along_mean,
     )  # fmt: skip
+    if base is not None:
+        if known is None:
+            here = LoadedDevice(device_index)
+            step = keys_per_block(request.problem, request.runtime, call, here)
+            known = None if step is None else _AnyLength(ready, step, {})
+            base.plans_of_lengths[return_lse] = known
+        if known is not None:
+            if len(known.bound) >= _MOST_SHARED:
+                known.bound.clear()
+            known.bound[-(-request.len_kv // known.keys_per_block)] = bound
+    return ready
 
 
 def _bound_plan(
@@ -221,7 +248,7 @@ def _bound_plan(
                 _shared.clear()
             _shared[(*facts, device_index)] = found
     bound, planned = found
-    return bound.with_values(lengths_of(request.runtime)), planned
+    return bound.with_values(lengths_of(request)), planned
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
