@@ -148,7 +148,7 @@ def keys_per_block(problem: Problem, runtime: Runtime, call: Call, device: Devic
 
 def _is_own_kernel(problem: Problem, runtime: Runtime, call: Call, arch: str) -> bool:
     """Return whether a call takes batched operands as they are, and modifies no scores."""
-    if not runtime.scores is runtime.indices is runtime.listed is None:
+    if any(one is not None for one in (runtime.scores, runtime.indices, runtime.listed)):
         return False
     return prepare.kernel_problem(problem, runtime, call, arch) is None
 

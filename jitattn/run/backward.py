@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from jitattn.request.facts import Addresses
     from jitattn.request.problem import Call, Strides
-    from jitattn.request.request import Addresses, Request
+    from jitattn.request.request import Request
 
 #: log2 of the magnitude to which dS and dO are scaled at most, as fp16 operands.
 _LARGEST_FP16_LOG2: Final = 15.0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
 
     from jitattn.plan.step import Buffer, Place, Plan
-    from jitattn.request.request import Addresses
+    from jitattn.request.facts import Addresses
     from jitattn.spec.kernel_spec import KernelSpec
     from jitattn.values.masks import Rule
 

@@ -26,8 +26,9 @@ from jitattn.values.sequences import Padded, Paged, Ragged, check_index
 from jitattn.values.tensors import address_of, index_address, refuse_nested, strides_of
 
 if TYPE_CHECKING:
+    from jitattn.request.facts import Addresses
     from jitattn.request.problem import Call
-    from jitattn.request.request import Addresses, Request
+    from jitattn.request.request import Request
     from jitattn.values.sequences import KvSequences
 
 

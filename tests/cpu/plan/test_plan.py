@@ -12,7 +12,7 @@ from jitattn.api.attention import bind
 from jitattn.errors import LaunchError
 from jitattn.plan.backward import Backward, backward
 from jitattn.plan.backward_pass import BackwardOperands
-from jitattn.plan.forward import Forward, deciding_facts, forward
+from jitattn.plan.forward import Forward, deciding_facts, forward, keys_per_block
 from jitattn.plan.kv_parts import KvGradient
 from jitattn.plan.step import Place, Plan
 from jitattn.request.layouts import parse_any
@@ -184,6 +184,30 @@ def test_calls_with_the_same_deciding_facts_have_one_plan(name: str) -> None:
         found.setdefault(facts, []).append(forward(*given))
     assert len(found) < 10
     assert all(one == plans[0] for plans in found.values() for one in plans)
+
+
+@pytest.mark.parametrize("name", ["plain", "splits", "causal"])
+@pytest.mark.parametrize("len_q", [1, 20, 300])
+def test_calls_of_as_many_key_blocks_have_one_plan(name: str, len_q: int) -> None:
+    q, _, call = call_of({**CALLS[name], "len_q": len_q})
+    cache = torch.empty(2, 5000, 2, 64, dtype=q.dtype)
+    found: dict[int, list[Forward]] = {}
+    for length in (*range(5, 5000, 61), 5000):
+        k = cache[:, :length]
+        parsed = parse_any(q, k, k, call)
+        step = keys_per_block(parsed.problem, parsed.runtime, call, Device("sm_90"))
+        assert step is not None
+        planned = forward(parsed.problem, parsed.runtime, call, (1, 2, 3), (4, 5), Device("sm_90"))
+        found.setdefault(-(-length // step), []).append(planned)
+    assert len(found) > 1
+    assert all(one == plans[0] for plans in found.values() for one in plans)
+
+
+@pytest.mark.parametrize("name", ["window", "bias", "ragged", "lists", "fp32", "8 bits"])
+def test_key_blocks_decide_no_plan_that_lengths_are_in(name: str) -> None:
+    q, k, call = call_of(CALLS[name])
+    parsed = parse_any(q, k, k, call)
+    assert keys_per_block(parsed.problem, parsed.runtime, call, Device("sm_80")) is None
 
 
 @pytest.mark.parametrize("name", ["window", "bias", "ragged", "lists", "fp32 parts", "8 bits"])

@@ -123,6 +123,32 @@ def test_calls_that_differ_have_requests_of_their_own() -> None:
     assert len(set(map(id, requests))) == len(names)
 
 
+def test_one_value_may_say_where_queries_and_keys_lie() -> None:
+    """Its facts are read once; what differs in it makes another request all the same."""
+
+    def of_both(ends: list[int], longest: int = 40, dtype: torch.dtype = torch.int32) -> Any:
+        seqs = jitattn.Ragged.from_cu_seqlens(torch.tensor(ends, dtype=dtype), longest)
+        return seqs, found(flat=True, q_seqs=seqs, kv_seqs=seqs)
+
+    seqs, first = of_both([0, 9, 80])
+    names = ("q_start", "q_stop", "kv_start", "kv_stop")
+    at = seqs.cumulative.data_ptr()
+    assert [first.addresses[name] for name in names] == [at, at + 4] * 2
+    assert of_both([0, 60, 70])[1].request is first.request
+    others = [
+        of_both([0, 9, 80], 39),
+        of_both([0, 9, 20, 80]),
+        of_both([0, 9, 80], dtype=torch.int64),
+    ]
+    different = [first, *(one for _, one in others)]
+    different.append(found(flat=True, q_seqs=seqs, kv_seqs=ragged([0, 9, 20])))
+    assert len({id(one.request) for one in different}) == 4 + 1
+    same = jitattn.Padded(torch.tensor([9, 40]))
+    one = found(q_seqs=same, kv_seqs=same)
+    assert found(q_seqs=same, kv_seqs=same).request is one.request
+    assert one.addresses["q_stop"] == one.addresses["kv_stop"] == same.stop.data_ptr()
+
+
 def test_a_default_gear_makes_another_request() -> None:
     usual = found()
     with jitattn.set_default_gear(1):
@@ -162,6 +188,17 @@ def test_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for length in range(1, 10):
         found(length=length)
     assert len(request._requests) <= 3
+
+
+def test_growing_calls_do_not_drive_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request, "_MOST_REQUESTS", 8)
+    other = found(softcap=3.0).request
+    q = torch.zeros(1, 40, 2, 16)
+    for length in range(2, 40):
+        k = q[:, :length]
+        assert find(q, k, k, bind(q, k, k, {})[1]).request.len_kv == length
+        assert len(request._requests) <= 8
+    assert found(softcap=3.0).request is other
 
 
 @pytest.mark.parametrize("mask", [jitattn.Full(), jitattn.Causal(), jitattn.Causal("top_left")])
