@@ -114,7 +114,9 @@ class BoundLaunch:
             One for each of `parts`: itself, where that is bytes, or the argument that it stands
             for.
         """
-        thread = _thread_on(self._device_index)
+        thread: _Thread | None = getattr(_local, "thread", None)
+        if thread is None or self._device_index not in thread.devices:
+            thread = _thread_on(self._device_index)
         self._pack_into(thread.buffer, 0, *values)
         self._launch(
             self._function, self.grid, 1, 1, self._block, 1, 1, self._smem, stream, thread.params, 0

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import Function
 
-from jitattn.errors import NO_FORWARD_MODE, NO_SECOND_ORDER, UnsupportedError
+from jitattn.errors import NO_FORWARD_MODE, NO_SECOND_ORDER, InternalError, UnsupportedError
 from jitattn.request.norm import RowOrder
 from jitattn.request.scores import ADDED
 from jitattn.run import normalize
 from jitattn.run.backward import run_backward
-from jitattn.run.operator_encoding import KeptCall
+from jitattn.run.operator_encoding import with_tensors, without_tensors
 from jitattn.values.autocast import outside_autocast
 
 if TYPE_CHECKING:
@@ -85,18 +85,22 @@ class Attention(FirstOrder):
     def forward(
         ctx: Any,  # noqa: ANN401 - autograd's
         call: Call,
-        compute: Callable[[], tuple[Tensor, Tensor]],
+        compute: Callable[[], tuple[Tensor, Tensor | None]],
         q: Tensor,
         k: Tensor,
         v: Tensor,
         *added: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Compute out and the LSE; return the LSE on request. `added`: the tensors of `ADDED`."""
+        """Compute out and the LSE; return the LSE on request.
+
+        `added`: the tensors of `ADDED`, or nothing if there are none.
+        """
         del added  # in `call`
         out, lse = compute()
-        kept = KeptCall(call if call.out is None else call._replace(out=None))
-        ctx.save_for_backward(q, k, v, out, lse, *kept.take_tensors())
-        ctx.call = kept
+        if lse is None:
+            raise InternalError("the LSE is missing")
+        ctx.call, tensors = without_tensors(call)
+        ctx.save_for_backward(q, k, v, out, lse, *tensors)
         ctx.set_materialize_grads(False)
         return (out, lse) if call.return_lse else out
 
@@ -114,10 +118,11 @@ class Attention(FirstOrder):
                 return (None,) * len(ctx.needs_input_grad)
             d_out = torch.zeros_like(out)
         needs = ctx.needs_input_grad[5:]
-        wanted = [name for name, needed in zip(ADDED, needs, strict=True) if needed]
-        call = ctx.call.call_with(tensors)
+        names = ADDED if needs else ()
+        wanted = [name for name, needed in zip(names, needs, strict=True) if needed]
+        call = with_tensors(ctx.call, tensors)
         found = run_backward(q, k, v, out, lse, d_out, d_lse, call, wanted)
-        return (None, None, found.dq, found.dk, found.dv, *map(found.added.get, ADDED))
+        return (None, None, found.dq, found.dk, found.dv, *map(found.added.get, names))
 
 
 class Normalize(FirstOrder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from jitattn.request.facts import Addresses
     from jitattn.request.problem import Call, Runtime, Strides
-    from jitattn.request.request import Addresses, Request
+    from jitattn.request.request import Request
 
 
 #: Plans that calls of different lengths share.
@@ -53,11 +55,12 @@ class _Ready(NamedTuple):
 
 
 class _AnyLength(NamedTuple):
-    """State that plain calls share whatever their key count: all but the lengths, and the plan."""
+    """State that the requests derived from one share, whatever their key counts."""
 
-    ready: _Ready  #: of one of them
+    out: Tensor  #: as in `_Ready`
+    lse: Tensor | None
     keys_per_block: int
-    bound: dict[int, BoundPlan]  #: by the number of key blocks
+    bound: dict[int, BoundPlan]  #: by number of key blocks; the lengths are to be replaced
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | tuple[Tensor, Tensor]:
@@ -84,31 +87,30 @@ def run_request(
         request, addresses = request_of(q, k, v, call)
     if not q.is_cuda:
         return run_cpu(q, k, v, request.runtime, call)
-    if scores is NO_CHANGES:
-        if not is_followed(q, k, v):
-            return _run_cuda(q, request, addresses, call, call.return_lse)
-    elif not is_followed(q, k, v, *added_of(scores)):
-        return _run_cuda(q, request, addresses, call, call.return_lse)
-    return _run_followed(q, k, v, request, addresses, call)
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        added = () if scores is NO_CHANGES else added_of(scores)
+        if is_followed(q, k, v, *added):
+            return _run_followed(q, k, v, added, request, addresses, call)
+    out, lse = _run_cuda(q, request, addresses, call, call.return_lse)
+    return out if lse is None else (out, lse)
 
 
 def _run_followed(
-    q: Tensor, k: Tensor, v: Tensor, request: Request, addresses: Addresses, call: Call
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    added: tuple[Tensor | None, ...],
+    request: Request,
+    addresses: Addresses,
+    call: Call,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute the call of a validated request under autograd."""
-    settle_overlaps(call)
+    if call.kv_seqs is not None:
+        settle_overlaps(call)
     if not call.deterministic and is_deterministic(call):  # torch's global switch may have changed
         call = call._replace(deterministic=True)
-
-    def compute() -> tuple[Tensor, Tensor]:
-        result = _run_cuda(q, request, addresses, call, True)
-        if not isinstance(result, tuple):
-            raise InternalError("the LSE is missing")
-        return result
-
-    found: Tensor | tuple[Tensor, Tensor] = apply(
-        Attention, call, compute, q, k, v, *added_of(call.scores)
-    )
+    compute = partial(_run_cuda, q, request, addresses, call, True)
+    found: Tensor | tuple[Tensor, Tensor] = apply(Attention, call, compute, q, k, v, *added)
     return found
 
 
@@ -128,29 +130,18 @@ def _cosine_on_cpu(
 
 def _run_cuda(
     q: Tensor, request: Request, addresses: Addresses, call: Call, return_lse: bool
-) -> Tensor | tuple[Tensor, Tensor]:
-    if not request.plans:  # true in a forked child as well
+) -> tuple[Tensor, Tensor | None]:
+    """Allocate the results of a request and run its plan on the device of q."""
+    plans = request.plans
+    if not plans:  # true in a forked child as well
         check_cuda()
     device_index = q.get_device()
-    if device_index == backend.active.current_device():
-        return _attend(q, request, addresses, call, return_lse, device_index)
-    with backend.active.on_device(device_index):
-        return _attend(q, request, addresses, call, return_lse, device_index)
-
-
-def _attend(
-    q: Tensor,
-    request: Request,
-    addresses: Addresses,
-    call: Call,
-    return_lse: bool,
-    device_index: int,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Allocate the results of a request and run its plan on the current device."""
-    ready: _Ready | None = request.plans.get(return_lse)
+    if device_index != backend.active.current_device():
+        with backend.active.on_device(device_index):
+            return _run_cuda(q, request, addresses, call, return_lse)
+    ready: _Ready | None = plans.get(return_lse)
     if ready is None:
-        ready = _make_ready(q, request, call, return_lse, device_index)
-        request.plans[return_lse] = ready
+        ready = plans[return_lse] = _make_ready(q, request, call, return_lse, device_index)
     out_pattern, num_zeroed, lse_pattern, bound, longest, positions, along_mean = ready
     stream = backend.active.stream(device_index)
     out, lse = call.out, None
@@ -174,20 +165,20 @@ def _attend(
         del made  # kept alive until all their readers are launched
         if along_mean and lse is not None:
             lse.add_(buffers[along_mean].view(lse.shape), alpha=request.runtime.scale)
-    return out if lse is None else (out, lse)
+    return out, lse
 
 
 def _make_ready(
     q: Tensor, request: Request, call: Call, return_lse: bool, device_index: int
 ) -> _Ready:
-    """Return the state of the calls of a request, after its first use."""
+    """Return the state of a request, by that of another key count if there is one."""
     base = request.base
-    known: _AnyLength | None = None if base is None else base.plans_of_lengths.get(return_lse)
-    if known is not None:
-        bound = known.bound.get(-(-request.len_kv // known.keys_per_block))
-        if bound is not None:
-            out, num_zeroed, lse, _, *others = known.ready
-            return _Ready(out, num_zeroed, lse, bound.with_values(lengths_of(request)), *others)
+    shared: _AnyLength | None = None if base is None else base.plans_of_lengths.get(return_lse)
+    if shared is not None:
+        found = shared.bound.get(-(-request.len_kv // shared.keys_per_block))
+        if found is not None:
+            bound = found.with_values(lengths_of(request))
+            return _Ready(shared.out, 0, shared.lse, bound, 0, 0, "")
     shape = (*q.shape[:-1], request.problem.head_dim_v)
     out = workspace.pattern(shape, call.out_dtype or q.dtype, q.device)
     # No kernel writes rows that belong to no sequence.
@@ -201,21 +192,19 @@ def _make_ready(
     strides = contiguous_strides(shape) if call.out is None else call.out.stride()
     of_lse = None if lse is None else contiguous_strides(tuple(lse.shape))
     bound, planned = _bound_plan(request, call, strides, of_lse, q.device, device_index)
-    ready = _Ready(
+    if base is not None and return_lse not in base.plans_of_lengths:
+        here = LoadedDevice(device_index)
+        step = keys_per_block(request.problem, request.runtime, call, here)
+        shared = None if step is None else _AnyLength(out, lse, step, {})
+        base.plans_of_lengths[return_lse] = shared
+    if shared is not None:
+        if len(shared.bound) >= _MOST_SHARED:
+            shared.bound.clear()
+        shared.bound[-(-request.len_kv // shared.keys_per_block)] = bound
+    return _Ready(
         out, num_zeroed, lse, bound, planned.longest_listed, planned.tile_positions,
         planned.along_mean,
     )  # fmt: skip
-    if base is not None:
-        if known is None:
-            here = LoadedDevice(device_index)
-            step = keys_per_block(request.problem, request.runtime, call, here)
-            known = None if step is None else _AnyLength(ready, step, {})
-            base.plans_of_lengths[return_lse] = known
-        if known is not None:
-            if len(known.bound) >= _MOST_SHARED:
-                known.bound.clear()
-            known.bound[-(-request.len_kv // known.keys_per_block)] = bound
-    return ready
 
 
 def _bound_plan(
@@ -281,7 +270,10 @@ def is_followed(*tensors: Tensor | None) -> bool:
         raise UnsupportedError(NO_FORWARD_MODE)
     if not torch.is_grad_enabled():
         return False
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110 - a generator takes as long as the rest
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def has_duals(tensors: Iterable[Tensor | None]) -> bool:

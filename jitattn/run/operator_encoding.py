@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _NONE: Final = -(2**40)  #: stands for an integer that is None
 LAYOUTS: Final = ("bshd", "bhsd")
+_MASKS_OF_NUMBERS: Final = frozenset((Full, Causal, Window, LocalStride))
 DTYPES: Final = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -44,38 +45,26 @@ class Encoded(NamedTuple):
     floats: list[float]
 
 
-class KeptCall:
-    """A call in an autograd context, separated from its tensors, which autograd saves.
+def without_tensors(call: Call) -> tuple[Call | Encoded, Sequence[Tensor]]:
+    """Separate a call for an autograd context from its tensors, which autograd saves.
 
     The backward pass reads the tensors of masks, sequences, scores and dropout again: saved by
     autograd, they are checked for writes, and saved-tensor hooks can move them.
     """
-
-    __slots__ = ("_call", "_floats", "_ints", "tensors")
-
-    def __init__(self, call: Call) -> None:
-        self.tensors: tuple[Tensor, ...] = ()
-        self._call: Call | None = call
-        if not _is_without_tensors(call):
-            tensors, self._ints, self._floats = encode(call)
-            self.tensors, self._call = tuple(tensors), None
-
-    def take_tensors(self) -> tuple[Tensor, ...]:
-        """Return the tensors to save, dropping the references to them."""
-        tensors, self.tensors = self.tensors, ()
-        return tensors
-
-    def call_with(self, tensors: Sequence[Tensor]) -> Call:
-        """Rebuild the call from the saved tensors."""
-        if self._call is not None:
-            return self._call
-        return decode(list(tensors), self._ints, self._floats)
+    if (
+        type(call.mask) in _MASKS_OF_NUMBERS
+        and call.q_seqs is call.kv_seqs is None
+        and call.out is None
+        and (call.scores is NO_CHANGES or call.scores == NO_CHANGES)
+    ):
+        return call, ()
+    tensors, ints, floats = encode(call)
+    return Encoded([], ints, floats), tensors
 
 
-def _is_without_tensors(call: Call) -> bool:
-    is_plain = type(call.mask) in (Full, Causal, Window, LocalStride)
-    has_scores = call.scores is not NO_CHANGES and call.scores != NO_CHANGES
-    return is_plain and call.q_seqs is call.kv_seqs is None and not has_scores
+def with_tensors(kept: Call | Encoded, tensors: Sequence[Tensor]) -> Call:
+    """Rebuild a call from what `without_tensors` returned."""
+    return kept if isinstance(kept, Call) else decode(list(tensors), kept.ints, kept.floats)
 
 
 class Writer:
