@@ -200,7 +200,11 @@ def tile(
         num_items *= num_splits
     elif num_splits is not None:
         num_items *= num_splits
-    elif num_tiles * head_tiles > _BALANCED_TILES * num_slots:
+    elif (
+        num_tiles * head_tiles > _BALANCED_TILES * num_slots
+        # A merge takes longer than all blocks of the longest sequence.
+        or -(-runtime.len_kv // spec.tile.block_kv) <= combine_cost(block_q)
+    ):
         num_splits = 1
     else:
         # Each query tile may get one item more than its share of the slots.

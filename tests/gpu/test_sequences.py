@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from hypothesis import given
 import jitattn
 from jitattn import Causal, Full, Padded, Paged, Ragged
 from jitattn.jit import build
+from jitattn.plan import forward
+from jitattn.request.request import forget_requests
 from jitattn.spec.enums import SeqLayout
 from tests.support.capture import capture
 from tests.support.compare import rel_l2
@@ -29,6 +32,16 @@ def _compiled(arch: str, compile_once: CompileOnce) -> None:
     specs = forward_specs(KINDS, [pair for pair in layouts if pair != batched], arch)
     assert len(specs) <= 150
     assert compile_once(specs) == []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _merges_cost_nothing() -> Iterator[None]:
+    """Balance short sequences as well, whose merges would take longer than their keys."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "combine_cost", lambda _: 0.0)
+        forget_requests()
+        yield
+    forget_requests()
 
 
 @cases(150)

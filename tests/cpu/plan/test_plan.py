@@ -218,6 +218,23 @@ def test_plans_are_not_shared_where_lengths_are_in_more(name: str) -> None:
     assert deciding_facts(parsed.problem, parsed.runtime, call, *steps, Device("sm_80")) is None
 
 
+@pytest.mark.parametrize(("len_q", "most"), [(1, 4 * 128), (16, 12 * 64), (300, 45 * 96)])
+def test_short_sequences_are_not_balanced(len_q: int, most: int) -> None:
+    """Where even the longest one has fewer key blocks than a merge takes time."""
+
+    def planned(longest: int) -> Forward:
+        ends = torch.tensor([0, 1, longest], dtype=torch.int32)
+        of_k = jitattn.Ragged.from_cu_seqlens(ends, longest)
+        of_q = jitattn.Ragged.from_cu_seqlens(ends, len_q)
+        return forward_of({"q_seqs": of_q, "kv_seqs": of_k, "len_kv": longest}, "sm_90")
+
+    short, long = planned(most), planned(most + 1)
+    assert (short.tiling.num_splits, short.plan.buffers, short.plan.num_counters) == (1, {}, 0)
+    assert long.tiling.num_splits == 0
+    assert long.plan.buffers
+    assert long.plan.num_counters == long.tiling.num_ctas > short.tiling.num_ctas
+
+
 @pytest.mark.parametrize("fault", ["missing", "unknown", "doubled"])
 def test_faulty_arguments_are_refused(fault: str) -> None:
     step = forward_of(CALLS["sinks"], "sm_90").plan.steps[-1]
