@@ -47,8 +47,14 @@ _INTEGERS: Final = frozenset((type(None), int))
 _OF_Q: Final = ("q_start", "q_stop")
 _OF_KV: Final = ("kv_start", "kv_stop")
 _SEQUENCES: Final = frozenset((Ragged, Padded, Paged))
+#: Place of the mask's fact: its alignment, None or its type.
+MASK: Final = 10
 #: Number of facts of a call without options.
-_NUM_PLAIN: Final = 11
+_NUM_PLAIN: Final = MASK + 1
+#: Number of facts if there are options, but no more tensors: what is there, then the options.
+_NUM_WITH_OPTIONS: Final = _NUM_PLAIN + 4 + 6
+#: Place of the layout among them.
+_LAYOUT: Final = _NUM_PLAIN + 5
 #: Keys are counted in 32 bits.
 _MAX_COUNT: Final = 2**31 - 1
 
@@ -122,28 +128,35 @@ def facts_of(q: Tensor, k: Tensor, v: Tensor, call: Call, addresses: Addresses) 
     return None
 
 
-def without_length(facts: Facts) -> Facts | None:
-    """Return the facts of a plain call without its key count; None for any other call.
+def without_length(facts: Facts) -> tuple[Facts, int] | None:
+    """Return the facts of a batched call without its key count, and that; None for other calls.
 
-    Calls with fewer than two keys are excluded: one key has no row stride, none has no kernel.
+    Calls with sequences, score modifications, a result to fill or another mask than full or causal
+    are excluded, and those with fewer than two keys: one has no row stride, none has no kernel.
     """
-    if len(facts) != _NUM_PLAIN:
-        return None
-    dtype, index, of_q, of_k, of_v, steps_q, steps_k, steps_v, alignment, gear, mask = facts
+    dtype, index, of_q, of_k, of_v, steps_q, steps_k, steps_v, *more = facts
     if not len(of_k) == len(of_v) == 4:
         return None
     batch, num_keys, heads, dim = of_k
     batch_v, num_values, heads_v, dim_v = of_v
-    if not 1 < num_keys == num_values <= _MAX_COUNT:
-        return None
     batch_step, row, head, step = steps_k
     batch_step_v, row_v, head_v, step_v = steps_v
+    if len(facts) != _NUM_PLAIN:
+        mask, *are_none = facts[MASK : MASK + 5]
+        if len(facts) != _NUM_WITH_OPTIONS or type(mask) is type or not all(are_none):
+            return None
+        if facts[_LAYOUT] != "bshd":
+            num_keys, heads, row, head = heads, num_keys, head, row
+            num_values, heads_v, row_v, head_v = heads_v, num_values, head_v, row_v
+    if not 1 < num_keys == num_values <= _MAX_COUNT:
+        return None
     if batch <= 1:  # the step to another sequence is of no account
         batch_step = batch_step_v = None
-    return (
+    but_length = (
         dtype, index, of_q, batch, heads, dim, batch_v, heads_v, dim_v, steps_q, batch_step, row,
-        head, step, batch_step_v, row_v, head_v, step_v, alignment, gear, mask,
+        head, step, batch_step_v, row_v, head_v, step_v, *more,
     )  # fmt: skip
+    return but_length, num_keys
 
 
 def _note_tensor(

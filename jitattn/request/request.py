@@ -2,7 +2,8 @@
 
 Calls with the same facts share a request and its cached plans; addresses are looked up at every
 call. Unusual calls (numpy scalars, tensors that may have no address or no elements) are validated
-every time. A plain call with another key count than a known one is derived from that.
+every time. A batched call without tensors but q, k and v whose key count is new has a request
+derived from that of another count.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from jitattn.errors import InternalError, WithoutMemoryError
-from jitattn.request.facts import Addresses, Facts, facts_of, without_length
+from jitattn.request.facts import MASK, Addresses, Facts, facts_of, without_length
 from jitattn.request.layouts import parse_any
 from jitattn.request.outputs import check_out
 from jitattn.request.scores import ADDED, added_of
@@ -154,9 +155,9 @@ def _checked(
     elif parsed.has_memory:
         _make_room()
         _requests[facts] = request
-        but_length = without_length(facts)
-        if but_length is not None:
-            _requests[but_length] = request
+        shorter = without_length(facts)
+        if shorter is not None:
+            _requests[shorter[0]] = request
     return Found(request, addresses, parsed.has_memory)
 
 
@@ -172,13 +173,16 @@ def _make_room() -> None:
 
 
 def _longer(facts: Facts) -> Request | None:
-    """Derive and keep the request of a plain call, given one with another key count."""
-    but_length = without_length(facts)
-    known = None if but_length is None else _requests.get(but_length)
-    if known is None or but_length is None:
+    """Derive and keep the request of a call, given one of a like call with another key count."""
+    shorter = without_length(facts)
+    if shorter is None:
         return None
-    num_keys, diagonal = facts[3][1], known.diagonal
-    if facts[-1] == "bottom_right":
+    but_length, num_keys = shorter
+    known = _requests.get(but_length)
+    if known is None:
+        return None
+    diagonal = known.diagonal
+    if facts[MASK] == "bottom_right":
         diagonal += num_keys - known.len_kv
     if len(_requests) >= _MOST_REQUESTS:
         _make_room()

@@ -203,26 +203,54 @@ def test_growing_calls_do_not_drive_others_out(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("mask", [jitattn.Full(), jitattn.Causal(), jitattn.Causal("top_left")])
 @pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    "given", [{}, {"scale": 0.5, "gear": 4}, {"layout": "bhsd"}, {"num_splits": 2, "tile_rows": 64}]
+)
 def test_calls_with_more_keys_are_as_if_checked(
-    mask: jitattn.Causal, batch: int, monkeypatch: pytest.MonkeyPatch
+    mask: jitattn.Causal, batch: int, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A decoding step has a key more than the one before, and is not checked anew."""
     parsed = request.parse_any
+    heads_first = given.get("layout") == "bhsd"
     cache = torch.zeros(batch, 64, 2, 16, dtype=torch.float16)
     q = torch.zeros(batch, 3, 4, 16, dtype=torch.float16)
+    q = q.transpose(1, 2) if heads_first else q
 
-    def kept(num_keys: int) -> request.Request:
-        k = cache[:, :num_keys]
-        return find(q, k, k, bind(q, k, k, {"mask": mask})[1]).request
+    def step(num_keys: int) -> Any:
+        k = cache[:, :num_keys].transpose(1, 2) if heads_first else cache[:, :num_keys]
+        return q, k, k, bind(q, k, k, {"mask": mask, **given})[1]
 
-    kept(40)
+    find(*step(40))
     with monkeypatch.context() as patch:
         patch.setattr(request, "parse_any", None)
-        longer = {num_keys: kept(num_keys) for num_keys in (2, 39, 41, 64)}
+        longer = {num_keys: find(*step(num_keys)).request for num_keys in (2, 39, 41, 64)}
     for num_keys, ours in longer.items():
-        k = cache[:, :num_keys]
-        problem, runtime, _ = parsed(q, k, k, bind(q, k, k, {"mask": mask})[1])
+        problem, runtime, _ = parsed(*step(num_keys))
         assert (ours.problem, ours.runtime) == (problem, runtime)
+        assert (ours.len_kv, ours.diagonal) == (runtime.len_kv, runtime.diagonal)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mask": jitattn.Window(3, 0)},
+        {"softcap": 3.0},
+        {"out": torch.empty(1, 3, 4, 16)},
+        {"kv_seqs": jitattn.Padded(torch.tensor([2]))},
+    ],
+    ids=str,
+)
+def test_calls_with_more_in_them_are_checked(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, q = torch.zeros(1, 64, 2, 16), torch.zeros(1, 3, 4, 16)
+    looked = []
+    parse_any = request.parse_any
+    monkeypatch.setattr(request, "parse_any", lambda *x: looked.append(x) or parse_any(*x))
+    for num_keys in (20, 21):
+        k = cache[:, :num_keys]
+        find(q, k, k, bind(q, k, k, given)[1])
+    assert len(looked) == 2
 
 
 @pytest.mark.parametrize(

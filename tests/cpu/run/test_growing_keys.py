@@ -45,6 +45,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 def attend(q: Tensor, length: int, **given: Any) -> list[tuple[Any, ...]]:
     """Call on so many keys of the cache; return what is known of the results."""
     k = CACHES[q.dtype][: len(q), :length]
+    if given.get("layout") == "bhsd":
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
     found = jitattn.attention(q, k, k, **given)
     return [(x.shape, x.stride(), x.dtype) for x in (found if given.get("return_lse") else [found])]
 
@@ -56,9 +58,12 @@ CALLS: dict[str, Any] = {
     "many queries": (1, 200, torch.float16, {"mask": jitattn.Causal()}),
     # At some key counts it is computed in fp16 parts.
     "fp32": (2, 800, torch.float32, {}),
-    # No plain calls: a mask of its own, a number.
+    "a number": (1, 1, torch.float16, {"scale": -0.5, "mask": jitattn.Causal()}),
+    "heads first": (2, 3, torch.float16, {"layout": "bhsd", "mask": jitattn.Causal()}),
+    "splits": (1, 1, torch.float16, {"num_splits": 3, "out_dtype": torch.float32}),
+    "a gear": (2, 100, torch.float16, {"gear": 4}),
+    # The lengths are in its score arguments, too: it is checked and planned at each.
     "a window": (1, 1, torch.float16, {"mask": jitattn.Window(100, 0)}),
-    "splits": (1, 1, torch.float16, {"num_splits": 3}),
 }
 
 
@@ -72,22 +77,25 @@ def test_launches_are_those_of_a_first_call(name: str, launched: list[Any]) -> N
     for length, shape in zip(LENGTHS, shapes, strict=True):
         run.forget_kernels()
         assert attend(q, length, **given) == shape
-    assert len({spec.family for spec, _, _ in ours}) == (2 if name == "fp32" else 1)
-    assert len({grid for _, grid, _ in ours}) > (1 if name in {"a step", "of a batch"} else 0)
+    assert (len({spec.family for spec, _, _ in ours}) > 1) == (name in {"fp32", "a gear"})
+    if name in {"a step", "of a batch", "a number", "heads first"}:
+        assert len({grid for _, grid, _ in ours}) > 1
     assert ours == launched
 
 
+@pytest.mark.parametrize("name", ["a step", "a number", "heads first", "splits", "many queries"])
 def test_a_new_key_count_is_neither_checked_nor_planned(
-    launched: list[Any], monkeypatch: pytest.MonkeyPatch
+    name: str, launched: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    q = torch.zeros(1, 1, 8, 64, dtype=torch.float16)
+    batch, len_q, dtype, given = CALLS[name]
+    q = torch.zeros(batch, len_q, 8, 64, dtype=dtype)
     for length in (1000, 1001):
-        attend(q, length)
+        attend(q, length, **given)
     monkeypatch.setattr(request, "parse_any", None)
-    for name in ("deciding_facts", "forward", "keys_per_block"):
-        monkeypatch.setattr(run, name, None)
+    for planning in ("deciding_facts", "forward", "keys_per_block"):
+        monkeypatch.setattr(run, planning, None)
     for length in range(961, 1025):
-        attend(q, length)
+        attend(q, length, **given)
     assert len(launched) == 2 + 64
 
 
