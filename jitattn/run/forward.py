@@ -158,8 +158,8 @@ def _run_cuda(
     if bound is not None:
         made = None
         if request.is_listed:
-            heads = (request.runtime.heads_q, request.runtime.heads_kv)
-            rule = parts_of(call.mask).rule
+            runtime, rule = request.runtime, parts_of(call.mask).rule
+            heads = runtime.heads_q, runtime.heads_kv
             made = add_block_lists(addresses, rule, heads, longest, positions, q.device)
         buffers = bound.run(addresses, stream)
         del made  # kept alive until all their readers are launched
