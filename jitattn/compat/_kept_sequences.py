@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import torch
 
 from jitattn.values.sequences import Paged, Ragged
-from jitattn.values.tensors import PLAIN, is_transformed
+from jitattn.values.tensors import PLAIN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,12 +54,15 @@ def sequences_of(
         ):
             return found
     found = _made(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, block_table)
-    tensors = [x for x in (cu_seqlens_q, cu_seqlens_k, block_table) if x is not None]
-    if all(map(may_be_kept, tensors)):
+    if (
+        may_be_kept(cu_seqlens_q)
+        and (cu_seqlens_k is cu_seqlens_q or type(cu_seqlens_k) in PLAIN)
+        and (block_table is None or type(block_table) in PLAIN)
+    ):
         if len(_kept) >= _MOST_KEPT:
             _kept.clear()
         num_pages = 0 if block_table is None else block_table.numel()
-        _kept[key] = (found, cu_seqlens_q.numel(), cu_seqlens_k.numel(), num_pages)
+        _kept[key] = found, cu_seqlens_q.numel(), cu_seqlens_k.numel(), num_pages
     return found
 
 
@@ -79,7 +82,7 @@ def _made(
 
 
 def may_be_kept(tensor: Tensor) -> bool:
-    """Return whether a tensor outlives a call: not those of a transform or of a captured graph."""
-    if type(tensor) not in PLAIN or is_transformed(tensor):
+    """Return whether a tensor may outlive a call: none of a graph that is being captured."""
+    if type(tensor) not in PLAIN:
         return False
     return tensor.get_device() < 0 or not torch.cuda.is_current_stream_capturing()

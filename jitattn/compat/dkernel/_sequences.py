@@ -54,7 +54,7 @@ class Placed(NamedTuple):
 
 #: By the tensors' identities, which are theirs alone while the values hold them, by bounds and
 #: sizes: the values, and numbers of elements, which `resize_` changes.
-_kept: dict[tuple[object, ...], tuple[Placed, int, int, int, int]] = {}
+_kept: dict[tuple[object, ...], tuple[Placed, list[int]]] = {}
 
 
 def placed(sizes: Sizes, where: Where, longest: tuple[int | None, int | None], q: Tensor) -> Placed:
@@ -78,7 +78,7 @@ def placed(sizes: Sizes, where: Where, longest: tuple[int | None, int | None], q
     key = (id(cu_k), id(cu_q), id(left), id(seqlens), longest_q, longest_kv, sizes)
     known = _kept.get(key)
     if known is not None:
-        found, num_cu_k, num_cu_q, num_left, num_seqlens = known
+        found, (num_cu_k, num_cu_q, num_left, num_seqlens) = known
         if (
             (cu_k is None or cu_k.numel() == num_cu_k)
             and (cu_q is None or cu_q.numel() == num_cu_q)
@@ -87,23 +87,32 @@ def placed(sizes: Sizes, where: Where, longest: tuple[int | None, int | None], q
         ):
             return found
     found = _translated(sizes, where, longest, q)
-    if _holds_just(found, where):
+    if _holds_just(found, cu_k, cu_q, left, seqlens):
         if len(_kept) >= _MOST_KEPT:
             _kept.clear()
-        counts = [0 if x is None else x.numel() for x in where]
-        _kept[key] = (found, counts[0], counts[1], counts[2], counts[3])
+        _kept[key] = found, [0 if x is None else x.numel() for x in where]
     return found
 
 
-def _holds_just(found: Placed, where: Where) -> bool:
+def _holds_just(
+    found: Placed,
+    cu_k: Tensor | None,
+    cu_q: Tensor | None,
+    left: Tensor | None,
+    seqlens: Tensor | None,
+) -> bool:
     """Return whether values hold the given tensors and no others, made of their contents.
 
     Tensors on the host are checked in every call.
     """
-    given = [x for x in where if x is not None]
-    seqs = [one for one in (found.q_seqs, found.kv_seqs) if one is not None]
-    held = {id(x) for one in seqs for x in one.tensors().values()}
-    return held == {id(x) for x in given} and all(x.is_cuda and may_be_kept(x) for x in given)
+    one = cu_k if seqlens is None else seqlens
+    if one is None or not one.is_cuda or not may_be_kept(one):
+        return False
+    q_seqs, kv_seqs = found.q_seqs, found.kv_seqs
+    if cu_k is None:
+        return kv_seqs._stop is seqlens and kv_seqs._start is left
+    own_q = cu_k if cu_q is None else cu_q
+    return kv_seqs.cumulative is cu_k and q_seqs is not None and q_seqs.cumulative is own_q
 
 
 def bounds_of_a_batch() -> CheckFailedError:

@@ -181,7 +181,7 @@ def with_kvcache(
     if not return_lse:
         return found, None
     result, lse = found
-    if _all_rows_see(q, k, cache_seqlens, cache_leftpad):
+    if type(cache_seqlens) is int and cache_leftpad is None and _all_see(q, k, cache_seqlens):
         return result, lse
     # Only alibi_slopes may have a gradient here; then autograd has saved the LSE.
     return result, their_lse(lse) if lse.requires_grad else into_their_lse(lse)
@@ -200,14 +200,9 @@ def _are_followed(
     )
 
 
-def _all_rows_see(
-    q: Tensor, k: Tensor | None, length: Tensor | int, left_pad: Tensor | None
-) -> bool:
-    """Return whether the host knows that every query sees a key: its own, whatever the window.
-
-    Lengths on a GPU are not waited for; and a graph must not depend on this.
-    """
-    if type(length) is not int or left_pad is not None or torch.compiler.is_compiling():
+def _all_see(q: Tensor, k: Tensor | None, length: int) -> bool:
+    """Return whether every query sees a key: its own, whatever the window. No graph asks."""
+    if torch.compiler.is_compiling():
         return False
     return q.shape[1] <= length + (0 if k is None else k.shape[1])
 
