@@ -94,6 +94,17 @@ def test_another_bound_is_another_value() -> None:
     assert long[0] is long[1]
 
 
+def test_index_tensors_of_a_capture_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory is the graph's. Those of a call before it serve it."""
+    cu = ends(0, L)
+    before = sequences_of(cu, cu, L, L)
+    own = ends(0, L)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert sequences_of(cu, cu, L, L) is before
+    assert sequences_of(own, own, L, L)[0] is not sequences_of(own, own, L, L)[0]
+
+
 def appended(cos: Tensor, sin: Tensor) -> Tensor:
     cache = torch.zeros(2, 1, 8, H, D)
     generator = torch.Generator().manual_seed(0)
