@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from jitattn.api.attention import attention
 from jitattn.compat._errors import CheckFailedError, check
-from jitattn.compat.dkernel._checks import check_indices, check_shapes
+from jitattn.compat.dkernel._checks import check_shapes
 from jitattn.compat.dkernel._kept import KeptMasks
-from jitattn.compat.dkernel._sequences import packed, padded
+from jitattn.compat.dkernel._sequences import Sizes, bounds_of_a_batch, placed
 from jitattn.compat.dkernel.utils import is_kv_cache_efficient, verify_sparse_pattern
 from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.request.outputs import check_out
@@ -23,22 +24,35 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jitattn.values.masks import Mask
+    from jitattn.values.sequences import Padded, Ragged
 
 _HINTS: Final = ("out", "d_splits", "inference")
 #: Most call shapes that a module caches.
 _MOST_FACTS: Final = 256
 
 
-class Facts(NamedTuple):
+class KnownMasks:
+    """The masks of a pattern for as long as it is unchanged; a copied module makes its own."""
+
+    __slots__ = ("masks", "pattern", "version")
+
+    def __init__(self, pattern: Tensor, version: int, masks: list[Mask]) -> None:
+        self.pattern, self.version, self.masks = pattern, version, masks
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+@dataclass(slots=True)
+class Facts:
     """Facts that follow from the shapes of a call."""
 
-    is_packed: bool
+    sizes: Sizes
     layout: str
-    heads: tuple[int, int]  #: of q and of k
-    lengths: tuple[int, int]  #: of q and of k: tokens of a sequence, or of all where packed
     most_positions: int | None  #: tokens of its rows, where a pattern has fewer rows than columns
     shift: int  #: tokens by which positions are ahead of pattern rows
-    masks: list[Mask] | None  #: if they are in closed form
+    rules: list[Mask] | None  #: the masks, if they are in closed form
+    known: KnownMasks | None = None  #: otherwise those of the pattern, from the first call on
 
 
 class SparseAttention(torch.nn.Module):
@@ -200,49 +214,59 @@ class SparseAttention(torch.nn.Module):
             q, k, v = _unpacked(q, k, v, split_qkv)
         is_batch = cu_seqlen_k is cu_seqlen_q is left_paddings is seqlens is None
         facts = self._facts_of(q, k, v, is_batch)
-        if facts.is_packed or not is_batch:
-            check_indices((cu_seqlen_k, cu_seqlen_q, left_paddings, seqlens), q)
         if not (sm_scale is None or type(sm_scale) is float or isinstance(sm_scale, numbers.Real)):
             raise InvalidInputError(
                 f"sm_scale is a {type(sm_scale).__name__}: it must be a number; pass a float, or "
                 "leave it out for 1 / sqrt(head dim)"
             )
-        arguments: dict[str, Any] = {"scale": sm_scale or None, "return_lse": return_lse}
-        shift, placed = facts.shift, None
-        if facts.is_packed:
+        q_seqs: Ragged | Padded | None = None
+        kv_seqs: Ragged | Padded | None = None
+        tile_rows, has_padding = None, False
+        if facts.sizes.is_packed or not is_batch:
+            where = (cu_seqlen_k, cu_seqlen_q, left_paddings, seqlens)
             longest = (max_seqlen_q, max_seqlen_k)
-            sizes = (facts.lengths, facts.heads, self.max_seqlen)
-            placed = packed(*sizes, cu_seqlen_q, cu_seqlen_k, longest, q.device)
-        else:
-            if not max_seqlen_q is max_seqlen_k is None:
-                raise CheckFailedError(
-                    "max_seqlen_q or max_seqlen_k is given and q is 4-D: they go with 3-D tensors; "
-                    "lengths of 4-D ones are in seqlens"
-                )
-            arguments["layout"] = facts.layout
-            if not is_batch:
-                placed = padded(*facts.lengths, left_paddings, seqlens, q.device)
-        if placed is not None:
-            arguments["q_seqs"], arguments["kv_seqs"], longest_kv, tile_rows = placed
-            arguments["tile_rows"] = tile_rows
+            q_seqs, kv_seqs, longest_kv, tile_rows = placed(facts.sizes, where, longest, q)
+            has_padding = q_seqs is not None and not facts.sizes.is_packed
             if longest_kv is not None and facts.most_positions is not None:
                 self._check_positions(longest_kv, facts.most_positions)
-        masks = facts.masks
+        elif not max_seqlen_q is max_seqlen_k is None:
+            raise bounds_of_a_batch()
+        masks = facts.rules
         if masks is None:
-            masks = self._masks_of(facts.heads, shift, q.device)
+            known = facts.known
+            if known is None or known.pattern._version != known.version:
+                masks = self._masks_of(facts, q.device)
+            else:
+                masks = known.masks
         out = self.kwargs.get("out")
         if out is not None and torch.is_grad_enabled() and any(map(_wants, (q, k, v))):
             out = None
-        has_padding = not facts.is_packed and placed is not None and placed.q_seqs is not None
         if out is not None and (len(masks) > 1 or has_padding):
             if torch.compiler.is_compiling():
                 raise UnsupportedError("out is given under torch.compile: make the module without")
             check_out(out, (q, k, v), (*q.shape[:-1], v.shape[-1]), q.dtype)
             out.zero_()  # attention does not write the padding rows of `out`
+        scale, layout = sm_scale or None, facts.layout
         if len(masks) == 1:
-            return attention(q, k, v, mask=masks[0], out=out, **arguments)
-        both = [attention(q, k, v, mask=mask, **arguments) for mask in masks]
-        return self._joined(both, shift % self.block_size, return_lse, out)
+            return attention(
+                q,
+                k,
+                v,
+                mask=masks[0],
+                scale=scale,
+                layout=layout,
+                out=out,
+                return_lse=return_lse,
+                q_seqs=q_seqs,
+                kv_seqs=kv_seqs,
+                tile_rows=tile_rows,
+            )
+        # Such a pattern counts from query 0: the call is a batch that fills its tensors.
+        both = [
+            attention(q, k, v, mask=mask, scale=scale, layout=layout, return_lse=return_lse)
+            for mask in masks
+        ]
+        return self._joined(both, facts.shift % self.block_size, return_lse, out)
 
     def _facts_of(self, q: Tensor, k: Tensor, v: Tensor, is_batch: bool) -> Facts:
         """Check the shapes of a call, and return the facts that follow from them, cached by shape.
@@ -261,7 +285,7 @@ class SparseAttention(torch.nn.Module):
         try:
             key = (
                 type(q), type(k), type(v), q.shape, k.shape, v.shape, is_batch,
-                self.seq_dim, self.max_seqlen,
+                self.seq_dim, self.max_seqlen, q.device,
             )  # fmt: skip
             known = self._facts.get(key)
         except (
@@ -282,17 +306,19 @@ class SparseAttention(torch.nn.Module):
         most = rows * self.block_size if rows < columns else None
         if q.dim() == 3:
             lengths, heads = (q.shape[0], k.shape[0]), (q.shape[1], k.shape[1])
-            return Facts(True, "bshd", heads, lengths, most, 0, self._rules_of(heads, 0))
+            sizes = Sizes(True, 0, *lengths, *heads, self.max_seqlen, q.device)
+            return Facts(sizes, "bshd", most, 0, self._rules_of(heads, 0))
         seq_dim = self.seq_dim or 1
         heads = (q.shape[3 - seq_dim], k.shape[3 - seq_dim])
-        len_q, len_kv = lengths = (q.shape[seq_dim], k.shape[seq_dim])
+        len_q, len_kv = q.shape[seq_dim], k.shape[seq_dim]
         if len_kv > self.max_seqlen:
             raise CheckFailedError(
                 f"k has {len_kv} tokens: the pattern has room for {self.max_seqlen}"
             )
         shift = len_kv - len_q - self._first_row(len_q, len_kv) if is_batch else 0
         layout = "bhsd" if seq_dim == 2 else "bshd"
-        return Facts(False, layout, heads, lengths, most, shift, self._rules_of(heads, shift))
+        sizes = Sizes(False, q.shape[0], len_q, len_kv, *heads, self.max_seqlen, q.device)
+        return Facts(sizes, layout, most, shift, self._rules_of(heads, shift))
 
     @property
     def _size(self) -> tuple[int, int]:
@@ -333,20 +359,27 @@ class SparseAttention(torch.nn.Module):
         """Return the mask if it is in closed form; None if it needs the pattern."""
         return None
 
-    def _masks_of(self, heads: tuple[int, int], shift: int, device: torch.device) -> list[Mask]:
+    def _masks_of(self, facts: Facts, device: torch.device) -> list[Mask]:
         """Return the mask of a call, or two masks that divide the queries (see `_joined`)."""
-        pattern = self._pattern_on(device)
-        count = pattern.size(0)
+        pattern, shift = self._pattern_on(device), facts.shift
+        count, heads = pattern.size(0), (facts.sizes.heads_q, facts.sizes.heads_kv)
         if count != 1 and count not in heads:
             raise CheckFailedError(
                 f"the pattern has {count} heads: q has {heads[0]} and k {heads[1]}"
             )
+        in_graph = torch.compiler.is_compiling()
+        version = None if in_graph or pattern.is_inference() else pattern._version
+        masks: list[Mask]
         if shift == 0:
-            return [self._kept.mask(pattern)]
-        if not self.causal:
-            return [self._kept.mask(pattern, first_row=0)]
-        moved, rest = shift // self.block_size, shift % self.block_size
-        return [self._kept.mask(pattern, moved + i) for i in range(1 if rest == 0 else 2)]
+            masks = [self._kept.mask(pattern)]
+        elif not self.causal:
+            masks = [self._kept.mask(pattern, first_row=0)]
+        else:
+            moved, rest = shift // self.block_size, shift % self.block_size
+            masks = [self._kept.mask(pattern, moved + i) for i in range(1 if rest == 0 else 2)]
+        if version is not None:
+            facts.known = KnownMasks(pattern, version, masks)
+        return masks
 
     def _pattern_on(self, device: torch.device) -> Tensor:
         pattern: Tensor = self._buffers["sparse_pattern"]  # type: ignore[assignment]

@@ -7,18 +7,40 @@ the kernels read the lengths.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 import torch
 
 from jitattn.compat._errors import CheckFailedError
+from jitattn.compat._kept_sequences import may_be_kept
 from jitattn.compat._transfer import on_device
-from jitattn.compat.dkernel._checks import check_paddings
+from jitattn.compat.dkernel._checks import check_indices, check_paddings
 from jitattn.errors import InvalidInputError
 from jitattn.values.sequences import Padded, Ragged
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+#: Calls whose values are kept: few, as they hold memory of the caller's.
+_MOST_KEPT: Final = 4
+_BOUNDS: Final = (int, type(None))
+
+#: cu_seqlen_k, cu_seqlen_q, left_paddings and seqlens.
+Where: TypeAlias = tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
+
+
+class Sizes(NamedTuple):
+    """Sizes of a call on which values of its sequences depend."""
+
+    is_packed: bool
+    batch: int  #: 0 where packed
+    len_q: int  #: tokens of a sequence, or of all where packed
+    len_kv: int
+    heads_q: int
+    heads_kv: int
+    room: int  #: tokens that the pattern has room for
+    device: torch.device  #: of q
 
 
 class Placed(NamedTuple):
@@ -30,33 +52,102 @@ class Placed(NamedTuple):
     tile_rows: int | None = None
 
 
-def packed(
-    totals: tuple[int, int],
-    heads: tuple[int, int],
-    room: int,
-    cu_seqlen_q: Tensor | None,
-    cu_seqlen_k: Tensor | None,
-    longest: tuple[int | None, int | None],
-    device: torch.device,
-) -> Placed:
-    """Translate packed sequences.
+#: By the tensors' identities, which are theirs alone while the values hold them, by bounds and
+#: sizes: the values, and numbers of elements, which `resize_` changes.
+_kept: dict[tuple[object, ...], tuple[Placed, list[int]]] = {}
+
+
+def placed(sizes: Sizes, where: Where, longest: tuple[int | None, int | None], q: Tensor) -> Placed:
+    """Translate packed or padded sequences, of the same tensors on a GPU only once.
 
     Parameters
     ----------
-    totals, heads : (int, int)
-        Tokens of all sequences, and heads, of q and of k.
-    room : int
-        Tokens that the pattern has room for.
-    cu_seqlen_q, cu_seqlen_k : Tensor, [B + 1]
     longest : (int or None, int or None)
-        Bounds on the lengths of q and of k, as the caller knows them.
-    device : torch.device
-        Of q.
+        Bounds on the lengths of q and of k, as the caller knows them; only of packed sequences.
 
     Raises
     ------
     CheckFailedError, InvalidInputError
     """
+    longest_q, longest_kv = longest
+    if torch.compiler.is_compiling() or not (
+        type(longest_q) in _BOUNDS and type(longest_kv) in _BOUNDS
+    ):
+        return _translated(sizes, where, longest, q)
+    cu_k, cu_q, left, seqlens = where
+    key = (id(cu_k), id(cu_q), id(left), id(seqlens), longest_q, longest_kv, sizes)
+    known = _kept.get(key)
+    if known is not None:
+        found, (num_cu_k, num_cu_q, num_left, num_seqlens) = known
+        if (
+            (cu_k is None or cu_k.numel() == num_cu_k)
+            and (cu_q is None or cu_q.numel() == num_cu_q)
+            and (left is None or left.numel() == num_left)
+            and (seqlens is None or seqlens.numel() == num_seqlens)
+        ):
+            return found
+    found = _translated(sizes, where, longest, q)
+    if _holds_just(found, cu_k, cu_q, left, seqlens):
+        if len(_kept) >= _MOST_KEPT:
+            _kept.clear()
+        _kept[key] = found, [0 if x is None else x.numel() for x in where]
+    return found
+
+
+def _holds_just(
+    found: Placed,
+    cu_k: Tensor | None,
+    cu_q: Tensor | None,
+    left: Tensor | None,
+    seqlens: Tensor | None,
+) -> bool:
+    """Return whether values hold the given tensors and no others, made of their contents.
+
+    Tensors on the host are checked in every call.
+    """
+    one = cu_k if seqlens is None else seqlens
+    if one is None or not one.is_cuda or not may_be_kept(one):
+        return False
+    q_seqs, kv_seqs = found.q_seqs, found.kv_seqs
+    if cu_k is None:
+        return kv_seqs._stop is seqlens and kv_seqs._start is left
+    own_q = cu_k if cu_q is None else cu_q
+    return kv_seqs.cumulative is cu_k and q_seqs is not None and q_seqs.cumulative is own_q
+
+
+def bounds_of_a_batch() -> CheckFailedError:
+    """Return the error of bounds that are given with 4-D tensors."""
+    return CheckFailedError(
+        "max_seqlen_q or max_seqlen_k is given and q is 4-D: they go with 3-D tensors; "
+        "lengths of 4-D ones are in seqlens"
+    )
+
+
+def _translated(
+    sizes: Sizes, where: Where, longest: tuple[int | None, int | None], q: Tensor
+) -> Placed:
+    check_indices(where, q)
+    cu_k, cu_q, left, seqlens = where
+    if sizes.is_packed:
+        return _packed(sizes, cu_q, cu_k, longest)
+    if longest != (None, None):
+        raise bounds_of_a_batch()
+    return _padded(sizes, left, seqlens)
+
+
+def _packed(
+    sizes: Sizes,
+    cu_seqlen_q: Tensor | None,
+    cu_seqlen_k: Tensor | None,
+    longest: tuple[int | None, int | None],
+) -> Placed:
+    """Translate packed sequences.
+
+    Raises
+    ------
+    CheckFailedError, InvalidInputError
+    """
+    device, room = sizes.device, sizes.room
     if cu_seqlen_k is None:
         raise CheckFailedError("cu_seqlen_k is None: 3-D tensors need it")
     longest_q, longest_kv = longest
@@ -64,7 +155,7 @@ def packed(
         _check_bound("max_seqlen_q", longest_q, room)
     if longest_kv is not None:
         _check_bound("max_seqlen_k", longest_kv, room)
-    total_q, total_kv = totals
+    total_q, total_kv = sizes.len_q, sizes.len_kv
     batch = cu_seqlen_k.numel() - 1
     if cu_seqlen_q is not None and cu_seqlen_q.numel() != batch + 1:
         raise CheckFailedError(
@@ -98,7 +189,7 @@ def packed(
         _check_lengths(lengths_q, lengths_kv)
     tile_rows = None
     if longest_q is None and not torch.compiler.is_compiling():
-        tile_rows = _usual_rows(total_q, batch, heads[0] // max(1, heads[1]))
+        tile_rows = _usual_rows(total_q, batch, sizes.heads_q // max(1, sizes.heads_kv))
     bound = room if longest_kv is None else longest_kv
     kv_seqs = Ragged.from_cu_seqlens(cu_k, bound)
     q_seqs = kv_seqs
@@ -108,19 +199,14 @@ def packed(
     return Placed(q_seqs, kv_seqs, longest_kv, tile_rows)
 
 
-def padded(
-    len_q: int,
-    len_kv: int,
-    left_paddings: Tensor | None,
-    seqlens: Tensor | None,
-    device: torch.device,
-) -> Placed:
+def _padded(sizes: Sizes, left_paddings: Tensor | None, seqlens: Tensor | None) -> Placed:
     """Translate padded sequences, given at least one of the two tensors.
 
     Raises
     ------
     CheckFailedError
     """
+    len_q, len_kv, device = sizes.len_q, sizes.len_kv, sizes.device
     if len_q > max(1, len_kv):
         raise CheckFailedError(
             f"q has {len_q} tokens and k {len_kv}: with left_paddings or seqlens, queries are "

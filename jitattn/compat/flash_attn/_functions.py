@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jitattn.api.attention import attention
 from jitattn.compat._errors import ExtensionError, errors_as
+from jitattn.compat._kept_sequences import sequences_of
 from jitattn.compat.flash_attn._translate import (
     WORDS,
     all_in_rows,
@@ -202,10 +203,13 @@ def flash_attn_varlen_func(
     if rule is None:
         longest = (longest_q, longest_k)
         rule = mask_of(causal, window_size, keep_first, force_fa_decode, longest)
-    q_seqs = Ragged.from_cu_seqlens(cu_seqlens_q, longest_q)
-    kv_seqs: Ragged | Paged = q_seqs
-    is_plain = block_table is None and seqused_k is None and leftpad_k is None
-    if cu_seqlens_k is not cu_seqlens_q or longest_k != longest_q or not is_plain:
+    kv_seqs: Ragged | Paged
+    if seqused_k is None and leftpad_k is None:
+        q_seqs, kv_seqs = sequences_of(
+            cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, block_table
+        )
+    else:
+        q_seqs = Ragged.from_cu_seqlens(cu_seqlens_q, longest_q)
         kv_seqs = keys_of(cu_seqlens_k, longest_k, block_table, seqused_k, leftpad_k)
     return _attend(
         q,

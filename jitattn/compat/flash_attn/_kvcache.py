@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jitattn.api.kvcache import attention_with_kvcache
-from jitattn.compat._errors import ExtensionError, errors_as
+from jitattn.compat._errors import DoorError, ExtensionError, in_words
+from jitattn.compat.flash_attn._kept_rotary import rotary_of
 from jitattn.compat.flash_attn._translate import (
     CACHE_WORDS,
     all_in_rows,
@@ -19,13 +20,11 @@ from jitattn.compat.flash_attn._translate import (
     their_lse,
 )
 from jitattn.errors import InvalidInputError
-from jitattn.values.rotary import Rotary
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@errors_as(ExtensionError, CACHE_WORDS)
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -75,30 +74,35 @@ def flash_attn_with_kvcache(
     -------
     Tensor, [B, Lq, Hq, D], or (out, lse)
     """
-    out, lse = with_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        cache_seqlens,
-        rotary_cos,
-        rotary_sin,
-        cache_batch_idx,
-        cache_leftpad,
-        block_table,
-        alibi_slopes,
-        None,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        keep_first,
-        force_fa_decode,
-        rotary_interleaved,
-        num_splits,
-        return_lse=return_softmax_lse,
-    )
+    try:
+        out, lse = with_kvcache(
+            q,
+            k_cache,
+            v_cache,
+            k,
+            v,
+            cache_seqlens,
+            rotary_cos,
+            rotary_sin,
+            cache_batch_idx,
+            cache_leftpad,
+            block_table,
+            alibi_slopes,
+            None,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            keep_first,
+            force_fa_decode,
+            rotary_interleaved,
+            num_splits,
+            return_lse=return_softmax_lse,
+        )
+    except DoorError:
+        raise
+    except InvalidInputError as error:
+        raise ExtensionError(in_words(error, CACHE_WORDS)) from error
     return (out, lse) if return_softmax_lse else out
 
 
@@ -132,7 +136,7 @@ def with_kvcache(
         raise InvalidInputError("rotary_cos and rotary_sin: give both, or neither")
     rotary = None
     if rotary_cos is not None and rotary_sin is not None:
-        rotary = Rotary(rotary_cos, rotary_sin, interleaved=bool(rotary_interleaved))
+        rotary = rotary_of(rotary_cos, rotary_sin, bool(rotary_interleaved))
     if cache_seqlens is None:
         if k is not None:
             raise InvalidInputError("k and v need cache_seqlens: where in the cache do they go?")
@@ -151,37 +155,56 @@ def with_kvcache(
     if mask is None:
         longest = None if causal else (q.shape[1], _room(k_cache, block_table))
         mask = mask_of(causal, window_size, keep_first, force_fa_decode, longest)
-    given: dict[str, Any] = {
-        "length": cache_seqlens,
-        "rotary": rotary,
-        "left_pad": cache_leftpad,
-        "batch_idx": cache_batch_idx,
-        "block_table": block_table,
-        "mask": mask,
-        "scale": softmax_scale,
-        "out": out,
-        "num_splits": num_splits or None,
-        "return_lse": return_lse,
-        "alibi_slopes": alibi_slopes,
-        "softcap": softcap or None,
-    }
-    are_followed = torch.is_grad_enabled() and (
+    if torch.is_grad_enabled() and _are_followed(q, k_cache, v_cache, k, v):
+        attend = torch.no_grad()(attention_with_kvcache)
+    else:
+        attend = attention_with_kvcache
+    found = attend(
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        length=cache_seqlens,
+        rotary=rotary,
+        left_pad=cache_leftpad,
+        batch_idx=cache_batch_idx,
+        block_table=block_table,
+        mask=mask,
+        scale=softmax_scale,
+        out=out,
+        num_splits=num_splits or None,
+        return_lse=return_lse,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap or None,
+    )
+    if not return_lse:
+        return found, None
+    result, lse = found
+    if type(cache_seqlens) is int and cache_leftpad is None and _all_see(q, k, cache_seqlens):
+        return result, lse
+    # Only alibi_slopes may have a gradient here; then autograd has saved the LSE.
+    return result, their_lse(lse) if lse.requires_grad else into_their_lse(lse)
+
+
+def _are_followed(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None
+) -> bool:
+    """Return whether a tensor that the call could have a gradient of requires one."""
+    return (
         q.requires_grad
         or k_cache.requires_grad
         or v_cache.requires_grad
         or (k is not None and k.requires_grad)
         or (v is not None and v.requires_grad)
     )
-    if are_followed:
-        with torch.no_grad():
-            found = attention_with_kvcache(q, k_cache, v_cache, k, v, **given)
-    else:
-        found = attention_with_kvcache(q, k_cache, v_cache, k, v, **given)
-    if not return_lse:
-        return found, None
-    result, lse = found
-    # Only alibi_slopes may have a gradient here; then autograd has saved the LSE.
-    return result, their_lse(lse) if lse.requires_grad else into_their_lse(lse)
+
+
+def _all_see(q: Tensor, k: Tensor | None, length: int) -> bool:
+    """Return whether every query sees a key: its own, whatever the window. No graph asks."""
+    if torch.compiler.is_compiling():
+        return False
+    return q.shape[1] <= length + (0 if k is None else k.shape[1])
 
 
 def _room(k_cache: Tensor, block_table: Tensor | None) -> int:

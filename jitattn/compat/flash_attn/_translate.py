@@ -175,7 +175,7 @@ def their_lse(lse: Tensor) -> Tensor:
 
 def into_their_lse(lse: Tensor) -> Tensor:
     """Convert an unshared LSE without gradient to FlashAttention's convention, in place."""
-    return lse.nan_to_num_(_NAN, _INFINITY, _INFINITY)
+    return torch.threshold_(lse, -_INFINITY, _INFINITY)
 
 
 def our_lse(lse: Tensor) -> Tensor:

@@ -219,10 +219,20 @@ def test_offsets_are_compared_only_if_they_are_not_shared(monkeypatch: pytest.Mo
     x, y = jagged((2, 5)), jagged((4, 3), seed=1)
     shared, own = jagged((4, 3), like=y, seed=2), jagged((4, 3), seed=2)
     wanted = FlashAttentionFunction.apply(*turned(x, y, own))
+    aliased = torch.nested.nested_tensor_from_jagged(own.values(), y.offsets().view(-1))
     monkeypatch.setattr(torch, "equal", None)
-    out = FlashAttentionFunction.apply(*turned(x, y, shared))
-    torch.testing.assert_close(out.values(), wanted.values())
+    for v in (shared, aliased, own):  # the last was compared
+        out = FlashAttentionFunction.apply(*turned(x, y, v))
+        torch.testing.assert_close(out.values(), wanted.values())
     with pytest.raises(TypeError):  # asks
+        FlashAttentionFunction.apply(*turned(x, y, jagged((4, 3), seed=2)))
+
+
+def test_offsets_that_are_written_to_are_compared_again() -> None:
+    x, y, own = jagged((2, 5)), jagged((4, 3), seed=1), jagged((4, 3), seed=2)
+    FlashAttentionFunction.apply(*turned(x, y, own))
+    own.offsets()[1] = 2
+    with pytest.raises(RuntimeError, match="sequence 0 has length 4 in K and 2 in V"):
         FlashAttentionFunction.apply(*turned(x, y, own))
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import weakref
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from jitattn.compat._errors import ExtensionError
 from jitattn.compat._transfer import on_device
 from jitattn.values.sequences import Ragged
+from jitattn.values.tensors import PLAIN, is_transformed
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+#: Pairs of offsets, or lengths, that were compared and are equal, and the versions that were.
+_equal: dict[tuple[int, int], tuple[weakref.ref[Tensor], weakref.ref[Tensor], int, int]] = {}
+_MOST_EQUAL: Final = 256
 
 
 class Jagged:
@@ -47,8 +53,9 @@ class Jagged:
     def check_like(self, other: Jagged) -> None:
         """Refuse values whose offsets differ from the keys'.
 
-        Tensors that share offsets are told by that alone. Others are compared, which waits for the
-        device; where that cannot be, they are refused.
+        Tensors that share offsets, or their memory, are told by that alone. Others are compared,
+        which waits for the device, once until they are written to; where that cannot be, they are
+        refused.
         """
         pairs = ((self._offsets, other._offsets), (self._lengths, other._lengths))
         own = [(one, two) for one, two in pairs if one is not two]
@@ -56,13 +63,15 @@ class Jagged:
             return  # the core reports wrong devices
         way_out = "make V with torch.nested.nested_tensor_from_jagged(values, K.offsets(), ...)"
         is_capturing = _is_capturing(self.values)
+        if not torch.compiler.is_compiling() and all(_share_memory(*pair) for pair in own):
+            return
         if torch.compiler.is_compiling() or is_capturing:
             where = "torch.compile" if torch.compiler.is_compiling() else "a CUDA graph capture"
             raise ExtensionError(
                 f"K and V have offsets of their own, which {where} cannot compare: they must share "
                 f"one tensor of them; {way_out}"
             )
-        if all(one is not None and two is not None and torch.equal(one, two) for one, two in own):
+        if all(one is not None and two is not None and _are_equal(one, two) for one, two in own):
             return
         check_lengths(self._host_lengths(), other._host_lengths(), way_out)
         raise ExtensionError(
@@ -173,3 +182,30 @@ def _longest(nested: Any) -> int | None:  # noqa: ANN401
 
 def _is_capturing(tensor: Any) -> bool:  # noqa: ANN401
     return bool(tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _share_memory(one: Tensor | None, two: Tensor | None) -> bool:
+    """Return whether two tensors of indices are the same numbers in the same place."""
+    if one is None or two is None or type(one) not in PLAIN or type(two) not in PLAIN:
+        return False
+    if is_transformed(one) or is_transformed(two) or one.data_ptr() != two.data_ptr():
+        return False
+    return one.dtype is two.dtype and one.shape == two.shape and one.stride() == two.stride()
+
+
+def _are_equal(one: Tensor, two: Tensor) -> bool:
+    """Compare two tensors of indices; waits for the device unless it is known of a call before."""
+    key = (id(one), id(two))
+    known = _equal.get(key)
+    is_known = known is not None and known[0]() is one and known[1]() is two
+    if known is not None and is_known and known[2:] == (one._version, two._version):
+        return True
+    is_counted = not (one.is_inference() or two.is_inference())  # whether writes are
+    versions = (one._version, two._version) if is_counted else None
+    if not torch.equal(one, two):
+        return False
+    if versions is not None:
+        if len(_equal) >= _MOST_EQUAL:
+            _equal.clear()
+        _equal[key] = (weakref.ref(one), weakref.ref(two), *versions)
+    return True

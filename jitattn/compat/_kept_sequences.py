@@ -1,0 +1,88 @@
+"""Keeps the values of where sequences lie, which the layers of a model share.
+
+A door is handed the same tensors of indices by every layer of a model, and often in every step.
+Making values of them, which checks them anew, would take longer than all else that a door does. The
+values of a few calls are kept, and with them the tensors: contents are never read here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import torch
+
+from jitattn.values.sequences import Paged, Ragged
+from jitattn.values.tensors import PLAIN
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Sequences of queries and of keys.
+Both: TypeAlias = tuple[Ragged, Ragged | Paged]
+
+#: Few, as they hold memory of the caller's.
+_MOST_KEPT: Final = 4
+#: By the tensors' identities, which are theirs alone while the values hold them, and by the bounds:
+#: the values, and numbers of elements, which `resize_` changes.
+_kept: dict[tuple[int, ...], tuple[Both, int, int, int]] = {}
+
+
+def sequences_of(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    block_table: Tensor | None = None,
+) -> Both:
+    """Return values of cumulative lengths, kept ones where the tensors are those of a call before.
+
+    Raises
+    ------
+    InvalidInputError
+        A tensor has an invalid dtype, shape or device, or the tensors do not match.
+    """
+    if torch.compiler.is_compiling():
+        return _made(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, block_table)
+    key = (id(cu_seqlens_q), id(cu_seqlens_k), longest_q, longest_k, id(block_table))
+    known = _kept.get(key)
+    if known is not None:
+        found, num_q, num_k, num_pages = known
+        if (
+            cu_seqlens_q.numel() == num_q
+            and (cu_seqlens_k is cu_seqlens_q or cu_seqlens_k.numel() == num_k)
+            and (block_table is None or block_table.numel() == num_pages)
+        ):
+            return found
+    found = _made(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, block_table)
+    if (
+        may_be_kept(cu_seqlens_q)
+        and (cu_seqlens_k is cu_seqlens_q or type(cu_seqlens_k) in PLAIN)
+        and (block_table is None or type(block_table) in PLAIN)
+    ):
+        if len(_kept) >= _MOST_KEPT:
+            _kept.clear()
+        num_pages = 0 if block_table is None else block_table.numel()
+        _kept[key] = found, cu_seqlens_q.numel(), cu_seqlens_k.numel(), num_pages
+    return found
+
+
+def _made(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    block_table: Tensor | None,
+) -> Both:
+    q_seqs = Ragged.from_cu_seqlens(cu_seqlens_q, longest_q)
+    if block_table is not None:
+        return q_seqs, Paged.from_cu_seqlens(block_table, cu_seqlens_k, longest_k)
+    if cu_seqlens_k is cu_seqlens_q and longest_k == longest_q:
+        return q_seqs, q_seqs
+    return q_seqs, Ragged.from_cu_seqlens(cu_seqlens_k, longest_k)
+
+
+def may_be_kept(tensor: Tensor) -> bool:
+    """Return whether a tensor may outlive a call: none of a graph that is being captured."""
+    if type(tensor) not in PLAIN:
+        return False
+    return tensor.get_device() < 0 or not torch.cuda.is_current_stream_capturing()
