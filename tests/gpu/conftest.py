@@ -67,3 +67,9 @@ def _precompiled(request: pytest.FixtureRequest, arch: str, compile_once: Compil
 def _no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def with_grad(_no_grad: None) -> Iterator[None]:
+    with torch.enable_grad():
+        yield
