@@ -31,6 +31,10 @@ _CURRENT_STREAM: Final = getattr(torch._C, "_cuda_getCurrentRawStream", _without
 _CURRENT_DEVICE: Final = getattr(torch._C, "_cuda_getDevice", _without_cuda)
 
 
+def _tensor_device(index: int) -> torch.device:
+    return torch.device("cuda", index)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
     """Functions of the GPU runtime that calls use."""
@@ -45,6 +49,8 @@ class Backend:
     is_in_bad_fork: Callable[[], bool] = torch.cuda._is_in_bad_fork
     #: Context manager that makes a device current.
     on_device: Callable[[int | torch.device], AbstractContextManager[None]] = torch.cuda.device
+    #: Device of the tensors that lie in a GPU's memory.
+    tensor_device: Callable[[int], torch.device] = _tensor_device
     #: Name, compute capability and multiprocessors of a device.
     properties: Callable[[int], Any] = torch.cuda.get_device_properties
     #: Kernel of a spec on a device: loaded already, from the cache, or compiled.

@@ -84,7 +84,8 @@ def _captured(count: int, device_index: int) -> int:
 
 def _zeros(count: int, device_index: int) -> torch.Tensor:
     # Not torch.zeros, whose kernel takes 4 ms to load in a new process.
-    counters = torch.empty(count, dtype=torch.int32, device=f"cuda:{device_index}")
+    where = backend.active.tensor_device(device_index)
+    counters = torch.empty(count, dtype=torch.int32, device=where)
     stream = backend.active.stream(device_index)
     backend.active.zero(counters.data_ptr(), 4 * count, stream)
     return counters

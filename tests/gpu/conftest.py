@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from jitattn.jit.device import device
 from tests.support.emulator import emulated, missing
 from tests.support.grids import EDGE, FULL
 from tests.support.precompile import CompileOnce, compile_once, specs_of
@@ -39,8 +40,7 @@ def _autograds_thread_has_a_context(_emulated: None, request: pytest.FixtureRequ
 
 @pytest.fixture(scope="session")
 def arch(_emulated: None) -> str:
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"
+    return device(0).arch
 
 
 @pytest.fixture(scope="session", name="compile_once")
@@ -66,4 +66,10 @@ def _precompiled(request: pytest.FixtureRequest, arch: str, compile_once: Compil
 @pytest.fixture(autouse=True)
 def _no_grad() -> Iterator[None]:
     with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def with_grad(_no_grad: None) -> Iterator[None]:
+    with torch.enable_grad():
         yield

@@ -29,7 +29,7 @@ from jitattn.compat.warp_attention import warp_attention_forward
 from tests.support import compat_dkernel as block_sparse
 from tests.support import compat_flash_attn as swaa
 from tests.support import compat_warp as warp
-from tests.support.compare import rel_l2
+from tests.support.compare import assert_same_gradients, rel_l2
 from tests.support.compat_cosine import CASES, dense, tensors
 from tests.support.compat_fast_ops import LENGTHS_KV, LENGTHS_Q, H, dense_inputs, nested, parts
 
@@ -51,10 +51,7 @@ def test_cosine_values_and_gradients(name: str, dtype: torch.dtype) -> None:
     d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(6)).to(out)
     limit = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
     assert rel_l2(out, truth) < limit
-    got = torch.autograd.grad(out, own, d_out)
-    wanted = torch.autograd.grad(truth, own, d_out.double())
-    for one, other in zip(got, wanted, strict=True):
-        assert rel_l2(one, other) < 2 * limit
+    assert_same_gradients([out], [truth], own, [d_out], 2 * limit)
 
 
 @pytest.mark.real_gpu
@@ -128,11 +125,7 @@ def test_fast_ops_triton(dtype: torch.dtype, causal: bool, dropout_p: float) -> 
         wide = [x.double() for x in own]
         truth, _ = attention_ref(*wide, None, None, dropout_p, mask, causal, bias, upcast=False)
     assert rel_l2(out, truth) < 1e-2
-    ones = torch.ones_like(out)
-    got = torch.autograd.grad(out, [*own, bias], ones)
-    wanted = torch.autograd.grad(truth, [*own, bias], ones.double())
-    for one, other in zip(got, wanted, strict=True):
-        assert rel_l2(one, other) < 2e-2
+    assert_same_gradients([out], [truth], [*own, bias], [torch.ones_like(out)], 2e-2)
 
 
 @pytest.mark.real_gpu
@@ -232,11 +225,7 @@ def test_warp_attention_values_and_gradients(seed: int, dtype: torch.dtype) -> N
         return
     limit = 1e-2 if dtype is torch.float16 else 2e-2
     assert rel_l2(out, truth) < limit
-    ones = torch.ones_like(out)
-    got = torch.autograd.grad(out, leaves, ones)
-    wanted = torch.autograd.grad(truth, leaves, ones.double())
-    for one, other in zip(got, wanted, strict=True):
-        assert rel_l2(one, other) < 2 * limit or (one - other).abs().max() < 1e-2
+    assert_same_gradients([out], [truth], leaves, [torch.ones_like(out)], 2 * limit, least=1e-2)
 
 
 @pytest.mark.parametrize("seq_dim", [1, 2])
@@ -269,11 +258,7 @@ def test_dkernel_values_and_gradients(given: dict[str, Any], len_q: int, seq_dim
     assert rel_l2(out, truth) < 1e-2
     assert rel_l2(again, truth) < 1e-2
     assert (lse - torch.stack([one[1] for one in truths])).abs().max() < 1e-4
-    ones = torch.ones_like(out)
-    got = torch.autograd.grad(out, own, ones)
-    wanted = torch.autograd.grad(truth, own, ones.double())
-    for one, other in zip(got, wanted, strict=True):
-        assert rel_l2(one, other) < 2e-2
+    assert_same_gradients([out], [truth], own, [torch.ones_like(out)], 2e-2)
 
 
 def test_dkernel_paddings_and_partitions() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -12,13 +10,10 @@ from tests.support import compat_random_dkernel as drawn_dkernel
 from tests.support import compat_random_flash as drawn_flash
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-
-
-@pytest.fixture(autouse=True)
-def _with_grad() -> Iterator[None]:
-    with torch.enable_grad():
-        yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
+    pytest.mark.usefixtures("with_grad"),
+]
 
 
 @DTYPES

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import jitattn
 from jitattn import Causal, L2Norm
 from jitattn.plan import backward
 from jitattn.request import request
 from tests.support.compare import rel_l2
-from tests.support.entries import ENTRIES, facts, real_tensors
+from tests.support.entries import ENTRIES, facts, lose_memory, real_tensors
+from tests.support.inputs import drawn
+from tests.support.operators import Operators
 
 B, LQ, LKV, H, D = 2, 20, 24, 2, 16
 
-
-@pytest.fixture(autouse=True)
-def _with_grad() -> Iterator[None]:
-    with torch.enable_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("with_grad")
 
 
 def made(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float16) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(dtype).cuda()
+    return drawn(*shape, seed=seed, dtype=dtype).cuda()
 
 
 def inputs() -> list[Tensor]:
@@ -42,10 +37,7 @@ def inputs() -> list[Tensor]:
 @pytest.mark.parametrize("is_view", [False, True], ids=["whole", "view"])
 def test_memory_that_is_gone_is_refused(name: str, word: str, is_view: bool) -> None:
     tensors = real_tensors(name, "cuda")
-    tensor = tensors[word]
-    if is_view:  # its address is an offset then
-        tensor = tensors[word] = torch.cat([tensor[:1], tensor])[1:]
-    tensor.untyped_storage().resize_(0)
+    lose_memory(tensors, word, is_view=is_view)
     with pytest.raises(jitattn.InvalidInputError, match="but no memory: its storage was resized"):
         ENTRIES[name][0](**tensors)
 
@@ -89,15 +81,6 @@ def test_the_context_survives() -> None:
     assert torch.isfinite(jitattn.attention(q, k, v)).all()
 
 
-class Watcher(TorchDispatchMode):
-    """Looks on, and changes nothing."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
 TABLES = {
     "sinks": (H,),
     "alibi_slopes": (B, H),
@@ -121,7 +104,7 @@ def test_tables_in_the_dtype_of_the_model(name: str, dtype: torch.dtype, by_oper
     def results(table: Tensor) -> tuple[Tensor, Tensor]:
         leaf = table.detach().requires_grad_()
         if by_operator:  # a dispatch mode makes it go through the operators
-            with Watcher():
+            with Operators():
                 out = attend(leaf)
         else:
             out = attend(leaf)
@@ -157,7 +140,7 @@ def test_torchs_switch_for_determinism(warn_only: bool, monkeypatch: pytest.Monk
             out = jitattn.attention(q, k, v)
             switch(later)
             out.sum().backward()
-        with Watcher():
+        with Operators():
             request.forget_requests()
             switch(True)
             jitattn.attention(q, k, v).sum().backward()

@@ -16,8 +16,10 @@ import jitattn
 from jitattn.cache.disk import DiskCache
 from jitattn.cache.entry import Entry, sha256
 from jitattn.jit import build, compilers
+from jitattn.jit.device import device
 from jitattn.plan import choices
 from jitattn.run import forward
+from jitattn.spec.kernel_spec import KernelSpec
 from tests.support.capture import capture
 from tests.support.inputs import random_qkv
 
@@ -27,6 +29,7 @@ BF16 = torch.bfloat16
 slow = pytest.mark.slow
 
 
+@pytest.mark.real_gpu
 def test_warmup_then_capture() -> None:
     q, k, v = random_qkv(1, 7, 300, 4, 2, 40, dtype=BF16, device="cuda")
     truth = jitattn.attention(q, k, v, mask=jitattn.Causal())
@@ -44,14 +47,9 @@ def test_warmup_then_capture() -> None:
     assert jitattn.warmup(q, k, v, mask=jitattn.Causal()).compiled == 0
 
 
-def _arch() -> str:
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"
-
-
-def _specs(head_dim: int) -> list:
+def _specs(head_dim: int) -> list[KernelSpec]:
     choice = {"dtype": "bf16", "head_dim": head_dim, "mask": "causal"}
-    return choices.specs_of([choice], [_arch()])
+    return choices.specs_of([choice], [device(0).arch])
 
 
 def test_warmup_by_choices_and_file(tmp_path: Path) -> None:
@@ -78,13 +76,14 @@ print(json.dumps([build.stats().compiled, build.stats().disk_hits, error]))
 
 
 @slow
+@pytest.mark.real_gpu
 def test_archive_of_another_compiler_serves(tmp_path: Path) -> None:
     """What one machine made with NVRTC 12, another that has 13 uses and compiles nothing."""
     if len(compilers.installed()) < 2:
         pytest.skip("needs NVRTC 12 and 13")
     there, here, archive = tmp_path / "there", tmp_path / "here", tmp_path / "kernels.zip"
     jitattn_cache = [sys.executable, "-m", "jitattn.cli"]
-    arch = _arch().removeprefix("sm_")
+    arch = device(0).arch.removeprefix("sm_")
     prebuild = ["prebuild", "--arch", arch, "--dtype", "bf16", "--head-dim", "64"]
     for arguments, cache, major in (
         ([*prebuild, "--mask", "causal"], there, "12"),
@@ -105,6 +104,7 @@ def test_archive_of_another_compiler_serves(tmp_path: Path) -> None:
 
 
 @slow
+@pytest.mark.real_gpu
 def test_cubin_that_the_driver_refuses_is_compiled_anew(tmp_path: Path) -> None:
     """Every checksum is right, but the driver cannot load it: not executed, not fatal."""
     in_fresh_process(_CALL, tmp_path)
@@ -147,6 +147,7 @@ print(json.dumps(texts))
 
 
 @slow
+@pytest.mark.real_gpu
 def test_fork_after_cuda_was_initialised(tmp_path: Path) -> None:
     texts = in_fresh_process(_FORK, tmp_path)
     assert len(texts) == 2
@@ -165,6 +166,7 @@ print(json.dumps([]))
 
 
 @slow
+@pytest.mark.real_gpu
 def test_record_then_prebuild_then_no_compile(tmp_path: Path) -> None:
     record = tmp_path / "used.jsonl"
     in_fresh_process(_RECORD, tmp_path / "first", JITATTN_RECORD=str(record))
@@ -179,6 +181,7 @@ def test_record_then_prebuild_then_no_compile(tmp_path: Path) -> None:
 
 
 @slow
+@pytest.mark.real_gpu
 def test_missing_kernel_is_named(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="jitattn-cache prebuild --arch"):
         in_fresh_process(_CALL, tmp_path, JITATTN_NO_COMPILE="1")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,24 +12,20 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, grad_and_value, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import jitattn
 from jitattn import Causal, KeyPadding, L2Norm, Ragged
 from tests.support.compare import rel_l2
+from tests.support.inputs import drawn
+from tests.support.operators import Operators
 
 B, L, H, D = 2, 20, 2, 16
 
-
-@pytest.fixture(autouse=True)
-def _with_grad() -> Iterator[None]:
-    with torch.enable_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("with_grad")
 
 
 def made(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float16) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(dtype).cuda()
+    return drawn(*shape, seed=seed, dtype=dtype).cuda()
 
 
 def inputs() -> list[Tensor]:
@@ -247,34 +243,19 @@ def test_nothing_but_a_warm_call_is_plain() -> None:
     assert torch.equal(jitattn.attention(q, k, v), jitattn.attention(q, k, v))
 
 
-class Seen(TorchDispatchMode):
-    """Notes the operators of ours that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        del types
-        if func.namespace == "jitattn":
-            self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_dispatch_mode_sees_operators() -> None:
     q, k, v = inputs()
     wanted = jitattn.attention(q, k, v, mask=Causal())
     out = torch.empty_like(wanted)
-    with Seen() as seen:
+    with Operators() as operators:
         assert jitattn.attention(q, k, v, mask=Causal(), out=out) is out
         jitattn.attention_with_kvcache(q, k.clone(), v.clone(), length=3)
-    assert seen.names == ["attention", "attention_with_kvcache"]
+    ours = [one for one in operators.called if one.namespace == "jitattn"]
+    assert [one.overloadpacket.__name__ for one in ours] == ["attention", "attention_with_kvcache"]
     assert torch.equal(out, wanted)
     seqs = Ragged.from_cu_seqlens(torch.tensor([0, 5], dtype=torch.int32).cuda(), 5)
     flat = q.flatten(0, 1)
-    with Seen(), pytest.raises(jitattn.UnsupportedError, match="leave out out"):
+    with Operators(), pytest.raises(jitattn.UnsupportedError, match="leave out out"):
         jitattn.attention(flat, flat, flat, q_seqs=seqs, kv_seqs=seqs, out=torch.empty_like(flat))
 
 

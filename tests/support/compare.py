@@ -12,7 +12,9 @@ A result passes if all of these hold:
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -34,6 +36,25 @@ def rel_l2(actual: torch.Tensor, truth: torch.Tensor) -> float:
     norm = truth.double().norm().item()
     error = (actual.double() - truth.double()).norm().item()
     return error / norm if norm else error
+
+
+def assert_same_gradients(
+    results: Sequence[torch.Tensor],
+    truths: Sequence[torch.Tensor],
+    leaves: Sequence[torch.Tensor],
+    d_results: Sequence[torch.Tensor],
+    limit: float,
+    *,
+    least: float = 0.0,
+) -> None:
+    """Assert that results have the gradients of their fp64 truths.
+
+    Each within a relative L2 error, or, where it all but vanishes, within `least` everywhere.
+    """
+    got = torch.autograd.grad(results, leaves, d_results)
+    wanted = torch.autograd.grad(truths, leaves, [x.double() for x in d_results])
+    for one, other in zip(got, wanted, strict=True):
+        assert rel_l2(one, other) < limit or (one - other).abs().max() < least
 
 
 def max_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
@@ -174,3 +195,9 @@ def _values(where: tuple[int, ...], *tensors: torch.Tensor) -> str:
     return ", ".join(
         f"{name} {tensor[where].item():.8g}" for name, tensor in zip(names, tensors, strict=True)
     )
+
+
+def assert_independent(masks: Sequence[torch.Tensor]) -> None:
+    """Assert that masks of probability 1/2 agree by pairs in about half of their elements."""
+    for one, other in itertools.combinations(masks, 2):
+        assert 0.45 < (one == other).float().mean() < 0.55

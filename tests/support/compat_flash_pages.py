@@ -57,7 +57,7 @@ def draw_pages(
     return Pages(k, v, table, lengths)
 
 
-def cumulative(lengths: tuple[int, ...], device: str) -> Tensor:
+def cumulative(lengths: tuple[int, ...], device: str = "cpu") -> Tensor:
     return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
 
 

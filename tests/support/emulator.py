@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +86,15 @@ class Memory:
         """Note all memory that a tensor is a view of."""
         storage = tensor.untyped_storage()
         self._found[storage.data_ptr()] = (storage.nbytes(), StorageWeakRef(storage))
+
+    def noting(self, data_ptr: Callable[[torch.Tensor], int]) -> Callable[[torch.Tensor], int]:
+        """Return `data_ptr` as it is, but that it adds its tensor first."""
+
+        def noted(tensor: torch.Tensor) -> int:
+            self.add(tensor)
+            return data_ptr(tensor)
+
+        return noted
 
     def pairs(self) -> list[int]:
         """Return begins and ends of what is there still, in order."""
@@ -324,34 +333,11 @@ def _moved(value: Any) -> Any:
     return torch.device("cpu") if is_gpu else value
 
 
-def _torch_cuda(number: int, properties: SimpleNamespace) -> ModuleType:
-    """Return torch.cuda as tests and public queries see it with one GPU."""
-    module = ModuleType("torch.cuda")
-    vars(module).update(vars(torch.cuda))
-    vars(module).update(
-        is_available=lambda: True,
-        device_count=lambda: 1,
-        current_device=lambda: 0,
-        synchronize=lambda *_: None,
-        get_device_capability=lambda *_: divmod(number, 10),
-        get_device_properties=lambda _: properties,
-        device=lambda _: contextlib.nullcontext(),
-        is_current_stream_capturing=lambda: False,
-    )
-    return module
-
-
 @contextlib.contextmanager
 def emulated(arch: str, *, watched: bool = False) -> Iterator[Emulator]:
     """Let calls believe in a GPU of an architecture, whose kernels are emulated."""
-    emulator = Emulator(memory=Memory() if watched else None)
-    data_ptr = torch.Tensor.data_ptr
-
-    def noted_data_ptr(tensor: torch.Tensor) -> int:
-        if emulator.memory is not None:
-            emulator.memory.add(tensor)
-        return data_ptr(tensor)
-
+    memory = Memory() if watched else None
+    emulator = Emulator(memory=memory)
     number = int(arch.removeprefix("sm_"))
     properties = SimpleNamespace(
         name="emulated", major=number // 10, minor=number % 10, multi_processor_count=_NUM_SMS
@@ -362,17 +348,22 @@ def emulated(arch: str, *, watched: bool = False) -> Iterator[Emulator]:
         is_capturing=lambda: False,
         is_in_bad_fork=lambda: False,
         on_device=lambda _: contextlib.nullcontext(),
+        tensor_device=lambda _: torch.device("cpu"),
         properties=lambda _: properties,
         load=emulator.kernel,
         is_loaded=lambda *_: True,
         zero=lambda address, size, _: ctypes.memset(address, 0, size),
     )
     with pytest.MonkeyPatch.context() as patch:
-        # Tensors, and torch's own face of the GPU.
+        # Every call asks its tensors themselves: a backend between would make it slower.
         patch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
         patch.setattr(torch.Tensor, "get_device", lambda _: 0)
-        patch.setattr(torch.Tensor, "data_ptr", noted_data_ptr)
-        patch.setattr(torch, "cuda", _torch_cuda(number, properties))
+        if memory is not None:
+            patch.setattr(torch.Tensor, "data_ptr", memory.noting(torch.Tensor.data_ptr))
+        # Asked by `values`, below the backend, by compat and by `warmup`.
+        patch.setattr(torch.cuda, "is_current_stream_capturing", own.is_capturing)
+        patch.setattr(torch.cuda, "current_device", own.current_device)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
         before = backend.install(own)
         try:
             with _OnProcessor():

@@ -192,3 +192,10 @@ def facts(result: Any) -> list[Any]:
     """Return shape, dtype and strides of each result."""
     results = result if isinstance(result, tuple | list) else [result]
     return [(x.shape, x.dtype, x.stride()) for x in results]
+
+
+def lose_memory(tensors: dict[str, Tensor], word: str, *, is_view: bool) -> None:
+    """Resize the storage of one of the tensors to nothing; a view's address is an offset then."""
+    if is_view:
+        tensors[word] = torch.cat([tensors[word][:1], tensors[word]])[1:]
+    tensors[word].untyped_storage().resize_(0)

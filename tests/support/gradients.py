@@ -14,7 +14,7 @@ from jitattn.reference import Scores, attended, of_sequence, reference
 
 from .compare import assert_attn_close
 from .features import FeatureCase, feature_cases, further
-from .layouts import build
+from .layouts import build, rows_of
 
 #: Features, as in `features.FEATURES`.
 GRAD_FEATURES = (
@@ -151,8 +151,8 @@ def _baseline(
     for idx, (own_q, own_k, own_v) in enumerate(dense):
         if not len(own_q) or not len(own_k):
             continue
-        rows = _rows_of(arguments["q_seqs"], idx, len(own_q))
-        keys = _rows_of(arguments["kv_seqs"], idx, len(own_k))
+        rows = rows_of(arguments["q_seqs"], idx, len(own_q))
+        keys = rows_of(arguments["kv_seqs"], idx, len(own_k))
         with torch.enable_grad():
             own_changes = changes.of_sequence(idx)
         own_d_lse = d_lse[:, rows] if d_lse.dim() == 2 else d_lse[idx][:, rows]
@@ -175,11 +175,6 @@ def _baseline(
                 sizes[name] += found.get(f"size of {name}", 0.0)
     largest = {name: size.max().item() for name, size in sizes.items() if size.numel()}
     return total, {name: max(1.0, largest.get(name, 0.0)) for name in sizes} | least
-
-
-def _rows_of(seqs: Any, idx: int, length: int) -> slice:
-    start = 0 if seqs is None or seqs.start is None else int(seqs.start[idx])
-    return slice(start, start + length)
 
 
 def _take(case: GradCase, tensor: torch.Tensor, idx: int, rows: slice) -> torch.Tensor:

@@ -153,6 +153,11 @@ def _fill(tensor: torch.Tensor, values: torch.Tensor, case: Case) -> None:
     tensor.copy_(values)  # to the dtype and the device of the tensor
 
 
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return normal numbers, which depend on shape and seed only; drawn as fp32, then rounded."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
 def random_qkv(
     batch: int = 2,
     len_q: int = 8,

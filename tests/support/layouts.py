@@ -277,7 +277,8 @@ def _units(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     return q.cpu(), k.cpu()
 
 
-def _span(seqs: Any, idx: int, length: int) -> slice:
+def rows_of(seqs: Any, idx: int, length: int) -> slice:
+    """Return the rows of a sequence: of a flat tensor, or of its own entry of a batch."""
     start = 0 if seqs is None or seqs.start is None else int(seqs.start[idx])
     return slice(start, start + length)
 
@@ -286,7 +287,7 @@ def _rows(
     case: LayoutCase, seqs: Any, idx: int, out: torch.Tensor, lse: torch.Tensor, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return views of a sequence's rows: out [L, H, D], LSE [H, L]."""
-    where = _span(seqs, idx, length)
+    where = rows_of(seqs, idx, length)
     if isinstance(seqs, Ragged):
         return out[where], lse[:, where]
     own = out[idx].transpose(0, 1) if case.layout == "bhsd" else out[idx]
@@ -299,7 +300,7 @@ def _own(
     """Return the mask of LSE elements that belong to a sequence."""
     own = torch.zeros_like(lse, dtype=torch.bool)
     for idx, (own_q, _, _) in enumerate(dense):
-        where = _span(seqs, idx, len(own_q))
+        where = rows_of(seqs, idx, len(own_q))
         (own if isinstance(seqs, Ragged) else own[idx])[:, where] = True
     return own
 

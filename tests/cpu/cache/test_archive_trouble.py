@@ -66,6 +66,13 @@ def refused(path: Path, text: str | None = None) -> None:
     assert not str(caught.value).endswith(": ")
 
 
+def refused_bytes(data: bytes, tmp_path: Path, text: str | None = None) -> None:
+    """As `refused`, of an archive with these bytes."""
+    path = tmp_path / "bad.zip"
+    path.write_bytes(data)
+    refused(path, text)
+
+
 def test_rewritten_while_it_is_imported(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,8 +131,7 @@ def test_members_that_overlap(good: Path, tmp_path: Path) -> None:
     data = bytearray(good.read_bytes())
     first, second = central(data, 1), central(data, 2)
     data[second + 42 : second + 46] = data[first + 42 : first + 46]
-    (tmp_path / "bad.zip").write_bytes(data)
-    refused(tmp_path / "bad.zip", "not where it should be")
+    refused_bytes(data, tmp_path, "not where it should be")
 
 
 @pytest.mark.parametrize(
@@ -149,8 +155,7 @@ def test_directory_that_lies(
 ) -> None:
     data = bytearray(good.read_bytes())
     struct.pack_into(form, data, central(data, 1) + at, value)
-    (tmp_path / "bad.zip").write_bytes(data)
-    refused(tmp_path / "bad.zip", text)
+    refused_bytes(data, tmp_path, text)
 
 
 @pytest.mark.parametrize(
@@ -170,16 +175,14 @@ def test_end_that_lies(
 ) -> None:
     data = bytearray(good.read_bytes())
     struct.pack_into(form, data, len(data) - 22 + at, value)
-    (tmp_path / "bad.zip").write_bytes(data)
-    refused(tmp_path / "bad.zip", text)
+    refused_bytes(data, tmp_path, text)
 
 
 def test_more_than_its_members(good: Path, tmp_path: Path) -> None:
     data = good.read_bytes()
     start = data.index(b"PK\x01\x02")
     for bad in (data + b"\0", b"\0" + data, data[:start] + b"\0" * 9 + data[start:]):
-        (tmp_path / "bad.zip").write_bytes(bad)
-        refused(tmp_path / "bad.zip")
+        refused_bytes(bad, tmp_path)
 
 
 def test_mutated_archives_are_refused_with_a_reason(good: Path, tmp_path: Path) -> None:

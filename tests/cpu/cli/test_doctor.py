@@ -7,18 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
 from jitattn.cache import files
 from jitattn.cache.disk import DiskCache
 from jitattn.cli import health as doctor
-from jitattn.cli import main
 from jitattn.jit import build, compilers
+from tests.cpu.commands import run
 from tests.cpu.specs import combine_spec
-
-
-def run(*arguments: str, **environment: str) -> Result:
-    return CliRunner().invoke(main, list(arguments), env=environment)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from jitattn.compat.flash_cosine_sim_attention.transformer import (
     FeedForward,
     non_cosine_sim_attn_fn,
 )
-from tests.support.compare import rel_l2
+from tests.support.compare import assert_same_gradients, rel_l2
 from tests.support.compat_cosine import BIAS, CASES, LK, LQ, B, H, dense, tensors
 
 
@@ -38,10 +38,7 @@ def test_values_and_gradients(name: str, function: object) -> None:
     assert out.dtype is own[0].dtype
     assert rel_l2(out, truth) < 1e-5
     d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(6))
-    got = torch.autograd.grad(out, own, d_out)
-    wanted = torch.autograd.grad(truth, own, d_out.double())
-    for one, other in zip(got, wanted, strict=True):
-        assert rel_l2(one, other) < 1e-4
+    assert_same_gradients([out], [truth], own, [d_out], 1e-4)
 
 
 @pytest.mark.parametrize("by_distance", [False, True])

@@ -32,16 +32,13 @@ from jitattn.compat.flash_attn.utils.benchmark import (
 )
 from tests.support.compare import rel_l2
 from tests.support.compat_flash_attn import CASES, HKV, D, H, dense, sequences
+from tests.support.compat_flash_pages import cumulative
 
 LENGTHS_Q, LENGTHS_KV = (7, 1, 0, 20), (30, 12, 9, 20)
 TAIL = [
     "dropout_p", "softmax_scale", "causal", "window_size", "softcap", "keep_first",
     "force_fa_decode", "alibi_slopes", "deterministic", "return_attn_probs",
 ]  # fmt: skip
-
-
-def cumulative(lengths: tuple[int, ...]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
 def check(got: Tensor, wanted: Tensor) -> None:

@@ -15,11 +15,7 @@ from jitattn.compat.flash_attn import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
 )
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
+from tests.support.inputs import drawn
 
 Q, KV = drawn(2, 16, 4, 16), drawn(2, 32, 4, 16, seed=1)
 CU = torch.tensor([0, 10, 32], dtype=torch.int32)

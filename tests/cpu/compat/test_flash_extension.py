@@ -24,12 +24,9 @@ from jitattn.compat.flash_attn.flash_attn_interface import (
 )
 from tests.support.compare import rel_l2
 from tests.support.compat_flash_attn import HKV, D, H, dense, sequences
+from tests.support.compat_flash_pages import cumulative
 
 LENGTHS_Q, LENGTHS_KV = (7, 1, 0, 20), (30, 12, 9, 20)
-
-
-def cumulative(lengths: tuple[int, ...]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
 def batch(len_q: int, len_kv: int, grad: bool = False) -> list[Tensor]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.support.operators import Operators
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
 
@@ -25,27 +25,13 @@ OPERATIONS = {
 MOST_CALLS = 10
 
 
-class Noted(TorchDispatchMode):
-    """Notes operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", list(CALLS))
 def test_no_operation_and_few_calls(name: str) -> None:
     """Each operation is a launch, or a view for a microsecond or two; so are ten Python calls."""
     with stubbed_core():
-        with Noted() as noted:
+        with Operators() as operators:
             CALLS[name].call()
-        assert noted.names == OPERATIONS.get(name, [])
+        assert [str(one) for one in operators.called] == OPERATIONS.get(name, [])
         assert python_calls(CALLS[name].call) <= MOST_CALLS
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import jitattn
 from jitattn.compat.flash_attn import (
@@ -42,16 +41,13 @@ from jitattn.compat.flash_attn.flash_attn_interface import (
     round_multiple,
 )
 from jitattn.compat.flash_attn.utils.benchmark import pytorch_profiler
+from tests.support.inputs import drawn
 
 H, D = 4, 16
 CU = torch.tensor([0, 7, 20], dtype=torch.int32)
 #: dropout_p, softmax_scale, causal, window_size, softcap, keep_first, force_fa_decode,
 #: alibi_slopes, deterministic, return_attn_probs
 TAIL = (0.0, 0.3, True, (5, 0), 0.0, 2, False, None, False, False)
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_rows_by_number() -> None:

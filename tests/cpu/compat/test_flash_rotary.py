@@ -23,14 +23,11 @@ from jitattn.compat.flash_attn.layers.rotary import (
     rotate_half,
 )
 from jitattn.compat.flash_attn.ops.triton.rotary import apply_rotary
+from tests.support.inputs import drawn
 from tests.support.rotary import check_rounded_once, truth_of
 
 B, L, H, D, HALF = 2, 9, 4, 32, 8
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def tables(dtype: torch.dtype, rows: int = 40, seed: int = 5) -> tuple[Tensor, Tensor]:

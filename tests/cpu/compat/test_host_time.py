@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import jitattn
 from tests.cpu.compat.test_waiting import MODULES
+from tests.support.operators import Operators
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
 from _doors_bench_cases import DoorCase, cases
@@ -28,19 +27,6 @@ def _core_that_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
     for module in MODULES:
         monkeypatch.setattr(f"jitattn.compat.{module}.attention", lambda q, *_, **__: q)
-
-
-class Launched(TorchDispatchMode):
-    """Notes the operators that are no views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
-            self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def calls_of_ours(case: DoorCase) -> int:
@@ -70,8 +56,8 @@ def test_a_door_launches_nothing(name: str) -> None:
     """But for the state of a generator that has no offset: of the CPU."""
     case = CASES[name]
     case.call()
-    with Launched() as launched:
+    with Operators() as operators:
         case.call()
     draws = case.door == "fast_ops" and not case.name.startswith("class")
     drawn = {"aten.randint.low_generator"} if draws else set()
-    assert set(launched.names) == drawn
+    assert {str(one) for one in operators.called if not one.is_view} == drawn

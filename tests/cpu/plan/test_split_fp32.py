@@ -11,7 +11,9 @@ import jitattn
 from jitattn.api.attention import bind
 from jitattn.plan import prepare
 from jitattn.request.layouts import parse
+from jitattn.request.problem import Call, Runtime
 from jitattn.spec.enums import Numerics, Switch
+from jitattn.spec.kernel_spec import Problem
 
 
 @pytest.fixture(autouse=True)
@@ -19,16 +21,23 @@ def _small_calls_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "LEAST_PRODUCTS", 1)
 
 
-def chosen(
-    dim: int = 64, dim_v: int = 64, len_q: int = 200, len_kv: int = 300, **given: Any
-) -> Any:
-    """The problem of a call as fp16 parts, or None."""
-    dtype = given.pop("dtype", torch.float32)
+def parsed(
+    dim: int = 64,
+    dim_v: int = 64,
+    len_q: int = 200,
+    len_kv: int = 300,
+    dtype: torch.dtype = torch.float32,
+    **given: Any,
+) -> tuple[Problem, Runtime, Call]:
     q, k = (torch.zeros(1, length, 2, dim, dtype=dtype) for length in (len_q, len_kv))
     v = torch.zeros(1, len_kv, 2, dim_v, dtype=dtype)
     _, call = bind(q, k, v, given)
-    problem, runtime = parse(q, k, v, call)
-    return prepare.kernel_problem(problem, runtime, call, "sm_90")
+    return *parse(q, k, v, call), call
+
+
+def chosen(**given: Any) -> Any:
+    """The problem of a call as fp16 parts, or None."""
+    return prepare.kernel_problem(*parsed(**given), "sm_90")
 
 
 @pytest.mark.parametrize(
@@ -96,13 +105,8 @@ def test_small_calls_take_three_tf32_products(monkeypatch: pytest.MonkeyPatch) -
 
 def chosen_backward(**given: Any) -> Any:
     """The same of the backward pass."""
-    dim, dim_v = given.pop("dim", 64), given.pop("dim_v", 64)
-    len_q, len_kv = given.pop("len_q", 200), given.pop("len_kv", 300)
-    dtype = given.pop("dtype", torch.float32)
-    q, k = (torch.zeros(1, length, 2, dim, dtype=dtype) for length in (len_q, len_kv))
-    v = torch.zeros(1, len_kv, 2, dim_v, dtype=dtype)
-    _, call = bind(q, k, v, given)
-    return prepare.backward_kernel_problem(*parse(q, k, v, call))
+    problem, runtime, _ = parsed(**given)
+    return prepare.backward_kernel_problem(problem, runtime)
 
 
 KEEP = jitattn.KeyPadding(torch.ones(1, 300, dtype=torch.bool))

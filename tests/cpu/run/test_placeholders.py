@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import jitattn
 from jitattn.cpu.mkl_warmup import mkl_warmup
-from tests.support.entries import ENTRIES, facts, real_tensors
+from tests.support.entries import ENTRIES, facts, lose_memory, real_tensors
 from tests.support.inputs import random_qkv
 
 
@@ -107,10 +107,7 @@ def test_lengths_that_are_not_known_yet() -> None:
 @pytest.mark.parametrize("is_view", [False, True], ids=["whole", "view"])
 def test_memory_that_is_gone_is_refused(name: str, word: str, is_view: bool) -> None:
     tensors = real_tensors(name)
-    tensor = tensors[word]
-    if is_view:  # its address is an offset then
-        tensor = tensors[word] = torch.cat([tensor[:1], tensor])[1:]
-    tensor.untyped_storage().resize_(0)
+    lose_memory(tensors, word, is_view=is_view)
     with pytest.raises(jitattn.InvalidInputError, match="but no memory: its storage was resized"):
         call(name, tensors)
 
