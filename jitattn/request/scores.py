@@ -37,6 +37,7 @@ from jitattn.values.tensors import index_address
 
 if TYPE_CHECKING:
     from jitattn.request.problem import Call
+    from jitattn.spec.kernel_spec import Problem
     from jitattn.values.dropout import Dropout
     from jitattn.values.masks import Rule
 
@@ -48,6 +49,8 @@ _MAX_LISTED_LENGTH: Final = 2**28
 _NARROW: Final = (torch.float16, torch.bfloat16)
 #: Block sizes of local + stride patterns that need no lists: whole kernel blocks.
 _KERNEL_BLOCKS: Final = (64, 128)
+#: Largest K or V row in bytes that leaves shared memory for staged bias tiles.
+_LARGEST_STAGED: Final = 512
 
 
 class Scores(NamedTuple):
@@ -286,17 +289,28 @@ def _staged(
     return Staging.ROW if by_row and head == 0 else Staging.OFF
 
 
-def stagings(call: Call) -> list[tuple[Staging, Staging]]:
-    """Return the possible stagings of bias and dense mask in calls like this, at all lengths.
+def fits_staging(head_dim: int, head_dim_v: int, itemsize: int) -> bool:
+    """Return whether rows of K and V leave shared memory for staged tiles of a matrix."""
+    return max(head_dim, head_dim_v) * itemsize <= _LARGEST_STAGED
 
-    Lengths decide whether rows begin at multiples of 16 bytes.
+
+def stagings(call: Call, problem: Problem, len_q: int) -> list[tuple[Staging, Staging]]:
+    """Return the possible stagings of bias and dense mask in calls like this with `len_q` queries.
+
+    Key counts and strides decide whether rows begin at multiples of 16 bytes, each matrix's on its
+    own. A matrix with a row for each query has one row where there is one query.
     """
+    if not fits_staging(problem.head_dim, problem.head_dim_v, problem.dtype.bytes):
+        return [(Staging.OFF, Staging.OFF)]
     dense = parts_of(call.mask).dense
 
     def ways(matrix: Tensor | None, *, by_row: bool) -> list[Staging]:
-        if matrix is not None and matrix.shape[2] > 1:
+        if matrix is None:
+            return [Staging.OFF]
+        if matrix.shape[2] > 1 and len_q > 1:
             return [Staging.OFF, Staging.MATRIX]
-        return [Staging.OFF, Staging.ROW] if matrix is not None and by_row else [Staging.OFF]
+        is_shared = matrix.shape[1] == 1 or matrix.stride(1) == 0
+        return [Staging.OFF, Staging.ROW] if by_row and is_shared else [Staging.OFF]
 
     of_bias = ways(call.scores.bias, by_row=True)
     of_dense = ways(None if dense is None else dense.keep, by_row=False)
