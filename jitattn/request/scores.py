@@ -69,6 +69,8 @@ NO_CHANGES: Final = Scores()
 #: The tensors among them, which may have gradients; after the bias, small tables.
 ADDED: Final = ("bias", "relative_bias", "alibi_slopes", "sinks")
 TABLES: Final = ADDED[1:]
+#: The numbers among them.
+NUMBERS: Final = ("softcap",)
 #: Returns the tensors in this order. (torch.compile does not trace it.)
 added_of: Final[Callable[[Scores], tuple[Tensor | None, ...]]] = attrgetter(*ADDED)
 

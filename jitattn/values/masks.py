@@ -4,6 +4,9 @@ True means attend. `a & b` is the intersection: at most one positional rule
 (`Full`, `Causal`, `Window`, `LocalStride`, `BlockSparse`, `PerHead`), at most one `KeyPadding` and
 at most one `Dense`. (A `Causal` and a `Window` are one window, and a `BlockSparse` may be causal.)
 
+A rule's `graph_number` names it in exported graphs, which hold its fields as well: a number is
+never used again for another.
+
 All can be copied, deep-copied and pickled. Rules made of numbers are compared and hashed by value.
 A mask that holds a tensor (`BlockSparse`, `KeyPadding`, `Dense`, and their intersections) equals
 only itself, not even a copy, as tensors are not compared.
@@ -12,7 +15,7 @@ only itself, not even a copy, as tensors are not compared.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypeAlias, get_args
 
 from jitattn.errors import InvalidInputError
 from jitattn.values.given import integer
@@ -59,6 +62,8 @@ def _check_block_size(mask: _Mask, size: object) -> None:
 class Full(_Mask):
     """Full mask: every query sees every key."""
 
+    graph_number: ClassVar[int] = 0
+
 
 @dataclass(frozen=True, slots=True)
 class Causal(_Mask):
@@ -71,6 +76,8 @@ class Causal(_Mask):
         default) lets the last query see every key: key <= query + Lkv - Lq. Top-left lets the
         first query see the first key only: key <= query. They differ when Lq != Lkv.
     """
+
+    graph_number: ClassVar[int] = 1
 
     align: Align = "bottom_right"
 
@@ -99,6 +106,8 @@ class Window(_Mask):
     full_on_decode : bool
         Lift the left bound for sequences with one query.
     """
+
+    graph_number: ClassVar[int] = 2
 
     left: int | None = None
     right: int | None = None
@@ -157,6 +166,8 @@ class LocalStride(_Mask):
     causal : bool
         Not causal, a query before the first key (if Lq > Lkv) also sees no key.
     """
+
+    graph_number: ClassVar[int] = 3
 
     block_size: int
     local_blocks: int | tuple[int, int]
@@ -233,6 +244,8 @@ class BlockSparse(_Mask):
         sequence partition.
     """
 
+    graph_number: ClassVar[int] = 4
+
     pattern: Tensor
     block_size: int
     causal: bool = False
@@ -278,6 +291,8 @@ class PerHead(_Mask):
     rules : sequence of Full, Causal, Window, LocalStride or BlockSparse
         One per query head, or one per KV head.
     """
+
+    graph_number: ClassVar[int] = 5
 
     rules: tuple[HeadRule, ...]
 
