@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from jitattn.request.arguments import BlockListArguments, ScoreArguments, SequenceArguments
 from jitattn.spec.arguments import Argument, ArgumentStruct, ArgumentTable, strides, struct_of
+from jitattn.spec.call_arguments import BlockListArguments, ScoreArguments, SequenceArguments
 from jitattn.spec.enums import MaskKind
 
 if TYPE_CHECKING:

@@ -9,13 +9,13 @@ import torch
 from jitattn.errors import InvalidInputError, WithoutMemoryError
 from jitattn.jit import backend
 from jitattn.request import problem
-from jitattn.request.arguments import ScoreArguments, SequenceArguments
 from jitattn.request.block_lists import heads_agree
 from jitattn.request.outputs import check_out
 from jitattn.request.problem import Indices, Runtime
 from jitattn.request.score_checks import Sizes
 from jitattn.request.scores import check, fits_staging
 from jitattn.spec.arguments import NO_LEFT, divisor
+from jitattn.spec.call_arguments import ScoreArguments, SequenceArguments
 from jitattn.spec.enums import LENGTHS, MaskKind, SeqLayout, Staging
 from jitattn.values.masks import parts_of
 from jitattn.values.norm import DEFAULT_SCALE

@@ -36,8 +36,8 @@ from jitattn.values.tensors import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jitattn.request.arguments import ScoreArguments, SequenceArguments
     from jitattn.request.scores import Scores
+    from jitattn.spec.call_arguments import ScoreArguments, SequenceArguments
     from jitattn.values.masks import Mask, Rule
     from jitattn.values.sequences import KvSequences, QSequences
 

@@ -1,4 +1,4 @@
-"""Named tuples of the kernel arguments that follow from a request alone.
+"""Named tuples of the arguments of attention kernels that follow from a request alone.
 
 Each declares a parameter struct as well: a field's annotation has its C++ type and its meaning,
 from which `kernels/fwd_arguments.py` makes the argument tables.
