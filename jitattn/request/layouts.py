@@ -113,13 +113,11 @@ def parse_any(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Parsed:
             units |= stride * call.out.element_size()
     layouts = (_layout_of(call.q_seqs), _layout_of(call.kv_seqs, theirs.page_size))
     if not fits_staging(head_dim, head_dim_v, q.element_size()):
-        scores = scores._replace(
-            fields=scores.fields._replace(bias_staged=Staging.OFF, dense_staged=Staging.OFF)
-        )
+        scores.fields.update(bias_staged=Staging.OFF, dense_staged=Staging.OFF)
     setting = problem.setting_of(call.gear, q)
     aligned = ((0 if address < 0 else address) | units) & 15 == 0
-    facts = (q.dtype, result_dtype, head_dim, head_dim_v, setting, aligned, scores.fields.mask)
-    found = problem.problem_of((*facts, *layouts, *scores.fields[1:]))
+    facts = (q.dtype, result_dtype, head_dim, head_dim_v, setting, aligned, *layouts)
+    found = problem.problem_of(facts, scores.fields)
     diagonal, arguments = scores.diagonal, scores.arguments
     is_listed = found.mask is MaskKind.BLOCK_LISTS
     if found.is_uniform:

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from enum import StrEnum
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -100,27 +101,10 @@ def _widened(name: str, table: Any) -> Tensor | None:  # noqa: ANN401 - checked 
     return table.float()
 
 
-class Fields(NamedTuple):
-    """The fields of `Problem` that depend on score modifications."""
-
-    mask: MaskKind
-    bias: BiasKind
-    relative_bias: Switch
-    alibi: Switch
-    softcap: Switch
-    sinks: Switch
-    key_padding: Switch
-    dense: Switch
-    dropout: Switch
-    fixed_shift: Switch
-    bias_staged: Staging
-    dense_staged: Staging
-
-
 class Checked(NamedTuple):
     """The validated problem fields and kernel arguments of score modifications."""
 
-    fields: Fields
+    fields: dict[str, StrEnum]  #: of `Problem`
     bottom_right: bool
     diagonal: int  #: beside the Lkv - Lq of a sequence, if bottom_right
     arguments: ScoreArguments  #: `left` without Lkv - Lq
@@ -217,24 +201,23 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         address, steps = of_bias
         pair = 2 * bias.element_size()
         is_paired = (address | (steps[0] | steps[1] | steps[2]) * bias.element_size()) % pair == 0
-    fields = Fields(
-        mask.kind,
-        BiasKind.NONE
-        if bias is None
-        else BiasKind.SAME
-        if bias.dtype == q.dtype
-        else BiasKind.FP32,
-        _switch(relative),
-        _switch(slopes),
-        _switch(softcap),
-        _switch(sinks),
-        _switch(parts.key_padding),
-        _switch(parts.dense),
-        _switch(dropout),
-        _switch(shift),
-        _staged(bias, of_bias, by_row=True),
-        _staged(dense, of_dense, by_row=False),
-    )
+    kind_of_bias = BiasKind.NONE
+    if bias is not None:
+        kind_of_bias = BiasKind.SAME if bias.dtype == q.dtype else BiasKind.FP32
+    fields = {
+        "mask": mask.kind,
+        "bias": kind_of_bias,
+        "relative_bias": _switch(relative),
+        "alibi": _switch(slopes),
+        "softcap": _switch(softcap),
+        "sinks": _switch(sinks),
+        "key_padding": _switch(parts.key_padding),
+        "dense": _switch(parts.dense),
+        "dropout": _switch(dropout),
+        "fixed_shift": _switch(shift),
+        "bias_staged": _staged(bias, of_bias, by_row=True),
+        "dense_staged": _staged(dense, of_dense, by_row=False),
+    }
     arguments: dict[str, Any] = {
         **_NO_RULE,
         **addresses,
