@@ -15,11 +15,9 @@ from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.jit import backend, build
 from jitattn.jit.device import device as device_of
 from jitattn.jit.pool import build_all
-from jitattn.kernels.fwd import specs_for_gear
-from jitattn.plan.backward import specs_of_gradients
+from jitattn.plan.all_lengths import backward_specs, forward_specs
 from jitattn.plan.choices import expand, read_entries
 from jitattn.plan.choices import preset as preset_choices
-from jitattn.plan.forward import specs_of_problem
 from jitattn.plan.score_gradients import target_of
 from jitattn.request.layouts import parse_any
 from jitattn.request.norm import call_of_normalized
@@ -28,16 +26,16 @@ from jitattn.request.scores import stagings
 from jitattn.run import normalize, workspace
 from jitattn.run.append import append_spec
 from jitattn.spec.enums import Access, ScoreTarget
-from jitattn.values.gears import gear_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor
 
     from jitattn.plan.choice_fields import Choice
+    from jitattn.request.problem import Call
     from jitattn.request.scores import Scores
-    from jitattn.spec.kernel_spec import KernelSpec
+    from jitattn.spec.kernel_spec import KernelSpec, Problem
     from jitattn.values.rotary import Rotary
 
 
@@ -170,12 +168,25 @@ def _warm_call(
         raise InvalidInputError("warmup got q without k and v: it takes all three of a call")
     tensors, call = bind(q, k, v, arguments)
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
-    problem, runtime, _ = parse_any(q, k, v, call)
+    parse_any(q, k, v, call)  # raises as a call does
     if device is None and not q.is_cuda:
         return WarmedUp(kernels=0, compiled=0)
     index = _index(q.device if device is None else device)
     arch = device_of(index).arch
+    specs = specs_of_call(q, k, v, call, arch, gradients=gradients)
+    if append:
+        specs += [append_spec(q.dtype, rotary, access, arch) for access in Access]
+    if rotary is not None:
+        specs += rotary_specs(q.dtype, rotary, arch)
+    return _warm(list(dict.fromkeys(specs)), index, jobs)
+
+
+def specs_of_call(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, arch: str, *, gradients: bool
+) -> list[KernelSpec]:
+    """Return the kernels that calls like this can need, at all lengths."""
     specs: list[KernelSpec] = []
+    problem, runtime, _ = parse_any(q, k, v, call)
     norm = call.scores.qk_norm
     if norm is not None and norm.normalize:
         made = normalize.norm_spec(q, k, norm, call, arch)
@@ -183,21 +194,18 @@ def _warm_call(
         if gradients:
             specs += normalize.norm_grad_specs(made)
         call = call_of_normalized(call, runtime.scale)
-        problem, _, _ = parse_any(*normalize.like_normalized(q, k), v, call)
+        problem, runtime, _ = parse_any(*normalize.like_normalized(q, k), v, call)
     if gradients:
         targets = _targets_of(call.scores)
-        specs += specs_of_gradients(
-            problem, runtime.listed, targets, arch, deterministic=is_deterministic(call)
+        specs += backward_specs(
+            problem, runtime, targets, arch, deterministic=is_deterministic(call)
         )
-    for bias_staged, dense_staged in stagings(call):
-        alike = replace(problem, bias_staged=bias_staged, dense_staged=dense_staged)
-        specs += specs_for_gear(alike, gear_of(call.gear, problem.dtype), arch)
-        specs += specs_of_problem(alike, arch)
-    if append:
-        specs += [append_spec(q.dtype, rotary, access, arch) for access in Access]
-    if rotary is not None:
-        specs += rotary_specs(q.dtype, rotary, arch)
-    return _warm(list(dict.fromkeys(specs)), index, jobs)
+
+    def problems_at(len_q: int) -> Iterator[Problem]:
+        for bias_staged, dense_staged in stagings(call, problem, len_q):
+            yield replace(problem, bias_staged=bias_staged, dense_staged=dense_staged)
+
+    return [*specs, *forward_specs(problems_at, runtime, call, arch)]
 
 
 def _targets_of(scores: Scores) -> list[ScoreTarget]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from jitattn.request.scores import Scores
     from jitattn.values.masks import Mask
+
+#: The fields of `Scores` that `Rules.change` reads.
+_CHANGES: Final = ("bias", "relative_bias", "alibi_slopes", "softcap")
 
 
 class Rules(NamedTuple):
@@ -134,7 +137,7 @@ class Rules(NamedTuple):
     @property
     def changes_scores(self) -> bool:
         """Whether `change` modifies scores."""
-        return any(value is not None for value in self.scores[:4])
+        return any(getattr(self.scores, name) is not None for name in _CHANGES)
 
     def drop(self, weights: Tensor, first_q: int, first_k: int) -> Tensor:
         """Apply dropout to the weights [B, Hq, rows, keys] of a chunk."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from enum import StrEnum
 from typing import Any, Final
 
 from jitattn.kernels.operands import HEAD_DIMS, problem_in_8_bits
 from jitattn.spec.enums import BiasKind, Dtype, MaskKind, Numerics, SeqLayout, Staging, Switch
-from jitattn.spec.kernel_spec import Problem
+from jitattn.spec.kernel_spec import SWITCHES, Problem
 from jitattn.values.gears import resolve_numerics
 
 #: Head dims of real models; together with the largest of each tile row they are the matrix.
@@ -22,8 +23,21 @@ LAYOUTS: Final = (
     (SeqLayout.RAGGED, SeqLayout.PAGED),
     (SeqLayout.BATCHED, SeqLayout.PAGED16),
 )
+
+
+def _with_others(*features: dict[str, Any], without: StrEnum | str) -> tuple[dict[str, Any], ...]:
+    """Add every mask kind and every optional input that no entry names, each alone.
+
+    Problems of the matrix are causal; `without` is the one that these kernels do not have.
+    """
+    named = {*(key for one in features for key in one), without}
+    masks = {MaskKind.CAUSAL, without, *(one.get("mask") for one in features)}
+    switches = ({name: Switch.ON} for name in SWITCHES if name not in named)
+    return (*features, *({"mask": kind} for kind in MaskKind if kind not in masks), *switches)
+
+
 #: Score modifications: each alone, and pairs that occur in models.
-FEATURES: Final[tuple[dict[str, Any], ...]] = (
+FEATURES: Final = _with_others(
     {"mask": MaskKind.WINDOW},
     {"mask": MaskKind.LOCAL_STRIDE},
     {"mask": MaskKind.WINDOW, "sinks": Switch.ON},
@@ -45,9 +59,10 @@ FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"mask": MaskKind.BLOCK_LISTS, "kv_layout": SeqLayout.PAGED},
     {"mask": MaskKind.BLOCK_LISTS, "kv_layout": SeqLayout.PAGED16},
     {"mask": MaskKind.BLOCK_LISTS, "dropout": Switch.ON},
+    without=MaskKind.FINE_STRIDE,
 )
 #: Score modifications of backward kernels.
-BACKWARD_FEATURES: Final[tuple[dict[str, Any], ...]] = (
+BACKWARD_FEATURES: Final = _with_others(
     {"mask": MaskKind.WINDOW},
     {"mask": MaskKind.LOCAL_STRIDE},
     {"mask": MaskKind.FINE_STRIDE},
@@ -62,6 +77,7 @@ BACKWARD_FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"dropout": Switch.ON},
     {"sinks": Switch.ON},
     {"kv_layout": SeqLayout.PAGED},
+    without="fixed_shift",
 )
 _POSITIONAL: Final = (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from jitattn.kernels.fwd_arguments import FWD_SCORE, FWD_SEQ
 from jitattn.plan.step import Place
-from jitattn.request.arguments import BlockListArguments, alike
+from jitattn.spec.call_arguments import BlockListArguments, alike
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

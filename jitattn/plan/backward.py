@@ -11,25 +11,23 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from jitattn.kernels.bwd import bwd_spec, specs_of_backward
-from jitattn.kernels.bwd_scores import ScoreGradSpec, score_grad_spec
+from jitattn.kernels.bwd import bwd_spec
+from jitattn.kernels.bwd_scores import ScoreGradSpec
 from jitattn.plan import arguments, kv_parts, prepare
 from jitattn.plan.backward_pass import BackwardPass, launch
 from jitattn.plan.dq import postprocess, room_for_dq
 from jitattn.plan.preprocess import preprocess
 from jitattn.plan.score_gradients import bias_gradient, distance_gradient
 from jitattn.plan.step import Buffer, Place, Plan, Step
-from jitattn.spec.enums import MaskKind, Numerics, ScoreTarget, Switch
+from jitattn.spec.enums import MaskKind, Numerics, Switch
 from jitattn.values.masks import LocalStride
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from jitattn.kernels.bwd import BwdSpec
     from jitattn.plan.backward_pass import BackwardOperands
     from jitattn.plan.step import Device
     from jitattn.request.problem import Runtime
-    from jitattn.spec.kernel_spec import KernelSpec, Problem
+    from jitattn.spec.kernel_spec import Problem
     from jitattn.values.masks import Rule
 
 #: Blocks of local + stride patterns whose keys the kernel gathers.
@@ -114,29 +112,6 @@ def without_block_lists(problem: Problem, rule: Rule | None, arch: str) -> Probl
     if bwd_spec(whole, arch).tile.block_kv <= rule.block_size:
         return whole
     return replace(problem, mask=MaskKind.FINE_STRIDE)
-
-
-def specs_of_gradients(
-    problem: Problem,
-    rule: Rule | None,
-    targets: Collection[ScoreTarget],
-    arch: str,
-    *,
-    deterministic: bool,
-) -> list[KernelSpec]:
-    """Return every kernel that the backward pass of a call can need.
-
-    Parameters
-    ----------
-    problem : Problem
-    rule : Rule, optional
-        The rule of the block lists.
-    targets : collection of ScoreTarget
-        The score gradients that are needed.
-    """
-    own = without_block_lists(problem, rule, arch)
-    specs = specs_of_backward(own, arch, deterministic=deterministic)
-    return [*specs, *(score_grad_spec(problem, arch, target) for target in targets)]
 
 
 def _main(whole: BackwardPass) -> tuple[list[Step], BwdSpec, dict[str, Buffer]]:

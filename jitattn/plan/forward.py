@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jitattn.plan.step import Device
     from jitattn.request.problem import Call, Runtime, Strides
     from jitattn.request.request import Request
-    from jitattn.spec.kernel_spec import KernelSpec, Problem
+    from jitattn.spec.kernel_spec import Problem
 
 #: Arguments bound at run time, so that decoding steps with growing key counts share a plan.
 LENGTHS: Final = ("len_kv", "diagonal")
@@ -220,11 +220,6 @@ def tile(
 def tile_positions(block_q: int, packed: int) -> int:
     """Return the query positions per tile, given the number of packed heads."""
     return max(1, block_q // packed)
-
-
-def specs_of_problem(problem: Problem, arch: str) -> list[KernelSpec]:
-    """Return the kernels for this problem at all lengths."""
-    return list(dict.fromkeys(fwd_spec(problem, arch, rows) for rows in RowClass))
 
 
 def _packed(runtime: Runtime) -> int:

@@ -17,8 +17,8 @@ import torch
 from jitattn.errors import InternalError, LaunchError
 from jitattn.jit import backend
 from jitattn.patterns import sees_block
-from jitattn.request.arguments import BlockListArguments
 from jitattn.request.block_list_cache import BlockListCache, identity_of
+from jitattn.spec.call_arguments import BlockListArguments
 from jitattn.values.masks import BlockSparse, Causal, Full, LocalStride, PerHead, Window
 
 if TYPE_CHECKING:

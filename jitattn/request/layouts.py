@@ -9,13 +9,13 @@ import torch
 from jitattn.errors import InvalidInputError, WithoutMemoryError
 from jitattn.jit import backend
 from jitattn.request import problem
-from jitattn.request.arguments import ScoreArguments, SequenceArguments
 from jitattn.request.block_lists import heads_agree
 from jitattn.request.outputs import check_out
 from jitattn.request.problem import Indices, Runtime
 from jitattn.request.score_checks import Sizes
-from jitattn.request.scores import check
+from jitattn.request.scores import check, fits_staging
 from jitattn.spec.arguments import NO_LEFT, divisor
+from jitattn.spec.call_arguments import ScoreArguments, SequenceArguments
 from jitattn.spec.enums import LENGTHS, MaskKind, SeqLayout, Staging
 from jitattn.values.masks import parts_of
 from jitattn.values.norm import DEFAULT_SCALE
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from jitattn.values.sequences import KvSequences, QSequences
 
 _MAX_COUNT: Final = 2**31 - 1
-#: Largest K or V row in bytes that leaves shared memory for staged bias tiles.
-_LARGEST_STAGED: Final = 512
 
 
 class _Side(NamedTuple):
@@ -114,14 +112,12 @@ def parse_any(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Parsed:
         for stride in (head_dim_v, *_strides("out", call.out, ours)):
             units |= stride * call.out.element_size()
     layouts = (_layout_of(call.q_seqs), _layout_of(call.kv_seqs, theirs.page_size))
-    if max(head_dim, head_dim_v) * q.element_size() > _LARGEST_STAGED:
-        scores = scores._replace(
-            fields=scores.fields._replace(bias_staged=Staging.OFF, dense_staged=Staging.OFF)
-        )
+    if not fits_staging(head_dim, head_dim_v, q.element_size()):
+        scores.fields.update(bias_staged=Staging.OFF, dense_staged=Staging.OFF)
     setting = problem.setting_of(call.gear, q)
     aligned = ((0 if address < 0 else address) | units) & 15 == 0
-    facts = (q.dtype, result_dtype, head_dim, head_dim_v, setting, aligned, scores.fields.mask)
-    found = problem.problem_of((*facts, *layouts, *scores.fields[1:]))
+    facts = (q.dtype, result_dtype, head_dim, head_dim_v, setting, aligned, *layouts)
+    found = problem.problem_of(facts, scores.fields)
     diagonal, arguments = scores.diagonal, scores.arguments
     is_listed = found.mask is MaskKind.BLOCK_LISTS
     if found.is_uniform:

@@ -19,8 +19,8 @@ from jitattn.errors import (
     UnsupportedError,
 )
 from jitattn.jit.device import device
-from jitattn.request.scores import NO_CHANGES, Fields
-from jitattn.spec.enums import TILE_ROWS, Access, Dtype, MaskKind, SeqLayout
+from jitattn.request.scores import NO_CHANGES
+from jitattn.spec.enums import TILE_ROWS, Access, Dtype, SeqLayout
 from jitattn.spec.kernel_spec import Problem
 from jitattn.values.gears import get_default_gear, resolve_numerics
 from jitattn.values.given import integer, real
@@ -34,10 +34,13 @@ from jitattn.values.tensors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from enum import StrEnum
+
     from torch import Tensor
 
-    from jitattn.request.arguments import ScoreArguments, SequenceArguments
     from jitattn.request.scores import Scores
+    from jitattn.spec.call_arguments import ScoreArguments, SequenceArguments
     from jitattn.values.masks import Mask, Rule
     from jitattn.values.sequences import KvSequences, QSequences
 
@@ -282,11 +285,12 @@ def setting_of(gear: int | None, q: Tensor) -> Setting:
     return gear, q.is_cuda and device(q.get_device()).has_fast_fp16_acc
 
 
-def problem_of(facts: tuple[Any, ...]) -> Problem:
-    """Return the interned `Problem` of these facts."""
-    problem = _problems.get(facts)
+def problem_of(facts: tuple[Any, ...], fields: Mapping[str, StrEnum]) -> Problem:
+    """Return the interned `Problem` of these facts, and of the fields that scores decide."""
+    key = (*facts, *fields.values())
+    problem = _problems.get(key)
     if problem is None:
-        problem = _problems[facts] = _new_problem(*facts)
+        problem = _problems[key] = _new_problem(*facts, fields=fields)
     return problem
 
 
@@ -297,10 +301,10 @@ def _new_problem(
     head_dim_v: int,
     setting: Setting,
     aligned: bool,
-    mask: MaskKind,
-    q_layout: SeqLayout = SeqLayout.BATCHED,
-    kv_layout: SeqLayout = SeqLayout.BATCHED,
-    *others: Any,  # noqa: ANN401 - `scores.Fields` without the mask
+    q_layout: SeqLayout,
+    kv_layout: SeqLayout,
+    *,
+    fields: Mapping[str, Any],
 ) -> Problem:
     """Run the checks that depend on these facts alone, and build the `Problem`."""
     if dtype not in CPU_DTYPES:
@@ -326,12 +330,11 @@ def _new_problem(
         out_dtype=out_kind,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
-        mask=mask,
         numerics=resolve_numerics(setting[0], kind, has_fast_fp16_acc=setting[1]),
         q_layout=q_layout,
         kv_layout=kv_layout,
         access=Access.VEC16 if aligned else Access.ELEMENT,
-        **dict(zip(Fields._fields[1:], others, strict=False)),
+        **fields,
     )
 
 

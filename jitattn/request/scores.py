@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from enum import StrEnum
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -18,15 +19,13 @@ from torch import Tensor
 
 from jitattn.errors import InvalidInputError
 from jitattn.request import norm as norms
-from jitattn.request.arguments import ScoreArguments
 from jitattn.request.score_checks import Sizes, matrix, padding, softcap_of, vector
+from jitattn.spec.call_arguments import ScoreArguments
 from jitattn.spec.enums import BiasKind, MaskKind, Staging, Switch
 from jitattn.values.masks import (
     BlockSparse,
     Both,
-    Causal,
     Dense,
-    Full,
     KeyPadding,
     LocalStride,
     PerHead,
@@ -37,7 +36,9 @@ from jitattn.values.tensors import index_address
 
 if TYPE_CHECKING:
     from jitattn.request.problem import Call
+    from jitattn.spec.kernel_spec import Problem
     from jitattn.values.dropout import Dropout
+    from jitattn.values.mask_base import KernelMask
     from jitattn.values.masks import Rule
 
 #: Windows use signed positions.
@@ -46,8 +47,12 @@ _MAX_WINDOW_LENGTH: Final = 2**30
 _MAX_LISTED_LENGTH: Final = 2**28
 #: Small tables of these dtypes are converted to fp32.
 _NARROW: Final = (torch.float16, torch.bfloat16)
-#: Block sizes of local + stride patterns that need no lists: whole kernel blocks.
-_KERNEL_BLOCKS: Final = (64, 128)
+#: Arguments of a mask without a rule, as far as a rule gives them.
+_NO_RULE: Final[dict[str, float]] = {**dict.fromkeys(ScoreArguments._fields, 0), "stride": 1}
+#: Kinds whose kernels take sequences of any length.
+_UNLIMITED: Final = (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.LOCAL_STRIDE)
+#: Largest K or V row in bytes that leaves shared memory for staged bias tiles.
+_LARGEST_STAGED: Final = 512
 
 
 class Scores(NamedTuple):
@@ -66,6 +71,8 @@ NO_CHANGES: Final = Scores()
 #: The tensors among them, which may have gradients; after the bias, small tables.
 ADDED: Final = ("bias", "relative_bias", "alibi_slopes", "sinks")
 TABLES: Final = ADDED[1:]
+#: The numbers among them.
+NUMBERS: Final = ("softcap",)
 #: Returns the tensors in this order. (torch.compile does not trace it.)
 added_of: Final[Callable[[Scores], tuple[Tensor | None, ...]]] = attrgetter(*ADDED)
 
@@ -94,27 +101,10 @@ def _widened(name: str, table: Any) -> Tensor | None:  # noqa: ANN401 - checked 
     return table.float()
 
 
-class Fields(NamedTuple):
-    """The fields of `Problem` that depend on score modifications."""
-
-    mask: MaskKind
-    bias: BiasKind
-    relative_bias: Switch
-    alibi: Switch
-    softcap: Switch
-    sinks: Switch
-    key_padding: Switch
-    dense: Switch
-    dropout: Switch
-    fixed_shift: Switch
-    bias_staged: Staging
-    dense_staged: Staging
-
-
 class Checked(NamedTuple):
     """The validated problem fields and kernel arguments of score modifications."""
 
-    fields: Fields
+    fields: dict[str, StrEnum]  #: of `Problem`
     bottom_right: bool
     diagonal: int  #: beside the Lkv - Lq of a sequence, if bottom_right
     arguments: ScoreArguments  #: `left` without Lkv - Lq
@@ -185,15 +175,15 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
     at_padding, padding_stride = 0, 0
     if parts.key_padding is not None:
         at_padding, padding_stride = padding(parts.key_padding.keep, sizes)
-    addresses = (
-        of_bias[0],
-        vector("relative_bias", relative, ((heads, -1), (1, -1))),
-        vector("alibi_slopes", slopes, ((heads,), (sizes.batch, heads))),
-        vector("sinks", sinks, ((heads,),)),
-        at_padding,
-        of_dense[0],
-        0 if dropout is None else index_address("dropout_state", dropout.state),
-    )
+    addresses = {
+        "bias": of_bias[0],
+        "relative_bias": vector("relative_bias", relative, ((heads, -1), (1, -1))),
+        "alibi_slopes": vector("alibi_slopes", slopes, ((heads,), (sizes.batch, heads))),
+        "sinks": vector("sinks", sinks, ((heads,),)),
+        "key_padding": at_padding,
+        "dense": of_dense[0],
+        "dropout_state": 0 if dropout is None else index_address("dropout_state", dropout.state),
+    }
     # Arguments that are no parameters of the attention kernel.
     read = [index_address("BlockSparse(...)", pattern) for pattern in patterns_of(parts.rule)]
     if softcap is not None:
@@ -203,69 +193,66 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         read.append(norms.check(norm, q, heads, call))
         if bias is relative is slopes is None and softcap is None:
             shift = norms.shift_of(norm, scale, q.dtype)
-    kind, bottom_right, diagonal, left, keep_first, lifts = _rule(parts.rule, sizes)
+    mask = parts.rule.kernel_mask(heads, sizes.heads_kv)
+    _check_rule(parts.rule, mask, sizes)
     magnitude = abs(scale) or 1e-30  # as in `plan.arguments` for a scale of 0
     is_paired = False
     if bias is not None:
         address, steps = of_bias
         pair = 2 * bias.element_size()
         is_paired = (address | (steps[0] | steps[1] | steps[2]) * bias.element_size()) % pair == 0
-    fields = Fields(
-        kind,
-        BiasKind.NONE
-        if bias is None
-        else BiasKind.SAME
-        if bias.dtype == q.dtype
-        else BiasKind.FP32,
-        _switch(relative),
-        _switch(slopes),
-        _switch(softcap),
-        _switch(sinks),
-        _switch(parts.key_padding),
-        _switch(parts.dense),
-        _switch(dropout),
-        _switch(shift),
-        _staged(bias, of_bias, by_row=True),
-        _staged(dense, of_dense, by_row=False),
-    )
-    local_blocks, stride, head_step, head_shift, first_dense, block_log2 = _pattern(
-        parts.rule, sizes
-    )
-    arguments = ScoreArguments(
-        *addresses,
-        *of_bias[1],
-        *of_dense[1],
-        key_padding_stride=padding_stride,
-        alibi_stride_batch=0
+    kind_of_bias = BiasKind.NONE
+    if bias is not None:
+        kind_of_bias = BiasKind.SAME if bias.dtype == q.dtype else BiasKind.FP32
+    fields = {
+        "mask": mask.kind,
+        "bias": kind_of_bias,
+        "relative_bias": _switch(relative),
+        "alibi": _switch(slopes),
+        "softcap": _switch(softcap),
+        "sinks": _switch(sinks),
+        "key_padding": _switch(parts.key_padding),
+        "dense": _switch(parts.dense),
+        "dropout": _switch(dropout),
+        "fixed_shift": _switch(shift),
+        "bias_staged": _staged(bias, of_bias, by_row=True),
+        "dense_staged": _staged(dense, of_dense, by_row=False),
+    }
+    arguments: dict[str, Any] = {
+        **_NO_RULE,
+        **addresses,
+        **_named_strides("bias", of_bias[1]),
+        **_named_strides("dense", of_dense[1]),
+        "key_padding_stride": padding_stride,
+        "alibi_stride_batch": 0
         if slopes is None or slopes.dim() < 2 or len(slopes) < 2
         else slopes.stride(0),
-        relative_stride_head=0 if relative is None or len(relative) < 2 else relative.stride(0),
-        left=left,
-        keep_first=keep_first,
-        full_on_decode=lifts,
-        relative_reach=0 if relative is None else relative.shape[1] // 2,
-        bias_is_paired=is_paired,
-        bias_is_shared=bias is not None and of_bias[1][1:] == (0, 0),
-        inverse_scale=1.0 / magnitude,
-        softcap_in=0.0 if softcap is None else 2 * math.log2(math.e) * magnitude / softcap,
-        softcap_out=0.0 if softcap is None else softcap / magnitude,
-        local_blocks=local_blocks,
-        stride=stride,
-        head_step=head_step,
-        head_shift=head_shift,
-        first_dense=first_dense,
-        block_log2=block_log2,
-        neg_shift=shift or 0.0,
-        dropout_threshold=0 if dropout is None else dropout.threshold,
-        dropout_scale=1.0 if dropout is None else dropout.scale,
-    )
-    return Checked(fields, bottom_right, diagonal, arguments, min(*addresses, *read) >= 0)
+        "relative_stride_head": 0 if relative is None or len(relative) < 2 else relative.stride(0),
+        "relative_reach": 0 if relative is None else relative.shape[1] // 2,
+        "bias_is_paired": is_paired,
+        "bias_is_shared": bias is not None and of_bias[1][1:] == (0, 0),
+        "inverse_scale": 1.0 / magnitude,
+        "softcap_in": 0.0 if softcap is None else 2 * math.log2(math.e) * magnitude / softcap,
+        "softcap_out": 0.0 if softcap is None else softcap / magnitude,
+        "neg_shift": shift or 0.0,
+        "dropout_threshold": 0 if dropout is None else dropout.threshold,
+        "dropout_scale": 1.0 if dropout is None else dropout.scale,
+        **mask.arguments,
+    }
+    has_memory = min(*addresses.values(), *read) >= 0
+    made = ScoreArguments(**arguments)
+    return Checked(fields, mask.bottom_right, mask.diagonal, made, has_memory)
 
 
 def patterns_of(rule: Rule) -> list[Tensor]:
     """Return the block patterns in a rule."""
     rules = rule.rules if isinstance(rule, PerHead) else (rule,)
     return [part.pattern for part in rules if isinstance(part, BlockSparse)]
+
+
+def _named_strides(name: str, steps: tuple[int, int, int]) -> dict[str, int]:
+    kinds = ("batch", "head", "row")
+    return {f"{name}_stride_{kind}": step for kind, step in zip(kinds, steps, strict=True)}
 
 
 def _switch(value: object) -> Switch:
@@ -286,17 +273,28 @@ def _staged(
     return Staging.ROW if by_row and head == 0 else Staging.OFF
 
 
-def stagings(call: Call) -> list[tuple[Staging, Staging]]:
-    """Return the possible stagings of bias and dense mask in calls like this, at all lengths.
+def fits_staging(head_dim: int, head_dim_v: int, itemsize: int) -> bool:
+    """Return whether rows of K and V leave shared memory for staged tiles of a matrix."""
+    return max(head_dim, head_dim_v) * itemsize <= _LARGEST_STAGED
 
-    Lengths decide whether rows begin at multiples of 16 bytes.
+
+def stagings(call: Call, problem: Problem, len_q: int) -> list[tuple[Staging, Staging]]:
+    """Return the possible stagings of bias and dense mask in calls like this with `len_q` queries.
+
+    Key counts and strides decide whether rows begin at multiples of 16 bytes, each matrix's on its
+    own. A matrix with a row for each query has one row where there is one query.
     """
+    if not fits_staging(problem.head_dim, problem.head_dim_v, problem.dtype.bytes):
+        return [(Staging.OFF, Staging.OFF)]
     dense = parts_of(call.mask).dense
 
     def ways(matrix: Tensor | None, *, by_row: bool) -> list[Staging]:
-        if matrix is not None and matrix.shape[2] > 1:
+        if matrix is None:
+            return [Staging.OFF]
+        if matrix.shape[2] > 1 and len_q > 1:
             return [Staging.OFF, Staging.MATRIX]
-        return [Staging.OFF, Staging.ROW] if matrix is not None and by_row else [Staging.OFF]
+        is_shared = matrix.shape[1] == 1 or matrix.stride(1) == 0
+        return [Staging.OFF, Staging.ROW] if by_row and is_shared else [Staging.OFF]
 
     of_bias = ways(call.scores.bias, by_row=True)
     of_dense = ways(None if dense is None else dense.keep, by_row=False)
@@ -314,8 +312,8 @@ def _ends_whole(matrix: Tensor) -> bool:
     return end + beyond <= matrix.untyped_storage().nbytes()
 
 
-def _pattern(rule: Rule, sizes: Sizes) -> tuple[int, ...]:
-    """Return (local_blocks, stride, head_step, head_shift, first_dense, block_log2) of a rule."""
+def _check_rule(rule: Rule, mask: KernelMask, sizes: Sizes) -> None:
+    """Refuse a rule for other heads, or for longer sequences than its kernels take."""
     if isinstance(rule, PerHead):
         if len(rule.rules) not in (sizes.heads, sizes.heads_kv):
             raise InvalidInputError(
@@ -323,50 +321,35 @@ def _pattern(rule: Rule, sizes: Sizes) -> tuple[int, ...]:
                 f"{sizes.heads} query heads, or of the {sizes.heads_kv} kv heads"
             )
         for part in rule.rules:
-            _pattern(part, sizes)
+            _check_heads(part, sizes)
+    else:
+        _check_heads(rule, sizes)
+    longest = max(sizes.len_q, sizes.len_kv)
+    name = type(rule).__name__
+    if mask.kind is MaskKind.BLOCK_LISTS:
+        if not mask.bottom_right:
+            longest = max(sizes.len_kv, sizes.len_q + mask.diagonal)
+        if longest > _MAX_LISTED_LENGTH:
+            raise InvalidInputError(
+                f"{name}(...): positions up to {longest}: lists of blocks take at most "
+                f"{_MAX_LISTED_LENGTH}"
+            )
+    elif mask.kind not in _UNLIMITED and longest > _MAX_WINDOW_LENGTH:
+        raise InvalidInputError(
+            f"{name}(...): lengths of {sizes.len_q} and {sizes.len_kv}: a {name.lower()} takes at "
+            f"most {_MAX_WINDOW_LENGTH}"
+        )
+
+
+def _check_heads(rule: Rule, sizes: Sizes) -> None:
+    """Refuse a pattern that is for other heads."""
     if isinstance(rule, BlockSparse) and len(rule.blocks) not in (1, sizes.heads, sizes.heads_kv):
         raise InvalidInputError(
             f"BlockSparse(pattern) is for {len(rule.blocks)} heads: it must be for 1, for the "
             f"{sizes.heads} query heads, or for the {sizes.heads_kv} kv heads"
         )
-    if not isinstance(rule, LocalStride):
-        return (0, 1, 0, 0, 0, 0)
-    if rule.num_dense_heads > sizes.heads_kv:
+    if isinstance(rule, LocalStride) and rule.num_dense_heads > sizes.heads_kv:
         raise InvalidInputError(
             f"LocalStride(num_dense_heads={rule.num_dense_heads}): there are only "
             f"{sizes.heads_kv} kv heads"
         )
-    return (
-        rule.local[0],
-        rule.vert_stride,
-        rule.step(max(1, sizes.heads)),
-        rule.head_offset,
-        sizes.heads_kv - rule.num_dense_heads,
-        rule.block_size.bit_length() - 1,
-    )
-
-
-def _rule(rule: Rule, sizes: Sizes) -> tuple[MaskKind, bool, int, int, int, bool]:
-    """Return (kind, is bottom-right aligned, diagonal, left, keep_first, full_on_decode)."""
-    if isinstance(rule, Full):
-        return MaskKind.FULL, False, 0, 0, 0, False
-    if isinstance(rule, Causal):
-        return MaskKind.CAUSAL, rule.align == "bottom_right", 0, 0, 0, False
-    if isinstance(rule, LocalStride) and rule.causal and rule.block_size in _KERNEL_BLOCKS:
-        return MaskKind.LOCAL_STRIDE, True, 0, 0, 0, False
-    if isinstance(rule, LocalStride | BlockSparse | PerHead):
-        first_row = rule.first_row if isinstance(rule, BlockSparse) else None
-        longest = max(sizes.len_kv, sizes.len_q + (first_row or 0))
-        if longest > _MAX_LISTED_LENGTH:
-            raise InvalidInputError(
-                f"{type(rule).__name__}(...): positions up to {longest}: lists of blocks take at "
-                f"most {_MAX_LISTED_LENGTH}"
-            )
-        return MaskKind.BLOCK_LISTS, first_row is None, first_row or 0, 0, 0, False
-    if max(sizes.len_q, sizes.len_kv) > _MAX_WINDOW_LENGTH:
-        raise InvalidInputError(
-            f"Window(...): lengths of {sizes.len_q} and {sizes.len_kv}: a window takes at most "
-            f"{_MAX_WINDOW_LENGTH}"
-        )
-    left, right, keep_first = rule.reach
-    return MaskKind.WINDOW, True, right, -left, keep_first, rule.full_on_decode

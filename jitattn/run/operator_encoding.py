@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 import torch
 
 from jitattn.request.problem import Call, axes, is_deterministic
-from jitattn.request.scores import ADDED, NO_CHANGES, Scores
+from jitattn.request.scores import ADDED, NO_CHANGES, NUMBERS, Scores
 from jitattn.values.dropout import Dropout
-from jitattn.values.masks import (
-    BlockSparse,
-    Both,
-    Causal,
-    Dense,
-    Full,
-    KeyPadding,
-    LocalStride,
-    PerHead,
-    Window,
-    parts_of,
-)
+from jitattn.values.masks import BY_VALUE, Both, Dense, KeyPadding, Rule, parts_of
 from jitattn.values.norm import L2Norm
 from jitattn.values.sequences import Padded, Paged, Ragged
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
-    from jitattn.values.masks import Mask, Rule
+    from jitattn.values.masks import Mask
 
 _NONE: Final = -(2**40)  #: stands for an integer that is None
 LAYOUTS: Final = ("bshd", "bhsd")
-_MASKS_OF_NUMBERS: Final = frozenset((Full, Causal, Window, LocalStride))
 DTYPES: Final = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: How a field of a rule is written, by its type.
+_FORMS: Final = {
+    "int": "integer",
+    "int | None": "integer",
+    "bool": "bool",
+    "Align": "align",
+    "Tensor": "tensor",
+    "int | tuple[int, int]": "pair",
+    "tuple[HeadRule, ...]": "rules",
+}
+#: Rules by their numbers, and the names and forms of their fields.
+_RULES: Final[dict[int, Any]] = {kind.graph_number: kind for kind in get_args(Rule)}
+_FIELDS: Final = {
+    number: tuple((field.name, _FORMS[str(field.type)]) for field in fields(kind))
+    for number, kind in _RULES.items()
+}
 
 
 class Encoded(NamedTuple):
@@ -45,26 +50,39 @@ class Encoded(NamedTuple):
     floats: list[float]
 
 
-def without_tensors(call: Call) -> tuple[Call | Encoded, Sequence[Tensor]]:
+class _Kept(NamedTuple):
+    """A call in an autograd context, without its tensors."""
+
+    ints: list[int]
+    floats: list[float]
+    rules: list[Rule | None]
+
+
+def without_tensors(call: Call) -> tuple[Call | _Kept, Sequence[Tensor]]:
     """Separate a call for an autograd context from its tensors, which autograd saves.
 
     The backward pass reads the tensors of masks, sequences, scores and dropout again: saved by
     autograd, they are checked for writes, and saved-tensor hooks can move them.
     """
     if (
-        type(call.mask) in _MASKS_OF_NUMBERS
+        type(call.mask) in BY_VALUE
         and call.q_seqs is call.kv_seqs is None
         and call.out is None
         and (call.scores is NO_CHANGES or call.scores == NO_CHANGES)
     ):
         return call, ()
-    tensors, ints, floats = encode(call)
-    return Encoded([], ints, floats), tensors
+    writer = _KeepingWriter()
+    encoder(call, writer)
+    return _Kept(writer.ints, writer.floats, writer.rules), writer.tensors
 
 
-def with_tensors(kept: Call | Encoded, tensors: Sequence[Tensor]) -> Call:
+def with_tensors(kept: Call | _Kept, tensors: Sequence[Tensor]) -> Call:
     """Rebuild a call from what `without_tensors` returned."""
-    return kept if isinstance(kept, Call) else decode(list(tensors), kept.ints, kept.floats)
+    if isinstance(kept, Call):
+        return kept
+    reader = _KeepingReader(list(tensors), kept.ints, kept.floats)
+    reader.rules = iter(kept.rules)
+    return read_call(reader)
 
 
 class Writer:
@@ -98,41 +116,24 @@ class Writer:
             self.floats.append(float(value))
 
     def rule(self, rule: Rule) -> None:
-        """Write a positional mask or a pattern."""
-        if isinstance(rule, Full):
-            self.integer(0)
-        elif isinstance(rule, Causal):
-            self.integer(1)
-            self.integer(rule.align == "bottom_right")
-        elif isinstance(rule, Window):
-            self.integer(2)
-            self.integer(rule.left)
-            self.integer(rule.right)
-            self.integer(rule.keep_first)
-            self.integer(rule.full_on_decode)
-        elif isinstance(rule, LocalStride):
-            local = rule.local_blocks
-            self.integer(3)
-            self.integer(rule.block_size)
-            self.integer(local[0] if isinstance(local, tuple) else local)
-            self.integer(local[1] if isinstance(local, tuple) else None)
-            self.integer(rule.vert_stride)
-            self.integer(rule.head_step)
-            self.integer(rule.head_offset)
-            self.integer(rule.num_dense_heads)
-            self.integer(rule.homo_head)
-            self.integer(rule.causal)
-        elif isinstance(rule, BlockSparse):
-            self.integer(4)
-            self.tensor(rule.pattern)
-            self.integer(rule.block_size)
-            self.integer(rule.causal)
-            self.integer(rule.first_row)
-        else:
-            self.integer(5)
-            self.integer(len(rule.rules))
-            for part in rule.rules:
-                self.rule(part)
+        """Write a positional mask or a pattern: its number, then its fields in order."""
+        self.integer(rule.graph_number)
+        for name, form in _FIELDS[rule.graph_number]:
+            value = getattr(rule, name)
+            if form == "tensor":
+                self.tensor(value)
+            elif form == "pair":
+                is_pair = isinstance(value, tuple)
+                self.integer(value[0] if is_pair else value)
+                self.integer(value[1] if is_pair else None)
+            elif form == "align":
+                self.integer(value == "bottom_right")
+            elif form == "rules":
+                self.integer(len(value))
+                for part in value:
+                    self.rule(part)
+            else:
+                self.integer(value)
 
     def sequences(self, seqs: Any) -> None:  # noqa: ANN401 - one of three, or None
         """Write a sequences value, or None."""
@@ -175,30 +176,21 @@ class Reader:
 
     def rule(self) -> Any:  # noqa: ANN401 - a rule
         """Read a positional mask or a pattern."""
-        kind = self.integer()
-        if kind == 0:
-            return Full()
-        if kind == 1:
-            return Causal("bottom_right" if self.integer() else "top_left")
-        if kind == 2:
-            left, right = self.integer(), self.integer()
-            return Window(left, right, self.integer(), bool(self.integer()))
-        if kind == 3:
-            size, first, second = self.integer(), self.integer(), self.integer()
-            return LocalStride(
-                size,
-                first if second is None else (first, second),
-                self.integer(),
-                self.integer(),
-                self.integer(),
-                self.integer(),
-                bool(self.integer()),
-                bool(self.integer()),
-            )
-        if kind == 4:
-            pattern = self.tensor()
-            return BlockSparse(pattern, self.integer(), bool(self.integer()), self.integer())
-        return PerHead([self.rule() for _ in range(self.integer())])
+        number = self.integer()
+        return _RULES[number](*[self._field(form) for _, form in _FIELDS[number]])
+
+    def _field(self, form: str) -> Any:  # noqa: ANN401 - of the form
+        if form == "tensor":
+            return self.tensor()
+        value = self.integer()
+        if form == "pair":
+            second = self.integer()
+            return value if second is None else (value, second)
+        if form == "align":
+            return "bottom_right" if value else "top_left"
+        if form == "rules":
+            return [self.rule() for _ in range(value)]
+        return bool(value) if form == "bool" else value
 
     def sequences(self) -> Any:  # noqa: ANN401 - one of three, or None
         """Read a sequences value, or None."""
@@ -218,15 +210,42 @@ class Reader:
         return made
 
 
+class _KeepingWriter(Writer):
+    """Keeps rules made of numbers as they are, which a context may: it is no graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rules: list[Rule | None] = []  #: None: encoded
+
+    def rule(self, rule: Rule) -> None:
+        """Keep a rule, or write it."""
+        if type(rule) in BY_VALUE:
+            self.rules.append(rule)
+        else:
+            self.rules.append(None)
+            super().rule(rule)
+
+
+class _KeepingReader(Reader):
+    """Reads what `_KeepingWriter` wrote and kept."""
+
+    rules: Iterator[Rule | None]
+
+    def rule(self) -> Any:  # noqa: ANN401 - a rule
+        """Return the next rule."""
+        kept = next(self.rules)
+        return super().rule() if kept is None else kept
+
+
 def encode(call: Call) -> Encoded:
     """Encode a call as operator arguments; `torch.compile` traces this."""
     return encoder(call).encoded()
 
 
-def encoder(call: Call) -> Writer:
+def encoder(call: Call, writer: Writer | None = None) -> Writer:
     """Encode a call, and return the writer for further fields."""
     axes(call.layout)  # raises for an unknown layout
-    writer = Writer()
+    writer = Writer() if writer is None else writer
     # First the fields that result shapes depend on.
     writer.integer(LAYOUTS.index(call.layout))
     writer.integer(DTYPES.index(call.out_dtype))
@@ -244,7 +263,8 @@ def encoder(call: Call) -> Writer:
     scores = call.scores
     for name in ADDED:
         writer.tensor(getattr(scores, name))
-    writer.number(scores.softcap)
+    for name in NUMBERS:
+        writer.number(getattr(scores, name))
     writer.integer(None if scores.dropout is None else scores.dropout.threshold)
     writer.tensor(None if scores.dropout is None else scores.dropout.state)
     norm = scores.qk_norm
@@ -275,14 +295,15 @@ def read_call(reader: Reader) -> Call:
     gear, num_splits, tile_rows = reader.integer(), reader.integer(), reader.integer()
     deterministic = bool(reader.integer())
     q_seqs, kv_seqs = reader.sequences(), reader.sequences()
-    added = {name: reader.tensor() for name in ADDED}
-    softcap = reader.number()
+    added: dict[str, Any] = {name: reader.tensor() for name in ADDED}
+    for name in NUMBERS:
+        added[name] = reader.number()
     threshold, state = reader.integer(), reader.tensor()
     dropout = None if threshold is None else Dropout(threshold, state)
     groups, head_scale, bound = reader.integer(), reader.tensor(), reader.number()
     normalize = reader.integer()
     norm = None if groups is None else L2Norm(groups, head_scale, bound, bool(normalize))
-    scores = Scores(**added, softcap=softcap, dropout=dropout, qk_norm=norm)
+    scores = Scores(**added, dropout=dropout, qk_norm=norm)
     return Call(
         mask,
         scale,

@@ -15,7 +15,7 @@ import operator
 import struct
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, get_type_hints
 
 from jitattn.errors import InternalError, LaunchError
 
@@ -76,6 +76,29 @@ class ArgumentStruct:
         template = ["template <class Base>"] if "Base" in self.base else []
         head = f"struct {self.name} : {self.base} {{" if self.base else f"struct {self.name} {{"
         return [*template, head, *(f"  {one.type} {one.name};" for one in self.in_order), "};"]
+
+
+def struct_of(name: str, values: type, *more: Argument, base: str = "") -> ArgumentStruct:
+    """Return the struct whose fields are those of a named tuple, and further ones.
+
+    Parameters
+    ----------
+    values : type
+        A named tuple. A field's annotation holds its C++ type, and may hold its meaning:
+        ``Annotated[int, "int32_t", "number of rows"]``.
+
+    Raises
+    ------
+    InternalError
+        A field's annotation has no C++ type.
+    """
+    found = []
+    for field, hint in get_type_hints(values, include_extras=True).items():
+        notes = getattr(hint, "__metadata__", ())
+        if not notes:
+            raise InternalError(f"{values.__name__}.{field} has no C++ type")
+        found.append(Argument(field, *notes))
+    return ArgumentStruct(name, (*found, *more), base)
 
 
 class ArgumentTable:

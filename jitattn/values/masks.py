@@ -4,6 +4,9 @@ True means attend. `a & b` is the intersection: at most one positional rule
 (`Full`, `Causal`, `Window`, `LocalStride`, `BlockSparse`, `PerHead`), at most one `KeyPadding` and
 at most one `Dense`. (A `Causal` and a `Window` are one window, and a `BlockSparse` may be causal.)
 
+A rule's `graph_number` names it in exported graphs, which hold its fields as well: a number is
+never used again for another.
+
 All can be copied, deep-copied and pickled. Rules made of numbers are compared and hashed by value.
 A mask that holds a tensor (`BlockSparse`, `KeyPadding`, `Dense`, and their intersections) equals
 only itself, not even a copy, as tensors are not compared.
@@ -12,10 +15,12 @@ only itself, not even a copy, as tensors are not compared.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypeAlias, get_args
 
 from jitattn.errors import InvalidInputError
+from jitattn.spec.enums import MaskKind
 from jitattn.values.given import integer
+from jitattn.values.mask_base import KernelMask, check_block_size, is_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +29,8 @@ if TYPE_CHECKING:
 
 Align: TypeAlias = Literal["bottom_right", "top_left"]
 _MAX_REACH = 2**30
-_BLOCK_SIZES = (8, 16, 32, 64, 128)
+#: Block sizes of local + stride patterns that need no lists: whole kernel blocks.
+_KERNEL_BLOCKS = (64, 128)
 
 
 class _Mask:
@@ -38,26 +44,16 @@ class _Mask:
         return both(self, other)
 
 
-def _is_count(mask: _Mask, name: str, value: object, least: int, most: int) -> bool:
-    """Return whether a field is an integer in this range; convert numpy integers to int."""
-    number = integer(value)
-    if number is None or not least <= number <= most:
-        return False
-    if type(value) is not int and value is getattr(mask, name):
-        object.__setattr__(mask, name, number)
-    return True
-
-
-def _check_block_size(mask: _Mask, size: object) -> None:
-    if not _is_count(mask, "block_size", size, 0, 128) or integer(size) not in _BLOCK_SIZES:
-        raise InvalidInputError(
-            f"{type(mask).__name__}(block_size={size!r}): it must be one of {_BLOCK_SIZES}"
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class Full(_Mask):
     """Full mask: every query sees every key."""
+
+    graph_number: ClassVar[int] = 0
+
+    def kernel_mask(self, heads_q: int, heads_kv: int) -> KernelMask:
+        """Return what kernels are told of it, in calls with so many heads."""
+        del heads_q, heads_kv
+        return KernelMask(MaskKind.FULL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +68,8 @@ class Causal(_Mask):
         first query see the first key only: key <= query. They differ when Lq != Lkv.
     """
 
+    graph_number: ClassVar[int] = 1
+
     align: Align = "bottom_right"
 
     def __post_init__(self) -> None:
@@ -80,6 +78,11 @@ class Causal(_Mask):
             raise InvalidInputError(
                 f"Causal(align={self.align!r}): align must be one of {get_args(Align)}"
             )
+
+    def kernel_mask(self, heads_q: int, heads_kv: int) -> KernelMask:
+        """Return what kernels are told of it, in calls with so many heads."""
+        del heads_q, heads_kv
+        return KernelMask(MaskKind.CAUSAL, self.align == "bottom_right")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,8 @@ class Window(_Mask):
         Lift the left bound for sequences with one query.
     """
 
+    graph_number: ClassVar[int] = 2
+
     left: int | None = None
     right: int | None = None
     keep_first: int = 0
@@ -111,7 +116,7 @@ class Window(_Mask):
             value = getattr(self, name)
             if value is None and name != "keep_first":
                 continue
-            if not _is_count(self, name, value, 0, 2**31 - 1):
+            if not is_count(self, name, value, 0, 2**31 - 1):
                 allowed = "an int of at least 0" + ("" if name == "keep_first" else ", or None")
                 raise InvalidInputError(f"Window({name}={value!r}): it must be {allowed}")
         if type(self.full_on_decode) is not bool:
@@ -125,6 +130,13 @@ class Window(_Mask):
         left = _MAX_REACH if self.left is None else min(self.left, _MAX_REACH)
         right = _MAX_REACH if self.right is None else min(self.right, _MAX_REACH)
         return left, right, min(self.keep_first, _MAX_REACH)
+
+    def kernel_mask(self, heads_q: int, heads_kv: int) -> KernelMask:
+        """Return what kernels are told of it, in calls with so many heads."""
+        del heads_q, heads_kv
+        left, right, keep_first = self.reach
+        numbers = {"left": -left, "keep_first": keep_first, "full_on_decode": self.full_on_decode}
+        return KernelMask(MaskKind.WINDOW, True, right, numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +170,8 @@ class LocalStride(_Mask):
         Not causal, a query before the first key (if Lq > Lkv) also sees no key.
     """
 
+    graph_number: ClassVar[int] = 3
+
     block_size: int
     local_blocks: int | tuple[int, int]
     vert_stride: int
@@ -169,7 +183,7 @@ class LocalStride(_Mask):
 
     def __post_init__(self) -> None:
         """Refuse an invalid pattern."""
-        _check_block_size(self, self.block_size)
+        check_block_size(self, self.block_size)
         local = self.local_blocks
         if isinstance(local, tuple):
             if self.causal or len(local) != 2:
@@ -191,7 +205,7 @@ class LocalStride(_Mask):
         ):
             if name == "head_step" and value is None:
                 continue
-            if not _is_count(self, name, value, least, 2**16 - 1):
+            if not is_count(self, name, value, least, 2**16 - 1):
                 raise InvalidInputError(
                     f"LocalStride({name}={value!r}): it must be an int from {least} to {2**16 - 1}"
                 )
@@ -207,6 +221,20 @@ class LocalStride(_Mask):
         if self.homo_head:
             return 0
         return max(1, self.vert_stride // heads_q) if self.head_step is None else self.head_step
+
+    def kernel_mask(self, heads_q: int, heads_kv: int) -> KernelMask:
+        """Return what kernels are told of it, in calls with so many heads."""
+        is_whole = self.causal and self.block_size in _KERNEL_BLOCKS
+        kind = MaskKind.LOCAL_STRIDE if is_whole else MaskKind.BLOCK_LISTS
+        numbers = {
+            "local_blocks": self.local[0],
+            "stride": self.vert_stride,
+            "head_step": self.step(max(1, heads_q)),
+            "head_shift": self.head_offset,
+            "first_dense": heads_kv - self.num_dense_heads,
+            "block_log2": self.block_size.bit_length() - 1,
+        }
+        return KernelMask(kind, True, 0, numbers)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -233,6 +261,8 @@ class BlockSparse(_Mask):
         sequence partition.
     """
 
+    graph_number: ClassVar[int] = 4
+
     pattern: Tensor
     block_size: int
     causal: bool = False
@@ -240,7 +270,7 @@ class BlockSparse(_Mask):
 
     def __post_init__(self) -> None:
         """Refuse an invalid pattern."""
-        _check_block_size(self, self.block_size)
+        check_block_size(self, self.block_size)
         shape, dtype = getattr(self.pattern, "shape", None), getattr(self.pattern, "dtype", None)
         if shape is None or len(shape) not in (2, 3) or str(dtype) != "torch.bool":
             raise InvalidInputError(
@@ -248,7 +278,7 @@ class BlockSparse(_Mask):
                 "tensor [rows, columns] or [heads, rows, columns]"
             )
         first = self.first_row
-        if first is not None and not _is_count(self, "first_row", first, 0, _MAX_REACH - 1):
+        if first is not None and not is_count(self, "first_row", first, 0, _MAX_REACH - 1):
             raise InvalidInputError(
                 f"BlockSparse(first_row={first!r}): it must be an int from 0, or None for Lkv - Lq"
             )
@@ -268,6 +298,11 @@ class BlockSparse(_Mask):
         """Pattern as [heads, rows, columns]."""
         return self.pattern if self.pattern.dim() == 3 else self.pattern[None]
 
+    def kernel_mask(self, heads_q: int, heads_kv: int) -> KernelMask:
+        """Return what kernels are told of it, in calls with so many heads."""
+        del heads_q, heads_kv
+        return KernelMask(MaskKind.BLOCK_LISTS, self.first_row is None, self.first_row or 0)
+
 
 @dataclass(frozen=True, slots=True)
 class PerHead(_Mask):
@@ -278,6 +313,8 @@ class PerHead(_Mask):
     rules : sequence of Full, Causal, Window, LocalStride or BlockSparse
         One per query head, or one per KV head.
     """
+
+    graph_number: ClassVar[int] = 5
 
     rules: tuple[HeadRule, ...]
 
@@ -295,6 +332,11 @@ class PerHead(_Mask):
                     f"PerHead([... {rule!r} ...]): positions count from the end, as in Causal() "
                     "and with first_row=None"
                 )
+
+    def kernel_mask(self, heads_q: int, heads_kv: int) -> KernelMask:
+        """Return what kernels are told of it, in calls with so many heads."""
+        del heads_q, heads_kv
+        return KernelMask(MaskKind.BLOCK_LISTS, True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 import jitattn
+from jitattn.api.attention import bind
+from jitattn.api.warmup import specs_of_call
 from jitattn.errors import CacheMissError, InvalidInputError, UnsupportedError
 from jitattn.jit import build, pool
-from jitattn.plan import choices, forward
+from jitattn.plan import choices
 from jitattn.spec.enums import RowClass
 from tests.cpu.processes import FORK, together
 from tests.cpu.specs import combine_spec, forward_spec
@@ -141,8 +143,9 @@ def test_record_that_cannot_be_written_is_one_warning(
 
 
 def test_warmup_of_a_call_needs_all_its_kernels() -> None:
-    spec = forward_spec("sm_80", 64)
-    specs = forward.specs_of_problem(spec.problem, "sm_80")
+    q = torch.randn(1, 4, 2, 64).bfloat16()
+    specs = specs_of_call(q, q, q, bind(q, q, q, {})[1], "sm_80", gradients=False)
+    assert forward_spec("sm_80", 64) in specs
     choice = {"dtype": "bf16", "head_dim": 64, "mask": "full"}
     assert {*specs} == {*choices.specs_of([choice], ["80"])}
 

@@ -9,17 +9,23 @@ import re
 import struct
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import pytest
 
 from jitattn.errors import InternalError, LaunchError
 from jitattn.jit import build, codegen, sources
 from jitattn.kernels.append import AppendSpec
-from jitattn.kernels.fwd_arguments import FWD, FWD_BLOCK_LIST, FWD_SCORE, FWD_SEQ, FWD_TABLES
-from jitattn.request.arguments import BlockListArguments, ScoreArguments, SequenceArguments
+from jitattn.kernels.fwd_arguments import FWD, FWD_TABLES
 from jitattn.spec import enums
-from jitattn.spec.arguments import Argument, ArgumentStruct, ArgumentTable, fast_divisor, strides
+from jitattn.spec.arguments import (
+    Argument,
+    ArgumentStruct,
+    ArgumentTable,
+    fast_divisor,
+    strides,
+    struct_of,
+)
 from jitattn.spec.enums import MatrixSize
 from jitattn.spec.kernel_spec import KernelSpec, families
 
@@ -160,18 +166,27 @@ def test_sources_name_no_struct_or_enum_of_another_family(family: str) -> None:
     assert named <= allowed
 
 
-@pytest.mark.parametrize(
-    ("group", "struct", "others"),
-    [
-        (SequenceArguments, FWD_SEQ, set()),
-        (ScoreArguments, FWD_SCORE, set()),
-        (BlockListArguments, FWD_BLOCK_LIST, {"tile_mask"}),
-    ],
-)
-def test_groups_of_a_request_are_those_of_the_table(
-    group: type[NamedTuple], struct: ArgumentStruct, others: set[str]
-) -> None:
-    assert {*group._fields, *others} == {field.name for field in struct.fields}
+class Fields3(NamedTuple):
+    first: Annotated[int, "int32_t", "rows"]
+    second: Annotated[Annotated[float, "float"], "a scale"]
+    third: Annotated[int, "const float*"]
+
+
+def test_a_struct_of_a_named_tuple_has_its_fields_in_order() -> None:
+    struct = struct_of("P", Fields3, Argument("more", "int32_t"), base="FwdParams")
+    assert struct.fields == (
+        Argument("first", "int32_t", "rows"),
+        Argument("second", "float", "a scale"),
+        Argument("third", "const float*"),
+        Argument("more", "int32_t"),
+    )
+    assert struct.render()[0] == "struct P : FwdParams {"
+    with pytest.raises(InternalError, match=r"Untyped\.first has no C"):
+        struct_of("P", Untyped)
+
+
+class Untyped(NamedTuple):
+    first: int
 
 
 def test_a_table_is_in_no_other_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,7 +238,7 @@ def test_warmup_knows_how_a_matrix_comes_at_other_lengths(rows: int, batch: int)
         }
         _, call = bind(q, k, v, given)
         problem, _ = parse(q, k, v, call)
-        ways = stagings(call)
+        ways = stagings(call, problem, 8)
         assert (problem.bias_staged, problem.dense_staged) in ways
         found.add(tuple(ways))
     assert len(found) == 1

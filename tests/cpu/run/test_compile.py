@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 import jitattn
-from jitattn import Causal, Full, LocalStride, PerHead, Ragged, Window
+from jitattn import BlockSparse, Causal, Full, LocalStride, PerHead, Ragged, Window
 from jitattn.api.attention import bind
 from jitattn.run.kvcache import KvCache
 from jitattn.run.kvcache_operators import encode_with_kvcache
-from jitattn.run.operator_encoding import decode, encode
+from jitattn.run.operator_encoding import KeptCall, Writer, decode, encode
+from jitattn.values.masks import Rule
 from tests.support.compiled import CASES, H, L, extra, inputs
 
 
@@ -136,6 +137,38 @@ def test_a_call_comes_back_as_it_was() -> None:
     for rule in rules:
         _, call = bind(q, k, v, {"mask": rule, "deterministic": True, "softcap": 2.0})
         assert decode(*encode(call)) == call._replace(return_lse=True)
+
+
+def test_rules_are_written_as_ever() -> None:
+    """Graphs that an earlier version exported hold these numbers."""
+    pattern = torch.ones(1, 2, 2, dtype=torch.bool)
+    none = -(2**40)
+    written: list[tuple[Any, list[int]]] = [
+        (Full(), [0]),
+        (Causal(), [1, 1]),
+        (Causal("top_left"), [1, 0]),
+        (Window(None, 7, 4, True), [2, none, 7, 4, 1]),
+        (LocalStride(16, (2, 1), 3, causal=False), [3, 16, 2, 1, 3, none, 0, 0, 0, 0]),
+        (LocalStride(64, 2, 3, 1, 5, 6, True), [3, 64, 2, none, 3, 1, 5, 6, 1, 1]),
+        (BlockSparse(pattern, 8, first_row=9), [4, 0, 8, 0, 9]),
+        (PerHead([Causal(), Full()]), [5, 2, 1, 1, 0]),
+    ]
+    for rule, ints in written:
+        writer = Writer()
+        writer.rule(rule)
+        assert writer.ints == ints
+    assert {kind.graph_number for kind in get_args(Rule)} == {ints[0] for _, ints in written}
+
+
+@pytest.mark.parametrize("rule", [Window(3, 0), PerHead([Causal(), Window(1, 2)])])
+def test_a_context_keeps_rules_of_numbers(rule: Any) -> None:
+    q, k, v = inputs()
+    _, call = bind(q, k, v, {"mask": rule, "sinks": torch.zeros(H)})
+    kept = KeptCall(call)
+    found = kept.call_with(kept.take_tensors())
+    parts = (rule, found.mask) if isinstance(rule, Window) else (rule.rules[0], found.mask.rules[0])
+    assert parts[0] is parts[1]
+    assert found == call._replace(return_lse=True)
 
 
 def test_out_is_refused() -> None:
