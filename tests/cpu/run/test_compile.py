@@ -13,7 +13,13 @@ from jitattn import BlockSparse, Causal, Full, LocalStride, PerHead, Ragged, Win
 from jitattn.api.attention import bind
 from jitattn.run.kvcache import KvCache
 from jitattn.run.kvcache_operators import encode_with_kvcache
-from jitattn.run.operator_encoding import KeptCall, Writer, decode, encode
+from jitattn.run.operator_encoding import (
+    Writer,
+    decode,
+    encode,
+    with_tensors,
+    without_tensors,
+)
 from jitattn.values.masks import Rule
 from tests.support.compiled import CASES, H, L, extra, inputs
 
@@ -164,8 +170,7 @@ def test_rules_are_written_as_ever() -> None:
 def test_a_context_keeps_rules_of_numbers(rule: Any) -> None:
     q, k, v = inputs()
     _, call = bind(q, k, v, {"mask": rule, "sinks": torch.zeros(H)})
-    kept = KeptCall(call)
-    found = kept.call_with(kept.take_tensors())
+    found = with_tensors(*without_tensors(call))
     parts = (rule, found.mask) if isinstance(rule, Window) else (rule.rules[0], found.mask.rules[0])
     assert parts[0] is parts[1]
     assert found == call._replace(return_lse=True)
