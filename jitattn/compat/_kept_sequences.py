@@ -12,19 +12,21 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import torch
 
 from jitattn.values.sequences import Paged, Ragged
-from jitattn.values.tensors import PLAIN
+from jitattn.values.tensors import PLAIN, is_transformed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: Shape and strides.
+_Form: TypeAlias = tuple[torch.Size, tuple[int, ...]]
 #: Sequences of queries and of keys.
 Both: TypeAlias = tuple[Ragged, Ragged | Paged]
 
 #: Few, as they hold memory of the caller's.
 _MOST_KEPT: Final = 4
 #: By the tensors' identities, which are theirs alone while the values hold them, and by the bounds:
-#: the values, and numbers of elements, which `resize_` changes.
-_kept: dict[tuple[int, ...], tuple[Both, int, int, int]] = {}
+#: the values, and shapes and strides, which `resize_` and the like change.
+_kept: dict[tuple[int, ...], tuple[Both, _Form, _Form, _Form | None]] = {}
 
 
 def sequences_of(
@@ -46,23 +48,25 @@ def sequences_of(
     key = (id(cu_seqlens_q), id(cu_seqlens_k), longest_q, longest_k, id(block_table))
     known = _kept.get(key)
     if known is not None:
-        found, num_q, num_k, num_pages = known
+        found, of_q, of_k, of_table = known
         if (
-            cu_seqlens_q.numel() == num_q
-            and (cu_seqlens_k is cu_seqlens_q or cu_seqlens_k.numel() == num_k)
-            and (block_table is None or block_table.numel() == num_pages)
+            (cu_seqlens_q.shape, cu_seqlens_q.stride()) == of_q
+            and (
+                cu_seqlens_k is cu_seqlens_q or (cu_seqlens_k.shape, cu_seqlens_k.stride()) == of_k
+            )
+            and (block_table is None or (block_table.shape, block_table.stride()) == of_table)
         ):
             return found
     found = _made(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, block_table)
     if (
         may_be_kept(cu_seqlens_q)
-        and (cu_seqlens_k is cu_seqlens_q or type(cu_seqlens_k) in PLAIN)
-        and (block_table is None or type(block_table) in PLAIN)
+        and (cu_seqlens_k is cu_seqlens_q or may_be_kept(cu_seqlens_k))
+        and (block_table is None or may_be_kept(block_table))
     ):
         if len(_kept) >= _MOST_KEPT:
             _kept.clear()
-        num_pages = 0 if block_table is None else block_table.numel()
-        _kept[key] = found, cu_seqlens_q.numel(), cu_seqlens_k.numel(), num_pages
+        of_table = None if block_table is None else form_of(block_table)
+        _kept[key] = found, form_of(cu_seqlens_q), form_of(cu_seqlens_k), of_table
     return found
 
 
@@ -81,8 +85,13 @@ def _made(
     return q_seqs, Ragged.from_cu_seqlens(cu_seqlens_k, longest_k)
 
 
+def form_of(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
+    """Return shape and strides, which operations in place may change."""
+    return tensor.shape, tensor.stride()
+
+
 def may_be_kept(tensor: Tensor) -> bool:
-    """Return whether a tensor may outlive a call: none of a graph that is being captured."""
-    if type(tensor) not in PLAIN:
+    """Return whether a tensor may outlive a call: none of a transform, or of a graph's capture."""
+    if type(tensor) not in PLAIN or is_transformed(tensor):
         return False
     return tensor.get_device() < 0 or not torch.cuda.is_current_stream_capturing()

@@ -234,7 +234,10 @@ class SparseAttention(torch.nn.Module):
         masks = facts.rules
         if masks is None:
             known = facts.known
-            if known is None or known.pattern._version != known.version:
+            if known is None:
+                masks = self._masks_of(facts, q.device)
+            elif known.pattern._version != known.version:
+                self._facts.clear()  # with the masks of the old pattern, for every shape
                 masks = self._masks_of(facts, q.device)
             else:
                 masks = known.masks

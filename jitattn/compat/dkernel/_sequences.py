@@ -7,12 +7,12 @@ the kernels read the lengths.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import torch
 
 from jitattn.compat._errors import CheckFailedError
-from jitattn.compat._kept_sequences import may_be_kept
+from jitattn.compat._kept_sequences import form_of, may_be_kept
 from jitattn.compat._transfer import on_device
 from jitattn.compat.dkernel._checks import check_indices, check_paddings
 from jitattn.errors import InvalidInputError
@@ -54,7 +54,7 @@ class Placed(NamedTuple):
 
 #: By the tensors' identities, which are theirs alone while the values hold them, by bounds and
 #: sizes: the values, and numbers of elements, which `resize_` changes.
-_kept: dict[tuple[object, ...], tuple[Placed, list[int]]] = {}
+_kept: dict[tuple[object, ...], tuple[Placed, list[Any]]] = {}
 
 
 def placed(sizes: Sizes, where: Where, longest: tuple[int | None, int | None], q: Tensor) -> Placed:
@@ -78,19 +78,19 @@ def placed(sizes: Sizes, where: Where, longest: tuple[int | None, int | None], q
     key = (id(cu_k), id(cu_q), id(left), id(seqlens), longest_q, longest_kv, sizes)
     known = _kept.get(key)
     if known is not None:
-        found, (num_cu_k, num_cu_q, num_left, num_seqlens) = known
+        found, (of_cu_k, of_cu_q, of_left, of_seqlens) = known
         if (
-            (cu_k is None or cu_k.numel() == num_cu_k)
-            and (cu_q is None or cu_q.numel() == num_cu_q)
-            and (left is None or left.numel() == num_left)
-            and (seqlens is None or seqlens.numel() == num_seqlens)
+            (cu_k is None or (cu_k.shape, cu_k.stride()) == of_cu_k)
+            and (cu_q is None or (cu_q.shape, cu_q.stride()) == of_cu_q)
+            and (left is None or (left.shape, left.stride()) == of_left)
+            and (seqlens is None or (seqlens.shape, seqlens.stride()) == of_seqlens)
         ):
             return found
     found = _translated(sizes, where, longest, q)
     if _holds_just(found, cu_k, cu_q, left, seqlens):
         if len(_kept) >= _MOST_KEPT:
             _kept.clear()
-        _kept[key] = found, [0 if x is None else x.numel() for x in where]
+        _kept[key] = found, [None if x is None else form_of(x) for x in where]
     return found
 
 

@@ -181,8 +181,6 @@ def with_kvcache(
     if not return_lse:
         return found, None
     result, lse = found
-    if type(cache_seqlens) is int and cache_leftpad is None and _all_see(q, k, cache_seqlens):
-        return result, lse
     # Only alibi_slopes may have a gradient here; then autograd has saved the LSE.
     return result, their_lse(lse) if lse.requires_grad else into_their_lse(lse)
 
@@ -198,13 +196,6 @@ def _are_followed(
         or (k is not None and k.requires_grad)
         or (v is not None and v.requires_grad)
     )
-
-
-def _all_see(q: Tensor, k: Tensor | None, length: int) -> bool:
-    """Return whether every query sees a key: its own, whatever the window. No graph asks."""
-    if torch.compiler.is_compiling():
-        return False
-    return q.shape[1] <= length + (0 if k is None else k.shape[1])
 
 
 def _room(k_cache: Tensor, block_table: Tensor | None) -> int:

@@ -21,6 +21,7 @@ OPERATIONS = {
     "kv packed": ["aten.unbind.int"],
     "varlen qkv packed": ["aten.unbind.int"],
     "cache, LSE": ["aten.threshold_.default"],
+    "cache, int length, LSE": ["aten.threshold_.default"],
 }
 MOST_CALLS = 10
 

@@ -13,10 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from jitattn.compat._kept_sequences import _MOST_KEPT, sequences_of
+from jitattn.compat._kept_sequences import _MOST_KEPT, _kept, sequences_of
 from jitattn.compat.dkernel import LocalStrideSparseAttention, SparseAttention, _module, _sequences
 from jitattn.compat.flash_attn import (
-    _kvcache,
     flash_attn_func,
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
@@ -129,6 +128,39 @@ def test_rotary_tables_are_checked_again_when_they_are_others() -> None:
         appended(cos, sin)
 
 
+def test_tables_whose_data_changed_kind_are_checked_again() -> None:
+    cos, sin = torch.rand(2, 8, D // 2)
+    appended(cos, sin)
+    cos.data = cos.data.half()
+    with pytest.raises(RuntimeError, match="they must be alike"):
+        appended(cos, sin)
+
+
+def test_index_tensors_that_changed_shape_are_checked_again() -> None:
+    x, cu = torch.randn(L, H, D), ends(0, 5, 9, L)
+    varlen(x, cu)
+    cu.data = cu.data.view(2, 2)
+    with pytest.raises(RuntimeError, match="cu_seqlens"):
+        varlen(x, cu)
+
+
+def test_index_tensors_of_a_transform_are_not_kept() -> None:
+    kept = dict(_kept)
+    torch.vmap(lambda cu: (sequences_of(cu, cu, L, L), cu.sum())[1])(torch.stack([ends(0, L)] * 2))
+    assert _kept == kept
+
+
+def test_masks_of_an_old_pattern_are_dropped_for_all_shapes() -> None:
+    layer = pattern_layer()
+    for length in (48, 32, 16):
+        x = torch.randn(1, length, H, D)
+        layer(x, x, x)
+    assert len(layer._facts) == 3
+    layer.sparse_pattern.copy_(torch.eye(3, dtype=torch.bool))
+    layer(x, x, x)
+    assert len(layer._facts) <= 1
+
+
 def test_rotary_tables_are_not_held() -> None:
     cos, sin = torch.rand(8, D // 2), torch.rand(8, D // 2)
     appended(cos, sin)
@@ -143,9 +175,9 @@ def test_rotary_tables_are_not_held() -> None:
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 5])
 @pytest.mark.parametrize("window", [(-1, -1), (0, 0), (2, 1)])
 def test_rows_that_see_nothing_by_a_length_of_the_host(
-    length: int, window: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    length: int, window: tuple[int, int]
 ) -> None:
-    """Their LSE is +inf, as by a length on a GPU; none is looked for where all rows see keys."""
+    """Their LSE is +inf, as by a length on a GPU."""
     q, cache = torch.randn(2, 3, H, D), torch.randn(2, 2, 8, H, D)
 
     def attend(length: Any) -> Any:
@@ -154,8 +186,6 @@ def test_rows_that_see_nothing_by_a_length_of_the_host(
 
     wanted = attend(torch.full((2,), length, dtype=torch.int32))
     assert torch.isposinf(wanted[1]).sum() == 2 * H * max(0, 3 - length)
-    if length >= 3:
-        monkeypatch.setattr(_kvcache, "into_their_lse", None)
     for one, other in zip(attend(length), wanted, strict=True):
         assert torch.equal(one, other)
 
