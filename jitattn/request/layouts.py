@@ -272,6 +272,7 @@ def _check_fit(q: Tensor, k: Tensor, v: Tensor, ours: _Side, k_side: _Side, v_si
         ("rows", k.shape[k_side.row], v.shape[v_side.row]),
         ("rows in all", k_side.rows, v_side.rows),
         ("sequences", k_side.batch, v_side.batch),
+        ("rows of the batch", k_side.outer_size, v_side.outer_size),
     ):
         if one != other:
             raise InvalidInputError(f"{what} differ: {one} and {other} {shapes}")

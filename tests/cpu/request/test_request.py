@@ -238,7 +238,7 @@ def test_calls_with_more_keys_are_as_if_checked(
         {"out": torch.empty(1, 3, 4, 16)},
         {"kv_seqs": jitattn.Padded(torch.tensor([2]))},
     ],
-    ids=str,
+    ids=lambda given: next(iter(given)),
 )
 def test_calls_with_more_in_them_are_checked(
     given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -276,3 +276,12 @@ def test_other_calls_are_checked(change: Any, monkeypatch: pytest.MonkeyPatch) -
     with contextlib.suppress(InvalidInputError):
         find(q, k, v, bind(q, k, v, {})[1])
     assert looked
+
+
+def test_rows_by_index_are_of_both_caches() -> None:
+    """An index that only k has room for would lead out of v."""
+    q, k = torch.empty(2, 3, 4, 16), torch.empty(5, 8, 4, 16)
+    where = jitattn.Padded(torch.tensor([8, 8]), batch_idx=torch.tensor([4, 0]))
+    for v in (k[:3], k[:1]):
+        with pytest.raises(jitattn.InvalidInputError, match="rows of the batch differ: 5 and"):
+            jitattn.attention(q, k, v, kv_seqs=where)
