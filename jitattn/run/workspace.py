@@ -1,12 +1,15 @@
-"""Allocates workspace: patterns for buffers, and split-KV arrival counters, reset by the kernel.
+"""Allocates workspace: patterns for buffers, and counters, which kernels reset.
 
-A launch that splits keys counts its finished CTAs. The last one resets the counter to zero for the
-next launch in the same stream. Launches that may run concurrently must not share counters: every
-stream has its own, and so has every launch captured in a CUDA graph, for the life of the process.
+A launch that splits keys counts its finished CTAs, and a persistent kernel the tiles that its CTAs
+have drawn. The last one resets the counter to zero for the next launch in the same stream. Launches
+that may run concurrently must not share counters: every stream has its own, and so has every launch
+captured in a CUDA graph, for the life of the process. (Two replays of one captured graph may not
+run at a time.)
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Final
 
 import torch
@@ -22,6 +25,7 @@ _FOR_CAPTURES: Final = 1 << 17
 _scalars: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 _of_stream: dict[tuple[int, int], torch.Tensor] = {}
 _for_captures: dict[int, tuple[torch.Tensor, int]] = {}
+_lock = threading.Lock()
 
 
 def pattern(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -69,17 +73,18 @@ def _forget() -> None:
 
 
 def _captured(count: int, device_index: int) -> int:
-    counters, used = _for_captures.get(device_index, (None, 0))
-    if counters is None or used + count > counters.numel():
-        if counters is None:
-            raise LaunchError(
-                "a call that splits its keys is captured before any was made on this device; call "
-                "jitattn.warmup with the same arguments before the capture"
-            )
-        # The reserve is used up: the graph zeroes new counters at every replay.
-        return _zeros(count, device_index).data_ptr()
-    _for_captures[device_index] = (counters, used + count)
-    return counters.data_ptr() + 4 * used
+    with _lock:
+        counters, used = _for_captures.get(device_index, (None, 0))
+        if counters is not None and used + count <= counters.numel():
+            _for_captures[device_index] = (counters, used + count)
+            return counters.data_ptr() + 4 * used
+    if counters is None:
+        raise LaunchError(
+            "a call whose kernel counts is captured before any was made on this device; call "
+            "jitattn.warmup with the same arguments before the capture"
+        )
+    # The reserve is used up: the graph zeroes new counters at every replay.
+    return _zeros(count, device_index).data_ptr()
 
 
 def _zeros(count: int, device_index: int) -> torch.Tensor:
