@@ -25,13 +25,6 @@ struct Conditional<false, A, B> {
   using type = B;
 };
 
-struct TrueType {
-  static constexpr bool value = true;
-};
-struct FalseType {
-  static constexpr bool value = false;
-};
-
 constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }

@@ -20,9 +20,13 @@ struct CtaWork {
   const int64_t kv_batch_idx;
 
   __device__ __forceinline__ CtaWork(const FwdParamsOf<Spec>& params, const WorkTile& tile)
+      : CtaWork(params, tile, Sequence::of<Spec>(params, tile.batch_idx)) {}
+
+  __device__ __forceinline__ CtaWork(const FwdParamsOf<Spec>& params, const WorkTile& tile,
+                                     const Sequence& sequence)
       : params(params),
         tile(tile),
-        sequence(Sequence::of<Spec>(params, tile.batch_idx)),
+        sequence(sequence),
         rows(params, sequence.len_q),
         range(kv_block_range<Spec>(params, sequence, rows, tile)),
         kv_head_idx(tile.head_idx / params.heads_per_kv),

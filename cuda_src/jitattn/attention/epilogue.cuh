@@ -21,7 +21,9 @@ namespace jitattn {
 // Required of Traits: the members that SplitCombine needs; Softmax; kRowTiles and kColumnTiles, the
 // accumulator tiles of a warp; kDimV, its columns; Rows, its rows (tile/warp_rows.cuh); kWarpRows,
 // the number of rows of a warp, and first_row(warp_q), the first of them; kIsTwoLevel, whether V
-// has scales to multiply the output by.
+// has scales to multiply the output by; kStagesOutput, whether results may overwrite the shared
+// tiles on their way to memory; kSumsAreDefined, whether the sums of a row that saw no key are 0;
+// kAllWarpsWrite, whether no warps split the keys, as the compiler cannot see for itself.
 template <class Spec, class Traits>
 struct FwdEpilogue {
   using Threads = typename Traits::Threads;
@@ -32,7 +34,8 @@ struct FwdEpilogue {
 
   using Out = Scalar<Spec::kOutDtype>;
   static constexpr int kWarpFloats = Traits::kWarpRows * Traits::kDimV;
-  static constexpr bool kIsStaged = sizeof(Element) == 2 && Spec::kAccess == Access::kVec16;
+  static constexpr bool kIsWide = sizeof(Element) == 2 && Spec::kAccess == Access::kVec16;
+  static constexpr bool kIsStaged = kIsWide && Traits::kStagesOutput;
 
   const FwdParamsOf<Spec>& params;
   const OutputRows<Spec> out;
@@ -54,7 +57,7 @@ struct FwdEpilogue {
   __device__ void finish(Output& r_o, Softmax& softmax) const {
     softmax.reduce();
     if constexpr (Spec::kWarpsKv > 1) combine_warps(r_o, softmax);
-    if (warp_kv == 0) write(r_o, softmax);
+    if (Traits::kAllWarpsWrite || warp_kv == 0) write(r_o, softmax);
     if (out.tile.num_splits > 1) {
       SplitCombine<Spec, Traits>{out, params, s_addr, lane_idx}.combine_if_last();
     }
@@ -79,6 +82,12 @@ struct FwdEpilogue {
 #pragma unroll
       for (int n = 0; n < Traits::kColumnTiles; ++n) {
         scale_row(r_o[m][n], half, inverse);
+        if constexpr (!Traits::kSumsAreDefined) {
+          const bool saw_none = softmax.row_sum[m][half] == 0.f;
+          float (&tile)[4] = r_o[m][n];
+          tile[2 * half] = saw_none ? 0.f : tile[2 * half];
+          tile[2 * half + 1] = saw_none ? 0.f : tile[2 * half + 1];
+        }
         if constexpr (Traits::kIsTwoLevel) scale_row(r_o[m][n], half, of_values);
       }
     });
@@ -158,6 +167,8 @@ struct FwdEpilogue {
       }
       if constexpr (kIsStaged) {
         stage_row(r_o[m], half, row);
+      } else if constexpr (kIsWide) {
+        exchange_row(place, r_o[m], half);
       } else if (place.exists) {
         write_row<Spec::kAccess == Access::kVec16>(out.out_row(place), r_o[m], half);
       }
@@ -193,6 +204,26 @@ struct FwdEpilogue {
       if (!place.exists) continue;
       const Vec16 v = ptx::ld_shared_v4(s_addr + StageLayout::offset(row, chunk));
       *reinterpret_cast<Vec16*>(out.out_row(place) + chunk * 8) = v;
+    }
+  }
+
+  // ---- 16-byte stores without staging: the four lanes of a row exchange four n8 tiles, after which
+  // each has one of them.
+  __device__ void exchange_row(const Place& place, const float (&tiles)[Traits::kColumnTiles][4],
+                               int half) const {
+    uint16_t* g_row = out.out_row(place);
+#pragma unroll
+    for (int first = 0; first < Traits::kColumnTiles; first += 4) {
+      uint32_t words[4] = {};
+#pragma unroll
+      for (int i = 0; i < min_of(4, Traits::kColumnTiles - first); ++i) {
+        words[i] = Out::round_pair(tiles[first + i][2 * half], tiles[first + i][2 * half + 1]);
+      }
+      transpose_in_fours(words, lane_idx);
+      const int column = (first + (lane_idx & 3)) * 8;
+      if (place.exists && column < Spec::kHeadDimV) {
+        *reinterpret_cast<Vec16*>(g_row + column) = {words[0], words[1], words[2], words[3]};
+      }
     }
   }
 

@@ -89,6 +89,61 @@ struct OnlineSoftmax {
     }
   }
 
+  // Raises the maxima as update_max does, but leaves the output alone, whose products are not
+  // finished yet: returns whether the caller must rescale it, by these factors. (update_max in terms
+  // of this makes mma.sync kernels spill.)
+  template <int kKeyTiles, class Scale>
+  __device__ bool raise_max(const float (&r_s)[kRowTiles][kKeyTiles][4],
+                            float (&factors)[kRowTiles][2], const Scale& scale) {
+    float lane_max[kRowTiles][2];
+    bool exceeds = false;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float highest = fmaxf(r_s[m][0][2 * half], r_s[m][0][2 * half + 1]);
+#pragma unroll
+        for (int n = 1; n < kKeyTiles; ++n) {
+          highest = fmaxf(highest, fmaxf(r_s[m][n][2 * half], r_s[m][n][2 * half + 1]));
+        }
+        lane_max[m][half] = highest;
+        const float neg = scale.addend(m, half, neg_max[m][half]);
+        exceeds |= fmaf(highest, scale(m, half), neg) > kLift + kSlack;
+      }
+    }
+    if (!__any_sync(0xffffffffu, exceeds)) return false;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float highest = lane_max[m][half];
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+        const float most = scale.bare(highest) * scale(m, half);
+        // The sum of both is rounded: for large |most|, P would overflow fp16.
+        const float up = fabsf(most) < kMostLifted ? kLift : min_of(kLift, 0);
+        const float raised = fminf(neg_max[m][half], up - most);
+        factors[m][half] = ptx::exp2_approx(raised - neg_max[m][half]);
+        neg_max[m][half] = raised;
+        row_sum[m][half] *= factors[m][half];
+      }
+    }
+    return true;
+  }
+
+  template <class Tile, int kColumnTiles>
+  __device__ static void rescale(Tile (&r_o)[kRowTiles][kColumnTiles],
+                                 const float (&factors)[kRowTiles][2]) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n) scale_row(r_o[m][n], half, factors[m][half]);
+      }
+    }
+  }
+
   // Replaces the scores of one n8 tile by P = exp2(score * scale - max) and adds P to the row sums.
   template <class Scale>
   __device__ void exponentiate(float (&tile)[4], int m, const Scale& scale) {

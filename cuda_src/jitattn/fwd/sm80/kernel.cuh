@@ -40,12 +40,12 @@
 #include "jitattn/attention/row_scale.cuh"
 #include "jitattn/attention/schedule.cuh"
 #include "jitattn/attention/sequence.cuh"
+#include "jitattn/attention/warp_scores.cuh"
 #include "jitattn/debug.cuh"
 #include "jitattn/fwd/sm80/gathered_rows.cuh"
 #include "jitattn/fwd/sm80/loader.cuh"
 #include "jitattn/fwd/sm80/products.cuh"
 #include "jitattn/fwd/sm80/traits.cuh"
-#include "jitattn/fwd/sm80/warp_scores.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/ptx/special.cuh"
 #include "jitattn/tile/accumulator.cuh"
@@ -63,7 +63,7 @@ struct FwdStep {
   const GatheredRows<Spec>& gathered;
   TileLoader<Spec>& loader;
   const WarpProducts<Spec>& products;
-  const WarpScores<Spec>& scores;
+  const WarpScores<Spec, Traits, GatheredRows<Spec>>& scores;
   RowScale<Spec, Traits::kRowTiles>& scale;
   typename Traits::Softmax& softmax;
   const typename Traits::TwoLevel& two_level;
@@ -149,7 +149,8 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
 
   // ---- Copies, products and scores; register tiles
   const OperandCopies<Spec> copies(params);
-  const WarpPart part = {lane_idx, Traits::first_row(warp_q), warp_kv * Traits::kWarpKeys, warp_kv};
+  const int first_row = Traits::first_row(warp_q);
+  const WarpPart part = {lane_idx, first_row, warp_kv * Traits::kWarpKeys, warp_kv, first_row};
   WarpProducts<Spec> products(s_addr, part);
   typename Traits::Output r_o = {};
   typename Traits::Softmax softmax;
@@ -160,7 +161,7 @@ __device__ __forceinline__ void attn_fwd(const FwdParamsOf<Spec>& params) {
   int ordinal = range.end - 1;  // of the current step
   const GatheredRows<Spec> gathered(params, work.sequence, tile.batch_idx, s_addr);
   TileLoader<Spec> loader(work, offsets, copies, gathered, s_addr);
-  const WarpScores<Spec> scores(work, gathered, s_addr, part);
+  const WarpScores<Spec, Traits, GatheredRows<Spec>> scores(work, gathered, s_addr, part);
 
   // ---- Prologue. Without a block, the tile may have no rows.
   if (kIsUniform<Spec> || ordinal >= range.begin) scale.load_rows(work, scores.rows);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "jitattn/attention/sequence.cuh"
+#include "jitattn/attention/warp_scores.cuh"
 #include "jitattn/fwd/sm80/traits.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/tile/swizzle.cuh"

@@ -59,14 +59,6 @@ struct MmaOf<Numerics::kTf32, kDtype> {
   using type = MmaTf32<1>;
 };
 
-// A warp's part of a score tile: its rows, and the keys of its column of warps.
-struct WarpPart {
-  int lane_idx;
-  int first_row;
-  int first_key;
-  int warp_kv;
-};
-
 template <class Spec>
 struct FwdTraits {
   static_assert(!kGathersKeys<Spec>, "the forward kernel takes lists");
@@ -92,6 +84,7 @@ struct FwdTraits {
   // Register tiles of a warp, in MMA tiles.
   static constexpr int kWarpRows = Spec::kBlockQ / Spec::kWarpsQ;
   static constexpr int kWarpKeys = Spec::kBlockKv / Spec::kWarpsKv;
+  static constexpr int kJointRows = kWarpRows;  // each warp branches on its own
   using Rows = WarpRows<16>;
   __device__ static int first_row(int warp_q) { return warp_q * kWarpRows; }
   static constexpr int kRowTiles = kWarpRows / 16;
@@ -144,6 +137,8 @@ struct FwdTraits {
   static constexpr int kOffsetK = kBytesQ;
   static constexpr int kOffsetV = kOffsetK + Spec::kStages * kBytesK;
   static constexpr int kBytesLoop = kOffsetV + Spec::kStages * kBytesV;
+  static constexpr bool kStagesOutput = true, kSumsAreDefined = true;
+  static constexpr bool kAllWarpsWrite = false;
   static constexpr int kBytesOut =
       sizeof(ElementOut) == 2 ? Spec::kBlockQ * kDimV * static_cast<int>(sizeof(ElementOut)) : 0;
   static constexpr int kBytesCombine = (Spec::kWarpsKv - 1) * Spec::kBlockQ * (kDimV + 2) * 4;

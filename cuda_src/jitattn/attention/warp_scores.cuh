@@ -9,8 +9,6 @@
 #include "jitattn/attention/schedule.cuh"
 #include "jitattn/attention/score.cuh"
 #include "jitattn/attention/sequence.cuh"
-#include "jitattn/fwd/sm80/gathered_rows.cuh"
-#include "jitattn/fwd/sm80/traits.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
 #include "jitattn_spec.h"
@@ -29,23 +27,34 @@ struct WholeBlocks {
   }
 };
 
-template <class Spec>
+// A warp's part of a score tile: its rows, and the keys of its column of warps.
+struct WarpPart {
+  int lane_idx;
+  int first_row;
+  int first_key;
+  int warp_kv;
+  int first_joint_row;  // of the warps that must take the same branches
+};
+
+// Required of Traits: Scores, kRowTiles and kKeyTiles, the accumulator tiles of a warp; Rows, its
+// rows (tile/warp_rows.cuh); kWarpKeys; kJointRows, the number of rows whose warps must take the
+// same branches; kIsStaged, kStagesBias and kStagesDense, and where the tiles of staged matrices
+// lie. Required of Gathered: listed_addr, where there are block lists.
+template <class Spec, class Traits, class Gathered>
 struct WarpScores {
-  using Traits = FwdTraits<Spec>;
   using Scores = typename Traits::Scores;
   using Kept = KeptWeights<Spec, Traits::kRowTiles, Traits::kKeyTiles>;
   static constexpr bool kIsCapped = Spec::kSoftcap == Switch::kOn;
   static constexpr bool kDrops = Spec::kDropout == Switch::kOn;
 
   const CtaWork<Spec>& work;
-  const GatheredRows<Spec>& gathered;
+  const Gathered& gathered;
   const uint32_t s_addr;  // of the CTA's storage
   const WarpPart part;
   const typename Traits::Rows rows;  // of the sequence
 
-  __device__ __forceinline__ WarpScores(const CtaWork<Spec>& work,
-                                        const GatheredRows<Spec>& gathered, uint32_t s_addr,
-                                        const WarpPart& part)
+  __device__ __forceinline__ WarpScores(const CtaWork<Spec>& work, const Gathered& gathered,
+                                        uint32_t s_addr, const WarpPart& part)
       : work(work),
         gathered(gathered),
         s_addr(s_addr),
@@ -110,6 +119,12 @@ struct WarpScores {
     }
   }
 
+  // Applies softcap and adds biases after the product, where it does not add to its accumulators.
+  __device__ __forceinline__ void modify(Scores& r_s, int block) const {
+    if constexpr (kIsCapped) cap_scores<Spec>(r_s, work.params);
+    change(r_s, block, 0);
+  }
+
   // Applies the positional mask or the block list.
   __device__ __forceinline__ void mask(Scores& r_s, int block) const {
     if constexpr (kHasBlockLists<Spec>) {
@@ -127,7 +142,7 @@ struct WarpScores {
 
   // Draws the weights that dropout keeps.
   __device__ __forceinline__ Kept draw_kept(int block) const {
-    Kept kept;
+    Kept kept = {};
     if constexpr (kDrops) {
       kept.draw(work.params, work.sequence, work.rows, work.tile.batch_idx, work.tile.head_idx,
                 rows, columns_of(block));
@@ -136,10 +151,16 @@ struct WarpScores {
   }
 
  private:
-  // ---- Limits of this warp's first and last rows, derived again where needed to save registers.
-  __device__ int first_position() const { return work.rows.position(rows.first); }
+  // ---- Limits of the first and last of the rows whose warps branch together, derived again where
+  // needed to save registers.
+  static constexpr bool kIsAlone = Traits::kJointRows == Traits::kWarpRows;
+  __device__ int first_joint_row() const { return work.first_row() + part.first_joint_row; }
+  __device__ int first_position() const {
+    return work.rows.position(kIsAlone ? rows.first : first_joint_row());
+  }
   __device__ int last_position() const {
-    return work.rows.position(rows.template last<Traits::kRowTiles>());
+    return work.rows.position(kIsAlone ? rows.template last<Traits::kRowTiles>()
+                                       : first_joint_row() + Traits::kJointRows - 1);
   }
   __device__ int first_sees() const { return sees(first_position()); }
   __device__ int last_sees() const { return sees(last_position()); }
