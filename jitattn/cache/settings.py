@@ -1,7 +1,8 @@
 """Reads environment variables: one table, read when a value is needed, never at import.
 
-None of them changes numerics. Those that change machine code (line info, device asserts) do so
-through the compiler's options, and so enter the cache key.
+None of them changes numerics, apart from the last bits of another kernel family. Those that change
+machine code (line info, device asserts) do so through the compiler's options, and so enter the
+cache key.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Final, Literal, TypeAlias, cast, get_args
 from jitattn.errors import InvalidInputError
 
 CacheMode: TypeAlias = Literal["rw", "ro", "off"]
+Family: TypeAlias = Literal["sm80", "sm90"]
 
 _SIZE: Final = re.compile(r"([0-9]{1,15})([KMGkmg]?)")
 _SECONDS: Final = re.compile(r"[0-9]{1,5}(\.[0-9]{0,9})?|\.[0-9]{1,9}")
@@ -39,6 +41,7 @@ VARIABLES: Final[dict[str, tuple[str, str]]] = {
     "JITATTN_NO_COMPILE": ("0", "1 forbids compiling: a missing kernel is an error that names it"),
     "JITATTN_LOCK_TIMEOUT": ("60", "seconds to wait for another process that compiles the kernel"),
     "JITATTN_NVRTC": ("chosen by driver", "12 or 13: which installed NVRTC compiles"),
+    "JITATTN_FAMILY": ("sm80", "sm90 lets calls take the wgmma kernels of sm_90"),
     "JITATTN_RECORD": ("unset", "file to note the kernels in that a program uses, for prebuild"),
     "JITATTN_KEEP_SOURCE": ("unset", "directory to keep the source of every compile in"),
     "JITATTN_LINEINFO": ("0", "1 compiles line numbers in, for profilers"),
@@ -113,6 +116,15 @@ def nvrtc_major() -> int | None:
     raise InvalidInputError(f"JITATTN_NVRTC={value!r}: it must be 12 or 13, or unset")
 
 
+def family() -> Family:
+    """Return the newest kernel family that calls may take."""
+    value = os.environ.get("JITATTN_FAMILY") or "sm80"
+    for one in get_args(Family):
+        if value == one:
+            return cast("Family", one)
+    raise InvalidInputError(f"JITATTN_FAMILY={value!r}: it must be sm80 or sm90")
+
+
 def lineinfo() -> bool:
     """Return whether line numbers are compiled in."""
     return _flag("JITATTN_LINEINFO")
@@ -171,6 +183,7 @@ READERS: Final[tuple[Callable[[], object], ...]] = (
     no_compile,
     lock_timeout,
     nvrtc_major,
+    family,
     record,
     keep_source,
     lineinfo,

@@ -57,6 +57,8 @@ class Backend:
     load: Callable[[KernelSpec, int], launch.Kernel] = launch.kernel
     #: Whether `load` would return without loading.
     is_loaded: Callable[[KernelSpec, int], bool] = launch.is_loaded
+    #: Whether the driver encodes tensor maps, which kernels with TMA take.
+    encodes_maps: Callable[[], bool] = launch.encodes_maps
     #: Sets bytes of device memory to zero: address, bytes, stream.
     zero: Callable[[int, int, int], object] = launch.zero
 

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from jitattn.cache import files, settings
-from jitattn.errors import LaunchError
+from jitattn.errors import InternalError, LaunchError
+from jitattn.jit import tensor_maps
 from jitattn.jit.build import build, rebuild
+from jitattn.jit.tensor_maps import MAP_BYTES, encode
 from jitattn.spec.arguments import MAX_BYTES
 from jitattn.spec.kernel_spec import entry_symbol
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from jitattn.jit.build import Built
+    from jitattn.jit.tensor_maps import BoxedTensor
     from jitattn.spec.arguments import ArgumentTable, Layout
     from jitattn.spec.kernel_spec import KernelSpec
 
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
 _MAX_DYNAMIC_SHARED_SIZE_BYTES: Final = 8
 #: More dynamic shared memory than this requires a function attribute.
 _DEFAULT_SMEM_BYTES: Final = 48 * 1024
+#: Kernels take no tensor maps, or as many: of q, k and v.
+NUM_MAPS: Final = 3
+MAPS_BYTES: Final = NUM_MAPS * MAP_BYTES
 #: Largest grid in x.
 MAX_GRID: Final = 2**31 - 1
 
@@ -44,9 +50,15 @@ class _Thread:
     __slots__ = ("_pointers", "buffer", "devices", "params")
 
     def __init__(self) -> None:
-        self.buffer = ctypes.create_string_buffer(MAX_BYTES)
-        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
-        self.params = ctypes.addressof(self._pointers)  #: as cuLaunchKernel takes them
+        self.buffer = ctypes.create_string_buffer(MAX_BYTES + MAPS_BYTES)
+        begin = ctypes.addressof(self.buffer)
+        # The parameter struct, or the tensor maps and the struct after them.
+        self._pointers = (
+            (ctypes.c_void_p * 1)(begin),
+            (ctypes.c_void_p * 2)(begin, begin + MAPS_BYTES),
+        )
+        #: As cuLaunchKernel takes them, without and with maps.
+        self.params = tuple(map(ctypes.addressof, self._pointers))
         self.devices: set[int] = set()
 
 
@@ -81,28 +93,55 @@ class Kernel:
     _smem_bytes: int
     _arguments: ArgumentTable
 
-    def bind(self, grid: int, numbers: Mapping[str, float], dynamic: Sequence[str]) -> BoundLaunch:
+    def bind(
+        self,
+        grid: int,
+        numbers: Mapping[str, float],
+        dynamic: Sequence[str],
+        maps: Sequence[tuple[str, BoxedTensor]] = (),
+    ) -> BoundLaunch:
         """Bind the grid and all arguments but those named `dynamic`.
+
+        `maps`: the tensor maps of a kernel that takes some, each with the dynamic argument that is
+        its address.
 
         Raises
         ------
         LaunchError
             An argument is missing, unknown or given twice.
         """
-        return BoundLaunch(self, grid, self._arguments.layout(numbers, dynamic))
+        layout = self._arguments.layout(numbers, dynamic)
+        if len(maps) != len(self.spec.tensor_maps):
+            raise InternalError(f"{self.spec.family} takes the maps {self.spec.tensor_maps}")
+        if maps:
+            _thread_on(self.device_index)  # encoding needs a current context
+            encoded = [(dynamic.index(name), encode(boxed)) for name, boxed in maps]
+            layout = layout.after(encoded)
+        return BoundLaunch(self, grid, layout)
 
 
 class BoundLaunch:
     """A kernel with its grid and constant arguments packed; `launch` fills in the others."""
 
-    __slots__ = ("_block", "_device_index", "_function", "_launch", "_pack_into", "_smem", "grid",
-                 "kernel", "parts")  # fmt: skip
+    __slots__ = (
+        "_block",
+        "_device_index",
+        "_function",
+        "_launch",
+        "_pack_into",
+        "_smem",
+        "_takes_maps",
+        "grid",
+        "kernel",
+        "parts",
+    )  # fmt: skip
 
     def __init__(self, kernel: Kernel, grid: int, layout: Layout) -> None:
         self.kernel, self.grid, self.parts = kernel, grid, layout.parts
         self._pack_into, self._device_index = layout.pack_into, kernel.device_index
         self._function, self._launch = kernel._function.ptr, kernel._launch
         self._block, self._smem = kernel._block, kernel._smem_bytes
+        self._takes_maps = bool(kernel.spec.tensor_maps)
 
     def launch(self, stream: int, values: Iterable[int | bytes]) -> None:
         """Launch the kernel in a raw CUDA stream.
@@ -119,8 +158,9 @@ class BoundLaunch:
             thread = _thread_on(self._device_index)
         self._pack_into(thread.buffer, 0, *values)
         self._launch(
-            self._function, self.grid, 1, 1, self._block, 1, 1, self._smem, stream, thread.params, 0
-        )
+            self._function, self.grid, 1, 1, self._block, 1, 1, self._smem, stream,
+            thread.params[self._takes_maps], 0,
+        )  # fmt: skip
 
 
 _kernels: dict[tuple[KernelSpec, int], Kernel] = {}
@@ -159,6 +199,12 @@ def is_loaded(spec: KernelSpec, device_index: int) -> bool:
 def unload_all() -> None:
     """Drop all loaded kernels; the next call loads its kernel again."""
     _kernels.clear()
+
+
+def encodes_maps() -> bool:
+    """Return whether the driver encodes tensor maps, which kernels with TMA take."""
+    import_cupy().cuda.runtime.free(0)  # a thread without CUDA calls so far has no current context
+    return tensor_maps.is_available()
 
 
 def zero(address: int, num_bytes: int, stream: int) -> None:

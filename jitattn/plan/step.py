@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from jitattn.jit.tensor_maps import BoxedTensor
     from jitattn.spec.kernel_spec import KernelSpec
 
 
@@ -16,6 +17,11 @@ class Device(Protocol):
     @property
     def arch(self) -> str:
         """Architecture, "sm_90"."""
+        ...
+
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether calls may take the wgmma kernels of sm_90."""
         ...
 
     def slots(self, spec: KernelSpec) -> int:
@@ -57,6 +63,7 @@ class Step(NamedTuple):
     grid: int
     numbers: Mapping[str, float]  #: constant arguments
     places: Mapping[str, Place]  #: arguments resolved at run time
+    maps: tuple[tuple[str, BoxedTensor], ...] = ()  #: arguments of which the kernel takes a map
 
 
 class Plan(NamedTuple):

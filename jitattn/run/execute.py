@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
+from jitattn.cache import settings
 from jitattn.jit import backend
 from jitattn.jit.device import device
 from jitattn.jit.load_kernel import load_kernel
@@ -36,11 +37,12 @@ _DTYPES: Final = {
 class LoadedDevice:
     """The `Device` of plans: GPU properties, and occupancy of kernels loaded on it."""
 
-    __slots__ = ("_num_sms", "arch", "index")
+    __slots__ = ("_num_sms", "arch", "has_wgmma", "index")
 
     def __init__(self, index: int) -> None:
         here = device(index)
         self.index, self.arch, self._num_sms = index, here.arch, here.num_sms
+        self.has_wgmma = has_wgmma(here.arch)
 
     def slots(self, spec: KernelSpec) -> int:
         """Return the CTAs of a kernel that fit the GPU at once; loads the kernel if necessary.
@@ -51,6 +53,11 @@ class LoadedDevice:
             It is not loaded, and the current stream is capturing a graph.
         """
         return self._num_sms * load_kernel(spec, self.index).blocks_per_sm
+
+
+def has_wgmma(arch: str) -> bool:
+    """Return whether calls may take the wgmma kernels of sm_90, by architecture and settings."""
+    return arch == "sm_90" and settings.family() == "sm90" and backend.active.encodes_maps()
 
 
 class _Made(NamedTuple):
@@ -81,7 +88,7 @@ class BoundPlan:
         for step in plan.steps:
             places = tuple(step.places.values())
             bound = load_kernel(step.spec, device_index).bind(
-                step.grid, step.numbers, tuple(step.places)
+                step.grid, step.numbers, tuple(step.places), step.maps
             )
             keys: list[str | Place | bytes] = []
             for part in bound.parts:

@@ -166,7 +166,7 @@ class ArgumentTable:
         if end < len(packed):
             codes += f"{len(packed) - end}s"
             parts.append(packed[end:])
-        return Layout(len(packed), struct.Struct(codes).pack_into, tuple(parts))
+        return Layout(len(packed), struct.Struct(codes).pack_into, tuple(parts), codes)
 
     def offsets(self) -> dict[str, tuple[int, str]]:
         """Return offset in bytes and format letter of every argument."""
@@ -190,6 +190,18 @@ class Layout(NamedTuple):
     pack_into: Callable[..., None]
     #: The struct from its begin: constant bytes, or the place of a varying argument among them.
     parts: tuple[int | bytes, ...]
+    #: Format of the module `struct`.
+    codes: str
+
+    def after(self, records: Sequence[tuple[int, bytes]]) -> Layout:
+        """Return the layout of records and this struct after them.
+
+        A record begins with an address: it is the place of a varying argument, and bytes.
+        """
+        codes = "=" + "".join(f"Q{len(rest)}s" for _, rest in records) + self.codes[1:]
+        parts = (part for record in records for part in record)
+        packed = struct.Struct(codes)
+        return Layout(packed.size, packed.pack_into, (*parts, *self.parts), codes)
 
 
 def _offsets(structs: Sequence[ArgumentStruct]) -> dict[str, tuple[int, str]]:

@@ -105,6 +105,7 @@ class KernelSpec:
     __slots__ = ()
     family: ClassVar[str]
     derived: ClassVar[tuple[str, ...]] = ()  #: properties rendered besides the fields
+    tensor_maps: ClassVar[tuple[str, ...]] = ()  #: arguments that TMA copies, each with a map
     arch: str
 
     @property

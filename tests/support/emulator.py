@@ -140,9 +140,14 @@ class EmulatedKernel:
         return SimpleNamespace(spec=self.spec, key="", origin="emulated", metadata=metadata)
 
     def bind(
-        self, grid: int, numbers: Mapping[str, float], dynamic: Sequence[str]
+        self,
+        grid: int,
+        numbers: Mapping[str, float],
+        dynamic: Sequence[str],
+        maps: Sequence[object] = (),
     ) -> EmulatedLaunch:
         """Stand in for the method of `launch.Kernel`."""
+        assert not maps, "wgmma and TMA are not emulated"
         return EmulatedLaunch(self, grid, self.spec.arguments.layout(numbers, dynamic))
 
     def run(self, grid: int, given: bytes) -> None:
@@ -352,6 +357,7 @@ def emulated(arch: str, *, watched: bool = False) -> Iterator[Emulator]:
         properties=lambda _: properties,
         load=emulator.kernel,
         is_loaded=lambda *_: True,
+        encodes_maps=lambda: False,
         zero=lambda address, size, _: ctypes.memset(address, 0, size),
     )
     with pytest.MonkeyPatch.context() as patch:

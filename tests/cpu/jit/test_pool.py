@@ -144,7 +144,7 @@ def test_record_that_cannot_be_written_is_one_warning(
 
 def test_warmup_of_a_call_needs_all_its_kernels() -> None:
     q = torch.randn(1, 4, 2, 64).bfloat16()
-    specs = specs_of_call(q, q, q, bind(q, q, q, {})[1], "sm_80", gradients=False)
+    specs = specs_of_call(q, q, q, bind(q, q, q, {})[1], "sm_80", has_wgmma=False, gradients=False)
     assert forward_spec("sm_80", 64) in specs
     choice = {"dtype": "bf16", "head_dim": 64, "mask": "full"}
     assert {*specs} == {*choices.specs_of([choice], ["80"])}
