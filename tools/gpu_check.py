@@ -46,7 +46,7 @@ SANITIZERS: Final = {
     ),
     "memcheck-features": (
         "memcheck",
-        "(features or dropout or units) and not (many or graph or long or capture)",
+        "(features or dropout or units) and not (many or graph or long or capture or wgmma)",
     ),
     "memcheck-gears": (
         "memcheck",
@@ -61,6 +61,14 @@ SANITIZERS: Final = {
     "memcheck-gradients-fp32": (
         "memcheck",
         "test_fp32_gradients and (head_dims or padded_keys or changed_scores)",
+    ),
+    "memcheck-wgmma": (
+        "memcheck",
+        "test_wgmma and (head_dims or features or ragged or rows_by_index or strides)",
+    ),
+    "racecheck-wgmma": (
+        "racecheck",
+        "test_wgmma and 128 and (features or (ragged and 3-128)) and not 256",
     ),
     "racecheck-gradients": (
         "racecheck",

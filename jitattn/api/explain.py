@@ -14,7 +14,7 @@ from jitattn.jit.device import device
 from jitattn.jit.load_kernel import load_kernel
 from jitattn.kernels.bwd import bwd_spec
 from jitattn.plan.backward import kernel_problem
-from jitattn.plan.forward import forward
+from jitattn.plan.forward import Forward, forward
 from jitattn.request.layouts import parse_any
 from jitattn.request.norm import call_of_normalized
 from jitattn.request.problem import is_deterministic
@@ -23,13 +23,13 @@ from jitattn.run.execute import LoadedDevice
 from jitattn.run.forward import is_followed
 from jitattn.run.normalize import like_normalized
 from jitattn.spec.enums import Access, RowClass
+from jitattn.spec.kernel_spec import arch_number
 from jitattn.values.gears import gear_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from jitattn.request.problem import Call
-    from jitattn.spec.kernel_spec import Problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,13 +178,13 @@ def explain(
         smem_bytes=built.metadata.smem_bytes,
         steps=tuple(f"{step.spec.family} ({step.grid} CTAs)" for step in planned.plan.steps),
         backward=backward,
-        why=_reasons(planned.problem, chosen.rows, chosen.heads_per_tile, chosen.num_splits, call),
+        why=_reasons(planned, call),
     )
 
 
-def _reasons(
-    problem: Problem, rows: RowClass, packed: int, num_splits: int, call: Call
-) -> tuple[str, ...]:
+def _reasons(planned: Forward, call: Call) -> tuple[str, ...]:
+    problem, tiling = planned.problem, planned.tiling
+    rows, packed, num_splits = tiling.rows, tiling.heads_per_tile, tiling.num_splits
     reasons = []
     if call.tile_rows is not None:
         reasons.append(f"tile_rows={call.tile_rows} was asked for")
@@ -204,5 +204,9 @@ def _reasons(
         reasons.append(
             "a head_dim, stride or address is not a multiple of 16 bytes: one element at a time"
         )
+    if not tiling.refusal:
+        reasons.append("products by wgmma, copies by TMA")
+    elif arch_number(tiling.spec.arch) == 90:
+        reasons.append(f"products by mma.sync: {tiling.refusal}")
     reasons.append(f"numerics {problem.numerics.value}")
     return tuple(reasons)

@@ -25,6 +25,7 @@ from jitattn.request.problem import is_deterministic
 from jitattn.request.scores import stagings
 from jitattn.run import normalize, workspace
 from jitattn.run.append import append_spec
+from jitattn.run.execute import has_wgmma
 from jitattn.spec.enums import Access, ScoreTarget
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def _warm_call(
         return WarmedUp(kernels=0, compiled=0)
     index = _index(q.device if device is None else device)
     arch = device_of(index).arch
-    specs = specs_of_call(q, k, v, call, arch, gradients=gradients)
+    specs = specs_of_call(q, k, v, call, arch, has_wgmma=has_wgmma(arch), gradients=gradients)
     if append:
         specs += [append_spec(q.dtype, rotary, access, arch) for access in Access]
     if rotary is not None:
@@ -182,7 +183,14 @@ def _warm_call(
 
 
 def specs_of_call(
-    q: Tensor, k: Tensor, v: Tensor, call: Call, arch: str, *, gradients: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: Call,
+    arch: str,
+    *,
+    has_wgmma: bool,
+    gradients: bool,
 ) -> list[KernelSpec]:
     """Return the kernels that calls like this can need, at all lengths."""
     specs: list[KernelSpec] = []
@@ -205,7 +213,7 @@ def specs_of_call(
         for bias_staged, dense_staged in stagings(call, problem, len_q):
             yield replace(problem, bias_staged=bias_staged, dense_staged=dense_staged)
 
-    return [*specs, *forward_specs(problems_at, runtime, call, arch)]
+    return [*specs, *forward_specs(problems_at, runtime, call, arch, has_wgmma=has_wgmma)]
 
 
 def _targets_of(scores: Scores) -> list[ScoreTarget]:

@@ -15,6 +15,7 @@ from jitattn.kernels.bwd_preprocess import BwdPreprocessSpec
 from jitattn.kernels.bwd_scores import ScoreGradSpec
 from jitattn.kernels.combine import CombineGradSpec, CombineSpec
 from jitattn.kernels.fwd import FwdSpec
+from jitattn.kernels.fwd_sm90 import FwdSm90Spec
 from jitattn.kernels.kv_scatter import ScatterSpec
 from jitattn.kernels.norm import NormGradSpec, NormSpec
 from jitattn.kernels.quantize import ChannelStatsSpec, QuantizeSpec
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 #: All families, in the order of error messages.
 FAMILIES: Final[tuple[type[KernelSpec], ...]] = (
     FwdSpec,
+    FwdSm90Spec,
     BwdSpec,
     ScoreGradSpec,
     CombineSpec,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from jitattn.kernels.fwd_arguments import FWD_STRUCTS, FWD_TABLES, fwd_arguments
+from jitattn.kernels.fwd_sm90 import FwdSm90Spec
 from jitattn.kernels.matrix import (
     ALL_DIMS,
     FEATURES,
@@ -95,6 +96,7 @@ class FwdSpec(ProblemSpec):
             numerics.add(resolve_numerics(gear, problem.dtype, has_fast_fp16_acc=True))
         for one, row in itertools.product(sorted(numerics), rows):
             yield fwd_spec(replace(problem, numerics=one), arch, row)
+        yield from FwdSm90Spec.of_calls(problem, gear, arch, rows)
         if gear is not None and RowClass.MANY in rows:
             yield from specs_for_gear(problem, gear, arch)
 

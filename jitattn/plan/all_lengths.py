@@ -36,6 +36,7 @@ class _AnyDevice(NamedTuple):
     """A device of an architecture. Its size decides grids and splits, which are no matter here."""
 
     arch: str
+    has_wgmma: bool = False
 
     def slots(self, spec: KernelSpec) -> int:
         """Return 1, with which nothing is split for the sake of idle multiprocessors."""
@@ -44,7 +45,12 @@ class _AnyDevice(NamedTuple):
 
 
 def forward_specs(
-    problems_at: Callable[[int], Iterable[Problem]], runtime: Runtime, call: Call, arch: str
+    problems_at: Callable[[int], Iterable[Problem]],
+    runtime: Runtime,
+    call: Call,
+    arch: str,
+    *,
+    has_wgmma: bool,
 ) -> list[KernelSpec]:
     """Return the kernels of the forward pass of a call, at all lengths.
 
@@ -56,12 +62,15 @@ def forward_specs(
         As the call was parsed.
     call : Call
     arch : str
+    has_wgmma : bool
+        Whether calls may take the wgmma kernels of sm_90.
     """
+    here = _AnyDevice(arch, has_wgmma)
     call = call._replace(num_splits=1)
     specs: dict[KernelSpec, None] = {}
     for sized in _sizes(runtime, _QUERIES, _KEYS):
         for problem in problems_at(sized.len_q):
-            planned = forward(problem, sized, call, _NO_STRIDES, None, _AnyDevice(arch))
+            planned = forward(problem, sized, call, _NO_STRIDES, None, here)
             specs.update(dict.fromkeys(step.spec for step in planned.plan.steps))
     return list(specs)
 

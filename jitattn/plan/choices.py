@@ -192,6 +192,8 @@ def _expand(choice: Choice, archs: Sequence[str], where: str) -> list[KernelSpec
         for kind in tiled:
             for options in _options(kind, given):
                 specs.update(dict.fromkeys(kind.of_calls(problem, gear, arch, rows, **options)))
+    if not specs:
+        given.refuse(f"no such call takes a {' or '.join(kind.family for kind in tiled)} kernel")
     return list(specs)
 
 

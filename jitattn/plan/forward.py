@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from jitattn.errors import UnsupportedError
 from jitattn.jit.launch import MAX_GRID
 from jitattn.kernels.fwd import fwd_spec
+from jitattn.kernels.fwd_sm90 import FwdSm90Spec, fwd_sm90_spec
 from jitattn.kernels.tiles import choose_splits, combine_cost, heads_per_tile
-from jitattn.plan import arguments, prepare
+from jitattn.plan import arguments, prepare, wgmma
 from jitattn.plan.step import Buffer, Place, Plan, Step
 from jitattn.spec.arguments import NO_LEFT, divisor
 from jitattn.spec.enums import TILE_ROWS, MaskKind, RowClass
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable
 
     from jitattn.kernels.fwd import FwdSpec
+    from jitattn.kernels.fwd_sm90 import Sm90Tile
     from jitattn.kernels.tiles import Tile
     from jitattn.plan.step import Device
     from jitattn.request.problem import Call, Runtime, Strides
@@ -38,13 +40,14 @@ _BALANCED_TILES: Final = 4
 class Tiling(NamedTuple):
     """The tiling of a call: kernel, GQA packing, split count and grid size."""
 
-    spec: FwdSpec
+    spec: FwdSpec | FwdSm90Spec
     rows: RowClass
     heads_per_tile: int
     num_q_tiles: int  #: of the longest sequence
     num_splits: int  #: 0: computed by every CTA from the lengths
     num_slots: int  #: CTAs that fit the GPU at once
-    num_ctas: int
+    num_ctas: int  #: a persistent kernel computes the work of several in each
+    refusal: str  #: why a wgmma kernel does not serve a call with long queries; empty if it does
 
 
 class Forward(NamedTuple):
@@ -91,7 +94,7 @@ def forward(
     tiling = tile(kernel_problem, kernel_runtime, call.num_splits, call.tile_rows, device)
     positions = tile_positions(tiling.spec.tile.block_q, tiling.heads_per_tile)
     step, buffers = _attend(prepared, tiling, out_strides, lse_strides, positions)
-    counters = max(prepared.plan.num_counters, tiling.num_ctas if tiling.num_splits != 1 else 0)
+    counters = max(prepared.plan.num_counters, num_counters(tiling))
     longest = 0
     if runtime.listed is not None:
         longest = max(runtime.len_kv, runtime.diagonal + runtime.len_q)
@@ -126,6 +129,8 @@ def deciding_facts(
     if not _is_own_kernel(problem, runtime, call, device.arch):
         return None
     tiling = tile(problem, runtime, call.num_splits, call.tile_rows, device)
+    if tiling.spec.tensor_maps:  # they hold the key count
+        return None
     return (
         problem, tiling[1:], runtime._replace(len_kv=0, diagonal=0), out_strides, lse_strides,
         device.arch,
@@ -143,7 +148,8 @@ def keys_per_block(problem: Problem, runtime: Runtime, call: Call, device: Devic
     longest = runtime._replace(len_kv=_MOST_KEYS)
     if not _is_own_kernel(problem, longest, call, device.arch):
         return None
-    return tile(problem, runtime, call.num_splits, call.tile_rows, device).spec.tile.block_kv
+    spec = tile(problem, runtime, call.num_splits, call.tile_rows, device).spec
+    return None if spec.tensor_maps else spec.tile.block_kv
 
 
 def _is_own_kernel(problem: Problem, runtime: Runtime, call: Call, arch: str) -> bool:
@@ -174,7 +180,14 @@ def tile(
         rows = TILE_ROWS[tile_rows]
     elif num_rows <= RowClass.ROWS64:
         rows = RowClass.ROWS16 if num_rows <= RowClass.ROWS16 else RowClass.ROWS64
-    spec = fwd_spec(problem, device.arch, rows)
+    refusal = "the queries are short"
+    if rows is RowClass.MANY:
+        refusal = wgmma.refusal(problem, runtime, packed, device) or ""
+    spec: FwdSpec | FwdSm90Spec
+    if refusal:
+        spec = fwd_spec(problem, device.arch, rows)
+    else:
+        spec, packed, num_rows = fwd_sm90_spec(problem), 1, runtime.len_q
     num_slots = device.slots(spec)
     block_q = spec.tile.block_q
     if runtime.listed is not None:
@@ -210,11 +223,16 @@ def tile(
         # Each query tile may get one item more than its share of the slots.
         num_splits, num_items = 0, num_tiles + num_slots // head_tiles + 1
     num_ctas = num_items * head_tiles
-    if num_ctas > MAX_GRID:
+    if num_ctas > MAX_GRID - (num_slots if spec.tensor_maps else 0):  # items are counted beyond
         raise UnsupportedError(
             f"the call needs {num_ctas} CTAs: a grid has at most 2**31 - 1; split the batch"
         )
-    return Tiling(spec, rows, packed, num_q_tiles, num_splits, num_slots, num_ctas)
+    return Tiling(spec, rows, packed, num_q_tiles, num_splits, num_slots, num_ctas, refusal)
+
+
+def num_counters(tiling: Tiling) -> int:
+    """Return the counters of a tiling: of arrivals, one for each CTA, and of drawn tiles."""
+    return (tiling.num_ctas if tiling.num_splits != 1 else 0) + bool(tiling.spec.tensor_maps)
 
 
 def tile_positions(block_q: int, packed: int) -> int:
@@ -232,7 +250,7 @@ def _packed(runtime: Runtime) -> int:
     return packed if runtime.heads_agree and packed & (packed - 1) == 0 else 1
 
 
-def blocks_seen(problem: Problem, runtime: Runtime, tile: Tile) -> int:
+def blocks_seen(problem: Problem, runtime: Runtime, tile: Tile | Sm90Tile) -> int:
     """Return the number of key blocks that a query tile visits in a uniform batch."""
     num_blocks = -(-runtime.len_kv // tile.block_kv)
     scores = runtime.scores
@@ -299,4 +317,10 @@ def _attend(
     more_numbers, more_places = arguments.tail(problem, runtime, positions)
     numbers |= {**more_numbers, **prepared.scale_numbers}
     places |= {**more_places, **prepared.scale_places}
-    return Step(spec, tiling.num_ctas, numbers, places), buffers
+    if not isinstance(spec, FwdSm90Spec):
+        return Step(spec, tiling.num_ctas, numbers, places), buffers
+    numbers["num_items"] = tiling.num_ctas
+    numbers["section_heads"] = wgmma.section_heads(problem, runtime)
+    places["tile_counter"] = Place("counters", 4 * (num_counters(tiling) - 1))
+    maps = wgmma.maps_of(problem, runtime, spec.tile)
+    return Step(spec, min(tiling.num_ctas, tiling.num_slots), numbers, places, maps), buffers

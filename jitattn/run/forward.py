@@ -197,7 +197,7 @@ def _make_ready(
         step = keys_per_block(request.problem, request.runtime, call, here)
         shared = None if step is None else _AnyLength(out, lse, step, {})
         base.plans_of_lengths[return_lse] = shared
-    if shared is not None:
+    if shared is not None and not planned.tiling.spec.tensor_maps:  # they hold the key count
         if len(shared.bound) >= _MOST_SHARED:
             shared.bound.clear()
         shared.bound[-(-request.len_kv // shared.keys_per_block)] = bound

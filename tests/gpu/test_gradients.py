@@ -13,7 +13,6 @@ import jitattn
 from jitattn.jit import build
 from jitattn.kernels.bwd import specs_of_backward
 from jitattn.kernels.bwd_scores import score_grad_spec
-from jitattn.kernels.fwd import fwd_spec
 from jitattn.kernels.norm import NormGradSpec, NormSpec
 from jitattn.plan.backward import without_block_lists
 from jitattn.spec.enums import Access, BiasKind, MaskKind, RowClass, ScoreTarget, Switch
@@ -31,7 +30,7 @@ from tests.support.gradients import (
     grad_cases,
 )
 from tests.support.patterns import on_device
-from tests.support.precompile import CompileOnce
+from tests.support.precompile import CompileOnce, kernels_of
 from tests.support.random_cases import cases, check_part, in_parts
 
 from .test_features import problem_of
@@ -58,7 +57,8 @@ def compiled(arch: str, compile_once: CompileOnce) -> None:
     specs: dict[Any, None] = {}
     for features, (dtype, dim), (q, kv) in itertools.product(GRAD_FEATURES, KINDS, GRAD_LAYOUTS):
         problem = problem_of(features, dtype, dim, q, kv)
-        specs |= dict.fromkeys(fwd_spec(problem, arch, rows) for rows in RowClass)
+        for rows in RowClass:
+            specs |= dict.fromkeys(kernels_of(problem, arch, rows))
         of_rules = {problem: None}
         if problem.mask is MaskKind.BLOCK_LISTS:  # random rules are LocalStride, too
             of_rules |= dict.fromkeys(without_block_lists(problem, rule, arch) for rule in FINE)
@@ -150,7 +150,7 @@ def compiled_dims(arch: str, compile_once: CompileOnce) -> None:
             numerics=resolve_numerics(None, DTYPES[dtype]),
             access=Access.VEC16 if units % 16 == 0 else Access.ELEMENT,
         )
-        specs |= dict.fromkeys([fwd_spec(problem, arch, RowClass.MANY)])
+        specs |= dict.fromkeys(kernels_of(problem, arch, RowClass.MANY))
         specs |= dict.fromkeys(specs_of_backward(problem, arch))
     assert compile_once(list(specs)) == []
 

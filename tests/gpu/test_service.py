@@ -35,7 +35,8 @@ def test_warmup_then_capture() -> None:
     truth = jitattn.attention(q, k, v, mask=jitattn.Causal())
     forward.forget_kernels()
     done = jitattn.warmup(q, k, v, mask=jitattn.Causal())
-    assert done.kernels == len(_specs(40))
+    # Those that the choice stands for, but the wgmma kernel, which calls do not take by themselves.
+    assert done.kernels == sum(spec.family != "fwd_sm90" for spec in _specs(40))
     long = random_qkv(1, 200, 300, 4, 2, 40, dtype=BF16, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with capture(graph):

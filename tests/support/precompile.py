@@ -17,8 +17,10 @@ from filelock import FileLock
 from jitattn.cache.entry import sha256
 from jitattn.jit.pool import build_all
 from jitattn.kernels.fwd import fwd_spec
+from jitattn.kernels.fwd_sm90 import FwdSm90Spec
 from jitattn.request.layouts import parse
 from jitattn.request.problem import Call, Runtime
+from jitattn.run.execute import has_wgmma
 from jitattn.spec.enums import Access, MaskKind, RowClass, SeqLayout
 from jitattn.spec.kernel_spec import KernelSpec, Problem
 from jitattn.values.gears import resolve_numerics
@@ -38,6 +40,14 @@ def row_class(runtime: Runtime) -> RowClass:
     return next((c for c in (RowClass.ROWS16, RowClass.ROWS64) if rows <= c), RowClass.MANY)
 
 
+def kernels_of(problem: Problem, arch: str, rows: RowClass) -> list[KernelSpec]:
+    """Return the forward kernels that calls of a row class can take."""
+    specs: list[KernelSpec] = [fwd_spec(problem, arch, rows)]
+    if has_wgmma(arch):
+        specs += FwdSm90Spec.of_calls(problem, None, arch, [rows])
+    return specs
+
+
 def specs_of(cases: Iterable[Case], arch: str) -> list[KernelSpec]:
     """Return the distinct kernels of the cases on `arch`, merge kernels included."""
     specs: dict[KernelSpec, None] = {}
@@ -55,7 +65,7 @@ def specs_of(cases: Iterable[Case], arch: str) -> list[KernelSpec]:
         )
         given = {"gear": None, "out": None, "q_seqs": None, "kv_seqs": None, "return_lse": True}
         problem, runtime = parse(q, k, v, Call(**{**given, **call_arguments(case)}))
-        specs[fwd_spec(problem, arch, row_class(runtime))] = None
+        specs |= dict.fromkeys(kernels_of(problem, arch, row_class(runtime)))
     return list(specs)
 
 
@@ -82,7 +92,7 @@ def forward_specs(
             kv_layout=kv,
             access=Access.VEC16 if dim * 2 % 16 == 0 else Access.ELEMENT,
         )
-        specs.append(fwd_spec(problem, arch, rows))
+        specs += kernels_of(problem, arch, rows)
     return specs
 
 

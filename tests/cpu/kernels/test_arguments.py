@@ -40,7 +40,10 @@ _CODES = {"int64_t": "q", "int32_t": "i", "uint32_t": "I", "float": "f"}
 def one_of(family: str) -> KernelSpec:
     """A kernel of a family."""
     shorts = (
-        spec for kind in families().values() for spec in kind.matrix("sm_80", MatrixSize.TUNED)
+        spec
+        for arch in ("sm_80", "sm_90")
+        for kind in families().values()
+        for spec in kind.matrix(arch, MatrixSize.TUNED)
     )
     return next(spec for spec in shorts if spec.family == family)
 

@@ -62,6 +62,11 @@ def ragged(length: int) -> jitattn.Ragged:
     return jitattn.Ragged.from_cu_seqlens(ends, length)
 
 
+def spans(length: int) -> jitattn.Ragged:
+    """Sequences that may share rows."""
+    return jitattn.Ragged(torch.tensor([0, length]), torch.full((2,), length), length)
+
+
 def pages(_: int, len_kv: int) -> jitattn.Paged:
     count = -(-len_kv // 16)
     return jitattn.Paged(torch.zeros(2, count, dtype=torch.int32), torch.full((2,), len_kv))
@@ -101,6 +106,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "cosine": {"qk_norm": jitattn.L2Norm()},
     "8 bits": {"gear": 4, "dim": 128},
     "8 bits, ragged": {"gear": 4, "dim": 128, "q_seqs": ragged, "kv_seqs": ragged},
+    "8 bits, rows shared": {"gear": 4, "dim": 128, "q_seqs": spans, "kv_seqs": spans},
     "8 bits in pages": {"gear": 4, "dim": 128, "kv_seqs": pages},
     "8 bits in pages of rows": {"gear": 4, "q_seqs": ragged, "kv_seqs": pages},
     "fp32": {"dtype": FP32},
@@ -125,8 +131,8 @@ def call_at(
     dim_v, heads = given.pop("dim_v", dim), given.pop("heads", 4)
     lengths = {"q_seqs": (len_q,), "kv_seqs": (len_kv,)}
     for name, value in given.items():
-        if value is ragged:
-            given[name] = ragged(*lengths[name])
+        if value in (ragged, spans):
+            given[name] = value(*lengths[name])
         elif callable(value):
             given[name] = value(len_q, len_kv)
     shape_kv: tuple[int, ...] = (2, len_kv, heads // group)
@@ -245,7 +251,8 @@ def merged(parts: Iterable[Found]) -> Found:
 def warmed(name: str, arch: str, *, gradients: bool, deterministic: bool = False) -> set[Any]:
     q, k, v, call = call_at(CALLS[name], 300, 320)
     call = call._replace(deterministic=deterministic)
-    return {*specs_of_call(q, k, v, call, arch, gradients=gradients)}
+    has_wgmma = Device(arch).has_wgmma
+    return {*specs_of_call(q, k, v, call, arch, has_wgmma=has_wgmma, gradients=gradients)}
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -269,7 +276,7 @@ def test_two_matrices_are_staged_each_on_its_own() -> None:
     """With contiguous tensors of equal rows one of them decides, but strides may differ."""
     given = {"bias": matrix(torch.float16), "mask": dense}
     q, k, v, call = call_at(given, 300, 320)
-    found = {*specs_of_call(q, k, v, call, "sm_90", gradients=False)}
+    found = {*specs_of_call(q, k, v, call, "sm_90", has_wgmma=True, gradients=False)}
     planned = set()
     for len_q, len_kv in LENGTHS[:-5]:
         for wide in (0, 320):

@@ -12,6 +12,7 @@ import pytest
 from jitattn.errors import InvalidInputError
 from jitattn.kernels.combine import CombineSpec
 from jitattn.kernels.fwd import FwdSpec
+from jitattn.kernels.fwd_sm90 import FwdSm90Spec
 from jitattn.plan import choices
 from jitattn.spec.enums import Access, Dtype, Numerics, RowClass
 from jitattn.spec.kernel_spec import spec_from_dict
@@ -30,8 +31,11 @@ def test_choice_stands_for_all_that_its_calls_can_need() -> None:
     )
     forward = [spec for spec in specs if isinstance(spec, FwdSpec)]
     assert len(forward) == 2 * 2 * 2 * len(RowClass)
-    assert len(specs) == len(forward)
-    assert {spec.arch for spec in specs} == {"sm_86", "sm_90"}
+    on_wgmma = [spec for spec in specs if isinstance(spec, FwdSm90Spec)]
+    assert len(on_wgmma) == 2 * 2
+    assert len(specs) == len(forward) + len(on_wgmma)
+    assert {spec.arch for spec in forward} == {"sm_86", "sm_90"}
+    assert {spec.arch for spec in on_wgmma} == {"sm_90a"}
     dims = {(spec.problem.head_dim, spec.problem.head_dim_v) for spec in forward}
     assert dims == {(64, 64), (192, 128)}
     assert {spec.problem.mask.value for spec in forward} == {"causal"}
@@ -149,6 +153,7 @@ def numerics_of(choice: dict[str, Any]) -> set[tuple[str, str]]:
     return {(spec.family, str(spec.to_dict().get("numerics", ""))) for spec in specs}
 
 
+PLAIN = {("fwd", "f32_acc"), ("fwd_sm90", "f32_acc")}
 HELPERS = {("channel_stats", ""), ("quantize", "")}
 SPLIT_FP32 = {("fwd", "f16x3"), ("split_fp32", "")}
 ROUNDED = {("fwd", "f16x1"), ("split_fp32", "")}
@@ -162,7 +167,7 @@ ROUNDED = {("fwd", "f16x1"), ("split_fp32", "")}
         ({"arch": 86, "gear": 3}, {("fwd", "f32_acc"), ("fwd", "f16_acc")}),
         ({"arch": 89, "gear": 3, "dtype": "bf16"}, {("fwd", "f32_acc")}),
         ({"arch": 90, "gear": 4}, {("fwd", "f32_acc"), ("fwd", "int8_f16"), *HELPERS}),
-        ({"arch": 90, "gear": 4, "head_dim": 32}, {("fwd", "f32_acc")}),
+        ({"arch": 90, "gear": 4, "head_dim": 32}, PLAIN),
         ({"arch": 90, "gear": 4, "rows": "rows16"}, {("fwd", "f32_acc")}),
         ({"arch": 90, "gear": 4, "dtype": "fp32"}, {("fwd", "tf32"), *ROUNDED}),
         ({"arch": 90, "dtype": "fp32"}, {("fwd", "tf32x3"), *SPLIT_FP32}),
@@ -170,7 +175,8 @@ ROUNDED = {("fwd", "f16x1"), ("split_fp32", "")}
         ({"arch": 90, "dtype": "fp32", "head_dim": 256}, {("fwd", "tf32x3")}),
         ({"arch": 90, "dtype": "fp32", "rows": "rows16"}, {("fwd", "tf32x3")}),
         ({"arch": 90, "dtype": "fp32", "numerics": "tf32x3"}, {("fwd", "tf32x3")}),
-        ({"arch": 90, "gear": 4, "numerics": "f32_acc"}, {("fwd", "f32_acc")}),
+        ({"arch": 90, "gear": 4, "numerics": "f32_acc"}, PLAIN),
+        ({"arch": 90, "family": "fwd_sm90"}, {("fwd_sm90", "f32_acc")}),
         (
             {"arch": 89, "gear": 4},
             {("fwd", "f32_acc"), ("fwd", "f16_acc"), ("fwd", "int8_f16"), *HELPERS},

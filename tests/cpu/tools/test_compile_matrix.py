@@ -43,7 +43,7 @@ def test_every_matrix_can_be_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = {}
     for arch in (*compile_matrix.TUNED, *compile_matrix.UNTUNED):
         specs = compile_matrix.matrix(arch)
-        assert {spec.arch for spec in specs} == {arch}
+        assert {spec.arch.removesuffix("a") for spec in specs} == {arch}
         assert len(compile_matrix.matrix(arch, full=True)) > len(specs)
         counts[arch] = len(specs)
     # Those with a tile table of their own get more than one kernel for each class of the spec.

@@ -1,0 +1,365 @@
+// A consumer warpgroup: computes 64 rows of each tile.
+#pragma once
+
+#include "jitattn/attention/cta_work.cuh"
+#include "jitattn/attention/epilogue.cuh"
+#include "jitattn/attention/row_scale.cuh"
+#include "jitattn/attention/warp_scores.cuh"
+#include "jitattn/fwd/sm90/pipeline.cuh"
+#include "jitattn/fwd/sm90/traits.cuh"
+#include "jitattn/ptx/shared.cuh"
+#include "jitattn/ptx/sm90/mbarrier.cuh"
+#include "jitattn/ptx/sm90/warpgroup.cuh"
+#include "jitattn/ptx/sm90/wgmma.cuh"
+#include "jitattn/tile/element.cuh"
+#include "jitattn/types.cuh"
+#include "jitattn_spec.h"
+
+namespace jitattn {
+
+struct NoGatheredRows {};  // keys are contiguous
+
+// Lets the consumers issue their products one after the other, so that one computes exponentials
+// while another multiplies.
+template <int kConsumers>
+struct Turn {
+  const int consumer;
+
+  __device__ void wait() const { ptx::named_barrier_sync(kTurnBarrier + consumer, 256); }
+  __device__ void pass() const {
+    const int next = consumer + 1 == kConsumers ? 0 : consumer + 1;
+    ptx::named_barrier_arrive(kTurnBarrier + next, 256);
+  }
+  // The first turn is nobody's to pass.
+  __device__ void begin() const {
+    if (consumer == 0) ptx::named_barrier_arrive(kTurnBarrier, 256);
+  }
+};
+
+// What consumers keep of a tile; its plan stays in shared memory.
+struct ConsumerTile {
+  int plan_idx;
+  uint32_t s_q;      // of this warpgroup's rows
+  uint32_t q_empty;  // the barrier to arrive at when Q is read
+  int begin, end;    // key blocks, by ordinals
+  bool exists;
+
+  __device__ bool has_blocks() const { return begin < end; }
+};
+
+template <class Spec>
+struct FwdConsumer {
+  using Traits = FwdSm90Traits<Spec>;
+  using Work = CtaWork<Spec>;
+  using Scores = WarpScores<Spec, Traits, NoGatheredRows>;
+  using Softmax = typename Traits::Softmax;
+  using Tile = ConsumerTile;
+  using Out = Scalar<Spec::kDtype>;
+  static constexpr bool kDrops = Spec::kDropout == Switch::kOn;
+  static constexpr bool kIsBf16 = Spec::kDtype == Dtype::kBf16;
+
+  const typename Traits::Params& params;
+  const unsigned char* const s_storage;
+  const FwdBarriers<Spec> barriers;
+  const uint32_t s_addr;
+  const int consumer;
+  const Turn<Traits::kConsumers> turn;
+  const RowScale<Spec, 1> scale;
+  const NoGatheredRows gathered;
+  Ring<Spec::kQStages> q_ring;
+  Ring<Traits::kPlans> plan_ring;
+  // Of the block whose weights are next to be multiplied, or, between tiles, of the next scores.
+  Ring<Spec::kStages> ring;
+  typename Traits::Output r_o;
+  typename Traits::Scores r_s;
+  typename Traits::Weights r_p;
+  Softmax softmax;
+
+  __device__ FwdConsumer(const typename Traits::Params& params, const unsigned char* s_storage,
+                         uint32_t s_addr, int consumer)
+      : params(params),
+        s_storage(s_storage),
+        barriers(s_addr),
+        s_addr(s_addr),
+        consumer(consumer),
+        turn{consumer},
+        scale(params),
+        gathered{},
+        q_ring{0, 0},
+        plan_ring{0, 0},
+        ring{0, 0} {}
+
+  // The last output of a tile and the first scores of the next are computed together, and results
+  // are written while other consumers multiply.
+  __device__ __forceinline__ void run() {
+    turn.begin();
+    Tile tile = next_tile();
+    change_tile(tile, tile, false);
+#pragma unroll 1
+    while (tile.exists) {
+      if (tile.has_blocks()) visit_blocks(tile);
+      release(tile.q_empty);  // all its scores are computed
+      const Tile next = next_tile();
+      change_tile(tile, next, true);
+      tile = next;
+    }
+  }
+
+ private:
+  // Tells the compiler that a number is the same in all lanes, so that descriptors made of it are
+  // computed in uniform registers.
+  __device__ static int uniform(int number) { return __shfl_sync(0xffffffffu, number, 0); }
+
+  // Loads a plan.
+  __device__ __forceinline__ CtaPlan plan_of(int plan_idx) const {
+    CtaPlan plan = *reinterpret_cast<const CtaPlan*>(s_storage + Traits::kOffsetPlans +
+                                                     plan_idx * Traits::kBytesPlan);
+    int* words = reinterpret_cast<int*>(&plan);
+    constexpr int kWords = (kIsUniform<Spec> ? sizeof(WorkTile) : sizeof(CtaPlan)) / 4;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = uniform(words[i]);
+    return plan;
+  }
+
+  __device__ __forceinline__ Work work_of(const Tile& tile) const {
+    const CtaPlan plan = plan_of(tile.plan_idx);
+    return Work(params, plan.tile, plan.sequence);
+  }
+
+  // Waits for a tile, and derives its range.
+  __device__ __forceinline__ Tile next_tile() {
+    ptx::mbarrier_wait(barriers.q_full(q_ring.stage), q_ring.parity);
+    CtaPlan plan = plan_of(plan_ring.stage);
+    Tile tile;
+    tile.exists = plan.tile.batch_idx >= 0;
+    plan.tile.batch_idx = max_of(0, plan.tile.batch_idx);
+    const Work work(params, plan.tile, plan.sequence);
+    tile.plan_idx = plan_ring.stage;
+    tile.s_q = uniform(s_addr + q_ring.stage * Traits::kBytesQ + consumer * Traits::kBytesConsumer);
+    tile.q_empty = barriers.q_empty(q_ring.stage);
+    tile.begin = work.range.begin;
+    tile.end = tile.exists ? work.range.end : work.range.begin;
+    if constexpr (Spec::kQLayout == SeqLayout::kRagged) {
+      if (tile.has_blocks()) clear_missing_rows(work, tile.s_q);
+    }
+    q_ring.advance();
+    plan_ring.advance();
+    return tile;
+  }
+
+  __device__ __forceinline__ Scores scores_of(const Work& work) const {
+    const int thread_idx = Traits::Threads::idx();
+    const WarpPart part = {thread_idx % 32, Traits::first_row(thread_idx / 32), 0, 0,
+                           consumer * 64};
+    return Scores(work, gathered, s_addr, part);
+  }
+
+  // Visits the key blocks but the first, from right to left. The scores of a block are computed
+  // while the weights of the one before are multiplied by its values.
+  __device__ __forceinline__ void visit_blocks(const Tile& tile) {
+    ring = {uniform(ring.stage), static_cast<uint32_t>(uniform(ring.parity))};
+    const Work work = work_of(tile);
+    const Scores scores = scores_of(work);
+    int ordinal = tile.end - 2;
+    if constexpr (kHasGap<Spec>) {
+      const WholeBlocks whole = scores.whole_blocks();
+#pragma unroll 1
+      for (; ordinal >= tile.begin; --ordinal) {
+        if (whole.has(ordinal)) {
+          step<false>(tile, work, scores, ordinal);
+        } else {
+          step<true>(tile, work, scores, ordinal);
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (; ordinal >= tile.begin && scores.is_cut(ordinal); --ordinal) {
+        step<true>(tile, work, scores, ordinal);
+      }
+#pragma unroll 1
+      for (; ordinal >= tile.begin; --ordinal) step<false>(tile, work, scores, ordinal);
+    }
+  }
+
+  // kIsMasked: some row of the warpgroup may not see all keys of the block.
+  template <bool kIsMasked>
+  __device__ __forceinline__ void step(const Tile& tile, const Work& work, const Scores& scores,
+                                       int ordinal) {
+    const Ring<Spec::kStages> before = ring;
+    ring.advance();
+    turn.wait();
+    ptx::mbarrier_wait(barriers.k_full(ring.stage), ring.parity);
+    set_scores(tile.s_q);
+    ptx::mbarrier_wait(barriers.v_full(before.stage), before.parity);
+    add_output(before.stage);
+    turn.pass();
+    ptx::wgmma_wait<1>();
+    ptx::wgmma_hold(flat(r_s));
+    release(barriers.k_empty(ring.stage));
+    float factors[1][2];
+    const bool rescales = weigh<kIsMasked>(work, scores, ordinal, factors);
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_hold(flat(r_o));
+    release(barriers.v_empty(before.stage));
+    pack();
+    if (rescales) Softmax::rescale(r_o, factors);
+  }
+
+  // Finishes a tile and begins the next one: its first block, which may have a tail. Both products
+  // are always computed, as branches around them would serialise them; if a tile has no blocks, or
+  // there is none, of whatever is in shared memory, and the result is dropped.
+  __device__ __forceinline__ void change_tile(const Tile& tile, const Tile& next, bool finishes) {
+    const bool has_output = finishes && tile.has_blocks(), has_scores = next.has_blocks();
+    const Ring<Spec::kStages> before = ring;
+    if (has_output) ring.advance();
+    turn.wait();
+    if (has_scores) ptx::mbarrier_wait(barriers.k_full(ring.stage), ring.parity);
+    set_scores(next.s_q);
+    if (has_output) ptx::mbarrier_wait(barriers.v_full(before.stage), before.parity);
+    add_output(before.stage);
+    turn.pass();
+    ptx::wgmma_wait<1>();
+    ptx::wgmma_hold(flat(r_s));
+    Softmax finished = softmax;
+    begin_softmax();
+    if (has_scores) {
+      release(barriers.k_empty(ring.stage));
+      const Work work = work_of(next);
+      float factors[1][2];
+      weigh<true>(work, scores_of(work), next.end - 1, factors);
+      if constexpr (Spec::kKvLayout == SeqLayout::kRagged) clear_tail(work, next.end - 1);
+    }
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_hold(flat(r_o));
+    if (has_output) release(barriers.v_empty(before.stage));
+    if (finishes) {
+      FwdEpilogue<Spec, Traits>(params, plan_of(tile.plan_idx), Traits::Threads::idx(),
+                                s_addr + Traits::kOffsetMerge)
+          .finish(r_o, finished);
+    }
+    clear_output();
+    pack();
+  }
+
+  __device__ __forceinline__ void begin_softmax() {
+    softmax = Softmax();
+    if constexpr (Spec::kFixedShift == Switch::kOn) softmax.fix_max(params.neg_shift);
+  }
+
+  // r_s = weights of the scores r_s. Returns whether the output must be rescaled, by the factors.
+  template <bool kIsMasked>
+  __device__ __forceinline__ bool weigh(const Work& work, const Scores& scores, int ordinal,
+                                        float (&factors)[1][2]) {
+    const int block = work.block_at(ordinal);
+    scores.modify(r_s, block);
+    if constexpr (kIsMasked) scores.mask(r_s, block);
+    bool rescales = false;
+    if constexpr (Spec::kFixedShift == Switch::kOff) {
+      rescales = softmax.raise_max(r_s, factors, scale);
+    }
+    const auto kept = scores.draw_kept(block);
+#pragma unroll
+    for (int n = 0; n < Traits::kKeyTiles; ++n) {
+      softmax.exponentiate(r_s[0][n], 0, scale);
+      if constexpr (kDrops) kept.apply(r_s[0][n], 0, n);
+    }
+    return rescales;
+  }
+
+  // ---- Products
+  // r_s = Q K^T
+  __device__ __forceinline__ void set_scores(uint32_t s_q) {
+    const WgmmaDescriptor q(s_q, 0);
+    const WgmmaDescriptor k(s_addr + Traits::kOffsetK + ring.stage * Traits::kBytesK, 0);
+    constexpr int kRows = Spec::kBlockKv;
+    ptx::wgmma_fence();
+    ptx::wgmma_rows<kIsBf16, kRows, false>(flat(r_s), q.template at_columns<64>(0),
+                                           k.template at_columns<kRows>(0));
+#pragma unroll
+    for (int d = 1; d < Traits::kDim / 16; ++d) {
+      ptx::wgmma_rows<kIsBf16, kRows, true>(flat(r_s), q.template at_columns<64>(d),
+                                            k.template at_columns<kRows>(d));
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_hold(flat(r_s));
+  }
+
+  // r_o += P V
+  __device__ __forceinline__ void add_output(int stage) {
+    const WgmmaDescriptor v(s_addr + Traits::kOffsetV + stage * Traits::kBytesV,
+                            Traits::kBytesPage);
+    ptx::wgmma_hold(flat(r_o));
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Spec::kBlockKv / 16; ++step) {
+      ptx::wgmma_columns<kIsBf16, Traits::kDimV>(flat(r_o), r_p[step], v.at_rows(step));
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_hold(flat(r_o));
+  }
+
+  // r_p = r_s, rounded. The accumulators of two n8 tiles are the operand of 16 keys.
+  __device__ __forceinline__ void pack() {
+#pragma unroll
+    for (int step = 0; step < Spec::kBlockKv / 16; ++step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float (&tile)[4] = r_s[0][2 * step + i / 2];
+        r_p[step][i] = Out::round_pair(tile[i % 2 * 2], tile[i % 2 * 2 + 1]);
+      }
+    }
+  }
+
+  // Zeros the rows of Q after the last query: those of another sequence would have a vote in when
+  // maxima are raised, and so change the last bits of this one.
+  __device__ __forceinline__ void clear_missing_rows(const Work& work, uint32_t s_q) const {
+    const int first = max_of(0, work.rows.num_rows - work.first_row() - consumer * 64);
+    if (first >= 64) return;
+    constexpr int kChunks = kPageRowBytes / 16;
+#pragma unroll 1
+    for (int i = first * kChunks + threadIdx.x % 128; i < 64 * kChunks; i += 128) {
+#pragma unroll
+      for (int page = 0; page < Traits::kPagesQk; ++page) {
+        ptx::st_shared_v4(s_q + page * Traits::kBytesQPage + i * 16, Vec16{});
+      }
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(kOwnBarrier + consumer, 128);
+  }
+
+  // Zeros the rows of V after the last key: they may be of another sequence, or not a number.
+  __device__ __forceinline__ void clear_tail(const CtaWork<Spec>& work, int ordinal) const {
+    const int first = work.keys_left(ordinal);
+    if (first >= Spec::kBlockKv) return;
+    ptx::mbarrier_wait(barriers.v_full(ring.stage), ring.parity);
+    const uint32_t s_v = s_addr + Traits::kOffsetV + ring.stage * Traits::kBytesV;
+    constexpr int kChunks = kPageRowBytes / 16;
+#pragma unroll 1
+    for (int i = first * kChunks + Traits::Threads::idx(); i < Spec::kBlockKv * kChunks;
+         i += Traits::Threads::kNumThreads) {
+#pragma unroll
+      for (int page = 0; page < Traits::kPagesV; ++page) {
+        ptx::st_shared_v4(s_v + page * Traits::kBytesPage + i * 16, Vec16{});
+      }
+    }
+    ptx::fence_proxy_async();
+    Traits::Threads::sync();
+  }
+
+  // Says, with all lanes of a warp, that it has finished with a stage.
+  __device__ static void release(uint32_t s_empty) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(s_empty);
+  }
+
+  __device__ __forceinline__ void clear_output() {
+#pragma unroll
+    for (int i = 0; i < Traits::kColumnTiles * 4; ++i) flat(r_o)[i] = 0.f;
+  }
+
+  template <int kTiles>
+  __device__ static float (&flat(float (&tiles)[1][kTiles][4]))
+      [kTiles * 4] { return reinterpret_cast<float (&)[kTiles * 4]>(tiles); }
+};
+
+}  // namespace jitattn

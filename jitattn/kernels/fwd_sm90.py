@@ -1,0 +1,204 @@
+"""The forward kernel on wgmma and TMA, for sm_90: its spec, tiles, and the calls that it serves."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from jitattn.kernels.fwd_arguments import FWD_STRUCTS, FWD_TABLES, fwd_arguments
+from jitattn.kernels.matrix import ALL_DIMS, FEATURES, LAYOUTS, MODEL_DIMS, problem
+from jitattn.kernels.operands import problem_in_8_bits
+from jitattn.kernels.problem_spec import ProblemSpec
+from jitattn.spec.arguments import Argument, ArgumentStruct, ArgumentTable
+from jitattn.spec.enums import (
+    Access,
+    BiasKind,
+    Dtype,
+    MaskKind,
+    MatrixSize,
+    Numerics,
+    RowClass,
+    SeqLayout,
+    Staging,
+    Switch,
+)
+from jitattn.spec.kernel_spec import KernelSpec, Problem, arch_number, padded_head_dim
+
+#: Further parameters: tiles are drawn from a counter.
+PERSISTENT: Final = ArgumentStruct(
+    "PersistentParams",
+    (
+        Argument("tile_counter", "int32_t*", "[1], 0, and so left behind"),
+        Argument("num_items", "int32_t", "tiles and splits of all heads"),
+        Argument("section_heads", "int32_t", "causal: query heads visited together"),
+    ),
+    base="Base",
+)
+_STRUCTS: Final = (*FWD_STRUCTS, PERSISTENT)
+_TABLES: Final = {table.name: table.extended(PERSISTENT) for table in FWD_TABLES}
+
+#: Columns of a page: 128 bytes, the widest swizzle.
+PAGE: Final = 64
+#: (block_kv, consumers, stages, q_stages) by the largest padded head dim that the row serves.
+#: TFLOP/s, bf16, full / causal at 16k keys, H200: D=64 558 / 515, two consumers 414 / 432,
+#: 112 keys 486 / 448; D=128 672 / 639, with 112 keys 614 / 573, one stage of Q 618 / 586; D=256
+#: 745 / 632, with 64 keys 686 / 578.
+_TILES: Final[dict[int, tuple[int, int, int, int]]] = {
+    64: (128, 3, 2, 2),
+    128: (128, 2, 2, 2),
+    192: (112, 2, 2, 1),
+    256: (80, 2, 2, 1),
+}
+#: Blocks of a local + stride pattern hold 64 keys or more, and whole kernel blocks.
+_STRIDE_KEYS: Final = 64
+#: Dropout's random numbers take registers.
+_DROPOUT_KEYS: Final = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sm90Tile:
+    """The tile of a forward kernel: 64 rows for each consumer warpgroup."""
+
+    block_q: int
+    block_kv: int  #: keys of one step
+    warps_q: int  #: warps of the consumers
+    warps_kv: int  #: 1
+    stages: int  #: K and V buffers
+    q_stages: int  #: Q buffers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FwdSm90Spec(ProblemSpec):
+    """Spec of the forward kernel on wgmma and TMA."""
+
+    family: ClassVar[str] = "fwd_sm90"
+    tensor_maps: ClassVar[tuple[str, ...]] = ("q", "k", "v")
+    problem: Problem
+    tile: Sm90Tile
+    arch: str  #: "sm_90a"
+
+    @property
+    def num_threads(self) -> int:
+        """Return the threads per CTA, with the producer's."""
+        return 32 * self.tile.warps_q + 128
+
+    @property
+    def smem_bytes(self) -> int:
+        """Return the dynamic shared memory per CTA in bytes."""
+        return smem_bytes(self.problem, self.tile)
+
+    @property
+    def arguments(self) -> ArgumentTable:
+        """Return the parameter struct of this kernel."""
+        return _TABLES[fwd_arguments(self.problem).name]
+
+    @property
+    def structs(self) -> tuple[ArgumentStruct, ...]:
+        """Return the structs of the generated header."""
+        return _STRUCTS
+
+    @classmethod
+    def tables(cls) -> tuple[ArgumentTable, ...]:
+        """Return the parameter structs of this family."""
+        return tuple(_TABLES.values())
+
+    def _prebuild(self) -> str:
+        return "jitattn-cache prebuild --arch 90"
+
+    @classmethod
+    def of_calls(
+        cls,
+        problem: Problem,
+        gear: int | None,
+        arch: str,
+        rows: Sequence[RowClass],
+        **options: Any,  # noqa: ANN401 - there are none
+    ) -> Iterator[KernelSpec]:
+        """Yield the kernel of long queries, on the architecture that has it."""
+        del options
+        if arch_number(arch) != 90 or RowClass.MANY not in rows:
+            return
+        if gear == 4 and problem.is_uniform and problem_in_8_bits(problem, arch) is not None:
+            return  # all of them are quantized
+        if refusal_of_problem(problem) is None:
+            yield fwd_sm90_spec(problem)
+
+    @classmethod
+    def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
+        """Yield the compile-matrix specs of this family."""
+        if arch_number(arch) != 90:
+            return
+        for one in _problems(size):
+            if refusal_of_problem(one) is None:
+                yield fwd_sm90_spec(one)
+
+
+def smem_bytes(problem: Problem, tile: Sm90Tile) -> int:
+    """Return the dynamic shared memory per CTA; `fwd/sm90/traits.cuh` asserts the same."""
+    dim, dim_v = padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v)
+    pages, pages_v = -(-dim // PAGE), -(-dim_v // PAGE)
+    s_q = tile.block_q * pages * 2 * PAGE
+    s_kv = tile.block_kv * (pages + pages_v) * 2 * PAGE
+    barriers = 8 * (2 * tile.q_stages + 4 * tile.stages)
+    s_merge = 8 * tile.block_q + 8
+    plans = 64 * (tile.q_stages + 1)
+    return tile.q_stages * s_q + tile.stages * s_kv + plans + s_merge + barriers
+
+
+def refusal_of_problem(problem: Problem) -> str | None:
+    """Return why a problem has no kernel here; None if it has one."""
+    if problem.dtype is Dtype.FP32 or problem.numerics is not Numerics.F32_ACC:
+        return f"numerics {problem.numerics.value} are those of mma.sync kernels"
+    if problem.access is not Access.VEC16:
+        return "TMA copies multiples of 16 bytes"
+    if problem.kv_layout not in (SeqLayout.BATCHED, SeqLayout.RAGGED):
+        return "keys in pages are gathered by mma.sync kernels"
+    if problem.mask in (MaskKind.BLOCK_LISTS, MaskKind.FINE_STRIDE):
+        return "keys of block lists are gathered by mma.sync kernels"
+    matrices = (problem.bias_staged, problem.dense_staged)
+    reads = problem.bias is not BiasKind.NONE or Switch.ON in (problem.relative_bias, problem.dense)
+    if reads or matrices != (Staging.OFF, Staging.OFF):
+        return "biases and dense masks are read by mma.sync kernels"
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def fwd_sm90_spec(problem: Problem) -> FwdSm90Spec:
+    """Return the spec of the forward kernel of `problem` on sm_90."""
+    dim = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v))
+    block_kv, consumers, stages, q_stages = next(row for top, row in _TILES.items() if dim <= top)
+    if problem.mask is MaskKind.LOCAL_STRIDE:
+        block_kv = _STRIDE_KEYS
+    elif problem.dropout is Switch.ON and consumers == 3:
+        block_kv = _DROPOUT_KEYS
+    tile = Sm90Tile(
+        block_q=64 * consumers,
+        block_kv=block_kv,
+        warps_q=4 * consumers,
+        warps_kv=1,
+        stages=stages,
+        q_stages=q_stages,
+    )
+    return FwdSm90Spec(problem=problem, tile=tile, arch="sm_90a")
+
+
+def _problems(size: MatrixSize) -> Iterator[Problem]:
+    masks = (MaskKind.FULL, MaskKind.CAUSAL)
+    for dim, mask in itertools.product((64, 128, 256), masks):
+        yield problem(Dtype.BF16, dim, mask)
+    yield problem(Dtype.FP16, 128)
+    yield problem(Dtype.BF16, 192, head_dim_v=128)
+    if size >= MatrixSize.TUNED:
+        for dim in MODEL_DIMS:
+            yield problem(Dtype.BF16, dim)
+        for (q_layout, kv_layout), dim in itertools.product(LAYOUTS, (64, 128)):
+            yield problem(Dtype.BF16, dim, q_layout=q_layout, kv_layout=kv_layout)
+        for features, dim in itertools.product(FEATURES, (64, 128, 256)):
+            yield problem(Dtype.BF16, dim, **features)
+    if size is MatrixSize.FULL:
+        dtypes = (Dtype.FP16, Dtype.BF16)
+        for dtype, mask, dim in itertools.product(dtypes, masks, ALL_DIMS):
+            yield problem(dtype, dim, mask)

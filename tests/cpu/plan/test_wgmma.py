@@ -1,0 +1,204 @@
+"""Tests which calls take the wgmma kernels, and how TMA is told where their operands lie."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import jitattn
+from jitattn.jit.tensor_maps import BoxedTensor
+from jitattn.kernels.fwd import FwdSpec
+from jitattn.kernels.fwd_sm90 import FwdSm90Spec
+from jitattn.plan import wgmma
+from jitattn.plan.forward import Forward, deciding_facts, forward, keys_per_block
+from jitattn.plan.step import Place, Step
+from jitattn.request.layouts import parse_any
+from tests.cpu.plan.test_plan import CALLS, Device, call_of, check, forward_of
+
+BATCH, LEN_Q, LEN_KV, HEADS_Q, HEADS_KV, DIM = 2, 300, 320, 4, 2, 64
+TAKEN = {
+    "plain", "causal", "window", "stride", "padding", "sinks", "dropout", "bound", "ragged",
+    "padded", "rows by index", "few keys",
+}  # fmt: skip
+
+
+def plan_of(q: Any, k: Any, v: Any, **given: Any) -> Forward:
+    _, call = jitattn.api.attention.bind(q, k, v, given)
+    parsed = parse_any(q, k, v, call)
+    return forward(parsed.problem, parsed.runtime, call, (1, 2, 3), (4, 5), Device("sm_90"))
+
+
+def step_of(*qkv: torch.Tensor, **given: Any) -> Step:
+    step = plan_of(*qkv, **given).plan.steps[-1]
+    assert isinstance(step.spec, FwdSm90Spec)
+    return step
+
+
+def batched(dim: int = DIM) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q = torch.empty(BATCH, LEN_Q, HEADS_Q, dim, dtype=torch.bfloat16)
+    return q, *(q.new_empty(BATCH, LEN_KV, HEADS_KV, dim) for _ in range(2))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_that_are_served(name: str) -> None:
+    planned = forward_of(CALLS[name], "sm_90")
+    step = planned.plan.steps[-1]
+    assert isinstance(step.spec, FwdSm90Spec) == (name in TAKEN)
+    assert isinstance(step.spec, FwdSm90Spec) == (planned.tiling.refusal == "")
+    check(planned.plan)
+    if name in TAKEN:
+        assert [name for name, _ in step.maps] == list(step.spec.tensor_maps)
+        assert step.grid == min(planned.tiling.num_ctas, planned.tiling.num_slots)
+        assert step.numbers["num_items"] == planned.tiling.num_ctas
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "negative": ({"scale": -1.0}, "scale is negative"),
+    "gear": ({"gear": 0}, "numerics split_p"),
+    "unaligned": ({"dim": 33}, "multiples of 16 bytes"),
+    "pages": ({"kv_seqs": CALLS["pages"]["kv_seqs"]}, "pages"),
+    "lists": ({"mask": CALLS["lists"]["mask"]}, "block lists"),
+    "bias": ({"bias": torch.zeros(1, 4, 300, 300)}, "biases"),
+    "packed": ({"len_q": 33}, "packed"),
+    "unfilled": ({"len_q": 70}, "filled better"),
+    "short": ({"len_q": 8}, "short"),
+}
+
+
+@pytest.mark.parametrize(("given", "reason"), REFUSED.values(), ids=REFUSED)
+def test_other_calls_say_why(given: dict[str, Any], reason: str) -> None:
+    planned = forward_of(given, "sm_90")
+    assert isinstance(planned.tiling.spec, FwdSpec)
+    assert reason in planned.tiling.refusal
+
+
+def test_rows_at_one_address_are_refused() -> None:
+    q, k, v = batched()
+    planned = plan_of(q, k[:, :1].expand(-1, LEN_KV, -1, -1), v)
+    assert "overlap" in planned.tiling.refusal
+
+
+def test_overlapping_rows_are_refused() -> None:
+    q, _, v = batched()
+    room = torch.empty(2, 40 * LEN_KV + DIM, dtype=q.dtype)
+    windows = room.as_strided((2, LEN_KV, 1, DIM), (room.stride(0), 40, DIM, 1))
+    planned = plan_of(q[:, :, :1], windows, v[:, :, :1])
+    assert "overlap" in planned.tiling.refusal
+
+
+def test_flat_rows_at_one_address_are_refused() -> None:
+    """Even if no sequence has two of them."""
+    row = torch.empty(1, HEADS_KV, DIM, dtype=torch.bfloat16)
+    q = row.repeat(500, 1, 1)
+    starts = torch.tensor([3, 7])
+    of_q = jitattn.Ragged.from_cu_seqlens(torch.tensor([0, 300, 500], dtype=torch.int32), 300)
+    of_k = jitattn.Ragged(starts, torch.tensor([1, 1]), 1)
+    planned = plan_of(q, row.expand(20, -1, -1), row.expand(20, -1, -1), q_seqs=of_q, kv_seqs=of_k)
+    assert "overlap" in planned.tiling.refusal
+
+
+def test_no_keys_are_refused() -> None:
+    q, k, v = batched()
+    assert plan_of(q, k[:, :0], v[:, :0]).tiling.refusal
+
+
+def test_another_architecture_has_none() -> None:
+    assert all("device" in forward_of({}, arch).tiling.refusal for arch in ("sm_80", "sm_89"))
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("dim", [40, 128, 256])
+def test_maps_of_a_batch(dim: int, layout: str) -> None:
+    qkv = batched(dim)
+    if layout == "bhsd":
+        qkv = tuple(x.transpose(1, 2) for x in qkv)
+    step = step_of(*qkv, layout=layout)
+    block_kv = step.spec.tile.block_kv
+    assert dict(step.maps) == {
+        "q": BoxedTensor(
+            "bf16", (dim, LEN_Q, HEADS_Q, BATCH),
+            (HEADS_Q * dim * 2, dim * 2, LEN_Q * HEADS_Q * dim * 2), (64, 64, 1, 1),
+        ),
+        **{
+            name: BoxedTensor(
+                "bf16", (dim, LEN_KV, HEADS_KV, BATCH),
+                (HEADS_KV * dim * 2, dim * 2, LEN_KV * HEADS_KV * dim * 2), (64, block_kv, 1, 1),
+            )
+            for name in ("k", "v")
+        },
+    }  # fmt: skip
+
+
+def test_a_dimension_without_stride_has_no_extent() -> None:
+    q, k, v = batched()
+    alike = k[:1].expand(BATCH, -1, -1, -1)
+    boxed = dict(step_of(q, alike, v[:, :, :1].expand(-1, -1, HEADS_KV, -1)).maps)
+    assert boxed["k"].shape == (DIM, LEN_KV, HEADS_KV, 1)
+    assert boxed["v"].shape == (DIM, LEN_KV, 1, BATCH)
+    assert all(step > 0 and step % 16 == 0 for one in boxed.values() for step in one.strides)
+
+
+def test_maps_of_sequences() -> None:
+    """Flat tensors have all rows in one dimension; rows by index are those of the cache."""
+    ends = torch.tensor([0, 300, 500], dtype=torch.int32)
+    seqs = jitattn.Ragged.from_cu_seqlens(ends, 300)
+    flat = torch.empty(500, HEADS_KV, DIM, dtype=torch.bfloat16)
+    boxed = dict(step_of(flat, flat, flat, q_seqs=seqs, kv_seqs=seqs).maps)
+    assert {one.shape for one in boxed.values()} == {(DIM, 500, HEADS_KV, 1)}
+    q, k, _ = batched()
+    cache = k.new_empty(7, LEN_KV, HEADS_KV, DIM)
+    where = jitattn.Padded(torch.tensor([9, 300]), batch_idx=torch.tensor([6, 0]))
+    boxed = dict(step_of(q, cache, cache, kv_seqs=where).maps)
+    assert boxed["q"].shape == (DIM, LEN_Q, HEADS_Q, BATCH)
+    assert boxed["k"].shape == (DIM, LEN_KV, HEADS_KV, 7)
+
+
+def test_the_counter_of_tiles_follows_the_arrivals() -> None:
+    q, k, v = batched()
+    step = step_of(q, k, v, num_splits=1)
+    assert step.places["tile_counter"] == Place("counters", 0)
+    planned = plan_of(q, k, v, num_splits=2)
+    items = planned.tiling.num_ctas
+    assert planned.plan.steps[-1].places["tile_counter"] == Place("counters", 4 * items)
+    assert planned.plan.num_counters == items + 1
+
+
+def test_sections_fit_the_cache() -> None:
+    """As many heads as share 24 MB of K and V; at least those of one kv head, at most all."""
+    found = {}
+    for length in (64, 4096, 1 << 16):
+        q = torch.empty(1, 65, 32, 128, dtype=torch.float16, device="meta")
+        k = torch.empty(1, length, 8, 128, dtype=torch.float16, device="meta")
+        _, call = jitattn.api.attention.bind(q, k, k, {})
+        parsed = parse_any(q, k, k, call)
+        found[length] = wgmma.section_heads(parsed.problem, parsed.runtime)
+    assert found == {64: 32, 4096: 32, 1 << 16: 4}
+
+
+def test_plans_with_maps_are_not_those_of_other_lengths() -> None:
+    q, k, call = call_of({})
+    parsed = parse_any(q, k, k, call)
+    given = (parsed.problem, parsed.runtime, call)
+    assert deciding_facts(*given, (1, 2, 3), (4, 5), Device("sm_90")) is None
+    assert keys_per_block(*given, Device("sm_90")) is None
+    assert deciding_facts(*given, (1, 2, 3), (4, 5), Device("sm_80")) is not None
+
+
+@pytest.mark.parametrize("dim", range(8, 257, 8))
+@pytest.mark.parametrize("dim_v", [8, 128, 256])
+def test_tiles_fit_the_multiprocessor(dim: int, dim_v: int) -> None:
+    for more in ({}, {"mask": jitattn.LocalStride(64, 2, 3)}, {"dropout_p": 0.5}):
+        q = torch.empty(1, LEN_Q, 2, dim, dtype=torch.float16)
+        v = torch.empty(1, LEN_Q, 2, dim_v, dtype=torch.float16)
+        spec = step_of(q, q, v, **more).spec
+        assert spec.smem_bytes <= 227 * 1024
+        consumers = spec.tile.warps_q // 4
+        registers = (32, 160) if consumers == 3 else (40, 232)  # fwd/sm90/traits.cuh
+        assert 128 * (registers[0] + consumers * registers[1]) <= 65536
+        assert spec.tile.block_q == 64 * consumers
+        assert spec.tile.block_kv % 16 == 0
+        sums = math.ceil(dim_v / 16) * 8 + spec.tile.block_kv * 3 // 4  # of output, scores, weights
+        assert sums < registers[1]
