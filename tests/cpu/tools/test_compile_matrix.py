@@ -32,7 +32,7 @@ def test_matrix(arch: str, tmp_path: Path, request: pytest.FixtureRequest) -> No
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert len(figures) >= 14
-    assert {row["spec"]["arch"] for row in figures} == {arch}
+    assert {row["spec"]["arch"].removesuffix("a") for row in figures} == {arch}
     assert all(row["registers"] > 0 for row in figures)
 
 
