@@ -166,10 +166,10 @@ def test_ragged(dim: int, mask: Any, num_splits: int | None) -> None:
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_neighbours_change_no_bit(dim: int) -> None:
     """Rows of other sequences beside those of a tile have no part in its sums."""
-    lengths = torch.tensor([200, 130, 180, 333], device="cuda")
+    lengths = torch.tensor([300, 130, 180, 333], device="cuda")
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    q, k, v = (drawn(843, 2, dim) for _ in range(3))
-    q[200:330] *= 50
+    q, k, v = (drawn(943, 2, dim) for _ in range(3))
+    q[300:430] *= 50
     seqs = Ragged.from_cu_seqlens(ends, 333)
     given = {"mask": Causal(), "num_splits": 1}
     out = check(q, k, v, q_seqs=seqs, kv_seqs=seqs, **given)
