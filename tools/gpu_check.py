@@ -68,7 +68,8 @@ SANITIZERS: Final = {
     ),
     "racecheck-wgmma": (
         "racecheck",
-        "test_wgmma and 128 and (features or (ragged and 3-128)) and not 256",
+        # Not the merge of splits: racecheck does not see named barriers of a part of a CTA.
+        "test_wgmma and 128 and ((features and not splits) or (ragged and 1-128))",
     ),
     "racecheck-gradients": (
         "racecheck",

@@ -74,13 +74,16 @@ def test_no_cubin_is_no_code(tool: ModuleType, cubin: bytes) -> None:
 
 
 def test_every_difference_has_a_line(tool: ModuleType) -> None:
-    code, failed = tool.Code("a", 8, 32, 0), tool.Code(error="CompileError: no")
-    before = {"same": code, "other": code, "gone": code, "bad": failed}
-    after = {"same": code, "other": tool.Code("b", 9, 33, 4), "new": code, "bad": failed}
+    code, failed = tool.Code("a", 8, 32, 0, text="x"), tool.Code(error="CompileError: no")
+    before = {"same": code, "other": code, "gone": code, "bad": failed, "table": code}
+    after = {
+        "same": code, "other": tool.Code("b", 9, 33, 4, text="y"), "new": code, "bad": failed,
+        "table": tool.Code("c", 8, 32, 0, text="x"),
+    }  # fmt: skip
     lines, equal = tool.compare(before, after)
     assert equal == 1
     assert [line.partition(":")[0] for line in lines] == [
-        "failed", "only before", "only after", "differs"
+        "failed", "only before", "only after", "differs", "differs in constants alone"
     ]  # fmt: skip
     assert "9 instructions, 33 registers, 4 B spills" in lines[3]
 
