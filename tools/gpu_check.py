@@ -68,8 +68,8 @@ SANITIZERS: Final = {
     ),
     "racecheck-wgmma": (
         "racecheck",
-        # Not the merge of splits: racecheck does not see named barriers of a part of a CTA.
-        "test_wgmma and 128 and ((features and not splits) or (ragged and 1-128))",
+        # Reports the merge of splits so far; not settled (cuda_src/notes/0010).
+        "test_wgmma and 128 and (features or (ragged and 3-128)) and not 256",
     ),
     "racecheck-gradients": (
         "racecheck",
