@@ -41,7 +41,7 @@ VARIABLES: Final[dict[str, tuple[str, str]]] = {
     "JITATTN_NO_COMPILE": ("0", "1 forbids compiling: a missing kernel is an error that names it"),
     "JITATTN_LOCK_TIMEOUT": ("60", "seconds to wait for another process that compiles the kernel"),
     "JITATTN_NVRTC": ("chosen by driver", "12 or 13: which installed NVRTC compiles"),
-    "JITATTN_FAMILY": ("sm80", "sm90 lets calls take the wgmma kernels of sm_90"),
+    "JITATTN_FAMILY": ("sm90", "sm80 keeps calls from the wgmma kernels of sm_90"),
     "JITATTN_RECORD": ("unset", "file to note the kernels in that a program uses, for prebuild"),
     "JITATTN_KEEP_SOURCE": ("unset", "directory to keep the source of every compile in"),
     "JITATTN_LINEINFO": ("0", "1 compiles line numbers in, for profilers"),
@@ -118,7 +118,7 @@ def nvrtc_major() -> int | None:
 
 def family() -> Family:
     """Return the newest kernel family that calls may take."""
-    value = os.environ.get("JITATTN_FAMILY") or "sm80"
+    value = os.environ.get("JITATTN_FAMILY") or "sm90"
     for one in get_args(Family):
         if value == one:
             return cast("Family", one)

@@ -95,16 +95,17 @@ SCALED: Final = ArgumentStruct(
 )
 
 FWD_STRUCTS: Final = (FWD, FWD_SEQ, FWD_SCORE, FWD_BLOCK_LIST, SCALED)
-_UNSCALED: Final = tuple(ArgumentTable(*FWD_STRUCTS[:count]) for count in (1, 2, 3, 4))
-_SCALED: Final = tuple(table.extended(SCALED) for table in _UNSCALED)
+#: Parameter structs of kernels whose operands are not scaled.
+FWD_UNSCALED: Final = tuple(ArgumentTable(*FWD_STRUCTS[:count]) for count in (1, 2, 3, 4))
+_SCALED: Final = tuple(table.extended(SCALED) for table in FWD_UNSCALED)
 #: Every parameter struct of the forward kernels.
-FWD_TABLES: Final = (*_UNSCALED, *_SCALED)
+FWD_TABLES: Final = (*FWD_UNSCALED, *_SCALED)
 
 
 def fwd_arguments(problem: Problem) -> ArgumentTable:
     """Return the arguments of the forward kernel of a problem."""
     numerics = problem.numerics
-    tables = _SCALED if numerics.is_quantized or numerics.num_parts else _UNSCALED
+    tables = _SCALED if numerics.is_quantized or numerics.num_parts else FWD_UNSCALED
     if problem.mask is MaskKind.BLOCK_LISTS:
         return tables[3]
     if problem.has_scores:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
-from jitattn.kernels.fwd_arguments import FWD_STRUCTS, FWD_TABLES, fwd_arguments
+from jitattn.kernels.fwd_arguments import FWD_STRUCTS, FWD_UNSCALED, fwd_arguments
 from jitattn.kernels.matrix import ALL_DIMS, FEATURES, LAYOUTS, MODEL_DIMS, problem
 from jitattn.kernels.operands import problem_in_8_bits
 from jitattn.kernels.problem_spec import ProblemSpec
@@ -33,24 +33,28 @@ PERSISTENT: Final = ArgumentStruct(
     (
         Argument("tile_counter", "int32_t*", "[1], 0, and so left behind"),
         Argument("num_items", "int32_t", "tiles and splits of all heads"),
-        Argument("section_heads", "int32_t", "causal: query heads visited together"),
+        Argument("section_heads", "int32_t", "head tiles that are visited together"),
+        Argument("piece_rows", "int32_t", "rows of a key block that are copied at once"),
     ),
     base="Base",
 )
 _STRUCTS: Final = (*FWD_STRUCTS, PERSISTENT)
-_TABLES: Final = {table.name: table.extended(PERSISTENT) for table in FWD_TABLES}
+_TABLES: Final = {table.name: table.extended(PERSISTENT) for table in FWD_UNSCALED}
 
 #: Columns of a page: 128 bytes, the widest swizzle.
 PAGE: Final = 64
-#: (block_kv, consumers, stages, q_stages) by the largest padded head dim that the row serves.
-#: TFLOP/s, bf16, full / causal at 16k keys, H200: D=64 558 / 515, two consumers 414 / 432,
-#: 112 keys 486 / 448; D=128 672 / 639, with 112 keys 614 / 573, one stage of Q 618 / 586; D=256
-#: 745 / 632, with 64 keys 686 / 578.
-_TILES: Final[dict[int, tuple[int, int, int, int]]] = {
-    64: (128, 3, 2, 2),
-    128: (128, 2, 2, 2),
-    192: (112, 2, 2, 1),
-    256: (80, 2, 2, 1),
+#: Keys of a block at D=256, and where not all are seen: 64 fit causal tiles better.
+_WIDE_KEYS: Final = 80
+_WIDE_MASKED_KEYS: Final = 64
+#: (block_kv, consumers, stages, q_stages) by the largest padded head dim that the rows serve; the
+#: first for many queries. TFLOP/s, bf16, full / causal at 16k keys, H200: D=64 558 / 515, two
+#: consumers 414 / 432 (of 1k keys, causal, 268 / 294), 112 keys 486 / 448; D=128 672 / 639, with
+#: 112 keys 614 / 573, one stage of Q 618 / 586; D=256 748 / 621, with 64 keys 702 / 628.
+_TILES: Final[dict[int, tuple[tuple[int, int, int, int], ...]]] = {
+    64: ((128, 3, 4, 2), (128, 2, 4, 2)),
+    128: ((128, 2, 2, 2),),
+    192: ((112, 2, 2, 1),),
+    256: ((_WIDE_KEYS, 2, 2, 1),),
 }
 #: Blocks of a local + stride pattern hold 64 keys or more, and whole kernel blocks.
 _STRIDE_KEYS: Final = 64
@@ -121,10 +125,11 @@ class FwdSm90Spec(ProblemSpec):
         del options
         if arch_number(arch) != 90 or RowClass.MANY not in rows:
             return
-        if gear == 4 and problem.is_uniform and problem_in_8_bits(problem, arch) is not None:
+        are_apart = SeqLayout.RAGGED not in (problem.q_layout, problem.kv_layout)
+        if gear == 4 and are_apart and problem_in_8_bits(problem, arch) is not None:
             return  # all of them are quantized
         if refusal_of_problem(problem) is None:
-            yield fwd_sm90_spec(problem)
+            yield from fwd_sm90_specs(problem)
 
     @classmethod
     def matrix(cls, arch: str, size: MatrixSize) -> Iterator[KernelSpec]:
@@ -133,7 +138,7 @@ class FwdSm90Spec(ProblemSpec):
             return
         for one in _problems(size):
             if refusal_of_problem(one) is None:
-                yield fwd_sm90_spec(one)
+                yield from fwd_sm90_specs(one)
 
 
 def smem_bytes(problem: Problem, tile: Sm90Tile) -> int:
@@ -144,8 +149,10 @@ def smem_bytes(problem: Problem, tile: Sm90Tile) -> int:
     s_kv = tile.block_kv * (pages + pages_v) * 2 * PAGE
     barriers = 8 * (2 * tile.q_stages + 4 * tile.stages)
     s_merge = 8 * tile.block_q + 8
-    plans = 64 * (tile.q_stages + 1)
-    return tile.q_stages * s_q + tile.stages * s_kv + plans + s_merge + barriers
+    has_lists = problem.mask is MaskKind.BLOCK_LISTS
+    plans = (128 if has_lists else 64) * (tile.q_stages + 2)
+    listed = (tile.stages + 1) * tile.block_kv // 16 * 8 if has_lists else 0
+    return tile.q_stages * s_q + tile.stages * s_kv + plans + listed + s_merge + barriers
 
 
 def refusal_of_problem(problem: Problem) -> str | None:
@@ -154,10 +161,10 @@ def refusal_of_problem(problem: Problem) -> str | None:
         return f"numerics {problem.numerics.value} are those of mma.sync kernels"
     if problem.access is not Access.VEC16:
         return "TMA copies multiples of 16 bytes"
-    if problem.kv_layout not in (SeqLayout.BATCHED, SeqLayout.RAGGED):
-        return "keys in pages are gathered by mma.sync kernels"
-    if problem.mask in (MaskKind.BLOCK_LISTS, MaskKind.FINE_STRIDE):
-        return "keys of block lists are gathered by mma.sync kernels"
+    if problem.kv_layout is SeqLayout.PAGED:
+        return "pages of other sizes than multiples of 16 are gathered by mma.sync kernels"
+    if problem.mask is MaskKind.FINE_STRIDE:
+        return "keys of small blocks on a stride are gathered by mma.sync kernels"
     matrices = (problem.bias_staged, problem.dense_staged)
     reads = problem.bias is not BiasKind.NONE or Switch.ON in (problem.relative_bias, problem.dense)
     if reads or matrices != (Staging.OFF, Staging.OFF):
@@ -166,15 +173,25 @@ def refusal_of_problem(problem: Problem) -> str | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def fwd_sm90_spec(problem: Problem) -> FwdSm90Spec:
-    """Return the spec of the forward kernel of `problem` on sm_90."""
+def fwd_sm90_specs(problem: Problem) -> tuple[FwdSm90Spec, ...]:
+    """Return the specs of the forward kernels of `problem` on sm_90, by decreasing tile height."""
     dim = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v))
-    block_kv, consumers, stages, q_stages = next(row for top, row in _TILES.items() if dim <= top)
+    rows = next(rows for top, rows in _TILES.items() if dim <= top)
+    return tuple(
+        FwdSm90Spec(problem=problem, tile=tile, arch="sm_90a")
+        for tile in itertools.starmap(functools.partial(_tile, problem), rows)
+        if problem.mask is not MaskKind.BLOCK_LISTS or tile.block_q.bit_count() == 1
+    )
+
+
+def _tile(problem: Problem, block_kv: int, consumers: int, stages: int, q_stages: int) -> Sm90Tile:
     if problem.mask is MaskKind.LOCAL_STRIDE:
         block_kv = _STRIDE_KEYS
+    elif problem.mask is not MaskKind.FULL and block_kv == _WIDE_KEYS:
+        block_kv = _WIDE_MASKED_KEYS
     elif problem.dropout is Switch.ON and consumers == 3:
         block_kv = _DROPOUT_KEYS
-    tile = Sm90Tile(
+    return Sm90Tile(
         block_q=64 * consumers,
         block_kv=block_kv,
         warps_q=4 * consumers,
@@ -182,7 +199,6 @@ def fwd_sm90_spec(problem: Problem) -> FwdSm90Spec:
         stages=stages,
         q_stages=q_stages,
     )
-    return FwdSm90Spec(problem=problem, tile=tile, arch="sm_90a")
 
 
 def _problems(size: MatrixSize) -> Iterator[Problem]:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _MANY: Final = 1 << 14
 #: More rows than a CTA of a backward kernel accumulates, by which dK and dV come in parts.
 _MANY_ROWS: Final = 1 << 19
-#: Every length of the smaller row classes, and a long one.
-_QUERIES: Final = (*range(1, RowClass.ROWS64 + 1), _MANY)
+#: Every length of the smaller row classes, that of one tile, and a long one.
+_QUERIES: Final = (*range(1, RowClass.ROWS64 + 1), 128, _MANY)
 _KEYS: Final = (0, 1, _MANY)
 _NO_STRIDES: Final = (0, 0, 0)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from jitattn.errors import UnsupportedError
 from jitattn.jit.launch import MAX_GRID
 from jitattn.kernels.fwd import fwd_spec
-from jitattn.kernels.fwd_sm90 import FwdSm90Spec, fwd_sm90_spec
+from jitattn.kernels.fwd_sm90 import FwdSm90Spec
 from jitattn.kernels.tiles import choose_splits, combine_cost, heads_per_tile
 from jitattn.plan import arguments, prepare, wgmma
 from jitattn.plan.step import Buffer, Place, Plan, Step
@@ -180,14 +180,15 @@ def tile(
         rows = TILE_ROWS[tile_rows]
     elif num_rows <= RowClass.ROWS64:
         rows = RowClass.ROWS16 if num_rows <= RowClass.ROWS16 else RowClass.ROWS64
-    refusal = "the queries are short"
+    chosen = wgmma.Choice(None, refusal="the queries are short")
     if rows is RowClass.MANY:
-        refusal = wgmma.refusal(problem, runtime, packed, device) or ""
+        chosen = wgmma.choice(problem, runtime, packed, device)
     spec: FwdSpec | FwdSm90Spec
-    if refusal:
+    if chosen.spec is None:
         spec = fwd_spec(problem, device.arch, rows)
     else:
-        spec, packed, num_rows = fwd_sm90_spec(problem), 1, runtime.len_q
+        spec, packed = chosen.spec, chosen.heads_per_tile
+        num_rows = runtime.len_q * packed
     num_slots = device.slots(spec)
     block_q = spec.tile.block_q
     if runtime.listed is not None:
@@ -227,7 +228,7 @@ def tile(
         raise UnsupportedError(
             f"the call needs {num_ctas} CTAs: a grid has at most 2**31 - 1; split the batch"
         )
-    return Tiling(spec, rows, packed, num_q_tiles, num_splits, num_slots, num_ctas, refusal)
+    return Tiling(spec, rows, packed, num_q_tiles, num_splits, num_slots, num_ctas, chosen.refusal)
 
 
 def num_counters(tiling: Tiling) -> int:
@@ -320,7 +321,8 @@ def _attend(
     if not isinstance(spec, FwdSm90Spec):
         return Step(spec, tiling.num_ctas, numbers, places), buffers
     numbers["num_items"] = tiling.num_ctas
-    numbers["section_heads"] = wgmma.section_heads(problem, runtime)
+    numbers["section_heads"] = wgmma.section_heads(problem, runtime, packed)
+    numbers["piece_rows"] = wgmma.piece_rows(problem, runtime, spec.tile)
     places["tile_counter"] = Place("counters", 4 * (num_counters(tiling) - 1))
-    maps = wgmma.maps_of(problem, runtime, spec.tile)
+    maps = wgmma.maps_of(problem, runtime, spec.tile, packed)
     return Step(spec, min(tiling.num_ctas, tiling.num_slots), numbers, places, maps), buffers

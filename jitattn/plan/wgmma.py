@@ -5,55 +5,85 @@ Every other call takes the mma.sync kernels, which serve all of them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import math
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from jitattn.jit.tensor_maps import MOST_EXTENT, MOST_STRIDE, BoxedTensor
-from jitattn.kernels.fwd_sm90 import PAGE, fwd_sm90_spec, refusal_of_problem
+from jitattn.kernels.fwd_sm90 import PAGE, fwd_sm90_specs, refusal_of_problem
+from jitattn.spec.enums import MaskKind
 
 if TYPE_CHECKING:
-    from jitattn.kernels.fwd_sm90 import Sm90Tile
+    from jitattn.kernels.fwd_sm90 import FwdSm90Spec, Sm90Tile
     from jitattn.plan.step import Device
     from jitattn.request.problem import Runtime, Strides
     from jitattn.spec.kernel_spec import Problem
 
-#: Bytes of K and V that causal tiles of several heads share in L2, 50 MB on an H200. TFLOP/s at
-#: D=128, 16 heads of 4096 and of 16384 keys: all heads 503 and 603, 24 MB 570 and 625, 6 MB 547 and
-#: 611.
+#: Bytes of K and V that tiles of several heads share in L2, 50 MB on an H200, unless all keys are
+#: seen. TFLOP/s at D=128, 16 heads of 4096 and of 16384 keys, causal: all heads 503 and 603, 24 MB
+#: 570 and 625, 6 MB 547 and 611. Full, ragged, 4096: a head at a time 592, 24 MB 567, all 542.
 _SECTION_BYTES: Final = 24 * 2**20
-#: Least ratio of the filled share of tiles to that of mma.sync's, whose kernels are slower.
-#: us, D=64, 32 heads of 256 queries, H200: wgmma 13.2, mma.sync 11.9; of 1024, 35.2 and 33.8, in a
-#: batch of 16 319 and 425. D=128, 16 heads of 256: 13.0 and 13.4.
-_LEAST_FILLED: Final = 0.7
-_MMA_BLOCK_Q: Final = 128
+#: Rows and keys that a tile of 192 rows multiplies in the time in which one of 128 multiplies one.
+#: D=64, H200, us: 16 x 1024 causal 256 and 234, full 320 and 340; 4096 causal 626 and 661.
+_TALL_SPEED: Final = 1.15
+#: Ratio of the times of tiles with packed heads and without.
+_PACKED_COST: Final = 1.05
+#: Ratio of the time of wgmma's tiles to that of full ones from which on mma.sync is faster.
+_MOST_COST: Final = 1.4
+_PLAIN_ROWS: Final = 128
 _BYTES: Final = 2  # of an element
+#: Rows of Q that one copy moves: those of a consumer.
+_BOX_ROWS: Final = 64
+#: Keys of a group of a block list.
+_GROUP: Final = 16
 
 
-def refusal(problem: Problem, runtime: Runtime, packed: int, device: Device) -> str | None:
-    """Return why a call with long queries does not take a wgmma kernel; None if it does.
+class Choice(NamedTuple):
+    """A wgmma kernel for a call, or why there is none."""
+
+    spec: FwdSm90Spec | None
+    heads_per_tile: int = 1
+    refusal: str = ""
+
+
+def choice(problem: Problem, runtime: Runtime, packed: int, device: Device) -> Choice:
+    """Choose the wgmma kernel of a call with long queries, and how many heads a tile packs.
 
     Parameters
     ----------
     problem, runtime : Problem, Runtime
         Of the attention kernel, after operand preparation.
     packed : int
-        Query heads packed into a tile of mma.sync; wgmma packs none.
+        Query heads packed into a tile of mma.sync.
     device : Device
     """
+    reason = _refusal(problem, runtime, device)
+    if reason is not None:
+        return Choice(None, refusal=reason)
+    options = {1, packed} if runtime.listed is not None else {1, packed, _group(runtime)}
+    found = [
+        (_cost(problem, runtime, spec.tile.block_q, heads), spec, heads)
+        for spec in fwd_sm90_specs(problem)
+        for heads in sorted(options)
+        if _packs(runtime, heads)
+    ]
+    cost, spec, heads = min(found, key=lambda one: one[0])
+    if cost > _MOST_COST * _cost(problem, runtime, _PLAIN_ROWS, packed):
+        return Choice(None, refusal="tiles of mma.sync are filled better")
+    return Choice(spec, heads)
+
+
+def _refusal(problem: Problem, runtime: Runtime, device: Device) -> str | None:
     if not device.has_wgmma:
-        return "the device or its driver has no wgmma, or JITATTN_FAMILY is not sm90"
+        return "the device or its driver has no wgmma, or JITATTN_FAMILY is sm80"
     reason = refusal_of_problem(problem)
     if reason is not None:
         return reason
-    block_q = fwd_sm90_spec(problem).tile.block_q
-    filled = _filled(runtime.len_q, block_q)
-    if filled < _LEAST_FILLED * _filled(runtime.len_q * packed, _MMA_BLOCK_Q):
-        return "tiles of mma.sync, with the query heads packed into them, are filled better"
     if runtime.scale < 0:
         return "the scale is negative"
-    boxed = (boxed_q(problem, runtime), boxed_k(problem, runtime, 1), boxed_v(problem, runtime, 1))
+    boxed = [boxed(problem, runtime, 1) for boxed in (boxed_q, boxed_k, boxed_v)]
     if runtime.len_kv == 0 or not all(map(_is_encodable, boxed)):
         return "q, k or v has no rows, or too distant ones"
-    rows = (_rows_of_q(runtime), *(2 * (_sizes_of_keys(runtime)[0],)))
+    rows = (_rows_of_q(runtime), *(2 * (_sizes_of_keys(problem, runtime)[0],)))
     strides = (runtime.q_strides, runtime.k_strides, runtime.v_strides)
     dims = (problem.head_dim, problem.head_dim, problem.head_dim_v)
     for size, (_, step, _), dim in zip(rows, strides, dims, strict=True):
@@ -62,72 +92,127 @@ def refusal(problem: Problem, runtime: Runtime, packed: int, device: Device) -> 
     return None
 
 
-def _filled(num_rows: int, block_q: int) -> float:
-    return num_rows / (-(-num_rows // block_q) * block_q)
+def _group(runtime: Runtime) -> int:
+    return runtime.heads_q // runtime.heads_kv
+
+
+def _packs(runtime: Runtime, packed: int) -> bool:
+    """Return whether one copy can move positions of all packed heads, 64 rows together."""
+    return packed == 1 or (_BOX_ROWS % packed == 0 and runtime.q_strides[2] != 0)
+
+
+def _cost(problem: Problem, runtime: Runtime, block_q: int, packed: int) -> float:
+    """Return the time of a head's tiles, in pairs of a row and a key of tiles of 128 rows."""
+    num_tiles = -(-runtime.len_q * packed // block_q)
+    positions = block_q // packed
+    rows = num_tiles * block_q / packed
+    speed = _TALL_SPEED if block_q > _PLAIN_ROWS else 1.0
+    if packed > 1:
+        speed /= _PACKED_COST
+    return rows * _seen(problem, runtime, num_tiles * positions, positions) / speed
+
+
+def _seen(problem: Problem, runtime: Runtime, end: int, positions: int) -> float:
+    """Return the keys that tiles of so many positions see on average, up to position `end`."""
+    len_kv, indices = runtime.len_kv, runtime.indices
+    diagonal = runtime.diagonal
+    if indices is not None and indices.arguments.bottom_right:
+        diagonal += len_kv - runtime.len_q
+    if problem.mask is MaskKind.FULL or runtime.listed is not None:
+        return len_kv
+    first, last = (min(max(diagonal + position, 1), len_kv) for position in (positions, end))
+    return (first + last) / 2
 
 
 def maps_of(
-    problem: Problem, runtime: Runtime, tile: Sm90Tile
+    problem: Problem, runtime: Runtime, tile: Sm90Tile, packed: int
 ) -> tuple[tuple[str, BoxedTensor], ...]:
     """Return the tensors that TMA copies, with their boxes, by argument."""
     return (
-        ("q", boxed_q(problem, runtime)),
-        ("k", boxed_k(problem, runtime, tile.block_kv)),
-        ("v", boxed_v(problem, runtime, tile.block_kv)),
+        ("q", boxed_q(problem, runtime, packed)),
+        ("k", boxed_k(problem, runtime, piece_rows(problem, runtime, tile))),
+        ("v", boxed_v(problem, runtime, piece_rows(problem, runtime, tile))),
     )
 
 
-def section_heads(problem: Problem, runtime: Runtime) -> int:
-    """Return the number of query heads whose causal tiles are visited together."""
-    group = runtime.heads_q // runtime.heads_kv
+def piece_rows(problem: Problem, runtime: Runtime, tile: Sm90Tile) -> int:
+    """Return the rows of a key block that one copy moves."""
+    if problem.mask is MaskKind.BLOCK_LISTS:
+        return _GROUP
+    if problem.kv_layout.page_group and runtime.indices is not None:
+        return math.gcd(runtime.indices.arguments.page_size, tile.block_kv)
+    return tile.block_kv
+
+
+def section_heads(problem: Problem, runtime: Runtime, packed: int) -> int:
+    """Return the number of head tiles that are visited together."""
+    group = _group(runtime) // packed
+    if problem.mask is MaskKind.FULL:
+        return group  # all tiles of a head share its keys
     of_head = runtime.len_kv * (problem.head_dim + problem.head_dim_v) * _BYTES
     fitting = max(1, _SECTION_BYTES // max(1, of_head)) * group
-    return min(runtime.batch * runtime.heads_q, fitting)
+    return min(fitting, runtime.batch * runtime.heads_q // packed)
 
 
-def boxed_q(problem: Problem, runtime: Runtime) -> BoxedTensor:
-    """Return q, in boxes of a consumer's rows."""
-    sizes = (_rows_of_q(runtime), runtime.heads_q, runtime.batch)
-    return _boxed(problem, problem.head_dim, sizes, runtime.q_strides, 64)
+def boxed_q(problem: Problem, runtime: Runtime, packed: int) -> BoxedTensor:
+    """Return q as [B, Hkv, Lq, Hq / Hkv, D], in boxes of the rows of a consumer."""
+    by_batch, by_row, by_head = runtime.q_strides
+    group = _group(runtime)
+    sizes = (group, _rows_of_q(runtime), runtime.heads_kv, runtime.batch)
+    steps = (by_head, by_row, by_head * group, by_batch)
+    return _boxed(problem, problem.head_dim, sizes, steps, (packed, _BOX_ROWS // packed))
 
 
 def boxed_k(problem: Problem, runtime: Runtime, block_kv: int) -> BoxedTensor:
     """Return k, in boxes of a key block."""
-    sizes = _sizes_of_keys(runtime)
-    return _boxed(problem, problem.head_dim, sizes, runtime.k_strides, block_kv)
+    return _boxed_keys(problem, runtime, problem.head_dim, runtime.k_strides, block_kv)
 
 
 def boxed_v(problem: Problem, runtime: Runtime, block_kv: int) -> BoxedTensor:
     """Return v, in boxes of a key block."""
-    sizes = _sizes_of_keys(runtime)
-    return _boxed(problem, problem.head_dim_v, sizes, runtime.v_strides, block_kv)
+    return _boxed_keys(problem, runtime, problem.head_dim_v, runtime.v_strides, block_kv)
+
+
+def _boxed_keys(
+    problem: Problem, runtime: Runtime, dim: int, strides: Strides, box_rows: int
+) -> BoxedTensor:
+    by_batch, by_row, by_head = strides
+    steps = (by_row, by_head, by_batch)
+    return _boxed(problem, dim, _sizes_of_keys(problem, runtime), steps, (box_rows,))
 
 
 def _rows_of_q(runtime: Runtime) -> int:
     return runtime.len_q if runtime.indices is None else runtime.indices.arguments.q_rows
 
 
-def _sizes_of_keys(runtime: Runtime) -> tuple[int, int, int]:
+def _sizes_of_keys(problem: Problem, runtime: Runtime) -> tuple[int, int, int]:
     if runtime.indices is None:
         return runtime.len_kv, runtime.heads_kv, runtime.batch
     found = runtime.indices.arguments
+    if problem.kv_layout.page_group:
+        return found.page_size, runtime.heads_kv, found.num_pages
     # With rows by index, the batch of k and v is another.
     return found.kv_rows, runtime.heads_kv, found.num_pages or runtime.batch
 
 
 def _boxed(
-    problem: Problem, dim: int, sizes: tuple[int, int, int], strides: Strides, box_rows: int
+    problem: Problem,
+    dim: int,
+    sizes: tuple[int, ...],
+    steps: tuple[int, ...],
+    box: tuple[int, ...],
 ) -> BoxedTensor:
-    """Return a tensor of (row, head, batch) sizes; a dimension with stride 0 has no extent."""
-    by_batch, by_row, by_head = strides
-    steps = (by_row, by_head, by_batch)
+    """Return a tensor, its innermost dimension first; one with stride 0 has no extent.
+
+    `box`: the extents of a box after the innermost one; 1 where there are no more.
+    """
     extents = (size if step else 1 for size, step in zip(sizes, steps, strict=True))
     least = -(-dim * _BYTES // 16) * 16
     return BoxedTensor(
         problem.dtype.value,
         (dim, *extents),
         tuple(step * _BYTES if step else least for step in steps),
-        (PAGE, box_rows, 1, 1),
+        (PAGE, *box, *([1] * (len(sizes) - len(box)))),
     )
 
 

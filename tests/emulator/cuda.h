@@ -65,6 +65,7 @@ inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(va
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32);
 }
+inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 template <class T>
@@ -120,6 +121,14 @@ T atomicAdd(T* address, T value) {
   return before;
 }
 template <class T>
+T atomicExch(T* address, T value) {
+  const emulator::AtWork at_work;
+  emulator::watch(address, sizeof(T), emulator::Access::kAtomic);
+  const T before = *address;
+  *address = value;
+  return before;
+}
+template <class T>
 T atomicMax(T* address, T value) {
   const emulator::AtWork at_work;
   emulator::watch(address, sizeof(T), emulator::Access::kAtomic);
@@ -130,7 +139,7 @@ T atomicMax(T* address, T value) {
 
 namespace jitattn {
 // Definition of `extern __shared__` arrays.
-alignas(128) inline unsigned char s_storage[emulator::kLargestShared];
+alignas(1024) inline unsigned char s_storage[emulator::kLargestShared];
 }  // namespace jitattn
 
 namespace emulator {

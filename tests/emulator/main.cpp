@@ -16,6 +16,19 @@ __attribute__((no_sanitize("thread"))) void call(void (*kernel)(Params), const v
   kernel(*reinterpret_cast<const Params*>(own));
 }
 
+// A kernel with tensor maps, which lie before its parameters.
+template <class Maps, class Params>
+__attribute__((no_sanitize("thread"))) void call(void (*kernel)(Maps, Params), const void* given) {
+  alignas(Maps) unsigned char maps[sizeof(Maps)];
+  alignas(Params) unsigned char params[sizeof(Params)];
+  std::memcpy(maps, given, sizeof(Maps));
+  std::memcpy(params, static_cast<const unsigned char*>(given) + sizeof(Maps), sizeof(Params));
+#ifdef WATCHED
+  emulator::is_at_work = false;
+#endif
+  kernel(*reinterpret_cast<const Maps*>(maps), *reinterpret_cast<const Params*>(params));
+}
+
 }  // namespace
 
 extern "C" void emulate(const void* params, unsigned num_ctas, int num_threads, int smem_bytes,

@@ -27,6 +27,20 @@ void begin() {
   _longjmp(cta.scheduler, 1);
 }
 
+// Runs another thread until the generation of a barrier has passed.
+void wait_for(const Barrier& barrier, uint64_t generation) {
+  Thread& thread = self();
+  thread.waits_for = &barrier;
+  thread.generation = generation;
+  if (_setjmp(thread.state) == 0) _longjmp(cta.scheduler, 1);
+}
+
+MBarrier& mbarrier_at(uint32_t addr) {
+  const auto found = cta.mbarriers.find(addr);
+  if (found == cta.mbarriers.end()) fail("no barrier was initialised at this address");
+  return found->second;
+}
+
 bool can_run(const Thread& thread) {
   return !thread.has_ended &&
          (thread.waits_for == nullptr || thread.waits_for->generation != thread.generation);
@@ -51,14 +65,82 @@ void resume(int idx) {
 
 void wait_at(Barrier& barrier) {
   const AtWork at_work;
-  Thread& thread = self();
-  if (++barrier.arrived == barrier.expected) {
-    barrier.open();
-    return;
+  const uint64_t generation = barrier.generation;
+  arrive_at(barrier);
+  if (barrier.generation == generation) wait_for(barrier, generation);
+}
+
+void arrive_at(Barrier& barrier) {
+  if (++barrier.arrived == barrier.expected) barrier.open();
+}
+
+Barrier& named_barrier(int idx, int num_threads) {
+  if (idx < 0 || idx >= 16) fail("a CTA has 16 barriers");
+  Barrier& barrier = cta.named[idx];
+  if (barrier.arrived > 0 && barrier.expected != num_threads) {
+    fail("threads disagree on how many a barrier is for");
   }
-  thread.waits_for = &barrier;
-  thread.generation = barrier.generation;
-  if (_setjmp(thread.state) == 0) _longjmp(cta.scheduler, 1);
+  barrier.expected = num_threads;
+  return barrier;
+}
+
+void init_mbarrier(uint32_t addr, int num_arrivals) {
+  const AtWork at_work;
+  cta.mbarriers[addr] = {num_arrivals, num_arrivals, 0, {}};
+}
+
+void arrive_at_mbarrier(uint32_t addr, uint32_t num_bytes) {
+  const AtWork at_work;
+  MBarrier& barrier = mbarrier_at(addr);
+  if (barrier.pending == 0) fail("more threads arrive at a barrier than it expects");
+  --barrier.pending;
+  barrier.pending_bytes += num_bytes;
+  barrier.open_if_complete();
+}
+
+void wait_at_mbarrier(uint32_t addr, uint32_t parity) {
+  const AtWork at_work;
+  const Barrier& phase = mbarrier_at(addr).phase;
+  if (phase.generation % 2 == parity) wait_for(phase, phase.generation);
+}
+
+void start_bulk_copy(uint32_t addr, uint32_t num_bytes, std::function<void()> copy) {
+  const AtWork at_work;
+  cta.bulk_copies.push_back([=] {
+    const AtWork at_work;
+    copy();
+    MBarrier& barrier = mbarrier_at(addr);
+    barrier.pending_bytes -= num_bytes;
+    barrier.open_if_complete();
+  });
+  if (cta.options.late_copies) return;
+  cta.bulk_copies.back()();
+  cta.bulk_copies.pop_back();
+}
+
+void start_product(std::function<void()> product) {
+  const AtWork at_work;
+  auto& products = self().products;
+  products.push_back(std::move(product));
+  if (cta.options.late_copies) return;
+  products.back()();
+  products.pop_back();
+}
+
+void commit_products() {
+  const AtWork at_work;
+  Thread& thread = self();
+  thread.product_groups.push_back(std::move(thread.products));
+  thread.products.clear();
+}
+
+void wait_for_products(size_t pending) {
+  const AtWork at_work;
+  auto& groups = self().product_groups;
+  while (groups.size() > pending) {
+    for (auto& product : groups.front()) product();
+    groups.erase(groups.begin());
+  }
 }
 
 void synchronize_cta() {
@@ -106,6 +188,9 @@ void run_cta(int num_threads) {
   cta.threads.assign(num_threads, Thread{});
   cta.warps.assign((num_threads + kWarpSize - 1) / kWarpSize, Warp{});
   cta.barrier = {num_threads, 0, 0};
+  for (Barrier& barrier : cta.named) barrier = {};
+  cta.mbarriers.clear();
+  cta.bulk_copies.clear();
   for (int i = 0; i < num_threads; ++i) ++cta.warps[i / kWarpSize].barrier.expected;
   for (int left = num_threads; left > 0;) {
     bool has_run = false;
@@ -116,7 +201,12 @@ void run_cta(int num_threads) {
       resume(idx);
       if (cta.threads[idx].has_ended) --left;
     }
-    if (!has_run) fail("all threads wait, and nothing will wake them");
+    if (has_run) continue;
+    // The newest first: copies finish in any order.
+    if (cta.bulk_copies.empty()) fail("all threads wait, and nothing will wake them");
+    const auto copy = std::move(cta.bulk_copies.back());
+    cta.bulk_copies.pop_back();
+    copy();
   }
 }
 

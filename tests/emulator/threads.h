@@ -9,6 +9,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <vector>
 
 namespace emulator {
@@ -19,7 +21,7 @@ constexpr size_t kLargestShared = 256 * 1024;
 
 // Scheduling options of a CTA. A correct kernel gives the same result with any of them.
 struct Options {
-  int32_t late_copies;    // cp.async: 1 as late as its wait allows, 0 immediately
+  int32_t late_copies;    // copies and products: 1 as late as waits allow, 0 immediately
   int32_t last_to_first;  // threads run from the last warp to the first
 };
 
@@ -59,6 +61,20 @@ struct Barrier {
   }
 };
 
+// A barrier in shared memory, whose phases also wait for the bytes of bulk copies.
+struct MBarrier {
+  int expected = 0;
+  int pending = 0;
+  int64_t pending_bytes = 0;
+  Barrier phase;  // its generation counts the phases that are over
+
+  void open_if_complete() {
+    if (pending > 0 || pending_bytes != 0) return;
+    pending = expected;
+    phase.open();
+  }
+};
+
 struct Copy {
   unsigned char* to;
   const unsigned char* from;
@@ -87,6 +103,8 @@ struct Thread {
   uint32_t warp_syncs;
   std::vector<Copy> copies;               // not yet committed
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
+  std::vector<std::function<void()>> products;
+  std::vector<std::vector<std::function<void()>>> product_groups;
 };
 
 struct Cta {
@@ -94,6 +112,9 @@ struct Cta {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Barrier barrier;
+  Barrier named[16];
+  std::map<uint32_t, MBarrier> mbarriers;          // by address in shared memory
+  std::vector<std::function<void()>> bulk_copies;  // not carried out yet
   std::vector<unsigned char*> stacks;
   jmp_buf scheduler;
   int current = 0;
@@ -112,6 +133,15 @@ inline Warp& own_warp() { return cta.warps[cta.current / kWarpSize]; }
 
 // Returns once all threads that the barrier expects have arrived.
 void wait_at(Barrier& barrier);
+void arrive_at(Barrier& barrier);
+// Returns a barrier of the CTA for so many of its threads.
+Barrier& named_barrier(int idx, int num_threads);
+
+void init_mbarrier(uint32_t addr, int num_arrivals);
+// Arrives, and adds bytes that the phase waits for.
+void arrive_at_mbarrier(uint32_t addr, uint32_t num_bytes);
+// Waits until the phase of a parity is over.
+void wait_at_mbarrier(uint32_t addr, uint32_t parity);
 
 // Exchanges `mine` among all lanes; the returned slots are valid until the exchange after the next.
 template <class T>
@@ -154,6 +184,14 @@ void synchronize_warp();
 void start_copy(const Copy& copy);
 void commit();
 void wait_for_copies(size_t pending);
+
+// Bulk copies, which tell a barrier of their bytes.
+void start_bulk_copy(uint32_t addr, uint32_t num_bytes, std::function<void()> copy);
+
+// Products of a warpgroup, their commit, and the wait until at most so many groups are pending.
+void start_product(std::function<void()> product);
+void commit_products();
+void wait_for_products(size_t pending);
 
 // Runs the current CTA to its end.
 void run_cta(int num_threads);

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from jitattn.jit import backend
 from jitattn.jit.device import device
+from jitattn.run import forward
 from tests.support.emulator import emulated, missing
 from tests.support.grids import EDGE, FULL
 from tests.support.precompile import CompileOnce, compile_once, specs_of
@@ -41,6 +43,18 @@ def _autograds_thread_has_a_context(_emulated: None, request: pytest.FixtureRequ
 @pytest.fixture(scope="session")
 def arch(_emulated: None) -> str:
     return device(0).arch
+
+
+@pytest.fixture(scope="module")
+def wgmma_family(arch: str) -> Iterator[None]:
+    """Let calls take the wgmma kernels of sm_90, whatever the environment says."""
+    if arch != "sm_90" or not backend.active.encodes_maps():
+        pytest.skip("needs a GPU of sm_90, and a driver that encodes tensor maps")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JITATTN_FAMILY", "sm90")
+        forward.forget_kernels()
+        yield
+    forward.forget_kernels()
 
 
 @pytest.fixture(scope="session", name="compile_once")

@@ -14,16 +14,14 @@ import torch
 
 import jitattn
 from jitattn import Causal, Full, KeyPadding, LocalStride, Padded, Ragged, Window
-from jitattn.jit import backend
 from jitattn.kernels.matrix import problem
 from jitattn.run import forward
 from jitattn.spec.enums import Dtype, MaskKind, RowClass
 from tests.support.capture import capture
 from tests.support.compare import rel_l2
 from tests.support.precompile import CompileOnce, kernels_of
+from tests.support.wgmma import BF16, FP16, LIMIT, check, drawn
 
-FP16, BF16 = torch.float16, torch.bfloat16
-LIMIT = {FP16: 1e-3, BF16: 6e-3}
 DIMS = [
     (64, 64),
     (128, 128),
@@ -35,22 +33,10 @@ DIMS = [
     (192, 128),
     (64, 256),
 ]
-pytestmark = pytest.mark.real_gpu
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _family() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JITATTN_FAMILY", "sm90")
-        forward.forget_kernels()
-        yield
-    forward.forget_kernels()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _has_wgmma(_family: None, arch: str, compile_once: CompileOnce) -> None:
-    if arch != "sm_90" or not backend.active.encodes_maps():
-        pytest.skip("needs a GPU of sm_90, and a driver that encodes tensor maps")
+def _precompiled(wgmma_family: None, arch: str, compile_once: CompileOnce) -> None:
     masks, dtypes = (MaskKind.FULL, MaskKind.CAUSAL), (Dtype.FP16, Dtype.BF16)
     specs = [
         spec
@@ -58,26 +44,6 @@ def _has_wgmma(_family: None, arch: str, compile_once: CompileOnce) -> None:
         for spec in kernels_of(problem(dtype, dim, mask, head_dim_v=dim_v), arch, RowClass.MANY)
     ]
     assert compile_once(specs) == []
-
-
-def drawn(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda", dtype=dtype)
-
-
-def check(q: Any, k: Any, v: Any, **given: Any) -> torch.Tensor:
-    """The kernel is a wgmma kernel; its result is the reference's, and twice the same bits."""
-    assert jitattn.explain(q, k, v, **given).kernel["family"] == "fwd_sm90"
-    out, lse = jitattn.attention(q, k, v, return_lse=True, **given)
-    exact = {name: given[name] for name in given.keys() - {"num_splits", "out_dtype"}}
-    truth, truth_lse = jitattn.reference.reference(q, k, v, return_lse=True, **exact)
-    assert rel_l2(out, truth) < LIMIT[q.dtype]
-    finite = truth_lse.isfinite()
-    assert torch.equal(lse.isfinite(), finite)
-    assert (lse - truth_lse)[finite].abs().max() < 1e-3 if finite.any() else True
-    again, lse_again = jitattn.attention(q, k, v, return_lse=True, **given)
-    assert torch.equal(out, again)
-    assert torch.equal(lse, lse_again)
-    return out
 
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)
@@ -191,6 +157,7 @@ def test_one_side_ragged(ragged: str) -> None:
         check(q, k.flatten(0, 1), v.flatten(0, 1), kv_seqs=seqs, mask=Causal())
 
 
+@pytest.mark.real_gpu
 def test_a_fresh_thread() -> None:
     """Encoding maps needs a context, which a thread without CUDA calls lacks."""
     q, k, v = (drawn(1, 300, 2, 128) for _ in range(3))
@@ -224,6 +191,7 @@ def test_padded_and_rows_by_index() -> None:
     check(q, k, v, q_seqs=Padded(lengths // 2), kv_seqs=of_k)
 
 
+@pytest.mark.real_gpu
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_many_tiles_on_each_multiprocessor(dim: int) -> None:
     """Tiles are drawn from a counter that every launch leaves at 0."""
@@ -243,6 +211,7 @@ def test_other_keys_change_nothing_in_a_batch() -> None:
         assert torch.equal(alone, whole[one])
 
 
+@pytest.mark.real_gpu
 def test_a_captured_call_takes_new_contents() -> None:
     q, k, v = (drawn(1, 400, 4, 128) for _ in range(3))
     jitattn.attention(q, k, v)
@@ -256,6 +225,7 @@ def test_a_captured_call_takes_new_contents() -> None:
         assert torch.equal(out, jitattn.attention(q, k, v))
 
 
+@pytest.mark.real_gpu
 def test_two_streams_draw_their_own_tiles() -> None:
     inputs = [tuple(drawn(2, 1500, 16, 64) for _ in range(3)) for _ in range(2)]
     truths = [jitattn.attention(*qkv) for qkv in inputs]
@@ -288,6 +258,7 @@ def test_the_family_can_be_switched_off() -> None:
     jitattn.attention(q, k, v)
 
 
+@pytest.mark.real_gpu
 @pytest.mark.usefixtures("full_grid")
 def test_ten_thousand_launches_of_random_calls() -> None:
     """The same bits at every launch, whatever ran before: no barrier is passed too early."""

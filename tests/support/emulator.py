@@ -20,6 +20,7 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 import time
@@ -39,6 +40,7 @@ from torch.overrides import TorchFunctionMode
 from jitattn.jit import backend, sources
 from jitattn.jit.backend import Backend
 from jitattn.jit.codegen import HEADER_NAME, render
+from jitattn.jit.tensor_maps import ADDRESS_BYTES, MAP_BYTES, BoxedTensor
 from jitattn.spec.arguments import Layout
 from jitattn.spec.kernel_spec import KernelSpec, entry_symbol
 
@@ -61,6 +63,8 @@ _AS_STATIC = r"static \1; const emulator::SharedArray \2_is_shared(&\2, sizeof(\
 #: Multiprocessors of the emulated GPU: few, so that long queries are balanced too.
 _NUM_SMS = 4
 _BLOCKS_PER_SM = 2
+#: Of a tensor map.
+_MOST_DIMENSIONS = 5
 #: Kernels of sources that have changed since are deleted after a day.
 _KEPT_SECONDS = 24 * 3600.0
 
@@ -147,8 +151,9 @@ class EmulatedKernel:
         maps: Sequence[object] = (),
     ) -> EmulatedLaunch:
         """Stand in for the method of `launch.Kernel`."""
-        assert not maps, "wgmma and TMA are not emulated"
-        return EmulatedLaunch(self, grid, self.spec.arguments.layout(numbers, dynamic))
+        layout = self.spec.arguments.layout(numbers, dynamic)
+        encoded = [(dynamic.index(name), _encoded(boxed)) for name, boxed in maps]
+        return EmulatedLaunch(self, grid, layout.after(encoded) if maps else layout)
 
     def run(self, grid: int, given: bytes) -> None:
         """Run the kernel to its end, with its parameter struct."""
@@ -186,6 +191,14 @@ class EmulatedLaunch:
         given = bytearray(self.layout.size)
         self.layout.pack_into(given, 0, *values)
         self.kernel.run(self.grid, bytes(given))
+
+
+def _encoded(boxed: BoxedTensor) -> bytes:
+    """Return a tensor map as the emulated TMA reads it, without the address, which is first."""
+    ones = [1] * (_MOST_DIMENSIONS - len(boxed.shape))
+    steps = [*boxed.strides, *(0 for _ in ones)]
+    packed = struct.pack("=5Q4Q5H", *boxed.shape, *ones, *steps, *boxed.box, *ones)
+    return packed.ljust(MAP_BYTES - ADDRESS_BYTES, b"\0")
 
 
 def _made_once(name: str, checksum: str, make: Callable[[Path], None]) -> Path:
@@ -357,7 +370,7 @@ def emulated(arch: str, *, watched: bool = False) -> Iterator[Emulator]:
         properties=lambda _: properties,
         load=emulator.kernel,
         is_loaded=lambda *_: True,
-        encodes_maps=lambda: False,
+        encodes_maps=lambda: True,
         zero=lambda address, size, _: ctypes.memset(address, 0, size),
     )
     with pytest.MonkeyPatch.context() as patch:

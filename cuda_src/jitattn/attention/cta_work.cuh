@@ -32,6 +32,17 @@ struct CtaWork {
         kv_head_idx(tile.head_idx / params.heads_per_kv),
         kv_batch_idx(kv_row<Spec>(params, tile.batch_idx)) {}
 
+  // With a range that was derived before.
+  __device__ __forceinline__ CtaWork(const FwdParamsOf<Spec>& params, const WorkTile& tile,
+                                     const Sequence& sequence, const KvBlockRange& range)
+      : params(params),
+        tile(tile),
+        sequence(sequence),
+        rows(params, sequence.len_q),
+        range(range),
+        kv_head_idx(tile.head_idx / params.heads_per_kv),
+        kv_batch_idx(kv_row<Spec>(params, tile.batch_idx)) {}
+
   // Batch row of K. INT8 K is never paged: each sequence has its own row (prepare/quantize.cuh).
   __device__ int64_t k_batch_idx() const {
     return kIsQuantized<Spec> ? tile.batch_idx : kv_batch_idx;

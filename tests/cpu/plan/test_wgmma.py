@@ -19,9 +19,10 @@ from jitattn.request.layouts import parse_any
 from tests.cpu.plan.test_plan import CALLS, Device, call_of, check, forward_of
 
 BATCH, LEN_Q, LEN_KV, HEADS_Q, HEADS_KV, DIM = 2, 300, 320, 4, 2, 64
+GROUP = HEADS_Q // HEADS_KV
 TAKEN = {
     "plain", "causal", "window", "stride", "padding", "sinks", "dropout", "bound", "ragged",
-    "padded", "rows by index", "few keys",
+    "padded", "rows by index", "few keys", "pages", "lists", "small stride",
 }  # fmt: skip
 
 
@@ -59,11 +60,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative": ({"scale": -1.0}, "scale is negative"),
     "gear": ({"gear": 0}, "numerics split_p"),
     "unaligned": ({"dim": 33}, "multiples of 16 bytes"),
-    "pages": ({"kv_seqs": CALLS["pages"]["kv_seqs"]}, "pages"),
-    "lists": ({"mask": CALLS["lists"]["mask"]}, "block lists"),
     "bias": ({"bias": torch.zeros(1, 4, 300, 300)}, "biases"),
-    "packed": ({"len_q": 33}, "packed"),
-    "unfilled": ({"len_q": 70}, "filled better"),
     "short": ({"len_q": 8}, "short"),
 }
 
@@ -73,6 +70,32 @@ def test_other_calls_say_why(given: dict[str, Any], reason: str) -> None:
     planned = forward_of(given, "sm_90")
     assert isinstance(planned.tiling.spec, FwdSpec)
     assert reason in planned.tiling.refusal
+
+
+def test_pages_of_other_sizes_are_refused() -> None:
+    q, k, _ = batched()
+    pages = k.new_empty(40, 24, HEADS_KV, DIM)
+    seqs = jitattn.Paged(torch.zeros(BATCH, 20, dtype=torch.int32), torch.tensor([300, 20]))
+    assert "pages" in plan_of(q, pages, pages, kv_seqs=seqs).tiling.refusal
+
+
+def test_tiles_that_mma_fills_better() -> None:
+    """It packs three heads, which make no tile of 64 rows."""
+    q, k, v = batched(128)
+    planned = plan_of(torch.cat([q, q[:, :, :2]], 2)[:, :150], k, v)
+    assert "filled better" in planned.tiling.refusal
+
+
+@pytest.mark.parametrize(
+    ("len_q", "heads_q", "expected"),
+    [(4096, 2, (192, 1)), (4096, 64, (192, 1)), (128, 2, (128, 1)), (33, 4, (128, 2)),
+     (70, 64, (192, 32)), (48, 8, (192, 4))],
+)  # fmt: skip
+def test_tiles_and_packed_heads(len_q: int, heads_q: int, expected: tuple[int, int]) -> None:
+    """Rows of several heads fill tiles of 128 or 192 rows."""
+    q, k, v = batched()
+    planned = plan_of(q.new_empty(BATCH, len_q, heads_q, DIM), k, v).tiling
+    assert (planned.spec.tile.block_q, planned.heads_per_tile) == expected
 
 
 def test_rows_at_one_address_are_refused() -> None:
@@ -116,11 +139,12 @@ def test_maps_of_a_batch(dim: int, layout: str) -> None:
     if layout == "bhsd":
         qkv = tuple(x.transpose(1, 2) for x in qkv)
     step = step_of(*qkv, layout=layout)
-    block_kv = step.spec.tile.block_kv
+    block_kv, packed = step.spec.tile.block_kv, int(step.numbers["heads_per_tile"])
     assert dict(step.maps) == {
         "q": BoxedTensor(
-            "bf16", (dim, LEN_Q, HEADS_Q, BATCH),
-            (HEADS_Q * dim * 2, dim * 2, LEN_Q * HEADS_Q * dim * 2), (64, 64, 1, 1),
+            "bf16", (dim, GROUP, LEN_Q, HEADS_KV, BATCH),
+            (dim * 2, HEADS_Q * dim * 2, GROUP * dim * 2, LEN_Q * HEADS_Q * dim * 2),
+            (64, packed, 64 // packed, 1, 1),
         ),
         **{
             name: BoxedTensor(
@@ -147,12 +171,13 @@ def test_maps_of_sequences() -> None:
     seqs = jitattn.Ragged.from_cu_seqlens(ends, 300)
     flat = torch.empty(500, HEADS_KV, DIM, dtype=torch.bfloat16)
     boxed = dict(step_of(flat, flat, flat, q_seqs=seqs, kv_seqs=seqs).maps)
-    assert {one.shape for one in boxed.values()} == {(DIM, 500, HEADS_KV, 1)}
+    assert boxed["q"].shape == (DIM, 1, 500, HEADS_KV, 1)
+    assert boxed["k"].shape == boxed["v"].shape == (DIM, 500, HEADS_KV, 1)
     q, k, _ = batched()
     cache = k.new_empty(7, LEN_KV, HEADS_KV, DIM)
     where = jitattn.Padded(torch.tensor([9, 300]), batch_idx=torch.tensor([6, 0]))
     boxed = dict(step_of(q, cache, cache, kv_seqs=where).maps)
-    assert boxed["q"].shape == (DIM, LEN_Q, HEADS_Q, BATCH)
+    assert boxed["q"].shape == (DIM, GROUP, LEN_Q, HEADS_KV, BATCH)
     assert boxed["k"].shape == (DIM, LEN_KV, HEADS_KV, 7)
 
 
@@ -166,16 +191,32 @@ def test_the_counter_of_tiles_follows_the_arrivals() -> None:
     assert planned.plan.num_counters == items + 1
 
 
-def test_sections_fit_the_cache() -> None:
+@pytest.mark.parametrize("mask", [jitattn.Full(), jitattn.Causal()], ids=str)
+def test_sections_fit_the_cache(mask: Any) -> None:
     """As many heads as share 24 MB of K and V; at least those of one kv head, at most all."""
     found = {}
     for length in (64, 4096, 1 << 16):
         q = torch.empty(1, 65, 32, 128, dtype=torch.float16, device="meta")
         k = torch.empty(1, length, 8, 128, dtype=torch.float16, device="meta")
-        _, call = jitattn.api.attention.bind(q, k, k, {})
+        _, call = jitattn.api.attention.bind(q, k, k, {"mask": mask})
         parsed = parse_any(q, k, k, call)
-        found[length] = wgmma.section_heads(parsed.problem, parsed.runtime)
-    assert found == {64: 32, 4096: 32, 1 << 16: 4}
+        found[length] = wgmma.section_heads(parsed.problem, parsed.runtime, 2)
+    if mask == jitattn.Full():
+        assert set(found.values()) == {2}  # packed in pairs
+    else:
+        assert found == {64: 16, 4096: 16, 1 << 16: 2}
+
+
+@pytest.mark.parametrize(("page_size", "rows"), [(16, 16), (48, 16), (64, 64), (256, 128)])
+def test_pages_are_copied_in_pieces(page_size: int, rows: int) -> None:
+    q, k, _ = batched(128)
+    pages = k.new_empty(40, page_size, HEADS_KV, 128)
+    seqs = jitattn.Paged(torch.zeros(BATCH, 20, dtype=torch.int32), torch.tensor([300, 20]))
+    step = step_of(q, pages, pages, kv_seqs=seqs)
+    assert step.numbers["piece_rows"] == rows
+    boxed = dict(step.maps)["k"]
+    assert boxed.shape == (128, page_size, HEADS_KV, 40)
+    assert boxed.box == (64, rows, 1, 1)
 
 
 def test_plans_with_maps_are_not_those_of_other_lengths() -> None:

@@ -5,6 +5,7 @@
 #include "jitattn/attention/epilogue.cuh"
 #include "jitattn/attention/row_scale.cuh"
 #include "jitattn/attention/warp_scores.cuh"
+#include "jitattn/fwd/sm90/gathered_blocks.cuh"
 #include "jitattn/fwd/sm90/pipeline.cuh"
 #include "jitattn/fwd/sm90/traits.cuh"
 #include "jitattn/ptx/shared.cuh"
@@ -16,8 +17,6 @@
 #include "jitattn_spec.h"
 
 namespace jitattn {
-
-struct NoGatheredRows {};  // keys are contiguous
 
 // Lets the consumers issue their products one after the other, so that one computes exponentials
 // while another multiplies.
@@ -51,9 +50,10 @@ template <class Spec>
 struct FwdConsumer {
   using Traits = FwdSm90Traits<Spec>;
   using Work = CtaWork<Spec>;
-  using Scores = WarpScores<Spec, Traits, NoGatheredRows>;
+  using Scores = WarpScores<Spec, Traits, ListedBlock>;
   using Softmax = typename Traits::Softmax;
   using Tile = ConsumerTile;
+  using Plan = typename Traits::Plan;
   using Out = Scalar<Spec::kDtype>;
   static constexpr bool kDrops = Spec::kDropout == Switch::kOn;
   static constexpr bool kIsBf16 = Spec::kDtype == Dtype::kBf16;
@@ -65,11 +65,12 @@ struct FwdConsumer {
   const int consumer;
   const Turn<Traits::kConsumers> turn;
   const RowScale<Spec, 1> scale;
-  const NoGatheredRows gathered;
+  ListedBlock listed;
   Ring<Spec::kQStages> q_ring;
   Ring<Traits::kPlans> plan_ring;
   // Of the block whose weights are next to be multiplied, or, between tiles, of the next scores.
   Ring<Spec::kStages> ring;
+  Ring<kListedBlocks<Spec>> listed_ring;  // of the next block to be weighed
   typename Traits::Output r_o;
   typename Traits::Scores r_s;
   typename Traits::Weights r_p;
@@ -84,10 +85,11 @@ struct FwdConsumer {
         consumer(consumer),
         turn{consumer},
         scale(params),
-        gathered{},
+        listed{0},
         q_ring{0, 0},
         plan_ring{0, 0},
-        ring{0, 0} {}
+        ring{0, 0},
+        listed_ring{0, 0} {}
 
   // The last output of a tile and the first scores of the next are computed together, and results
   // are written while other consumers multiply.
@@ -111,29 +113,35 @@ struct FwdConsumer {
   __device__ static int uniform(int number) { return __shfl_sync(0xffffffffu, number, 0); }
 
   // Loads a plan.
-  __device__ __forceinline__ CtaPlan plan_of(int plan_idx) const {
-    CtaPlan plan = *reinterpret_cast<const CtaPlan*>(s_storage + Traits::kOffsetPlans +
-                                                     plan_idx * Traits::kBytesPlan);
+  __device__ __forceinline__ Plan plan_of(int plan_idx) const {
+    Plan plan = *reinterpret_cast<const Plan*>(s_storage + Traits::kOffsetPlans +
+                                               plan_idx * Traits::kBytesPlan);
     int* words = reinterpret_cast<int*>(&plan);
-    constexpr int kWords = (kIsUniform<Spec> ? sizeof(WorkTile) : sizeof(CtaPlan)) / 4;
+    constexpr int kWords = (kIsUniform<Spec> ? sizeof(WorkTile) : sizeof(Plan)) / 4;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words[i] = uniform(words[i]);
     return plan;
   }
 
+  __device__ __forceinline__ Work work_of(const Plan& plan) const {
+    if constexpr (kHasBlockLists<Spec>) {
+      return Work(params, plan.tile, plan.sequence, plan.range);
+    } else {
+      return Work(params, plan.tile, plan.sequence);
+    }
+  }
   __device__ __forceinline__ Work work_of(const Tile& tile) const {
-    const CtaPlan plan = plan_of(tile.plan_idx);
-    return Work(params, plan.tile, plan.sequence);
+    return work_of(plan_of(tile.plan_idx));
   }
 
   // Waits for a tile, and derives its range.
   __device__ __forceinline__ Tile next_tile() {
     ptx::mbarrier_wait(barriers.q_full(q_ring.stage), q_ring.parity);
-    CtaPlan plan = plan_of(plan_ring.stage);
+    Plan plan = plan_of(plan_ring.stage);
     Tile tile;
     tile.exists = plan.tile.batch_idx >= 0;
     plan.tile.batch_idx = max_of(0, plan.tile.batch_idx);
-    const Work work(params, plan.tile, plan.sequence);
+    const Work work = work_of(plan);
     tile.plan_idx = plan_ring.stage;
     tile.s_q = uniform(s_addr + q_ring.stage * Traits::kBytesQ + consumer * Traits::kBytesConsumer);
     tile.q_empty = barriers.q_empty(q_ring.stage);
@@ -151,7 +159,7 @@ struct FwdConsumer {
     const int thread_idx = Traits::Threads::idx();
     const WarpPart part = {thread_idx % 32, Traits::first_row(thread_idx / 32), 0, 0,
                            consumer * 64};
-    return Scores(work, gathered, s_addr, part);
+    return Scores(work, listed, s_addr, part);
   }
 
   // Visits the key blocks but the first, from right to left. The scores of a block are computed
@@ -161,7 +169,10 @@ struct FwdConsumer {
     const Work work = work_of(tile);
     const Scores scores = scores_of(work);
     int ordinal = tile.end - 2;
-    if constexpr (kHasGap<Spec>) {
+    if constexpr (kHasBlockLists<Spec>) {
+#pragma unroll 1
+      for (; ordinal >= tile.begin; --ordinal) step<true>(tile, work, scores, ordinal);
+    } else if constexpr (kHasGap<Spec>) {
       const WholeBlocks whole = scores.whole_blocks();
 #pragma unroll 1
       for (; ordinal >= tile.begin; --ordinal) {
@@ -227,7 +238,9 @@ struct FwdConsumer {
       const Work work = work_of(next);
       float factors[1][2];
       weigh<true>(work, scores_of(work), next.end - 1, factors);
-      if constexpr (Spec::kKvLayout == SeqLayout::kRagged) clear_tail(work, next.end - 1);
+      if constexpr (Spec::kKvLayout == SeqLayout::kRagged || kIsGathered<Spec>) {
+        clear_tail(work, next.end - 1);
+      }
     }
     ptx::wgmma_wait<0>();
     ptx::wgmma_hold(flat(r_o));
@@ -251,6 +264,10 @@ struct FwdConsumer {
   __device__ __forceinline__ bool weigh(const Work& work, const Scores& scores, int ordinal,
                                         float (&factors)[1][2]) {
     const int block = work.block_at(ordinal);
+    if constexpr (kHasBlockLists<Spec>) {
+      listed.s_listed = s_addr + Traits::kOffsetListed + listed_ring.stage * Traits::kBytesListed;
+      listed_ring.advance();
+    }
     scores.modify(r_s, block);
     if constexpr (kIsMasked) scores.mask(r_s, block);
     bool rescales = false;
@@ -310,40 +327,46 @@ struct FwdConsumer {
     }
   }
 
-  // Zeros the rows of Q after the last query: those of another sequence would have a vote in when
-  // maxima are raised, and so change the last bits of this one.
+  // Zeros the rows of Q after the last query, and before the first one of lists: those of another
+  // sequence would have a vote in when maxima are raised, and so change the last bits of this one.
   __device__ __forceinline__ void clear_missing_rows(const Work& work, uint32_t s_q) const {
-    const int first = max_of(0, work.rows.num_rows - work.first_row() - consumer * 64);
-    if (first >= 64) return;
-    constexpr int kChunks = kPageRowBytes / 16;
-#pragma unroll 1
-    for (int i = first * kChunks + threadIdx.x % 128; i < 64 * kChunks; i += 128) {
-#pragma unroll
-      for (int page = 0; page < Traits::kPagesQk; ++page) {
-        ptx::st_shared_v4(s_q + page * Traits::kBytesQPage + i * 16, Vec16{});
-      }
-    }
+    const int first_row = work.first_row() + consumer * 64;
+    const int end = work.rows.num_rows - first_row;
+    const int begin = work.sequence.first_position * work.rows.heads_per_tile - first_row;
+    if (end >= 64 && begin <= 0) return;
+    clear_rows<64, 128, Traits::kPagesQk>(s_q, threadIdx.x % 128, max_of(begin, 0), end);
     ptx::fence_proxy_async();
     ptx::named_barrier_sync(kOwnBarrier + consumer, 128);
   }
 
   // Zeros the rows of V after the last key: they may be of another sequence, or not a number.
   __device__ __forceinline__ void clear_tail(const CtaWork<Spec>& work, int ordinal) const {
-    const int first = work.keys_left(ordinal);
-    if (first >= Spec::kBlockKv) return;
+    const int end = work.keys_left(ordinal);
+    if (end >= Spec::kBlockKv) return;
     ptx::mbarrier_wait(barriers.v_full(ring.stage), ring.parity);
     const uint32_t s_v = s_addr + Traits::kOffsetV + ring.stage * Traits::kBytesV;
-    constexpr int kChunks = kPageRowBytes / 16;
-#pragma unroll 1
-    for (int i = first * kChunks + Traits::Threads::idx(); i < Spec::kBlockKv * kChunks;
-         i += Traits::Threads::kNumThreads) {
-#pragma unroll
-      for (int page = 0; page < Traits::kPagesV; ++page) {
-        ptx::st_shared_v4(s_v + page * Traits::kBytesPage + i * 16, Vec16{});
-      }
-    }
+    clear_rows<Spec::kBlockKv, Traits::Threads::kNumThreads, Traits::kPagesV>(
+        s_v, Traits::Threads::idx(), 0, end);
     ptx::fence_proxy_async();
     Traits::Threads::sync();
+  }
+
+  // Zeros the rows outside [begin, end) of a tile of kRows. All threads go through all steps, and
+  // only the stores have conditions: a branch would move descriptors to vector registers.
+  template <int kRows, int kThreads, int kPages>
+  __device__ __forceinline__ static void clear_rows(uint32_t s_rows, uint32_t thread_idx, int begin,
+                                                    int end) {
+    constexpr int kChunks = kPageRowBytes / 16;
+#pragma unroll
+    for (int step = 0; step < ceil_div(kRows * kChunks, kThreads); ++step) {
+      const int chunk = step * kThreads + thread_idx, row = chunk / kChunks;
+#pragma unroll
+      for (int page = 0; page < kPages; ++page) {
+        if ((row < begin || row >= end) && row < kRows) {
+          ptx::st_shared_v4(s_rows + page * kRows * kPageRowBytes + chunk * 16, Vec16{});
+        }
+      }
+    }
   }
 
   // Says, with all lanes of a warp, that it has finished with a stage.

@@ -5,6 +5,7 @@
 #include "jitattn/attention/schedule.cuh"
 #include "jitattn/attention/sequence.cuh"
 #include "jitattn/attention/softmax.cuh"
+#include "jitattn/fwd/sm90/gathered_blocks.cuh"
 #include "jitattn/ptx/sm90/tma.cuh"
 #include "jitattn/tile/some_threads.cuh"
 #include "jitattn/tile/warp_rows.cuh"
@@ -14,7 +15,8 @@
 
 namespace jitattn {
 
-// Maps of Q [64 rows], K and V [kBlockKv rows] in pages of 64 columns.
+// Maps of Q [64 rows of as many heads as are packed], K and V [kBlockKv rows, or those of a piece] in
+// pages of 64 columns.
 struct FwdTensorMaps {
   ptx::TensorMap q;
   ptx::TensorMap k;
@@ -29,13 +31,18 @@ enum BarrierIdx : int {
   kOwnBarrier = kTurnBarrier + 3  // one for each consumer
 };
 
+// The plan of a tile, with its range: deriving that takes three loads, each after the other.
+struct ListedPlan : CtaPlan {
+  KvBlockRange range;
+};
+
 template <class Spec>
 struct FwdSm90Traits {
   using Params = PersistentParams<FwdParamsOf<Spec>>;
   static_assert(sizeof(Params) == Spec::kParamsBytes, "host and device disagree on the parameters");
   static_assert(Spec::kArch == 90 && Spec::kNumerics == Numerics::kF32Acc &&
                 Spec::kDtype != Dtype::kFp32 && Spec::kAccess == Access::kVec16 &&
-                !kIsPaged<Spec> && !kHasBlockLists<Spec>);
+                Spec::kKvLayout != SeqLayout::kPaged && !kGathersKeys<Spec>);
 
   // ---- Threads: a warpgroup that loads, and some that compute 64 rows each.
   static constexpr int kConsumers = Spec::kWarpsQ / 4;
@@ -47,8 +54,8 @@ struct FwdSm90Traits {
   static constexpr int kConsumerWarps = 4 * kConsumers;
   using Threads = SomeThreads<128, 128 * kConsumers, kConsumerBarrier>;
   // Registers of a thread: together at most 65536 in a CTA.
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 56;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 224;
 
   // ---- Register tiles of a warp.
   static constexpr int kDim = ceil_div(Spec::kHeadDim, 16) * 16;
@@ -67,7 +74,7 @@ struct FwdSm90Traits {
   static constexpr bool kIsTwoLevel = false;
 
   // ---- Shared memory in bytes: Q stages, with 64 rows for each consumer; K stages; V stages; plans
-  // of tiles; space to merge splits; barriers.
+  // of tiles; list entries; space to merge splits; barriers.
   static constexpr bool kStagesOutput = false, kSumsAreDefined = false;
   static constexpr bool kAllWarpsWrite = true;
   static constexpr int kPagesQk = ceil_div(kDim, kPageColumns);
@@ -80,10 +87,15 @@ struct FwdSm90Traits {
   static constexpr int kOffsetK = Spec::kQStages * kBytesQ;
   static constexpr int kOffsetV = kOffsetK + Spec::kStages * kBytesK;
   static constexpr int kOffsetPlans = kOffsetV + Spec::kStages * kBytesV;
-  static constexpr int kBytesPlan = 64;
-  static_assert(sizeof(CtaPlan) <= kBytesPlan);
-  static constexpr int kPlans = Spec::kQStages + 1;  // one is read after its Q is
-  static constexpr int kOffsetMerge = kOffsetPlans + kPlans * kBytesPlan;
+  using Plan = typename Conditional<kHasBlockLists<Spec>, ListedPlan, CtaPlan>::type;
+  static constexpr int kBytesPlan = kHasBlockLists<Spec> ? 128 : 64;
+  static_assert(sizeof(Plan) <= kBytesPlan);
+  // Of a tile more than of Q, which consumers finish with before; behind these, the producer's next.
+  static constexpr int kPlans = Spec::kQStages + 1;
+  static constexpr int kOffsetListed = kOffsetPlans + (kPlans + 1) * kBytesPlan;
+  static constexpr int kBytesListed = Spec::kBlockKv / 16 * 8;  // of a block
+  static constexpr int kOffsetMerge =
+      kOffsetListed + (kHasBlockLists<Spec> ? kListedBlocks<Spec> * kBytesListed : 0);
   static constexpr int kBytesReused = Spec::kBlockQ * 8;  // attention/split_combine.cuh
   static constexpr int kOffsetFlag = kBytesReused;        // from kOffsetMerge on
   static constexpr int kOffsetBarriers = kOffsetMerge + kBytesReused + 8;

@@ -26,6 +26,17 @@ __device__ __forceinline__ void tma_load(uint32_t s_box, const TensorMap& map, u
       : "memory");
 }
 
+// cp.async.bulk.tensor.5d: likewise, the box at (column, head, row, kv head, batch)
+__device__ __forceinline__ void tma_load_packed(uint32_t s_box, const TensorMap& map,
+                                                uint32_t s_barrier, int column, int head, int row,
+                                                int kv_head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(s_box),
+      "l"(&map), "r"(s_barrier), "r"(column), "r"(head), "r"(row), "r"(kv_head), "r"(batch)
+      : "memory");
+}
+
 // fence.proxy.async.shared::cta: orders this thread's accesses to shared memory before those of TMA
 // and wgmma that follow
 __device__ __forceinline__ void fence_proxy_async() {

@@ -1,0 +1,126 @@
+// D = A B + C of a warpgroup. Sums are computed in fp64 and rounded once per instruction. Products
+// are computed when they are issued, or when they are waited for.
+#pragma once
+
+#include "jitattn/ptx/math.cuh"
+#include "jitattn/types.cuh"
+
+namespace jitattn::ptx {
+
+inline void wgmma_fence() {}
+inline void wgmma_commit() { emulator::commit_products(); }
+template <int kPending>
+void wgmma_wait() {
+  emulator::wait_for_products(kPending);
+}
+template <int kCount>
+void wgmma_hold(float (&)[kCount]) {}
+
+// A matrix in shared memory with 128-byte swizzle, by its descriptor.
+struct DescribedMatrix {
+  uint32_t s_addr, lead, eight_rows;
+
+  explicit DescribedMatrix(uint64_t desc)
+      : s_addr(static_cast<uint32_t>(desc & 0x3fff) << 4),
+        lead(static_cast<uint32_t>(desc >> 16 & 0x3fff) << 4),
+        eight_rows(static_cast<uint32_t>(desc >> 32 & 0x3fff) << 4) {
+    if (desc >> 62 != 1) emulator::fail("a matrix descriptor is not of 128-byte swizzle");
+  }
+
+  uint16_t at(uint32_t row, uint32_t bytes) const {
+    const uint32_t addr = s_addr + row / 8 * eight_rows + row % 8 * 128 + bytes;
+    uint16_t bits;
+    std::memcpy(&bits, emulator::at_shared(addr ^ (addr >> 7 & 7) << 4, 2), 2);
+    return bits;
+  }
+  // Of a matrix [rows, columns summed over], and of one [rows summed over, columns].
+  uint16_t of_rows(int row, int k) const { return at(row, k * 2); }
+  uint16_t of_columns(int column, int k) const {
+    return at(k, column % 64 * 2 + column / 64 * lead);
+  }
+
+  void watch(int num_rows, int num_bytes) const {
+    for (int row = 0; row < num_rows; ++row) {
+      for (int byte = 0; byte < num_bytes; byte += 16) {
+        const uint32_t begin = byte % 128 + byte / 128 * lead;
+        const uint32_t addr = s_addr + row / 8 * eight_rows + row % 8 * 128 + begin;
+        emulator::watch(emulator::at_shared(addr ^ (addr >> 7 & 7) << 4, 16), 16,
+                        emulator::Access::kRead);
+      }
+    }
+  }
+};
+
+template <bool kIsBf16>
+float to_float(uint16_t bits) {
+  if constexpr (kIsBf16) return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+  return f16_to_f32(bits);
+}
+
+// Adds to this lane's accumulators: number 4 n + 2 half + i is at row lane / 4 + 8 half of the warp
+// and at column 8 n + lane % 4 * 2 + i. b_at(column, k) gives the other operand.
+template <bool kIsBf16, int kColumns, class At>
+void add_products(float (&d)[kColumns / 2], const float (&a)[2][16], bool adds, At b_at) {
+  for (int n = 0; n < kColumns / 8; ++n) {
+    for (int i = 0; i < 2; ++i) {
+      float b[16];
+      for (int k = 0; k < 16; ++k)
+        b[k] = to_float<kIsBf16>(b_at(n * 8 + emulated_lane() % 4 * 2 + i, k));
+      for (int half = 0; half < 2; ++half) {
+        float& sum = d[n * 4 + half * 2 + i];
+        double exact = adds ? sum : 0.0;
+        for (int k = 0; k < 16; ++k) exact += static_cast<double>(a[half][k]) * b[k];
+        sum = static_cast<float>(exact);
+      }
+    }
+  }
+}
+
+template <bool kIsBf16, int kColumns, bool kAdds>
+void wgmma_rows(float (&d)[kColumns / 2], uint64_t a_desc, uint64_t b_desc) {
+  static_assert(kColumns % 16 == 0 && kColumns <= 256);
+  emulator::start_product([&d, a_desc, b_desc] {
+    const DescribedMatrix a(a_desc), b(b_desc);
+    const int lane = emulated_lane(), first_row = emulator::cta.current / 32 % 4 * 16;
+    if (lane == 0) {
+      a.watch(64, 32);
+      b.watch(kColumns, 32);
+    }
+    float rows[2][16];
+    for (int half = 0; half < 2; ++half) {
+      for (int k = 0; k < 16; ++k) {
+        rows[half][k] = to_float<kIsBf16>(a.of_rows(first_row + lane / 4 + half * 8, k));
+      }
+    }
+    add_products<kIsBf16, kColumns>(d, rows, kAdds,
+                                    [&](int column, int k) { return b.of_rows(column, k); });
+  });
+}
+
+template <bool kIsBf16, int kColumns>
+void wgmma_columns(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b_desc) {
+  static_assert(kColumns % 16 == 0 && kColumns <= 256);
+  emulator::start_product([&d, &a, b_desc] {
+    const DescribedMatrix b(b_desc);
+    struct Words {
+      uint32_t of[4];
+    };
+    const auto* slots = emulator::exchange(Words{{a[0], a[1], a[2], a[3]}});
+    const int lane = emulated_lane();
+    if (lane == 0) b.watch(16, kColumns * 2);
+    float rows[2][16];
+    for (int word = 0; word < 4; ++word) {
+      const auto shown = emulator::shown<Words>(slots, lane / 4 * 4 + word);
+      for (int i = 0; i < 4; ++i) {  // rows below, and columns from 8 on
+        for (int part = 0; part < 2; ++part) {
+          const auto bits = static_cast<uint16_t>(shown.of[i] >> 16 * part);
+          rows[i % 2][i / 2 * 8 + word * 2 + part] = to_float<kIsBf16>(bits);
+        }
+      }
+    }
+    add_products<kIsBf16, kColumns>(d, rows, true,
+                                    [&](int column, int k) { return b.of_columns(column, k); });
+  });
+}
+
+}  // namespace jitattn::ptx
