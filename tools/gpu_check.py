@@ -64,7 +64,8 @@ SANITIZERS: Final = {
     ),
     "memcheck-wgmma": (
         "memcheck",
-        "test_wgmma and (head_dims or features or ragged or rows_by_index or strides)",
+        "(test_wgmma.py and (head_dims or features or ragged or rows_by_index or strides)) or "
+        "(test_wgmma_gathered and (96 or 128))",
     ),
     "racecheck-wgmma": (
         "racecheck",

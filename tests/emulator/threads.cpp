@@ -27,6 +27,25 @@ void begin() {
   _longjmp(cta.scheduler, 1);
 }
 
+#ifdef WATCHED
+constexpr bool kIsWatched = true;
+#else
+constexpr bool kIsWatched = false;
+#endif
+// Agents that carry out bulk copies: one for each barrier, behind the threads.
+constexpr int kAgents = 64;
+
+// Passes on what this thread has done to those that wait.
+void release(Clock& joined) {
+  if (!kIsWatched) return;
+  Clock& own = self().clock;
+  joined.join(own);
+  ++own.epochs[cta.current];
+}
+void acquire(const Clock& opened) {
+  if (kIsWatched) self().clock.join(opened);
+}
+
 // Runs another thread until the generation of a barrier has passed.
 void wait_for(const Barrier& barrier, uint64_t generation) {
   Thread& thread = self();
@@ -39,6 +58,13 @@ MBarrier& mbarrier_at(uint32_t addr) {
   const auto found = cta.mbarriers.find(addr);
   if (found == cta.mbarriers.end()) fail("no barrier was initialised at this address");
   return found->second;
+}
+
+// Copies finish in any order.
+void carry_out_newest_bulk_copy() {
+  auto copy = std::move(cta.bulk_copies.back());
+  cta.bulk_copies.pop_back();
+  copy();
 }
 
 bool can_run(const Thread& thread) {
@@ -63,14 +89,17 @@ void resume(int idx) {
 
 }  // namespace
 
-void wait_at(Barrier& barrier) {
+void wait_at(Barrier& barrier, bool orders) {
   const AtWork at_work;
   const uint64_t generation = barrier.generation;
-  arrive_at(barrier);
+  arrive_at(barrier, orders);
   if (barrier.generation == generation) wait_for(barrier, generation);
+  if (orders) acquire(barrier.opened);
 }
 
-void arrive_at(Barrier& barrier) {
+void arrive_at(Barrier& barrier, bool orders) {
+  const AtWork at_work;
+  if (orders) release(barrier.joined);
   if (++barrier.arrived == barrier.expected) barrier.open();
 }
 
@@ -86,13 +115,16 @@ Barrier& named_barrier(int idx, int num_threads) {
 
 void init_mbarrier(uint32_t addr, int num_arrivals) {
   const AtWork at_work;
-  cta.mbarriers[addr] = {num_arrivals, num_arrivals, 0, {}};
+  const int agent = static_cast<int>(cta.threads.size() + cta.mbarriers.size());
+  if (cta.mbarriers.size() >= kAgents) fail("too many barriers");
+  cta.mbarriers[addr] = {num_arrivals, num_arrivals, 0, agent, {}};
 }
 
 void arrive_at_mbarrier(uint32_t addr, uint32_t num_bytes) {
   const AtWork at_work;
   MBarrier& barrier = mbarrier_at(addr);
   if (barrier.pending == 0) fail("more threads arrive at a barrier than it expects");
+  release(barrier.phase.joined);
   --barrier.pending;
   barrier.pending_bytes += num_bytes;
   barrier.open_if_complete();
@@ -102,20 +134,30 @@ void wait_at_mbarrier(uint32_t addr, uint32_t parity) {
   const AtWork at_work;
   const Barrier& phase = mbarrier_at(addr).phase;
   if (phase.generation % 2 == parity) wait_for(phase, phase.generation);
+  acquire(phase.opened);
 }
 
 void start_bulk_copy(uint32_t addr, uint32_t num_bytes, std::function<void()> copy) {
   const AtWork at_work;
-  cta.bulk_copies.push_back([=] {
+  Clock issued;
+  release(issued);
+  cta.bulk_copies.push_back([=]() mutable {
     const AtWork at_work;
-    copy();
     MBarrier& barrier = mbarrier_at(addr);
+    if (kIsWatched) {
+      // The agent's accesses follow what its issuer knew, and precede the end of the phase.
+      issued.epochs[barrier.agent] = ++cta.agent_epochs[barrier.agent - cta.threads.size()];
+      cta.agent_clock = &issued;
+      cta.agent = barrier.agent;
+    }
+    copy();
+    cta.agent_clock = nullptr;
+    barrier.phase.joined.join(issued);
     barrier.pending_bytes -= num_bytes;
     barrier.open_if_complete();
   });
   if (cta.options.late_copies) return;
-  cta.bulk_copies.back()();
-  cta.bulk_copies.pop_back();
+  carry_out_newest_bulk_copy();
 }
 
 void start_product(std::function<void()> product) {
@@ -143,16 +185,8 @@ void wait_for_products(size_t pending) {
   }
 }
 
-void synchronize_cta() {
-  wait_at(cta.barrier);
-  const AtWork at_work;
-  ++self().cta_syncs;
-}
-void synchronize_warp() {
-  const AtWork at_work;
-  wait_at(own_warp().barrier);
-  ++self().warp_syncs;
-}
+void synchronize_cta() { wait_at(cta.barrier); }
+void synchronize_warp() { wait_at(own_warp().barrier); }
 
 void start_copy(const Copy& copy) {
   const AtWork at_work;
@@ -191,6 +225,13 @@ void run_cta(int num_threads) {
   for (Barrier& barrier : cta.named) barrier = {};
   cta.mbarriers.clear();
   cta.bulk_copies.clear();
+  cta.agent_epochs.assign(kAgents, 0);
+  if (kIsWatched) {
+    for (int i = 0; i < num_threads; ++i) {
+      cta.threads[i].clock.epochs.assign(num_threads + kAgents, 0);
+      cta.threads[i].clock.epochs[i] = 1;
+    }
+  }
   for (int i = 0; i < num_threads; ++i) ++cta.warps[i / kWarpSize].barrier.expected;
   for (int left = num_threads; left > 0;) {
     bool has_run = false;
@@ -202,12 +243,10 @@ void run_cta(int num_threads) {
       if (cta.threads[idx].has_ended) --left;
     }
     if (has_run) continue;
-    // The newest first: copies finish in any order.
     if (cta.bulk_copies.empty()) fail("all threads wait, and nothing will wake them");
-    const auto copy = std::move(cta.bulk_copies.back());
-    cta.bulk_copies.pop_back();
-    copy();
+    carry_out_newest_bulk_copy();
   }
+  while (!cta.bulk_copies.empty()) carry_out_newest_bulk_copy();
 }
 
 void release_stacks() {

@@ -45,15 +45,32 @@ struct AtWork {
 };
 #endif
 
+// What a thread knows of all threads, and of the agents that carry out bulk copies: the epoch up to
+// which their accesses to memory precede its own next one. (Mattern, Virtual Time and Global States
+// of Distributed Systems, 1989.) Empty unless accesses are watched.
+struct Clock {
+  std::vector<uint32_t> epochs;
+
+  void join(const Clock& other) {
+    if (epochs.size() < other.epochs.size()) epochs.resize(other.epochs.size());
+    for (size_t i = 0; i < other.epochs.size(); ++i) {
+      epochs[i] = epochs[i] < other.epochs[i] ? other.epochs[i] : epochs[i];
+    }
+  }
+};
+
 // A barrier for a set of threads.
 struct Barrier {
   int expected = 0;
   int arrived = 0;
   uint64_t generation = 0;
+  Clock joined = {};  // of those that have arrived
+  Clock opened = {};  // of those that the last generation waited for
 
   void open() {
     arrived = 0;
     ++generation;
+    opened = joined;
   }
   // Removes a thread that has exited: the others no longer wait for it.
   void leave() {
@@ -66,6 +83,7 @@ struct MBarrier {
   int expected = 0;
   int pending = 0;
   int64_t pending_bytes = 0;
+  int agent = 0;  // that carries out its copies
   Barrier phase;  // its generation counts the phases that are over
 
   void open_if_complete() {
@@ -99,11 +117,11 @@ struct Thread {
   bool has_ended;
   const Barrier* waits_for;
   uint64_t generation;
-  uint32_t cta_syncs;  // barriers passed
-  uint32_t warp_syncs;
+  Clock clock;
   std::vector<Copy> copies;               // not yet committed
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
   std::vector<std::function<void()>> products;
+  bool drops_products;  // the results of those that are started
   std::vector<std::vector<std::function<void()>>> product_groups;
 };
 
@@ -118,6 +136,9 @@ struct Cta {
   std::vector<unsigned char*> stacks;
   jmp_buf scheduler;
   int current = 0;
+  const Clock* agent_clock = nullptr;  // while an agent carries out a copy
+  int agent = 0;
+  std::vector<uint32_t> agent_epochs;
   unsigned idx = 0;
   unsigned count = 0;  // CTAs of the grid
   int smem_bytes = 0;
@@ -131,9 +152,10 @@ extern Cta cta;
 inline Thread& self() { return cta.threads[cta.current]; }
 inline Warp& own_warp() { return cta.warps[cta.current / kWarpSize]; }
 
-// Returns once all threads that the barrier expects have arrived.
-void wait_at(Barrier& barrier);
-void arrive_at(Barrier& barrier);
+// Returns once all threads that the barrier expects have arrived. orders: accesses to memory before
+// it precede those behind.
+void wait_at(Barrier& barrier, bool orders = true);
+void arrive_at(Barrier& barrier, bool orders = true);
 // Returns a barrier of the CTA for so many of its threads.
 Barrier& named_barrier(int idx, int num_threads);
 
@@ -154,7 +176,7 @@ const Slot* exchange(const T& mine) {
   Slot* slots = warp.slots[parity];
   parity ^= 1;
   std::memcpy(slots[lane].bytes, &mine, sizeof(T));
-  wait_at(warp.barrier);
+  wait_at(warp.barrier, false);
   return slots;
 }
 

@@ -1,7 +1,7 @@
 // Memory checker of emulated kernels: the compiler's race-detection instrumentation calls the
 // functions of this file at each access. It reports accesses outside the tensors of the launch, and
-// races in shared memory: two threads access the same bytes, at least one writes, and no barrier is
-// between the two. This file itself is compiled without instrumentation.
+// races in shared memory: two threads, or a thread and a bulk copy, access the same bytes, at least one
+// writes, and no barrier orders the two. This file itself is compiled without instrumentation.
 #include <dlfcn.h>
 #include <execinfo.h>
 
@@ -20,6 +20,8 @@ extern char _end __attribute__((visibility("hidden")));
 namespace emulator {
 namespace {
 
+constexpr int kMostWarps = 16;
+
 struct Region {
   uintptr_t begin;
   uintptr_t end;
@@ -29,21 +31,18 @@ struct Region {
   }
 };
 
-// Time of an access, counted in barriers that the thread has passed.
+// An access: of a thread or of an agent, in one of its epochs.
 struct Moment {
-  uint64_t run;
-  uint32_t cta_syncs;
-  uint32_t warp_syncs;
-  int thread;
+  uint32_t run;  // CTAs run before
+  uint32_t epoch;
+  int actor;
 };
 
 // The last accesses to a granule of shared memory.
 struct Touched {
   Moment write;
   bool is_atomic;
-  Moment read;
-  Moment other_read;    // by another thread of the reading warp
-  uint64_t read_warps;  // warps that read since the last barrier of the CTA
+  Moment reads[kMostWarps];  // of each warp
 };
 
 constexpr uintptr_t kGranule = 2;  // bytes tracked together
@@ -59,17 +58,19 @@ std::vector<Touched> touched;
 std::set<std::string> found;
 std::string reports;
 
-Moment now() {
-  const Thread& thread = self();
-  return {cta.runs, thread.cta_syncs, thread.warp_syncs, cta.current};
+const Clock& clock_of_actor() {
+  return cta.agent_clock != nullptr ? *cta.agent_clock : self().clock;
 }
 
-// Whether another thread did `before`, and nothing orders the two accesses.
+Moment now() {
+  const int actor = cta.agent_clock != nullptr ? cta.agent : cta.current;
+  return {static_cast<uint32_t>(cta.runs), clock_of_actor().epochs[actor], actor};
+}
+
+// Whether another actor did `before`, and nothing orders it before the access that is made now.
 bool is_race(const Moment& before, const Moment& after) {
-  if (before.run != after.run || before.thread == after.thread) return false;
-  if (before.cta_syncs != after.cta_syncs) return false;
-  const bool is_same_warp = before.thread / kWarpSize == after.thread / kWarpSize;
-  return !is_same_warp || before.warp_syncs == after.warp_syncs;
+  if (before.run != after.run || before.actor == after.actor) return false;
+  return clock_of_actor().epochs[before.actor] < before.epoch;
 }
 
 // Returns the current call stack as arguments of addr2line, innermost first.
@@ -117,31 +118,20 @@ void report(const char* what, const char* format, ...) {
 
 void check_shared(size_t offset, int bytes, Access access) {
   const Moment moment = now();
-  const uint64_t warp = uint64_t{1} << moment.thread / kWarpSize;
   for (size_t i = offset / kGranule; i <= (offset + bytes - 1) / kGranule; ++i) {
     Touched& last = touched[i];
     auto meets = [&](const Moment& other, const char* how) {
       if (!is_race(other, moment)) return;
       report("race", "byte %zu of shared memory: thread %d %s what thread %d had %s, CTA %u",
-             i * kGranule, moment.thread, access == Access::kRead ? "reads" : "writes",
-             other.thread, how, cta.idx);
+             i * kGranule, moment.actor, access == Access::kRead ? "reads" : "writes", other.actor,
+             how, cta.idx);
     };
     if (access != Access::kAtomic || !last.is_atomic) meets(last.write, "written");
-    const bool is_new = last.read.run != moment.run || last.read.cta_syncs != moment.cta_syncs;
     if (access == Access::kRead) {
-      if (is_new) last.read_warps = 0;
-      last.read_warps |= warp;
-      if (last.read.thread != moment.thread) last.other_read = last.read;
-      last.read = moment;
+      last.reads[moment.actor / kWarpSize % kMostWarps] = moment;
       continue;
     }
-    meets(last.read, "read");
-    meets(last.other_read, "read");
-    if (!is_new && (last.read_warps & ~warp) != 0) {
-      Moment other = last.read;
-      other.thread = __builtin_ctzll(last.read_warps & ~warp) * kWarpSize;
-      meets(other, "read (or its warp)");
-    }
+    for (const Moment& read : last.reads) meets(read, "read");
     last.write = moment;
     last.is_atomic = access == Access::kAtomic;
   }
@@ -150,7 +140,7 @@ void check_shared(size_t offset, int bytes, Access access) {
 void check(const void* pointer, int bytes, Access access) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   const auto stack = reinterpret_cast<uintptr_t>(cta.stacks[cta.current]);
-  if (address - stack < kStackBytes) return;
+  if (cta.agent_clock == nullptr && address - stack < kStackBytes) return;
   const auto shared = reinterpret_cast<uintptr_t>(jitattn::s_storage);
   if (address - shared < kLargestShared) {
     if (address + bytes > shared + cta.smem_bytes) {

@@ -68,6 +68,9 @@ HEAD = """
 #include "jitattn/ptx/cp_async.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/ptx/ldmatrix.cuh"
+#include "jitattn/ptx/sm90/mbarrier.cuh"
+#include "jitattn/ptx/sm90/tma.cuh"
+#include "jitattn/ptx/sm90/warpgroup.cuh"
 struct Params { float* data; };
 extern "C" void jitattn_it(const Params params) {
   using namespace jitattn;

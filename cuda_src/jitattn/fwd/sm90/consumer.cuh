@@ -225,9 +225,12 @@ struct FwdConsumer {
     if (has_output) ring.advance();
     turn.wait();
     if (has_scores) ptx::mbarrier_wait(barriers.k_full(ring.stage), ring.parity);
+    ptx::wgmma_results_are_dropped(!has_scores);
     set_scores(next.s_q);
     if (has_output) ptx::mbarrier_wait(barriers.v_full(before.stage), before.parity);
+    ptx::wgmma_results_are_dropped(!has_output);
     add_output(before.stage);
+    ptx::wgmma_results_are_dropped(false);
     turn.pass();
     ptx::wgmma_wait<1>();
     ptx::wgmma_hold(flat(r_s));

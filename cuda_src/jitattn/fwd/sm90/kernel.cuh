@@ -15,6 +15,10 @@
 // memory      kDimV], in pages of 64 columns (tile/wgmma_operand.cuh). The output is written from
 //             registers.
 //
+// Sequences   Batched, ragged, or keys in pages. Keys in pages or named by block lists are copied in
+//             pieces (gathered_blocks.cuh). The producer finds the next tile while copies fill the
+//             buffers.
+//
 // Pipeline    producer     K_0  K_1 V_0  K_2 V_1  ...
 //             consumer 0   S_0  P_0 | S_1 O_0 | P_1           | S_2 O_1 | P_2  ...
 //             consumer 1   S_0  P_0           | S_1 O_0 | P_1           | S_2 O_1 | ...

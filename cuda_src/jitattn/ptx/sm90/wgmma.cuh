@@ -31,6 +31,10 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Tells memory checkers whether the results of the products that follow are dropped: their operands
+// may then be written meanwhile. No instruction.
+__device__ __forceinline__ void wgmma_results_are_dropped(bool) {}
+
 // clang-format off
 // Eight accumulators of a lane: their operand numbers, and their constraints.
 #define JITATTN_D0 "%0, %1, %2, %3, %4, %5, %6, %7"

@@ -16,6 +16,11 @@ void wgmma_wait() {
 template <int kCount>
 void wgmma_hold(float (&)[kCount]) {}
 
+inline void wgmma_results_are_dropped(bool dropped) {
+  const emulator::AtWork at_work;
+  emulator::self().drops_products = dropped;
+}
+
 // A matrix in shared memory with 128-byte swizzle, by its descriptor.
 struct DescribedMatrix {
   uint32_t s_addr, lead, eight_rows;
@@ -79,10 +84,12 @@ void add_products(float (&d)[kColumns / 2], const float (&a)[2][16], bool adds, 
 template <bool kIsBf16, int kColumns, bool kAdds>
 void wgmma_rows(float (&d)[kColumns / 2], uint64_t a_desc, uint64_t b_desc) {
   static_assert(kColumns % 16 == 0 && kColumns <= 256);
-  emulator::start_product([&d, a_desc, b_desc] {
+  const emulator::AtWork at_work;
+  const bool is_dropped = emulator::self().drops_products;
+  emulator::start_product([&d, a_desc, b_desc, is_dropped] {
     const DescribedMatrix a(a_desc), b(b_desc);
     const int lane = emulated_lane(), first_row = emulator::cta.current / 32 % 4 * 16;
-    if (lane == 0) {
+    if (lane == 0 && !is_dropped) {
       a.watch(64, 32);
       b.watch(kColumns, 32);
     }
@@ -100,14 +107,16 @@ void wgmma_rows(float (&d)[kColumns / 2], uint64_t a_desc, uint64_t b_desc) {
 template <bool kIsBf16, int kColumns>
 void wgmma_columns(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b_desc) {
   static_assert(kColumns % 16 == 0 && kColumns <= 256);
-  emulator::start_product([&d, &a, b_desc] {
+  const emulator::AtWork at_work;
+  const bool is_dropped = emulator::self().drops_products;
+  emulator::start_product([&d, &a, b_desc, is_dropped] {
     const DescribedMatrix b(b_desc);
     struct Words {
       uint32_t of[4];
     };
     const auto* slots = emulator::exchange(Words{{a[0], a[1], a[2], a[3]}});
     const int lane = emulated_lane();
-    if (lane == 0) b.watch(16, kColumns * 2);
+    if (lane == 0 && !is_dropped) b.watch(16, kColumns * 2);
     float rows[2][16];
     for (int word = 0; word < 4; ++word) {
       const auto shown = emulator::shown<Words>(slots, lane / 4 * 4 + word);
