@@ -65,6 +65,16 @@ class _Thread:
 _local = threading.local()
 
 
+def _make_context() -> None:
+    """Make the current device's context current in a thread without CUDA calls so far.
+
+    Nothing is called where a context is current: a graph may be capturing, which `cudaFree` ends.
+    """
+    cuda = import_cupy().cuda
+    if cuda.driver.ctxGetCurrent() == 0:
+        cuda.runtime.free(0)
+
+
 def _thread_on(device_index: int) -> _Thread:
     """Return the launch state of this thread, creating the device's context if necessary."""
     try:
@@ -72,8 +82,7 @@ def _thread_on(device_index: int) -> _Thread:
     except AttributeError:
         thread = _local.thread = _Thread()
     if device_index not in thread.devices:
-        # A thread without CUDA calls so far has no current context; this creates it.
-        import_cupy().cuda.runtime.free(0)
+        _make_context()
         thread.devices.add(device_index)
     return thread
 
@@ -203,7 +212,7 @@ def unload_all() -> None:
 
 def encodes_maps() -> bool:
     """Return whether the driver encodes tensor maps, which kernels with TMA take."""
-    import_cupy().cuda.runtime.free(0)  # a thread without CUDA calls so far has no current context
+    _make_context()
     return tensor_maps.is_available()
 
 

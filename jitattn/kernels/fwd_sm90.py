@@ -166,6 +166,8 @@ def refusal_of_problem(problem: Problem) -> str | None:
     if problem.mask is MaskKind.FINE_STRIDE:
         return "keys of small blocks on a stride are gathered by mma.sync kernels"
     matrices = (problem.bias_staged, problem.dense_staged)
+    if problem.alibi is Switch.ON:
+        return "ALiBi is added to the accumulators by mma.sync kernels, as their gradients do"
     reads = problem.bias is not BiasKind.NONE or Switch.ON in (problem.relative_bias, problem.dense)
     if reads or matrices != (Staging.OFF, Staging.OFF):
         return "biases and dense masks are read by mma.sync kernels"

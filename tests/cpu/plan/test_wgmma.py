@@ -60,6 +60,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative": ({"scale": -1.0}, "scale is negative"),
     "gear": ({"gear": 0}, "numerics split_p"),
     "unaligned": ({"dim": 33}, "multiples of 16 bytes"),
+    "ALiBi": ({"alibi_slopes": torch.zeros(4)}, "ALiBi"),
     "bias": ({"bias": torch.zeros(1, 4, 300, 300)}, "biases"),
     "short": ({"len_q": 8}, "short"),
 }
