@@ -6,8 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from jitattn.jit import launch
 
 ROOT = Path(__file__).parents[3]
 
@@ -25,3 +28,19 @@ def test_cupy_imports_without_a_home(home: str) -> None:
         check=False,
     )
     assert done.stdout.strip() == "cupy", done.stderr
+
+
+@pytest.mark.parametrize("context", [0, 4711])
+def test_a_context_is_made_only_where_there_is_none(
+    context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making one frees an address, which would end the capture of a graph."""
+    freed: list[int] = []
+    cuda = SimpleNamespace(
+        driver=SimpleNamespace(ctxGetCurrent=lambda: context),
+        runtime=SimpleNamespace(free=freed.append),
+    )
+    monkeypatch.setattr(launch, "import_cupy", lambda: SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(launch.tensor_maps, "is_available", lambda: True)
+    assert launch.encodes_maps()
+    assert freed == ([] if context else [0])
