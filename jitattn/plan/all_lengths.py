@@ -29,6 +29,8 @@ _MANY_ROWS: Final = 1 << 19
 #: Every length of the smaller row classes, that of one tile, and a long one.
 _QUERIES: Final = (*range(1, RowClass.ROWS64 + 1), 128, _MANY)
 _KEYS: Final = (0, 1, _MANY)
+#: Row stride of a query tensor in elements: aligned, and no less than the largest head dim.
+_ROW_STRIDE: Final = 256
 _NO_STRIDES: Final = (0, 0, 0)
 
 
@@ -115,6 +117,9 @@ def backward_specs(
 def _sizes(runtime: Runtime, queries: Iterable[int], keys: Iterable[int]) -> Iterator[Runtime]:
     """Yield a call's facts at other lengths and head counts, for one sequence."""
     keys = tuple(keys)
+    by_batch, by_row, by_head = runtime.q_strides
+    if by_row == 0 and runtime.len_q <= 1:  # of one row, which has no stride
+        runtime = runtime._replace(q_strides=(by_batch, _ROW_STRIDE, by_head))
     heads_kv = max(1, runtime.heads_kv)
     heads = dict.fromkeys(((max(1, runtime.heads_q), heads_kv), (heads_kv, heads_kv)))
     for len_q in queries:

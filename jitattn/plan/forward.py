@@ -148,8 +148,10 @@ def keys_per_block(problem: Problem, runtime: Runtime, call: Call, device: Devic
     longest = runtime._replace(len_kv=_MOST_KEYS)
     if not _is_own_kernel(problem, longest, call, device.arch):
         return None
-    spec = tile(problem, runtime, call.num_splits, call.tile_rows, device).spec
-    return None if spec.tensor_maps else spec.tile.block_kv
+    tiling = tile(problem, runtime, call.num_splits, call.tile_rows, device)
+    if tiling.rows is RowClass.MANY and wgmma.may_serve(problem, device):
+        return None  # which family does depends on the key count
+    return tiling.spec.tile.block_kv
 
 
 def _is_own_kernel(problem: Problem, runtime: Runtime, call: Call, arch: str) -> bool:

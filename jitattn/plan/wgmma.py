@@ -72,6 +72,11 @@ def choice(problem: Problem, runtime: Runtime, packed: int, device: Device) -> C
     return Choice(spec, heads)
 
 
+def may_serve(problem: Problem, device: Device) -> bool:
+    """Return whether calls of a problem take a wgmma kernel, at some sizes and strides."""
+    return device.has_wgmma and refusal_of_problem(problem) is None
+
+
 def _refusal(problem: Problem, runtime: Runtime, device: Device) -> str | None:
     if not device.has_wgmma:
         return "the device or its driver has no wgmma, or JITATTN_FAMILY is sm80"
@@ -89,6 +94,8 @@ def _refusal(problem: Problem, runtime: Runtime, device: Device) -> str | None:
     for size, (_, step, _), dim in zip(rows, strides, dims, strict=True):
         if size > 1 and step < dim:
             return "rows of q, k or v overlap"
+    if 0 < runtime.q_strides[2] < problem.head_dim:
+        return "heads of q overlap"
     return None
 
 
@@ -151,7 +158,9 @@ def section_heads(problem: Problem, runtime: Runtime, packed: int) -> int:
         return group  # all tiles of a head share its keys
     of_head = runtime.len_kv * (problem.head_dim + problem.head_dim_v) * _BYTES
     fitting = max(1, _SECTION_BYTES // max(1, of_head)) * group
-    return min(fitting, runtime.batch * runtime.heads_q // packed)
+    # Sequences of different lengths are counted for each head alike.
+    batch = runtime.batch if problem.is_uniform else 1
+    return min(fitting, batch * runtime.heads_q // packed)
 
 
 def boxed_q(problem: Problem, runtime: Runtime, packed: int) -> BoxedTensor:

@@ -261,6 +261,17 @@ def test_warmup_has_the_kernels_of_forward_plans(name: str, arch: str) -> None:
     assert warmed(name, arch, gradients=False) == specs_in(forward_plans(name, arch))
 
 
+@pytest.mark.parametrize("len_kv", [1, 320])
+def test_warmup_with_one_query_has_the_kernels_of_many(len_kv: int) -> None:
+    """One row has no stride, which says nothing of others."""
+    found = []
+    for len_q in (1, 300):
+        q, k, v, call = call_at({"mask": jitattn.Causal()}, len_q, len_kv)
+        found.append(specs_of_call(q, k, v, call, "sm_90", has_wgmma=True, gradients=False))
+    assert set(found[0]) == set(found[1])
+    assert any(spec.family == "fwd_sm90" for spec in found[0])
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("name", CALLS)

@@ -113,6 +113,13 @@ def test_overlapping_rows_are_refused() -> None:
     assert "overlap" in planned.tiling.refusal
 
 
+def test_overlapping_heads_are_refused() -> None:
+    _, k, v = batched()
+    room = torch.empty(2, LEN_Q * 256, dtype=k.dtype)
+    q = room.as_strided((2, LEN_Q, 4, DIM), (room.stride(0), 256, 32, 1))
+    assert "overlap" in plan_of(q, k, v).tiling.refusal
+
+
 def test_flat_rows_at_one_address_are_refused() -> None:
     """Even if no sequence has two of them."""
     row = torch.empty(1, HEADS_KV, DIM, dtype=torch.bfloat16)
@@ -208,6 +215,17 @@ def test_sections_fit_the_cache(mask: Any) -> None:
         assert found == {64: 16, 4096: 16, 1 << 16: 2}
 
 
+def test_sections_of_many_sequences_have_no_more_heads_than_there_are() -> None:
+    """Their items, times a section, must not pass 32 bits."""
+    lengths = torch.arange(0, 3 * 400_001, 3, dtype=torch.int32)
+    seqs = jitattn.Ragged.from_cu_seqlens(lengths, 96)
+    q = torch.empty(1, 32, 8, dtype=torch.float16).expand(1_200_000, -1, -1)
+    given = {"q_seqs": seqs, "kv_seqs": seqs, "mask": jitattn.Causal()}
+    _, call = jitattn.api.attention.bind(q, q, q, given)
+    parsed = parse_any(q, q, q, call)
+    assert wgmma.section_heads(parsed.problem, parsed.runtime, 1) == 32
+
+
 @pytest.mark.parametrize(("page_size", "rows"), [(16, 16), (48, 16), (64, 64), (256, 128)])
 def test_pages_are_copied_in_pieces(page_size: int, rows: int) -> None:
     q, k, _ = batched(128)
@@ -244,3 +262,18 @@ def test_tiles_fit_the_multiprocessor(dim: int, dim_v: int) -> None:
         assert spec.tile.block_kv % 16 == 0
         sums = math.ceil(dim_v / 16) * 8 + spec.tile.block_kv * 3 // 4  # of output, scores, weights
         assert sums < registers[1]
+
+
+def test_the_family_of_another_key_count_may_be_another() -> None:
+    """Causal tiles are filled otherwise: such calls share no plan by their number of blocks."""
+    found = set()
+    for len_kv in (200, 255):
+        q = torch.empty(1, 100, 5, 128, dtype=torch.bfloat16)
+        k = torch.empty(1, len_kv, 1, 128, dtype=torch.bfloat16)
+        _, call = jitattn.api.attention.bind(q, k, k, {"mask": jitattn.Causal()})
+        parsed = parse_any(q, k, k, call)
+        given = (parsed.problem, parsed.runtime, call)
+        assert keys_per_block(*given, Device("sm_90")) is None
+        assert keys_per_block(*given, Device("sm_86")) == 32
+        found.add(forward(*given, (1, 2, 3), None, Device("sm_90")).tiling.spec.family)
+    assert found == {"fwd", "fwd_sm90"}
