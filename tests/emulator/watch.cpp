@@ -20,8 +20,6 @@ extern char _end __attribute__((visibility("hidden")));
 namespace emulator {
 namespace {
 
-constexpr int kMostWarps = 16;
-
 struct Region {
   uintptr_t begin;
   uintptr_t end;
@@ -38,11 +36,10 @@ struct Moment {
   int actor;
 };
 
-// The last accesses to a granule of shared memory.
+// The last write to a granule of shared memory. The last reads of each warp lie in `reads`.
 struct Touched {
   Moment write;
   bool is_atomic;
-  Moment reads[kMostWarps];  // of each warp
 };
 
 constexpr uintptr_t kGranule = 2;  // bytes tracked together
@@ -55,6 +52,7 @@ Region latest;                // tensor of the last access
 std::vector<Region> arrays;   // static shared arrays of kernels
 std::vector<uint64_t> begun;  // the CTA in which each was filled with NaN
 std::vector<Touched> touched;
+std::vector<Moment> reads;  // [granules, warps]
 std::set<std::string> found;
 std::string reports;
 
@@ -118,6 +116,11 @@ void report(const char* what, const char* format, ...) {
 
 void check_shared(size_t offset, int bytes, Access access) {
   const Moment moment = now();
+  const size_t num_warps = cta.warps.size();
+  if (touched.empty()) {
+    touched.resize((cta.smem_bytes + kMostArrays) / kGranule);
+    reads.resize(touched.size() * num_warps);
+  }
   for (size_t i = offset / kGranule; i <= (offset + bytes - 1) / kGranule; ++i) {
     Touched& last = touched[i];
     auto meets = [&](const Moment& other, const char* how) {
@@ -128,10 +131,10 @@ void check_shared(size_t offset, int bytes, Access access) {
     };
     if (access != Access::kAtomic || !last.is_atomic) meets(last.write, "written");
     if (access == Access::kRead) {
-      last.reads[moment.actor / kWarpSize % kMostWarps] = moment;
+      reads[i * num_warps + moment.actor / kWarpSize] = moment;  // agents only write
       continue;
     }
-    for (const Moment& read : last.reads) meets(read, "read");
+    for (size_t warp = 0; warp < num_warps; ++warp) meets(reads[i * num_warps + warp], "read");
     last.write = moment;
     last.is_atomic = access == Access::kAtomic;
   }
@@ -149,7 +152,7 @@ void check(const void* pointer, int bytes, Access access) {
     }
     return check_shared(address - shared, bytes, access);
   }
-  size_t offset = kLargestShared;
+  size_t offset = cta.smem_bytes;
   for (const Region& array : arrays) {
     if (array.holds(address, bytes)) {
       return check_shared(offset + address - array.begin, bytes, access);
@@ -206,7 +209,6 @@ extern "C" void emulate_with(const uintptr_t* pairs, int count) {
   tensors.clear();
   emulator::latest = {};
   for (int i = 0; i < count; ++i) tensors.push_back({pairs[2 * i], pairs[2 * i + 1]});
-  emulator::touched.resize((emulator::kLargestShared + emulator::kMostArrays) / emulator::kGranule);
   emulator::found.clear();
   emulator::reports.clear();
 }
@@ -214,6 +216,7 @@ extern "C" void emulate_with(const uintptr_t* pairs, int count) {
 // Returns the reports after a launch.
 extern "C" const char* emulate_found() {
   std::vector<emulator::Touched>().swap(emulator::touched);  // some MB per kernel
+  std::vector<emulator::Moment>().swap(emulator::reads);
   return emulator::reports.c_str();
 }
 
