@@ -1,5 +1,4 @@
 // Thread scheduler of the emulator, compiled once for all kernels.
-#pragma GCC optimize("O3")  // clocks are joined at every barrier
 #include <cuda.h>
 #include <sys/mman.h>
 
