@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import struct
@@ -13,17 +12,12 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.cpu.tools.loaded import ROOT, load_tool
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_sass", ROOT / "tools/compare_sass.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["compare_sass"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("compare_sass")
 
 
 def elf(contents: dict[str, bytes]) -> bytes:

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.cpu.tools.loaded import ROOT, load_tool
+
 TABLE = ROOT / "cuda_src/notes/0010-heat-map.csv"
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("heat_map", ROOT / "tools/heat_map.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["heat_map"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("heat_map")
 
 
 def test_the_table_has_every_cell(tool: ModuleType) -> None:
