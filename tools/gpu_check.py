@@ -64,7 +64,7 @@ SANITIZERS: Final = {
     ),
     "memcheck-wgmma": (
         "memcheck",
-        "(test_wgmma.py and 64 and (features or ragged or rows_by_index or strides)) or "
+        "(test_wgmma.py and 64 and (features or ragged or rows_by_index or strides or terms)) or "
         "(test_wgmma_gathered and 96 and not (48 or 256) and not (packed and (2 or 4)))",
     ),
     "racecheck-wgmma": (

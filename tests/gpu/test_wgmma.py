@@ -281,3 +281,44 @@ def test_ten_thousand_launches_of_random_calls() -> None:
         qkv, given, truth = draw.choice(calls)
         differ += (jitattn.attention(*qkv, **given) != truth).any()
     assert differ.item() == 0
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("mask", [Full(), Causal(), Window(200, 0, keep_first=3)], ids=str)
+def test_terms_by_distance(mask: Any, dim: int) -> None:
+    """With packed heads, splits and softcap, which comes before them."""
+    q, k, v = drawn(2, 300, 6, dim), drawn(2, 900, 2, dim), drawn(2, 900, 2, dim)
+    slopes = {"alibi_slopes": torch.rand(2, 6, device="cuda")}
+    table = {"relative_bias": torch.randn(6, 257, device="cuda")}
+    for terms in (slopes, table, {**slopes, **table}):
+        check(q, k, v, mask=mask, **terms)
+    check(q, k, v, mask=mask, num_splits=3, **table)
+    check(q, k, v, mask=mask, softcap=2.0, **slopes)
+
+
+@pytest.mark.parametrize("name", ["alibi_slopes", "relative_bias"])
+def test_terms_by_distance_in_sequences(name: str) -> None:
+    """One without queries, one without keys, and far more tiles than there are rows for."""
+    terms = {"alibi_slopes": torch.rand(4, device="cuda")}
+    if name == "relative_bias":
+        terms = {name: torch.randn(4, 33, device="cuda")}
+    q_stops, kv_stops = ([0, 300, 300, 431, 501], [0, 77, 277, 277, 800])
+    q_seqs, kv_seqs = (
+        Ragged.from_cu_seqlens(
+            torch.tensor(stops, dtype=torch.int32, device="cuda"), max_length=600
+        )
+        for stops in (q_stops, kv_stops)
+    )
+    q, k, v = drawn(501, 4, 128), drawn(800, 2, 128), drawn(800, 2, 128)
+    for mask in (Full(), Causal()):
+        check(q, k, v, mask=mask, q_seqs=q_seqs, kv_seqs=kv_seqs, **terms)
+
+
+def test_gear_4_is_computed_as_gear_3() -> None:
+    """On mma.sync, in 8 bits, it is slower."""
+    qkv = [drawn(1, 300, 2, 128) for _ in range(3)]
+    explained = jitattn.explain(*qkv, gear=4)
+    assert explained.kernel["family"] == "fwd_sm90"
+    assert any("gear 4" in reason for reason in explained.why)
+    third, fourth = (jitattn.attention(*qkv, gear=gear) for gear in (3, 4))
+    assert torch.equal(third, fourth)

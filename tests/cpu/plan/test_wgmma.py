@@ -22,7 +22,8 @@ BATCH, LEN_Q, LEN_KV, HEADS_Q, HEADS_KV, DIM = 2, 300, 320, 4, 2, 64
 GROUP = HEADS_Q // HEADS_KV
 TAKEN = {
     "plain", "causal", "window", "stride", "padding", "sinks", "dropout", "bound", "ragged",
-    "padded", "rows by index", "few keys", "pages", "lists", "small stride",
+    "padded", "rows by index", "few keys", "pages", "lists", "small stride", "8 bits", "distance",
+    "8 bits, ragged", "8 bits in pages",
 }  # fmt: skip
 
 
@@ -60,7 +61,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative": ({"scale": -1.0}, "scale is negative"),
     "gear": ({"gear": 0}, "numerics split_p"),
     "unaligned": ({"dim": 33}, "multiples of 16 bytes"),
-    "ALiBi": ({"alibi_slopes": torch.zeros(4)}, "ALiBi"),
+    "ALiBi and lists": (
+        {"alibi_slopes": torch.zeros(4), **CALLS["lists"]},
+        "a term by distance",
+    ),
     "bias": ({"bias": torch.zeros(1, 4, 300, 300)}, "biases"),
     "short": ({"len_q": 8}, "short"),
 }

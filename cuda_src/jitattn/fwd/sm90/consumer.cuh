@@ -57,6 +57,11 @@ struct FwdConsumer {
   using Out = Scalar<Spec::kDtype>;
   static constexpr bool kDrops = Spec::kDropout == Switch::kOn;
   static constexpr bool kIsBf16 = Spec::kDtype == Dtype::kBf16;
+  // Functions of the distance begin the sums of scores, as in the backward kernels: these find a
+  // score of 1e4 again to the last bit only if it is rounded alike.
+  static constexpr bool kBeginsScores =
+      Spec::kSoftcap == Switch::kOff && !kHasBlockLists<Spec> &&
+      (Spec::kRelativeBias == Switch::kOn || Spec::kAlibi == Switch::kOn);
 
   const typename Traits::Params& params;
   const unsigned char* const s_storage;
@@ -198,6 +203,7 @@ struct FwdConsumer {
                                        int ordinal) {
     const Ring<Spec::kStages> before = ring;
     ring.advance();
+    begin_scores(work, scores, ordinal);
     turn.wait();
     ptx::mbarrier_wait(barriers.k_full(ring.stage), ring.parity);
     set_scores(tile.s_q);
@@ -223,6 +229,12 @@ struct FwdConsumer {
     const bool has_output = finishes && tile.has_blocks(), has_scores = next.has_blocks();
     const Ring<Spec::kStages> before = ring;
     if (has_output) ring.advance();
+    if constexpr (kBeginsScores) {
+      Plan plan = plan_of(next.plan_idx);
+      plan.tile.batch_idx = max_of(0, plan.tile.batch_idx);  // where there is no tile
+      const Work work = work_of(plan);
+      begin_scores(work, scores_of(work), next.end - 1);
+    }
     turn.wait();
     if (has_scores) ptx::mbarrier_wait(barriers.k_full(ring.stage), ring.parity);
     ptx::wgmma_results_are_dropped(!has_scores);
@@ -271,7 +283,7 @@ struct FwdConsumer {
       listed.s_listed = s_addr + Traits::kOffsetListed + listed_ring.stage * Traits::kBytesListed;
       listed_ring.advance();
     }
-    scores.modify(r_s, block);
+    if constexpr (!kBeginsScores) scores.modify(r_s, block);
     if constexpr (kIsMasked) scores.mask(r_s, block);
     bool rescales = false;
     if constexpr (Spec::kFixedShift == Switch::kOff) {
@@ -286,15 +298,26 @@ struct FwdConsumer {
     return rescales;
   }
 
+  // Sets the scores to what Q K^T is added to, if anything.
+  __device__ __forceinline__ void begin_scores(const Work& work, const Scores& scores,
+                                               int ordinal) {
+    if constexpr (kBeginsScores) {
+#pragma unroll
+      for (int i = 0; i < Traits::kKeyTiles * 4; ++i) flat(r_s)[i] = 0.f;
+      scores.modify(r_s, work.block_at(ordinal));
+      ptx::wgmma_hold(flat(r_s));
+    }
+  }
+
   // ---- Products
-  // r_s = Q K^T
+  // r_s = Q K^T, or that added to r_s
   __device__ __forceinline__ void set_scores(uint32_t s_q) {
     const WgmmaDescriptor q(s_q, 0);
     const WgmmaDescriptor k(s_addr + Traits::kOffsetK + ring.stage * Traits::kBytesK, 0);
     constexpr int kRows = Spec::kBlockKv;
     ptx::wgmma_fence();
-    ptx::wgmma_rows<kIsBf16, kRows, false>(flat(r_s), q.template at_columns<64>(0),
-                                           k.template at_columns<kRows>(0));
+    ptx::wgmma_rows<kIsBf16, kRows, kBeginsScores>(flat(r_s), q.template at_columns<64>(0),
+                                                   k.template at_columns<kRows>(0));
 #pragma unroll
     for (int d = 1; d < Traits::kDim / 16; ++d) {
       ptx::wgmma_rows<kIsBf16, kRows, true>(flat(r_s), q.template at_columns<64>(d),

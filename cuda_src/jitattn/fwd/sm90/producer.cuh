@@ -57,7 +57,7 @@ struct FwdProducer {
         load(CtaWork<Spec>(params, planned.tile, planned.sequence), exists, item);
       }
     }
-    if (is_copier) publish(plan_of(no_tile(), {}, {}), 0);
+    if (is_copier) publish(plan_of(no_tile(), no_sequence(), {}), 0);
   }
 
  private:
@@ -88,6 +88,8 @@ struct FwdProducer {
 
   // A tile of a sequence without rows.
   __device__ static WorkTile no_tile() { return {0, 0, 1, 0, -1, 0}; }
+  // A sequence of one row: consumers derive positions and heads from it that exist.
+  __device__ static Sequence no_sequence() { return {0, 1, 0, 0, 0, 0, 0}; }
 
   // Finds tile and sequence of an item, or, beyond the last one, of that. They are kept in shared
   // memory: the loop over blocks has no registers for them.
@@ -98,7 +100,7 @@ struct FwdProducer {
       if (planned.tile.batch_idx >= 0) {
         planned.sequence = Sequence::of<Spec>(params, planned.tile.batch_idx);
       } else {
-        planned.tile = no_tile();
+        planned = {no_tile(), no_sequence()};
       }
     }
     __syncwarp();  // all lanes have read the plan before
@@ -214,13 +216,16 @@ struct FwdProducer {
     const int head = index(work.kv_head_idx, head_stride);
     const int own_batch = index(piece.batch, batch_stride);
     if constexpr (!kIsGathered<Spec>) {
-      if (!is_copier) return;
-      ptx::mbarrier_arrive_expect(s_full, kPages * Traits::kBytesPage);
+      if (is_copier) {
+        ptx::mbarrier_arrive_expect(s_full, kPages * Traits::kBytesPage);
 #pragma unroll
-      for (int page = 0; page < kPages; ++page) {
-        ptx::tma_load(s_block + page * Traits::kBytesPage, map, s_full, page * kPageColumns,
-                      piece.row, head, own_batch);
+        for (int page = 0; page < kPages; ++page) {
+          ptx::tma_load(s_block + page * Traits::kBytesPage, map, s_full, page * kPageColumns,
+                        piece.row, head, own_batch);
+        }
       }
+      // All lanes wait for a free buffer: one that is two uses late would wait for ever.
+      __syncwarp();
       return;
     }
     const uint32_t s_rows = params.piece_rows * kPageRowBytes;
