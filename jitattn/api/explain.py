@@ -206,6 +206,8 @@ def _reasons(planned: Forward, call: Call) -> tuple[str, ...]:
         )
     if not tiling.refusal:
         reasons.append("products by wgmma, copies by TMA")
+        if gear_of(call.gear, problem.dtype) == 4:
+            reasons.append("gear 4 is computed as gear 3: in 8 bits on mma.sync it is slower")
     elif arch_number(tiling.spec.arch) == 90:
         reasons.append(f"products by mma.sync: {tiling.refusal}")
     reasons.append(f"numerics {problem.numerics.value}")

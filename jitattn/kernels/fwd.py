@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from jitattn.kernels.fwd_arguments import FWD_STRUCTS, FWD_TABLES, fwd_arguments
-from jitattn.kernels.fwd_sm90 import FwdSm90Spec
+from jitattn.kernels.fwd_sm90 import FwdSm90Spec, refusal_of_problem
 from jitattn.kernels.matrix import (
     ALL_DIMS,
     FEATURES,
@@ -36,7 +36,7 @@ from jitattn.spec.enums import (
     SeqLayout,
     Switch,
 )
-from jitattn.spec.kernel_spec import KernelSpec, Problem
+from jitattn.spec.kernel_spec import KernelSpec, Problem, arch_number
 from jitattn.values.gears import FAST_FP16_ACC_ARCHS, resolve_numerics
 
 
@@ -128,7 +128,8 @@ def listed_problem(problem: Problem) -> Problem:
 
 def specs_for_gear(problem: Problem, gear: int, arch: str) -> list[KernelSpec]:
     """Return the kernels for prepared operands that calls of a gear may need."""
-    in_8_bits = problem_in_8_bits(problem, arch) if gear == 4 else None
+    on_wgmma = arch_number(arch) == 90 and refusal_of_problem(problem) is None
+    in_8_bits = problem_in_8_bits(problem, arch) if gear == 4 and not on_wgmma else None
     if in_8_bits is not None:
         return [*quantize_specs(in_8_bits, arch), fwd_spec(in_8_bits, arch, RowClass.MANY)]
     split_fp32 = split_fp32_problem(problem)

@@ -17,6 +17,7 @@ from jitattn.plan import arguments, prepare, wgmma
 from jitattn.plan.step import Buffer, Place, Plan, Step
 from jitattn.spec.arguments import NO_LEFT, divisor
 from jitattn.spec.enums import TILE_ROWS, MaskKind, RowClass
+from jitattn.values.gears import gear_of
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -89,6 +90,8 @@ def forward(
     UnsupportedError
         The call needs more CTAs than a grid has.
     """
+    if gear_of(call.gear, problem.dtype) == 4 and wgmma.may_serve(problem, device):
+        call = call._replace(gear=3)  # faster on wgmma than 8 bits on mma.sync
     prepared = prepare.operands(problem, runtime, call, device.arch)
     kernel_problem, kernel_runtime = prepared.problem, prepared.runtime
     tiling = tile(kernel_problem, kernel_runtime, call.num_splits, call.tile_rows, device)

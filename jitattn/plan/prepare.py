@@ -24,7 +24,8 @@ power-of-two scale per head, chosen by its largest finite value: values keep 11 
 of it, and the smallest that remain are 2^-25 of it. Paged v stays in place, and sums are in fp32,
 as where v's head dim differs from that of q and k. Other calls have the numerics of gear 3: short
 queries, above all decoding steps, which would have to read K twice; sequences that may share rows
-of one tensor; and problems without such a kernel (jitattn/kernels/operands.py).
+of one tensor; problems without such a kernel (jitattn/kernels/operands.py); and, decided before
+(jitattn/plan/forward.py), calls that the wgmma kernels of sm_90 serve.
 
 Memory: two fp16 parts take as much as q, k, v and dO, one part half of it. INT8 takes half the
 memory of q and k, all of v's, 8 bytes per row of q, and 12 bytes per channel for every 512 rows and

@@ -61,7 +61,7 @@ GEARS: Final[dict[int, Gear]] = {
         Gear(
             number=4,
             what="16-bit inputs, long queries, masks of positions: Q and K in 8 bits, of which K "
-            "loses its mean, and sums in fp16 of 2048 keys each; else as 3",
+            "loses its mean, and sums in fp16 of 2048 keys each; else, and on wgmma, as 3",
             rel_l2={Dtype.FP16: 2e-2, Dtype.BF16: 2e-2, Dtype.FP32: 1e-3},
         ),
     )

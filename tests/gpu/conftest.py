@@ -50,8 +50,18 @@ def wgmma_family(arch: str) -> Iterator[None]:
     """Let calls take the wgmma kernels of sm_90, whatever the environment says."""
     if arch != "sm_90" or not backend.active.encodes_maps():
         pytest.skip("needs a GPU of sm_90, and a driver that encodes tensor maps")
+    yield from _family("sm90")
+
+
+@pytest.fixture(scope="module")
+def mma_family(arch: str) -> Iterator[None]:
+    """Let calls take the mma.sync kernels alone."""
+    yield from _family("sm80")
+
+
+def _family(name: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JITATTN_FAMILY", "sm90")
+        patch.setenv("JITATTN_FAMILY", name)
         forward.forget_kernels()
         yield
     forward.forget_kernels()

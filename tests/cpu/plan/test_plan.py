@@ -156,7 +156,8 @@ def test_steps_of_plans() -> None:
     parts = forward_of(CALLS["fp32 parts"], "sm_90").plan
     assert [*families(parts)][-1] == "fwd"
     assert len(parts.steps) == 2
-    assert len(forward_of(CALLS["8 bits"], "sm_90").plan.steps) == 3
+    assert len(forward_of(CALLS["8 bits"], "sm_80").plan.steps) == 3
+    assert families(forward_of(CALLS["8 bits"], "sm_90").plan) == ["fwd_sm90"]
     assert len(backward_of(CALLS["plain"], "sm_90").plan.steps) == 3
     # Splits of the queries, whose parts of dk and dv a kernel each adds up.
     assert len(backward_of(CALLS["few keys"], "sm_90").plan.steps) == 5

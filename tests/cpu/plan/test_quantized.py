@@ -151,7 +151,7 @@ def test_kernels_for_gear_4(
     problem = replace(
         chosen(), numerics=Numerics.F32_ACC, dtype=dtype, head_dim_v=dim_v, kv_layout=layout
     )
-    stats, rounding, forward = specs_for_gear(problem, 4, "sm_90")
+    stats, rounding, forward = specs_for_gear(problem, 4, "sm_89")
     assert isinstance(stats, ChannelStatsSpec)
     assert isinstance(rounding, QuantizeSpec)
     assert stats.paged is rounding.paged is paged
