@@ -22,6 +22,7 @@ from jitattn.run.indirect import (
     num_dispatch_modes,
 )
 from jitattn.run.operators import call_operator
+from jitattn.values.autocast import cast_inputs
 from jitattn.values.dropout import Dropout, check_state, threshold_of
 from jitattn.values.dropout import dropout_state as draw_state
 from jitattn.values.masks import Full
@@ -182,8 +183,9 @@ def attention(
     and vmap work on both.
 
     Tracers (torch.compile, torch.export, make_fx, torch.jit.trace) and dispatch modes see
-    torch.library operators; meta and fake tensors give results of their kind. Autocast does not
-    change the numerics of the gear.
+    torch.library operators; meta and fake tensors give results of their kind. Inside torch.autocast
+    of their device type, q, k, v and `bias` are cast to its dtype, but for fp64 ones, and out has
+    it too; gradients have the dtypes of the inputs. Nothing else of the call is subject to it.
 
     Bitwise reproducible: two runs on the same inputs give the same bits. A NaN in q or k reaches
     the rows that see it; one in v may also reach rows from which it is hidden, as 0 * NaN. Papers:
@@ -198,6 +200,8 @@ def attention(
     >>> jitattn.attention(q, k, v, mask=jitattn.Causal()).shape
     torch.Size([1, 8, 32, 128])
     """
+    if is_dynamo_compiling() or torch._C._is_any_autocast_enabled():
+        q, k, v, bias = _in_autocast(q, k, v, bias)
     scores = NO_CHANGES
     tensors_are_none = bias is relative_bias is alibi_slopes is sinks is None
     numbers_are_none = softcap is None and qk_norm is None and dropout_p == 0.0
@@ -245,6 +249,13 @@ def attention(
         return interop.to_kind_of(result, q) if out is None else out
     values, lse = result
     return interop.to_kind_of(values, q) if out is None else out, interop.to_kind_of(lse, q)
+
+
+def _in_autocast(*tensors: Any) -> list[Any]:  # noqa: ANN401 - arrays of any library, or None
+    """Cast q, k, v and a bias as autocast asks, if they are tensors of torch."""
+    if not isinstance(tensors[0], Tensor):
+        return list(tensors)
+    return cast_inputs(tensors[0].device.type, *tensors)
 
 
 def _scores(

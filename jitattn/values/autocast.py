@@ -1,4 +1,4 @@
-"""Disables autocast inside a call, so that numerics are those of the gear."""
+"""Autocast: casts the inputs of a call, and is disabled inside, where a gear sets the numerics."""
 
 from __future__ import annotations
 
@@ -30,6 +30,21 @@ def outside_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
         return function(*args, **kwargs)
 
     return wrapped
+
+
+def cast_inputs(kind: str, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Cast floating tensors but fp64 ones to the autocast dtype of a device type, as SDPA's are.
+
+    Where autocast is disabled they are returned as they are. Gradients come back in each tensor's
+    own dtype.
+    """
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [
+        x if x is None or not x.is_floating_point() or x.dtype is torch.float64 else x.to(dtype)
+        for x in tensors
+    ]
 
 
 @outside_autocast

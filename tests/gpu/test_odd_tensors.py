@@ -151,16 +151,20 @@ def test_torchs_switch_for_determinism(warn_only: bool, monkeypatch: pytest.Monk
 
 @pytest.mark.real_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_nothing_inside_is_subject_to_autocast(dtype: torch.dtype) -> None:
+def test_autocast_casts_inputs_and_nothing_inside(dtype: torch.dtype) -> None:
     tables = {"bias": (1, H, LQ, LKV), "alibi_slopes": (H,), "relative_bias": (H, 7), "sinks": (H,)}
 
     def results(*, autocast: bool) -> list[Tensor]:
         own = [x.to(dtype).requires_grad_() for x in inputs()]
         more = {name: made(*shape, dtype=dtype).requires_grad_() for name, shape in tables.items()}
         scale = made(H, dtype=dtype).requires_grad_()
+        qkv, terms = own, more
+        if not autocast:
+            qkv = [x.bfloat16() for x in own]
+            terms = {**more, "bias": more["bias"].bfloat16()}
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            out = jitattn.attention(*own, **more)
-            unit = jitattn.attention(*own, qk_norm=L2Norm(head_scale=scale))
+            out = jitattn.attention(*qkv, **terms)
+            unit = jitattn.attention(*qkv, qk_norm=L2Norm(head_scale=scale))
             merged, _ = jitattn.merge([out, unit], [own[0][..., 0].transpose(1, 2).float()] * 2)
             every = [*own, *more.values(), scale]
             ends = [out.sum(), unit.sum(), merged.sum(), jitattn.l2norm(own[0]).sum()]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from jitattn.api.attention import attention
+from jitattn.compat._core import attention
 from jitattn.compat._errors import CheckFailedError, check
 from jitattn.compat.dkernel._checks import check_shapes
 from jitattn.compat.dkernel._kept import KeptMasks

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import jitattn.run.operators  # noqa: F401 - registers the operators
-from jitattn.api.attention import attention, bind
+from jitattn.api.attention import bind
+from jitattn.compat._core import attention
 from jitattn.compat._errors import ExtensionError, errors_as
 from jitattn.compat.flash_attn._kvcache import with_kvcache
 from jitattn.compat.flash_attn._translate import (

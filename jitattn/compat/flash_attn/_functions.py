@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jitattn.api.attention import attention
+from jitattn.compat._core import attention
 from jitattn.compat._errors import ExtensionError, errors_as
 from jitattn.compat._kept_sequences import sequences_of
 from jitattn.compat.flash_attn._translate import (

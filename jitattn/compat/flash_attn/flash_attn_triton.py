@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from jitattn.api.attention import attention
+from jitattn.compat._core import attention
 from jitattn.compat._errors import CheckFailedError, errors_as
 from jitattn.values.masks import Causal, Full
 

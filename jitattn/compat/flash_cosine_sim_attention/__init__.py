@@ -14,8 +14,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
-from jitattn.api.attention import attention
 from jitattn.api.l2norm import l2norm
+from jitattn.compat._core import attention
 from jitattn.compat.flash_cosine_sim_attention._plain import plain_attention
 from jitattn.errors import InvalidInputError
 from jitattn.request.layouts import parse_any

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from jitattn import __version__
-from jitattn.api.attention import attention
 from jitattn.api.explain import explain
+from jitattn.compat._core import attention
 from jitattn.compat._errors import CheckFailedError, ExtensionError, check, errors_as, in_words
 from jitattn.errors import InvalidInputError
 from jitattn.values.gears import GEARS, DefaultGear

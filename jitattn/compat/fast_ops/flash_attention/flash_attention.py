@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from jitattn.api.attention import attention
+from jitattn.compat._core import attention
 from jitattn.compat._errors import ExtensionError, errors_as
 from jitattn.compat.fast_ops.flash_attention._nested import flattened
 from jitattn.values.masks import Causal, Full

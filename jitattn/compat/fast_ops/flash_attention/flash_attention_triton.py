@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from jitattn.api.attention import attention
+from jitattn.compat._core import attention
 from jitattn.compat._errors import CheckFailedError, ExtensionError, errors_as
 from jitattn.values.dropout import dropout_mask, dropout_state
 from jitattn.values.masks import Causal, Full
