@@ -170,9 +170,10 @@ def _places(call: Call, tensors: list[Tensor]) -> dict[str, int]:
 
 
 def _autograd_at_work() -> Any:  # noqa: ANN401 - a guard of torch
-    """Enable autograd inside an operator, where torch's dispatcher disables it."""
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
-    for key in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA):
+    """Enable autograd inside an operator, where torch's dispatcher disables it; of views too."""
+    names = torch._C.DispatchKey
+    keys = torch._C.DispatchKeySet(names.AutogradFunctionality)
+    for key in (names.AutogradCPU, names.AutogradCUDA, names.ADInplaceOrView):
         keys = keys | torch._C.DispatchKeySet(key)
     excluded = torch._C._dispatch_tls_local_exclude_set() - keys
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
