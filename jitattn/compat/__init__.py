@@ -13,16 +13,20 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.abc
+import os
 import sys
 import threading
+import warnings
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import TYPE_CHECKING, Final
 
+from jitattn.compat._distributions import DISTRIBUTIONS, forget_in_programs, normalized, of_names
 from jitattn.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+    from importlib.metadata import Distribution, DistributionFinder
     from types import ModuleType, TracebackType
 
 #: Package names that programs import, and jitattn's modules that replace them.
@@ -44,6 +48,7 @@ class _Held:
 
     before: dict[str, ModuleType]  #: what had the name, and names below it
     count: int = 0  #: of aliases that stand
+    claims: int = 0  #: of these, those that claim the distribution
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -78,6 +83,14 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         # Another thread may import a submodule before our module replaces the empty one.
         spec.submodule_search_locations = ours.submodule_search_locations
         return spec
+
+    def find_distributions(
+        self, context: DistributionFinder.Context | None = None
+    ) -> Iterable[Distribution]:
+        """Return the distributions that aliases claim, as `importlib.metadata` asks for them."""
+        with _lock:
+            claimed = {name for name, held in _held.items() if held.claims}
+        return of_names(claimed, getattr(context, "name", None))
 
     def exec_module(self, module: ModuleType) -> None:
         """Replace the empty module of the import system by jitattn's module.
@@ -127,35 +140,46 @@ def _taken_out(name: str) -> dict[str, ModuleType]:
 
 
 class Alias:
-    """An import alias of one of jitattn's modules and its submodules, until it is undone.
+    """Import aliases of jitattn's modules and their submodules, until they are undone.
 
     A context manager; `undo` does the same once and for all. A name may have several, undone in any
     order: it is given back with the last. Modules that were imported under the name meanwhile stay
     with those who hold them.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, *names: str, claimed: Sequence[str] = ()) -> None:
+        self.names = names
+        self._claimed = claimed
         self._stands = True
         with _lock:
-            if name not in _held:
-                _held[name] = _Held(_taken_out(name))
-            _held[name].count += 1
+            for name in names:
+                if name not in _held:
+                    _held[name] = _Held(_taken_out(name))
+                _held[name].count += 1
+            for name in claimed:
+                _held[name].claims += 1
             if not sys.meta_path or sys.meta_path[0] is not _FINDER:
                 sys.meta_path.insert(0, _FINDER)
+        if claimed:
+            forget_in_programs()
 
     def undo(self) -> None:
-        """Release the name, unless another alias holds it."""
+        """Release the names, unless other aliases hold them."""
         with _lock:
             if not self._stands:
                 return
             self._stands = False
-            held = _held[self.name]
-            held.count -= 1
-            if held.count == 0:
-                del _held[self.name]
-                _taken_out(self.name)
-                sys.modules.update(held.before)
+            for name in self._claimed:
+                _held[name].claims -= 1
+            for name in self.names:
+                held = _held[name]
+                held.count -= 1
+                if held.count == 0:
+                    del _held[name]
+                    _taken_out(name)
+                    sys.modules.update(held.before)
+        if self._claimed:
+            forget_in_programs()
 
     def __enter__(self) -> Alias:
         return self
@@ -169,15 +193,21 @@ class Alias:
         self.undo()
 
 
-def alias(name: str, *, shadow: bool = False) -> Alias:
-    """Make ``import name`` load jitattn's front door.
+def alias(
+    *names: str, shadow: bool = False, distribution: bool | str | Sequence[str] = False
+) -> Alias:
+    """Make ``import name`` load jitattn's front door, for all names or for none.
 
     Parameters
     ----------
-    name : str
-        One of `DOORS`.
+    names : str
+        Of `DOORS`.
     shadow : bool
         Do so even if a package of that name is installed, or a module of that name imported.
+    distribution : bool, str or sequence of str
+        Answer `importlib.metadata` too, as transformers and diffusers ask it: True for all packages
+        of the names that have a version of their own, or some of these packages ("flash-attn").
+        Call it before the first import of diffusers, which asks once.
 
     Returns
     -------
@@ -187,7 +217,7 @@ def alias(name: str, *, shadow: bool = False) -> Alias:
     Raises
     ------
     InvalidInputError
-        We have no such door, or a package of that name is installed or imported.
+        We have no such door or package, or a package of that name is installed or imported.
 
     Examples
     --------
@@ -197,14 +227,49 @@ def alias(name: str, *, shadow: bool = False) -> Alias:
     >>> theirs is jitattn.compat.flash_cosine_sim_attention
     True
     """
-    if name not in DOORS:
-        raise InvalidInputError(f"alias({name!r}): it must be one of {', '.join(DOORS)}")
-    if not shadow and is_installed(name):
-        raise InvalidInputError(
-            f"alias({name!r}): a package of that name is installed or imported; pass shadow=True "
-            "to be found before it"
+    if not names:
+        raise InvalidInputError(f"alias(): name one or more of {', '.join(DOORS)}")
+    for name in names:
+        if name not in DOORS:
+            raise InvalidInputError(f"alias({name!r}): it must be one of {', '.join(DOORS)}")
+        if not shadow and is_installed(name):
+            raise InvalidInputError(
+                f"alias({name!r}): a package of that name is installed or imported; pass "
+                "shadow=True to be found before it"
+            )
+    return Alias(*names, claimed=_claimed(names, distribution))
+
+
+def _claimed(names: Sequence[str], distribution: bool | str | Sequence[str]) -> list[str]:
+    """Return the names whose distributions are claimed."""
+    found = [name for name in dict.fromkeys(names) if name in DISTRIBUTIONS]
+    if isinstance(distribution, bool):
+        return found if distribution else []
+    wanted = [distribution] if isinstance(distribution, str) else list(distribution)
+    known = {normalized(DISTRIBUTIONS[name][0]): name for name in found}
+    for one in wanted:
+        if normalized(one) not in known:
+            raise InvalidInputError(
+                f"alias(distribution={one!r}): the names {', '.join(names)} have these packages: "
+                f"{', '.join(known) or 'none'}"
+            )
+    return [known[normalized(one)] for one in dict.fromkeys(wanted)]
+
+
+def alias_from_environment() -> None:
+    """Alias the names in ``JITATTN_ALIAS``, with their distributions; warn of unknown ones.
+
+    For programs whose first line cannot be changed: `python -m jitattn.compat --help`.
+    """
+    asked = [name.strip() for name in os.environ.get("JITATTN_ALIAS", "").split(",")]
+    names = [name for name in asked if name in DOORS]
+    unknown = [name for name in asked if name and name not in DOORS]
+    if unknown:
+        warnings.warn(
+            f"JITATTN_ALIAS: {', '.join(unknown)} is none of {', '.join(DOORS)}", stacklevel=2
         )
-    return Alias(name)
+    if names:
+        alias(*names, shadow=True, distribution=True)
 
 
 def is_installed(name: str) -> bool:

@@ -17,6 +17,7 @@ MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 #: From the top to the bottom. A folder imports what stands below it, and nothing above.
 ORDER = (
     "compat",
+    "integrations",
     "cli",
     "api",
     "run",
