@@ -33,7 +33,7 @@ from jitattn.values.masks import (
 )
 
 if TYPE_CHECKING:
-    from jitattn import patterns, reference
+    from jitattn import compat, integrations, patterns, reference
     from jitattn.api.apply_rotary import apply_rotary
     from jitattn.api.attention import attention
     from jitattn.api.explain import explain
@@ -80,6 +80,7 @@ __all__ = [
     "dropout_state",
     "explain",
     "get_default_gear",
+    "integrations",
     "l2norm",
     "merge",
     "patterns",
@@ -105,7 +106,7 @@ _LAZY: Final = {
     "merge": "api.merge",
     "warmup": "api.warmup",
 }
-_LAZY_MODULES: Final = frozenset({"compat", "patterns", "reference"})
+_LAZY_MODULES: Final = frozenset({"compat", "integrations", "patterns", "reference"})
 
 
 def __getattr__(name: str) -> object:
@@ -119,4 +120,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted(__all__)

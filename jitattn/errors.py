@@ -41,6 +41,10 @@ class WithoutMemoryError(InvalidInputError):
         super().__init__(message)
 
 
+class NestedError(InvalidInputError):
+    """A tensor is nested where a strided one is needed; `attention` catches this."""
+
+
 class UnsupportedError(JitAttnError, NotImplementedError):
     """The request is legal, but no kernel for it exists (yet, or on this GPU)."""
 

@@ -65,6 +65,7 @@ def errors() -> dict[tuple[torch.dtype, int, str], float]:
         for kind in _DATA:
             q, k, v = data(kind, dtype)
             truth = reference(q, k, v)
+            gear: Any
             for gear in GEARS:
                 out = jitattn.attention(q, k, v, gear=gear, out_dtype=torch.float32)
                 error = (out.double() - truth).norm() / truth.norm()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from jitattn.api import interop
-from jitattn.errors import WithoutMemoryError
+from jitattn.api.nested import are_nested, attention_of_nested
+from jitattn.errors import NestedError, WithoutMemoryError
 from jitattn.request.problem import Call
 from jitattn.request.score_checks import softcap_of
 from jitattn.request.scores import NO_CHANGES, Scores, in_fp32
@@ -29,6 +30,7 @@ from jitattn.values.masks import Full
 from jitattn.values.tensors import PLAIN
 
 if TYPE_CHECKING:
+    from jitattn.api.options import AttentionOptions, SupportsDLPack
     from jitattn.values.masks import Mask
     from jitattn.values.norm import L2Norm
     from jitattn.values.sequences import KvSequences, QSequences
@@ -37,10 +39,41 @@ _FULL = Full()
 _NEW = tuple.__new__
 
 
+@overload
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[AttentionOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: SupportsDLPack,
+    k: SupportsDLPack,
+    v: SupportsDLPack,
+    *,
+    return_lse: bool = ...,
+    **options: Unpack[AttentionOptions],
+) -> Any: ...  # noqa: ANN401 - arrays of the library that q came from
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
     *,
     mask: Mask = _FULL,
     scale: float | None = None,
@@ -62,7 +95,7 @@ def attention(
     qk_norm: L2Norm | None = None,
     deterministic: bool = False,
     tile_rows: int | None = None,
-) -> Any:  # noqa: ANN401 - Tensor or (Tensor, Tensor), or arrays of the library that q came from
+) -> Any:
     """Compute exact scaled dot-product attention, softmax(scale q k^T) v.
 
     On a GPU the kernel is compiled when it is first needed (0.3 to 1.5 s), kept on disk, and
@@ -74,7 +107,8 @@ def attention(
     q : Tensor, [B, Lq, Hq, D]
         fp16, bf16, fp32, on the CPU also fp64; D from 1 to 256. Any strides with the last equal to
         1, any alignment (16-byte aligned rows are fastest). Arrays with ``__dlpack__`` (CuPy, JAX,
-        numpy) are accepted too, and the result is of the same kind.
+        numpy) are accepted too, and the result is of the same kind; so are nested tensors of torch,
+        jagged (without a copy) or strided, whose LSE is that of a ragged q.
     k : Tensor, [B, Lkv, Hkv, D]
         Same dtype and device. Hq % Hkv == 0; query head h reads kv head h // (Hq // Hkv).
     v : Tensor, [B, Lkv, Hkv, Dv]
@@ -233,7 +267,8 @@ def attention(
         tile_rows,
     )
     if is_dynamo_compiling():
-        return call_operator(q, k, v, Call(*values))
+        compiled = attention_of_nested if are_nested(q, k, v) else call_operator
+        return compiled(q, k, v, Call(*values))
     call = _NEW(Call, values)  # what Call(*values) does, at half the cost
     is_plain = type(q) is type(k) is type(v) is Tensor or {type(q), type(k), type(v)} <= PLAIN
     if is_plain and not (num_dispatch_modes() or is_tracing() or in_transform()):
@@ -241,14 +276,18 @@ def attention(
             return run(q, k, v, call)
         except WithoutMemoryError:
             return attention_indirectly(q, k, v, call)
+        except NestedError:
+            pass
+    if are_nested(q, k, v):
+        return attention_of_nested(q, k, v, call)
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
         return attention_indirectly(q, k, v, call)
     tensors = interop.from_all({"q": q, "k": k, "v": v}, out=out)
     result = run(tensors["q"], tensors["k"], tensors["v"], call._replace(out=tensors.get("out")))
-    if not return_lse:
+    if isinstance(result, Tensor):
         return interop.to_kind_of(result, q) if out is None else out
-    values, lse = result
-    return interop.to_kind_of(values, q) if out is None else out, interop.to_kind_of(lse, q)
+    own, lse = result
+    return interop.to_kind_of(own, q) if out is None else out, interop.to_kind_of(lse, q)
 
 
 def _in_autocast(*tensors: Any) -> list[Any]:  # noqa: ANN401 - arrays of any library, or None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, Unpack, overload
 
 import torch
 
@@ -20,6 +20,7 @@ from jitattn.values.tensors import PLAIN
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from jitattn.api.options import KvCacheOptions
     from jitattn.values.masks import Mask
     from jitattn.values.rotary import Rotary
     from jitattn.values.sequences import Ragged
@@ -27,6 +28,42 @@ if TYPE_CHECKING:
 _CAUSAL: Final = Causal()
 
 
+@overload
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = ...,
+    v: Tensor | None = ...,
+    *,
+    length: Tensor | int,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[KvCacheOptions],
+) -> Tensor: ...
+@overload
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = ...,
+    v: Tensor | None = ...,
+    *,
+    length: Tensor | int,
+    return_lse: Literal[True],
+    **options: Unpack[KvCacheOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = ...,
+    v: Tensor | None = ...,
+    *,
+    length: Tensor | int,
+    return_lse: bool,
+    **options: Unpack[KvCacheOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -54,7 +91,7 @@ def attention_with_kvcache(
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-) -> Any:  # noqa: ANN401 - Tensor or (Tensor, Tensor)
+) -> Any:
     """Append new keys and values to a cache in place, and attend to all of it.
 
     On a GPU, one small kernel runs before that of `attention`; neither synchronizes with the

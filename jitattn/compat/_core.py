@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from jitattn.api.attention import attention as _attention
 from jitattn.values.autocast import outside_autocast
 
-attention = outside_autocast(_attention)
+_given: Callable[..., Any] = _attention
+attention = outside_autocast(_given)

@@ -7,6 +7,7 @@ and memory-efficient of SDPA, tensors are [B, H, L, D]; in the others, [B, L, H,
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -17,6 +18,7 @@ from jitattn.request.problem import Call
 from jitattn.request.scores import NO_CHANGES, Scores, in_fp32
 from jitattn.run.backward import run_backward
 from jitattn.run.operator_encoding import encode
+from jitattn.values.autocast import outside_autocast
 from jitattn.values.dropout import Dropout, dropout_state, threshold_of
 from jitattn.values.masks import Causal, Full, Window
 from jitattn.values.sequences import Padded, Paged, Ragged
@@ -30,7 +32,11 @@ if TYPE_CHECKING:
     from jitattn.values.masks import Mask
 
 _DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
+_FULL, _CAUSAL = Full(), Causal()
+_attend: Final = outside_autocast(attention)
 _LSE_UNIT: Final = 32  # rows to which the memory-efficient kernel rounds its LSE up
+#: Seed and offset of a call without dropout.
+_NO_SEED: Final = torch.zeros(2, dtype=torch.int64, device="cpu").unbind()
 #: `custom_mask_type` of the memory-efficient kernel.
 _MASKS: Final[dict[int, Mask]] = {0: Full(), 1: Causal("top_left"), 2: Causal()}
 
@@ -47,13 +53,15 @@ def _scaled_dot_product_flash_attention(
 ) -> tuple[Any, ...]:
     _refuse_if(return_debug_mask, "return_debug_mask")
     _refuse_if(is_causal and query.shape[2] != key.shape[2], "is_causal with other lengths of k")
-    out = torch.empty_like(query)
-    q, k, v, in_heads = (x.transpose(1, 2) for x in (query, key, value, out))
-    mask = Causal() if is_causal else Full()
-    _, lse, state = _forward(q, k, v, mask, scale, dropout_p, out=in_heads)
-    debug_mask = query.new_empty(0)
+    mask = _CAUSAL if is_causal else _FULL
+    if query.is_contiguous():
+        out, lse, state = _forward(query, key, value, mask, scale, dropout_p, layout="bhsd")
+    else:
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        out, lse, state = _forward(q, k, v, mask, scale, dropout_p)
+        out = _laid_out(out.transpose(1, 2), query)
     lengths = (query.shape[2], key.shape[2])
-    return out, lse, None, None, *lengths, *_random(state, query), debug_mask
+    return out, lse, None, None, *lengths, *_random(state, query), _nothing(query)
 
 
 def _scaled_dot_product_flash_attention_backward(
@@ -75,11 +83,16 @@ def _scaled_dot_product_flash_attention_backward(
     scale: float | None = None,
 ) -> tuple[Tensor, ...]:
     del cum_seq_q, cum_seq_k, max_q, max_k, philox_offset
-    tensors = [x.transpose(1, 2) for x in (grad_out, query, key, value, out)]
-    mask = Causal() if is_causal else Full()
-    found = _backward(tensors, logsumexp, mask, scale, dropout_p, philox_seed.view(torch.int64))
-    given = (query, key, value)
-    return tuple(_laid_out(dx.transpose(1, 2), x) for dx, x in zip(found, given, strict=True))
+    tensors = (grad_out, query, key, value, out)
+    mask = _CAUSAL if is_causal else _FULL
+    random = philox_seed.view(torch.int64) if dropout_p > 0.0 else philox_seed
+    if query.is_contiguous() and key.is_contiguous() and value.is_contiguous():
+        found = _backward(tensors, logsumexp, mask, scale, dropout_p, random, layout="bhsd")
+        return tuple(found)
+    turned = [x.transpose(1, 2) for x in tensors]
+    dq, dk, dv = _backward(turned, logsumexp, mask, scale, dropout_p, random)
+    pairs = ((dq, query), (dk, key), (dv, value))
+    return tuple(_laid_out(dx.transpose(1, 2), x) for dx, x in pairs)
 
 
 def _flash_attention_forward(
@@ -119,10 +132,10 @@ def _flash_attention_forward(
     elif seqused_k is not None:
         given["kv_seqs"] = Padded(seqused_k)
     mask = _windowed(is_causal, window_size_left, window_size_right)
-    found = torch.empty_like(query) if out is None else out
-    _, lse, state = _forward(query, key, value, mask, scale, dropout_p, out=found, **given)
-    debug_mask = query.new_empty(0)
-    return found, lse, *_random(state, query), debug_mask
+    if out is not None:
+        given["out"] = out
+    found, lse, state = _forward(query, key, value, mask, scale, dropout_p, **given)
+    return _laid_out(found, query), lse, *_random(state, query), _nothing(query)
 
 
 def _flash_attention_forward_no_dropout_inplace(
@@ -338,10 +351,9 @@ def _forward(
     if dropout_p > 0.0:
         state = dropout_state(q.device)
         given |= {"dropout_p": dropout_p, "dropout_state": state}
-    q, k, v = (_in_rows(x) for x in (q, k, v))
+    q, k, v = _in_rows(q), _in_rows(k), _in_rows(v)
     try:
-        with torch.autocast(q.device.type, enabled=False):
-            out, lse = attention(q, k, v, mask=mask, scale=scale, return_lse=True, **given)
+        out, lse = _attend(q, k, v, mask=mask, scale=scale, return_lse=True, **given)
     except InvalidInputError as error:
         raise UnsupportedError(str(error)) from error
     return out, lse, state
@@ -357,6 +369,7 @@ def _backward(
     *,
     bias: Tensor | None = None,
     wants_bias: bool = False,
+    layout: str = "bshd",
     q_seqs: Ragged | None = None,
     kv_seqs: Ragged | None = None,
 ) -> list[Tensor]:
@@ -373,7 +386,7 @@ def _backward(
     call = Call(
         mask=mask,
         scale=scale,
-        layout="bshd",
+        layout=layout,
         gear=None,
         out=None,
         out_dtype=None,
@@ -445,14 +458,31 @@ def _rounded_up(lse: Tensor, is_wanted: bool) -> Tensor:
 def _random(state: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return a dropout state as flash kernels return theirs."""
     if state is None:
-        state = torch.zeros(2, dtype=torch.int64, device=like.device)
-    return state.view(torch.uint64), torch.empty((), dtype=torch.uint64, device=like.device)
+        return _no_random(like.device)
+    return state.view(torch.uint64), _no_random(like.device)[1]
+
+
+@functools.cache
+def _no_random(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a dropout state that nothing reads, the same for every call."""
+    state = torch.zeros(2, dtype=torch.uint64, device=device)
+    return state, torch.zeros((), dtype=torch.uint64, device=device)
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """Return the weights that a call without `return_debug_mask` returns: none."""
+    return _no_weights(like.dtype, like.device)
+
+
+@functools.cache
+def _no_weights(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 def _seed(state: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return a dropout state as the memory-efficient kernel returns its own."""
     if state is None:
-        state = torch.zeros(2, dtype=torch.int64)
+        return _NO_SEED[0], _NO_SEED[1]
     return state[0], state[1]
 
 

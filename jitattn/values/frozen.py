@@ -14,6 +14,12 @@ class Frozen:
 
     __slots__ = ()
 
+    def __repr__(self) -> str:
+        """Return its fields; of tensors, dtype and shape."""
+        held = self.__getstate__().items()
+        shown = (f"{name.lstrip('_')}={_shown(value)}" for name, value in held if value is not None)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{type(self).__name__} is frozen: {name} cannot be set")
 
@@ -30,3 +36,10 @@ class Frozen:
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             object.__setattr__(self, name, value)
+
+
+def _shown(value: object) -> str:
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is None or dtype is None:
+        return repr(value)
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn import Parameter
 
-from jitattn.errors import InvalidInputError, WithoutMemoryError
+from jitattn.errors import InvalidInputError, NestedError, WithoutMemoryError
 from jitattn.spec.enums import Dtype
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def refuse_nested(tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 def _no_plain_memory(name: str, tensor: Tensor) -> InvalidInputError:
     if tensor.is_nested:
-        return InvalidInputError(
+        return NestedError(
             f"{name} is a nested tensor of layout {tensor.layout}: attention takes sequences of "
             f"different lengths one after another; pass {name}.values() (of layout torch.jagged) "
             "or torch.cat(list), and say where they lie with q_seqs and kv_seqs, as "

@@ -159,7 +159,7 @@ def with_kvcache(
         attend = torch.no_grad()(attention_with_kvcache)
     else:
         attend = attention_with_kvcache
-    found = attend(
+    found: Any = attend(
         q,
         k_cache,
         v_cache,

@@ -148,7 +148,7 @@ def test_what_is_done_once_is_done_for_real() -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
-def test_nested_tensors_are_refused_with_a_way_out(layout: torch.layout) -> None:
+def test_nested_caches_are_refused_with_a_way_out(layout: torch.layout) -> None:
     parts = [torch.randn(length, 2, 8) for length in (3, 5)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that they are new
@@ -156,17 +156,4 @@ def test_nested_tensors_are_refused_with_a_way_out(layout: torch.layout) -> None
     plain = torch.randn(2, 5, 2, 8)
     for q, k in ((nested, nested), (plain, nested), (nested, plain)):
         with pytest.raises(jitattn.InvalidInputError, match=r"nested tensor of layout .* q_seqs"):
-            jitattn.attention(q, k, k)
-        with pytest.raises(jitattn.InvalidInputError, match="nested tensor of layout"):
-            jitattn.attention(q, k, k, mask=jitattn.Window(2, 0), softcap=2.0)
-        with pytest.raises(jitattn.InvalidInputError, match="nested tensor of layout"):
             jitattn.attention_with_kvcache(q, k, k, length=1)
-
-
-def test_the_way_out_of_a_nested_tensor() -> None:
-    parts = [torch.randn(length, 2, 8) for length in (3, 5)]
-    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
-    seqs = jitattn.Ragged.from_cu_seqlens(nested.offsets(), 5)
-    found = jitattn.attention(*[nested.values()] * 3, q_seqs=seqs, kv_seqs=seqs)
-    wanted = [jitattn.attention(*[part[None]] * 3)[0] for part in parts]
-    torch.testing.assert_close(found, torch.cat(wanted))
