@@ -36,7 +36,7 @@ _FULL, _CAUSAL = Full(), Causal()
 _attend: Final = outside_autocast(attention)
 _LSE_UNIT: Final = 32  # rows to which the memory-efficient kernel rounds its LSE up
 #: Seed and offset of a call without dropout.
-_NO_SEED: Final = torch.zeros(2, dtype=torch.int64, device="cpu").unbind()
+_NO_SEED: Final = tuple(torch.zeros((), dtype=torch.int64, device="cpu") for _ in range(2))
 #: `custom_mask_type` of the memory-efficient kernel.
 _MASKS: Final[dict[int, Mask]] = {0: Full(), 1: Causal("top_left"), 2: Causal()}
 
@@ -483,7 +483,7 @@ def _seed(state: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return a dropout state as the memory-efficient kernel returns its own."""
     if state is None:
         return _NO_SEED[0], _NO_SEED[1]
-    return state[0], state[1]
+    return state[0].clone(), state[1].clone()  # graphs ask for aligned memory
 
 
 def _state(seed: Tensor, offset: Tensor, dropout_p: float) -> Tensor:

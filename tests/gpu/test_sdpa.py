@@ -102,9 +102,9 @@ def test_dropout_and_checkpoints() -> None:
             torch.manual_seed(1)
             out = run(q, k, v)
             found.append((out, *torch.autograd.grad(out.float().sin().sum(), (q, k, v))))
-        assert all(
-            torch.equal(x, y) for one in found[1:] for x, y in zip(found[0], one, strict=True)
-        )
+        for one in found[1:]:
+            assert torch.equal(one[0], found[0][0])
+            assert all(rel_l2(x, y) < 1e-3 for x, y in zip(one, found[0], strict=True))
         mean = torch.stack([attend(q, k, v).float() for _ in range(200)]).mean(0)
     assert rel_l2(mean, exact([q, k, v])[0]) < 0.15
     assert sdpa.counts()["torch"] == 0
@@ -144,7 +144,7 @@ def test_untouched_modules(is_padded: bool, is_compiled: bool) -> None:
     backends = torch.nn.attention.SDPBackend
     with torch.nn.attention.sdpa_kernel([backends.FLASH_ATTENTION, backends.EFFICIENT_ATTENTION]):
         out = run(x, src_key_padding_mask=padding)
-        (found,) = torch.autograd.grad(out.float().square().sum(), x)
+        (found,) = torch.autograd.grad(out.float().sin().sum(), x)
     assert sdpa.counts() == {
         "jitattn": 2, "torch": 0, "jitattn_backward": 2, "torch_backward": 0
     }  # fmt: skip
@@ -153,7 +153,7 @@ def test_untouched_modules(is_padded: bool, is_compiled: bool) -> None:
     wide = x.detach().double().requires_grad_()
     with torch.nn.attention.sdpa_kernel(backends.MATH):
         truth = exact_model.double()(wide, src_key_padding_mask=padding)
-        (gradient,) = torch.autograd.grad(truth.square().sum(), wide)
+        (gradient,) = torch.autograd.grad(truth.sin().sum(), wide)
     keep = slice(None) if padding is None else ~padding
     assert rel_l2(out[keep], truth[keep]) < 2e-2
     assert rel_l2(found[keep], gradient[keep]) < 4e-2

@@ -43,7 +43,7 @@ def test_caches() -> None:
 def test_values_show_their_fields() -> None:
     index = torch.tensor([3, 4])
     assert repr(jitattn.Ragged(index, index, 4)) == (
-        "Ragged(start=int64[2], stop=int64[2], stop_is_length=True, max_length=4)"
+        "Ragged(max_length=4, start=int64[2], stop=int64[2], stop_is_length=True)"
     )
     assert repr(jitattn.Paged(index[None], index[:1])).startswith("Paged(block_table=int64[1, 2]")
     assert "stop=int64[2]" in repr(jitattn.Padded(index))
