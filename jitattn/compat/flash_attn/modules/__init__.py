@@ -1,0 +1,1 @@
+"""Modules of the original package that other programs build models of."""
