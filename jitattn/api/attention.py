@@ -292,7 +292,7 @@ def attention(
 
 def _in_autocast(*tensors: Any) -> list[Any]:  # noqa: ANN401 - arrays of any library, or None
     """Cast q, k, v and a bias as autocast asks, if they are tensors of torch."""
-    if not isinstance(tensors[0], Tensor):
+    if not isinstance(tensors[0], Tensor) or tensors[0].dtype is torch.float64:
         return list(tensors)
     return cast_inputs(tensors[0].device.type, *tensors)
 

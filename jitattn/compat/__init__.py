@@ -88,6 +88,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self, context: DistributionFinder.Context | None = None
     ) -> Iterable[Distribution]:
         """Return the distributions that aliases claim, as `importlib.metadata` asks for them."""
+        if "path" in vars(context or ()):
+            return ()  # what lies in certain folders alone
         with _lock:
             claimed = {name for name, held in _held.items() if held.claims}
         return of_names(claimed, getattr(context, "name", None))
@@ -264,12 +266,12 @@ def alias_from_environment() -> None:
     asked = [name.strip() for name in os.environ.get("JITATTN_ALIAS", "").split(",")]
     names = [name for name in asked if name in DOORS]
     unknown = [name for name in asked if name and name not in DOORS]
+    if names:
+        alias(*names, shadow=True, distribution=True)
     if unknown:
         warnings.warn(
             f"JITATTN_ALIAS: {', '.join(unknown)} is none of {', '.join(DOORS)}", stacklevel=2
         )
-    if names:
-        alias(*names, shadow=True, distribution=True)
 
 
 def is_installed(name: str) -> bool:

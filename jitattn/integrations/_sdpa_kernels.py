@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 _DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 _FULL, _CAUSAL = Full(), Causal()
 _attend: Final = outside_autocast(attention)
-_LSE_UNIT: Final = 32  # rows to which the memory-efficient kernel rounds its LSE up
+#: Rows to which the memory-efficient kernel rounds its LSE up, and columns, the bias's gradient.
+_LSE_UNIT: Final = 32
+_BIAS_UNIT: Final = 16
 #: Seed and offset of a call without dropout.
 _NO_SEED: Final = tuple(torch.zeros((), dtype=torch.int64, device="cpu") for _ in range(2))
 #: `custom_mask_type` of the memory-efficient kernel.
@@ -241,7 +243,8 @@ def _scaled_dot_product_efficient_attention_backward(
         bias=_whole(attn_bias) if wants_bias else _without_copies(attn_bias),
         wants_bias=wants_bias,
     )
-    return *(dx.transpose(1, 2) for dx in (dq, dk, dv)), more[0] if more else None
+    d_bias = _in_aligned_rows(more[0]) if more else None
+    return *(dx.transpose(1, 2) for dx in (dq, dk, dv)), d_bias
 
 
 def _efficient_attention_forward(
@@ -313,7 +316,7 @@ def _efficient_attention_backward(
         wants_bias=wants_bias,
     )
     given = zip((dq, dk, dv), (query, key, value), strict=True)
-    d_bias = more[0] if more else query.new_empty(())
+    d_bias = _in_aligned_rows(more[0]) if more else query.new_empty(())
     return *(_laid_out(dx, x) for dx, x in given), d_bias
 
 
@@ -445,6 +448,15 @@ def _without_copies(bias: Tensor | None) -> Tensor | None:
 def _whole(bias: Tensor | None) -> Tensor | None:
     """Return a bias whose gradient is wanted for every element."""
     return None if bias is None else _in_rows(bias)
+
+
+def _in_aligned_rows(d_bias: Tensor) -> Tensor:
+    """Return the gradient of a bias with rows as far apart as those of torch's kernel."""
+    length = d_bias.shape[-1]
+    if length % _BIAS_UNIT == 0:
+        return d_bias
+    room = d_bias.new_empty((*d_bias.shape[:-1], length + -length % _BIAS_UNIT))
+    return room[..., :length].copy_(d_bias)
 
 
 def _rounded_up(lse: Tensor, is_wanted: bool) -> Tensor:

@@ -1,21 +1,25 @@
-"""Makes the masks of transformers' models: none, hidden keys, documents, or a matrix.
+"""Makes the masks of transformers' models: hidden keys, documents, or a matrix, with their rule.
 
 Models describe the mask of a layer type by a function of indices (`transformers.masking_utils`),
 once in a forward pass. What an attention function needs beside causality and window is returned:
 
-- None: nothing.
 - bool [B, n]: the first n keys are seen, but for those that are False.
+- bool [B, 1, 1, n]: the same, where nothing depends on the query.
 - int32 [B, L]: the number of the document that a token is of; documents see only themselves, and
   causality and window are those of each.
 - bool [B, 1, Lq, Lkv]: the whole rule, causality and window included.
+- None, under torch.compile alone: nothing.
 
-The first three cost no memory of Lq x Lkv. A matrix is made of rules that are not recognised, and
-where a tracer or a cache keeps the position of the queries on the device.
+The rule itself goes beside the tensor (`known_rule`), as not all layers say what theirs is; under
+torch.compile, where that cannot be, the layer's word counts. Only the matrix costs memory of Lq x
+Lkv. It is made of rules that are not recognised, where a tracer or a cache keeps the position of
+the queries on the device, and for models that look into it.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import torch
@@ -41,17 +45,38 @@ _DOCUMENTS: Final = "packed_sequence_mask_function.<locals>.inner_mask"
 _IN_DOCUMENTS: Final = "remap_positions_for_packed_sequence.<locals>.inner_mask"
 _ALL_OF: Final = "and_masks.<locals>.and_mask"
 
-_Made = TypeVar("_Made", Ragged, Ragged | None)
-#: What was made of tensors: a snapshot of each, and sequences.
+_Made = TypeVar("_Made")
+#: What was made of tensors' contents: a snapshot of each, and that.
 _made: Final[WeakTensorKeyDictionary] = WeakTensorKeyDictionary()
+#: Rules of the tensors that `make_mask` has returned.
+_rules: Final[WeakTensorKeyDictionary] = WeakTensorKeyDictionary()
+#: Entries of configs whose models index or join the mask as a matrix.
+_OF_MATRICES: Final = ("index_topk", "keep_window_size")
 
 
-class _Rule(NamedTuple):
+class Rule(NamedTuple):
     """What a mask function is made of."""
 
     is_causal: bool = False
+    #: Causal: tokens that a token sees, itself included. Else: tokens that it sees on each side.
     window: int | None = None
     documents: Tensor | None = None
+
+
+class Known(NamedTuple):
+    """What is known of a mask that `make_mask` has returned."""
+
+    rule: Rule
+    hides: bool  #: whether a key is False
+    is_given: bool  #: whether the caller gave an attention_mask
+
+
+def known_rule(mask: Tensor | None) -> Known | None:
+    """Return what is known of a mask; None if `make_mask` has not made it, or of a tracer's."""
+    if mask is None or torch.compiler.is_compiling():
+        return None
+    known: Known | None = _rules.get(mask)
+    return known
 
 
 def make_mask(
@@ -98,64 +123,92 @@ def make_mask(
     allow_is_bidirectional_skip : bool, optional
         Given for layers that are not causal.
     more
-        Not needed here.
+        Of transformers' own makers of masks.
 
     Returns
     -------
     Tensor or None
         See the module.
     """
-    del more
     from transformers import masking_utils
 
     function = masking_utils.causal_mask_function if mask_function is None else mask_function
-    is_traced = _is_traced()
+    given: dict[str, Any] = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "attention_mask": attention_mask,
+        "use_vmap": use_vmap,
+        "device": device,
+    }
+    if _computes_itself(config):
+        own: Tensor | None = masking_utils.eager_mask(mask_function=function, **given, **more)
+        return own
     is_bidirectional = allow_is_bidirectional_skip is not None
+    may_skip = allow_is_bidirectional_skip if is_bidirectional else allow_is_causal_skip
     rule = None
     if torch.compiler.is_compiling():
         # Dynamo cannot look into functions.
+        chunk = getattr(config, "attention_chunk_size", None)
         if function is masking_utils.causal_mask_function:
-            rule = _Rule(is_causal=True)
+            rule = Rule(is_causal=True)
         elif function is masking_utils.bidirectional_mask_function:
-            rule = _Rule()
-        elif (
-            not use_vmap
-            and (is_bidirectional or allow_is_causal_skip)
-            and (local_size is not None and getattr(config, "attention_chunk_size", None) is None)
-        ):
-            rule = _Rule(not is_bidirectional, local_size)
+            rule = Rule()
+        elif not (use_vmap or is_bidirectional) and may_skip and local_size and chunk is None:
+            rule = Rule(is_causal=True, window=local_size)
     elif not use_vmap:
         rule = _rule_of(function)
-    waits = rule is not None and rule.documents is not None
-    knows = isinstance(q_offset, int) or not (rule is not None and rule.is_causal)
-    if rule is None or not knows or (waits and is_traced):
+    if rule is None or _needs_matrix(rule, q_offset, config, may_skip=bool(may_skip)):
         if not is_bidirectional:
             function = _with_options(function, rule, options, q_length)
         matrix: Tensor | None = masking_utils.sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,  # type: ignore[arg-type]
-            kv_offset=kv_offset,
-            mask_function=function,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=False,
-            use_vmap=use_vmap,
-            device=device,
+            mask_function=function, allow_is_causal_skip=False, **given
         )
         return matrix
     if rule.documents is not None:
         documents = rule.documents.expand(batch_size, -1).to(torch.int32)
-        return documents
+        return _with_rule(documents, Known(rule, hides=True, is_given=False))
     seen = kv_length
     if rule.is_causal and isinstance(q_offset, int):
         # Keys of a static cache that are yet to come are not seen.
         seen = min(kv_length, q_offset + q_length - kv_offset)
     if attention_mask is None:
-        if seen == kv_length:
+        if torch.compiler.is_compiling() and rule.is_causal and seen == kv_length:
             return None
-        return torch.ones(batch_size, seen, dtype=torch.bool, device=device)
-    return _padding(attention_mask, kv_offset, seen, is_shorter=seen < kv_length or is_traced)
+        keep = torch.ones((), dtype=torch.bool, device=device).expand(batch_size, seen)
+        hides = False
+    else:
+        keep = _padding(attention_mask, kv_offset, seen)
+        hides = _is_traced() or not bool(keep.all())
+    if not (rule.is_causal or rule.window):
+        keep = keep[:, None, None]
+    return _with_rule(keep, Known(rule, hides, attention_mask is not None))
+
+
+def _with_rule(mask: Tensor, known: Known) -> Tensor:
+    if not torch.compiler.is_compiling():
+        _rules[mask] = known
+    return mask
+
+
+def _needs_matrix(rule: Rule, q_offset: int | Tensor, config: object, *, may_skip: bool) -> bool:
+    """Return whether the whole rule must be a tensor."""
+    if any(getattr(config, name, None) is not None for name in _OF_MATRICES):
+        return True
+    if rule.documents is not None:
+        return _is_traced()
+    return not may_skip or (rule.is_causal and not isinstance(q_offset, int))
+
+
+def _computes_itself(config: object) -> bool:
+    """Return whether a model asks for masks alone, and computes its attention from them itself."""
+    name = type(config).__module__
+    if not name.startswith("transformers.models.") or ".configuration_" not in name:
+        return False
+    modeling = sys.modules.get(name.replace(".configuration_", ".modeling_"))
+    return modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
 
 
 def sequences_of(documents: Tensor) -> Ragged:
@@ -193,14 +246,18 @@ def sequences_of_positions(positions: Tensor | None, like: Tensor) -> Ragged | N
     if positions.shape[0] not in (1, like.shape[0]) or _is_traced():
         return None
 
-    def packed() -> Ragged | None:
-        restarts = torch.zeros(positions.shape, dtype=torch.int32, device=positions.device)
-        restarts[:, 1:] = (positions[:, 1:] != positions[:, :-1] + 1).cumsum(1)
-        if not bool(restarts[:, -1].any()):
-            return None
-        return _sequences_of_documents(restarts.expand(like.shape[0], -1))
+    def by_batch() -> dict[int, Ragged | None]:
+        return {}
 
-    return _kept(positions, packed)
+    known = _kept(positions, by_batch)
+    batch = like.shape[0]
+    if batch not in known:
+        restarts = torch.zeros(positions.shape, dtype=torch.int32, device=positions.device)
+        later, before = positions[:, 1:], positions[:, :-1]
+        restarts[:, 1:] = ((later < before) | (later == 0)).cumsum(1)
+        is_packed = bool(restarts[:, -1].any())
+        known[batch] = _sequences_of_documents(restarts.expand(batch, -1)) if is_packed else None
+    return known[batch]
 
 
 def _kept(tensor: Tensor, make: Callable[[], _Made]) -> _Made:
@@ -231,40 +288,37 @@ def _sequences_of_documents(documents: Tensor) -> Ragged:
     return Ragged.from_cu_seqlens(cumulative, int(cumulative.diff().max()))
 
 
-def _padding(
-    attention_mask: Tensor, kv_offset: int, seen: int, *, is_shorter: bool
-) -> Tensor | None:
-    """Return the padding mask of the keys that a cache has, or None if it hides none."""
+def _padding(attention_mask: Tensor, kv_offset: int, seen: int) -> Tensor:
+    """Return the padding mask of the keys that a cache has."""
     missing = kv_offset + seen - attention_mask.shape[-1]
     if missing > 0:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
-    keep = attention_mask[:, kv_offset : kv_offset + seen].to(torch.bool)
-    return keep if is_shorter or not bool(keep.all()) else None
+    return attention_mask[:, kv_offset : kv_offset + seen].to(torch.bool)
 
 
-def _rule_of(function: Callable[..., Any]) -> _Rule | None:
+def _rule_of(function: Callable[..., Any]) -> Rule | None:
     """Return what a mask function of transformers is made of; None if another part is in it."""
     if getattr(function, "__module__", None) != _MODULE:
         return None
     name = function.__qualname__
     if name == _CAUSAL:
-        return _Rule(is_causal=True)
+        return Rule(is_causal=True)
     if name == _BIDIRECTIONAL:
-        return _Rule()
+        return Rule()
     held = inspect.getclosurevars(function).nonlocals
     if name in (_WINDOW, _BIDIRECTIONAL_WINDOW):
-        return _Rule(window=held["sliding_window"])
+        return Rule(window=held["sliding_window"])
     if name == _DOCUMENTS:
-        return _Rule(documents=held["packed_sequence_mask"])
+        return Rule(documents=held["packed_sequence_mask"])
     if name == _IN_DOCUMENTS:
         return _rule_of(held["mask_function"])
     if name != _ALL_OF:
         return None
-    found = _Rule()
+    found = Rule()
     for part in map(_rule_of, held["mask_functions"]):
         if part is None:
             return None
-        found = _Rule(
+        found = Rule(
             found.is_causal or part.is_causal,
             found.window if part.window is None else part.window,
             found.documents if part.documents is None else part.documents,
@@ -273,7 +327,7 @@ def _rule_of(function: Callable[..., Any]) -> _Rule | None:
 
 
 def _with_options(
-    function: Callable[..., Any], rule: _Rule | None, options: Options, q_length: int
+    function: Callable[..., Any], rule: Rule | None, options: Options, q_length: int
 ) -> Callable[..., Any]:
     """Return a causal mask function with window and first keys of a registered name.
 

@@ -8,6 +8,10 @@
 Forward, training, gradient checkpointing, generate() with every cache of transformers but that of
 continuous batching, padding on either side, packed sequences (by cu_seqlens or by position_ids that
 restart), windows, softcap, sinks and position biases; torch.compile.
+
+Weights are never in memory: `output_attentions=True` is refused by models that say so to the
+attention function, and gives none in those that do not (GPT-2, OPT). Models that make masks by
+transformers' interface, but compute attention themselves (BLOOM, MPT, XGLM), go on doing so.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ import torch
 from jitattn.api.attention import attention
 from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.integrations._transformers_masks import (
+    Rule,
+    known_rule,
     make_mask,
     sequences_of,
     sequences_of_lengths,
@@ -31,6 +37,7 @@ from jitattn.values.masks import Causal, Dense, Full, KeyPadding, Window
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from jitattn.integrations._transformers_masks import Known
     from jitattn.values.masks import Mask
     from jitattn.values.sequences import Ragged
 
@@ -184,11 +191,18 @@ def attend(
             'attn_implementation="eager" for them'
         )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    rule = _rule(options, q.shape[1], sliding_window, is_causal=bool(is_causal))
+    known = known_rule(attention_mask)
+    if known is not None:
+        rule = known.rule
+    else:
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        window = sliding_window
+        if window is not None and not is_causal:
+            window -= 1  # transformers counts the token itself, on both sides
+        rule = Rule(bool(is_causal), window)
+    positional = _positional(options, q.shape[1], rule)
     bias = None if position_bias is None else _as_bias(position_bias, q)
-    cumulative_q, cumulative_k = more.get("cu_seq_lens_q"), more.get("cu_seq_lens_k")
     given: dict[str, Any] = {
         "scale": scaling,
         "gear": options.gear,
@@ -197,51 +211,64 @@ def attend(
         "sinks": s_aux,
         "dropout_p": dropout,
     }
-    seqs: tuple[Ragged, Ragged] | None = None
-    if cumulative_q is not None and cumulative_k is not None and q.shape[0] == 1:
-        seqs = (
-            sequences_of_lengths(cumulative_q, more.get("max_length_q")),
-            sequences_of_lengths(cumulative_k, more.get("max_length_k")),
-        )
-    elif attention_mask is not None and attention_mask.dtype is torch.int32:
-        seqs = (sequences_of(attention_mask),) * 2
-    elif attention_mask is None and is_causal and 1 < q.shape[1] == k.shape[1]:
-        packed = sequences_of_positions(more.get("position_ids"), q)
-        seqs = None if packed is None else (packed, packed)
+    seqs = _packed(q, k, attention_mask, known, rule, more)
     if seqs is not None:
         flat = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
-        out = attention(*flat, mask=rule, q_seqs=seqs[0], kv_seqs=seqs[1], bias=bias, **given)
+        out = attention(*flat, mask=positional, q_seqs=seqs[0], kv_seqs=seqs[1], bias=bias, **given)
         return out.view(*q.shape[:2], *out.shape[1:]), None
-    mask: Mask = rule
-    if attention_mask is not None:
-        if attention_mask.dim() == 2:
-            seen = attention_mask.shape[1]
-            if seen < k.shape[1]:
-                k, v = k[:, :seen], v[:, :seen]
-                bias = None if bias is None else bias[..., :seen]
-            mask = rule & KeyPadding(_in_rows(attention_mask.bool()))
+    mask: Mask = positional
+    if attention_mask is None:
+        pass
+    elif attention_mask.dim() == 2:
+        seen = attention_mask.shape[1]
+        if seen < k.shape[1]:
+            k, v = k[:, :seen], v[:, :seen]
+            bias = None if bias is None else bias[..., :seen]
+        if known is None or known.hides:
+            mask = positional & KeyPadding(_in_rows(attention_mask.bool()))
+    else:
+        matrix = attention_mask[..., : k.shape[1]]
+        if matrix.is_floating_point():
+            mask = Full()
+            bias = _as_bias(matrix if bias is None else bias + matrix, q)
         else:
-            matrix = attention_mask[..., : k.shape[1]]
-            if not matrix.is_floating_point():
-                mask = _of_matrix(matrix)
-            else:
-                mask = Full()
-                bias = _as_bias(matrix if bias is None else bias + matrix, q)
+            mask = _of_matrix(matrix) if known is None or known.hides else Full()
     return attention(q, k, v, mask=mask, bias=bias, **given), None
 
 
-def _rule(
-    options: Options, len_q: int, sliding_window: int | None, *, is_causal: bool
-) -> Causal | Full | Window:
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    attention_mask: Tensor | None,
+    known: Known | None,
+    rule: Rule,
+    more: dict[str, Any],
+) -> tuple[Ragged, Ragged] | None:
+    """Return the packed sequences of q and k [B, L, H, D] as rows of [B * L, H, D], if any."""
+    cumulative_q, cumulative_k = more.get("cu_seq_lens_q"), more.get("cu_seq_lens_k")
+    if cumulative_q is not None and cumulative_k is not None and q.shape[0] == 1:
+        return (
+            sequences_of_lengths(cumulative_q, more.get("max_length_q")),
+            sequences_of_lengths(cumulative_k, more.get("max_length_k")),
+        )
+    is_given = attention_mask is not None and (known is None or known.is_given)
+    if attention_mask is not None and attention_mask.dtype is torch.int32:
+        if attention_mask.dim() == 2:
+            return (sequences_of(attention_mask),) * 2
+    elif not is_given and rule.is_causal and 1 < q.shape[1] == k.shape[1]:
+        packed = sequences_of_positions(more.get("position_ids"), q)
+        return None if packed is None else (packed, packed)
+    return None
+
+
+def _positional(options: Options, len_q: int, rule: Rule) -> Causal | Full | Window:
     """Return the positional mask of a layer."""
-    if not is_causal:
-        if sliding_window is None:
-            return Full()
-        return Window(sliding_window - 1, sliding_window - 1)
-    window = options.window_of(sliding_window, len_q)
+    if not rule.is_causal:
+        return Full() if rule.window is None else Window(rule.window, rule.window)
+    window = options.window_of(rule.window, len_q)
     if window is None:
         return Causal()
-    if options.keep_first and sliding_window is not None:
+    if options.keep_first and rule.window is not None:
         _warn_of_dropped_keys()
     return Window(window - 1, 0, options.keep_first)
 

@@ -6,6 +6,7 @@ hides, is run as well.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import warnings
@@ -16,8 +17,9 @@ try:
     from jitattn.compat import alias_from_environment
 
     alias_from_environment()
-except Exception as error:  # noqa: BLE001 - nothing may stop the program
-    warnings.warn(f"JITATTN_ALIAS: {type(error).__name__}: {error}", stacklevel=1)
+except Exception as error:  # noqa: BLE001 - nothing may stop the program, nor a warning made one
+    with contextlib.suppress(Warning):
+        warnings.warn(f"JITATTN_ALIAS: {type(error).__name__}: {error}", stacklevel=1)
 
 _HERE = Path(__file__).resolve().parent
 _others = [path for path in sys.path if path and Path(path).resolve() != _HERE]

@@ -56,6 +56,7 @@ def test_a_distribution_is_claimed(distribution: bool | str | list[str], asked: 
             "flash-attn"
         ) == 1
         assert importlib.metadata.version("torch")
+        assert not list(importlib.metadata.distributions(path=["/nowhere"]))
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version(asked)
 
@@ -139,6 +140,11 @@ def test_unknown_names_warn_and_break_nothing() -> None:
     assert found.stdout == "1\n"
     assert "nothing" in found.stderr
     assert found.returncode == 0
+    strict = run(
+        "-W", "error", "-c", "import dkernel", PYTHONPATH=path, JITATTN_ALIAS="nothing,dkernel"
+    )
+    assert strict.returncode == 0, strict.stderr
+    assert "Error in sitecustomize" not in strict.stderr
 
 
 def test_a_program_is_needed() -> None:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import jitattn
+from jitattn.compat.flash_attn import flash_attn_with_kvcache
 from jitattn.compat.flash_attn.modules import mha
 from tests.support.compare import rel_l2
-
-# flash_attn's functions take 16 bits; on the CPU, fp32 too.
 
 
 def inputs(*shape: int) -> Tensor:
@@ -124,6 +123,12 @@ def test_arguments_that_do_not_go_together() -> None:
         mha.MHA(32, 4, use_flash_attn=True)(x, key_padding_mask=torch.ones(2, 7).bool())
     with pytest.raises(jitattn.InvalidInputError, match="cu_seqlens needs"):
         mha.MHA(32, 4)(x, cu_seqlens=torch.tensor([0, 7]))
+
+
+def test_names_beside() -> None:
+    assert mha.flash_attn_with_kvcache is flash_attn_with_kvcache
+    with pytest.raises(jitattn.UnsupportedError, match="parallelize_module"):
+        mha.ParallelMHA(32, 4, None)
 
 
 def test_under_its_old_name() -> None:

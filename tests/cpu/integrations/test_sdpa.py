@@ -115,6 +115,7 @@ def test_memory_efficient(shape: tuple[int, ...] | None, is_causal: bool) -> Non
         assert rel_l2(one, other) < 1e-5
     if whole is not None:
         assert rel_l2(results[3], gradients[3]) < 1e-5
+        check_like_meta(results, back, *given)
     assert sdpa.counts()["jitattn"] > 0
 
 

@@ -15,6 +15,7 @@ from jitattn.compat.flash_attn._functions import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from jitattn.compat.flash_attn._kvcache import flash_attn_with_kvcache as flash_attn_with_kvcache
 from jitattn.compat.flash_attn.layers.rotary import RotaryEmbedding
 from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.values.masks import Causal, Full, KeyPadding
@@ -336,6 +337,22 @@ class MHA(nn.Module):
             kwargs |= {"cu_seqlens_k": cu_seqlens, "max_seqlen_k": max_seqlen}
         out: Tensor = self.inner_cross_attn(q, kv, **kwargs)
         return out
+
+
+class ParallelMHA(nn.Module):
+    """Refused: multi-head attention split over processes by the original's own collectives."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        process_group: object,
+        **more: Any,  # noqa: ANN401 - the original's
+    ) -> None:
+        super().__init__()
+        raise UnsupportedError(
+            "ParallelMHA: split MHA with torch.distributed.tensor.parallel.parallelize_module"
+        )
 
 
 def _refuse_lengths(cu_seqlens: Tensor | None) -> None:
