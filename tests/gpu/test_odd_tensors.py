@@ -158,13 +158,14 @@ def test_autocast_casts_inputs_and_nothing_inside(dtype: torch.dtype) -> None:
         own = [x.to(dtype).requires_grad_() for x in inputs()]
         more = {name: made(*shape, dtype=dtype).requires_grad_() for name, shape in tables.items()}
         scale = made(H, dtype=dtype).requires_grad_()
-        qkv, terms = own, more
-        if not autocast:
-            qkv = [x.bfloat16() for x in own]
-            terms = {**more, "bias": more["bias"].bfloat16()}
+
+        def cast(x: Tensor) -> Tensor:  # anew for each call, as autocast does
+            return x if autocast else x.bfloat16()
+
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            out = jitattn.attention(*qkv, **terms)
-            unit = jitattn.attention(*qkv, qk_norm=L2Norm(head_scale=scale))
+            terms = {**more, "bias": cast(more["bias"])}
+            out = jitattn.attention(*map(cast, own), **terms)
+            unit = jitattn.attention(*map(cast, own), qk_norm=L2Norm(head_scale=scale))
             merged, _ = jitattn.merge([out, unit], [own[0][..., 0].transpose(1, 2).float()] * 2)
             every = [*own, *more.values(), scale]
             ends = [out.sum(), unit.sum(), merged.sum(), jitattn.l2norm(own[0]).sum()]

@@ -314,6 +314,18 @@ def test_terms_by_distance_in_sequences(name: str) -> None:
         check(q, k, v, mask=mask, q_seqs=q_seqs, kv_seqs=kv_seqs, **terms)
 
 
+@pytest.mark.parametrize("name", ["alibi_slopes", "relative_bias"])
+def test_terms_by_distance_and_hidden_keys(name: str) -> None:
+    """Rows of the first tiles see no key: of these, no padding is read either."""
+    q, k, v = drawn(2, 700, 2, 64), drawn(2, 70, 2, 64), drawn(2, 70, 2, 64)
+    terms = {"alibi_slopes": torch.rand(2, device="cuda")}
+    if name == "relative_bias":
+        terms = {name: torch.randn(2, 33, device="cuda")}
+    keep = torch.rand(2, 70, device="cuda") > 0.5
+    out = check(q, k, v, mask=Causal() & KeyPadding(keep), **terms)
+    assert torch.equal(out[:, :630], torch.zeros_like(out[:, :630]))
+
+
 def test_gear_4_is_computed_as_gear_3() -> None:
     """On mma.sync, in 8 bits, it is slower."""
     qkv = [drawn(1, 300, 2, 128) for _ in range(3)]

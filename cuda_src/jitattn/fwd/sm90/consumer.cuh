@@ -233,7 +233,8 @@ struct FwdConsumer {
       Plan plan = plan_of(next.plan_idx);
       plan.tile.batch_idx = max_of(0, plan.tile.batch_idx);  // where there is no tile
       const Work work = work_of(plan);
-      begin_scores(work, scores_of(work), next.end - 1);
+      // Without blocks, of one that may not be there: what is read is checked from above alone.
+      begin_scores(work, scores_of(work), max_of(next.end - 1, next.begin));
     }
     turn.wait();
     if (has_scores) ptx::mbarrier_wait(barriers.k_full(ring.stage), ring.parity);
