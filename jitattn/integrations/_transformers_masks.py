@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from jitattn.integrations.transformers import Options
 
 _MODULE: Final = "transformers.masking_utils"
-#: Rules that an attention function is told by other arguments, by qualified name.
+#: Parts of rules that are recognised, by qualified name.
 _CAUSAL: Final = "causal_mask_function"
 _BIDIRECTIONAL: Final = "bidirectional_mask_function"
 _WINDOW: Final = "sliding_window_overlay.<locals>.inner_mask"

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from jitattn.errors import UnsupportedError
-from jitattn.integrations import _sdpa_kernels
+from jitattn.integrations import _sdpa_efficient, _sdpa_flash
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,18 +36,6 @@ _HELP: Final = (
     "jitattn.integrations.sdpa needs torch 2.11 or newer, which has a registry of flash attention "
     "implementations; with this one, call jitattn.attention, or use jitattn.compat.flash_attn"
 )
-#: Operators of aten by our functions of the same names, and the counter of each.
-_OPERATORS: Final = {
-    "_scaled_dot_product_flash_attention": "",
-    "_scaled_dot_product_flash_attention_backward": "_backward",
-    "_flash_attention_forward": "",
-    "_flash_attention_backward": "_backward",
-    "_flash_attention_forward_no_dropout_inplace": "",
-    "_scaled_dot_product_efficient_attention": "",
-    "_scaled_dot_product_efficient_attention_backward": "_backward",
-    "_efficient_attention_forward": "",
-    "_efficient_attention_backward": "_backward",
-}
 _SLOTS: Final = ("jitattn", "torch", "jitattn_backward", "torch_backward")
 
 _lock: Final = threading.RLock()
@@ -82,11 +70,8 @@ def activate() -> None:
         torch is older than 2.11.
     """
     with _lock:
-        _check_torch()
-        was_active = _is_active()
+        _install_first()
         _State.is_on = True
-        if not was_active:
-            _install()
 
 
 def restore() -> None:
@@ -110,11 +95,8 @@ def activated() -> Iterator[None]:
         torch is older than 2.11.
     """
     with _lock:
-        _check_torch()
-        was_active = _is_active()
+        _install_first()
         _State.contexts += 1
-        if not was_active:
-            _install()
     try:
         yield
     finally:
@@ -158,9 +140,13 @@ def _is_active() -> bool:
     return _State.is_on or _State.contexts > 0
 
 
-def _install() -> None:
+def _install_first() -> None:
+    """Install ours unless it is active."""
     from torch.nn import attention
 
+    _check_torch()
+    if _is_active():
+        return
     _calls.update(dict.fromkeys(_SLOTS, 0))
     attention.register_flash_attention_impl(_NAME, register_fn=_Overrides)
     if torch.cuda.is_available():
@@ -186,10 +172,11 @@ class _Overrides:
         self._library: torch.library.Library | None = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="(?s).*overrid", category=UserWarning)
-            for name, suffix in _OPERATORS.items():
+            for ours in (*_sdpa_flash.OPERATORS, *_sdpa_efficient.OPERATORS):
+                name = ours.__name__
                 if hasattr(torch.ops.aten, name):
-                    ours = _served(name, suffix, _kernel_of_torch(name, key))
-                    self._library.impl(name, ours, key, with_keyset=True)
+                    served = _served(ours, _kernel_of_torch(name, key))
+                    self._library.impl(name, served, key, with_keyset=True)
 
     def remove(self) -> None:
         """Give the operators back."""
@@ -206,9 +193,10 @@ def _kernel_of_torch(name: str, key: str) -> Any:  # noqa: ANN401 - a kernel of 
         return None
 
 
-def _served(name: str, suffix: str, of_torch: Any) -> Callable[..., Any]:  # noqa: ANN401 - a kernel
+def _served(ours: Callable[..., Any], of_torch: Any) -> Callable[..., Any]:  # noqa: ANN401 - a kernel
     """Return an operator's implementation: ours, or torch's where ours refuses a call."""
-    ours = getattr(_sdpa_kernels, name)
+    name = ours.__name__
+    suffix = "_backward" if name.endswith("_backward") else ""
 
     def implementation(keys: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the operator's
         if _handed.on:
