@@ -13,10 +13,10 @@ import torch
 
 from jitattn.compat._errors import CheckFailedError
 from jitattn.compat._kept_sequences import form_of, may_be_kept
-from jitattn.compat._transfer import on_device
 from jitattn.compat.dkernel._checks import check_indices, check_paddings
 from jitattn.errors import InvalidInputError
 from jitattn.values.sequences import Padded, Ragged
+from jitattn.values.transfer import on_device
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 from jitattn.compat._core import attention
 from jitattn.compat._errors import ExtensionError, errors_as
-from jitattn.compat.fast_ops.flash_attention._nested import flattened
 from jitattn.values.masks import Causal, Full
+from jitattn.values.nested import flattened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,9 @@ class FlashAttentionFunction:
         if not (Q.is_nested or K.is_nested or V.is_nested):
             out: Tensor = attention(Q, K, V, mask=mask, layout="bhsd", bias=attn_bias)
             return out
-        q, k, v = flattened(Q, K, V)
+        _check_nested(Q, K, V)
+        q, k, v = flattened("Q", Q, 2), flattened("K", K, 2), flattened("V", V, 2)
+        k.check_like(v)
         out = attention(
             q.values,
             k.values,
@@ -96,6 +98,23 @@ class FlashAttentionFunction:
         )
         nested: Tensor = q.nest(out)
         return nested
+
+
+def _check_nested(Q: Tensor, K: Tensor, V: Tensor) -> None:  # noqa: N803
+    """Refuse tensors of which some are nested, or with other numbers of sequences."""
+    named = {"Q": Q, "K": K, "V": V}
+    for name, tensor in named.items():
+        if not tensor.is_nested:
+            raise ExtensionError(
+                f"{name} is not nested: Q, K and V must all be nested tensors, or none; nest it in "
+                "the layout of the others (torch.nested)"
+            )
+    counts = [tensor.size(0) for tensor in named.values()]
+    if len(set(counts)) != 1:
+        raise ExtensionError(
+            f"Q, K and V have {counts[0]}, {counts[1]} and {counts[2]} sequences: they must have "
+            "as many, and at least one"
+        )
 
 
 def multi_head_attention(Q: Tensor, K: Tensor, V: Tensor) -> Tensor:  # noqa: N803

@@ -1,4 +1,4 @@
-"""Converts nested tensors [B, H, L, D] to ragged sequences [total, H, D], and back."""
+"""Takes nested tensors apart, to values [total, H, D] and ragged sequences, and nests results."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from jitattn.compat._errors import ExtensionError
-from jitattn.compat._transfer import on_device
+from jitattn.errors import InvalidInputError
 from jitattn.values.sequences import Ragged
 from jitattn.values.tensors import PLAIN, is_transformed
+from jitattn.values.transfer import on_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,8 +20,36 @@ _equal: dict[tuple[int, int], tuple[weakref.ref[Tensor], weakref.ref[Tensor], in
 _MOST_EQUAL: Final = 256
 
 
+def flattened(name: str, nested: Tensor, rows: int) -> Jagged | Strided:
+    """Take a nested tensor apart.
+
+    Parameters
+    ----------
+    name : str
+        Of the argument, for messages.
+    nested : Tensor
+        B sequences, jagged or strided.
+    rows : int
+        Dimension of the sequences' rows: 1 for [B, j, H, D], 2 for [B, H, j, D].
+
+    Raises
+    ------
+    InvalidInputError
+        It is not nested so.
+    """
+    own = "[L, H, D]" if rows == 1 else "[H, L, D]"
+    if nested.dim() != 4:
+        raise InvalidInputError(
+            f"{name} is nested, with {nested.dim()} dimensions: it must have 4, as B sequences "
+            f"{own}"
+        )
+    if nested.size(0) == 0:
+        raise InvalidInputError(f"{name} is nested, with no sequences: it must have at least one")
+    return (Jagged if nested.layout == torch.jagged else Strided)(name, nested, rows)
+
+
 class Jagged:
-    """A jagged tensor [B, H, j, D], by its values, offsets and lengths, without a copy.
+    """A jagged tensor, by its values, offsets and lengths, without a copy.
 
     Attributes
     ----------
@@ -29,17 +57,20 @@ class Jagged:
         A view.
     """
 
-    def __init__(self, name: str, nested: Any) -> None:  # noqa: ANN401 - with more than a Tensor has
+    def __init__(self, name: str, nested: Any, rows: int) -> None:  # noqa: ANN401 - more than a Tensor
         ragged = nested._ragged_idx
-        if ragged != 2:
+        if ragged != rows:
             sizes = ["j" if idx == ragged else str(size) for idx, size in enumerate(nested.shape)]
-            raise ExtensionError(
-                f"{name} is a jagged tensor [{', '.join(sizes)}]: it must be [B, H, j, D], where "
-                f"lengths differ in dimension 2; call {name}.transpose(1, 2) on [B, j, H, D]"
+            wanted = "[B, j, H, D]" if rows == 1 else "[B, H, j, D]"
+            raise InvalidInputError(
+                f"{name} is a jagged tensor [{', '.join(sizes)}]: in this layout it must be "
+                f"{wanted}, where lengths differ in dimension {rows}; call "
+                f"{name}.transpose(1, 2)"
             )
+        self._name, self._nested, self._rows = name, nested, rows
         self._offsets, self._lengths = nested.offsets(), nested.lengths()
-        self._nested = nested
-        self.values: Tensor = nested.values().transpose(0, 1)
+        values = nested.values()
+        self.values: Tensor = values if rows == 1 else values.transpose(0, 1)
 
     def sequences(self) -> Ragged:
         """Return the sequences in `values`; synchronizes if the largest length is unknown."""
@@ -50,32 +81,40 @@ class Jagged:
             return Ragged.from_cu_seqlens(self._offsets, longest)
         return Ragged(self._offsets[:-1], self._lengths, longest)  # with gaps between them
 
-    def check_like(self, other: Jagged) -> None:
-        """Refuse values whose offsets differ from the keys'.
+    def check_like(self, other: Jagged | Strided) -> None:
+        """Refuse values whose offsets differ from these keys'.
 
         Tensors that share offsets, or their memory, are told by that alone. Others are compared,
         which waits for the device, once until they are written to; where that cannot be, they are
         refused.
         """
+        if not isinstance(other, Jagged):
+            raise _other_layout(self._name, other._name, self._nested, other._nested)
         pairs = ((self._offsets, other._offsets), (self._lengths, other._lengths))
         own = [(one, two) for one, two in pairs if one is not two]
         if not own or self.values.device != other.values.device:
-            return  # the core reports wrong devices
-        way_out = "make V with torch.nested.nested_tensor_from_jagged(values, K.offsets(), ...)"
+            return  # wrong devices are reported with those of the other tensors
+        names = f"{self._name} and {other._name}"
+        way_out = (
+            f"make {other._name} with "
+            f"torch.nested.nested_tensor_from_jagged(values, {self._name}.offsets(), ...)"
+        )
         is_capturing = _is_capturing(self.values)
         if not torch.compiler.is_compiling() and all(_share_memory(*pair) for pair in own):
             return
         if torch.compiler.is_compiling() or is_capturing:
             where = "torch.compile" if torch.compiler.is_compiling() else "a CUDA graph capture"
-            raise ExtensionError(
-                f"K and V have offsets of their own, which {where} cannot compare: they must share "
+            raise InvalidInputError(
+                f"{names} have offsets of their own, which {where} cannot compare: they must share "
                 f"one tensor of them; {way_out}"
             )
         if all(one is not None and two is not None and _are_equal(one, two) for one, two in own):
             return
-        check_lengths(self._host_lengths(), other._host_lengths(), way_out)
-        raise ExtensionError(
-            "K and V have sequences of the same lengths, with other gaps between them: they must "
+        _check_lengths(
+            (self._name, self._host_lengths()), (other._name, other._host_lengths()), way_out
+        )
+        raise InvalidInputError(
+            f"{names} have sequences of the same lengths, with other gaps between them: they must "
             "lie alike; call .contiguous() on both"
         )
 
@@ -87,24 +126,32 @@ class Jagged:
         """Convert a result [total, H, Dv] to a jagged tensor with this tensor's offsets."""
         longest = _longest(self._nested)
         known = {} if longest is None else {"max_seqlen": longest}
+        values = flat if self._rows == 1 else flat.transpose(0, 1)
         return torch.nested.nested_tensor_from_jagged(
-            flat.transpose(0, 1), self._offsets, self._lengths, jagged_dim=2, **known
+            values, self._offsets, self._lengths, jagged_dim=self._rows, **known
         )
 
 
 class Strided:
-    """A strided nested tensor of B sequences [H, L, D], copied to a ragged one."""
+    """A strided nested tensor, copied to values.
 
-    def __init__(self, name: str, nested: Tensor) -> None:
+    Attributes
+    ----------
+    values : Tensor, [total, H, D]
+    """
+
+    def __init__(self, name: str, nested: Tensor, rows: int) -> None:
         parts = nested.unbind()
-        self._lengths = [part.shape[1] for part in parts]
-        if len({(part.shape[0], part.shape[2]) for part in parts}) != 1:
+        if len({(*part.shape[: rows - 1], *part.shape[rows:]) for part in parts}) != 1:
             shapes = ", ".join(str(list(part.shape)) for part in parts[:4])
-            raise ExtensionError(
-                f"{name} has sequences of shapes {shapes}, ...: they must be [H, L, D], with one H "
-                "and one D; turn sequences [L, H, D] with .transpose(0, 1) before nesting them"
+            own = "[L, H, D]" if rows == 1 else "[H, L, D]"
+            raise InvalidInputError(
+                f"{name} has sequences of shapes {shapes}, ...: they must be {own}, with one H "
+                "and one D; turn others with .transpose(0, 1) before nesting them"
             )
-        self.values = torch.cat([part.transpose(0, 1) for part in parts])
+        self._name, self._nested, self._rows = name, nested, rows
+        self._lengths = [part.shape[rows - 1] for part in parts]
+        self.values = torch.cat(parts if rows == 1 else [part.transpose(0, 1) for part in parts])
 
     def sequences(self) -> Ragged:
         """Return the sequences in `values`."""
@@ -113,62 +160,46 @@ class Strided:
         offsets = on_device("the list of lengths", cumulative, self.values.device)
         return Ragged.from_cu_seqlens(offsets, max(self._lengths))
 
-    def check_like(self, other: Strided) -> None:
-        """Refuse values whose lengths differ from the keys'; torch has lengths on the host."""
-        check_lengths(self._lengths, other._lengths, "nest them by one list of lengths")
+    def check_like(self, other: Jagged | Strided) -> None:
+        """Refuse values whose lengths differ from these keys'; torch has lengths on the host."""
+        if not isinstance(other, Strided):
+            raise _other_layout(self._name, other._name, self._nested, other._nested)
+        _check_lengths(
+            (self._name, self._lengths),
+            (other._name, other._lengths),
+            "nest them by one list of lengths",
+        )
 
     def nest(self, flat: Tensor) -> Tensor:
         """Convert a result [total, H, Dv] to a strided nested tensor."""
         parts = torch.split(flat, self._lengths)
-        return torch.nested.as_nested_tensor([part.transpose(0, 1) for part in parts])
+        if self._rows == 2:
+            parts = tuple(part.transpose(0, 1) for part in parts)
+        return torch.nested.as_nested_tensor(list(parts))
 
 
-def flattened(Q: Tensor, K: Tensor, V: Tensor) -> list[Any]:  # noqa: N803 - the door's names
-    """Return Q, K and V as `Jagged` or `Strided`.
-
-    Raises
-    ------
-    ExtensionError
-        One is not nested, or not as [B, H, L, D], or they do not fit together.
-    """
-    named = {"Q": Q, "K": K, "V": V}
-    for name, tensor in named.items():
-        if not tensor.is_nested:
-            raise ExtensionError(
-                f"{name} is not nested: Q, K and V must all be nested tensors, or none; nest it in "
-                "the layout of the others (torch.nested)"
-            )
-        if tensor.dim() != 4:
-            raise ExtensionError(
-                f"{name} is nested, with {tensor.dim()} dimensions: it must have 4, as B sequences "
-                "[H, L, D]"
-            )
-    counts = [tensor.size(0) for tensor in named.values()]
-    if 0 in counts or len(set(counts)) != 1:
-        raise ExtensionError(
-            f"Q, K and V have {counts[0]}, {counts[1]} and {counts[2]} sequences: they must have "
-            "as many, and at least one"
-        )
-    if K.layout != V.layout:
-        raise ExtensionError(
-            f"K is nested as {K.layout} and V as {V.layout}: both must be of one layout; pass "
-            "layout=torch.jagged where the other one is nested"
-        )
-    q, k, v = (
-        Jagged(name, tensor) if tensor.layout == torch.jagged else Strided(name, tensor)
-        for name, tensor in named.items()
+def _other_layout(keys: str, values: str, one: Tensor, other: Tensor) -> InvalidInputError:
+    return InvalidInputError(
+        f"{keys} is nested as {one.layout} and {values} as {other.layout}: both must be of one "
+        "layout; pass layout=torch.jagged where the other one is nested"
     )
-    k.check_like(v)  # type: ignore[arg-type]
-    return [q, k, v]
 
 
-def check_lengths(keys: list[int], values: list[int], way_out: str) -> None:
+def _check_lengths(
+    keys: tuple[str, list[int]], values: tuple[str, list[int]], way_out: str
+) -> None:
     """Refuse sequences with different numbers of keys and values."""
-    for idx, (own, other) in enumerate(zip(keys, values, strict=True)):
+    (k, of_k), (v, of_v) = keys, values
+    if len(of_k) != len(of_v):
+        raise InvalidInputError(
+            f"{k} and {v} have {len(of_k)} and {len(of_v)} sequences: they must have as many; "
+            f"{way_out}"
+        )
+    for idx, (own, other) in enumerate(zip(of_k, of_v, strict=True)):
         if own != other:
-            raise ExtensionError(
-                f"sequence {idx} has length {own} in K and {other} in V: every key needs a value; "
-                f"{way_out}"
+            raise InvalidInputError(
+                f"sequence {idx} has length {own} in {k} and {other} in {v}: every key needs a "
+                f"value; {way_out}"
             )
 
 
