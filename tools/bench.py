@@ -11,6 +11,7 @@ flex      windows and patterns against FlexAttention
 warp_attention, dkernel, cosine
           the benchmarks of these three systems
 backward  gradients against SDPA's flash backend, of patterns, and of cosine attention
+models    a language model of transformers, in tokens per second, beside sdpa and eager
 compile   NVRTC (needs no GPU)
 service   a disk hit, one and 64 cold processes, the first call of a process (the last on a GPU)
 
@@ -36,6 +37,7 @@ import torch
 from _backward import bench_backward
 from _doors import bench_doors
 from _host import bench_host
+from _models import bench_models
 from _scores import bench_density, bench_flex, bench_scores, plot_density
 from _seeds import bench_cosine, bench_dkernel, bench_warp_attention
 from _sequences import bench_sequences
@@ -251,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the selected sections."""
     sections = (
         "forward", "decode", "host", "doors", "sequences", "scores", "density", "flex",
-        "warp_attention", "dkernel", "cosine", "backward", "compile", "service",
+        "warp_attention", "dkernel", "cosine", "backward", "models", "compile", "service",
     )  # fmt: skip
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -296,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ("dkernel", bench_dkernel),
             ("cosine", bench_cosine),
             ("backward", bench_backward),
+            ("models", bench_models),
         ):
             if name in asked:
                 bench(report, min(rounds, 5))

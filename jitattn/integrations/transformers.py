@@ -9,8 +9,7 @@ Forward, training, gradient checkpointing, generate() with every cache of transf
 continuous batching, padding on either side, packed sequences (by cu_seqlens or by position_ids that
 restart), windows, softcap, sinks and position biases; torch.compile.
 
-Weights are never in memory: `output_attentions=True` is refused by models that say so to the
-attention function, and gives none in those that do not (GPT-2, OPT). Models that make masks by
+Weights are never in memory, so `output_attentions=True` is refused. Models that make masks by
 transformers' interface, but compute attention themselves (BLOOM, MPT, XGLM), go on doing so.
 """
 
@@ -21,6 +20,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from jitattn.api.attention import attention
 from jitattn.errors import InvalidInputError, UnsupportedError
@@ -185,7 +185,7 @@ def attend(
     UnsupportedError
         Weights are asked for.
     """
-    if more.get("output_attentions"):
+    if _wants_weights(more):
         raise UnsupportedError(
             "output_attentions=True: weights are never in memory here; use "
             'attn_implementation="eager" for them'
@@ -234,6 +234,30 @@ def attend(
         else:
             mask = _of_matrix(matrix) if known is None or known.hides else Full()
     return attention(q, k, v, mask=mask, bias=bias, **given), None
+
+
+def _wants_weights(more: dict[str, Any]) -> bool:
+    """Return whether the model was called for its attention weights.
+
+    Many models do not say so to the attention function: transformers collects what layers return.
+    """
+    if more.get("output_attentions"):
+        return True
+    if is_dynamo_compiling():  # which cannot trace the look-up
+        return False
+    collector = _collector()
+    collected = None if collector is None else collector.get()
+    return collected is not None and any("attentions" in name for name in collected)
+
+
+@functools.cache
+def _collector() -> Any:  # noqa: ANN401 - of a private type
+    """Return the context variable of what transformers collects; None before transformers 5.2."""
+    try:
+        from transformers.utils import output_capturing
+    except ImportError:
+        return None
+    return getattr(output_capturing, "_active_collector", None)
 
 
 def _packed(

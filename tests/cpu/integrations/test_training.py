@@ -11,48 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import jitattn
 from tests.support.compare import rel_l2
-
-
-class Block(nn.Module):
-    """Self-attention of [B, L, 32] with projections."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).unbind(2)
-        out = jitattn.attention(q, k, v, mask=jitattn.Causal())
-        found: Tensor = self.out(out.flatten(-2))
-        return found
-
-
-def block() -> Block:
-    torch.manual_seed(0)
-    return Block()
-
-
-def inputs() -> Tensor:
-    return torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
-
-
-def gradients(run: Any, module: nn.Module) -> list[Tensor]:
-    run(inputs()).sin().sum().backward()
-    return [p.grad for p in module.parameters() if p.grad is not None]
+from tests.support.training import block, block_gradients, block_inputs, one_process
 
 
 @pytest.fixture
 def expected() -> list[Tensor]:
     module = block()
-    return gradients(module, module)
+    return block_gradients(module, module)
 
 
 def check(found: list[Any], expected: list[Tensor]) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
-        assert rel_l2(one.full_tensor() if hasattr(one, "full_tensor") else one, other) < 1e-6
+        assert rel_l2(one, other) < 1e-6
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -62,17 +34,13 @@ def test_checkpoints(reentrant: bool, expected: list[Tensor]) -> None:
     def run(x: Tensor) -> Any:
         return checkpoint(module, x.requires_grad_(), use_reentrant=reentrant)
 
-    check(gradients(run, module), expected)
+    check(block_gradients(run, module), expected)
 
 
 @pytest.fixture
 def _one_process(tmp_path: Path) -> Iterator[None]:
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
+    with one_process("gloo", tmp_path):
         yield
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 needs_distributed = pytest.mark.skipif(
@@ -85,7 +53,7 @@ needs_distributed = pytest.mark.skipif(
 @pytest.mark.usefixtures("_one_process")
 def test_ddp(expected: list[Tensor]) -> None:
     module = nn.parallel.DistributedDataParallel(block())
-    check(gradients(module, module), expected)
+    check(block_gradients(module, module), expected)
 
 
 @needs_distributed
@@ -97,14 +65,14 @@ def test_fsdp2(expected: list[Tensor]) -> None:
 
     module = block()
     fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
-    check(gradients(module, module), expected)
+    check(block_gradients(module, module), expected)
 
 
 def test_export_for_any_length() -> None:
     module = block()
     length = torch.export.Dim("length", min=2, max=64)
-    program = torch.export.export(module, (inputs(),), dynamic_shapes={"x": {1: length}})
-    longer = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(2))
+    program = torch.export.export(module, (block_inputs(),), dynamic_shapes={"x": {1: length}})
+    longer = block_inputs(length=17)
     assert rel_l2(program.module()(longer), module(longer)) < 1e-6
 
 
@@ -114,5 +82,5 @@ def test_no_recompile_for_other_lengths() -> None:
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
         for length in (9, 17, 33, 64):
-            x = torch.randn(2, length, 32, generator=torch.Generator().manual_seed(length))
+            x = block_inputs(length=length)
             assert rel_l2(compiled(x), module(x)) < 1e-6
