@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -11,6 +12,7 @@ from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.request.problem import Call
 from jitattn.request.scores import NO_CHANGES, Scores, in_fp32
 from jitattn.run.backward import run_backward
+from jitattn.run.forward import run
 from jitattn.run.operator_encoding import encode
 from jitattn.values.autocast import outside_autocast
 from jitattn.values.dropout import Dropout, dropout_state, threshold_of
@@ -60,6 +62,23 @@ def forward(
     return out, lse, state
 
 
+def plain_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, layout: str
+) -> tuple[Tensor, Tensor]:
+    """Compute out and the LSE as `forward` does, of tensors and a mask alone, in less host time."""
+    _check(q, k, v)
+    try:
+        out, lse = run(in_rows(q), in_rows(k), in_rows(v), _plain_call(mask, scale, layout))
+    except InvalidInputError as error:
+        raise UnsupportedError(str(error)) from error
+    return out, lse
+
+
+@functools.lru_cache(256)
+def _plain_call(mask: Mask, scale: float | None, layout: str) -> Call:
+    return _call(mask, scale, layout)
+
+
 def backward(
     tensors: Sequence[Tensor],
     lse: Tensor,
@@ -84,21 +103,7 @@ def backward(
     if dropout_p > 0.0 or bias is not None:
         dropout = Dropout(threshold_of(dropout_p), state) if dropout_p > 0.0 else None
         scores = Scores(bias, None, None, None, None, dropout, None)
-    call = Call(
-        mask=mask,
-        scale=scale,
-        layout=layout,
-        gear=None,
-        out=None,
-        out_dtype=None,
-        num_splits=None,
-        return_lse=True,
-        q_seqs=q_seqs,
-        kv_seqs=kv_seqs,
-        scores=scores,
-        deterministic=False,
-        tile_rows=None,
-    )
+    call = _call(mask, scale, layout)._replace(q_seqs=q_seqs, kv_seqs=kv_seqs, scores=scores)
     try:
         if not q.is_cuda:  # by an operator, whose derivative is autograd's
             encoded = encode(call)
@@ -114,6 +119,25 @@ def backward(
     except InvalidInputError as error:
         raise UnsupportedError(str(error)) from error
     return [gradients.dq, gradients.dk, gradients.dv, *gradients.added.values()]
+
+
+def _call(mask: Mask, scale: float | None, layout: str) -> Call:
+    """Return a call with the LSE, of a mask alone."""
+    return Call(
+        mask=mask,
+        scale=scale,
+        layout=layout,
+        gear=None,
+        out=None,
+        out_dtype=None,
+        num_splits=None,
+        return_lse=True,
+        q_seqs=None,
+        kv_seqs=None,
+        scores=NO_CHANGES,
+        deterministic=False,
+        tile_rows=None,
+    )
 
 
 def laid_out(gradient: Tensor, like: Tensor) -> Tensor:

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from jitattn.errors import UnsupportedError
-from jitattn.integrations._sdpa_common import backward, forward, laid_out, refuse_if
+from jitattn.integrations._sdpa_common import (
+    backward,
+    forward,
+    laid_out,
+    plain_forward,
+    refuse_if,
+)
 from jitattn.values.masks import Causal, Full, Window
 from jitattn.values.sequences import Padded, Paged, Ragged
 
@@ -38,11 +44,15 @@ def _scaled_dot_product_flash_attention(
     refuse_if(return_debug_mask, "return_debug_mask")
     refuse_if(is_causal and query.shape[2] != key.shape[2], "is_causal with other lengths of k")
     mask = _CAUSAL if is_causal else _FULL
-    if query.is_contiguous():
-        out, lse, state = forward(query, key, value, mask, scale, dropout_p, layout="bhsd")
+    q, k, v, layout = query, key, value, "bhsd"
+    is_turned = not query.is_contiguous()
+    if is_turned:
+        q, k, v, layout = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), "bshd"
+    if dropout_p == 0.0:
+        (out, lse), state = plain_forward(q, k, v, mask, scale, layout), None
     else:
-        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        out, lse, state = forward(q, k, v, mask, scale, dropout_p)
+        out, lse, state = forward(q, k, v, mask, scale, dropout_p, layout=layout)
+    if is_turned:
         out = laid_out(out.transpose(1, 2), query)
     lengths = (query.shape[2], key.shape[2])
     return out, lse, None, None, *lengths, *_random(state, query), _nothing(query)
