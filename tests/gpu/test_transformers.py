@@ -88,6 +88,7 @@ def test_packed(name: str) -> None:
     assert rel_l2(ours(input_ids=ids, position_ids=positions).logits, alone) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:diffusers was imported before")  # by another test
 def test_as_flash_attention_2() -> None:
     """A program that knows FlashAttention alone."""
     ids = tokens(2, 50).cuda()
