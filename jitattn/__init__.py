@@ -28,6 +28,7 @@ from jitattn.values.masks import (
     KeyPadding,
     LocalStride,
     Mask,
+    MaskMod,
     PerHead,
     Window,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "LaunchError",
     "LocalStride",
     "Mask",
+    "MaskMod",
     "Padded",
     "Paged",
     "PerHead",

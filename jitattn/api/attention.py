@@ -26,17 +26,22 @@ from jitattn.run.operators import call_operator
 from jitattn.values.autocast import cast_inputs
 from jitattn.values.dropout import Dropout, check_state, threshold_of
 from jitattn.values.dropout import dropout_state as draw_state
-from jitattn.values.masks import Full
+from jitattn.values.functions import traced
+from jitattn.values.masks import Both, Full, MaskMod, is_mask, parts_of
 from jitattn.values.tensors import PLAIN
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jitattn.api.options import AttentionOptions, SupportsDLPack
+    from jitattn.values.functions import Function
     from jitattn.values.masks import Mask
     from jitattn.values.norm import L2Norm
     from jitattn.values.sequences import KvSequences, QSequences
 
 _FULL = Full()
 _NEW = tuple.__new__
+_MAY_HOLD_FUNCTIONS = frozenset((MaskMod, Both))
 
 
 @overload
@@ -93,6 +98,7 @@ def attention(
     dropout_p: float = 0.0,
     dropout_state: Tensor | None = None,
     qk_norm: L2Norm | None = None,
+    score_mod: Callable[..., Any] | None = None,
     deterministic: bool = False,
     tile_rows: int | None = None,
 ) -> Any:
@@ -239,6 +245,9 @@ def attention(
     scores = NO_CHANGES
     tensors_are_none = bias is relative_bias is alibi_slopes is sinks is None
     numbers_are_none = softcap is None and qk_norm is None and dropout_p == 0.0
+    function = None
+    if score_mod is not None or type(mask) in _MAY_HOLD_FUNCTIONS:
+        mask, function = _traced(score_mod, mask)
     if not (tensors_are_none and numbers_are_none):
         scores = _scores(
             q,
@@ -251,6 +260,8 @@ def attention(
             dropout_state,
             qk_norm,
         )
+    if function is not None:
+        scores = scores._replace(function=function)
     values = (
         mask,
         scale,
@@ -288,6 +299,20 @@ def attention(
         return interop.to_kind_of(result, q) if out is None else out
     own, lse = result
     return interop.to_kind_of(own, q) if out is None else out, interop.to_kind_of(lse, q)
+
+
+def _traced(score_mod: Callable[..., Any] | None, mask: Mask) -> tuple[Mask, Function | None]:
+    """Trace the functions of a call; return the mask without its function, and what was traced."""
+    if not is_mask(mask):  # refused later, with all that is said of masks
+        return mask, None
+    parts = parts_of(mask)
+    if score_mod is None and parts.function is None:
+        return mask, None
+    if parts.function is not None:
+        mask = parts.rule
+        if parts.key_padding is not None or parts.dense is not None:
+            mask = Both(parts.rule, parts.key_padding, parts.dense)
+    return mask, traced(score_mod, parts.function)
 
 
 def _in_autocast(*tensors: Any) -> list[Any]:  # noqa: ANN401 - arrays of any library, or None

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from jitattn.cpu.functions import Chunk, evaluate
 from jitattn.cpu.mkl_warmup import mkl_warmup
 from jitattn.cpu.rules import Rules
 from jitattn.errors import InternalError, InvalidInputError
@@ -85,7 +86,7 @@ def attention_cpu(
     len_q = q.shape[2]
     rules = Rules.of(mask, scores, len_q, k.shape[2], (q.shape[1], k.shape[1]))
 
-    run = partial(_chunk, scale=scale, rules=rules, chunk_kv=chunk_kv)
+    run = partial(_chunk, scale=scale, rules=rules, chunk_kv=chunk_kv, len_q=len_q)
     follows = torch.is_grad_enabled() and _any_requires_grad(q, k, v)
     if len_q > chunk_q and follows and _may_checkpoint():
         run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
@@ -264,6 +265,7 @@ def _chunk(
     scale: float,
     rules: Rules,
     chunk_kv: int,
+    len_q: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the result [B, Hq, Cq, Dv] and the LSE [B, Hq, Cq] of one chunk of queries.
 
@@ -291,6 +293,13 @@ def _chunk(
             if rules.changes_scores:
                 scores = rules.change(scores.view(by_head), first_q, first_k).view(scores.shape)
             hidden = rules.hidden(first_q, rows, first_k, first_k + by_head[3], q.device)
+            if rules.scores.function is not None:
+                here = Chunk(first_q, first_k, len_kv - len_q)
+                changed, seen = evaluate(rules.scores.function, scores.view(by_head), here)
+                if changed is not None:
+                    scores = changed.reshape(scores.shape)
+                if seen is not None:
+                    hidden = ~seen if hidden is None else hidden | ~seen
             if hidden is not None:
                 shape = scores.shape
                 scores = scores.view(by_head).masked_fill(hidden, float("-inf")).view(shape)

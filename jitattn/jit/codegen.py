@@ -12,7 +12,9 @@ from enum import StrEnum
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from jitattn.jit.functions import render_function
 from jitattn.spec.kernel_spec import KernelSpec, arch_number
+from jitattn.spec.program import parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,21 +26,25 @@ HEADER_NAME = "jitattn_spec.h"
 def render(spec: KernelSpec) -> str:
     """Return the generated header of `spec`."""
     kinds = dict.fromkeys(type(value) for _, value in spec.flat_fields())
+    function = dict(spec.flat_fields()).get("function", "")
     lines = [
         f"// Generated: the {spec.family} kernel for {spec.arch}.",
         "#pragma once",
         "",
         '#include "jitattn/types.cuh"',
+        *(('#include "jitattn/attention/function_math.cuh"',) if function else ()),
         "",
         "namespace jitattn {",
         "",
         *(_enum(kind) for kind in kinds if issubclass(kind, StrEnum)),
         "",
         *chain.from_iterable((*struct.render(), "") for struct in spec.structs),
+        *((*render_function(parse(function)), "") if function else ()),
         "}  // namespace jitattn",
         "",
         "struct Spec {",
         *(f"  static constexpr {line}" for line in _members(spec)),
+        *(("  using Function = jitattn::ScoreFunction;",) if function else ()),
         "};",
     ]
     return "\n".join(lines) + "\n"
@@ -57,7 +63,10 @@ def _enum(kind: type[StrEnum]) -> str:
 def _members(spec: KernelSpec) -> Iterator[str]:
     yield _member("arch", arch_number(spec.arch))
     for name, value in spec.flat_fields():
-        yield _member(name, value)
+        if name == "function":
+            yield f"bool kHasFunction = {'true' if value else 'false'};"
+        else:
+            yield _member(name, value)
     for name in (*spec.derived, "num_threads", "smem_bytes"):
         yield _member(name, getattr(spec, name))
     yield _member("params_bytes", spec.arguments.size)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, ClassVar
 
-from jitattn.kernels.bwd_arguments import BWD_STRUCTS, BWD_TABLES, bwd_arguments
+from jitattn.kernels.bwd_arguments import BWD_TABLES, bwd_arguments, bwd_structs
 from jitattn.kernels.bwd_postprocess import BwdPostprocessSpec
 from jitattn.kernels.bwd_preprocess import bwd_preprocess_specs
 from jitattn.kernels.bwd_tiles import BwdTile, backward_problem, choose_tile, smem_bytes
@@ -56,7 +56,7 @@ class BackwardSpec(ProblemSpec):
     @property
     def structs(self) -> tuple[ArgumentStruct, ...]:
         """Return the structs of the generated header."""
-        return BWD_STRUCTS
+        return bwd_structs(self.problem)
 
     @classmethod
     def tables(cls) -> tuple[ArgumentTable, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Final
 
-from jitattn.kernels.fwd_arguments import FWD_STRUCTS, FWD_TABLES, SCALED, fwd_arguments
+from jitattn.kernels.fwd_arguments import FWD_TABLES, SCALED, fwd_arguments, fwd_structs
 from jitattn.spec.arguments import Argument, ArgumentStruct, ArgumentTable, strides
 
 if TYPE_CHECKING:
@@ -84,17 +85,23 @@ BWD_SCALED: Final = ArgumentStruct(
     base="BwdParams<Base>",
 )
 
-BWD_STRUCTS: Final = (*FWD_STRUCTS, BWD, BWD_SCALED)
-_TABLES: Final = {
-    forward: forward.extended(BWD, BWD_SCALED)
-    if SCALED in forward.structs
-    else forward.extended(BWD)
-    for forward in FWD_TABLES
-}
-#: Every parameter struct of the backward kernels.
-BWD_TABLES: Final = tuple(_TABLES.values())
+
+@functools.lru_cache(1024)
+def _extended(forward: ArgumentTable) -> ArgumentTable:
+    if SCALED in forward.structs:
+        return forward.extended(BWD, BWD_SCALED)
+    return forward.extended(BWD)
+
+
+#: Every parameter struct of the backward kernels, but those of traced functions.
+BWD_TABLES: Final = tuple(map(_extended, FWD_TABLES))
+
+
+def bwd_structs(problem: Problem) -> tuple[ArgumentStruct, ...]:
+    """Return the structs of the generated header of a problem's kernels."""
+    return (*fwd_structs(problem), BWD, BWD_SCALED)
 
 
 def bwd_arguments(problem: Problem) -> ArgumentTable:
     """Return the backward-kernel arguments of a problem."""
-    return _TABLES[fwd_arguments(problem)]
+    return _extended(fwd_arguments(problem))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from jitattn.kernels.fwd_arguments import FWD_STRUCTS, FWD_TABLES, fwd_arguments
+from jitattn.kernels.fwd_arguments import FWD_TABLES, fwd_arguments, fwd_structs
 from jitattn.kernels.fwd_sm90 import FwdSm90Spec, refusal_of_problem
 from jitattn.kernels.matrix import (
     ALL_DIMS,
@@ -67,7 +67,7 @@ class FwdSpec(ProblemSpec):
     @property
     def structs(self) -> tuple[ArgumentStruct, ...]:
         """Return the structs of the generated header."""
-        return FWD_STRUCTS
+        return fwd_structs(self.problem)
 
     @classmethod
     def tables(cls) -> tuple[ArgumentTable, ...]:

@@ -6,11 +6,13 @@ modifications, block lists, scales of prepared operands.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Final
 
 from jitattn.spec.arguments import Argument, ArgumentStruct, ArgumentTable, strides, struct_of
 from jitattn.spec.call_arguments import BlockListArguments, ScoreArguments, SequenceArguments
 from jitattn.spec.enums import MaskKind
+from jitattn.spec.program import parse
 
 if TYPE_CHECKING:
     from jitattn.spec.kernel_spec import Problem
@@ -94,7 +96,10 @@ SCALED: Final = ArgumentStruct(
     base="Base",
 )
 
-FWD_STRUCTS: Final = (FWD, FWD_SEQ, FWD_SCORE, FWD_BLOCK_LIST, SCALED)
+#: Further parameters for a traced function: none here, those of its program in its kernels.
+NO_FUNCTION: Final = ArgumentStruct("FunctionParams", (), base="Base")
+
+FWD_STRUCTS: Final = (FWD, FWD_SEQ, FWD_SCORE, FWD_BLOCK_LIST, NO_FUNCTION, SCALED)
 #: Parameter structs of kernels whose operands are not scaled.
 FWD_UNSCALED: Final = tuple(ArgumentTable(*FWD_STRUCTS[:count]) for count in (1, 2, 3, 4))
 _SCALED: Final = tuple(table.extended(SCALED) for table in FWD_UNSCALED)
@@ -105,9 +110,40 @@ FWD_TABLES: Final = (*FWD_UNSCALED, *_SCALED)
 def fwd_arguments(problem: Problem) -> ArgumentTable:
     """Return the arguments of the forward kernel of a problem."""
     numerics = problem.numerics
-    tables = _SCALED if numerics.is_quantized or numerics.num_parts else FWD_UNSCALED
+    is_scaled = bool(numerics.is_quantized or numerics.num_parts)
+    if problem.function:
+        place = 3 if problem.mask is MaskKind.BLOCK_LISTS else 2
+        return _with_function(problem.function, place, is_scaled)
+    tables = _SCALED if is_scaled else FWD_UNSCALED
     if problem.mask is MaskKind.BLOCK_LISTS:
         return tables[3]
     if problem.has_scores:
         return tables[2]
     return tables[0 if problem.is_uniform else 1]
+
+
+def fwd_structs(problem: Problem) -> tuple[ArgumentStruct, ...]:
+    """Return the structs of the generated header of a problem's kernels."""
+    if not problem.function:
+        return FWD_STRUCTS
+    own = function_struct(problem.function)
+    return tuple(own if one is NO_FUNCTION else one for one in FWD_STRUCTS)
+
+
+@functools.lru_cache(1024)
+def function_struct(text: str) -> ArgumentStruct:
+    """Return the parameter struct of a traced function, by the text of its program."""
+    program = parse(text)
+    types = {"i32": "int32_t", "i64": "int64_t", "f32": "float"}
+    fields = [Argument(f"number{idx}", types[kind]) for idx, kind in enumerate(program.numbers)]
+    for idx, (_, dims) in enumerate(program.tensors):
+        fields.append(Argument(f"tensor{idx}", "const void*"))
+        fields += [Argument(f"tensor{idx}_stride_{axis}", "int64_t") for axis in range(dims)]
+        fields += [Argument(f"tensor{idx}_size_{axis}", "int32_t") for axis in range(dims)]
+    return ArgumentStruct("FunctionParams", tuple(fields), base="Base")
+
+
+@functools.lru_cache(1024)
+def _with_function(text: str, place: int, is_scaled: bool) -> ArgumentTable:
+    table = FWD_UNSCALED[place].extended(function_struct(text))
+    return table.extended(SCALED) if is_scaled else table

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
-from jitattn.kernels.fwd_arguments import FWD_STRUCTS, FWD_UNSCALED, fwd_arguments
+from jitattn.kernels.fwd_arguments import FWD_UNSCALED, fwd_arguments, fwd_structs
 from jitattn.kernels.matrix import ALL_DIMS, FEATURES, LAYOUTS, MODEL_DIMS, problem
 from jitattn.kernels.problem_spec import ProblemSpec
 from jitattn.spec.arguments import Argument, ArgumentStruct, ArgumentTable
@@ -36,8 +36,14 @@ PERSISTENT: Final = ArgumentStruct(
     ),
     base="Base",
 )
-_STRUCTS: Final = (*FWD_STRUCTS, PERSISTENT)
-_TABLES: Final = {table.name: table.extended(PERSISTENT) for table in FWD_UNSCALED}
+
+
+@functools.lru_cache(1024)
+def _extended(forward: ArgumentTable) -> ArgumentTable:
+    return forward.extended(PERSISTENT)
+
+
+_TABLES: Final = tuple(map(_extended, FWD_UNSCALED))
 
 #: Columns of a page: 128 bytes, the widest swizzle.
 PAGE: Final = 64
@@ -98,17 +104,17 @@ class FwdSm90Spec(ProblemSpec):
     @property
     def arguments(self) -> ArgumentTable:
         """Return the parameter struct of this kernel."""
-        return _TABLES[fwd_arguments(self.problem).name]
+        return _extended(fwd_arguments(self.problem))
 
     @property
     def structs(self) -> tuple[ArgumentStruct, ...]:
         """Return the structs of the generated header."""
-        return _STRUCTS
+        return (*fwd_structs(self.problem), PERSISTENT)
 
     @classmethod
     def tables(cls) -> tuple[ArgumentTable, ...]:
         """Return the parameter structs of this family."""
-        return tuple(_TABLES.values())
+        return _TABLES
 
     def _prebuild(self) -> str:
         return "jitattn-cache prebuild --arch 90"

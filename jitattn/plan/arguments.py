@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from jitattn.kernels.fwd_arguments import FWD_SCORE, FWD_SEQ
 from jitattn.plan.step import Place
 from jitattn.spec.call_arguments import BlockListArguments, alike
+from jitattn.spec.program import parse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,6 +87,10 @@ def tail(
         parts.append(scores(runtime))
     if runtime.listed is not None:
         parts.append(block_lists(tile_positions))
+    if runtime.function is not None:
+        count = len(parse(problem.function).tensors)
+        names = [f"tensor{idx}" for idx in range(count)]
+        parts.append((dict(runtime.function), {name: Place(name) for name in names}))
     for more_numbers, more_places in parts:
         numbers |= more_numbers
         places |= more_places

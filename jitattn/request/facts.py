@@ -277,7 +277,7 @@ def _note_same_sequences(
 
 
 def _note_scores(scores: Scores, facts: list[Any], addresses: Addresses) -> bool:
-    bias, relative, slopes, softcap, sinks, dropout, norm = scores
+    bias, relative, slopes, softcap, sinks, dropout, norm, function = scores
     if type(softcap) not in _NUMBERS:
         return False
     if bias is None:
@@ -300,6 +300,11 @@ def _note_scores(scores: Scores, facts: list[Any], addresses: Addresses) -> bool
         if not _note_tensor("dropout_state", dropout.state, facts, addresses):
             return False
         facts.append(dropout.threshold)
+    if function is not None:
+        facts += (function.program, function.numbers)
+        for idx, tensor in enumerate(function.tensors):
+            if not _note_tensor(f"tensor{idx}", tensor, facts, addresses):
+                return False
     if norm is None:
         facts.append(None)
         return True

@@ -149,6 +149,7 @@ def parse_any(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Parsed:
         _are_apart(call.q_seqs) and _are_apart(call.kv_seqs),
         _shares_rows(call.kv_seqs),
         call.kv_seqs.block_table.shape[1] if isinstance(call.kv_seqs, Paged) else 1,
+        None if scores.function is None else tuple(scores.function.items()),
     )
     return Parsed(found, runtime, has_memory)
 

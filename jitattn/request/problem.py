@@ -35,7 +35,6 @@ from jitattn.values.tensors import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from enum import StrEnum
 
     from torch import Tensor
 
@@ -57,6 +56,7 @@ _MAX_SCALE: Final = 3.4e38 / math.log2(math.e)
 #: The gear, None for the dtype's own, and whether the GPU is faster with fp16 accumulators.
 Setting: TypeAlias = tuple[int | None, bool]
 _problems: dict[tuple[object, ...], Problem] = {}
+_MOST_PROBLEMS: Final = 4096
 
 
 class Call(NamedTuple):
@@ -115,6 +115,7 @@ class Runtime(NamedTuple):
     rows_are_apart: bool = True  #: no row belongs to two sequences; pages aside
     shares_rows: bool = False  #: sequences may share rows of k and v: pages, or rows by index
     table_width: int = 1  #: entries of a row of the block table
+    function: tuple[tuple[str, float], ...] | None = None  #: arguments of a traced function
 
 
 def is_deterministic(call: Call) -> bool:
@@ -285,11 +286,13 @@ def setting_of(gear: int | None, q: Tensor) -> Setting:
     return gear, q.is_cuda and device(q.get_device()).has_fast_fp16_acc
 
 
-def problem_of(facts: tuple[Any, ...], fields: Mapping[str, StrEnum]) -> Problem:
+def problem_of(facts: tuple[Any, ...], fields: Mapping[str, str]) -> Problem:
     """Return the interned `Problem` of these facts, and of the fields that scores decide."""
     key = (*facts, *fields.values())
     problem = _problems.get(key)
     if problem is None:
+        if len(_problems) >= _MOST_PROBLEMS:  # of traced functions there is no end
+            _problems.clear()
         problem = _problems[key] = _new_problem(*facts, fields=fields)
     return problem
 

@@ -212,6 +212,8 @@ def _addresses(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Addresses:
     }
     if isinstance(call.kv_seqs, Padded):
         tensors["block_table"] = call.kv_seqs.batch_idx
+    if scores.function is not None:
+        tensors |= {f"tensor{idx}": one for idx, one in enumerate(scores.function.tensors)}
     for name, tensor in tensors.items():
         if tensor is not None:
             found[name] = index_address(name, tensor)

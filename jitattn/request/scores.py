@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from enum import StrEnum
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from jitattn.request.problem import Call
     from jitattn.spec.kernel_spec import Problem
     from jitattn.values.dropout import Dropout
+    from jitattn.values.functions import Function
     from jitattn.values.mask_base import KernelMask
     from jitattn.values.masks import Rule
 
@@ -65,6 +65,7 @@ class Scores(NamedTuple):
     sinks: Tensor | None = None
     dropout: Dropout | None = None
     qk_norm: L2Norm | None = None
+    function: Function | None = None
 
 
 NO_CHANGES: Final = Scores()
@@ -104,11 +105,12 @@ def _widened(name: str, table: Any) -> Tensor | None:  # noqa: ANN401 - checked 
 class Checked(NamedTuple):
     """The validated problem fields and kernel arguments of score modifications."""
 
-    fields: dict[str, StrEnum]  #: of `Problem`
+    fields: dict[str, str]  #: of `Problem`
     bottom_right: bool
     diagonal: int  #: beside the Lkv - Lq of a sequence, if bottom_right
     arguments: ScoreArguments  #: `left` without Lkv - Lq
     has_memory: bool  #: no tensor is a placeholder
+    function: dict[str, float] | None  #: arguments of a traced function
 
 
 def tensors_of(call: Call) -> dict[str, Tensor]:
@@ -121,6 +123,9 @@ def tensors_of(call: Call) -> dict[str, Tensor]:
     }
     if isinstance(call.scores.qk_norm, L2Norm):
         found["L2Norm(head_scale)"] = call.scores.qk_norm.head_scale
+    if call.scores.function is not None:
+        for idx, captured in enumerate(call.scores.function.tensors):
+            found[f"captured tensor no. {idx}"] = captured
     patterns = patterns_of(parts.rule)
     for idx, pattern in enumerate(patterns):
         found["BlockSparse(...)" if len(patterns) == 1 else f"BlockSparse(...) no. {idx}"] = pattern
@@ -144,6 +149,8 @@ def of_sequence(call: Call, idx: int) -> Call:
         scores = scores._replace(alibi_slopes=scores.alibi_slopes[idx : idx + 1])
     if scores.dropout is not None:
         scores = scores._replace(dropout=scores.dropout._replace(first_batch=idx))
+    if scores.function is not None:
+        scores = scores._replace(function=scores.function._replace(first_batch=idx))
     return call._replace(mask=Both(parts.rule, padding, dense), scores=scores)
 
 
@@ -166,7 +173,7 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
                 f"{name} is on {value.device}, q is on {q.device}: they must be on one device; "
                 "move it with .to()"
             )
-    bias, relative, slopes, softcap, sinks, dropout, norm = call.scores
+    bias, relative, slopes, softcap, sinks, dropout, norm, function = call.scores
     heads = sizes.heads
     dense = None if parts.dense is None else parts.dense.keep
     nowhere = (0, (0, 0, 0))
@@ -191,7 +198,7 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
     shift = None
     if norm is not None:
         read.append(norms.check(norm, q, heads, call))
-        if bias is relative is slopes is None and softcap is None:
+        if bias is relative is slopes is function is None and softcap is None:
             shift = norms.shift_of(norm, scale, q.dtype)
     mask = parts.rule.kernel_mask(heads, sizes.heads_kv)
     _check_rule(parts.rule, mask, sizes)
@@ -217,6 +224,7 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         "fixed_shift": _switch(shift),
         "bias_staged": _staged(bias, of_bias, by_row=True),
         "dense_staged": _staged(dense, of_dense, by_row=False),
+        "function": "" if function is None else function.program,
     }
     arguments: dict[str, Any] = {
         **_NO_RULE,
@@ -239,9 +247,34 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         "dropout_scale": 1.0 if dropout is None else dropout.scale,
         **mask.arguments,
     }
+    of_function = None
+    if function is not None:
+        read += [index_address("a captured tensor", one) for one in function.tensors]
+        of_function = function_arguments(function)
     has_memory = min(*addresses.values(), *read) >= 0
     made = ScoreArguments(**arguments)
-    return Checked(fields, mask.bottom_right, mask.diagonal, made, has_memory)
+    return Checked(fields, mask.bottom_right, mask.diagonal, made, has_memory, of_function)
+
+
+def function_arguments(function: Function) -> dict[str, float]:
+    """Return the arguments of a traced function, without addresses.
+
+    Raises
+    ------
+    InvalidInputError
+        A captured tensor has no elements, or too many in a dimension.
+    """
+    found: dict[str, float] = {f"number{idx}": x for idx, x in enumerate(function.numbers)}
+    for idx, tensor in enumerate(function.tensors):
+        for axis, (size, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+            if not 0 < size < 2**31:
+                raise InvalidInputError(
+                    f"a captured tensor has shape {list(tensor.shape)}: each dimension must have "
+                    "from 1 to 2**31 - 1 elements"
+                )
+            found[f"tensor{idx}_size_{axis}"] = size
+            found[f"tensor{idx}_stride_{axis}"] = step
+    return found
 
 
 def patterns_of(rule: Rule) -> list[Tensor]:

@@ -9,7 +9,9 @@ import torch
 
 from jitattn.request.problem import Call, axes, is_deterministic
 from jitattn.request.scores import ADDED, NO_CHANGES, NUMBERS, Scores
+from jitattn.spec.program import parse
 from jitattn.values.dropout import Dropout
+from jitattn.values.functions import Function
 from jitattn.values.masks import BY_VALUE, Both, Dense, KeyPadding, Rule, parts_of
 from jitattn.values.norm import L2Norm
 from jitattn.values.sequences import Padded, Paged, Ragged
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from jitattn.values.masks import Mask
 
 _NONE: Final = -(2**40)  #: stands for an integer that is None
+_CHARACTERS: Final = 7  #: of a text, in an integer of 64 bits
 LAYOUTS: Final = ("bshd", "bhsd")
 DTYPES: Final = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: How a field of a rule is written, by its type.
@@ -56,6 +59,7 @@ class _Kept(NamedTuple):
     ints: list[int]
     floats: list[float]
     rules: list[Rule | None]
+    programs: list[str]
 
 
 def without_tensors(call: Call) -> tuple[Call | _Kept, Sequence[Tensor]]:
@@ -73,7 +77,7 @@ def without_tensors(call: Call) -> tuple[Call | _Kept, Sequence[Tensor]]:
         return call, ()
     writer = _KeepingWriter()
     encoder(call, writer)
-    return _Kept(writer.ints, writer.floats, writer.rules), writer.tensors
+    return _Kept(writer.ints, writer.floats, writer.rules, writer.programs), writer.tensors
 
 
 def with_tensors(kept: Call | _Kept, tensors: Sequence[Tensor]) -> Call:
@@ -81,7 +85,7 @@ def with_tensors(kept: Call | _Kept, tensors: Sequence[Tensor]) -> Call:
     if isinstance(kept, Call):
         return kept
     reader = _KeepingReader(list(tensors), kept.ints, kept.floats)
-    reader.rules = iter(kept.rules)
+    reader.rules, reader.programs = iter(kept.rules), kept.programs
     return read_call(reader)
 
 
@@ -134,6 +138,26 @@ class Writer:
                     self.rule(part)
             else:
                 self.integer(value)
+
+    def function(self, function: Function | None) -> None:
+        """Write a traced function, or None."""
+        if function is None:
+            self.integer(None)
+            return
+        self.program(function.program)
+        for kind, value in zip(parse(function.program).numbers, function.numbers, strict=True):
+            if kind == "f32":
+                self.number(value)
+            else:
+                self.ints.append(int(value))
+        for tensor in function.tensors:
+            self.tensor(tensor)
+
+    def program(self, text: str) -> None:
+        """Write the text of a program, seven characters an integer."""
+        packed = [text[i : i + _CHARACTERS] for i in range(0, len(text), _CHARACTERS)]
+        self.ints.append(len(packed))
+        self.ints += (int.from_bytes(part.encode("ascii"), "big") for part in packed)
 
     def sequences(self, seqs: Any) -> None:  # noqa: ANN401 - one of three, or None
         """Write a sequences value, or None."""
@@ -192,6 +216,27 @@ class Reader:
             return [self.rule() for _ in range(value)]
         return bool(value) if form == "bool" else value
 
+    def function(self) -> Function | None:
+        """Read a traced function, or None."""
+        text = self.program()
+        if text is None:
+            return None
+        program = parse(text)
+        numbers = tuple(
+            self.number() if kind == "f32" else next(self._ints) for kind in program.numbers
+        )
+        return Function(text, numbers, tuple(self.tensor() for _ in program.tensors))
+
+    def program(self) -> str | None:
+        """Read the text of a program, or None."""
+        count = self.integer()
+        if count is None:
+            return None
+        parts = (next(self._ints) for _ in range(count))
+        return b"".join(part.to_bytes(_CHARACTERS, "big").lstrip(b"\0") for part in parts).decode(
+            "ascii"
+        )
+
     def sequences(self) -> Any:  # noqa: ANN401 - one of three, or None
         """Read a sequences value, or None."""
         kind = self.integer()
@@ -216,6 +261,12 @@ class _KeepingWriter(Writer):
     def __init__(self) -> None:
         super().__init__()
         self.rules: list[Rule | None] = []  #: None: encoded
+        self.programs: list[str] = []
+
+    def program(self, text: str) -> None:
+        """Keep the text of a program."""
+        self.integer(len(self.programs))
+        self.programs.append(text)
 
     def rule(self, rule: Rule) -> None:
         """Keep a rule, or write it."""
@@ -230,6 +281,12 @@ class _KeepingReader(Reader):
     """Reads what `_KeepingWriter` wrote and kept."""
 
     rules: Iterator[Rule | None]
+    programs: list[str]
+
+    def program(self) -> str | None:
+        """Return the kept text, or None."""
+        idx = self.integer()
+        return None if idx is None else self.programs[idx]
 
     def rule(self) -> Any:  # noqa: ANN401 - a rule
         """Return the next rule."""
@@ -272,6 +329,7 @@ def encoder(call: Call, writer: Writer | None = None) -> Writer:
     writer.tensor(None if norm is None else norm.head_scale)
     writer.number(None if norm is None else norm.bound)
     writer.integer(None if norm is None else norm.normalize)
+    writer.function(scores.function)
     return writer
 
 
@@ -303,7 +361,8 @@ def read_call(reader: Reader) -> Call:
     groups, head_scale, bound = reader.integer(), reader.tensor(), reader.number()
     normalize = reader.integer()
     norm = None if groups is None else L2Norm(groups, head_scale, bound, bool(normalize))
-    scores = Scores(**added, dropout=dropout, qk_norm=norm)
+    function = reader.function()
+    scores = Scores(**added, dropout=dropout, qk_norm=norm, function=function)
     return Call(
         mask,
         scale,

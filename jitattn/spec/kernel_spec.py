@@ -31,6 +31,7 @@ from jitattn.spec.enums import (
     Staging,
     Switch,
 )
+from jitattn.spec.program import parse
 
 #: Architecture names; a compiler may support fewer.
 ARCH: Final = re.compile(r"sm_[1-9][0-9]{1,2}[af]?")
@@ -63,6 +64,7 @@ class Problem:
     fixed_shift: Switch = Switch.OFF  #: scores are bounded, so no running maximum is needed
     bias_staged: Staging = Staging.OFF
     dense_staged: Staging = Staging.OFF
+    function: str = ""  #: text of the program that scores or pairs go through (`program.py`)
 
     @property
     def has_scores(self) -> bool:
@@ -70,6 +72,7 @@ class Problem:
         return (
             self.mask not in (MaskKind.FULL, MaskKind.CAUSAL)
             or self.bias is not BiasKind.NONE
+            or bool(self.function)
             or any(getattr(self, name) is Switch.ON for name in SWITCHES)
         )
 
@@ -138,7 +141,7 @@ class KernelSpec:
         """Yield the specs of this family in the compile matrix."""
         raise NotImplementedError
 
-    def flat_fields(self) -> Iterator[tuple[str, StrEnum | int]]:
+    def flat_fields(self) -> Iterator[tuple[str, StrEnum | str | int]]:
         """Yield name and value of every field except `arch`, in the order of declaration."""
         for field in fields(self):  # type: ignore[arg-type]  # of the families, which are dataclasses
             value = getattr(self, field.name)
@@ -151,7 +154,8 @@ class KernelSpec:
         """Return the flat fields: family, arch, then the others in the order of declaration."""
         flat: dict[str, str | int] = {"family": self.family, "arch": self.arch}
         for name, value in self.flat_fields():
-            flat[name] = value.value if isinstance(value, StrEnum) else value
+            if value != "":  # a program that is not there: older specs have no field for it
+                flat[name] = value.value if isinstance(value, StrEnum) else value
         return flat
 
     def to_key(self) -> str:
@@ -178,6 +182,11 @@ class KernelSpec:
             most = _LARGEST.get(name, _LARGEST_OTHER)
             if type(value) is int and not 1 <= value <= most:
                 return f"{name}={value}: it must be from 1 to {most}"
+            if type(value) is str and value:
+                try:
+                    parse(value)
+                except ValueError as error:
+                    return str(error)
         return None
 
     @classmethod
@@ -240,6 +249,8 @@ def _typed(kind: type, values: dict[str, Any], flat: Mapping[str, Any]) -> dict[
         if isinstance(hint, type) and is_dataclass(hint):
             typed[name] = hint(**_typed(hint, values, flat))
             continue
+        if name not in values and hint is str:
+            values[name] = field.default
         if name not in values:
             raise ValueError(f"field {name} is missing in the spec {flat}")
         value = values.pop(name)

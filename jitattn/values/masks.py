@@ -1,8 +1,8 @@
 """Mask values. Frozen; this module imports no torch.
 
 True means attend. `a & b` is the intersection: at most one positional rule
-(`Full`, `Causal`, `Window`, `LocalStride`, `BlockSparse`, `PerHead`), at most one `KeyPadding` and
-at most one `Dense`. (A `Causal` and a `Window` are one window, and a `BlockSparse` may be causal.)
+(`Full`, `Causal`, `Window`, `LocalStride`, `BlockSparse`, `PerHead`), at most one `KeyPadding`, at
+most one `Dense`, and any number of `MaskMod`. (A `Causal` and a `Window` are one window, and a `BlockSparse` may be causal.)
 
 A rule's `graph_number` names it in exported graphs, which hold its fields as well: a number is
 never used again for another.
@@ -15,7 +15,7 @@ only itself, not even a copy, as tensors are not compared.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeAlias, get_args
 
 from jitattn.errors import InvalidInputError
 from jitattn.spec.enums import MaskKind
@@ -23,7 +23,7 @@ from jitattn.values.given import integer
 from jitattn.values.mask_base import KernelMask, check_block_size, is_count
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -368,21 +368,88 @@ class Dense(_Mask):
     keep: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class MaskMod(_Mask):
+    """A mask written as a function: query `q_idx` sees key `kv_idx` where it is true.
+
+    The function is called once, with symbols, and becomes part of the kernel; see
+    `values/tracing.py` for what can be traced. Combine several with ``&``, ``|`` and ``~``.
+
+    Parameters
+    ----------
+    function : callable
+        ``f(b, h, q_idx, kv_idx) -> bool``. b counts sequences, h query heads; q_idx and kv_idx
+        count rows and keys of the sequence from 0, as in top-left alignment, whatever other masks
+        do.
+    q_offset : int, Tensor [B] of ints, or "bottom_right"
+        Added to q_idx: the position of the first query among the keys, for all sequences or for
+        each; "bottom_right" is Lkv - Lq of each.
+
+    Examples
+    --------
+    >>> causal = MaskMod(lambda b, h, q, kv: q >= kv)
+    >>> documents = torch.tensor([[0, 0, 1, 1]])
+    >>> mask = causal & MaskMod(lambda b, h, q, kv: documents[b, q] == documents[b, kv])
+    """
+
+    function: Callable[..., Any]
+    q_offset: int | Tensor | Literal["bottom_right"] = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no function, and another offset."""
+        if not callable(self.function):
+            raise InvalidInputError(
+                f"MaskMod({self.function!r}): it must be a function of (b, h, q_idx, kv_idx)"
+            )
+        offset = self.q_offset
+        is_tensor = hasattr(offset, "dtype") and getattr(offset, "ndim", 0) == 1
+        if not (type(offset) is int or is_tensor or offset == "bottom_right"):
+            raise InvalidInputError(
+                f'MaskMod(q_offset={offset!r}): it must be an int, a tensor [B], or "bottom_right"'
+            )
+
+    @property
+    def parts(self) -> tuple[str, tuple[MaskMod, ...]]:
+        """How it is made of others: "and", "or" or "not", and these; "" if it is not."""
+        function = self.function
+        return (function.kind, function.parts) if isinstance(function, _Made) else ("", ())
+
+    def __or__(self, other: object) -> MaskMod:
+        if not isinstance(other, MaskMod):
+            return NotImplemented
+        return MaskMod(_Made("or", (self, other)))
+
+    def __invert__(self) -> MaskMod:
+        return MaskMod(_Made("not", (self,)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """The function of a `MaskMod` that is made of others, which `MaskMod.parts` takes apart."""
+
+    kind: str
+    parts: tuple[MaskMod, ...]
+
+    def __call__(self, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:  # noqa: ANN401
+        raise InvalidInputError("a combined MaskMod is no function: call its parts")
+
+
 _FULL = Full()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Both(_Mask):
-    """Intersection of a positional rule and mask tensors; made by `&`."""
+    """Intersection of a positional rule, mask tensors and functions; made by `&`."""
 
     rule: Rule  # no default: it would break a graph of torch 2.11
     key_padding: KeyPadding | None = None
     dense: Dense | None = None
+    function: MaskMod | None = None
 
 
 HeadRule: TypeAlias = Full | Causal | Window | LocalStride | BlockSparse
 Rule: TypeAlias = HeadRule | PerHead
-Mask: TypeAlias = Rule | KeyPadding | Dense | Both
+Mask: TypeAlias = Rule | KeyPadding | Dense | MaskMod | Both
 #: Rules made of numbers, which are compared and hashed by value.
 BY_VALUE: Final = frozenset(get_args(Rule)) - {BlockSparse, PerHead}
 
@@ -400,6 +467,8 @@ def parts_of(mask: _Mask) -> Both:
         return Both(_FULL, key_padding=mask)
     if isinstance(mask, Dense):
         return Both(_FULL, dense=mask)
+    if isinstance(mask, MaskMod):
+        return Both(_FULL, function=mask)
     if isinstance(mask, Rule):
         return Both(mask)
     raise InvalidInputError(f"mask={mask!r}: it is none of jitattn's masks")
@@ -420,8 +489,15 @@ def both(one: _Mask, other: _Mask) -> Mask:
                 f"{one} & {other}: at most one {name} takes part; intersect their tensors with &"
             )
     rule = _one_rule(first.rule, second.rule)
-    result = Both(rule, first.key_padding or second.key_padding, first.dense or second.dense)
-    return rule if result.key_padding is None and result.dense is None else result
+    function = first.function or second.function
+    if first.function is not None and second.function is not None:
+        function = MaskMod(_Made("and", (first.function, second.function)))
+    padding, dense = first.key_padding or second.key_padding, first.dense or second.dense
+    if padding is dense is function is None:
+        return rule
+    if padding is dense is None and function is not None and rule == _FULL:
+        return function
+    return Both(rule, padding, dense, function)
 
 
 def _one_rule(one: Rule, other: Rule) -> Rule:

@@ -38,7 +38,7 @@ constexpr bool kHasScores =
     Spec::kRelativeBias == Switch::kOn || Spec::kAlibi == Switch::kOn ||
     Spec::kSoftcap == Switch::kOn || Spec::kSinks == Switch::kOn ||
     Spec::kKeyPadding == Switch::kOn || Spec::kDense == Switch::kOn ||
-    Spec::kDropout == Switch::kOn || Spec::kFixedShift == Switch::kOn;
+    Spec::kDropout == Switch::kOn || Spec::kFixedShift == Switch::kOn || Spec::kHasFunction;
 
 template <class Spec>
 constexpr bool kIsQuantized =
@@ -61,8 +61,13 @@ using PlainParamsOf = typename Conditional<
         typename Conditional<kIsUniform<Spec>, FwdParams, FwdSeqParams>::type>::type>::type;
 
 template <class Spec>
-using FwdParamsOf = typename Conditional<kIsScaled<Spec>, ScaledParams<PlainParamsOf<Spec>>,
-                                         PlainParamsOf<Spec>>::type;
+using UnscaledParamsOf =
+    typename Conditional<Spec::kHasFunction, FunctionParams<PlainParamsOf<Spec>>,
+                         PlainParamsOf<Spec>>::type;
+
+template <class Spec>
+using FwdParamsOf = typename Conditional<kIsScaled<Spec>, ScaledParams<UnscaledParamsOf<Spec>>,
+                                         UnscaledParamsOf<Spec>>::type;
 
 // Returns the queries of sequence batch_idx.
 template <class Spec>

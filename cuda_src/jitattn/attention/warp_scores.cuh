@@ -5,6 +5,7 @@
 #include "jitattn/attention/block_lists.cuh"
 #include "jitattn/attention/cta_work.cuh"
 #include "jitattn/attention/dropout.cuh"
+#include "jitattn/attention/function.cuh"
 #include "jitattn/attention/mask.cuh"
 #include "jitattn/attention/schedule.cuh"
 #include "jitattn/attention/score.cuh"
@@ -106,12 +107,13 @@ struct WarpScores {
     if constexpr (!kIsCapped && Traits::kIsStaged) change(r_s, block, stage);
   }
 
-  // Applies softcap after the product, then the biases and the staged mask.
+  // Applies softcap after the product, then the biases, the function and the staged mask.
   __device__ __forceinline__ void cap(Scores& r_s, int block, int stage) const {
     if constexpr (kIsCapped) {
       cap_scores<Spec>(r_s, work.params);
       change(r_s, block, stage);
     }
+    apply(r_s, block);
     if constexpr (Traits::kStagesDense) {
       hide_staged<Spec>(r_s, rows,
                         s_addr + Traits::kOffsetDense + stage * Traits::kBytesDense +
@@ -123,6 +125,14 @@ struct WarpScores {
   __device__ __forceinline__ void modify(Scores& r_s, int block) const {
     if constexpr (kIsCapped) cap_scores<Spec>(r_s, work.params);
     change(r_s, block, 0);
+  }
+
+  // Applies the function of the call, which sees what all the others made of the scores.
+  __device__ __forceinline__ void apply(Scores& r_s, int block) const {
+    if constexpr (Spec::kHasFunction) {
+      apply_function<Spec, false>(r_s, r_s, work.params, work.sequence, work.rows,
+                                  work.tile.batch_idx, work.tile.head_idx, rows, columns_of(block));
+    }
   }
 
   // Applies the positional mask or the block list.
@@ -171,7 +181,7 @@ struct WarpScores {
   // Ragged and paged kernels, and those with a gap, have no register to hold the first key for the
   // mask alone.
   static constexpr bool kKeepsFirstKey =
-      kAddsToScores<Spec> || (kIsUniform<Spec> && !kHasGap<Spec>);
+      kAddsToScores<Spec> || Spec::kHasFunction || (kIsUniform<Spec> && !kHasGap<Spec>);
   __device__ int first_masked_key() const {
     return kKeepsFirstKey ? part.first_key : part.warp_kv * Traits::kWarpKeys;
   }

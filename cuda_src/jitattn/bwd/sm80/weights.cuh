@@ -4,6 +4,7 @@
 
 #include "jitattn/attention/block_lists.cuh"
 #include "jitattn/attention/dropout.cuh"
+#include "jitattn/attention/function.cuh"
 #include "jitattn/attention/mask.cuh"
 #include "jitattn/attention/rows.cuh"
 #include "jitattn/attention/schedule.cuh"
@@ -29,6 +30,7 @@ struct TileWeights {
   static constexpr int kKeyTiles = Traits::GridS::kColumnTiles;
   static constexpr bool kIsCapped = Spec::kSoftcap == Switch::kOn;
   static constexpr bool kDrops = Spec::kDropout == Switch::kOn;
+  static constexpr bool kHasSlopes = changes_scores<Spec>();
   using Scores = float[kRowTiles][kKeyTiles][4];
 
   // The location of this warp's scores.
@@ -48,6 +50,8 @@ struct TileWeights {
   const RowMap& rows;
   const Tile& tile;
   float r_slope[kIsCapped ? kRowTiles : 1][kIsCapped ? kKeyTiles : 1][4];  // 1 - tanh^2
+  // Of the function of the call.
+  float r_function[kHasSlopes ? kRowTiles : 1][kHasSlopes ? kKeyTiles : 1][4];
   KeptWeights<Spec, kRowTiles, kKeyTiles> kept;
 
   __device__ TileWeights(const BwdParamsOf<Spec>& params, const Sequence& sequence,
@@ -87,6 +91,10 @@ struct TileWeights {
       }
       change(r_p);
     }
+    if constexpr (Spec::kHasFunction) {
+      apply_function<Spec, kHasSlopes>(r_p, r_function, params, sequence, rows, tile.batch_idx,
+                                       tile.head_idx, warp_rows(), tile.columns);
+    }
     if constexpr (kIsMasked) hide(r_p);
 
     // ---- Weights
@@ -113,12 +121,14 @@ struct TileWeights {
     }
   }
 
-  // Returns the gradient of the score at the softmax's input, from a weight and its gradient.
+  // Returns the gradient of the score before the function, from a weight and its gradient.
   __device__ float d_score(float p, float d_p, float delta, float rest, int m, int half, int n,
                            int i) const {
     if constexpr (kDrops) d_p = dropped(d_p, m, half, n, i) * params.dropout_scale;
-    if constexpr (Traits::kHasSinks) return p * (rest * d_p - delta);
-    return p * (d_p - delta);
+    float d_s = p * (d_p - delta);
+    if constexpr (Traits::kHasSinks) d_s = p * (rest * d_p - delta);
+    if constexpr (kHasSlopes) d_s *= r_function[m][n][2 * half + i];
+    return d_s;
   }
 
   // Returns the factor that a sink leaves to the weights of a row; s_lse as above.

@@ -285,6 +285,7 @@ struct FwdConsumer {
       listed_ring.advance();
     }
     if constexpr (!kBeginsScores) scores.modify(r_s, block);
+    scores.apply(r_s, block);
     if constexpr (kIsMasked) scores.mask(r_s, block);
     bool rescales = false;
     if constexpr (Spec::kFixedShift == Switch::kOff) {

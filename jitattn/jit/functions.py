@@ -1,0 +1,118 @@
+"""Renders traced programs as C++, for the generated header.
+
+A program is one struct with a static function a result. Every node is a constant, made by one
+function of `cuda_src/jitattn/attention/function_math.cuh`; a read checks its indices. Nothing of
+the text of a user's function is in it: names are numbers of nodes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from jitattn.spec.derivative import derivatives
+from jitattn.spec.program import COMPARISONS, LEAVES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from jitattn.spec.program import Node, Program
+
+_TYPES: Final = {
+    "b1": "bool", "u8": "int", "i8": "int", "i16": "int", "i32": "int", "i64": "long long",
+    "f16": "float", "bf16": "float", "f32": "float",
+}  # fmt: skip
+#: Kinds whose results are wrapped or rounded, by the name of the function that does it.
+_NARROW: Final = ("u8", "i8", "i16", "f16", "bf16")
+#: Names of operations that are words of C++.
+_NAMES: Final = {"and": "bit_and", "or": "bit_or", "xor": "bit_xor", "not": "bit_not"}
+#: C++ types of the elements of captured tensors.
+_ELEMENTS: Final = {
+    "b1": "uint8_t", "u8": "uint8_t", "i8": "signed char", "i16": "short", "i32": "int",
+    "i64": "long long", "f16": "uint16_t", "bf16": "uint16_t", "f32": "float", "f64": "double",
+}  # fmt: skip
+
+
+def render_function(program: Program) -> Iterator[str]:
+    """Yield the lines of `struct ScoreFunction`: what a pair's score becomes, and its slope."""
+    yield "// What a function of the caller's makes of scores; see attention/function.cuh."
+    yield "struct ScoreFunction {"
+    yield f"  static constexpr bool kHasScore = {_literal(program.score is not None)};"
+    yield f"  static constexpr bool kHasMask = {_literal(program.mask is not None)};"
+    if program.score is not None:
+        yield from _function("float score", program, program.nodes, program.score)
+        beginning = [idx for idx, node in enumerate(program.nodes) if node.op == "score"]
+        found = derivatives(program, beginning)
+        slope = found.of(beginning[0]) if beginning else None
+        yield from _function("float slope", program, found.nodes, slope)
+    if program.mask is not None:
+        yield from _function("bool sees", program, program.nodes, program.mask)
+    yield "};"
+
+
+def _literal(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _function(
+    head: str, program: Program, nodes: Sequence[Node], result: int | None
+) -> Iterator[str]:
+    """Yield the lines of a function; `result`: the node that it returns, None for 0."""
+    yield "  template <class Params>"
+    yield f"  __device__ __forceinline__ static {head}("
+    yield "      const Params& params, const ScorePlace& place, float given) {"
+    if result is None:
+        yield "    return 0.f;"
+    else:
+        for idx in _needed(nodes, result):
+            node = nodes[idx]
+            yield f"    const {_TYPES[node.kind]} v{idx} = {_value(program, nodes, node)};"
+        yield f"    return v{result};"
+    yield "  }"
+
+
+def _needed(nodes: Sequence[Node], result: int) -> list[int]:
+    """Return the nodes that a result depends on, in order."""
+    found, left = set(), [result]
+    while left:
+        idx = left.pop()
+        if idx not in found:
+            found.add(idx)
+            left += nodes[idx].operands
+    return sorted(found)
+
+
+def _value(program: Program, nodes: Sequence[Node], node: Node) -> str:
+    op, kind, args = node
+    if op == "score":
+        return "given"
+    if op in LEAVES:
+        return f"place.{op}"
+    if op == "number":
+        return f"params.number{args[0]}"
+    if op == "const":
+        return _literal(bool(args[0])) if kind == "b1" else f"__uint_as_float({args[0]}u)"
+    if op == "read":
+        return _read(program, nodes, node)
+    values = ", ".join(f"v{arg}" for arg in args)
+    if op == "cast":
+        return f"fn::to_{kind}(v{args[0]})"
+    if op == "detach":
+        return values
+    if op == "where":
+        return f"v{args[0]} ? v{args[1]} : v{args[2]}"
+    name = f"is_{op}" if op in COMPARISONS else _NAMES.get(op, op)
+    found = f"fn::{name}({values})"
+    return f"fn::to_{kind}({found})" if kind in _NARROW else found
+
+
+def _read(program: Program, nodes: Sequence[Node], node: Node) -> str:
+    tensor, *index = node.args
+    element, _ = program.tensors[tensor]
+    offset = " + ".join(
+        f"fn::place(v{idx}, params.tensor{tensor}_size_{axis}) * "
+        f"params.tensor{tensor}_stride_{axis}"
+        for axis, idx in enumerate(index)
+    )
+    base = f"static_cast<const {_ELEMENTS[element]}*>(params.tensor{tensor})"
+    address = f"{base} + ({offset})" if offset else base
+    return f"fn::load_{element}({address})"

@@ -1,0 +1,87 @@
+"""Turns score and mask functions into what kernels take: a program, its numbers and its tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jitattn.errors import InvalidInputError
+from jitattn.spec.program import MOST_NODES, MOST_NUMBERS, MOST_TENSORS
+from jitattn.values.tracing import Symbol, Tape, Tracing, converted, refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from jitattn.values.masks import MaskMod
+
+
+class Function(NamedTuple):
+    """A traced function of the pairs of a call."""
+
+    program: str
+    numbers: tuple[float, ...]
+    tensors: tuple[Tensor, ...]
+    first_batch: int = 0  #: the CPU path's: number of the first sequence that it is called for
+
+
+def traced(score_mod: Callable[..., Any] | None, mask: MaskMod | None) -> Function:
+    """Trace a score function and a mask function, which then share numbers and tensors.
+
+    Raises
+    ------
+    InvalidInputError
+        `score_mod` is no function, or one returns neither a symbol nor a number.
+    UnsupportedError
+        Something in one cannot be traced; the message shows the line.
+    """
+    if score_mod is not None and not callable(score_mod):
+        raise InvalidInputError(
+            f"score_mod={score_mod!r}: it must be a function of (score, b, h, q_idx, kv_idx)"
+        )
+    tape = Tape()
+    with Tracing():
+        score = None if score_mod is None else _traced_score(tape, score_mod)
+        visible = None if mask is None else _traced_mask(tape, mask)
+    sizes = (len(tape.nodes), len(tape.numbers), len(tape.tensors))
+    most = (MOST_NODES, MOST_NUMBERS, MOST_TENSORS)
+    if any(size > limit for size, limit in zip(sizes, most, strict=True)):
+        raise refusal(
+            f"the function has {sizes[0]} operations, {sizes[1]} numbers and {sizes[2]} captured "
+            f"tensors: at most {most[0]}, {most[1]} and {most[2]} serve"
+        )
+    captured = tape.captured(score, visible)
+    return Function(captured.program, captured.numbers, captured.tensors)
+
+
+def _traced_score(tape: Tape, score_mod: Callable[..., Any]) -> Symbol:
+    found = score_mod(
+        tape.add("score", "f32"),
+        *(tape.add(name, "i32") for name in ("batch", "head", "row", "key")),
+    )
+    return converted(tape, _result(found, "score_mod"), "f32")
+
+
+def _traced_mask(tape: Tape, mask: MaskMod) -> Symbol:
+    kind, parts = mask.parts
+    if kind:
+        found = [_traced_mask(tape, part) for part in parts]
+        return tape.add(kind, "b1", *(one.idx for one in found))
+    batch, head, row, key = (tape.add(name, "i32") for name in ("batch", "head", "row", "key"))
+    offset: Any = mask.q_offset
+    if offset == "bottom_right" if isinstance(offset, str) else False:
+        row = row + tape.add("shift", "i32")
+    elif type(offset) is not int:
+        row = row + offset[batch]
+    elif offset != 0:
+        row = row + offset
+    return converted(tape, _result(mask.function(batch, head, row, key), "MaskMod"), "b1")
+
+
+def _result(found: Any, name: str) -> Any:  # noqa: ANN401 - a symbol, or a number
+    if isinstance(found, Symbol) or type(found) in (int, float, bool):
+        return found
+    raise InvalidInputError(
+        f"{name}: the function returned a {type(found).__name__}: it must return what it computes "
+        "of its arguments"
+    )

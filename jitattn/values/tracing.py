@@ -1,0 +1,687 @@
+"""Traces score and mask functions: calls them once with symbols, which note what is done to them.
+
+Types are torch's for 0-dimensional tensors: the score is fp32, indices are int32; a Python number
+takes the kind of the tensor beside it, an int beyond int32 is int64, and a float makes floats of
+integers. Numbers become arguments, in the order of their use, and so do captured tensors.
+"""
+
+from __future__ import annotations
+
+import linecache
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from jitattn.errors import UnsupportedError
+from jitattn.spec.program import BOOL, FLOATS, INTEGERS, MOST_DIMENSIONS, WIDE, Node, Program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import FrameType
+
+_KIND_OF: Final = {
+    torch.bool: BOOL, torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32",
+    torch.int64: "i64", torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32",
+    torch.float64: "f64",
+}  # fmt: skip
+_DTYPE_OF: Final = {kind: dtype for dtype, kind in _KIND_OF.items()}
+_INT32: Final = range(-(2**31), 2**31)
+_INT64: Final = range(-(2**63), 2**63)
+#: Frames of these folders are none of the user's.
+_OURS: Final = tuple(
+    str(Path(one).parent) for one in (__file__.rpartition("values")[0] + "x", torch.__file__)
+)
+_RANDOM: Final = frozenset((
+    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli",
+    "multinomial", "normal", "poisson", "dropout", "uniform_", "normal_", "random_",
+))  # fmt: skip
+
+
+class Captured(NamedTuple):
+    """A traced function: its program, and what the program is given."""
+
+    program: str
+    numbers: tuple[float, ...]
+    tensors: tuple[torch.Tensor, ...]
+
+
+class Tape:
+    """Collects the nodes, numbers and tensors of a program."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.kinds: list[str] = []
+        self.numbers: list[float] = []
+        self.tensors: list[torch.Tensor] = []
+        self._known: dict[Node, int] = {}
+
+    def add(self, op: str, kind: str, *args: int) -> Symbol:
+        """Return the symbol of a node, the same one for equal nodes."""
+        node = Node(op, kind, args)
+        idx = self._known.get(node)
+        if idx is None:
+            idx = self._known[node] = len(self.nodes)
+            self.nodes.append(node)
+        return Symbol(self, idx, kind)
+
+    def number(self, value: float, kind: str) -> Symbol:
+        """Return the symbol of a number, an argument of its own even if it equals another."""
+        self.kinds.append(kind)
+        self.numbers.append(value)
+        return self.add("number", kind, len(self.numbers) - 1)
+
+    def tensor(self, value: torch.Tensor) -> int:
+        """Return the number of a captured tensor."""
+        for idx, known in enumerate(self.tensors):
+            if known is value:
+                return idx
+        if value.dtype not in _KIND_OF:
+            raise refusal(
+                f"a captured tensor is {value.dtype}: it must be of ints, bools or floats"
+            )
+        if value.dim() > MOST_DIMENSIONS:
+            raise refusal(
+                f"a captured tensor has {value.dim()} dimensions: at most {MOST_DIMENSIONS} serve"
+            )
+        self.tensors.append(value)
+        return len(self.tensors) - 1
+
+    def captured(self, score: Symbol | None, mask: Symbol | None) -> Captured:
+        """Return the traced function."""
+        program = Program(
+            tuple(self.kinds),
+            tuple((_KIND_OF[x.dtype], x.dim()) for x in self.tensors),
+            tuple(self.nodes),
+            None if score is None else score.idx,
+            None if mask is None else mask.idx,
+        )
+        return Captured(program.text(), tuple(self.numbers), tuple(self.tensors))
+
+
+def refusal(reason: str) -> UnsupportedError:
+    """Return the error of something that cannot be traced, with the line of the user's that did."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith((*_OURS, "<frozen")):
+        frame = frame.f_back
+    if frame is None:
+        return UnsupportedError(reason)
+    name, line = frame.f_code.co_filename, frame.f_lineno
+    text = linecache.getline(name, line).strip()
+    return UnsupportedError(f"{name}, line {line}: {text!r}: {reason}")
+
+
+class Symbol:
+    """A value of a program, which behaves as a 0-dimensional tensor."""
+
+    __slots__ = ("idx", "kind", "tape")
+    __hash__ = object.__hash__
+
+    def __init__(self, tape: Tape, idx: int, kind: str) -> None:
+        self.tape, self.idx, self.kind = tape, idx, kind
+
+    # ---- What a tensor has
+    dtype = property(lambda self: _DTYPE_OF[self.kind])
+    shape = property(lambda self: torch.Size(()))
+    ndim = property(lambda self: 0)
+    device = property(lambda self: torch.device("cpu"))
+    requires_grad = property(lambda self: False)
+
+    def dim(self) -> int:
+        """Return 0."""
+        return 0
+
+    def numel(self) -> int:
+        """Return 1."""
+        return 1
+
+    def size(self) -> torch.Size:
+        """Return no sizes."""
+        return torch.Size(())
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - a method of tensors
+        handler = _HANDLERS.get(name)
+        if handler is None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            raise refusal(f"a score or mask function cannot use .{name} of a symbol")
+        return lambda *args, **kwargs: _handled(name, handler, (self, *args), kwargs)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - a symbol, mostly
+        """Trace a function of torch's."""
+        del types
+        return _of_torch(func, args, kwargs or {})
+
+    # ---- What cannot be traced
+    def __bool__(self) -> bool:
+        raise refusal(
+            "the value of a symbol is not known while a function is traced: use torch.where in "
+            "place of if, & and | in place of and and or"
+        )
+
+    def _no_number(self, *args: object) -> Any:  # noqa: ANN401
+        raise refusal("the value of a symbol is not known while a function is traced")
+
+    __int__ = __float__ = __index__ = __complex__ = __len__ = __iter__ = item = tolist = _no_number
+    __round__ = _no_number
+
+    def _no_write(self, *args: object) -> Any:  # noqa: ANN401
+        raise refusal("a score or mask function must not write to tensors")
+
+    __setitem__ = _no_write
+
+    def __getitem__(self, index: Any) -> Symbol:  # noqa: ANN401
+        """Return itself for an index of no dimension."""
+        if index in ((), ...):
+            return self
+        raise refusal("a symbol has no dimension to index")
+
+
+class View:
+    """A captured tensor of which some leading dimensions are indexed."""
+
+    __slots__ = ("index", "tape", "tensor")
+
+    def __init__(self, tape: Tape, tensor: torch.Tensor, index: tuple[Symbol | None, ...]) -> None:
+        #: A symbol for each dimension that is indexed, None for each that remains.
+        self.tape, self.tensor, self.index = tape, tensor, index
+
+    def __getitem__(self, index: Any) -> View | Symbol:  # noqa: ANN401 - of any kind
+        """Index the dimensions that remain."""
+        given = list(index) if isinstance(index, tuple) else [index]
+        places = [place for place, one in enumerate(self.index) if one is None]
+        if ... in [one for one in given if one is ...]:
+            where = next(place for place, one in enumerate(given) if one is ...)
+            rest = len(places) - (len(given) - 1)
+            given[where : where + 1] = [slice(None)] * rest
+        if len(given) > len(places):
+            raise refusal(f"{len(given)} indices for {len(places)} dimensions of a captured tensor")
+        found = list(self.index)
+        for place, one in zip(places, given, strict=False):
+            if isinstance(one, slice) and one == slice(None):
+                continue
+            found[place] = _as_index(self.tape, one)
+        if any(one is None for one in found):
+            return View(self.tape, self.tensor, tuple(found))
+        return _read(self.tape, self.tensor, found)  # type: ignore[arg-type] - none is None
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise refusal(f".{name}: all dimensions of a captured tensor must be indexed first")
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Trace a function of torch's."""
+        del types
+        return _of_torch(func, args, kwargs or {})
+
+
+def _as_index(tape: Tape, value: Any) -> Symbol:  # noqa: ANN401 - an index of any kind
+    if isinstance(value, torch.Tensor) and value.dim() == 0:
+        value = _read(tape, value, [])
+    if isinstance(value, Symbol):
+        if value.kind not in INTEGERS:
+            raise refusal(f"a captured tensor is indexed by a symbol of {value.dtype}")
+        return value if value.kind in ("i32", "i64") else _cast(value, "i32")
+    if type(value) is int:
+        return tape.number(value, "i32" if value in _INT32 else "i64")
+    raise refusal(
+        f"a captured tensor is indexed by a {type(value).__name__}: symbols, ints and : serve"
+    )
+
+
+def _read(tape: Tape, tensor: torch.Tensor, index: Sequence[Symbol]) -> Symbol:
+    kind = _KIND_OF.get(tensor.dtype, "")
+    number = tape.tensor(tensor)
+    return tape.add("read", "f32" if kind in WIDE else kind, number, *(one.idx for one in index))
+
+
+# ---- Types
+def _cast(value: Symbol, kind: str) -> Symbol:
+    return value if value.kind == kind else value.tape.add("cast", kind, value.idx)
+
+
+def _promoted(values: Sequence[Any]) -> str:
+    """Return the kind in which symbols and numbers are combined, as torch promotes."""
+    symbols = [value for value in values if isinstance(value, Symbol)]
+    dtype = symbols[0].dtype
+    for one in symbols[1:]:
+        dtype = torch.promote_types(dtype, one.dtype)
+    kind = _KIND_OF[dtype]
+    for value in values:
+        if isinstance(value, Symbol):
+            continue
+        if isinstance(value, float):
+            kind = kind if kind in FLOATS else "f32"
+        elif type(value) is int and kind not in FLOATS:
+            if kind == BOOL:
+                kind = "i64"
+            if value not in _INT32:
+                kind = "i64"
+    return kind
+
+
+def converted(tape: Tape, value: Any, kind: str) -> Symbol:  # noqa: ANN401 - symbol or number
+    """Return a symbol of a kind."""
+    if isinstance(value, Symbol):
+        return _cast(value, kind)
+    if type(value) is bool:
+        return _cast(tape.add("const", BOOL, int(value)), kind)
+    if kind in FLOATS:
+        return _cast(tape.number(_as_float(value), "f32"), kind)
+    if value not in _INT64:
+        raise refusal(f"{value} is beyond 64 bits")
+    number = tape.number(int(value), "i32" if value in _INT32 else "i64")
+    return _cast(number, kind)
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _values(args: Sequence[Any]) -> tuple[Tape, list[Any]]:
+    """Return the tape, and the operands with captured 0-dimensional tensors read."""
+    tape = next(one.tape for one in args if isinstance(one, Symbol | View))
+    found = []
+    for one in args:
+        value = one
+        if isinstance(one, torch.Tensor):
+            if one.dim() != 0:
+                raise refusal(
+                    f"a captured tensor {list(one.shape)} is used as a whole: index it to a number"
+                )
+            value = _read(tape, one, [])
+        elif isinstance(one, View):
+            raise refusal("a captured tensor is used with dimensions left: index them too")
+        elif not isinstance(one, Symbol) and type(one) not in (int, float, bool):
+            raise refusal(f"a {type(one).__name__} takes part in arithmetic: numbers serve")
+        found.append(value)
+    return tape, found
+
+
+# ---- Operations
+def _binary(op: str, *, floats: bool = False) -> Callable[..., Symbol]:
+    """Return the handler of an operation of two operands; `floats`: on floats alone."""
+
+    def handler(one: Any, other: Any) -> Symbol:  # noqa: ANN401 - symbol or number
+        tape, values = _values((one, other))
+        kind = _promoted(values)
+        if floats and kind not in FLOATS:
+            kind = "f32"
+        if kind == BOOL:  # as torch has it, where it has it
+            if op not in _OF_BOOLS:
+                raise refusal(f"{op} of two bools: use &, | and ~")
+            return _node(_OF_BOOLS[op], BOOL, tape, values)
+        return _node(op, kind, tape, values)
+
+    return handler
+
+
+_OF_BOOLS: Final = {"add": "or", "mul": "and", "max": "or", "min": "and"}
+
+
+def _node(op: str, kind: str, tape: Tape, values: Sequence[Any]) -> Symbol:
+    return tape.add(op, kind, *(converted(tape, value, kind).idx for value in values))
+
+
+def _unary(op: str, *, floats: bool = True) -> Callable[[Any], Symbol]:
+    def handler(one: Any) -> Symbol:  # noqa: ANN401
+        tape, values = _values((one,))
+        kind = values[0].kind
+        if floats and kind not in FLOATS:
+            kind = "f32"
+        if kind == BOOL:
+            raise refusal(f"{op} of a bool")
+        return _node(op, kind, tape, values)
+
+    return handler
+
+
+def _rounded(op: str) -> Callable[..., Symbol]:
+    def handler(one: Symbol, *, decimals: int = 0) -> Symbol:
+        if decimals != 0:
+            raise refusal("round with decimals")
+        return one if one.kind in INTEGERS else _unary(op)(one)
+
+    return handler
+
+
+def _bits(op: str, *, is_logical: bool = False) -> Callable[..., Symbol]:
+    def handler(one: Any, other: Any) -> Symbol:  # noqa: ANN401
+        tape, values = _values((one, other))
+        if is_logical:
+            return _node(op, BOOL, tape, [_truth(tape, value) for value in values])
+        kind = _promoted(values)
+        if kind in FLOATS:
+            raise refusal(f"bitwise {op} of floats")
+        return _node(op, kind, tape, values)
+
+    return handler
+
+
+def _truth(tape: Tape, value: Any) -> Symbol:  # noqa: ANN401 - symbol or number
+    if isinstance(value, Symbol):
+        return _cast(value, BOOL)
+    return tape.add("const", BOOL, int(bool(value)))
+
+
+def _not(one: Symbol) -> Symbol:
+    if one.kind in FLOATS:
+        raise refusal("~ of a float")
+    return one.tape.add("not", one.kind, one.idx)
+
+
+def _compared(op: str) -> Callable[..., Symbol]:
+    def handler(one: Any, other: Any) -> Symbol:  # noqa: ANN401
+        tape, values = _values((one, other))
+        kind = _promoted(values)
+        sides = [converted(tape, value, kind).idx for value in values]
+        return tape.add(op, BOOL, *sides)
+
+    return handler
+
+
+def _divided(one: Any, other: Any, *, rounding_mode: str | None = None) -> Symbol:  # noqa: ANN401
+    if rounding_mode is None:
+        return _binary("div", floats=True)(one, other)
+    if rounding_mode not in ("floor", "trunc"):
+        raise refusal(f"rounding_mode={rounding_mode!r}")
+    return _binary("floordiv" if rounding_mode == "floor" else "truncdiv")(one, other)
+
+
+def _where(condition: Any, one: Any = None, other: Any = None) -> Symbol:  # noqa: ANN401
+    if one is None or other is None:
+        raise refusal("torch.where needs three arguments")
+    tape, (condition, one, other) = _values((condition, one, other))
+    if isinstance(one, Symbol) or isinstance(other, Symbol):
+        kind = _promoted((one, other))
+    elif type(one) is bool and type(other) is bool:
+        kind = BOOL
+    else:  # numbers alone: torch's default kinds
+        has_float = isinstance(one, float) or isinstance(other, float)
+        kind = "f32" if has_float else "i64"
+    sides = [converted(tape, value, kind).idx for value in (one, other)]
+    return tape.add("where", kind, _truth(tape, condition).idx, *sides)
+
+
+def _clamped(one: Any, min: Any = None, max: Any = None) -> Symbol:  # noqa: ANN401 - torch's
+    if min is not None:
+        one = _binary("max")(one, min)
+    return one if max is None else _binary("min")(one, max)
+
+
+def _masked_fill(one: Any, mask: Any, value: Any) -> Symbol:  # noqa: ANN401
+    tape, (one, mask, value) = _values((one, mask, value))
+    filled = converted(tape, value, one.kind)
+    return tape.add("where", one.kind, _truth(tape, mask).idx, filled.idx, one.idx)
+
+
+def _power(one: Any, other: Any) -> Symbol:  # noqa: ANN401
+    if type(other) is int and 0 <= other <= 3 and isinstance(one, Symbol):
+        found = one if other else converted(one.tape, 1, one.kind)
+        for _ in range(other - 1):
+            found = _binary("mul")(found, one)
+        return found
+    return _binary("pow")(one, other)
+
+
+def _to(one: Symbol, *args: Any, dtype: torch.dtype | None = None, **others: Any) -> Symbol:  # noqa: ANN401
+    for given in (*args, dtype):
+        if isinstance(given, torch.dtype):
+            return _as(given)(one)
+        if isinstance(given, Symbol):
+            return _cast(one, given.kind)
+        if isinstance(given, torch.Tensor):
+            return _as(given.dtype)(one)
+    return one
+
+
+def _as(dtype: torch.dtype) -> Callable[..., Symbol]:
+    def handler(one: Symbol, **others: Any) -> Symbol:  # noqa: ANN401 - memory formats
+        kind = _KIND_OF.get(dtype)
+        if kind is None:
+            raise refusal(f"a symbol is cast to {dtype}")
+        return _cast(one, "f32" if kind in WIDE else kind)
+
+    return handler
+
+
+def _full(value: Any) -> Callable[..., Symbol]:  # noqa: ANN401 - a number, or None: it is given
+    def handler(one: Symbol, *args: Any, dtype: torch.dtype | None = None, **others: Any) -> Symbol:  # noqa: ANN401
+        given = value
+        rest = args
+        if given is None:
+            given = others.pop("fill_value", None)
+            if given is None:
+                *rest, given = args  # type: ignore[assignment]
+        shape = others.get("size", rest[0] if rest else ())
+        if tuple(shape) != ():
+            raise refusal(f"a tensor {list(shape)} is made: only 0-dimensional ones serve")
+        kind = one.kind if dtype is None else _KIND_OF.get(dtype, "")
+        if kind == BOOL:
+            return one.tape.add("const", BOOL, int(bool(given)))
+        return converted(one.tape, given, "f32" if kind in WIDE else kind)
+
+    return handler
+
+
+def _like(value: float) -> Callable[..., Symbol]:
+    def handler(one: Symbol, *, dtype: torch.dtype | None = None, **others: Any) -> Symbol:  # noqa: ANN401
+        return _full(value)(one, (), dtype=dtype)
+
+    return handler
+
+
+def _same(one: Symbol, *args: Any, **others: Any) -> Symbol:  # noqa: ANN401 - shapes, devices
+    return one
+
+
+def _relu(one: Symbol) -> Symbol:
+    return _where(_compared("le")(one, 0), converted(one.tape, 0, one.kind), one)
+
+
+def _any_of(op: str) -> Callable[..., Symbol]:
+    """Return a minimum or maximum of two; torch's of one tensor is the tensor itself."""
+
+    def handler(one: Any, other: Any = None) -> Symbol:  # noqa: ANN401
+        return one if other is None else _binary(op)(one, other)
+
+    return handler
+
+
+def _addcmul(one: Any, two: Any, three: Any, *, value: float = 1) -> Symbol:  # noqa: ANN401
+    product = _binary("mul")(two, three)
+    return _binary("add")(one, product if value == 1 else _binary("mul")(product, value))
+
+
+def _lerp(one: Any, other: Any, weight: Any) -> Symbol:  # noqa: ANN401
+    return _binary("add")(one, _binary("mul")(weight, _binary("sub")(other, one)))
+
+
+def _scaled(op: str) -> Callable[..., Symbol]:
+    """Return a sum or difference, whose second operand may be multiplied."""
+
+    def handler(one: Any, other: Any, *, alpha: float = 1) -> Symbol:  # noqa: ANN401
+        return _binary(op)(one, other if alpha == 1 else _binary("mul")(other, alpha))
+
+    return handler
+
+
+def _square(one: Symbol) -> Symbol:
+    return _binary("mul")(one, one)
+
+
+def _swapped(handler: Callable[..., Symbol]) -> Callable[..., Symbol]:
+    return lambda one, other: handler(other, one)
+
+
+_FLOOR: Final = _binary("floordiv")
+_HANDLERS: Final[dict[str, Callable[..., Any]]] = {
+    "add": _scaled("add"), "sub": _scaled("sub"), "subtract": _scaled("sub"),
+    "mul": _binary("mul"), "multiply": _binary("mul"),
+    "div": _divided, "divide": _divided, "true_divide": _binary("div", floats=True),
+    "truediv": _binary("div", floats=True), "floordiv": _FLOOR, "floor_divide": _FLOOR,
+    "mod": _binary("mod"), "remainder": _binary("mod"), "fmod": _binary("fmod"),
+    "pow": _power, "float_power": _binary("pow", floats=True), "square": _square,
+    "neg": _unary("neg", floats=False), "negative": _unary("neg", floats=False), "pos": _same,
+    "positive": _same,
+    "abs": _unary("abs", floats=False), "absolute": _unary("abs", floats=False),
+    "sign": _unary("sign", floats=False), "sgn": _unary("sign", floats=False),
+    "floor": _rounded("floor"), "ceil": _rounded("ceil"), "trunc": _rounded("trunc"),
+    "fix": _rounded("trunc"), "round": _rounded("round"),
+    "minimum": _binary("min"), "maximum": _binary("max"), "min": _any_of("min"),
+    "max": _any_of("max"), "fmin": _binary("min"), "fmax": _binary("max"),
+    "clamp": _clamped, "clip": _clamped, "clamp_min": _binary("max"), "clamp_max": _binary("min"),
+    "lt": _compared("lt"), "less": _compared("lt"), "le": _compared("le"),
+    "less_equal": _compared("le"), "gt": _compared("gt"), "greater": _compared("gt"),
+    "ge": _compared("ge"), "greater_equal": _compared("ge"), "eq": _compared("eq"),
+    "ne": _compared("ne"), "not_equal": _compared("ne"),
+    "and": _bits("and"), "bitwise_and": _bits("and"), "or": _bits("or"), "bitwise_or": _bits("or"),
+    "xor": _bits("xor"), "bitwise_xor": _bits("xor"), "invert": _not, "bitwise_not": _not,
+    "logical_and": _bits("and", is_logical=True), "logical_or": _bits("or", is_logical=True),
+    "logical_xor": _bits("xor", is_logical=True),
+    "logical_not": lambda one: _not(_truth(one.tape, one)),
+    "lshift": _bits("shl"), "bitwise_left_shift": _bits("shl"),
+    "rshift": _bits("shr"), "bitwise_right_shift": _bits("shr"),
+    "where": _where, "masked_fill": _masked_fill, "relu": _relu,
+    "addcmul": _addcmul, "lerp": _lerp, "atan2": _binary("atan2", floats=True),
+    "arctan2": _binary("atan2", floats=True),
+    "to": _to, "type_as": _to, "float": _as(torch.float32), "half": _as(torch.float16),
+    "bfloat16": _as(torch.bfloat16), "int": _as(torch.int32), "long": _as(torch.int64),
+    "short": _as(torch.int16), "char": _as(torch.int8), "byte": _as(torch.uint8),
+    "bool": _as(torch.bool), "double": _as(torch.float64), "type": _to,
+    "clone": _same, "contiguous": _same, "detach": _same, "view": _same, "reshape": _same,
+    "squeeze": _same, "cpu": _same, "cuda": _same, "expand": _same,
+    "new_ones": _full(1), "new_zeros": _full(0), "new_full": _full(None), "new_tensor": _full(None),
+    "ones_like": _like(1), "zeros_like": _like(0), "full_like": _full(None),
+    "isnan": _unary("isnan"), "isinf": _unary("isinf"),
+    **{name: _unary(name) for name in (
+        "exp", "exp2", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt", "reciprocal", "tanh",
+        "sigmoid", "sin", "cos", "tan", "sinh", "cosh", "atan", "erf",
+    )},
+    "arctan": _unary("atan"), "special_expit": _unary("sigmoid"),
+}  # fmt: skip
+
+
+def _detach(one: Symbol) -> Symbol:
+    return one.tape.add("detach", one.kind, one.idx)
+
+
+def _test(op: str) -> Callable[[Symbol], Symbol]:
+    def handler(one: Symbol) -> Symbol:
+        if one.kind not in FLOATS:
+            return one.tape.add("const", BOOL, 0)
+        return one.tape.add(op, BOOL, one.idx)
+
+    return handler
+
+
+_HANDLERS.update(isnan=_test("isnan"), isinf=_test("isinf"), detach=_detach)
+
+
+def _install_operators() -> None:
+    """Give symbols Python's operators."""
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor",
+                 "lshift", "rshift"):  # fmt: skip
+        handler = _HANDLERS[name]
+        for method, own in ((f"__{name}__", handler), (f"__r{name}__", _swapped(handler))):
+            setattr(Symbol, method, _method(name, own))
+    for name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "abs", "invert"):
+        setattr(Symbol, f"__{name}__", _method(name, _HANDLERS[name]))
+
+
+def _method(name: str, handler: Callable[..., Symbol]) -> Callable[..., Any]:
+    return lambda self, *args: _handled(name, handler, (self, *args), {})
+
+
+_install_operators()
+
+
+def _handled(
+    name: str, handler: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:  # noqa: ANN401 - a symbol
+    try:
+        return handler(*args, **kwargs)
+    except (TypeError, AttributeError, StopIteration) as error:
+        raise refusal(f"{name} is not traced with these arguments ({error})") from error
+
+
+def _has_symbol(values: Any) -> bool:  # noqa: ANN401 - any nesting
+    if isinstance(values, Symbol | View):
+        return True
+    if isinstance(values, dict):
+        return any(_has_symbol(one) for one in values.values())
+    return isinstance(values, tuple | list) and any(_has_symbol(one) for one in values)
+
+
+def _of_torch(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    """Trace a function of torch's that was called with a symbol."""
+    name = getattr(func, "__name__", str(func))
+    if name == "__getitem__" and isinstance(args[0], torch.Tensor):
+        tape = _tape_of(args[1])
+        return View(tape, args[0], (None,) * args[0].dim())[args[1]]
+    if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+        raise refusal("a score or mask function must not write to tensors")
+    plain = name.strip("_")
+    if name.startswith("__") and plain[:1] == "r" and plain[1:] in _HANDLERS:
+        return _handled(name, _swapped(_HANDLERS[plain[1:]]), args, kwargs)
+    handler = _HANDLERS.get(plain)
+    if handler is None:
+        raise refusal(f"torch's {name} of a symbol is not traced")
+    return _handled(name, handler, args, kwargs)
+
+
+def _tape_of(index: Any) -> Tape:  # noqa: ANN401
+    one: Tape = next(
+        part.tape
+        for part in (index if isinstance(index, tuple) else (index,))
+        if isinstance(part, Symbol)
+    )
+    return one
+
+
+class Tracing(TorchFunctionMode):
+    """Catches captured tensors indexed by symbols, and what must not be in a function."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - what the function returns
+        """Trace, refuse or call a function of torch's."""
+        given = kwargs or {}
+        if _has_symbol(args) or _has_symbol(given):
+            return _of_torch(func, args, given)
+        name = getattr(func, "__name__", "")
+        if name in _RANDOM:
+            raise refusal(f"random numbers ({name}) in a score or mask function")
+        if name == "__setitem__":
+            raise refusal("a score or mask function must not write to tensors")
+        if name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
+            raise refusal(
+                f"{name} of a captured tensor waits for the device, and its value may change: "
+                "read it at an index"
+            )
+        return func(*args, **given)
