@@ -12,6 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from jitattn.api import interop
 from jitattn.api.nested import are_nested, attention_of_nested
 from jitattn.errors import NestedError, WithoutMemoryError
+from jitattn.request.mask_blocks import without_hidden_blocks
 from jitattn.request.problem import Call
 from jitattn.request.score_checks import softcap_of
 from jitattn.request.scores import NO_CHANGES, Scores, in_fp32
@@ -26,7 +27,7 @@ from jitattn.run.operators import call_operator
 from jitattn.values.autocast import cast_inputs
 from jitattn.values.dropout import Dropout, check_state, threshold_of
 from jitattn.values.dropout import dropout_state as draw_state
-from jitattn.values.functions import traced
+from jitattn.values.function_cache import function_of
 from jitattn.values.masks import Both, Full, MaskMod, is_mask, parts_of
 from jitattn.values.tensors import PLAIN
 
@@ -248,6 +249,8 @@ def attention(
     function = None
     if score_mod is not None or type(mask) in _MAY_HOLD_FUNCTIONS:
         mask, function = _traced(score_mod, mask)
+        if function is not None and isinstance(q, Tensor) and q.is_cuda:
+            mask, function = without_hidden_blocks(mask, function, q, k, layout, q_seqs, kv_seqs)
     if not (tensors_are_none and numbers_are_none):
         scores = _scores(
             q,
@@ -312,7 +315,7 @@ def _traced(score_mod: Callable[..., Any] | None, mask: Mask) -> tuple[Mask, Fun
         mask = parts.rule
         if parts.key_padding is not None or parts.dense is not None:
             mask = Both(parts.rule, parts.key_padding, parts.dense)
-    return mask, traced(score_mod, parts.function)
+    return mask, function_of(score_mod, parts.function)
 
 
 def _in_autocast(*tensors: Any) -> list[Any]:  # noqa: ANN401 - arrays of any library, or None

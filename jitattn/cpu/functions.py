@@ -79,10 +79,12 @@ def _value(node: Node, function: Function, values: list[Any], wide: torch.dtype)
         return _read(function.tensors[tensor], [values[one] for one in index])
     operands = [values[one] for one in args]
     if op == "cast":
-        return operands[0].to(dtype)
+        converted: Tensor = operands[0].to(dtype)
+        return converted
     if kind in ("f16", "bf16"):  # computed in fp32 and rounded once, as kernels do
         operands = [x.to(torch.float32) if x.is_floating_point() else x for x in operands]
-    return _OPERATIONS[op](*operands)
+    found: Tensor = _OPERATIONS[op](*operands)
+    return found
 
 
 def _read(tensor: Tensor, index: list[Tensor]) -> Tensor:

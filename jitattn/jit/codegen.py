@@ -63,8 +63,8 @@ def _enum(kind: type[StrEnum]) -> str:
 def _members(spec: KernelSpec) -> Iterator[str]:
     yield _member("arch", arch_number(spec.arch))
     for name, value in spec.flat_fields():
-        if name == "function":
-            yield f"bool kHasFunction = {'true' if value else 'false'};"
+        if isinstance(value, str) and not isinstance(value, StrEnum):
+            yield f"bool {camel(f'has_{name}')} = {'true' if value else 'false'};"
         else:
             yield _member(name, value)
     for name in (*spec.derived, "num_threads", "smem_bytes"):

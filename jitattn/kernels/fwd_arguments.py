@@ -96,6 +96,8 @@ SCALED: Final = ArgumentStruct(
     base="Base",
 )
 
+#: Let a traced function's parameters begin and end at multiples of 8 bytes; nothing is in them.
+FUNCTION_GAPS: Final = ("function_begin", "function_end")
 #: Further parameters for a traced function: none here, those of its program in its kernels.
 NO_FUNCTION: Final = ArgumentStruct("FunctionParams", (), base="Base")
 
@@ -140,6 +142,10 @@ def function_struct(text: str) -> ArgumentStruct:
         fields.append(Argument(f"tensor{idx}", "const void*"))
         fields += [Argument(f"tensor{idx}_stride_{axis}", "int64_t") for axis in range(dims)]
         fields += [Argument(f"tensor{idx}_size_{axis}", "int32_t") for axis in range(dims)]
+    # C++ would put the first field of a struct into the gap at the end of its base.
+    fields.append(Argument(FUNCTION_GAPS[0], "int64_t"))
+    if sum(one.code in "iIf" for one in fields) % 2:
+        fields.append(Argument(FUNCTION_GAPS[1], "int32_t"))
     return ArgumentStruct("FunctionParams", tuple(fields), base="Base")
 
 

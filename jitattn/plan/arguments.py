@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
-from jitattn.kernels.fwd_arguments import FWD_SCORE, FWD_SEQ
+from jitattn.kernels.fwd_arguments import FUNCTION_GAPS, FWD_SCORE, FWD_SEQ, function_struct
 from jitattn.plan.step import Place
 from jitattn.spec.call_arguments import BlockListArguments, alike
 from jitattn.spec.program import parse
@@ -90,7 +90,10 @@ def tail(
     if runtime.function is not None:
         count = len(parse(problem.function).tensors)
         names = [f"tensor{idx}" for idx in range(count)]
-        parts.append((dict(runtime.function), {name: Place(name) for name in names}))
+        own = dict(runtime.function)
+        fields = {one.name for one in function_struct(problem.function).fields}
+        own |= {name: 0 for name in FUNCTION_GAPS if name in fields}
+        parts.append((own, {name: Place(name) for name in names}))
     for more_numbers, more_places in parts:
         numbers |= more_numbers
         places |= more_places

@@ -11,10 +11,12 @@ from jitattn.errors import InvalidInputError
 from jitattn.reference.masks import attended, of_sequence
 from jitattn.reference.scores import Scores
 from jitattn.values.autocast import matmul, outside_autocast
-from jitattn.values.masks import Full
+from jitattn.values.masks import Full, parts_of
 from jitattn.values.sequences import Padded, Paged, Ragged
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from jitattn.values.masks import Mask
@@ -43,6 +45,7 @@ def reference(
     dropout_p: float = 0.0,
     dropout_state: Tensor | None = None,
     qk_norm: L2Norm | None = None,
+    score_mod: Callable[..., Any] | None = None,
 ) -> Any:  # noqa: ANN401 - Tensor, or (Tensor, Tensor) with return_lse
     """Compute exact scaled dot-product attention on whole score matrices.
 
@@ -63,6 +66,7 @@ def reference(
         Layout of the sequences, as in `jitattn.attention`. Rows that belong to no sequence are 0,
         with an LSE of -inf.
     bias, relative_bias, alibi_slopes, softcap, sinks, dropout_p, dropout_state, qk_norm : optional
+    score_mod : callable, optional
         As in `jitattn.attention`.
 
     Returns
@@ -90,7 +94,16 @@ def reference(
     # A numpy scalar times a tensor gives an array.
     scale, softcap = (None if x is None else float(x) for x in (scale, softcap))
     changes = Scores(
-        bias, relative_bias, alibi_slopes, softcap, sinks, float(dropout_p), dropout_state, qk_norm
+        bias,
+        relative_bias,
+        alibi_slopes,
+        softcap,
+        sinks,
+        float(dropout_p),
+        dropout_state,
+        qk_norm,
+        score_mod,
+        parts_of(mask).function,
     )
     if q_seqs is not None or kv_seqs is not None:
         out, lse = _one_by_one(q, k, v, mask, scale, layout, dtype, q_seqs, kv_seqs, changes)
@@ -123,7 +136,7 @@ def _dense(
 
     attend = attended(mask, q.shape[0], heads_q, heads_kv, q.shape[2], k.shape[2], device=q.device)
     scores = changes.apply(scale * matmul(q, k.transpose(2, 3)))  # [B, Hq, Lq, Lkv]
-    scores = scores.masked_fill(~attend, float("-inf"))
+    scores = changes.through_functions(scores).masked_fill(~attend, float("-inf"))
     sees_any = (scores != float("-inf")).any(dim=3)  # [B, Hq, Lq]; a bias may hide as well
     # A row of nothing but -inf has no softmax, and its gradient is NaN: give it harmless scores
     # here, and take its weights and its LSE away again below.

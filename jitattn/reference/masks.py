@@ -157,4 +157,4 @@ def of_sequence(mask: Mask, b: int) -> Mask:
         padding = KeyPadding(padding.keep[b : b + 1])
     if dense is not None and dense.keep.shape[0] > 1:
         dense = Dense(dense.keep[b : b + 1])
-    return Both(parts.rule, padding, dense)
+    return Both(parts.rule, padding, dense, parts.function)

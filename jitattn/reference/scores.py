@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from jitattn.reference.functions import over_pairs, visible_pairs
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
+    from jitattn.values.masks import MaskMod
     from jitattn.values.norm import L2Norm
 
 
@@ -23,6 +28,8 @@ class Scores(NamedTuple):
     dropout_p: float = 0.0
     dropout_state: Tensor | None = None
     qk_norm: L2Norm | None = None
+    score_mod: Callable[..., Any] | None = None
+    mask_mod: MaskMod | None = None
     first_batch: int = 0  #: index of the first sequence in the whole batch; dropout depends on it
 
     def unit(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,6 +90,19 @@ class Scores(NamedTuple):
         if self.bias is not None:
             bias = self.bias.to(dtype)[..., :len_kv]
             scores = scores + (bias if bias.shape[2] == 1 else bias[:, :, :len_q])
+        return scores
+
+    def through_functions(self, scores: Tensor) -> Tensor:
+        """Return what the functions of the caller's make of scores [B, Hq, Lq, Lkv]."""
+        sizes = tuple(scores.shape)
+        if 0 in sizes:
+            return scores
+        if self.score_mod is not None:
+            found = over_pairs(self.score_mod, scores, sizes, scores.device, self.first_batch)
+            scores = found.to(scores.dtype)
+        if self.mask_mod is not None:
+            visible = visible_pairs(self.mask_mod, sizes, scores.device, self.first_batch)
+            scores = scores.masked_fill(~visible, float("-inf"))
         return scores
 
     def of_sequence(self, b: int) -> Scores:

@@ -198,7 +198,7 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
     shift = None
     if norm is not None:
         read.append(norms.check(norm, q, heads, call))
-        if bias is relative is slopes is function is None and softcap is None:
+        if bias is relative is slopes is None and function is None and softcap is None:
             shift = norms.shift_of(norm, scale, q.dtype)
     mask = parts.rule.kernel_mask(heads, sizes.heads_kv)
     _check_rule(parts.rule, mask, sizes)

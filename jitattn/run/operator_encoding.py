@@ -222,10 +222,11 @@ class Reader:
         if text is None:
             return None
         program = parse(text)
-        numbers = tuple(
-            self.number() if kind == "f32" else next(self._ints) for kind in program.numbers
-        )
-        return Function(text, numbers, tuple(self.tensor() for _ in program.tensors))
+        numbers = [
+            (self.number() or 0.0) if kind == "f32" else next(self._ints)
+            for kind in program.numbers
+        ]
+        return Function(text, tuple(numbers), tuple(self.tensor() for _ in program.tensors))
 
     def program(self) -> str | None:
         """Read the text of a program, or None."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jitattn.errors import InvalidInputError
 from jitattn.spec.program import MOST_NODES, MOST_NUMBERS, MOST_TENSORS
-from jitattn.values.tracing import Symbol, Tape, Tracing, converted, refusal
+from jitattn.values.tracing import Symbol, Tape, Tracing, added, converted, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,12 +69,12 @@ def _traced_mask(tape: Tape, mask: MaskMod) -> Symbol:
         return tape.add(kind, "b1", *(one.idx for one in found))
     batch, head, row, key = (tape.add(name, "i32") for name in ("batch", "head", "row", "key"))
     offset: Any = mask.q_offset
-    if offset == "bottom_right" if isinstance(offset, str) else False:
-        row = row + tape.add("shift", "i32")
+    if isinstance(offset, str):
+        row = added(row, tape.add("shift", "i32"))
     elif type(offset) is not int:
-        row = row + offset[batch]
+        row = added(row, offset[batch])
     elif offset != 0:
-        row = row + offset
+        row = added(row, offset)
     return converted(tape, _result(mask.function(batch, head, row, key), "MaskMod"), "b1")
 
 

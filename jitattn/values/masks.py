@@ -2,7 +2,8 @@
 
 True means attend. `a & b` is the intersection: at most one positional rule
 (`Full`, `Causal`, `Window`, `LocalStride`, `BlockSparse`, `PerHead`), at most one `KeyPadding`, at
-most one `Dense`, and any number of `MaskMod`. (A `Causal` and a `Window` are one window, and a `BlockSparse` may be causal.)
+most one `Dense`, and any number of `MaskMod`. (A `Causal` and a `Window` are one window, and a
+`BlockSparse` may be causal.)
 
 A rule's `graph_number` names it in exported graphs, which hold its fields as well: a number is
 never used again for another.
@@ -493,9 +494,9 @@ def both(one: _Mask, other: _Mask) -> Mask:
     if first.function is not None and second.function is not None:
         function = MaskMod(_Made("and", (first.function, second.function)))
     padding, dense = first.key_padding or second.key_padding, first.dense or second.dense
-    if padding is dense is function is None:
+    if padding is None and dense is None and function is None:
         return rule
-    if padding is dense is None and function is not None and rule == _FULL:
+    if padding is None and dense is None and function is not None and rule == _FULL:
         return function
     return Both(rule, padding, dense, function)
 

@@ -206,14 +206,15 @@ class View:
             given[where : where + 1] = [slice(None)] * rest
         if len(given) > len(places):
             raise refusal(f"{len(given)} indices for {len(places)} dimensions of a captured tensor")
-        found = list(self.index)
+        found: list[Symbol | None] = list(self.index)
         for place, one in zip(places, given, strict=False):
             if isinstance(one, slice) and one == slice(None):
                 continue
             found[place] = _as_index(self.tape, one)
-        if any(one is None for one in found):
+        known = [one for one in found if one is not None]
+        if len(known) < len(found):
             return View(self.tape, self.tensor, tuple(found))
-        return _read(self.tape, self.tensor, found)  # type: ignore[arg-type] - none is None
+        return _read(self.tape, self.tensor, known)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         if name.startswith("__"):
@@ -525,6 +526,11 @@ def _scaled(op: str) -> Callable[..., Symbol]:
         return _binary(op)(one, other if alpha == 1 else _binary("mul")(other, alpha))
 
     return handler
+
+
+def added(one: Symbol, other: Any) -> Symbol:  # noqa: ANN401 - a symbol or a number
+    """Return a sum."""
+    return _binary("add")(one, other)
 
 
 def _square(one: Symbol) -> Symbol:

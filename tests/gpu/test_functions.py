@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import jitattn
-from jitattn import MaskMod
+from jitattn import MaskMod, Padded, Paged, Ragged, Window
+from jitattn.reference import reference
 from tests.support.compare import rel_l2
 from tests.support.functions import FUNCTIONS, attend_exactly
 
@@ -47,3 +48,85 @@ def test_functions(name: str, dtype: torch.dtype) -> None:
     for one, other in zip(found, wanted, strict=True):
         assert one.isfinite().all()
         assert rel_l2(one, other) < 3 * LIMIT[dtype]
+
+
+LONG = ["prefix", "document", "natten", "dilated", "window", "by_head"]
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_hidden_blocks_are_not_visited(name: str) -> None:
+    """Long enough for lists of blocks, or a rule of positions."""
+    sizes = (2, 4, 300, 340)
+    score_mod, mask_mod = FUNCTIONS[name]("cuda", *sizes)
+    qkv = drawn(FP16, *sizes[2:])
+    given: dict[str, Any] = {} if score_mod is None else {"score_mod": score_mod}
+    out = jitattn.attention(*qkv, mask=MaskMod(mask_mod), **given)
+    found = torch.autograd.grad(out.float().sin().sum(), qkv)
+    leaves = [x.detach().double().requires_grad_() for x in qkv]
+    exact, _ = attend_exactly(*leaves, score_mod, mask_mod)
+    wanted = torch.autograd.grad(exact.sin().sum(), leaves)
+    assert rel_l2(out, exact) < LIMIT[FP16]
+    for one, other in zip(found, wanted, strict=True):
+        assert rel_l2(one, other) < 3 * LIMIT[FP16]
+
+
+def score(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+    return 0.7 * s + 0.02 * (q - k) * (h + 1) - 0.1 * b
+
+
+def visible(b: Any, h: Any, q: Any, k: Any) -> Any:
+    return (q + 11 >= k) & ((k + b + h) % 5 != 0)
+
+
+def _ragged() -> dict[str, Any]:
+    seqs = [
+        Ragged.from_cu_seqlens(torch.tensor(ends, dtype=torch.int32, device="cuda"))
+        for ends in ([0, 20, 20, 75], [0, 31, 40, 90])
+    ]
+    return {"q_seqs": seqs[0], "kv_seqs": seqs[1]}
+
+
+def _padded() -> dict[str, Any]:
+    return {"kv_seqs": Padded(torch.tensor([90, 41], dtype=torch.int32, device="cuda"))}
+
+
+def _paged() -> dict[str, Any]:
+    table = torch.tensor([[3, 0, 1], [5, 2, 4]], dtype=torch.int32, device="cuda")
+    return {"kv_seqs": Paged(table, torch.tensor([41, 90], dtype=torch.int32, device="cuda"))}
+
+
+def _changed() -> dict[str, Any]:
+    slopes = torch.tensor([0.1, 0.05, 0.2, 0.0], device="cuda")
+    sinks = torch.tensor([0.5, -1.0, 0.0, 2.0], device="cuda")
+    return {"softcap": 3.0, "alibi_slopes": slopes, "sinks": sinks, "mask": Window(30, 5)}
+
+
+CALLS: dict[str, Any] = {
+    "ragged": _ragged, "padded": _padded, "paged": _paged, "changed": _changed, "decode": dict,
+    "bhsd": lambda: {"layout": "bhsd"}, "splits": lambda: {"num_splits": 3},
+    "negative scale": lambda: {"scale": -0.3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_with_other_arguments(name: str) -> None:
+    """As the reference, gradients too."""
+    given = CALLS[name]()
+    len_q = 1 if name == "decode" else 75
+    qkv = drawn(FP16, len_q)
+    if name == "ragged":
+        qkv = [x[0].detach().requires_grad_() for x in qkv]
+    if name == "paged":
+        qkv[1:] = [x.detach()[:, :32].repeat(3, 1, 1, 1).requires_grad_() for x in qkv[1:]]
+    if name == "bhsd":
+        qkv = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in qkv]
+    mask = given.pop("mask", jitattn.Full()) & MaskMod(visible)
+    out = jitattn.attention(*qkv, mask=mask, score_mod=score, **given)
+    leaves = [x.detach().double().requires_grad_() for x in qkv]
+    given.pop("num_splits", None)
+    exact = reference(*leaves, mask=mask, score_mod=score, **given)
+    assert rel_l2(out, exact) < LIMIT[FP16]
+    found = torch.autograd.grad(out.float().sin().sum(), qkv)
+    wanted = torch.autograd.grad(exact.sin().sum(), leaves)
+    for one, other in zip(found, wanted, strict=True):
+        assert rel_l2(one, other) < 3 * LIMIT[FP16]

@@ -283,12 +283,13 @@ def _sources(family: str) -> Path:
 def _library(spec: KernelSpec, watched: bool) -> Any:
     """Compile a kernel, which takes about a second, or find it."""
     folder = _sources(spec.family)
-    name = hashlib.sha256(spec.to_key().encode()).hexdigest()[:24]
+    header = render(spec)
+    name = hashlib.sha256(header.encode()).hexdigest()[:24]
     library = folder / f"{name}{'-watched' if watched else ''}.so"
     with FileLock(library.with_suffix(".lock")):  # of the processes of a run, one compiles it
         if not library.exists():
             with tempfile.TemporaryDirectory(dir=folder) as own:
-                (Path(own) / HEADER_NAME).write_text(render(spec))
+                (Path(own) / HEADER_NAME).write_text(header)
                 build(
                     f"entry/{spec.family}.cu",
                     entry_symbol(spec),

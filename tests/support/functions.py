@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from jitattn.reference.functions import over_pairs
 
 #: A pair of functions (score, mask), either None, for a device, B, Hq, Lq and Lkv.
 Make = Callable[[str, int, int, int, int], tuple[Any, Any]]
@@ -137,30 +138,6 @@ FUNCTIONS: dict[str, Make] = {
     "by_head": _by_head, "hidden_by_score": _hidden_by_score,
     "negative_divisors": _negative_divisors, "functions": _functions, "chained": _chained,
 }  # fmt: skip
-
-
-class _Indexed(TorchFunctionMode):
-    """Lets torch.vmap see tensors that are indexed by its own scalars."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__getitem__:
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            if all(isinstance(one, Tensor) for one in index):
-                return torch.ops.aten.index.Tensor(args[0], [one.long() for one in index])
-        return func(*args, **(kwargs or {}))
-
-
-def over_pairs(function: Any, score: Tensor | None, sizes: tuple[int, ...], device: Any) -> Tensor:
-    """Return a function's values [B, H, Lq, Lkv], by torch.vmap over scalars."""
-    indices = [torch.arange(size, dtype=torch.int32, device=device) for size in sizes]
-    has_score = score is not None
-    mapped = function
-    for axis in (3, 2, 1, 0):
-        own = [0 if axis == place else None for place in range(4)]
-        mapped = torch.vmap(mapped, in_dims=(*((0,) if has_score else ()), *own))
-    with _Indexed():
-        found: Tensor = mapped(*((score,) if has_score else ()), *indices)
-    return found
 
 
 def attend_exactly(

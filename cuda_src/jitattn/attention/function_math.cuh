@@ -216,7 +216,8 @@ __device__ __forceinline__ T max(T x, T y) {
   return x > y ? x : y;
 }
 
-// ---- Floats
+// ---- Floats. What takes many instructions is called: a kernel has a copy for each score of a
+// thread, and compiles for half a minute.
 __device__ __forceinline__ float add(float x, float y) { return x + y; }
 __device__ __forceinline__ float sub(float x, float y) { return x - y; }
 __device__ __forceinline__ float mul(float x, float y) { return x * y; }
@@ -239,20 +240,20 @@ __device__ __forceinline__ float div(float x, float y) {
   return isnan(refined) ? quotient : refined;
 }
 __device__ __forceinline__ float truncdiv(float x, float y) { return truncf(div(x, y)); }
-__device__ __forceinline__ float fmod(float x, float y) { return fmodf(x, y); }
+__device__ __noinline__ float fmod(float x, float y) { return fmodf(x, y); }
 __device__ __forceinline__ float mod(float x, float y) {
-  const float rest = fmodf(x, y);
+  const float rest = fmod(x, y);
   return rest != 0.f && (rest < 0.f) != (y < 0.f) ? rest + y : rest;
 }
 __device__ __forceinline__ float floordiv(float x, float y) {
-  const float rest = fmodf(x, y), quotient = (x - rest) / y;
+  const float rest = fmod(x, y), quotient = (x - rest) / y;
   const float below = rest != 0.f && (rest < 0.f) != (y < 0.f) ? quotient - 1.f : quotient;
   if (y == 0.f || below == 0.f) return y == 0.f ? x / y : below;
   const float whole = floorf(below);
   return below - whole > 0.5f ? whole + 1.f : whole;
 }
-__device__ __forceinline__ float pow(float x, float y) { return powf(x, y); }
-__device__ __forceinline__ float atan2(float y, float x) { return atan2f(y, x); }
+__device__ __noinline__ float pow(float x, float y) { return powf(x, y); }
+__device__ __noinline__ float atan2(float y, float x) { return atan2f(y, x); }
 // 2^(x log2 e), where the rounding error of the product comes in as a factor.
 __device__ __forceinline__ float exp(float x) {
   constexpr float kLog2e = 1.44269504f, kRest = 1.92596299e-8f;
@@ -263,10 +264,10 @@ __device__ __forceinline__ float exp(float x) {
   return isnan(exact) ? power : exact;
 }
 __device__ __forceinline__ float exp2(float x) { return ptx::exp2_approx(x); }
-__device__ __forceinline__ float expm1(float x) { return expm1f(x); }
-__device__ __forceinline__ float log(float x) { return logf(x); }
-__device__ __forceinline__ float log2(float x) { return log2f(x); }
-__device__ __forceinline__ float log1p(float x) { return log1pf(x); }
+__device__ __noinline__ float expm1(float x) { return expm1f(x); }
+__device__ __forceinline__ float log(float x) { return ptx::log2_approx(x) * kLn2; }
+__device__ __forceinline__ float log2(float x) { return ptx::log2_approx(x); }
+__device__ __noinline__ float log1p(float x) { return log1pf(x); }
 __device__ __forceinline__ float sqrt(float x) { return sqrtf(x); }
 __device__ __forceinline__ float rsqrt(float x) { return div(1.f, sqrtf(x)); }
 __device__ __forceinline__ float reciprocal(float x) { return div(1.f, x); }
@@ -283,12 +284,17 @@ __device__ __forceinline__ float tanh(float x) {
 __device__ __forceinline__ float sigmoid(float x) {
   return ptx::rcp_approx(1.f + ptx::exp2_approx(x * -1.44269504f));
 }
-__device__ __forceinline__ float sin(float x) { return sinf(x); }
-__device__ __forceinline__ float cos(float x) { return cosf(x); }
-__device__ __forceinline__ float tan(float x) { return tanf(x); }
-__device__ __forceinline__ float sinh(float x) { return sinhf(x); }
-__device__ __forceinline__ float cosh(float x) { return coshf(x); }
-__device__ __forceinline__ float atan(float x) { return atanf(x); }
-__device__ __forceinline__ float erf(float x) { return erff(x); }
+// Less the nearest multiple of 2 pi, which has three parts.
+__device__ __forceinline__ float turned(float x) {
+  const float turns = rintf(x * 0.159154943f);
+  return fmaf(turns, 6.8604980e-15f, fmaf(turns, 1.74845553e-7f, fmaf(turns, -6.28318548f, x)));
+}
+__device__ __forceinline__ float sin(float x) { return ptx::sin_approx(turned(x)); }
+__device__ __forceinline__ float cos(float x) { return ptx::cos_approx(turned(x)); }
+__device__ __noinline__ float tan(float x) { return tanf(x); }
+__device__ __noinline__ float sinh(float x) { return sinhf(x); }
+__device__ __noinline__ float cosh(float x) { return coshf(x); }
+__device__ __noinline__ float atan(float x) { return atanf(x); }
+__device__ __noinline__ float erf(float x) { return erff(x); }
 
 }  // namespace jitattn::fn

@@ -26,6 +26,18 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return y;
 }
 
+// sin.approx.ftz.f32, cos.approx.ftz.f32: absolute error 2^-20.5 from -pi to pi
+__device__ __forceinline__ float sin_approx(float x) {
+  float y;
+  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float cos_approx(float x) {
+  float y;
+  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // min.NaN.f32: the smaller value; NaN if either is NaN
 __device__ __forceinline__ float min_or_nan(float x, float y) {
   float z;

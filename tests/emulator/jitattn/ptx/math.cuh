@@ -9,6 +9,8 @@ namespace jitattn::ptx {
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float log2_approx(float x) { return std::log2(x); }
 inline float rcp_approx(float x) { return 1.f / x; }
+inline float sin_approx(float x) { return std::sin(x); }
+inline float cos_approx(float x) { return std::cos(x); }
 
 inline float min_or_nan(float x, float y) { return x != x || x < y ? x : y; }
 
