@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from jitattn.api import interop
 from jitattn.api.nested import are_nested, attention_of_nested
-from jitattn.errors import NestedError, WithoutMemoryError
+from jitattn.errors import NestedError, UnsupportedError, WithoutMemoryError
 from jitattn.request.mask_blocks import without_hidden_blocks
 from jitattn.request.problem import Call
 from jitattn.request.score_checks import softcap_of
@@ -248,9 +248,7 @@ def attention(
     numbers_are_none = softcap is None and qk_norm is None and dropout_p == 0.0
     function = None
     if score_mod is not None or type(mask) in _MAY_HOLD_FUNCTIONS:
-        mask, function = _traced(score_mod, mask)
-        if function is not None and isinstance(q, Tensor) and q.is_cuda:
-            mask, function = without_hidden_blocks(mask, function, q, k, layout, q_seqs, kv_seqs)
+        mask, function = _without_functions(q, k, mask, score_mod, layout, q_seqs, kv_seqs)
     if not (tensors_are_none and numbers_are_none):
         scores = _scores(
             q,
@@ -304,7 +302,15 @@ def attention(
     return interop.to_kind_of(own, q) if out is None else out, interop.to_kind_of(lse, q)
 
 
-def _traced(score_mod: Callable[..., Any] | None, mask: Mask) -> tuple[Mask, Function | None]:
+def _without_functions(
+    q: Any,  # noqa: ANN401 - Tensor, or an array of another library
+    k: Any,  # noqa: ANN401
+    mask: Mask,
+    score_mod: Callable[..., Any] | None,
+    layout: str,
+    q_seqs: QSequences,
+    kv_seqs: KvSequences,
+) -> tuple[Mask, Function | None]:
     """Trace the functions of a call; return the mask without its function, and what was traced."""
     if not is_mask(mask):  # refused later, with all that is said of masks
         return mask, None
@@ -315,7 +321,15 @@ def _traced(score_mod: Callable[..., Any] | None, mask: Mask) -> tuple[Mask, Fun
         mask = parts.rule
         if parts.key_padding is not None or parts.dense is not None:
             mask = Both(parts.rule, parts.key_padding, parts.dense)
-    return mask, function_of(score_mod, parts.function)
+    function = function_of(score_mod, parts.function)
+    if not isinstance(q, Tensor) or not q.is_cuda:
+        return mask, function
+    if torch.is_grad_enabled() and any(one.requires_grad for one in function.tensors):
+        raise UnsupportedError(
+            "a captured tensor of a function requires a gradient, which is not computed on a GPU "
+            "yet: detach it, give it as bias, relative_bias or alibi_slopes, or use the CPU path"
+        )
+    return without_hidden_blocks(mask, function, q, k, layout, q_seqs, kv_seqs)
 
 
 def _in_autocast(*tensors: Any) -> list[Any]:  # noqa: ANN401 - arrays of any library, or None
@@ -367,6 +381,11 @@ def bind(
     tensors = interop.from_all({name: given[name] for name in ("q", "k", "v")}, out=given["out"])
     of_scores = list(inspect.signature(_scores).parameters)[1:]
     scores = _scores(tensors["q"], *(given[name] for name in of_scores))
+    mask, function = _without_functions(
+        tensors["q"], tensors["k"], given["mask"], given["score_mod"], given["layout"],
+        given["q_seqs"], given["kv_seqs"],
+    )  # fmt: skip
+    scores = scores._replace(function=function)
     others = {name: given[name] for name in Call._fields if name != "scores"}
-    others["out"] = tensors.get("out")
+    others["out"], others["mask"] = tensors.get("out"), mask
     return tensors, Call(**others, scores=NO_CHANGES if scores == NO_CHANGES else scores)

@@ -31,8 +31,16 @@ _CURRENT_STREAM: Final = getattr(torch._C, "_cuda_getCurrentRawStream", _without
 _CURRENT_DEVICE: Final = getattr(torch._C, "_cuda_getDevice", _without_cuda)
 
 
-def _tensor_device(index: int) -> torch.device:
-    return torch.device("cuda", index)
+def _reserve(num_bytes: int, device_index: int) -> torch.Tensor:
+    """Return memory [num_bytes] of uint8 that torch's allocator does not know.
+
+    The allocator may have been told to serve a pool, as it is while torch.compile warms up for
+    CUDA graphs, and what lasts must not lie there.
+    """
+    cupy = launch.import_cupy()
+    with cupy.cuda.Device(device_index):
+        start = cupy.cuda.MemoryPointer(cupy.cuda.Memory(num_bytes), 0)
+        return torch.utils.dlpack.from_dlpack(cupy.ndarray((num_bytes,), cupy.uint8, start))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +57,6 @@ class Backend:
     is_in_bad_fork: Callable[[], bool] = torch.cuda._is_in_bad_fork
     #: Context manager that makes a device current.
     on_device: Callable[[int | torch.device], AbstractContextManager[None]] = torch.cuda.device
-    #: Device of the tensors that lie in a GPU's memory.
-    tensor_device: Callable[[int], torch.device] = _tensor_device
     #: Name, compute capability and multiprocessors of a device.
     properties: Callable[[int], Any] = torch.cuda.get_device_properties
     #: Kernel of a spec on a device: loaded already, from the cache, or compiled.
@@ -59,6 +65,8 @@ class Backend:
     is_loaded: Callable[[KernelSpec, int], bool] = launch.is_loaded
     #: Whether the driver encodes tensor maps, which kernels with TMA take.
     encodes_maps: Callable[[], bool] = launch.encodes_maps
+    #: Memory that lasts, outside of torch's allocator: bytes, device.
+    reserve: Callable[[int, int], torch.Tensor] = _reserve
     #: Sets bytes of device memory to zero: address, bytes, stream.
     zero: Callable[[int, int, int], object] = launch.zero
 

@@ -48,7 +48,7 @@ class ProblemSpec(KernelSpec):
         """Return the choice for exactly this kernel; the tile follows from it."""
         flat = self.to_dict()
         names = ("family", "arch", *(field.name for field in fields(Problem)), *self.options)
-        return {name: flat[name] for name in names}
+        return {name: flat[name] for name in names if name in flat}
 
     def command(self) -> str:
         """Return the shell command that builds this kernel and the others its calls may need."""

@@ -36,6 +36,7 @@ from jitattn.plan import spec_files
 from jitattn.plan.choice_fields import DEFAULTS, Choice, Fields
 from jitattn.spec.enums import Dtype, MaskKind, RowClass
 from jitattn.spec.kernel_spec import ARCH, KernelSpec, Problem, arch_number, families
+from jitattn.spec.program import parse
 from jitattn.values.gears import DEFAULT_GEAR, resolve_numerics
 
 _LOG: Final = logging.getLogger("jitattn")
@@ -233,6 +234,11 @@ def _check(given: Fields, plain: Sequence[type[KernelSpec]]) -> None:
         for name in kind.options:
             given.words(name, [*hints[name]])
     given.row_classes()
+    for text in given.values("function"):
+        try:
+            parse(str(text))
+        except ValueError as error:
+            given.refuse(f"function: {error}")
     for gear in given.values("gear"):
         resolve_numerics(gear, Dtype.FP16)
 

@@ -22,6 +22,9 @@ _FIRST: Final = 4096
 #: Counters reserved for captures, during which none can be zeroed.
 _FOR_CAPTURES: Final = 1 << 17
 
+#: Bytes of the widest dtype.
+_WIDEST: Final = 16
+
 _scalars: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 _of_stream: dict[tuple[int, int], torch.Tensor] = {}
 _for_captures: dict[int, tuple[torch.Tensor, int]] = {}
@@ -36,10 +39,19 @@ def pattern(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     """
     scalar = _scalars.get((dtype, device))
     if scalar is None:
-        scalar = _scalars[dtype, device] = torch.empty((), dtype=dtype, device=device)
+        scalar = _scalars[dtype, device] = _scalar(dtype, device)
     made = scalar.expand(shape)
+    if made.numel() > 1:
+        return made
     # With at most one element torch would copy the strides of 0.
-    return made if made.numel() > 1 else torch.empty(shape, dtype=dtype, device=device)
+    return scalar.as_strided(shape, torch.empty(shape, device="meta").stride())
+
+
+def _scalar(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cuda":  # the emulator's
+        return torch.empty((), dtype=dtype, device=device)
+    index = backend.active.current_device() if device.index is None else device.index
+    return backend.active.reserve(_WIDEST, index)[: dtype.itemsize].view(dtype)[0]
 
 
 def arrivals(count: int, device_index: int, stream: int) -> int:
@@ -83,14 +95,15 @@ def _captured(count: int, device_index: int) -> int:
             "a call whose kernel counts is captured before any was made on this device; call "
             "jitattn.warmup with the same arguments before the capture"
         )
-    # The reserve is used up: the graph zeroes new counters at every replay.
-    return _zeros(count, device_index).data_ptr()
+    # The reserve is used up: the graph zeroes new counters of its own at every replay.
+    own = torch.empty(count, dtype=torch.int32, device=torch.device("cuda", device_index))
+    backend.active.zero(own.data_ptr(), 4 * count, backend.active.stream(device_index))
+    return own.data_ptr()
 
 
 def _zeros(count: int, device_index: int) -> torch.Tensor:
     # Not torch.zeros, whose kernel takes 4 ms to load in a new process.
-    where = backend.active.tensor_device(device_index)
-    counters = torch.empty(count, dtype=torch.int32, device=where)
+    counters = backend.active.reserve(4 * count, device_index).view(torch.int32)
     stream = backend.active.stream(device_index)
     backend.active.zero(counters.data_ptr(), 4 * count, stream)
     return counters

@@ -12,6 +12,7 @@ import jitattn
 from jitattn import MaskMod, Padded, Paged, Ragged, Window
 from jitattn.reference import reference
 from tests.support.compare import rel_l2
+from tests.support.expressions import Captured, random_function
 from tests.support.functions import FUNCTIONS, attend_exactly
 
 pytestmark = pytest.mark.usefixtures("with_grad")
@@ -130,3 +131,18 @@ def test_with_other_arguments(name: str) -> None:
     wanted = torch.autograd.grad(exact.sin().sum(), leaves)
     for one, other in zip(found, wanted, strict=True):
         assert rel_l2(one, other) < 3 * LIMIT[FP16]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_expressions(seed: int) -> None:
+    function = random_function(seed, Captured("cuda", 2, 4, 90))
+    qkv = drawn(FP32, 40, 60)
+    out = jitattn.attention(*qkv, score_mod=function)
+    found = torch.autograd.grad(out.sin().sum(), qkv)
+    leaves = [x.detach().double().requires_grad_() for x in qkv]
+    exact, _ = attend_exactly(*leaves, function, None)
+    wanted = torch.autograd.grad(exact.sin().sum(), leaves, allow_unused=True)
+    assert rel_l2(out, exact) < LIMIT[FP32]
+    for one, other in zip(found, wanted, strict=True):
+        truth = torch.zeros_like(one) if other is None else other
+        assert rel_l2(one, truth) < 3 * LIMIT[FP32] or (one - truth).abs().max() < 1e-6

@@ -367,7 +367,7 @@ def emulated(arch: str, *, watched: bool = False) -> Iterator[Emulator]:
         is_capturing=lambda: False,
         is_in_bad_fork=lambda: False,
         on_device=lambda _: contextlib.nullcontext(),
-        tensor_device=lambda _: torch.device("cpu"),
+        reserve=lambda size, _: torch.empty(size, dtype=torch.uint8),
         properties=lambda _: properties,
         load=emulator.kernel,
         is_loaded=lambda *_: True,

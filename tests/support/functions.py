@@ -149,7 +149,7 @@ def attend_exactly(
     scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) * q.shape[-1] ** -0.5
     sizes = tuple(scores.shape)
     if score_mod is not None:
-        scores = over_pairs(score_mod, scores, sizes, q.device)
+        scores = over_pairs(score_mod, scores, sizes, q.device).to(scores.dtype)
     if mask_mod is not None:
         visible = over_pairs(mask_mod, None, sizes, q.device).expand(sizes)
         scores = scores.masked_fill(~visible, NEGATIVE_INFINITY)

@@ -271,15 +271,9 @@ __device__ __noinline__ float log1p(float x) { return log1pf(x); }
 __device__ __forceinline__ float sqrt(float x) { return sqrtf(x); }
 __device__ __forceinline__ float rsqrt(float x) { return div(1.f, sqrtf(x)); }
 __device__ __forceinline__ float reciprocal(float x) { return div(1.f, x); }
-// 1 - 2 / (e^2x + 1), with an error of about 1e-7, or a polynomial near 0, to keep it relative.
+// 1 - 2 / (e^2x + 1), with an error of about 1e-7, as softcap has it (score.cuh).
 __device__ __forceinline__ float tanh(float x) {
-  const float e2x = ptx::exp2_approx(x * 2.88539008f), square = x * x;
-  const float far = fmaf(-2.f, ptx::rcp_approx(e2x + 1.f), 1.f);
-  float near = fmaf(square, 62.f / 2835.f, -17.f / 315.f);
-  near = fmaf(square, near, 2.f / 15.f);
-  near = fmaf(square, near, -1.f / 3.f);
-  near = fmaf(x * square, near, x);
-  return square < 0.0625f ? near : far;
+  return fmaf(-2.f, ptx::rcp_approx(ptx::exp2_approx(x * 2.88539008f) + 1.f), 1.f);
 }
 __device__ __forceinline__ float sigmoid(float x) {
   return ptx::rcp_approx(1.f + ptx::exp2_approx(x * -1.44269504f));
