@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from jitattn.spec.program import Node
+    from jitattn.spec.program import Node, Program
     from jitattn.values.functions import Function
 
 _DTYPES: Final = {
@@ -37,7 +37,13 @@ def evaluate(
     function: Function, scores: Tensor, chunk: Chunk
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the new scores of a chunk, and which pairs are visible; None where unchanged."""
-    program = parse(function.program)
+    return evaluate_program(parse(function.program), function, scores, chunk)
+
+
+def evaluate_program(
+    program: Program, function: Function, scores: Tensor, chunk: Chunk
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what a program makes of a chunk, with a function's numbers and tensors."""
     wide = scores.dtype
     batch, heads, rows, keys = scores.shape
     device = scores.device
@@ -72,6 +78,8 @@ def _value(node: Node, function: Function, values: list[Any], wide: torch.dtype)
     dtype = _DTYPES.get(kind, wide)
     if op == "number":
         return torch.tensor(function.numbers[args[0]], dtype=dtype)
+    if op == "const" and kind == "f32":  # of derivatives
+        return torch.tensor(args[0], dtype=torch.int64).to(torch.int32).view(torch.float32).to(wide)
     if op == "const":
         return torch.tensor(bool(args[0]))
     if op == "read":

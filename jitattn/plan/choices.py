@@ -236,7 +236,8 @@ def _check(given: Fields, plain: Sequence[type[KernelSpec]]) -> None:
     given.row_classes()
     for text in given.values("function"):
         try:
-            parse(str(text))
+            if text != "":  # none
+                parse(str(text))
         except ValueError as error:
             given.refuse(f"function: {error}")
     for gear in given.values("gear"):
