@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from jitattn.api import interop
+from jitattn.api.functions import MAY_HOLD_FUNCTIONS, traced_apart
 from jitattn.api.nested import are_nested, attention_of_nested
-from jitattn.errors import NestedError, UnsupportedError, WithoutMemoryError
-from jitattn.request.mask_blocks import without_hidden_blocks
+from jitattn.errors import NestedError, WithoutMemoryError
 from jitattn.request.problem import Call
 from jitattn.request.score_checks import softcap_of
 from jitattn.request.scores import NO_CHANGES, Scores, in_fp32
@@ -27,22 +27,19 @@ from jitattn.run.operators import call_operator
 from jitattn.values.autocast import cast_inputs
 from jitattn.values.dropout import Dropout, check_state, threshold_of
 from jitattn.values.dropout import dropout_state as draw_state
-from jitattn.values.function_cache import function_of
-from jitattn.values.masks import Both, Full, MaskMod, is_mask, parts_of
+from jitattn.values.masks import Full
 from jitattn.values.tensors import PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jitattn.api.options import AttentionOptions, SupportsDLPack
-    from jitattn.values.functions import Function
     from jitattn.values.masks import Mask
     from jitattn.values.norm import L2Norm
     from jitattn.values.sequences import KvSequences, QSequences
 
 _FULL = Full()
 _NEW = tuple.__new__
-_MAY_HOLD_FUNCTIONS = frozenset((MaskMod, Both))
 
 
 @overload
@@ -121,9 +118,10 @@ def attention(
     v : Tensor, [B, Lkv, Hkv, Dv]
         Dv from 1 to 256, equal to D or not.
     mask : Mask, default Full()
-        Full, Causal, Window, LocalStride, BlockSparse, PerHead, KeyPadding, Dense, or several
-        combined with &. Causal is aligned to the bottom right by default. Key blocks that a
-        positional rule (all but KeyPadding and Dense) hides from a tile of queries are skipped.
+        Full, Causal, Window, LocalStride, BlockSparse, PerHead, KeyPadding, Dense, MaskMod (a
+        function of your own), or several combined with &. Causal is aligned to the bottom right by
+        default. Key blocks that a positional rule (all but KeyPadding and Dense) hides from a tile
+        of queries are skipped, and those that a MaskMod cannot see.
     scale : float, default 1 / sqrt(D), and 8 with `qk_norm`
         Any finite number, also negative or 0. Scores beyond 1e9 have no fractional bits in fp32,
         and may give NaN on a GPU.
@@ -178,6 +176,14 @@ def attention(
         Seed and offset of the dropout (`jitattn.dropout_state`, `jitattn.dropout_mask`).
     qk_norm : L2Norm, optional
         Cosine attention: q and k are scaled to length 1, or already have it.
+    score_mod : callable, optional
+        ``f(score, b, h, q_idx, kv_idx) -> score``, called once with symbols and compiled into the
+        kernel: what becomes of each scaled score after `softcap`, biases and slopes, before masks.
+        Indices count sequences, query heads, and the rows and keys of a sequence from 0. It may
+        compute with them as with 0-dimensional tensors of int32 (the score: fp32), and read
+        captured tensors at indices; -inf hides a pair. Numbers and tensors that it holds are
+        arguments: others compile nothing anew. Gradients flow through the score; those of captured
+        tensors are of the CPU path.
     deterministic : bool
         Make dq of the backward pass bitwise reproducible, at 1.3 to 1.4 times its time.
         (Everything else is always reproducible.) `torch.use_deterministic_algorithms(True)` has
@@ -247,8 +253,8 @@ def attention(
     tensors_are_none = bias is relative_bias is alibi_slopes is sinks is None
     numbers_are_none = softcap is None and qk_norm is None and dropout_p == 0.0
     function = None
-    if score_mod is not None or type(mask) in _MAY_HOLD_FUNCTIONS:
-        mask, function = _without_functions(q, k, mask, score_mod, layout, q_seqs, kv_seqs)
+    if score_mod is not None or type(mask) in MAY_HOLD_FUNCTIONS:
+        mask, function = traced_apart(q, k, mask, score_mod, layout, q_seqs, kv_seqs)
     if not (tensors_are_none and numbers_are_none):
         scores = _scores(
             q,
@@ -302,36 +308,6 @@ def attention(
     return interop.to_kind_of(own, q) if out is None else out, interop.to_kind_of(lse, q)
 
 
-def _without_functions(
-    q: Any,  # noqa: ANN401 - Tensor, or an array of another library
-    k: Any,  # noqa: ANN401
-    mask: Mask,
-    score_mod: Callable[..., Any] | None,
-    layout: str,
-    q_seqs: QSequences,
-    kv_seqs: KvSequences,
-) -> tuple[Mask, Function | None]:
-    """Trace the functions of a call; return the mask without its function, and what was traced."""
-    if not is_mask(mask):  # refused later, with all that is said of masks
-        return mask, None
-    parts = parts_of(mask)
-    if score_mod is None and parts.function is None:
-        return mask, None
-    if parts.function is not None:
-        mask = parts.rule
-        if parts.key_padding is not None or parts.dense is not None:
-            mask = Both(parts.rule, parts.key_padding, parts.dense)
-    function = function_of(score_mod, parts.function)
-    if not isinstance(q, Tensor) or not q.is_cuda:
-        return mask, function
-    if torch.is_grad_enabled() and any(one.requires_grad for one in function.tensors):
-        raise UnsupportedError(
-            "a captured tensor of a function requires a gradient, which is not computed on a GPU "
-            "yet: detach it, give it as bias, relative_bias or alibi_slopes, or use the CPU path"
-        )
-    return without_hidden_blocks(mask, function, q, k, layout, q_seqs, kv_seqs)
-
-
 def _in_autocast(*tensors: Any) -> list[Any]:  # noqa: ANN401 - arrays of any library, or None
     """Cast q, k, v and a bias as autocast asks, if they are tensors of torch."""
     if not isinstance(tensors[0], Tensor) or tensors[0].dtype is torch.float64:
@@ -381,7 +357,7 @@ def bind(
     tensors = interop.from_all({name: given[name] for name in ("q", "k", "v")}, out=given["out"])
     of_scores = list(inspect.signature(_scores).parameters)[1:]
     scores = _scores(tensors["q"], *(given[name] for name in of_scores))
-    mask, function = _without_functions(
+    mask, function = traced_apart(
         tensors["q"], tensors["k"], given["mask"], given["score_mod"], given["layout"],
         given["q_seqs"], given["kv_seqs"],
     )  # fmt: skip

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Unpack, overload
 
 import torch
 
+from jitattn.api.functions import MAY_HOLD_FUNCTIONS, traced_apart
 from jitattn.errors import WithoutMemoryError
 from jitattn.request.problem import Call
 from jitattn.request.score_checks import softcap_of
@@ -18,6 +19,8 @@ from jitattn.values.sequences import checked_max_length
 from jitattn.values.tensors import PLAIN
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from jitattn.api.options import KvCacheOptions
@@ -91,6 +94,7 @@ def attention_with_kvcache(
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    score_mod: Callable[..., Any] | None = None,
 ) -> Any:
     """Append new keys and values to a cache in place, and attend to all of it.
 
@@ -128,7 +132,7 @@ def attention_with_kvcache(
         As in `attention`, over the keys from left_pad on.
     scale, layout, gear, out, out_dtype, num_splits, return_lse
         As in `attention`.
-    bias, relative_bias, alibi_slopes, softcap, sinks
+    bias, relative_bias, alibi_slopes, softcap, sinks, score_mod
         As in `attention`; columns of a bias count from left_pad on.
     q_seqs : Ragged, optional
         Tokens of each sequence, the same for q, k and v: prompts and single steps in one call.
@@ -163,6 +167,11 @@ def attention_with_kvcache(
     check_kinds(q, k_cache, v_cache, cache, q_seqs)
     softcap = None if softcap is None else softcap_of(softcap)
     scores = Scores(bias, relative_bias, alibi_slopes, softcap, sinks)
+    if score_mod is not None or type(mask) in MAY_HOLD_FUNCTIONS:
+        mask, function = traced_apart(
+            q, k_cache, mask, score_mod, layout, q_seqs, None, finds_blocks=False
+        )
+        scores = scores._replace(function=function)
     call = Call(
         mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, q_seqs, None, scores
     )

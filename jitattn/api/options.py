@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypedDict
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import Tensor
 
@@ -42,6 +44,7 @@ class _Common(TypedDict, total=False):
     alibi_slopes: Tensor | None
     softcap: float | None
     sinks: Tensor | None
+    score_mod: Callable[..., Any] | None
 
 
 class AttentionOptions(_Common, total=False):

@@ -77,11 +77,12 @@ def _value(node: Node, function: Function, values: list[Any], wide: torch.dtype)
     op, kind, args = node
     dtype = _DTYPES.get(kind, wide)
     if op == "number":
-        return torch.tensor(function.numbers[args[0]], dtype=dtype)
+        return torch.tensor(function.numbers[args[0]], dtype=dtype, device="cpu")
     if op == "const" and kind == "f32":  # of derivatives
-        return torch.tensor(args[0], dtype=torch.int64).to(torch.int32).view(torch.float32).to(wide)
+        bits = torch.tensor(args[0], dtype=torch.int64, device="cpu")
+        return bits.to(torch.int32).view(torch.float32).to(wide)
     if op == "const":
-        return torch.tensor(bool(args[0]))
+        return torch.tensor(bool(args[0]), dtype=torch.bool, device="cpu")
     if op == "read":
         tensor, *index = args
         return _read(function.tensors[tensor], [values[one] for one in index])

@@ -208,7 +208,7 @@ def _note_mask(mask: Mask, facts: list[Any], addresses: Addresses) -> bool:
         known: dict[Hashable, int] = {}  # GQA packing depends on which rules are equal
         facts += (known.setdefault(identity_of(rule), len(known)) for rule in mask.rules)
         return all(_note_mask(rule, facts, addresses) for rule in mask.rules)
-    if isinstance(mask, Both) and kind is Both:
+    if isinstance(mask, Both) and kind is Both and mask.function is None:
         parts = (mask.rule, mask.key_padding, mask.dense)
         for part in parts:
             if part is None:

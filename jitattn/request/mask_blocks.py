@@ -324,7 +324,8 @@ class _Evaluation:
         return found
 
     def _number(self, value: float) -> _Range:
-        return _point(torch.tensor(value, device=self.where))
+        dtype = {bool: torch.bool, int: torch.int64}.get(type(value), torch.float32)
+        return _point(torch.tensor(value, dtype=dtype, device=self.where))
 
     def _unknown(self, kind: str) -> _Range:
         if kind == "b1":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from jitattn.errors import InvalidInputError
+from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.request import norm as norms
 from jitattn.request.score_checks import Sizes, matrix, padding, softcap_of, vector
 from jitattn.spec.call_arguments import ScoreArguments
@@ -163,6 +163,11 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         An argument breaks a rule. The message gives argument and value, the rule, the way out.
     """
     parts = parts_of(call.mask)
+    if parts.function is not None:
+        raise UnsupportedError(
+            "MaskMod: this function takes masks without functions; call attention or "
+            "attention_with_kvcache"
+        )
     for name, value in tensors_of(call).items():
         if not isinstance(value, Tensor):
             raise InvalidInputError(

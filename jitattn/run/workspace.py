@@ -44,7 +44,7 @@ def pattern(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     if made.numel() > 1:
         return made
     # With at most one element torch would copy the strides of 0.
-    return scalar.as_strided(shape, torch.empty(shape, device="meta").stride())
+    return scalar.as_strided(shape, torch.empty(shape, dtype=dtype, device="meta").stride())
 
 
 def _scalar(dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -253,3 +253,25 @@ def test_gradients_of_captured_tensors_on_the_cpu() -> None:
     )
     (found,) = torch.autograd.grad(jitattn.attention(q, q, q, score_mod=moved).sum(), table)
     assert found.isfinite().all()
+
+
+def test_caches_take_functions() -> None:
+    """Indices count a sequence's keys, without its padding."""
+    k_cache, v_cache = torch.randn(2, 2, 20, 2, 8).unbind()
+    q, k, v = torch.randn(3, 2, 1, 2, 8).unbind()
+    given = {"length": torch.tensor([5, 9]), "left_pad": torch.tensor([0, 2])}
+
+    def recent(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return k >= 3
+
+    def nearer(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return s + 0.1 * k
+
+    found = jitattn.attention_with_kvcache(
+        q, k_cache.clone(), v_cache.clone(), k, v, mask=MaskMod(recent), score_mod=nearer, **given
+    )
+    bias = (0.1 * torch.arange(20.0)).masked_fill(torch.arange(20) < 3, -math.inf)
+    wanted = jitattn.attention_with_kvcache(
+        q, k_cache, v_cache, k, v, mask=jitattn.Full(), bias=bias.expand(1, 1, 1, 20), **given
+    )
+    torch.testing.assert_close(found, wanted)
