@@ -109,5 +109,5 @@ def split_fp32_backward(problem: Problem) -> Problem | None:
 def _is_plain(problem: Problem) -> bool:
     """Return whether only positional masks and key padding apply, and rows are aligned."""
     fits = problem.mask in _MASKS and problem.access is Access.VEC16
-    fits &= problem.bias is BiasKind.NONE
+    fits &= problem.bias is BiasKind.NONE and not problem.function
     return fits and all(getattr(problem, name) is Switch.OFF for name in _TO_SCORES)
