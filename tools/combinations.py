@@ -40,6 +40,7 @@ def arguments() -> dict[str, dict[str, Any]]:
         "PerHead": jitattn.PerHead([jitattn.Full(), jitattn.Causal()]),
         "KeyPadding": jitattn.KeyPadding(ones),
         "Dense": jitattn.Dense(ones[:, None, None]),
+        "MaskMod": jitattn.MaskMod(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx),
     }
     others: dict[str, dict[str, Any]] = {
         "bias": {"bias": torch.zeros(1, 1, 1, _LENGTH)},
@@ -49,6 +50,7 @@ def arguments() -> dict[str, dict[str, Any]]:
         "sinks": {"sinks": torch.zeros(_HEADS)},
         "dropout_p": {"dropout_p": 0.5},
         "qk_norm": {"qk_norm": jitattn.L2Norm()},
+        "score_mod": {"score_mod": lambda score, b, h, q_idx, kv_idx: score * 0.5},
     }
     return {name: {"mask": rule} for name, rule in rules.items()} | others
 

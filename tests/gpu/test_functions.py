@@ -146,3 +146,47 @@ def test_random_expressions(seed: int) -> None:
     for one, other in zip(found, wanted, strict=True):
         truth = torch.zeros_like(one) if other is None else other
         assert rel_l2(one, truth) < 3 * LIMIT[FP32] or (one - truth).abs().max() < 1e-6
+
+
+@pytest.mark.real_gpu
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+@pytest.mark.parametrize("is_torchs", [False, True])
+def test_flex_attentions_names(is_torchs: bool) -> None:
+    """As torch's, run eagerly, with its block masks and ours."""
+    from torch.nn.attention import flex_attention as torchs
+
+    from jitattn.compat import flex_attention as ours
+
+    sizes = (2, 4, 300, 340)
+    score_mod, _ = FUNCTIONS["alibi"]("cuda", *sizes)
+    _, mask_mod = FUNCTIONS["document"]("cuda", *sizes)
+    theirs = torchs.create_block_mask(mask_mod, *sizes, device="cuda")
+    mask = theirs if is_torchs else ours.create_block_mask(mask_mod, *sizes, device="cuda")
+    qkv = [x.detach().transpose(1, 2).requires_grad_() for x in drawn(FP32, *sizes[2:])]
+    out = ours.flex_attention(*qkv, score_mod, mask, enable_gqa=True)
+    wanted = torchs.flex_attention(*qkv, score_mod, theirs, enable_gqa=True)
+    assert rel_l2(out, wanted) < LIMIT[FP32]
+    found = torch.autograd.grad(out.sin().sum(), qkv)
+    for one, other in zip(found, torch.autograd.grad(wanted.sin().sum(), qkv), strict=True):
+        assert rel_l2(one, other) < 3 * LIMIT[FP32]
+
+
+@pytest.mark.real_gpu
+def test_new_numbers_and_tensors_compile_nothing() -> None:
+    from jitattn.jit import launch
+
+    q, k, v = (x.detach() for x in drawn(FP16))
+
+    def call(width: int, table: Tensor) -> Tensor:
+        out: Tensor = jitattn.attention(
+            q, k, v,
+            score_mod=lambda s, b, h, q, k: s + table[h] * 0.5,
+            mask=MaskMod(lambda b, h, q, k: q - k <= width),
+        )  # fmt: skip
+        return out
+
+    call(3, torch.randn(4, device="cuda"))
+    before = len(launch._kernels)
+    for width in range(4, 40):
+        call(width, torch.randn(4, device="cuda"))
+    assert len(launch._kernels) == before
