@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
-from jitattn.spec.program import INTEGERS, Program, parse
+from jitattn.errors import LaunchError
+from jitattn.jit import backend
+from jitattn.spec.program import FLOATS, INTEGERS, Program, parse
 from jitattn.values.masks import BlockSparse, Both, Causal, Full, Window, parts_of
 from jitattn.values.sequences import Ragged
 
@@ -124,6 +126,8 @@ def simplified(
         return rule, function._replace(program=rest.text())
     if sizes.len_q * sizes.len_kv < _FEWEST_PAIRS or not sizes.batch * sizes.heads:
         return Full(), function
+    if any(one.device != device for one in function.tensors):  # refused later
+        return Full(), function
     return _by_blocks(program, function, sizes, device), function
 
 
@@ -225,6 +229,12 @@ def _by_blocks(
         )
         if alive and isinstance(rule, BlockSparse | Full):
             return rule
+    if device.type == "cuda" and backend.active.is_capturing():
+        raise LaunchError(
+            "the blocks that this mask function hides are not found yet, and the current stream is "
+            "capturing a CUDA graph; make one call with the same function, tensors and lengths "
+            "before the capture"
+        )
     with torch.no_grad():
         pattern = visible_blocks(program, function, sizes)
     found: BlockSparse | Full = Full()
@@ -312,6 +322,8 @@ class _Evaluation:
         found = rule(*operands)
         if found is None:
             return self._unknown(kind)
+        if kind in FLOATS:
+            return _without_nan(found)
         if op == "cast" and operands[0].axis and kind in ("i32", "i64"):
             return operands[0]
         if kind in INTEGERS and kind != "i64":  # what may wrap is not known
@@ -375,7 +387,16 @@ class _Evaluation:
         if kind == "b1":
             low, high = low.bool(), high.bool() if high is not low else low
             return _Range(low, low if is_point else high)
-        return _Range(low, high)
+        return _without_nan(_Range(low, high))
+
+
+def _without_nan(x: _Range) -> _Range:
+    """Return a range of floats in which NaN, of which nothing is known, is every number."""
+    if x.is_point or not x.low.is_floating_point():
+        return x
+    most = float("inf")
+    low = torch.where(x.low.isnan(), -most, x.low)
+    return _Range(low, torch.where(x.high.isnan(), most, x.high))
 
 
 def _pooled(x: Tensor, axis: int, length: int, reduce: Callable[..., Tensor]) -> Tensor:

@@ -19,13 +19,19 @@ class Captured:
         self.weights = torch.rand(4, generator=generator).to(device, torch.bfloat16)
 
 
-def random_function(seed: int, captured: Captured) -> Any:
+def random_mask(seed: int, captured: Captured) -> Any:
+    """Return a function (b, h, q_idx, kv_idx) -> bool, always the same one for a seed."""
+    score = random_function(seed, captured, truth=True)
+    return lambda b, h, q, k: score(None, b, h, q, k)
+
+
+def random_function(seed: int, captured: Captured, *, truth: bool = False) -> Any:
     """Return a function (score, b, h, q_idx, kv_idx), always the same one for a seed.
 
     Its values are bounded for bounded scores, and smooth enough that fp32 and fp64 agree on
     branches.
     """
-    length = captured.ids.shape[1]
+    length, wants_truth = captured.ids.shape[1], truth
 
     def function(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Any:
         rng = random.Random(seed)
@@ -50,9 +56,9 @@ def random_function(seed: int, captured: Captured) -> Any:
                 return (one * number).abs()
             if kind == 7:
                 return torch.minimum(one, integer(depth - 1))
-            return torch.where(truth(depth - 1), one, number)
+            return torch.where(is_true(depth - 1), one, number)
 
-        def truth(depth: int) -> Any:
+        def is_true(depth: int) -> Any:
             kind = rng.randrange(5)
             one, other = integer(max(0, depth - 1)), integer(0)
             if kind == 0:
@@ -81,7 +87,7 @@ def random_function(seed: int, captured: Captured) -> Any:
             if kind == 5:
                 return torch.sigmoid(one) * real(depth - 1).clamp(-3.0, 3.0)
             if kind == 6:
-                return torch.where(truth(depth - 1), one, real(depth - 1))
+                return torch.where(is_true(depth - 1), one, real(depth - 1))
             if kind == 7:
                 return one - 0.05 * integer(depth - 1).clamp(-40, 40)
             if kind == 8:
@@ -92,6 +98,6 @@ def random_function(seed: int, captured: Captured) -> Any:
                 return torch.exp(-one.abs())
             return torch.rsqrt(1.0 + one.square()) / (2.0 + torch.exp2(-one * one))
 
-        return real(4)
+        return is_true(3) if wants_truth else real(4)
 
     return function

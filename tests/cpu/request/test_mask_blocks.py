@@ -12,6 +12,7 @@ from jitattn.request.mask_blocks import BLOCK, Sizes, simplified, visible_blocks
 from jitattn.spec.program import parse
 from jitattn.values.functions import traced
 from jitattn.values.masks import BlockSparse, Causal, Full, MaskMod, Rule, Window
+from tests.support.expressions import Captured, random_mask
 from tests.support.functions import FUNCTIONS
 
 CPU = torch.device("cpu")
@@ -84,3 +85,35 @@ def test_blocks_are_kept_until_a_captured_tensor_changes() -> None:
     changed, _ = simplified(function, sizes, CPU)
     assert isinstance(changed, BlockSparse)
     assert changed.pattern.sum() > first.pattern.sum()
+
+
+def test_what_is_not_a_number_hides_nothing_else() -> None:
+    """A NaN beside a visible pair, in the same block."""
+    times = torch.arange(300.0)
+    times[::7] = float("nan")
+    sizes = Sizes(1, 1, 300, 300, True)
+
+    def near(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (times[q] - times[k]).abs() < 5.0
+
+    function = traced(None, MaskMod(near))
+    found = visible_blocks(parse(function.program), function, sizes)
+    exact = over_pairs(near, None, sizes[:4], CPU)
+    exact = torch.nn.functional.pad(exact, (0, -300 % BLOCK, 0, -300 % BLOCK))
+    blocks = exact.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).any(5).any(3)[0]
+    assert found is not None
+    assert (found | ~blocks).all()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_masks(seed: int) -> None:
+    """No visible pair of a random mask is missed."""
+    sizes = Sizes(2, 2, 200, 260, True)
+    mask_mod = random_mask(seed, Captured("cpu", *sizes[:2], 260))
+    function = traced(None, MaskMod(mask_mod))
+    found = visible_blocks(parse(function.program), function, sizes)
+    exact = over_pairs(mask_mod, None, sizes[:4], CPU).expand(sizes[:4])
+    exact = torch.nn.functional.pad(exact, (0, -260 % BLOCK, 0, -200 % BLOCK))
+    blocks = exact.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).any(5).any(3).any(0)
+    if found is not None:
+        assert (found.expand(blocks.shape) | ~blocks).all()
