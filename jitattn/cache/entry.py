@@ -148,11 +148,12 @@ def _is_count(most: int) -> Callable[[object], bool]:
 
 
 def _is_spec(value: object) -> bool:
-    """Return whether a value is a flat spec of any version: words and 32-bit numbers."""
+    """Return whether a value is a flat spec of any version: words, programs, 32-bit numbers."""
     if type(value) is not dict or len(value) > 256:
         return False
     return all(
-        _is_word(name) and (_is_word(field) or (type(field) is int and abs(field) < 2**31))
+        _is_word(name)
+        and (_is_word(field) or _is_program(field) or (type(field) is int and abs(field) < 2**31))
         for name, field in value.items()
     )
 
@@ -172,6 +173,7 @@ def _is_log(value: object) -> bool:
 
 
 _is_word: Final = _matches(r"[a-z0-9_]{1,64}")
+_is_program: Final = _matches(r"[a-z0-9.,;:| -]{1,131072}")  # its characters (spec/program.py)
 _is_option: Final = _matches(r"[!-~]{1,256}")
 _is_digest: Final = _matches(r"[0-9a-f]{0,64}")
 _is_figure: Final = _is_count(2**31 - 1)

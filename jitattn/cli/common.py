@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -235,4 +236,7 @@ def own_cache(*, to_write: bool = False) -> DiskCache:
 def describe(spec: dict[str, str | int]) -> str:
     """Describe a kernel in a few words."""
     names = ("family", "arch", "dtype", "out_dtype", "head_dim", "head_dim_v", "mask")
-    return " ".join(str(spec[name]) for name in names if name in spec)
+    words = [str(spec[name]) for name in names if name in spec]
+    if spec.get("function"):  # its text is long
+        words.append(f"function {hashlib.sha256(str(spec['function']).encode()).hexdigest()[:8]}")
+    return " ".join(words)

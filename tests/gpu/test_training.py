@@ -84,7 +84,7 @@ def test_reduce_overhead_replays_the_decode_step(monkeypatch: pytest.MonkeyPatch
     calls = []
 
     def counted(*args: Any) -> Any:
-        calls.append(args)
+        calls.append(1)  # not its tensors: none of a graph's may live on
         return forward.run(*args)
 
     monkeypatch.setattr(operators, "run", counted)
