@@ -10,6 +10,7 @@ They translate arguments and results, and compute nothing themselves.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.abc
@@ -163,7 +164,12 @@ class Alias:
             if not sys.meta_path or sys.meta_path[0] is not _FINDER:
                 sys.meta_path.insert(0, _FINDER)
         if claimed:
-            forget_in_programs()
+            try:
+                forget_in_programs()
+            except Warning:  # where warnings are errors: all names or none
+                with contextlib.suppress(Warning):
+                    self.undo()
+                raise
 
     def undo(self) -> None:
         """Release the names, unless other aliases hold them."""

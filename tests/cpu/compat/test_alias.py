@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,14 @@ def test_unknown_names_warn_and_break_nothing() -> None:
 
 def test_a_program_is_needed() -> None:
     assert run("-m", "jitattn.compat").returncode == 2
+
+
+def test_a_warning_that_is_an_error_leaves_no_alias(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", types.ModuleType("diffusers"))
+    with pytest.warns(UserWarning, match="diffusers"):
+        jitattn.compat.alias("flash_attn", distribution=True).undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="diffusers"):
+            jitattn.compat.alias("flash_attn", distribution=True)
+    assert importlib.util.find_spec("flash_attn") is None
