@@ -8,6 +8,7 @@ anything else (an object with attributes, a list that may change) is traced at e
 from __future__ import annotations
 
 import functools
+import sys
 import types
 import weakref
 from typing import TYPE_CHECKING, Any, Final
@@ -81,7 +82,7 @@ def _identity(value: Any, tensors: dict[int, torch.Tensor], depth: int) -> Hasha
     if depth > _DEEPEST:
         raise _UnknownError
     deeper = functools.partial(_identity, tensors=tensors, depth=depth + 1)
-    if kind is types.FunctionType and value.__module__.partition(".")[0] in _STATELESS:
+    if kind is types.FunctionType and _is_of_a_module(value):
         return "stateless", id(value)
     if kind is types.FunctionType:
         return (
@@ -101,6 +102,18 @@ def _identity(value: Any, tensors: dict[int, torch.Tensor], depth: int) -> Hasha
     if isinstance(home, str) and home.partition(".")[0] in _STATELESS and _is_part(value):
         return "stateless", id(value)
     raise _UnknownError
+
+
+def _is_of_a_module(function: types.FunctionType) -> bool:
+    """Return whether a function is one of torch's or Python's modules, as long as the process.
+
+    One that such a module has made is not: and_masks of torch returns a closure, which holds masks,
+    and whose identity may be another's later.
+    """
+    home = function.__module__
+    if not isinstance(home, str) or home.partition(".")[0] not in _STATELESS:
+        return False
+    return getattr(sys.modules.get(home), function.__qualname__, None) is function
 
 
 def _is_part(value: Any) -> bool:  # noqa: ANN401

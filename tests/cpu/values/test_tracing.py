@@ -118,6 +118,20 @@ def test_a_warm_function_is_not_called() -> None:
     assert function_of(plain, None).numbers[-1] == 4
 
 
+def test_what_torch_makes_of_masks_is_told_apart() -> None:
+    """Closures of torch's, whose memory the next one takes."""
+
+    def within(width: int) -> Any:
+        return lambda b, h, q, k: q - k <= width
+
+    for width in range(30):
+        assert function_of(None, MaskMod(and_masks(within(width)))).numbers == (width,)
+    for factor in (2, 3):
+        made: dict[str, Any] = {"factor": factor}
+        exec("def score(s, b, h, q, k): return s * factor", made)
+        assert function_of(made.pop("score"), None).numbers == (factor,)
+
+
 def test_functions_of_every_kind() -> None:
     def biased(table: Any, s: Any, b: Any, h: Any, q: Any, k: Any, *, factor: float = 2.0) -> Any:
         for _ in range(2):
