@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from jitattn.reference.functions import over_pairs
-from jitattn.request.mask_blocks import BLOCK, Sizes, simplified, visible_blocks
+from jitattn.request.mask_blocks import simplified
+from jitattn.request.mask_ranges import BLOCK, Sizes, visible_blocks
 from jitattn.spec.program import parse
 from jitattn.values.functions import traced
 from jitattn.values.masks import BlockSparse, Causal, Full, MaskMod, Rule, Window
