@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jitattn.errors import InvalidInputError
 from jitattn.spec.program import MOST_NODES, MOST_NUMBERS, MOST_TENSORS
-from jitattn.values.tracing import Symbol, Tape, Tracing, added, converted, refusal
+from jitattn.values.symbols import Symbol, Tape, refusal
+from jitattn.values.traced_operations import added, converted
+from jitattn.values.tracing import Tracing
 
 if TYPE_CHECKING:
     from collections.abc import Callable

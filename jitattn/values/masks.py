@@ -374,7 +374,8 @@ class MaskMod(_Mask):
     """A mask written as a function: query `q_idx` sees key `kv_idx` where it is true.
 
     The function is called once, with symbols, and becomes part of the kernel; see
-    `values/tracing.py` for what can be traced. Combine several with ``&``, ``|`` and ``~``.
+    `values/traced_operations.py` for what can be traced. Combine several with ``&``, ``|`` and
+    ``~``.
 
     Parameters
     ----------
