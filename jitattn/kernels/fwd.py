@@ -128,13 +128,15 @@ def listed_problem(problem: Problem) -> Problem:
 
 def specs_for_gear(problem: Problem, gear: int, arch: str) -> list[KernelSpec]:
     """Return the kernels for prepared operands that calls of a gear may need."""
-    on_wgmma = arch_number(arch) == 90 and refusal_of_problem(problem) is None
-    in_8_bits = problem_in_8_bits(problem, arch) if gear == 4 and not on_wgmma else None
+    is_faster = arch_number(arch) == 90 and refusal_of_problem(problem) is None
+    in_8_bits = problem_in_8_bits(problem, arch) if gear == 4 and not is_faster else None
     if in_8_bits is not None:
         return [*quantize_specs(in_8_bits, arch), fwd_spec(in_8_bits, arch, RowClass.MANY)]
     split_fp32 = split_fp32_problem(problem)
     if split_fp32 is not None:
-        return [split_fp32_spec(split_fp32, arch), fwd_spec(split_fp32, arch, RowClass.MANY)]
+        on_wgmma = FwdSm90Spec.of_calls(split_fp32, None, arch, [RowClass.MANY])
+        split = split_fp32_spec(split_fp32, arch)
+        return [split, fwd_spec(split_fp32, arch, RowClass.MANY), *on_wgmma]
     return []
 
 

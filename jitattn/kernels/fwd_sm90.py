@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
-from jitattn.kernels.fwd_arguments import FWD_UNSCALED, fwd_arguments, fwd_structs
+from jitattn.kernels.fwd_arguments import FWD_TABLES, fwd_arguments, fwd_structs
 from jitattn.kernels.matrix import ALL_DIMS, FEATURES, LAYOUTS, MODEL_DIMS, problem
 from jitattn.kernels.problem_spec import ProblemSpec
 from jitattn.spec.arguments import Argument, ArgumentStruct, ArgumentTable
@@ -43,7 +43,7 @@ def _extended(forward: ArgumentTable) -> ArgumentTable:
     return forward.extended(PERSISTENT)
 
 
-_TABLES: Final = tuple(map(_extended, FWD_UNSCALED))
+_TABLES: Final = tuple(map(_extended, FWD_TABLES))
 
 #: Columns of a page: 128 bytes, the widest swizzle.
 PAGE: Final = 64
@@ -59,6 +59,13 @@ _TILES: Final[dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     128: ((128, 2, 2, 2),),
     192: ((112, 2, 2, 1),),
     256: ((_WIDE_KEYS, 2, 2, 1),),
+}
+#: The same for fp32 as two fp16 parts: 64 keys share a scale, and the output has two sums. TFLOP/s,
+#: full / causal at 16k keys, and those of mma.sync: D=64 205 / 198 (123 / 112), D=128 216 / 200
+#: (124 / 119); one part 417 / 377 (303 / 281), 457 / 467 (296 / 285). Twice the stages with one.
+_TILES_OF_PARTS: Final[dict[int, tuple[tuple[int, int, int, int], ...]]] = {
+    64: ((64, 3, 3, 1), (64, 2, 4, 2)),
+    128: ((64, 2, 2, 1),),
 }
 #: Blocks of a local + stride pattern hold 64 keys or more, and whole kernel blocks. TFLOP/s of seen
 #: pairs, D=128, 16 and 32 local blocks of 8k keys: four stages 480 / 493, two 438 / 484.
@@ -148,7 +155,8 @@ class FwdSm90Spec(ProblemSpec):
 def smem_bytes(problem: Problem, tile: Sm90Tile) -> int:
     """Return the dynamic shared memory per CTA; `fwd/sm90/traits.cuh` asserts the same."""
     dim, dim_v = padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v)
-    pages, pages_v = -(-dim // PAGE), -(-dim_v // PAGE)
+    parts = max(1, problem.numerics.num_parts)
+    pages, pages_v = parts * -(-dim // PAGE), parts * -(-dim_v // PAGE)
     s_q = tile.block_q * pages * 2 * PAGE
     s_kv = tile.block_kv * (pages + pages_v) * 2 * PAGE
     barriers = 8 * (2 * tile.q_stages + 4 * tile.stages)
@@ -161,7 +169,7 @@ def smem_bytes(problem: Problem, tile: Sm90Tile) -> int:
 
 def refusal_of_problem(problem: Problem) -> str | None:
     """Return why a problem has no kernel here; None if it has one."""
-    if problem.dtype is Dtype.FP32 or problem.numerics is not Numerics.F32_ACC:
+    if problem.numerics is not Numerics.F32_ACC and not problem.numerics.num_parts:
         return f"numerics {problem.numerics.value} are those of mma.sync kernels"
     if problem.access is not Access.VEC16:
         return "TMA copies multiples of 16 bytes"
@@ -180,7 +188,8 @@ def refusal_of_problem(problem: Problem) -> str | None:
 def fwd_sm90_specs(problem: Problem) -> tuple[FwdSm90Spec, ...]:
     """Return the specs of the forward kernels of `problem` on sm_90, by decreasing tile height."""
     dim = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v))
-    rows = next(rows for top, rows in _TILES.items() if dim <= top)
+    tiles = _TILES_OF_PARTS if problem.numerics.num_parts else _TILES
+    rows = next(rows for top, rows in tiles.items() if dim <= top)
     # Lists begin at powers of two; the relative bias takes registers that three do not have.
     needs_two = problem.mask is MaskKind.BLOCK_LISTS or problem.relative_bias is Switch.ON
     return tuple(
@@ -191,7 +200,9 @@ def fwd_sm90_specs(problem: Problem) -> tuple[FwdSm90Spec, ...]:
 
 
 def _tile(problem: Problem, block_kv: int, consumers: int, stages: int, q_stages: int) -> Sm90Tile:
-    if problem.mask is MaskKind.LOCAL_STRIDE:
+    if problem.numerics.num_parts:
+        stages *= 2 // problem.numerics.num_parts
+    elif problem.mask is MaskKind.LOCAL_STRIDE:
         stages = min(4, stages * block_kv // _STRIDE_KEYS)
         block_kv = _STRIDE_KEYS
     elif problem.mask is not MaskKind.FULL and block_kv == _WIDE_KEYS:
@@ -214,6 +225,7 @@ def _problems(size: MatrixSize) -> Iterator[Problem]:
         yield problem(Dtype.BF16, dim, mask)
     yield problem(Dtype.FP16, 128)
     yield problem(Dtype.BF16, 192, head_dim_v=128)
+    yield problem(Dtype.FP32, 128, numerics=Numerics.F16X3)
     if size >= MatrixSize.TUNED:
         for dim in MODEL_DIMS:
             yield problem(Dtype.BF16, dim)
@@ -221,6 +233,9 @@ def _problems(size: MatrixSize) -> Iterator[Problem]:
             yield problem(Dtype.BF16, dim, q_layout=q_layout, kv_layout=kv_layout)
         for features, dim in itertools.product(FEATURES, (64, 128, 256)):
             yield problem(Dtype.BF16, dim, **features)
+        parts = (Numerics.F16X3, Numerics.F16X1)
+        for numerics, dim, mask in itertools.product(parts, (16, 64, 80, 128), masks):
+            yield problem(Dtype.FP32, dim, mask, numerics=numerics)
     if size is MatrixSize.FULL:
         dtypes = (Dtype.FP16, Dtype.BF16)
         for dtype, mask, dim in itertools.product(dtypes, masks, ALL_DIMS):

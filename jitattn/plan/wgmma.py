@@ -30,7 +30,7 @@ _PACKED_COST: Final = 1.05
 #: Ratio of the time of wgmma's tiles to that of full ones from which on mma.sync is faster.
 _MOST_COST: Final = 1.4
 _PLAIN_ROWS: Final = 128
-_BYTES: Final = 2  # of an element
+_BYTES: Final = 2  # of an element; fp32 comes as fp16 parts
 #: Rows of Q that one copy moves: those of a consumer.
 _BOX_ROWS: Final = 64
 #: Keys of a group of a block list.
@@ -90,13 +90,22 @@ def _refusal(problem: Problem, runtime: Runtime, device: Device) -> str | None:
         return "q, k or v has no rows, or too distant ones"
     rows = (_rows_of_q(runtime), *(2 * (_sizes_of_keys(problem, runtime)[0],)))
     strides = (runtime.q_strides, runtime.k_strides, runtime.v_strides)
-    dims = (problem.head_dim, problem.head_dim, problem.head_dim_v)
+    dims = (_width(problem), _width(problem), _width_v(problem))
     for size, (_, step, _), dim in zip(rows, strides, dims, strict=True):
         if size > 1 and step < dim:
             return "rows of q, k or v overlap"
-    if 0 < runtime.q_strides[2] < problem.head_dim:
+    if 0 < runtime.q_strides[2] < _width(problem):
         return "heads of q overlap"
     return None
+
+
+def _width(problem: Problem) -> int:
+    """Return the elements of a row of q and k: of both parts, if these are two."""
+    return problem.head_dim * max(1, problem.numerics.num_parts)
+
+
+def _width_v(problem: Problem) -> int:
+    return problem.head_dim_v * max(1, problem.numerics.num_parts)
 
 
 def _group(runtime: Runtime) -> int:
@@ -156,7 +165,7 @@ def section_heads(problem: Problem, runtime: Runtime, packed: int) -> int:
     group = _group(runtime) // packed
     if problem.mask is MaskKind.FULL:
         return group  # all tiles of a head share its keys
-    of_head = runtime.len_kv * (problem.head_dim + problem.head_dim_v) * _BYTES
+    of_head = runtime.len_kv * (_width(problem) + _width_v(problem)) * _BYTES
     fitting = max(1, _SECTION_BYTES // max(1, of_head)) * group
     # Sequences of different lengths are counted for each head alike.
     batch = runtime.batch if problem.is_uniform else 1
@@ -169,17 +178,17 @@ def boxed_q(problem: Problem, runtime: Runtime, packed: int) -> BoxedTensor:
     group = _group(runtime)
     sizes = (group, _rows_of_q(runtime), runtime.heads_kv, runtime.batch)
     steps = (by_head, by_row, by_head * group, by_batch)
-    return _boxed(problem, problem.head_dim, sizes, steps, (packed, _BOX_ROWS // packed))
+    return _boxed(problem, _width(problem), sizes, steps, (packed, _BOX_ROWS // packed))
 
 
 def boxed_k(problem: Problem, runtime: Runtime, block_kv: int) -> BoxedTensor:
     """Return k, in boxes of a key block."""
-    return _boxed_keys(problem, runtime, problem.head_dim, runtime.k_strides, block_kv)
+    return _boxed_keys(problem, runtime, _width(problem), runtime.k_strides, block_kv)
 
 
 def boxed_v(problem: Problem, runtime: Runtime, block_kv: int) -> BoxedTensor:
     """Return v, in boxes of a key block."""
-    return _boxed_keys(problem, runtime, problem.head_dim_v, runtime.v_strides, block_kv)
+    return _boxed_keys(problem, runtime, _width_v(problem), runtime.v_strides, block_kv)
 
 
 def _boxed_keys(
@@ -218,7 +227,7 @@ def _boxed(
     extents = (size if step else 1 for size, step in zip(sizes, steps, strict=True))
     least = -(-dim * _BYTES // 16) * 16
     return BoxedTensor(
-        problem.dtype.value,
+        "fp16" if problem.numerics.num_parts else problem.dtype.value,
         (dim, *extents),
         tuple(step * _BYTES if step else least for step in steps),
         (PAGE, *box, *([1] * (len(sizes) - len(box)))),

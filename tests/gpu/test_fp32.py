@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jitattn
+from jitattn.jit import backend
 from jitattn.plan import prepare
 from jitattn.request import request
+from jitattn.run import forward
 from jitattn.spec.enums import Dtype
 from jitattn.values.gears import GEARS
 from tests.support.capture import capture
@@ -77,9 +81,32 @@ SPLIT_FP32 = {
 @pytest.mark.parametrize("gear", [2, 3])
 @split_fp32
 def test_long_queries_as_fp16_parts(
-    gear: int, dims: tuple[int, int], heads: tuple[int, int], name: str
+    gear: int, dims: tuple[int, int], heads: tuple[int, int], name: str, arch: str
 ) -> None:
-    given = {**SPLIT_FP32[name], "gear": gear}
+    q, k, v = random_qkv(1, 200, 333, *heads, head_dim=dims[0], head_dim_v=dims[1], device="cuda")
+    if arch == "sm_90" and backend.active.encodes_maps():
+        kernel = jitattn.explain(q, k, v, **SPLIT_FP32[name], gear=gear).kernel
+        assert kernel["family"] == "fwd_sm90"
+    _check_parts(gear, dims, heads, SPLIT_FP32[name])
+
+
+@pytest.mark.parametrize("name", list(SPLIT_FP32))
+@pytest.mark.parametrize("dims", [(16, 16), (64, 64), (128, 128)], ids=str)
+@split_fp32
+def test_fp16_parts_on_mma_sync(
+    dims: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JITATTN_FAMILY", "sm80")
+    forward.forget_kernels()
+    _check_parts(2, dims, (6, 2), SPLIT_FP32[name])
+    monkeypatch.undo()
+    forward.forget_kernels()
+
+
+def _check_parts(
+    gear: int, dims: tuple[int, int], heads: tuple[int, int], features: dict[str, Any]
+) -> None:
+    given = {**features, "gear": gear}
     promise = GEARS[gear].rel_l2[Dtype.FP32]
     for len_q, len_kv in ((200, 333), (135, 1100), (300, 100)):
         q, k, v = random_qkv(

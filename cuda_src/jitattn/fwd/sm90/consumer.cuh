@@ -5,6 +5,7 @@
 #include "jitattn/attention/epilogue.cuh"
 #include "jitattn/attention/row_scale.cuh"
 #include "jitattn/attention/warp_scores.cuh"
+#include "jitattn/fwd/sm90/consumer_tiles.cuh"
 #include "jitattn/fwd/sm90/gathered_blocks.cuh"
 #include "jitattn/fwd/sm90/pipeline.cuh"
 #include "jitattn/fwd/sm90/traits.cuh"
@@ -35,17 +36,6 @@ struct Turn {
   }
 };
 
-// What consumers keep of a tile; its plan stays in shared memory.
-struct ConsumerTile {
-  int plan_idx;
-  uint32_t s_q;      // of this warpgroup's rows
-  uint32_t q_empty;  // the barrier to arrive at when Q is read
-  int begin, end;    // key blocks, by ordinals
-  bool exists;
-
-  __device__ bool has_blocks() const { return begin < end; }
-};
-
 template <class Spec>
 struct FwdConsumer {
   using Traits = FwdSm90Traits<Spec>;
@@ -54,6 +44,7 @@ struct FwdConsumer {
   using Softmax = typename Traits::Softmax;
   using Tile = ConsumerTile;
   using Plan = typename Traits::Plan;
+  using Tiles = ConsumerTiles<Spec>;
   using Out = Scalar<Spec::kDtype>;
   static constexpr bool kDrops = Spec::kDropout == Switch::kOn;
   static constexpr bool kIsBf16 = Spec::kDtype == Dtype::kBf16;
@@ -64,15 +55,13 @@ struct FwdConsumer {
       (Spec::kRelativeBias == Switch::kOn || Spec::kAlibi == Switch::kOn);
 
   const typename Traits::Params& params;
-  const unsigned char* const s_storage;
   const FwdBarriers<Spec> barriers;
   const uint32_t s_addr;
   const int consumer;
   const Turn<Traits::kConsumers> turn;
   const RowScale<Spec, 1> scale;
+  Tiles tiles;
   ListedBlock listed;
-  Ring<Spec::kQStages> q_ring;
-  Ring<Traits::kPlans> plan_ring;
   // Of the block whose weights are next to be multiplied, or, between tiles, of the next scores.
   Ring<Spec::kStages> ring;
   Ring<kListedBlocks<Spec>> listed_ring;  // of the next block to be weighed
@@ -84,15 +73,13 @@ struct FwdConsumer {
   __device__ FwdConsumer(const typename Traits::Params& params, const unsigned char* s_storage,
                          uint32_t s_addr, int consumer)
       : params(params),
-        s_storage(s_storage),
         barriers(s_addr),
         s_addr(s_addr),
         consumer(consumer),
         turn{consumer},
         scale(params),
+        tiles(params, s_storage, s_addr, consumer),
         listed{0},
-        q_ring{0, 0},
-        plan_ring{0, 0},
         ring{0, 0},
         listed_ring{0, 0} {}
 
@@ -100,66 +87,19 @@ struct FwdConsumer {
   // are written while other consumers multiply.
   __device__ __forceinline__ void run() {
     turn.begin();
-    Tile tile = next_tile();
+    Tile tile = tiles.next();
     change_tile(tile, tile, false);
 #pragma unroll 1
     while (tile.exists) {
       if (tile.has_blocks()) visit_blocks(tile);
       release(tile.q_empty);  // all its scores are computed
-      const Tile next = next_tile();
+      const Tile next = tiles.next();
       change_tile(tile, next, true);
       tile = next;
     }
   }
 
  private:
-  // Tells the compiler that a number is the same in all lanes, so that descriptors made of it are
-  // computed in uniform registers.
-  __device__ static int uniform(int number) { return __shfl_sync(0xffffffffu, number, 0); }
-
-  // Loads a plan.
-  __device__ __forceinline__ Plan plan_of(int plan_idx) const {
-    Plan plan = *reinterpret_cast<const Plan*>(s_storage + Traits::kOffsetPlans +
-                                               plan_idx * Traits::kBytesPlan);
-    int* words = reinterpret_cast<int*>(&plan);
-    constexpr int kWords = (kIsUniform<Spec> ? sizeof(WorkTile) : sizeof(Plan)) / 4;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = uniform(words[i]);
-    return plan;
-  }
-
-  __device__ __forceinline__ Work work_of(const Plan& plan) const {
-    if constexpr (kHasBlockLists<Spec>) {
-      return Work(params, plan.tile, plan.sequence, plan.range);
-    } else {
-      return Work(params, plan.tile, plan.sequence);
-    }
-  }
-  __device__ __forceinline__ Work work_of(const Tile& tile) const {
-    return work_of(plan_of(tile.plan_idx));
-  }
-
-  // Waits for a tile, and derives its range.
-  __device__ __forceinline__ Tile next_tile() {
-    ptx::mbarrier_wait(barriers.q_full(q_ring.stage), q_ring.parity);
-    Plan plan = plan_of(plan_ring.stage);
-    Tile tile;
-    tile.exists = plan.tile.batch_idx >= 0;
-    plan.tile.batch_idx = max_of(0, plan.tile.batch_idx);
-    const Work work = work_of(plan);
-    tile.plan_idx = plan_ring.stage;
-    tile.s_q = uniform(s_addr + q_ring.stage * Traits::kBytesQ + consumer * Traits::kBytesConsumer);
-    tile.q_empty = barriers.q_empty(q_ring.stage);
-    tile.begin = work.range.begin;
-    tile.end = tile.exists ? work.range.end : work.range.begin;
-    if constexpr (Spec::kQLayout == SeqLayout::kRagged) {
-      if (tile.has_blocks()) clear_missing_rows(work, tile.s_q);
-    }
-    q_ring.advance();
-    plan_ring.advance();
-    return tile;
-  }
-
   __device__ __forceinline__ Scores scores_of(const Work& work) const {
     const int thread_idx = Traits::Threads::idx();
     const WarpPart part = {thread_idx % 32, Traits::first_row(thread_idx / 32), 0, 0,
@@ -171,7 +111,7 @@ struct FwdConsumer {
   // while the weights of the one before are multiplied by its values.
   __device__ __forceinline__ void visit_blocks(const Tile& tile) {
     ring = {uniform(ring.stage), static_cast<uint32_t>(uniform(ring.parity))};
-    const Work work = work_of(tile);
+    const Work work = tiles.work_of(tile);
     const Scores scores = scores_of(work);
     int ordinal = tile.end - 2;
     if constexpr (kHasBlockLists<Spec>) {
@@ -230,9 +170,9 @@ struct FwdConsumer {
     const Ring<Spec::kStages> before = ring;
     if (has_output) ring.advance();
     if constexpr (kBeginsScores) {
-      Plan plan = plan_of(next.plan_idx);
+      Plan plan = tiles.plan_of(next.plan_idx);
       plan.tile.batch_idx = max_of(0, plan.tile.batch_idx);  // where there is no tile
-      const Work work = work_of(plan);
+      const Work work = tiles.work_of(plan);
       // Without blocks, of one that may not be there: what is read is checked from above alone.
       begin_scores(work, scores_of(work), max_of(next.end - 1, next.begin));
     }
@@ -251,7 +191,7 @@ struct FwdConsumer {
     begin_softmax();
     if (has_scores) {
       release(barriers.k_empty(ring.stage));
-      const Work work = work_of(next);
+      const Work work = tiles.work_of(next);
       float factors[1][2];
       weigh<true>(work, scores_of(work), next.end - 1, factors);
       if constexpr (Spec::kKvLayout == SeqLayout::kRagged || kIsGathered<Spec>) {
@@ -262,7 +202,7 @@ struct FwdConsumer {
     ptx::wgmma_hold(flat(r_o));
     if (has_output) release(barriers.v_empty(before.stage));
     if (finishes) {
-      FwdEpilogue<Spec, Traits>(params, plan_of(tile.plan_idx), Traits::Threads::idx(),
+      FwdEpilogue<Spec, Traits>(params, tiles.plan_of(tile.plan_idx), Traits::Threads::idx(),
                                 s_addr + Traits::kOffsetMerge)
           .finish(r_o, finished);
     }
@@ -355,18 +295,6 @@ struct FwdConsumer {
     }
   }
 
-  // Zeros the rows of Q after the last query, and before the first one of lists: those of another
-  // sequence would have a vote in when maxima are raised, and so change the last bits of this one.
-  __device__ __forceinline__ void clear_missing_rows(const Work& work, uint32_t s_q) const {
-    const int first_row = work.first_row() + consumer * 64;
-    const int end = work.rows.num_rows - first_row;
-    const int begin = work.sequence.first_position * work.rows.heads_per_tile - first_row;
-    if (end >= 64 && begin <= 0) return;
-    clear_rows<64, 128, Traits::kPagesQk>(s_q, threadIdx.x % 128, max_of(begin, 0), end);
-    ptx::fence_proxy_async();
-    ptx::named_barrier_sync(kOwnBarrier + consumer, 128);
-  }
-
   // Zeros the rows of V after the last key: they may be of another sequence, or not a number.
   __device__ __forceinline__ void clear_tail(const CtaWork<Spec>& work, int ordinal) const {
     const int end = work.keys_left(ordinal);
@@ -379,38 +307,10 @@ struct FwdConsumer {
     Traits::Threads::sync();
   }
 
-  // Zeros the rows outside [begin, end) of a tile of kRows. All threads go through all steps, and
-  // only the stores have conditions: a branch would move descriptors to vector registers.
-  template <int kRows, int kThreads, int kPages>
-  __device__ __forceinline__ static void clear_rows(uint32_t s_rows, uint32_t thread_idx, int begin,
-                                                    int end) {
-    constexpr int kChunks = kPageRowBytes / 16;
-#pragma unroll
-    for (int step = 0; step < ceil_div(kRows * kChunks, kThreads); ++step) {
-      const int chunk = step * kThreads + thread_idx, row = chunk / kChunks;
-#pragma unroll
-      for (int page = 0; page < kPages; ++page) {
-        if ((row < begin || row >= end) && row < kRows) {
-          ptx::st_shared_v4(s_rows + page * kRows * kPageRowBytes + chunk * 16, Vec16{});
-        }
-      }
-    }
-  }
-
-  // Says, with all lanes of a warp, that it has finished with a stage.
-  __device__ static void release(uint32_t s_empty) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(s_empty);
-  }
-
   __device__ __forceinline__ void clear_output() {
 #pragma unroll
     for (int i = 0; i < Traits::kColumnTiles * 4; ++i) flat(r_o)[i] = 0.f;
   }
-
-  template <int kTiles>
-  __device__ static float (&flat(float (&tiles)[1][kTiles][4]))
-      [kTiles * 4] { return reinterpret_cast<float (&)[kTiles * 4]>(tiles); }
 };
 
 }  // namespace jitattn

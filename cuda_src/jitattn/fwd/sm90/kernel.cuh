@@ -23,10 +23,13 @@
 //             consumer 0   S_0  P_0 | S_1 O_0 | P_1           | S_2 O_1 | P_2  ...
 //             consumer 1   S_0  P_0           | S_1 O_0 | P_1           | S_2 O_1 | ...
 //             Between bars only one consumer issues products; the others compute exponentials.
+//
+// fp32        As fp16 parts of scaled rows, with another loop (parts_consumer.cuh).
 #pragma once
 
 #include "jitattn/debug.cuh"
 #include "jitattn/fwd/sm90/consumer.cuh"
+#include "jitattn/fwd/sm90/parts_consumer.cuh"
 #include "jitattn/fwd/sm90/producer.cuh"
 #include "jitattn/fwd/sm90/traits.cuh"
 #include "jitattn/ptx/shared.cuh"
@@ -58,7 +61,9 @@ __device__ __forceinline__ void attn_fwd_sm90(const FwdTensorMaps& maps,
     if (threadIdx.x < 32) FwdProducer<Spec>(params, maps, s_storage, s_addr).run();
   } else {
     ptx::acquire_registers<Traits::kConsumerRegisters>();
-    FwdConsumer<Spec>(params, s_storage, s_addr, warpgroup - 1).run();
+    using Consumer =
+        typename Conditional<Traits::kIsInParts, FwdPartsConsumer<Spec>, FwdConsumer<Spec>>::type;
+    Consumer(params, s_storage, s_addr, warpgroup - 1).run();
   }
 }
 

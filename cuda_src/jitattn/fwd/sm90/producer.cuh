@@ -178,7 +178,8 @@ struct FwdProducer {
 #pragma unroll
       for (int page = 0; page < Traits::kPagesQk; ++page) {
         ptx::tma_load_packed(s_q + consumer * Traits::kBytesConsumer + page * Traits::kBytesQPage,
-                             maps.q, barriers.q_full(q_ring.stage), page * kPageColumns, head,
+                             maps.q, barriers.q_full(q_ring.stage),
+                             first_column<Traits::kPagesOfQk, Spec::kHeadDim>(page), head,
                              work.sequence.q_start + position, kv_head, batch);
       }
     }
@@ -196,19 +197,25 @@ struct FwdProducer {
       listed_ring.advance();
       __syncwarp();  // before the arrival of the first lane
     }
-    load_block<Traits::kPagesQk>(work, piece, maps.k, params.k_stride_head, params.k_stride_batch,
-                                 barriers.k_full(ring.stage),
-                                 s_addr + Traits::kOffsetK + ring.stage * Traits::kBytesK);
+    load_block<Traits::kPagesQk, Traits::kPagesOfQk, Spec::kHeadDim>(
+        work, piece, maps.k, params.k_stride_head, params.k_stride_batch,
+        barriers.k_full(ring.stage), s_addr + Traits::kOffsetK + ring.stage * Traits::kBytesK);
   }
   __device__ __forceinline__ void load_v(const CtaWork<Spec>& work, const Piece& piece,
                                          const Ring<Spec::kStages>& ring) {
     ptx::mbarrier_wait(barriers.v_empty(ring.stage), ring.parity);
-    load_block<Traits::kPagesV>(work, piece, maps.v, params.v_stride_head, params.v_stride_batch,
-                                barriers.v_full(ring.stage),
-                                s_addr + Traits::kOffsetV + ring.stage * Traits::kBytesV);
+    load_block<Traits::kPagesV, Traits::kPagesOfV, Spec::kHeadDimV>(
+        work, piece, maps.v, params.v_stride_head, params.v_stride_batch,
+        barriers.v_full(ring.stage), s_addr + Traits::kOffsetV + ring.stage * Traits::kBytesV);
   }
 
-  template <int kPages>
+  // Where a page begins in a row of parts of kDim columns, which have kPagesOfPart each.
+  template <int kPagesOfPart, int kDim>
+  __device__ static int first_column(int page) {
+    return page / kPagesOfPart * kDim + page % kPagesOfPart * kPageColumns;
+  }
+
+  template <int kPages, int kPagesOfPart, int kDim>
   __device__ __forceinline__ void load_block(const CtaWork<Spec>& work, const Piece& piece,
                                              const ptx::TensorMap& map, int64_t head_stride,
                                              int64_t batch_stride, uint32_t s_full,
@@ -220,8 +227,8 @@ struct FwdProducer {
         ptx::mbarrier_arrive_expect(s_full, kPages * Traits::kBytesPage);
 #pragma unroll
         for (int page = 0; page < kPages; ++page) {
-          ptx::tma_load(s_block + page * Traits::kBytesPage, map, s_full, page * kPageColumns,
-                        piece.row, head, own_batch);
+          ptx::tma_load(s_block + page * Traits::kBytesPage, map, s_full,
+                        first_column<kPagesOfPart, kDim>(page), piece.row, head, own_batch);
         }
       }
       // All lanes wait for a free buffer: one that is two uses late would wait for ever.

@@ -40,9 +40,13 @@ template <class Spec>
 struct FwdSm90Traits {
   using Params = PersistentParams<FwdParamsOf<Spec>>;
   static_assert(sizeof(Params) == Spec::kParamsBytes, "host and device disagree on the parameters");
-  static_assert(Spec::kArch == 90 && Spec::kNumerics == Numerics::kF32Acc &&
-                Spec::kDtype != Dtype::kFp32 && Spec::kAccess == Access::kVec16 &&
+  static_assert(Spec::kArch == 90 && Spec::kAccess == Access::kVec16 &&
                 Spec::kKvLayout != SeqLayout::kPaged && !kGathersKeys<Spec>);
+  // fp32 operands come as fp16 parts: parts_consumer.cuh.
+  static constexpr bool kIsInParts = kSplitFp32<Spec>;
+  static_assert(kIsInParts ? Spec::kHeadDim % 16 == 0 && Spec::kHeadDimV % 16 == 0
+                           : Spec::kNumerics == Numerics::kF32Acc && Spec::kDtype != Dtype::kFp32);
+  static constexpr int kParts = Spec::kNumerics == Numerics::kF16x3 ? 2 : 1;
 
   // ---- Threads: a warpgroup that loads, and some that compute 64 rows each.
   static constexpr int kConsumers = Spec::kWarpsQ / 4;
@@ -67,7 +71,8 @@ struct FwdSm90Traits {
   static constexpr int kWarpKeys = Spec::kBlockKv;
   static constexpr int kKeyTiles = Spec::kBlockKv / 8;
   static constexpr int kColumnTiles = kDimV / 8;
-  using Softmax = OnlineSoftmax<kRowTiles, 8, 0>;
+  // As tile/mma/split_p.cuh: low parts of small weights must not underflow.
+  using Softmax = OnlineSoftmax<kRowTiles, kParts == 2 ? 1 : 8, kParts == 2 ? 14 : 0>;
   using Scores = float[kRowTiles][kKeyTiles][4];
   using Output = float[kRowTiles][kColumnTiles][4];
   using Weights = uint32_t[Spec::kBlockKv / 16][4];  // P, as operands
@@ -77,8 +82,10 @@ struct FwdSm90Traits {
   // of tiles; list entries; space to merge splits; barriers.
   static constexpr bool kStagesOutput = false, kSumsAreDefined = false;
   static constexpr bool kAllWarpsWrite = true;
-  static constexpr int kPagesQk = ceil_div(kDim, kPageColumns);
-  static constexpr int kPagesV = ceil_div(kDimV, kPageColumns);
+  // Each part of a row begins a page.
+  static constexpr int kPagesOfQk = ceil_div(kDim, kPageColumns);
+  static constexpr int kPagesOfV = ceil_div(kDimV, kPageColumns);
+  static constexpr int kPagesQk = kParts * kPagesOfQk, kPagesV = kParts * kPagesOfV;
   static constexpr int kBytesQPage = 64 * kPageRowBytes;
   static constexpr int kBytesConsumer = kPagesQk * kBytesQPage;  // Q of one consumer
   static constexpr int kBytesQ = kConsumers * kBytesConsumer;

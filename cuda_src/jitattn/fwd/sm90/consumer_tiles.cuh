@@ -1,0 +1,142 @@
+// The tiles that a consumer warpgroup is given, and what every kind of consumer does with stages.
+#pragma once
+
+#include "jitattn/attention/cta_work.cuh"
+#include "jitattn/fwd/sm90/pipeline.cuh"
+#include "jitattn/fwd/sm90/traits.cuh"
+#include "jitattn/ptx/shared.cuh"
+#include "jitattn/ptx/sm90/mbarrier.cuh"
+#include "jitattn/ptx/sm90/warpgroup.cuh"
+#include "jitattn/types.cuh"
+#include "jitattn_spec.h"
+
+namespace jitattn {
+
+// Tells the compiler that a number is the same in all lanes, so that descriptors made of it are
+// computed in uniform registers.
+__device__ __forceinline__ int uniform(int number) { return __shfl_sync(0xffffffffu, number, 0); }
+
+// Says, with all lanes of a warp, that it has finished with a stage.
+__device__ __forceinline__ void release(uint32_t s_empty) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(s_empty);
+}
+
+// Zeros the rows outside [begin, end) of a tile of kRows. All threads go through all steps, and
+// only the stores have conditions: a branch would move descriptors to vector registers.
+template <int kRows, int kThreads, int kPages>
+__device__ __forceinline__ void clear_rows(uint32_t s_rows, uint32_t thread_idx, int begin,
+                                           int end) {
+  constexpr int kChunks = kPageRowBytes / 16;
+#pragma unroll
+  for (int step = 0; step < ceil_div(kRows * kChunks, kThreads); ++step) {
+    const int chunk = step * kThreads + thread_idx, row = chunk / kChunks;
+#pragma unroll
+    for (int page = 0; page < kPages; ++page) {
+      if ((row < begin || row >= end) && row < kRows) {
+        ptx::st_shared_v4(s_rows + page * kRows * kPageRowBytes + chunk * 16, Vec16{});
+      }
+    }
+  }
+}
+
+// The accumulators of a row of tiles, one after the other.
+template <int kTiles>
+__device__ __forceinline__ float (&flat(float (&tiles)[1][kTiles][4]))
+    [kTiles * 4] { return reinterpret_cast<float (&)[kTiles * 4]>(tiles); }
+
+// What consumers keep of a tile; its plan stays in shared memory.
+struct ConsumerTile {
+  int plan_idx;
+  uint32_t s_q;      // of this warpgroup's rows
+  uint32_t q_empty;  // the barrier to arrive at when Q is read
+  int begin, end;    // key blocks, by ordinals
+  bool exists;
+
+  __device__ bool has_blocks() const { return begin < end; }
+};
+
+// Gives a consumer its tiles, in order.
+template <class Spec>
+struct ConsumerTiles {
+  using Traits = FwdSm90Traits<Spec>;
+  using Work = CtaWork<Spec>;
+  using Tile = ConsumerTile;
+  using Plan = typename Traits::Plan;
+
+  const typename Traits::Params& params;
+  const unsigned char* const s_storage;
+  const FwdBarriers<Spec> barriers;
+  const uint32_t s_addr;
+  const int consumer;
+  Ring<Spec::kQStages> q_ring;
+  Ring<Traits::kPlans> plan_ring;
+
+  __device__ ConsumerTiles(const typename Traits::Params& params, const unsigned char* s_storage,
+                           uint32_t s_addr, int consumer)
+      : params(params),
+        s_storage(s_storage),
+        barriers(s_addr),
+        s_addr(s_addr),
+        consumer(consumer),
+        q_ring{0, 0},
+        plan_ring{0, 0} {}
+
+  // Loads a plan.
+  __device__ __forceinline__ Plan plan_of(int plan_idx) const {
+    Plan plan = *reinterpret_cast<const Plan*>(s_storage + Traits::kOffsetPlans +
+                                               plan_idx * Traits::kBytesPlan);
+    int* words = reinterpret_cast<int*>(&plan);
+    constexpr int kWords = (kIsUniform<Spec> ? sizeof(WorkTile) : sizeof(Plan)) / 4;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = uniform(words[i]);
+    return plan;
+  }
+
+  __device__ __forceinline__ Work work_of(const Plan& plan) const {
+    if constexpr (kHasBlockLists<Spec>) {
+      return Work(params, plan.tile, plan.sequence, plan.range);
+    } else {
+      return Work(params, plan.tile, plan.sequence);
+    }
+  }
+  __device__ __forceinline__ Work work_of(const Tile& tile) const {
+    return work_of(plan_of(tile.plan_idx));
+  }
+
+  // Waits for a tile, and derives its range.
+  __device__ __forceinline__ Tile next() {
+    ptx::mbarrier_wait(barriers.q_full(q_ring.stage), q_ring.parity);
+    Plan plan = plan_of(plan_ring.stage);
+    Tile tile;
+    tile.exists = plan.tile.batch_idx >= 0;
+    plan.tile.batch_idx = max_of(0, plan.tile.batch_idx);
+    const Work work = work_of(plan);
+    tile.plan_idx = plan_ring.stage;
+    tile.s_q = uniform(s_addr + q_ring.stage * Traits::kBytesQ + consumer * Traits::kBytesConsumer);
+    tile.q_empty = barriers.q_empty(q_ring.stage);
+    tile.begin = work.range.begin;
+    tile.end = tile.exists ? work.range.end : work.range.begin;
+    if constexpr (Spec::kQLayout == SeqLayout::kRagged) {
+      if (tile.has_blocks()) clear_missing_rows(work, tile.s_q);
+    }
+    q_ring.advance();
+    plan_ring.advance();
+    return tile;
+  }
+
+ private:
+  // Zeros the rows of Q after the last query, and before the first one of lists: those of another
+  // sequence would have a vote in when maxima are raised, and so change the last bits of this one.
+  __device__ __forceinline__ void clear_missing_rows(const Work& work, uint32_t s_q) const {
+    const int first_row = work.first_row() + consumer * 64;
+    const int end = work.rows.num_rows - first_row;
+    const int begin = work.sequence.first_position * work.rows.heads_per_tile - first_row;
+    if (end >= 64 && begin <= 0) return;
+    clear_rows<64, 128, Traits::kPagesQk>(s_q, threadIdx.x % 128, max_of(begin, 0), end);
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(kOwnBarrier + consumer, 128);
+  }
+};
+
+}  // namespace jitattn
