@@ -182,8 +182,8 @@ def attention(
         Indices count sequences, query heads, and the rows and keys of a sequence from 0. It may
         compute with them as with 0-dimensional tensors of int32 (the score: fp32), and read
         captured tensors at indices; -inf hides a pair. Numbers and tensors that it holds are
-        arguments: others compile nothing anew. Gradients flow through the score; those of captured
-        tensors are of the CPU path.
+        arguments: others compile nothing anew. Gradients flow through the score, and to the
+        captured tensors that it is made of, bitwise reproducible.
     deterministic : bool
         Make dq of the backward pass bitwise reproducible, at 1.3 to 1.4 times its time.
         (Everything else is always reproducible.) `torch.use_deterministic_algorithms(True)` has

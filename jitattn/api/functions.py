@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from torch import Tensor
 
-from jitattn.errors import UnsupportedError
 from jitattn.request.mask_blocks import without_hidden_blocks
 from jitattn.values.function_cache import function_of
 from jitattn.values.masks import Both, MaskMod, is_mask, parts_of
@@ -46,7 +44,7 @@ def traced_apart(
     Raises
     ------
     InvalidInputError, UnsupportedError
-        As `traced`; or, on a GPU, a captured tensor requires a gradient.
+        As `traced`.
     """
     if not is_mask(mask):  # refused later, with all that is said of masks
         return mask, None
@@ -60,11 +58,6 @@ def traced_apart(
     function = function_of(score_mod, parts.function)
     if not isinstance(q, Tensor) or not q.is_cuda:
         return mask, function
-    if torch.is_grad_enabled() and any(one.requires_grad for one in function.tensors):
-        raise UnsupportedError(
-            "a captured tensor of a function requires a gradient, which is not computed on a GPU "
-            "yet: detach it, give it as bias, relative_bias or alibi_slopes, or use the CPU path"
-        )
     if not finds_blocks:
         return mask, function
     return without_hidden_blocks(mask, function, q, k, layout, q_seqs, kv_seqs)

@@ -22,7 +22,7 @@ from jitattn.plan.score_gradients import target_of
 from jitattn.request.layouts import parse_any
 from jitattn.request.norm import call_of_normalized
 from jitattn.request.problem import is_deterministic
-from jitattn.request.scores import stagings
+from jitattn.request.scores import added_tensor, captured_names, stagings
 from jitattn.run import normalize, workspace
 from jitattn.run.append import append_spec
 from jitattn.run.execute import has_wgmma
@@ -206,7 +206,12 @@ def specs_of_call(
     if gradients:
         targets = _targets_of(call.scores)
         specs += backward_specs(
-            problem, runtime, targets, arch, deterministic=is_deterministic(call)
+            problem,
+            runtime,
+            targets,
+            arch,
+            deterministic=is_deterministic(call),
+            captured=_followed_captures(call.scores),
         )
 
     def problems_at(len_q: int) -> Iterator[Problem]:
@@ -222,6 +227,12 @@ def _targets_of(scores: Scores) -> list[ScoreTarget]:
     if scores.relative_bias is not None or scores.alibi_slopes is not None:
         targets.append(ScoreTarget.DISTANCE)
     return targets
+
+
+def _followed_captures(scores: Scores) -> tuple[str, ...]:
+    """Return the names of the captured tensors that require gradients."""
+    names = captured_names(scores)
+    return tuple(name for name in names if added_tensor(scores, name).requires_grad)
 
 
 def _index(device: torch.device | int | str | None) -> int:

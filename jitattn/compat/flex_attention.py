@@ -4,7 +4,7 @@
 ``and_masks``, ``or_masks``, ``noop_mask``, ``create_mask`` and the types are torch's own. What
 differs: nothing is compiled by torch, a new length or number compiles nothing, and
 ``create_block_mask`` makes no blocks until their tensors are asked for: kernels evaluate the
-function. On a GPU, captured tensors have no gradients yet (refused).
+function.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ HEADER_NAME = "jitattn_spec.h"
 def render(spec: KernelSpec) -> str:
     """Return the generated header of `spec`."""
     kinds = dict.fromkeys(type(value) for _, value in spec.flat_fields())
-    function = dict(spec.flat_fields()).get("function", "")
+    function = str(dict(spec.flat_fields()).get("function", ""))
     lines = [
         f"// Generated: the {spec.family} kernel for {spec.arch}.",
         "#pragma once",
@@ -39,7 +39,7 @@ def render(spec: KernelSpec) -> str:
         *(_enum(kind) for kind in kinds if issubclass(kind, StrEnum)),
         "",
         *chain.from_iterable((*struct.render(), "") for struct in spec.structs),
-        *((*render_function(parse(function)), "") if function else ()),
+        *_function(spec, function),
         "}  // namespace jitattn",
         "",
         "struct Spec {",
@@ -48,6 +48,12 @@ def render(spec: KernelSpec) -> str:
         "};",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _function(spec: KernelSpec, text: str) -> Iterator[str]:
+    if text:
+        yield from render_function(parse(text), captured=spec.derives_captured)
+        yield ""
 
 
 @functools.cache

@@ -7,9 +7,9 @@ the text of a user's function is in it: names are numbers of nodes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from jitattn.spec.derivative import derivatives
+from jitattn.spec.derivative import captured_derivatives, derivatives
 from jitattn.spec.program import COMPARISONS, LEAVES
 
 if TYPE_CHECKING:
@@ -32,8 +32,14 @@ _ELEMENTS: Final = {
 }  # fmt: skip
 
 
-def render_function(program: Program) -> Iterator[str]:
-    """Yield the lines of `struct ScoreFunction`: what a pair's score becomes, and its slope."""
+def render_function(program: Program, *, captured: bool = False) -> Iterator[str]:
+    """Yield the lines of `struct ScoreFunction`: what a pair's score becomes, and its slope.
+
+    `captured`: also the derivatives with respect to what it reads of captured tensors.
+    """
+    if captured:
+        yield "// On what the place of a read depends, of a query and a key of one batch and head."
+        yield "enum class Varies { kNever, kByRow, kByKey, kByPair };"
     yield "// What a function of the caller's makes of scores; see attention/function.cuh."
     yield "struct ScoreFunction {"
     yield f"  static constexpr bool kHasScore = {_literal(program.score is not None)};"
@@ -46,7 +52,87 @@ def render_function(program: Program) -> Iterator[str]:
         yield from _function("float slope", program, found.nodes, slope)
     if program.mask is not None:
         yield from _function("bool sees", program, program.nodes, program.mask)
+    if captured:
+        yield from _captured(program)
     yield "};"
+
+
+class _Read(NamedTuple):
+    """A read of a captured tensor of which the score has a derivative."""
+
+    node: int
+    tensor: int
+    derivative: int  #: a node
+    varies: str  #: a value of the C++ enum `Varies`
+
+
+def _captured(program: Program) -> Iterator[str]:
+    """Yield the lines by which gradients of captured tensors are summed (bwd/sm80/captured.cuh)."""
+    found = captured_derivatives(program)
+    reads = [
+        _Read(node, program.nodes[node].args[0], derivative, _varies(program, node))
+        for node, derivative in found.of_nodes.items()
+    ]
+    uses_score = any(
+        found.nodes[idx].op == "score"
+        for read in reads
+        for idx in _needed(found.nodes, read.derivative)
+    )
+    yield f"  static constexpr int kReads = {len(reads)};"
+    yield f"  static constexpr bool kDerivesFromScore = {_literal(uses_score)};"
+    yield "  __device__ static constexpr Varies varies(int read) {"
+    for idx, read in enumerate(reads):
+        yield f"    if (read == {idx}) return Varies::{read.varies};"
+    yield "    return Varies::kNever;"
+    yield "  }"
+    yield "  __device__ static constexpr int tensor_of(int read) {"
+    for idx, read in enumerate(reads):
+        yield f"    if (read == {idx}) return {read.tensor};"
+    yield "    return 0;"
+    yield "  }"
+    yield "  template <class Params, class Sums>"
+    yield "  __device__ __forceinline__ static void captured("
+    yield "      const Params& params, const ScorePlace& place, float given, Sums& sums) {"
+    needed = {
+        idx
+        for read in reads
+        for start in (read.derivative, *program.nodes[read.node].args[1:])
+        for idx in _needed(found.nodes, start)
+    }
+    for idx in sorted(needed):
+        node = found.nodes[idx]
+        yield f"    const {_TYPES[node.kind]} v{idx} = {_value(program, found.nodes, node)};"
+    yield "    int64_t begin = 0;"
+    for tensor in sorted({read.tensor for read in reads}):
+        dims = program.tensors[tensor][1]
+        sizes = [f"params.tensor{tensor}_size_{axis}" for axis in range(dims)]
+        for number, read in enumerate(reads):
+            if read.tensor == tensor:
+                at = _dense_offset(program.nodes[read.node].args[1:], sizes)
+                varies = f"Varies::{read.varies}"
+                yield (
+                    f"    sums.template add<{number}, {varies}>(begin + {at}, v{read.derivative});"
+                )
+        size = " * ".join(("int64_t{1}", *sizes))
+        yield f"    if (params.captured_wanted >> {tensor} & 1) begin += {size};"
+    yield "  }"
+
+
+def _dense_offset(index: Sequence[int], sizes: Sequence[str]) -> str:
+    """Return the offset of an element in a dense tensor."""
+    found = "int64_t{0}"
+    for idx, size in zip(index, sizes, strict=True):
+        found = f"({found} * {size} + fn::place(v{idx}, {size}))"
+    return found
+
+
+def _varies(program: Program, read: int) -> str:
+    """Return what the index of a read depends on, of a query and a key of one batch and head."""
+    index = [idx for arg in program.nodes[read].args[1:] for idx in _needed(program.nodes, arg)]
+    leaves = {program.nodes[idx].op for idx in index} & {"row", "key", "score"}
+    if len(leaves) != 1:
+        return "kByPair" if leaves else "kNever"
+    return {"row": "kByRow", "key": "kByKey", "score": "kByPair"}[leaves.pop()]
 
 
 def _literal(value: bool) -> str:

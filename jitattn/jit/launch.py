@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 #: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _MAX_DYNAMIC_SHARED_SIZE_BYTES: Final = 8
-#: More dynamic shared memory than this requires a function attribute.
+#: CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES: shared arrays of fixed size.
+_SHARED_SIZE_BYTES: Final = 1
+#: More shared memory than this requires a function attribute.
 _DEFAULT_SMEM_BYTES: Final = 48 * 1024
 #: Kernels take no tensor maps, or as many: of q, k and v.
 NUM_MAPS: Final = 3
@@ -236,7 +238,8 @@ def _load(built: Built, device_index: int) -> Kernel:
             module = cupy.cuda.function.Module()
             module.load(built.cubin)
             function = module.get_function(entry_symbol(spec))
-            if spec.smem_bytes > _DEFAULT_SMEM_BYTES:
+            fixed = driver.funcGetAttribute(_SHARED_SIZE_BYTES, function.ptr)
+            if fixed + spec.smem_bytes > _DEFAULT_SMEM_BYTES:
                 driver.funcSetAttribute(
                     function.ptr, _MAX_DYNAMIC_SHARED_SIZE_BYTES, spec.smem_bytes
                 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from jitattn.kernels.append import AppendSpec
 from jitattn.kernels.bwd import BwdSpec
+from jitattn.kernels.bwd_captured import CapturedGradSpec
 from jitattn.kernels.bwd_postprocess import BwdPostprocessSpec
 from jitattn.kernels.bwd_preprocess import BwdPreprocessSpec
 from jitattn.kernels.bwd_scores import ScoreGradSpec
@@ -32,6 +33,7 @@ FAMILIES: Final[tuple[type[KernelSpec], ...]] = (
     FwdSm90Spec,
     BwdSpec,
     ScoreGradSpec,
+    CapturedGradSpec,
     CombineSpec,
     CombineGradSpec,
     AppendSpec,

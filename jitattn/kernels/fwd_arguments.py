@@ -133,8 +133,11 @@ def fwd_structs(problem: Problem) -> tuple[ArgumentStruct, ...]:
 
 
 @functools.lru_cache(1024)
-def function_struct(text: str) -> ArgumentStruct:
-    """Return the parameter struct of a traced function, by the text of its program."""
+def function_struct(text: str, *more: Argument) -> ArgumentStruct:
+    """Return the parameter struct of a traced function, by the text of its program.
+
+    `more`: further fields, of kernels that need them.
+    """
     program = parse(text)
     types = {"i32": "int32_t", "i64": "int64_t", "f32": "float"}
     fields = [Argument(f"number{idx}", types[kind]) for idx, kind in enumerate(program.numbers)]
@@ -142,6 +145,7 @@ def function_struct(text: str) -> ArgumentStruct:
         fields.append(Argument(f"tensor{idx}", "const void*"))
         fields += [Argument(f"tensor{idx}_stride_{axis}", "int64_t") for axis in range(dims)]
         fields += [Argument(f"tensor{idx}_size_{axis}", "int32_t") for axis in range(dims)]
+    fields += more
     # C++ would put the first field of a struct into the gap at the end of its base.
     fields.append(Argument(FUNCTION_GAPS[0], "int64_t"))
     if sum(one.code in "iIf" for one in fields) % 2:

@@ -25,6 +25,13 @@ LAYOUTS: Final = (
 )
 
 
+#: The program of tanh(score + table[head, row - key + number]) * slopes[head], where row >= key.
+SLOPES_AND_TABLE: Final = (
+    "i32|f16:2,f32:1|score.f32;head.i32;row.i32;key.i32;sub.i32 2 3;number.i32 0;add.i32 4 5;"
+    "read.f16 0 1 6;cast.f32 7;add.f32 0 8;tanh.f32 9;read.f32 1 1;mul.f32 10 11;ge.b1 2 3|12|13"
+)
+
+
 def _with_others(*features: dict[str, Any], without: StrEnum | str) -> tuple[dict[str, Any], ...]:
     """Add every mask kind and every optional input that no entry names, each alone.
 
@@ -59,6 +66,8 @@ FEATURES: Final = _with_others(
     {"mask": MaskKind.BLOCK_LISTS, "kv_layout": SeqLayout.PAGED},
     {"mask": MaskKind.BLOCK_LISTS, "kv_layout": SeqLayout.PAGED16},
     {"mask": MaskKind.BLOCK_LISTS, "dropout": Switch.ON},
+    {"mask": MaskKind.FULL, "function": SLOPES_AND_TABLE},
+    {"mask": MaskKind.BLOCK_LISTS, "function": SLOPES_AND_TABLE},
     without=MaskKind.FINE_STRIDE,
 )
 #: Score modifications of backward kernels.
@@ -77,6 +86,8 @@ BACKWARD_FEATURES: Final = _with_others(
     {"dropout": Switch.ON},
     {"sinks": Switch.ON},
     {"kv_layout": SeqLayout.PAGED},
+    {"mask": MaskKind.FULL, "function": SLOPES_AND_TABLE},
+    {"mask": MaskKind.BLOCK_LISTS, "function": SLOPES_AND_TABLE},
     without="fixed_shift",
 )
 _POSITIONAL: Final = (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW, MaskKind.LOCAL_STRIDE)

@@ -84,6 +84,7 @@ def backward_specs(
     arch: str,
     *,
     deterministic: bool,
+    captured: tuple[str, ...] = (),
 ) -> list[KernelSpec]:
     """Return the kernels of the backward pass of a call, at all lengths and alignments of dO.
 
@@ -95,6 +96,8 @@ def backward_specs(
         The score gradients that are needed.
     arch : str
     deterministic : bool
+    captured : tuple of str
+        Names of the captured tensors that may need gradients.
     """
     runtime = runtime._replace(scale=abs(runtime.scale))
     stats = bwd_preprocess_specs(problem.out_dtype, problem.head_dim_v, arch)
@@ -109,6 +112,7 @@ def backward_specs(
             operands = _operands(
                 problem, sized, targets, is_aligned=is_aligned, deterministic=deterministic
             )
+            operands = operands._replace(wanted=operands.wanted + captured)
             planned = backward(problem, sized, operands, _AnyDevice(arch))
             specs.update(dict.fromkeys(step.spec for step in planned.plan.steps))
     return list(specs)

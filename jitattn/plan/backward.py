@@ -12,12 +12,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from jitattn.kernels.bwd import bwd_spec
+from jitattn.kernels.bwd_captured import CapturedGradSpec
 from jitattn.kernels.bwd_scores import ScoreGradSpec
 from jitattn.plan import arguments, kv_parts, prepare
 from jitattn.plan.backward_pass import BackwardPass, launch
 from jitattn.plan.dq import postprocess, room_for_dq
 from jitattn.plan.preprocess import preprocess
-from jitattn.plan.score_gradients import bias_gradient, distance_gradient
+from jitattn.plan.score_gradients import (
+    bias_gradient,
+    captured_gradients,
+    distance_gradient,
+    wanted_sums,
+)
 from jitattn.plan.step import Buffer, Place, Plan, Step
 from jitattn.spec.enums import MaskKind, Numerics, Switch
 from jitattn.values.masks import LocalStride
@@ -83,9 +89,15 @@ def backward(
     if "relative_bias" in operands.wanted or "alibi_slopes" in operands.wanted:
         step, buffers["by_distance"] = distance_gradient(whole)
         steps.append(step)
+    captured = wanted_sums(problem, operands.wanted)
+    if captured:
+        more, more_buffers = captured_gradients(whole, captured)
+        steps += more
+        buffers |= more_buffers
     if is_listed:
+        square = (ScoreGradSpec, CapturedGradSpec)
         specs = [step.spec for step in steps]
-        positions |= {spec.tile.block_q for spec in specs if isinstance(spec, ScoreGradSpec)}
+        positions |= {spec.tile.block_q for spec in specs if isinstance(spec, square)}
     longest = max(runtime.len_kv, runtime.diagonal + runtime.len_q) if is_listed else 0
     return Backward(
         Plan(tuple(steps), buffers),

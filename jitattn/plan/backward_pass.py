@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from jitattn.kernels.bwd import BwdSpec
+    from jitattn.kernels.bwd_captured import CapturedGradSpec
     from jitattn.kernels.bwd_scores import ScoreGradSpec
     from jitattn.kernels.bwd_tiles import BwdTile
     from jitattn.plan.kv_parts import KvGradient, KvTarget
@@ -39,7 +40,7 @@ class BackwardOperands(NamedTuple):
     dq_strides: Strides
     dk: KvGradient
     dv: KvGradient
-    wanted: tuple[str, ...]  #: of `request.scores.ADDED`, those with gradients
+    wanted: tuple[str, ...]  #: of `request.scores.ADDED` and captured tensors, those with gradients
     bias_shape: tuple[int, ...] | None
     bias_dtype: str
     dropout_scale: float
@@ -69,14 +70,17 @@ class BackwardPass(NamedTuple):
 
 def launch(
     whole: BackwardPass,
-    spec: BwdSpec | ScoreGradSpec,
+    spec: BwdSpec | ScoreGradSpec | CapturedGradSpec,
     num_ctas: int,
-    target: Place,
+    target: Place | None,
     target_strides: Strides,
     kv_targets: tuple[KvTarget, KvTarget] | None,
     changes: Mapping[str, float],
 ) -> Step:
-    """Return the launch of a kernel with `BwdParams`, which accumulates into `target` as dq_sum."""
+    """Return the launch of a kernel with `BwdParams`, which accumulates into `target` as dq_sum.
+
+    `target`: None if it has other sums.
+    """
     if num_ctas > MAX_GRID:
         raise UnsupportedError(
             f"the backward pass needs {num_ctas} CTAs: a grid has at most 2**31 - 1; split the "
@@ -120,7 +124,6 @@ def launch(
         "d_out": Place("d_out" if prepared is None else "d_out_parts"),
         "lse_log2": Place("stats"),
         "delta": Place("stats", 4 * num_rows),
-        "dq_sum": target,
     }
     of_d_out = operands.main_d_out_strides
     if prepared is not None:
@@ -130,6 +133,7 @@ def launch(
     numbers |= arguments.strides("d_out", of_d_out)
     has_sinks = spec.problem.sinks is Switch.ON
     optional = {
+        "dq_sum": target,
         "sink_rest": Place("stats", 8 * num_rows) if has_sinks else None,
         "d_out_scale": Place("d_out_scale") if operands.has_scale else None,
         "dq_semaphore": Place("dq_semaphore")

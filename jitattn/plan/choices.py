@@ -12,6 +12,7 @@ combination::
 The fields are those of `Problem`, so this grows with it; `gear` may stand for `numerics`, for all
 that its calls can need; `rows` restricts a choice to one row class. ``family = ["fwd", "bwd"]``
 makes what training needs, `bwd_scores` what gradients of biases, relative biases and ALiBi slopes
+need, `bwd_captured` what those of tensors that a function captures
 need. Tiles are never named: the installed version chooses them. Files of choices are read by
 `plan/spec_files.py`. Presets are choices for well-known model families.
 """

@@ -1,16 +1,30 @@
-"""Plans the gradients of biases, relative biases and ALiBi slopes in a backward pass."""
+"""Plans the gradients of biases, relative biases, ALiBi slopes and captured tensors."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Final
 
+from jitattn.kernels.bwd_captured import captured_grad_spec
 from jitattn.kernels.bwd_scores import score_grad_spec
 from jitattn.plan.backward_pass import launch
 from jitattn.plan.step import Buffer, Place, Step
+from jitattn.spec.call_arguments import captured_numbers
+from jitattn.spec.derivative import differentiable_tensors
 from jitattn.spec.enums import ScoreTarget, SeqLayout
+from jitattn.spec.program import parse
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from jitattn.plan.backward_pass import BackwardPass
+    from jitattn.request.problem import Runtime
+    from jitattn.spec.kernel_spec import Problem
+    from jitattn.spec.program import Program
+
+
+#: Sums of captured tensors are below 2 to this power; beyond is what is no number.
+SUM_BITS: Final = 61
 
 
 def target_of(bias_shape: tuple[int, ...]) -> ScoreTarget:
@@ -49,3 +63,55 @@ def distance_gradient(whole: BackwardPass) -> tuple[Step, Buffer]:
     targets = {"target_batch": batch, "target_heads": heads}
     step = launch(whole, spec, num_ctas, Place("by_distance"), (0, 0, 0), None, targets)
     return step, Buffer((2, batch, heads, runtime.len_q + runtime.len_kv), "fp32", is_zeroed=True)
+
+
+def captured_gradients(
+    whole: BackwardPass, wanted: Sequence[int]
+) -> tuple[list[Step], dict[str, Buffer]]:
+    """Plan the sums of captured tensors, by their numbers, in order: measured first, then added.
+
+    The sums are integers, in units that follow from what was measured
+    (`run/captured_gradients.py`).
+    """
+    runtime = whole.runtime
+    spec = captured_grad_spec(whole.problem, whole.device.arch)
+    _, num_kv_tiles = whole.num_tiles(spec.problem, spec.tile)
+    num_ctas = num_kv_tiles * runtime.batch * runtime.heads_q
+    numbers: dict[str, float] = {
+        "captured_wanted": sum(1 << idx for idx in wanted),
+        "captured_bits": captured_bits(whole.problem, runtime),
+    }
+    step = launch(whole, spec, num_ctas, None, (0, 0, 0), None, numbers)
+    places = {**step.places, "captured_most": Place("captured_most")}
+    steps = [
+        step._replace(numbers={**step.numbers, "captured_sums": 0}, places=places),
+        step._replace(places={**places, "captured_sums": Place("captured_sums")}),
+    ]
+    program = parse(whole.problem.function)
+    sizes = [math.prod(captured_shape(runtime, program, idx)) for idx in wanted]
+    return steps, {
+        "captured_most": Buffer((len(program.tensors),), "int32", is_zeroed=True),
+        "captured_sums": Buffer((sum(sizes),), "int64", is_zeroed=True),
+    }
+
+
+def wanted_sums(problem: Problem, wanted: Iterable[str]) -> list[int]:
+    """Return the numbers of the captured tensors that are wanted and have a gradient, in order."""
+    numbers = captured_numbers(wanted)
+    if not numbers:
+        return []
+    found = differentiable_tensors(parse(problem.function))
+    return [idx for idx in numbers if idx in found]
+
+
+def captured_shape(runtime: Runtime, program: Program, idx: int) -> tuple[int, ...]:
+    """Return the shape of a captured tensor."""
+    found = dict(runtime.function or ())
+    return tuple(int(found[f"tensor{idx}_size_{axis}"]) for axis in range(program.tensors[idx][1]))
+
+
+def captured_bits(problem: Problem, runtime: Runtime) -> int:
+    """Return k: contributions of all pairs, below 2^k each, sum up to less than 2^SUM_BITS."""
+    reads = sum(node.op == "read" for node in parse(problem.function).nodes)
+    pairs = runtime.batch * runtime.heads_q * runtime.len_q * runtime.len_kv
+    return SUM_BITS - (max(1, reads * pairs) - 1).bit_length()

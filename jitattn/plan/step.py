@@ -40,7 +40,7 @@ class Buffer(NamedTuple):
     """A device buffer that a plan allocates for one run."""
 
     shape: tuple[int, ...]
-    dtype: str  #: "fp32", "fp16", "int8" or "int32"
+    dtype: str  #: "fp32", "fp16", "int8", "int32" or "int64"
     is_zeroed: bool = False
 
     def strides(self) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.request import norm as norms
 from jitattn.request.score_checks import Sizes, matrix, padding, softcap_of, vector
-from jitattn.spec.call_arguments import ScoreArguments
+from jitattn.spec.call_arguments import ScoreArguments, captured_name, captured_numbers
 from jitattn.spec.enums import BiasKind, MaskKind, Staging, Switch
 from jitattn.values.masks import (
     BlockSparse,
@@ -76,6 +76,20 @@ TABLES: Final = ADDED[1:]
 NUMBERS: Final = ("softcap",)
 #: Returns the tensors in this order. (torch.compile does not trace it.)
 added_of: Final[Callable[[Scores], tuple[Tensor | None, ...]]] = attrgetter(*ADDED)
+
+
+def captured_names(scores: Scores) -> tuple[str, ...]:
+    """Return the names of the captured tensors of a function, which may have gradients as well."""
+    function = scores.function
+    return () if function is None else tuple(map(captured_name, range(len(function.tensors))))
+
+
+def added_tensor(scores: Scores, name: str) -> Any:  # noqa: ANN401 - Tensor or None
+    """Return a tensor that scores are changed by, by its name."""
+    numbers = captured_numbers((name,))
+    if numbers and scores.function is not None:
+        return scores.function.tensors[numbers[0]]
+    return getattr(scores, name)
 
 
 def in_fp32(scores: Scores) -> Scores:

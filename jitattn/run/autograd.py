@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from jitattn.errors import NO_FORWARD_MODE, NO_SECOND_ORDER, InternalError, UnsupportedError
 from jitattn.request.norm import RowOrder
-from jitattn.request.scores import ADDED
+from jitattn.request.scores import ADDED, captured_names
 from jitattn.run import normalize
 from jitattn.run.backward import run_backward
 from jitattn.run.operator_encoding import with_tensors, without_tensors
@@ -93,7 +93,8 @@ class Attention(FirstOrder):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute out and the LSE; return the LSE on request.
 
-        `added`: the tensors of `ADDED`, or nothing if there are none.
+        `added`: the tensors of `ADDED`, or nothing if there are none; then those that a function
+        captures.
         """
         del added  # in `call`
         out, lse = compute()
@@ -117,10 +118,10 @@ class Attention(FirstOrder):
             if d_lse is None:
                 return (None,) * len(ctx.needs_input_grad)
             d_out = torch.zeros_like(out)
-        needs = ctx.needs_input_grad[5:]
-        names = ADDED if needs else ()
-        wanted = [name for name, needed in zip(names, needs, strict=True) if needed]
         call = with_tensors(ctx.call, tensors)
+        needs = ctx.needs_input_grad[5:]
+        names = (*ADDED, *captured_names(call.scores)) if needs else ()
+        wanted = [name for name, needed in zip(names, needs, strict=True) if needed]
         found = run_backward(q, k, v, out, lse, d_out, d_lse, call, wanted)
         return (None, None, found.dq, found.dk, found.dv, *map(found.added.get, names))
 

@@ -13,6 +13,8 @@ from jitattn.plan.backward_pass import BackwardOperands
 from jitattn.plan.kv_parts import KvGradient
 from jitattn.request.problem import is_deterministic
 from jitattn.request.request import request_of
+from jitattn.request.scores import added_tensor
+from jitattn.run.captured_gradients import captured_gradients
 from jitattn.run.execute import BoundPlan, LoadedDevice, add_block_lists
 from jitattn.run.score_gradients import score_gradients
 from jitattn.spec.enums import Access, SeqLayout
@@ -96,7 +98,7 @@ def run_backward(
     d_lse : Tensor, like `lse`, optional
     call : Call
     wanted : collection of str
-        Those of `request.scores.ADDED` that need gradients.
+        Those of `request.scores.ADDED` and of captured tensors that need gradients.
 
     Raises
     ------
@@ -129,7 +131,7 @@ def run_backward(
     with backend.active.on_device(q.get_device()):
         if is_empty:
             zeros = {
-                name: torch.zeros_like(getattr(call.scores, name), memory_format=dense)
+                name: torch.zeros_like(added_tensor(call.scores, name), memory_format=dense)
                 for name in wanted
             }
             return Gradients(dq, dk, dv, zeros)
@@ -210,7 +212,8 @@ def _launch(
     ]
     buffers = bound.run(addresses, backend.active.stream(index))
     del lists, used  # kept alive until all their readers are launched
-    return score_gradients(buffers, call.scores, runtime, planned.bias_differs, wanted)
+    found = score_gradients(buffers, call.scores, runtime, planned.bias_differs, wanted)
+    return found | captured_gradients(buffers, call.scores, request, wanted, d_out_scale)
 
 
 def _in_lines(tensor: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ _DTYPES: Final = {
     "bf16": torch.bfloat16,
     "int8": torch.int8,
     "int32": torch.int32,
+    "int64": torch.int64,
 }
 
 

@@ -89,6 +89,8 @@ def run_request(
         return run_cpu(q, k, v, request.runtime, call)
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         added = () if scores is NO_CHANGES else added_of(scores)
+        if scores.function is not None:
+            added += scores.function.tensors
         if is_followed(q, k, v, *added):
             return _run_followed(q, k, v, added, request, addresses, call)
     out, lse = _run_cuda(q, request, addresses, call, call.return_lse)

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.torch_version import TorchVersion
 
 from jitattn.errors import UnsupportedError
-from jitattn.request.scores import ADDED, in_fp32
+from jitattn.request.scores import ADDED, added_tensor, captured_names, in_fp32
 from jitattn.run.backward import run_backward
 from jitattn.run.forward import run
 from jitattn.run.operator_encoding import DTYPES, LAYOUTS, decode, encode
@@ -162,9 +162,9 @@ def _attention_backward_fake(
 def _places(call: Call, tensors: list[Tensor]) -> dict[str, int]:
     """Return the positions of tensors that may have gradients, by name."""
     found = {}
-    for name in ADDED:
+    for name in (*ADDED, *captured_names(call.scores)):
         for idx, tensor in enumerate(tensors):
-            if tensor is getattr(call.scores, name):
+            if tensor is added_tensor(call.scores, name):
                 found[name] = idx
     return found
 

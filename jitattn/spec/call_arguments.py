@@ -6,10 +6,13 @@ from which `kernels/fwd_arguments.py` makes the argument tables.
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, TypeAlias
 
 from jitattn.spec.arguments import divisor
 from jitattn.spec.enums import LENGTHS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _Index: TypeAlias = Annotated[int, "const int32_t*"]
 _Table: TypeAlias = Annotated[int, "const float*"]
@@ -131,3 +134,17 @@ class BlockListArguments(NamedTuple):
     ]
     list_tiles: Annotated[_Int, "spans of a list: one for every 2^list_log2 positions"]
     list_log2: _Int
+
+
+_CAPTURED: Final = "captured "
+
+
+def captured_name(number: int) -> str:
+    """Return the name of a captured tensor among those that may have gradients."""
+    return f"{_CAPTURED}{number}"
+
+
+def captured_numbers(names: Iterable[str]) -> tuple[int, ...]:
+    """Return the numbers of the captured tensors among these names, in order."""
+    found = (name.removeprefix(_CAPTURED) for name in names if name.startswith(_CAPTURED))
+    return tuple(sorted(map(int, found)))

@@ -83,6 +83,18 @@ def derivatives(program: Program, nodes: Sequence[int]) -> Derivatives:
     return Derivatives(tuple(builder.nodes), found)
 
 
+def captured_derivatives(program: Program) -> Derivatives:
+    """Return the derivatives of the score with respect to all that it reads of floating tensors."""
+    reads = (idx for idx, node in enumerate(program.nodes) if node.op == "read")
+    return derivatives(program, [idx for idx in reads if program.nodes[idx].kind in FLOATS])
+
+
+def differentiable_tensors(program: Program) -> frozenset[int]:
+    """Return the captured tensors of which the score has a derivative, by their numbers."""
+    found = captured_derivatives(program)
+    return frozenset(program.nodes[idx].args[0] for idx in found.of_nodes)
+
+
 def _leading_to(program: Program, nodes: Sequence[int]) -> list[bool]:
     """Return which floating nodes depend on some of these."""
     found: list[bool] = []

@@ -109,6 +109,7 @@ class KernelSpec:
     family: ClassVar[str]
     derived: ClassVar[tuple[str, ...]] = ()  #: properties rendered besides the fields
     tensor_maps: ClassVar[tuple[str, ...]] = ()  #: arguments that TMA copies, each with a map
+    derives_captured: ClassVar[bool] = False  #: by what a function reads of captured tensors
     arch: str
 
     @property

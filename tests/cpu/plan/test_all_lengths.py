@@ -321,7 +321,12 @@ def prebuilt(problem: Problem, gear: int, arch: str, **more: Any) -> set[KernelS
 @pytest.mark.parametrize("arch", ARCHS)
 def test_prebuild_has_the_kernels_of_forward_plans(arch: str) -> None:
     for (problem, _, gear), uses in merged(forward_plans(name, arch) for name in CALLS).items():
-        assert prebuilt(problem, gear, arch) == uses.specs, problem
+        chosen = prebuilt(problem, gear, arch)
+        assert uses.specs <= chosen, problem
+        # Of fp32 parts, wgmma kernels serve all these calls.
+        more = [spec for spec in chosen - uses.specs if isinstance(spec, FwdSpec)]
+        assert len(more) == len(chosen - uses.specs)
+        assert all(arch == "sm_90" and spec.problem.numerics.num_parts for spec in more)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -155,8 +155,8 @@ def numerics_of(choice: dict[str, Any]) -> set[tuple[str, str]]:
 
 PLAIN = {("fwd", "f32_acc"), ("fwd_sm90", "f32_acc")}
 HELPERS = {("channel_stats", ""), ("quantize", "")}
-SPLIT_FP32 = {("fwd", "f16x3"), ("split_fp32", "")}
-ROUNDED = {("fwd", "f16x1"), ("split_fp32", "")}
+SPLIT_FP32 = {("fwd", "f16x3"), ("fwd_sm90", "f16x3"), ("split_fp32", "")}
+ROUNDED = {("fwd", "f16x1"), ("fwd_sm90", "f16x1"), ("split_fp32", "")}
 
 
 @pytest.mark.parametrize(

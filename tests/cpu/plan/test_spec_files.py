@@ -16,6 +16,7 @@ import jitattn
 from jitattn.errors import InvalidInputError
 from jitattn.jit.codegen import render
 from jitattn.jit.device import Device
+from jitattn.kernels.matrix import SLOPES_AND_TABLE
 from jitattn.kernels.problem_spec import ProblemSpec
 from jitattn.plan import choices, spec_files
 from jitattn.plan.choices import expand, specs_of
@@ -231,6 +232,7 @@ def test_every_kernel_that_may_be_recorded_can_be_read_back() -> None:
             (["fwd", "bwd", "bwd_scores"],), ("fp16", "fp32"), ("full", "causal"), (0, 4)
         )
     ]
+    asked.append({"family": "bwd_captured", "function": SLOPES_AND_TABLE})
     plain = ["norm", "norm_grad", "append", "combine", "combine_grad", "rotary"]
     asked.append({"family": plain})
     specs = specs_of(asked, ["86", "90"])

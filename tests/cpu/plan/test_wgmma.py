@@ -23,7 +23,8 @@ GROUP = HEADS_Q // HEADS_KV
 TAKEN = {
     "plain", "causal", "window", "stride", "padding", "sinks", "dropout", "bound", "ragged",
     "padded", "rows by index", "few keys", "pages", "lists", "small stride", "8 bits", "distance",
-    "8 bits, ragged", "8 bits in pages",
+    "8 bits, ragged", "8 bits in pages", "fp32 parts", "fp32 parts with padding",
+    "few keys in fp32",
 }  # fmt: skip
 
 

@@ -13,17 +13,13 @@
 // memory
 #pragma once
 
-#include "jitattn/attention/block_lists.cuh"
 #include "jitattn/attention/rows.cuh"
-#include "jitattn/attention/schedule.cuh"
 #include "jitattn/attention/sequence.cuh"
-#include "jitattn/bwd/sm80/key_rows.cuh"
 #include "jitattn/bwd/sm80/operands.cuh"
-#include "jitattn/bwd/sm80/schedule.cuh"
+#include "jitattn/bwd/sm80/score_tiles.cuh"
 #include "jitattn/bwd/sm80/storage.cuh"
 #include "jitattn/bwd/sm80/traits.cuh"
 #include "jitattn/bwd/sm80/weights.cuh"
-#include "jitattn/ptx/cp_async.cuh"
 #include "jitattn/ptx/shared.cuh"
 #include "jitattn/tile/element.cuh"
 #include "jitattn/tile/fragment.cuh"
@@ -71,55 +67,19 @@ struct ScoreSums {
   static constexpr int kRowTiles = Weights::kRowTiles, kKeyTiles = Weights::kKeyTiles;
   static_assert(kBlockQ * kBlockKv * 4 <= 2 * Traits::kBytesP, "dS fits where P and dS would be");
 
-  // The list of a query tile: window, groups, and the first one in a tile's keys.
-  struct Listed {
-    BlockListHead window;
-    BlockListSpan span;
-    int first;  // index of the group
-  };
-
+  ScoreTiles<Spec, Traits>& tiles;
   const BwdParamsOf<Spec>& params;
   const BwdStorage<Traits>& storage;
-  const KeyCopies<Spec, Traits>& key_copies;
-  const QueryCopies<Spec, Traits>& query_copies;
-  const ScoreOperands<Traits>& operands;
   const typename Traits::GridS& grid;
-  const bool has_scores;  // whether this warp has scores
   const int lane_idx;
 
   // Adds dS of one tile to r_sum, or along its diagonals to `sum`. Called by all threads.
   __device__ void add(int batch_idx, int head_idx, const Sequence& sequence, int q_tile,
                       int kv_tile, Scores& r_sum, float& sum) const {
-    const int first_key = kv_tile * kBlockKv, first_row = q_tile * kBlockQ;
-    const int num_keys = min_of(kBlockKv, sequence.len_kv - first_key);
-    const KeyBlock<Spec> keys(params, sequence, head_idx, kv_tile);
-    if (num_keys <= 0 || !keys.tiles().has(q_tile)) return;
-    Listed listed = {};
-    if constexpr (kHasBlockLists<Spec>) {
-      if (!find_listed(listed, sequence, head_idx, first_row, first_key, num_keys)) return;
-    }
-    const RowMap rows(sequence.len_q);
-    const KeyRows<Spec> key_rows(params, sequence, batch_idx);
-    ptx::barrier_sync<Traits::kNumThreads>();  // the last step's tiles have been read
-    key_copies.load(storage, sequence, key_rows, head_idx / params.heads_per_kv, kv_tile, num_keys);
-    load_queries(batch_idx, head_idx, sequence, q_tile);
-    if constexpr (kHasBlockLists<Spec>) {
-      if (static_cast<int>(threadIdx.x) < kBlockKv / 16) {
-        store_listed<kBlockKv>(storage.listed(0), listed.span, listed.first, first_key);
-      }
-    }
-    ptx::cp_async_wait<0>();
-    ptx::barrier_sync<Traits::kNumThreads>();  // tiles, LSE and delta are written
-
-    const KeyColumns<Spec> columns = {
-        accumulator_column(lane_idx) + (kHasBlockLists<Spec> ? 0 : first_key + grid.first_column),
-        storage.listed(0) + grid.first_column / 16 * 8};
-    const typename Weights::Tile where = {
-        batch_idx, head_idx,     first_row + grid.first_row, first_key + grid.first_column, columns,
-        lane_idx,  listed.window};
-    Weights weights(params, sequence, rows, where);
-    if (has_scores) add_scores(weights, r_sum);
-    if constexpr (kSumsDistance<Spec>) add_diagonal(sum);
+    tiles.visit(batch_idx, head_idx, sequence, q_tile, kv_tile, [&](Weights& weights) {
+      if (tiles.has_scores) add_scores(weights, r_sum);
+      if constexpr (kSumsDistance<Spec>) add_diagonal(sum);
+    });
   }
 
   // kDistance: writes this thread's diagonal sum for a batch and head. Diagonals of tiles alternate
@@ -142,7 +102,7 @@ struct ScoreSums {
   template <class Bias>
   __device__ void store_matrix(typename Bias::type* g_bias, const ScoreWork<Spec>& own,
                                int first_position, const Scores& r_sum, float scale) const {
-    if (!has_scores) return;
+    if (!tiles.has_scores) return;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -166,7 +126,7 @@ struct ScoreSums {
   template <class Bias>
   __device__ void store_row(typename Bias::type* g_bias, const ScoreWork<Spec>& own,
                             const Scores& r_sum, float scale) const {
-    if (has_scores) {
+    if (tiles.has_scores) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -190,36 +150,11 @@ struct ScoreSums {
   }
 
  private:
-  // Finds the keys of a block in the list of a query tile; false if there are none.
-  __device__ bool find_listed(Listed& listed, const Sequence& sequence, int head_idx, int first_row,
-                              int first_key, int num_keys) const {
-    const int4 head = load_block_list_head<Spec>(params, sequence, head_idx);
-    listed.window = {head.y, head.z, head.w};
-    listed.span = listed_span(params, sequence, head, first_row);
-    listed.first = listed.span.before(first_key);
-    return listed.first < listed.span.count &&
-           __ldg(listed.span.g_groups + listed.first).x * 16 < first_key + num_keys;
-  }
-
-  // Starts copying Q and dO, and stores the statistics of their rows.
-  __device__ void load_queries(int batch_idx, int head_idx, const Sequence& sequence,
-                               int q_tile) const {
-    const QueryTiles<Spec, Traits> queries(params, sequence, query_copies, batch_idx, head_idx);
-    queries.load_q(storage.q(0), q_tile);
-    queries.load_d_out(storage.d_out(0), q_tile);
-    ptx::cp_async_commit();
-    for (int idx = threadIdx.x; idx < Traits::kRowStats * kBlockQ; idx += Traits::kNumThreads) {
-      const float value = queries.load_stat(idx / kBlockQ, q_tile * kBlockQ + idx % kBlockQ);
-      ptx::st_shared_b32(storage.stats(0) + idx * 4, __float_as_uint(value));
-    }
-  }
-
   // Adds a warp's dS to r_sum; kDistance: stores it in shared memory.
   __device__ void add_scores(Weights& weights, Scores& r_sum) const {
     Scores r_p, r_dp;
     const uint32_t s_lse = storage.stats(0) + grid.first_row * 4;
-    weights.template compute<true>(r_p, r_dp, operands.lane_q_addr, operands.lane_k_addr,
-                                   operands.lane_do_addr, operands.lane_v_addr, s_lse);
+    tiles.compute(weights, r_p, r_dp);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -265,18 +200,14 @@ struct ScoreSums {
 template <class Spec>
 __device__ __forceinline__ void attn_bwd_scores(const BwdParamsOf<Spec>& params) {
   using Traits = BwdTraits<Spec>;
-  const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
-  const bool has_scores = warp_idx < Traits::kNumScoreWarps;
-  const typename Traits::GridS grid(has_scores ? warp_idx : 0);
   const ScoreWork<Spec> own(params);
   const BwdStorage<Traits> storage;
   const QueryCopies<Spec, Traits> query_copies(params);
   const KeyCopies<Spec, Traits> key_copies(params);
   key_copies.zero_padding(storage);
   query_copies.zero_padding(storage);
-  const ScoreOperands<Traits> operands(storage, grid, lane_idx);
-  const ScoreSums<Spec, Traits> sums{params,   storage, key_copies, query_copies,
-                                     operands, grid,    has_scores, lane_idx};
+  ScoreTiles<Spec, Traits> tiles(params, storage, key_copies, query_copies);
+  const ScoreSums<Spec, Traits> sums{tiles, params, storage, tiles.grid, tiles.lane_idx};
 
   typename TileWeights<Spec, Traits>::Scores r_sum = {};  // kMatrix, kRow
   float sum = 0.f;                                        // kDistance: for this thread's diagonal
