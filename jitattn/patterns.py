@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jitattn.errors import InvalidInputError, JitAttnError
+from jitattn.values.function_cache import function_of
+from jitattn.values.masks import MaskMod
+from jitattn.values.pairs import visible_pairs
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn.attention.flex_attention import BlockMask
 
     from jitattn.values.masks import LocalStride
 
@@ -200,20 +204,32 @@ def describe(pattern: Tensor, *, causal: bool = False) -> Description:
     )
 
 
-def draw(pattern: Tensor, path: str | Path, *, cell: int | None = None) -> None:
-    """Draw a pattern as a PNG: queries downwards, keys to the right, heads side by side.
+def draw(
+    pattern: Tensor | MaskMod | BlockMask,
+    path: str | Path,
+    *,
+    cell: int | None = None,
+    sizes: tuple[int, int, int] | None = None,
+    batch_idx: int = 0,
+) -> None:
+    """Draw a pattern or a mask as a PNG: queries downwards, keys to the right, heads side by side.
 
     Parameters
     ----------
-    pattern : Tensor, [rows, columns] or [heads, rows, columns], bool
+    pattern : Tensor, [rows, columns] or [heads, rows, columns], bool; MaskMod; or BlockMask
+        Of a `MaskMod` every pair is drawn, of a block mask (ours or torch's) every block.
     path : path
     cell : int, optional
         Width of a block in pixels; chosen so that the picture is some 1000 pixels wide.
+    sizes : (H, Lq, Lkv), optional
+        Heads, queries and keys of a `MaskMod`.
+    batch_idx : int
+        The sequence that is drawn of a mask.
 
     Raises
     ------
     InvalidInputError
-        The pattern is invalid or has no blocks.
+        The pattern is invalid or has no blocks, or a `MaskMod` comes without sizes.
     JitAttnError
         Pillow is not installed: ``pip install "jitattn[draw]"``.
     """
@@ -223,11 +239,11 @@ def draw(pattern: Tensor, path: str | Path, *, cell: int | None = None) -> None:
         raise JitAttnError(
             'drawing needs Pillow; install it with: pip install "jitattn[draw]"'
         ) from error
-    heads = _heads(pattern).cpu()
+    heads = _heads(_drawn(pattern, sizes, batch_idx)).cpu()
     count, rows, columns = heads.shape
     if not heads.numel():
         raise InvalidInputError(
-            f"pattern has shape {list(pattern.shape)}: there is nothing to draw"
+            f"pattern has {count} x {rows} x {columns} blocks: there is nothing to draw"
         )
     if cell is None:
         cell = max(1, 1000 // (columns * count))
@@ -247,6 +263,20 @@ def draw(pattern: Tensor, path: str | Path, *, cell: int | None = None) -> None:
             (left - 1, gap - 1, left + columns * cell, gap + rows * cell), outline=_LINE
         )
     picture.save(Path(path), format="PNG")
+
+
+def _drawn(pattern: Any, sizes: tuple[int, int, int] | None, batch_idx: int) -> Any:  # noqa: ANN401
+    """Return a mask as a pattern; anything else as it is."""
+    if isinstance(pattern, MaskMod):
+        if sizes is None:
+            raise InvalidInputError("a MaskMod is drawn at sizes=(H, Lq, Lkv): give them")
+        tensors = function_of(None, pattern).tensors
+        device = tensors[0].device if tensors else torch.device("cpu")
+        with torch.no_grad():
+            return visible_pairs(pattern, (1, *sizes), device, batch_idx)[0]
+    if hasattr(pattern, "kv_num_blocks") and hasattr(pattern, "to_dense"):
+        return pattern.to_dense()[batch_idx].bool()
+    return pattern
 
 
 def _heads(pattern: Any) -> Tensor:  # noqa: ANN401 - checked here

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jitattn.api.options import AttentionOptions, SupportsDLPack
-    from jitattn.values.masks import Mask
+    from jitattn.values.masks import Mask, QOffset
     from jitattn.values.norm import L2Norm
     from jitattn.values.sequences import KvSequences, QSequences
 
@@ -96,7 +96,8 @@ def attention(
     dropout_p: float = 0.0,
     dropout_state: Tensor | None = None,
     qk_norm: L2Norm | None = None,
-    score_mod: Callable[..., Any] | None = None,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    q_offset: QOffset = 0,
     deterministic: bool = False,
     tile_rows: int | None = None,
 ) -> Any:
@@ -184,6 +185,9 @@ def attention(
         captured tensors at indices; -inf hides a pair. Numbers and tensors that it holds are
         arguments: others compile nothing anew. Gradients flow through the score, and to the
         captured tensors that it is made of, bitwise reproducible.
+    q_offset : int, Tensor [B] of ints, or "bottom_right"
+        Added to the q_idx of `score_mod`, and of a `MaskMod` that has none of its own: the position
+        of the first query among the keys; "bottom_right" is Lkv - Lq of each sequence.
     deterministic : bool
         Make dq of the backward pass bitwise reproducible, at 1.3 to 1.4 times its time.
         (Everything else is always reproducible.) `torch.use_deterministic_algorithms(True)` has
@@ -254,7 +258,7 @@ def attention(
     numbers_are_none = softcap is None and qk_norm is None and dropout_p == 0.0
     function = None
     if score_mod is not None or type(mask) in MAY_HOLD_FUNCTIONS:
-        mask, function = traced_apart(q, k, mask, score_mod, layout, q_seqs, kv_seqs)
+        mask, function = traced_apart(q, k, mask, score_mod, q_offset, layout, q_seqs, kv_seqs)
     if not (tensors_are_none and numbers_are_none):
         scores = _scores(
             q,
@@ -358,8 +362,8 @@ def bind(
     of_scores = list(inspect.signature(_scores).parameters)[1:]
     scores = _scores(tensors["q"], *(given[name] for name in of_scores))
     mask, function = traced_apart(
-        tensors["q"], tensors["k"], given["mask"], given["score_mod"], given["layout"],
-        given["q_seqs"], given["kv_seqs"],
+        tensors["q"], tensors["k"], given["mask"], given["score_mod"], given["q_offset"],
+        given["layout"], given["q_seqs"], given["kv_seqs"],
     )  # fmt: skip
     scores = scores._replace(function=function)
     others = {name: given[name] for name in Call._fields if name != "scores"}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from jitattn.api.attention import bind
+from jitattn.errors import JitAttnError
 from jitattn.jit import backend
+from jitattn.jit.build import key_of
 from jitattn.jit.device import device
+from jitattn.jit.functions import render_function
 from jitattn.jit.load_kernel import load_kernel
 from jitattn.kernels.bwd import bwd_spec
 from jitattn.plan.backward import kernel_problem
@@ -24,12 +27,14 @@ from jitattn.run.forward import is_followed
 from jitattn.run.normalize import like_normalized
 from jitattn.spec.enums import Access, RowClass
 from jitattn.spec.kernel_spec import arch_number
+from jitattn.spec.program import parse
 from jitattn.values.gears import gear_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jitattn.request.problem import Call
+    from jitattn.request.problem import Call, Runtime
+    from jitattn.spec.kernel_spec import KernelSpec, Problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +60,9 @@ class Explanation:
     #: Fields of the backward kernel's spec, if autograd follows the call; it is not compiled here.
     backward: dict[str, str | int]
     why: tuple[str, ...]
+    #: C++ of the functions of the call, as kernels have it. Of such a call the key is shown on
+    #: every path; where no kernel runs, that of the kernel for sm_80.
+    function: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain values for JSON."""
@@ -84,7 +92,10 @@ class Explanation:
                 f"{tile['num_warps']} warps, stages {tile['stages']}, "
                 f"deterministic {tile['deterministic']}"
             )
-        return "\n".join(lines + [f"because      {reason}" for reason in self.why])
+        lines += [f"because      {reason}" for reason in self.why]
+        if self.function:
+            lines += [f"function     of the kernel {self.key[:16]}:", self.function]
+        return "\n".join(lines)
 
 
 def explain(
@@ -136,7 +147,7 @@ def explain(
             gear=gear,
             problem=asked,
             kernel={},
-            key="",
+            key=_key_anywhere(problem, runtime, call),
             origin="",
             row_class="",
             heads_per_tile=0,
@@ -149,6 +160,7 @@ def explain(
             steps=(),
             backward={},
             why=(why,),
+            function=_rendered(call),
         )
     with backend.active.on_device(q.device):
         here = LoadedDevice(q.device.index)
@@ -179,7 +191,38 @@ def explain(
         steps=tuple(f"{step.spec.family} ({step.grid} CTAs)" for step in planned.plan.steps),
         backward=backward,
         why=_reasons(planned, call),
+        function=_rendered(call),
     )
+
+
+class _Ampere(NamedTuple):
+    """A device that is not there."""
+
+    arch: str = "sm_80"
+    has_wgmma: bool = False
+
+    def slots(self, spec: KernelSpec) -> int:
+        """Return the multiprocessors of an A100."""
+        del spec
+        return 108
+
+
+def _key_anywhere(problem: Problem, runtime: Runtime, call: Call) -> str:
+    """Return the key of the kernel for sm_80 of a call with functions; else nothing."""
+    sizes = (runtime.batch, runtime.len_q, runtime.heads_q)
+    if call.scores.function is None or 0 in sizes:
+        return ""
+    try:
+        planned = forward(problem, runtime, call, (0, 0, 0), None, _Ampere())
+        return key_of(planned.tiling.spec)
+    except JitAttnError:  # no compiler, which is part of the key
+        return ""
+
+
+def _rendered(call: Call) -> str:
+    """Return the C++ of a call's functions."""
+    function = call.scores.function
+    return "" if function is None else "\n".join(render_function(parse(function.program)))
 
 
 def _reasons(planned: Forward, call: Call) -> tuple[str, ...]:

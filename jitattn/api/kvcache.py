@@ -94,7 +94,7 @@ def attention_with_kvcache(
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    score_mod: Callable[..., Any] | None = None,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
 ) -> Any:
     """Append new keys and values to a cache in place, and attend to all of it.
 
@@ -169,7 +169,7 @@ def attention_with_kvcache(
     scores = Scores(bias, relative_bias, alibi_slopes, softcap, sinks)
     if score_mod is not None or type(mask) in MAY_HOLD_FUNCTIONS:
         mask, function = traced_apart(
-            q, k_cache, mask, score_mod, layout, q_seqs, None, finds_blocks=False
+            q, k_cache, mask, score_mod, 0, layout, q_seqs, None, finds_blocks=False
         )
         scores = scores._replace(function=function)
     call = Call(

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from jitattn.values.masks import Mask
+    from jitattn.values.masks import Mask, QOffset
     from jitattn.values.norm import L2Norm
     from jitattn.values.rotary import Rotary
     from jitattn.values.sequences import KvSequences, QSequences, Ragged
@@ -44,11 +44,13 @@ class _Common(TypedDict, total=False):
     alibi_slopes: Tensor | None
     softcap: float | None
     sinks: Tensor | None
-    score_mod: Callable[..., Any] | None
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None
 
 
 class AttentionOptions(_Common, total=False):
     """Keyword arguments of `attention` but `return_lse`."""
+
+    q_offset: QOffset
 
     out: Tensor | None
     q_seqs: QSequences

@@ -140,7 +140,7 @@ def flex_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    score_mod: Callable[..., Any] | None = None,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
     block_mask: Any = None,  # noqa: ANN401 - ours, or torch's
     scale: float | None = None,
     enable_gqa: bool = False,

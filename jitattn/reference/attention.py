@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from jitattn.values.masks import Mask
+    from jitattn.values.masks import Mask, QOffset
     from jitattn.values.norm import L2Norm
     from jitattn.values.sequences import KvSequences, QSequences
 
@@ -45,7 +45,8 @@ def reference(
     dropout_p: float = 0.0,
     dropout_state: Tensor | None = None,
     qk_norm: L2Norm | None = None,
-    score_mod: Callable[..., Any] | None = None,
+    score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    q_offset: QOffset = 0,
 ) -> Any:  # noqa: ANN401 - Tensor, or (Tensor, Tensor) with return_lse
     """Compute exact scaled dot-product attention on whole score matrices.
 
@@ -104,6 +105,7 @@ def reference(
         qk_norm,
         score_mod,
         parts_of(mask).function,
+        q_offset=q_offset,
     )
     if q_seqs is not None or kv_seqs is not None:
         out, lse = _one_by_one(q, k, v, mask, scale, layout, dtype, q_seqs, kv_seqs, changes)

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from jitattn.reference.functions import over_pairs, visible_pairs
+from jitattn.values.pairs import moved_score, over_pairs, visible_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from jitattn.values.masks import MaskMod
+    from jitattn.values.masks import MaskMod, QOffset
     from jitattn.values.norm import L2Norm
 
 
@@ -30,6 +30,7 @@ class Scores(NamedTuple):
     qk_norm: L2Norm | None = None
     score_mod: Callable[..., Any] | None = None
     mask_mod: MaskMod | None = None
+    q_offset: QOffset = 0
     first_batch: int = 0  #: index of the first sequence in the whole batch; dropout depends on it
 
     def unit(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,10 +99,12 @@ class Scores(NamedTuple):
         if 0 in sizes:
             return scores
         if self.score_mod is not None:
-            found = over_pairs(self.score_mod, scores, sizes, scores.device, self.first_batch)
+            moved = moved_score(self.score_mod, self.q_offset, sizes)
+            found = over_pairs(moved, scores, sizes, scores.device, self.first_batch)
             scores = found.to(scores.dtype)
         if self.mask_mod is not None:
-            visible = visible_pairs(self.mask_mod, sizes, scores.device, self.first_batch)
+            mask = self.mask_mod.moved(self.q_offset)
+            visible = visible_pairs(mask, sizes, scores.device, self.first_batch)
             scores = scores.masked_fill(~visible, float("-inf"))
         return scores
 

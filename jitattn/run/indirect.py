@@ -23,7 +23,7 @@ from jitattn.request.scores import tensors_of
 from jitattn.run.forward import has_duals, run
 from jitattn.run.kvcache import prepare_with_kvcache, run_with_kvcache
 from jitattn.run.kvcache_operators import encode_with_kvcache
-from jitattn.run.operator_encoding import encode
+from jitattn.run.operator_encoding import encode, filled
 from jitattn.run.transforms import attention_in_transform
 from jitattn.values.norm import check_kind
 from jitattn.values.tensors import has_symbols, is_placeholder, is_transformed, refuse_nested
@@ -71,7 +71,7 @@ def attention_indirectly(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Any:  #
     if way is _Way.SHAPES:
         with disable_proxy_modes_tracing():
             parse_any(q, k, v, call)  # the operator itself does not validate
-    results = torch.ops.jitattn.attention(q, k, v, *encode(call))
+    results = torch.ops.jitattn.attention(q, k, v, *filled(encode(call), q))
     return _asked_for(_into_out(results, call, (q, k, v), way), call)
 
 
@@ -101,7 +101,7 @@ def kvcache_indirectly(
     if way is _Way.SHAPES:
         with disable_proxy_modes_tracing():
             prepare_with_kvcache(*inputs, cache, call)
-    results = torch.ops.jitattn.attention_with_kvcache(*inputs, *given)
+    results = torch.ops.jitattn.attention_with_kvcache(*inputs, *filled(given, q))
     return _asked_for(_into_out(results, call, inputs, way), call)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jitattn.run.kvcache import KvCache, run_with_kvcache
-from jitattn.run.operator_encoding import Encoded, Reader, encoder, read_call
+from jitattn.run.operator_encoding import Encoded, Reader, encoder, filled, read_call
 from jitattn.run.operators import fake_results, refuse_in_graph
 from jitattn.values.autocast import outside_autocast
 from jitattn.values.rotary import Rotary
@@ -55,7 +55,7 @@ def call_kvcache_operator(
     """
     refuse_in_graph(call)
     given = encode_with_kvcache(cache, call)
-    out, lse = torch.ops.jitattn.attention_with_kvcache(q, k_cache, v_cache, *given)
+    out, lse = torch.ops.jitattn.attention_with_kvcache(q, k_cache, v_cache, *filled(given, q))
     return (out, lse) if call.return_lse else out
 
 

@@ -300,6 +300,14 @@ def encode(call: Call) -> Encoded:
     return encoder(call).encoded()
 
 
+def filled(given: Encoded, q: Tensor) -> Encoded:
+    """Return the arguments with a tensor in any case, which nobody reads.
+
+    Compiled ahead of time, torch hands None to an operator for an empty list.
+    """
+    return given if given.tensors else given._replace(tensors=[q.detach()])
+
+
 def encoder(call: Call, writer: Writer | None = None) -> Writer:
     """Encode a call, and return the writer for further fields."""
     axes(call.layout)  # raises for an unknown layout

@@ -17,7 +17,7 @@ from jitattn.errors import UnsupportedError
 from jitattn.request.scores import ADDED, added_tensor, captured_names, in_fp32
 from jitattn.run.backward import run_backward
 from jitattn.run.forward import run
-from jitattn.run.operator_encoding import DTYPES, LAYOUTS, decode, encode
+from jitattn.run.operator_encoding import DTYPES, LAYOUTS, decode, encode, filled
 from jitattn.values.autocast import outside_autocast
 
 if TYPE_CHECKING:
@@ -57,8 +57,7 @@ def call_operator(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Any:  # noqa: 
         The operator does not support the call.
     """
     refuse_in_graph(call)
-    tensors, ints, floats = encode(call)
-    out, lse = torch.ops.jitattn.attention(q, k, v, tensors, ints, floats)
+    out, lse = torch.ops.jitattn.attention(q, k, v, *filled(encode(call), q))
     return (out, lse) if call.return_lse else out
 
 

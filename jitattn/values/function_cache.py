@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from jitattn.values.functions import Function, traced
+from jitattn.values.functions import Function, MovedScore, traced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -34,7 +34,9 @@ class _UnknownError(Exception):
     """Something whose value may change without a trace."""
 
 
-def function_of(score_mod: Callable[..., Any] | None, mask: MaskMod | None) -> Function:
+def function_of(
+    score_mod: Callable[..., Any] | MovedScore | None, mask: MaskMod | None
+) -> Function:
     """Return `traced` of a score and a mask function, from an earlier call if nothing changed.
 
     Raises
@@ -96,8 +98,8 @@ def _identity(value: Any, tensors: dict[int, torch.Tensor], depth: int) -> Hasha
     if kind is functools.partial:
         named = tuple((name, deeper(one)) for name, one in value.keywords.items())
         return "partial", deeper(value.func), tuple(map(deeper, value.args)), named
-    if kind is tuple:
-        return "tuple", tuple(map(deeper, value))
+    if kind in (tuple, MovedScore):
+        return kind, tuple(map(deeper, value))
     home = value.__name__ if kind is types.ModuleType else getattr(value, "__module__", None)
     if isinstance(home, str) and home.partition(".")[0] in _STATELESS and _is_part(value):
         return "stateless", id(value)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from jitattn.values.masks import MaskMod
+    from jitattn.values.masks import MaskMod, QOffset
 
 
 class Function(NamedTuple):
@@ -27,7 +27,14 @@ class Function(NamedTuple):
     first_batch: int = 0  #: the CPU path's: number of the first sequence that it is called for
 
 
-def traced(score_mod: Callable[..., Any] | None, mask: MaskMod | None) -> Function:
+class MovedScore(NamedTuple):
+    """A score function whose q_idx counts from an offset."""
+
+    function: Callable[..., Any]
+    q_offset: QOffset
+
+
+def traced(score_mod: Callable[..., Any] | MovedScore | None, mask: MaskMod | None) -> Function:
     """Trace a score function and a mask function, which then share numbers and tensors.
 
     Raises
@@ -37,7 +44,8 @@ def traced(score_mod: Callable[..., Any] | None, mask: MaskMod | None) -> Functi
     UnsupportedError
         Something in one cannot be traced; the message shows the line.
     """
-    if score_mod is not None and not callable(score_mod):
+    is_moved = isinstance(score_mod, MovedScore)
+    if score_mod is not None and not (is_moved or callable(score_mod)):
         raise InvalidInputError(
             f"score_mod={score_mod!r}: it must be a function of (score, b, h, q_idx, kv_idx)"
         )
@@ -56,11 +64,11 @@ def traced(score_mod: Callable[..., Any] | None, mask: MaskMod | None) -> Functi
     return Function(captured.program, captured.numbers, captured.tensors)
 
 
-def _traced_score(tape: Tape, score_mod: Callable[..., Any]) -> Symbol:
-    found = score_mod(
-        tape.add("score", "f32"),
-        *(tape.add(name, "i32") for name in ("batch", "head", "row", "key")),
-    )
+def _traced_score(tape: Tape, score_mod: Callable[..., Any] | MovedScore) -> Symbol:
+    function, offset = score_mod if isinstance(score_mod, MovedScore) else (score_mod, 0)
+    score = tape.add("score", "f32")
+    batch, head, row, key = (tape.add(name, "i32") for name in ("batch", "head", "row", "key"))
+    found = function(score, batch, head, _moved(tape, batch, row, offset), key)
     return converted(tape, _result(found, "score_mod"), "f32")
 
 
@@ -70,14 +78,17 @@ def _traced_mask(tape: Tape, mask: MaskMod) -> Symbol:
         found = [_traced_mask(tape, part) for part in parts]
         return tape.add(kind, "b1", *(one.idx for one in found))
     batch, head, row, key = (tape.add(name, "i32") for name in ("batch", "head", "row", "key"))
-    offset: Any = mask.q_offset
-    if isinstance(offset, str):
-        row = added(row, tape.add("shift", "i32"))
-    elif type(offset) is not int:
-        row = added(row, offset[batch])
-    elif offset != 0:
-        row = added(row, offset)
+    row = _moved(tape, batch, row, mask.q_offset)
     return converted(tape, _result(mask.function(batch, head, row, key), "MaskMod"), "b1")
+
+
+def _moved(tape: Tape, batch: Symbol, row: Symbol, offset: Any) -> Symbol:  # noqa: ANN401
+    """Return the index of a row from an offset on."""
+    if isinstance(offset, str):
+        return added(row, tape.add("shift", "i32"))
+    if type(offset) is not int:
+        return added(row, offset[batch])
+    return added(row, offset) if offset != 0 else row
 
 
 def _result(found: Any, name: str) -> Any:  # noqa: ANN401 - a symbol, or a number

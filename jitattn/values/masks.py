@@ -369,6 +369,22 @@ class Dense(_Mask):
     keep: Tensor
 
 
+def check_q_offset(name: str, offset: object) -> None:
+    """Refuse what is no offset of queries.
+
+    Raises
+    ------
+    InvalidInputError
+    """
+    shape = getattr(offset, "shape", None)
+    is_vector = shape is not None and len(shape) == 1
+    if not (is_vector or type(offset) is int or (shape is None and offset == "bottom_right")):
+        what = repr(offset) if shape is None else f"a tensor {list(shape)}"
+        raise InvalidInputError(
+            f'{name} is {what}: it must be an int, a tensor [B], or "bottom_right"'
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class MaskMod(_Mask):
     """A mask written as a function: query `q_idx` sees key `kv_idx` where it is true.
@@ -394,8 +410,8 @@ class MaskMod(_Mask):
     >>> mask = causal & MaskMod(lambda b, h, q, kv: documents[b, q] == documents[b, kv])
     """
 
-    function: Callable[..., Any]
-    q_offset: int | Tensor | Literal["bottom_right"] = 0
+    function: Callable[[Any, Any, Any, Any], Any]
+    q_offset: QOffset = 0
 
     def __post_init__(self) -> None:
         """Refuse what is no function, and another offset."""
@@ -403,12 +419,15 @@ class MaskMod(_Mask):
             raise InvalidInputError(
                 f"MaskMod({self.function!r}): it must be a function of (b, h, q_idx, kv_idx)"
             )
-        offset = self.q_offset
-        is_tensor = hasattr(offset, "dtype") and getattr(offset, "ndim", 0) == 1
-        if not (type(offset) is int or is_tensor or offset == "bottom_right"):
-            raise InvalidInputError(
-                f'MaskMod(q_offset={offset!r}): it must be an int, a tensor [B], or "bottom_right"'
-            )
+        check_q_offset("MaskMod(q_offset=...)", self.q_offset)
+
+    def moved(self, q_offset: QOffset) -> MaskMod:
+        """Return the mask with an offset for those of its functions that have none."""
+        kind, parts = self.parts
+        if kind:
+            return MaskMod(_Made(kind, tuple(part.moved(q_offset) for part in parts)))
+        has_own = not (type(self.q_offset) is int and self.q_offset == 0)
+        return self if has_own else MaskMod(self.function, q_offset)
 
     @property
     def parts(self) -> tuple[str, tuple[MaskMod, ...]]:
@@ -449,6 +468,8 @@ class Both(_Mask):
     function: MaskMod | None = None
 
 
+#: Positions of the first queries among the keys, as functions count.
+QOffset: TypeAlias = "int | Tensor | Literal['bottom_right']"
 HeadRule: TypeAlias = Full | Causal | Window | LocalStride | BlockSparse
 Rule: TypeAlias = HeadRule | PerHead
 Mask: TypeAlias = Rule | KeyPadding | Dense | MaskMod | Both

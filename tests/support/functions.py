@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jitattn.reference.functions import over_pairs
+from jitattn.values.pairs import over_pairs
 
 #: A pair of functions (score, mask), either None, for a device, B, Hq, Lq and Lkv.
 Make = Callable[[str, int, int, int, int], tuple[Any, Any]]

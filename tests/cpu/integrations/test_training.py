@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,20 @@ def test_export_for_any_length() -> None:
     program = torch.export.export(module, (block_inputs(),), dynamic_shapes={"x": {1: length}})
     longer = block_inputs(length=17)
     assert rel_l2(program.module()(longer), module(longer)) < 1e-6
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_compiled_ahead_of_time(tmp_path: Path) -> None:
+    """The operator is called by torch's C++, which makes None of an empty list."""
+    module = block()
+    with torch.no_grad():
+        program = torch.export.export(module, (block_inputs(),))
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "block.pt2")
+        )
+        loaded: Any = torch._inductor.aoti_load_package(package)
+        assert rel_l2(loaded(block_inputs()), module(block_inputs())) < 1e-6
 
 
 def test_no_recompile_for_other_lengths() -> None:

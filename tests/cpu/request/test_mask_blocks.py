@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from jitattn.reference.functions import over_pairs
 from jitattn.request.mask_blocks import simplified
 from jitattn.request.mask_ranges import BLOCK, Sizes, visible_blocks
 from jitattn.spec.program import parse
 from jitattn.values.functions import traced
 from jitattn.values.masks import BlockSparse, Causal, Full, MaskMod, Rule, Window
+from jitattn.values.pairs import over_pairs
 from tests.support.expressions import Captured, random_mask
 from tests.support.functions import FUNCTIONS
 

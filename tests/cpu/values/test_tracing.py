@@ -15,11 +15,11 @@ import jitattn
 from jitattn import InvalidInputError, MaskMod, UnsupportedError
 from jitattn.cpu.functions import Chunk, evaluate, evaluate_program
 from jitattn.jit.functions import render_function
-from jitattn.reference.functions import over_pairs
 from jitattn.spec.derivative import derivatives
 from jitattn.spec.program import Program, parse
 from jitattn.values.function_cache import function_of
 from jitattn.values.functions import Function, traced
+from jitattn.values.pairs import over_pairs
 from tests.support.compare import rel_l2
 from tests.support.expressions import Captured, random_function
 from tests.support.functions import FUNCTIONS

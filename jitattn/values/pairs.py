@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from jitattn.values.masks import MaskMod
+    from jitattn.values.masks import MaskMod, QOffset
 
 
 class _Indexed(TorchFunctionMode):
@@ -63,6 +63,19 @@ def over_pairs(
     return found
 
 
+def moved_score(
+    function: Callable[..., Any], offset: QOffset, sizes: tuple[int, ...]
+) -> Callable[..., Any]:
+    """Return a score function whose q_idx counts from an offset."""
+    return lambda s, b, h, q_idx, kv_idx: function(s, b, h, _from(q_idx, b, offset, sizes), kv_idx)
+
+
+def _from(q_idx: Any, b: Any, offset: QOffset, sizes: tuple[int, ...]) -> Any:  # noqa: ANN401
+    if isinstance(offset, str):
+        return q_idx + (sizes[3] - sizes[2])
+    return q_idx + (offset[b] if isinstance(offset, Tensor) else offset)
+
+
 def visible_pairs(
     mask: MaskMod, sizes: tuple[int, ...], device: torch.device | str, first_batch: int = 0
 ) -> Tensor:
@@ -71,14 +84,9 @@ def visible_pairs(
     if kind:
         found = [visible_pairs(part, sizes, device, first_batch) for part in parts]
         return ~found[0] if kind == "not" else _COMBINED[kind](*found)
-    offset = mask.q_offset
 
     def moved(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:  # noqa: ANN401
-        if isinstance(offset, str):
-            q_idx = q_idx + (sizes[3] - sizes[2])
-        else:
-            q_idx = q_idx + (offset[b] if isinstance(offset, Tensor) else offset)
-        return mask.function(b, h, q_idx, kv_idx)
+        return mask.function(b, h, _from(q_idx, b, mask.q_offset, sizes), kv_idx)
 
     return over_pairs(moved, None, sizes, device, first_batch).expand(sizes).bool()
 
