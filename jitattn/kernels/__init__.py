@@ -18,6 +18,7 @@ from jitattn.kernels.combine import CombineGradSpec, CombineSpec
 from jitattn.kernels.fwd import FwdSpec
 from jitattn.kernels.fwd_sm90 import FwdSm90Spec
 from jitattn.kernels.kv_scatter import ScatterSpec
+from jitattn.kernels.mask_lists import MaskListsSpec
 from jitattn.kernels.norm import NormGradSpec, NormSpec
 from jitattn.kernels.quantize import ChannelStatsSpec, QuantizeSpec
 from jitattn.kernels.rotary import RotarySpec
@@ -44,6 +45,7 @@ FAMILIES: Final[tuple[type[KernelSpec], ...]] = (
     BwdPostprocessSpec,
     SumPartsSpec,
     ScatterSpec,
+    MaskListsSpec,
     ChannelStatsSpec,
     QuantizeSpec,
     SplitFp32Spec,

@@ -19,7 +19,15 @@ from jitattn.jit import backend
 from jitattn.patterns import sees_block
 from jitattn.request.block_list_cache import BlockListCache, identity_of
 from jitattn.spec.call_arguments import BlockListArguments
-from jitattn.values.masks import BlockSparse, Causal, Full, LocalStride, PerHead, Window
+from jitattn.values.masks import (
+    BlockSparse,
+    Causal,
+    Full,
+    FunctionBlocks,
+    LocalStride,
+    PerHead,
+    Window,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -87,6 +95,8 @@ def heads_agree(rule: Rule, heads_q: int, heads_kv: int) -> bool:
             for first in range(0, heads_q, group)
         )
         return alike and all(heads_agree(part, heads_q, heads_kv) for part in rule.rules)
+    if isinstance(rule, FunctionBlocks):
+        return not rule.by_head or heads_q == heads_kv
     return not (isinstance(rule, BlockSparse) and len(rule.blocks) == heads_q > heads_kv)
 
 
@@ -205,6 +215,8 @@ def _head(
         return _Head(key, min(right, _OPEN), -left, keep_first)
     if isinstance(rule, LocalStride):
         return _of_local_stride(rule, kv_head, heads)
+    if isinstance(rule, FunctionBlocks):
+        raise InternalError("a kernel makes the lists of functions")
     blocks = rule.blocks.to(device)
     place = 0 if len(blocks) == 1 else head if len(blocks) == heads_q else kv_head
     own = blocks[place]

@@ -20,6 +20,7 @@ from jitattn.values.masks import (
     Causal,
     Dense,
     Full,
+    FunctionBlocks,
     KeyPadding,
     PerHead,
 )
@@ -204,6 +205,9 @@ def _note_mask(mask: Mask, facts: list[Any], addresses: Addresses) -> bool:
     if isinstance(mask, BlockSparse) and kind is BlockSparse:
         facts += (mask.block_size, mask.causal, mask.first_row)
         return _note_tensor("pattern", mask.pattern, facts, addresses)
+    if isinstance(mask, FunctionBlocks) and kind is FunctionBlocks:
+        facts += (mask.by_head, mask.len_q, mask.len_kv)
+        return True
     if isinstance(mask, PerHead) and kind is PerHead:
         known: dict[Hashable, int] = {}  # GQA packing depends on which rules are equal
         facts += (known.setdefault(identity_of(rule), len(known)) for rule in mask.rules)

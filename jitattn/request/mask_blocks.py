@@ -1,28 +1,22 @@
 """Turns a traced mask into what says which blocks to visit: a rule, or lists of blocks.
 
 Where it bounds the distance from query to key, it is the rule that says the same
-(`mask_distance.py`). Of other masks, blocks that intervals rule out are not visited
-(`mask_ranges.py`); kernels evaluate the function itself in every block that they visit.
+(`mask_distance.py`). Of other masks a kernel finds the blocks that have visible pairs
+(`run/function_lists.py`); kernels evaluate the function itself in every block that they visit.
 """
 
 from __future__ import annotations
 
-import weakref
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from jitattn.errors import LaunchError
-from jitattn.jit import backend
 from jitattn.request.mask_distance import rule_by_distance
-from jitattn.request.mask_ranges import BLOCK, Sizes, visible_blocks
 from jitattn.spec.program import parse
-from jitattn.values.masks import BlockSparse, Both, Full, parts_of
+from jitattn.values.masks import Both, Full, FunctionBlocks, parts_of
 from jitattn.values.sequences import Ragged
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
-
     from torch import Tensor
 
     from jitattn.spec.program import Program
@@ -32,10 +26,18 @@ if TYPE_CHECKING:
 
 #: Pairs of a head from which on blocks are looked for.
 _FEWEST_PAIRS: Final = 2**16
-#: Part of the blocks from which on lists cost more than they save.
-_MOST_VISIBLE: Final = 0.9
-_MOST_KEPT: Final = 64
-_kept: dict[Hashable, tuple[Rule, tuple[weakref.ref[Tensor], ...]]] = {}
+#: Most groups of 16 keys, by tiles of 64 rows and heads, for which lists have room: 8 bytes each.
+_MOST_GROUPS: Final = 2**28
+
+
+class Sizes(NamedTuple):
+    """Sequences, query heads and the largest lengths of a call."""
+
+    batch: int
+    heads: int
+    len_q: int
+    len_kv: int
+    is_uniform: bool  #: all sequences have these lengths
 
 
 def without_hidden_blocks(
@@ -55,7 +57,7 @@ def without_hidden_blocks(
     sizes = _sizes(q, k, layout, q_seqs, kv_seqs)
     if not isinstance(parts.rule, Full) or sizes is None:
         return mask, function
-    rule, rest = simplified(function, sizes, q.device)
+    rule, rest = simplified(function, sizes)
     if isinstance(rule, Full):
         return mask, rest
     if parts.key_padding is None and parts.dense is None:
@@ -83,21 +85,12 @@ def _sizes(
     return None
 
 
-def simplified(
-    function: Function, sizes: Sizes, device: torch.device
-) -> tuple[Rule, Function | None]:
+def simplified(function: Function, sizes: Sizes) -> tuple[Rule, Function | None]:
     """Return a rule of positions for a function's mask, and what is left of the function.
-
-    Parameters
-    ----------
-    function : Function
-    sizes : Sizes
-    device : torch.device
-        Of the call.
 
     Returns
     -------
-    rule : Causal or Window, which says all that the mask does; BlockSparse, of the blocks that may
+    rule : Causal or Window, which says all that the mask does; FunctionBlocks, of the blocks that
         have visible pairs; Full, if there is nothing to gain
     function : Function or None
         Without the mask, if the rule says all of it; None if nothing else is left.
@@ -113,43 +106,23 @@ def simplified(
         return rule, function._replace(program=rest.text())
     if sizes.len_q * sizes.len_kv < _FEWEST_PAIRS or not sizes.batch * sizes.heads:
         return Full(), function
-    if any(one.device != device for one in function.tensors):  # refused later
+    leaves = _leaves(program, program.mask)
+    by_head = "head" in leaves
+    num_groups = -(-sizes.len_q // 64) * -(-sizes.len_kv // 16) * (sizes.heads if by_head else 1)
+    is_known = sizes.is_uniform or "shift" not in leaves
+    if not is_known or not leaves & {"row", "key"} or num_groups > _MOST_GROUPS:
         return Full(), function
-    return _by_blocks(program, function, sizes, device), function
+    batch = sizes.batch if "batch" in leaves else 1
+    return FunctionBlocks(function, batch, by_head, sizes.len_q, sizes.len_kv), function
 
 
-def _by_blocks(
-    program: Program, function: Function, sizes: Sizes, device: torch.device
-) -> BlockSparse | Full:
-    """Return the blocks that may have visible pairs, from an earlier call if nothing changed."""
-    is_counted = not any(one.is_inference() for one in function.tensors)
-    key = (
-        function.program, repr(function.numbers), sizes, device,
-        *((id(one), one._version if is_counted else 0) for one in function.tensors),
-    )  # fmt: skip
-    kept = _kept.get(key)
-    if kept is not None and is_counted:
-        rule, references = kept
-        alive = all(
-            reference() is one for reference, one in zip(references, function.tensors, strict=True)
-        )
-        if alive and isinstance(rule, BlockSparse | Full):
-            return rule
-    if device.type == "cuda" and backend.active.is_capturing():
-        raise LaunchError(
-            "the blocks that this mask function hides are not found yet, and the current stream is "
-            "capturing a CUDA graph; make one call with the same function, tensors and lengths "
-            "before the capture"
-        )
-    with torch.no_grad():
-        pattern = visible_blocks(program, function, sizes)
-    found: BlockSparse | Full = Full()
-    if pattern is not None:
-        share = pattern.float().mean().item()
-        if share < _MOST_VISIBLE:
-            found = BlockSparse(pattern.to(device), BLOCK, first_row=0)
-    if is_counted:
-        if len(_kept) >= _MOST_KEPT:
-            _kept.clear()
-        _kept[key] = (found, tuple(weakref.ref(one) for one in function.tensors))
-    return found
+def _leaves(program: Program, root: int) -> set[str]:
+    """Return what a node depends on, of the indices of a pair."""
+    found, left, seen = set(), [root], set()
+    while left:
+        idx = left.pop()
+        if idx not in seen:
+            seen.add(idx)
+            found.add(program.nodes[idx].op)
+            left += program.nodes[idx].operands
+    return found & {"batch", "head", "row", "key", "shift"}

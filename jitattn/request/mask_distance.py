@@ -8,7 +8,7 @@ from jitattn.spec.program import INTEGERS
 from jitattn.values.masks import Causal, Window
 
 if TYPE_CHECKING:
-    from jitattn.request.mask_ranges import Sizes
+    from jitattn.request.mask_blocks import Sizes
     from jitattn.spec.program import Program
     from jitattn.values.functions import Function
 

@@ -14,7 +14,9 @@ from jitattn.jit.load_kernel import load_kernel
 from jitattn.plan import arguments
 from jitattn.request import block_lists
 from jitattn.run import workspace
+from jitattn.run.function_lists import function_lists
 from jitattn.run.workspace import arrivals
+from jitattn.values.masks import FunctionBlocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
@@ -200,7 +202,10 @@ def add_block_lists(
     LaunchError
         They are not there, and the current stream is capturing a graph.
     """
-    made = block_lists.block_lists_of(rule, heads, longest, tile_positions, like)
+    if isinstance(rule, FunctionBlocks):
+        made = function_lists(rule, heads[0], longest, tile_positions, like)
+    else:
+        made = block_lists.block_lists_of(rule, heads, longest, tile_positions, like)
     for name, value in made.arguments._asdict().items():
         addresses[arguments.block_list_operand(name, tile_positions)] = value
     return made

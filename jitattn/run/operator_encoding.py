@@ -12,7 +12,16 @@ from jitattn.request.scores import ADDED, NO_CHANGES, NUMBERS, Scores
 from jitattn.spec.program import parse
 from jitattn.values.dropout import Dropout
 from jitattn.values.functions import Function
-from jitattn.values.masks import BY_VALUE, Both, Dense, KeyPadding, Rule, parts_of
+from jitattn.values.masks import (
+    BY_VALUE,
+    Both,
+    Dense,
+    Full,
+    FunctionBlocks,
+    KeyPadding,
+    Rule,
+    parts_of,
+)
 from jitattn.values.norm import L2Norm
 from jitattn.values.sequences import Padded, Paged, Ragged
 
@@ -38,7 +47,9 @@ _FORMS: Final = {
     "tuple[HeadRule, ...]": "rules",
 }
 #: Rules by their numbers, and the names and forms of their fields.
-_RULES: Final[dict[int, Any]] = {kind.graph_number: kind for kind in get_args(Rule)}
+_RULES: Final[dict[int, Any]] = {
+    kind.graph_number: kind for kind in get_args(Rule) if kind is not FunctionBlocks
+}
 _FIELDS: Final = {
     number: tuple((field.name, _FORMS[str(field.type)]) for field in fields(kind))
     for number, kind in _RULES.items()
@@ -121,6 +132,8 @@ class Writer:
 
     def rule(self, rule: Rule) -> None:
         """Write a positional mask or a pattern: its number, then its fields in order."""
+        if isinstance(rule, FunctionBlocks):
+            rule = Full()  # its function, which comes with it, says all that it does
         self.integer(rule.graph_number)
         for name, form in _FIELDS[rule.graph_number]:
             value = getattr(rule, name)
@@ -271,7 +284,7 @@ class _KeepingWriter(Writer):
 
     def rule(self, rule: Rule) -> None:
         """Keep a rule, or write it."""
-        if type(rule) in BY_VALUE:
+        if type(rule) in BY_VALUE or isinstance(rule, FunctionBlocks):
             self.rules.append(rule)
         else:
             self.rules.append(None)

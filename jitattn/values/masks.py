@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from jitattn.values.functions import Function
+
 Align: TypeAlias = Literal["bottom_right", "top_left"]
 _MAX_REACH = 2**30
 #: Block sizes of local + stride patterns that need no lists: whole kernel blocks.
@@ -305,6 +307,25 @@ class BlockSparse(_Mask):
         return KernelMask(MaskKind.BLOCK_LISTS, self.first_row is None, self.first_row or 0)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class FunctionBlocks(_Mask):
+    """Blocks of 64 x 64 pairs of which a traced mask sees any: a kernel makes lists of them.
+
+    Internal: it goes with its function, which says what is seen within the blocks.
+    """
+
+    function: Function
+    batch: int  #: sequences that the mask tells apart, or 1
+    by_head: bool  #: query heads differ
+    len_q: int
+    len_kv: int
+
+    def kernel_mask(self, heads_q: int, heads_kv: int) -> KernelMask:
+        """Return what kernels are told of it: lists, whose rows count from 0."""
+        del heads_q, heads_kv
+        return KernelMask(MaskKind.BLOCK_LISTS, False)
+
+
 @dataclass(frozen=True, slots=True)
 class PerHead(_Mask):
     """Per-head rules, computed in one launch.
@@ -471,10 +492,10 @@ class Both(_Mask):
 #: Positions of the first queries among the keys, as functions count.
 QOffset: TypeAlias = "int | Tensor | Literal['bottom_right']"
 HeadRule: TypeAlias = Full | Causal | Window | LocalStride | BlockSparse
-Rule: TypeAlias = HeadRule | PerHead
+Rule: TypeAlias = HeadRule | FunctionBlocks | PerHead
 Mask: TypeAlias = Rule | KeyPadding | Dense | MaskMod | Both
 #: Rules made of numbers, which are compared and hashed by value.
-BY_VALUE: Final = frozenset(get_args(Rule)) - {BlockSparse, PerHead}
+BY_VALUE: Final = frozenset(get_args(Rule)) - {BlockSparse, FunctionBlocks, PerHead}
 
 
 def is_mask(value: object) -> bool:

@@ -1,40 +1,15 @@
-"""Tests which blocks of traced masks are visited: never fewer than have visible pairs."""
+"""Tests what becomes of traced masks: rules of positions, or blocks that a kernel finds."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-import torch
 
-from jitattn.request.mask_blocks import simplified
-from jitattn.request.mask_ranges import BLOCK, Sizes, visible_blocks
+from jitattn.request.mask_blocks import Sizes, simplified
 from jitattn.spec.program import parse
 from jitattn.values.functions import traced
-from jitattn.values.masks import BlockSparse, Causal, Full, MaskMod, Rule, Window
-from jitattn.values.pairs import over_pairs
-from tests.support.expressions import Captured, random_mask
-from tests.support.functions import FUNCTIONS
-
-CPU = torch.device("cpu")
-MASKS = ["prefix", "document", "natten", "dilated", "by_head", "window", "causal"]
-
-
-@pytest.mark.parametrize("name", MASKS)
-def test_no_visible_pair_is_missed(name: str) -> None:
-    sizes = Sizes(2, 4, 300, 350, True)
-    _, mask_mod = FUNCTIONS[name]("cpu", *sizes[:4])
-    function = traced(None, MaskMod(mask_mod))
-    found = visible_blocks(parse(function.program), function, sizes)
-    exact = over_pairs(mask_mod, None, sizes[:4], CPU).expand(sizes[:4])
-    exact = torch.nn.functional.pad(exact, (0, -350 % BLOCK, 0, -300 % BLOCK))
-    blocks = exact.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).any(5).any(3).any(0)
-    assert found is not None
-    found = found.expand(blocks.shape)
-    assert (found | ~blocks).all()
-    if name in ("window", "causal", "document", "prefix"):  # and no block in vain
-        assert torch.equal(found, blocks)
-
+from jitattn.values.masks import Causal, Full, FunctionBlocks, MaskMod, Rule, Window
 
 SEEN: dict[str, tuple[Any, Any, Rule]] = {
     "causal": (lambda b, h, q, k: q >= k, 0, Causal("top_left")),
@@ -49,72 +24,60 @@ SEEN: dict[str, tuple[Any, Any, Rule]] = {
 def test_bounds_of_the_distance_are_rules(name: str) -> None:
     mask_mod, offset, rule = SEEN[name]
     function = traced(None, MaskMod(mask_mod, q_offset=offset))
-    found, rest = simplified(function, Sizes(1, 1, 40, 70, True), CPU)
+    found, rest = simplified(function, Sizes(1, 1, 40, 70, True))
     assert found == rule
     assert rest is None
 
 
 def test_a_window_from_the_top_left_is_a_rule_of_equal_lengths_alone() -> None:
     function = traced(None, MaskMod(SEEN["window"][0]))
-    assert simplified(function, Sizes(1, 1, 70, 70, True), CPU) == (Window(8, 0), None)
-    rule, rest = simplified(function, Sizes(1, 1, 40, 70, True), CPU)
+    assert simplified(function, Sizes(1, 1, 70, 70, True)) == (Window(8, 0), None)
+    rule, rest = simplified(function, Sizes(1, 1, 40, 70, True))
     assert rule == Full()
     assert rest is function
 
 
 def test_the_score_is_left() -> None:
     function = traced(lambda s, b, h, q, k: s * 2, MaskMod(SEEN["causal"][0]))
-    rule, rest = simplified(function, Sizes(1, 1, 40, 70, True), CPU)
+    rule, rest = simplified(function, Sizes(1, 1, 40, 70, True))
     assert rule == Causal("top_left")
     assert rest is not None
     assert parse(rest.program).mask is None
 
 
-def test_blocks_are_kept_until_a_captured_tensor_changes() -> None:
-    ids = torch.arange(1024)[None] // 100
-
-    def same(b: Any, h: Any, q: Any, k: Any) -> Any:
-        return ids[b, q] == ids[b, k]
-
-    sizes = Sizes(1, 1, 1024, 1024, True)
-    function = traced(None, MaskMod(same))
-    first, _ = simplified(function, sizes, CPU)
-    again, _ = simplified(function, sizes, CPU)
-    assert isinstance(first, BlockSparse)
-    assert again is first
-    ids[:, 500:] = 7
-    changed, _ = simplified(function, sizes, CPU)
-    assert isinstance(changed, BlockSparse)
-    assert changed.pattern.sum() > first.pattern.sum()
+FOUND: dict[str, tuple[Any, int, bool]] = {
+    "alike": (lambda b, h, q, k: (q // 50) == (k // 50), 1, False),
+    "by head": (lambda b, h, q, k: (q // (50 + h)) == (k // 50), 1, True),
+    "by sequence": (lambda b, h, q, k: (q // 50) == (k // (50 + b)), 2, False),
+}
 
 
-def test_what_is_not_a_number_hides_nothing_else() -> None:
-    """A NaN beside a visible pair, in the same block."""
-    times = torch.arange(300.0)
-    times[::7] = float("nan")
-    sizes = Sizes(1, 1, 300, 300, True)
-
-    def near(b: Any, h: Any, q: Any, k: Any) -> Any:
-        return (times[q] - times[k]).abs() < 5.0
-
-    function = traced(None, MaskMod(near))
-    found = visible_blocks(parse(function.program), function, sizes)
-    exact = over_pairs(near, None, sizes[:4], CPU)
-    exact = torch.nn.functional.pad(exact, (0, -300 % BLOCK, 0, -300 % BLOCK))
-    blocks = exact.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).any(5).any(3)[0]
-    assert found is not None
-    assert (found | ~blocks).all()
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_random_masks(seed: int) -> None:
-    """No visible pair of a random mask is missed."""
-    sizes = Sizes(2, 2, 200, 260, True)
-    mask_mod = random_mask(seed, Captured("cpu", *sizes[:2], 260))
+@pytest.mark.parametrize("name", FOUND)
+def test_lists_are_of_what_differs(name: str) -> None:
+    mask_mod, batch, by_head = FOUND[name]
     function = traced(None, MaskMod(mask_mod))
-    found = visible_blocks(parse(function.program), function, sizes)
-    exact = over_pairs(mask_mod, None, sizes[:4], CPU).expand(sizes[:4])
-    exact = torch.nn.functional.pad(exact, (0, -260 % BLOCK, 0, -200 % BLOCK))
-    blocks = exact.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).any(5).any(3).any(0)
-    if found is not None:
-        assert (found.expand(blocks.shape) | ~blocks).all()
+    rule, rest = simplified(function, Sizes(2, 4, 300, 400, True))
+    assert isinstance(rule, FunctionBlocks)
+    assert (rule.batch, rule.by_head, rule.len_q, rule.len_kv) == (batch, by_head, 300, 400)
+    assert rest is function
+
+
+HIDDEN: dict[str, tuple[Any, Sizes]] = {
+    "few pairs": (FOUND["alike"][0], Sizes(1, 1, 100, 100, True)),
+    "no pair": (lambda b, h, q, k: h + b == 0, Sizes(1, 1, 3000, 3000, True)),
+    "very many": (FOUND["alike"][0], Sizes(1, 1, 2**20, 2**20, True)),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_no_lists_are_made_in_vain(name: str) -> None:
+    mask_mod, sizes = HIDDEN[name]
+    function = traced(None, MaskMod(mask_mod))
+    assert simplified(function, sizes) == (Full(), function)
+
+
+def test_a_shift_of_sequences_that_differ_is_not_known() -> None:
+    function = traced(None, MaskMod(FOUND["alike"][0], q_offset="bottom_right"))
+    assert simplified(function, Sizes(2, 4, 300, 400, False)) == (Full(), function)
+    rule, _ = simplified(function, Sizes(2, 4, 300, 400, True))
+    assert isinstance(rule, FunctionBlocks)

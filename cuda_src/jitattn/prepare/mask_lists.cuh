@@ -1,0 +1,126 @@
+// Kernel      Makes block lists of a traced mask: which blocks of kBlockCells pairs have any that it
+//             sees. Nothing waits for the device: a list has room for all groups.
+//
+// Work split  A CTA makes the list of a query tile: 2^list_log2 rows, of one head or of all alike. A
+//             warp looks at a block: lanes have keys, and it ends at the first pair that is seen,
+//             in any sequence. Then threads write the groups of their blocks, in order.
+#pragma once
+
+#include "jitattn/attention/function_math.cuh"
+#include "jitattn/types.cuh"
+#include "jitattn_spec.h"
+
+namespace jitattn {
+
+constexpr int kMaskBlock = 64;  // rows and keys of a block
+constexpr int kMaskGroup = 16;  // keys of a group of a list
+constexpr int kRowsPerVote = 8;
+
+template <class Spec, class Params>
+struct MaskTile {
+  const Params& params;
+  const int lane_idx;
+  const int head_idx;
+  const int first_row;
+
+  // Returns the cells of a group of a key block that are listed (BlockListArguments): those of the
+  // row blocks in which anything is seen.
+  __device__ uint32_t cells(int block) const {
+    constexpr uint32_t kCells = (1u << kMaskBlock / 8) - 1;
+    uint32_t word = 0;
+#pragma unroll 1
+    for (int row = 0; row < 1 << params.list_log2; row += kMaskBlock) {
+      if (sees_any(first_row + row, block * kMaskBlock)) word |= kCells << row / 8;
+    }
+    return word | word << 16;
+  }
+
+ private:
+  __device__ bool sees_any(int row, int key) const {
+    const int num_rows = min_of(kMaskBlock, params.len_q - row);
+    ScorePlace place;
+    place.head = head_idx;
+    place.shift = params.shift;
+    int keys[kMaskBlock / 32];
+#pragma unroll
+    for (int i = 0; i < kMaskBlock / 32; ++i) {
+      keys[i] = min_of(key + i * 32 + lane_idx, params.len_kv - 1);
+    }
+#pragma unroll 1
+    for (int batch = 0; batch < params.batch; ++batch) {
+      place.batch = batch;
+#pragma unroll 1
+      for (int first = 0; first < num_rows; first += kRowsPerVote) {
+        bool sees = false;
+#pragma unroll
+        for (int i = 0; i < kRowsPerVote; ++i) {
+          place.row = min_of(row + first + i, params.len_q - 1);
+#pragma unroll
+          for (int j = 0; j < kMaskBlock / 32; ++j) {
+            place.key = keys[j];
+            sees |= Spec::Function::sees(params, place, 0.f);
+          }
+        }
+        if (__any_sync(0xffffffffu, sees)) return true;
+      }
+    }
+    return false;
+  }
+};
+
+template <class Spec, class Params>
+__device__ __forceinline__ void mask_lists(const Params& params) {
+  static_assert(sizeof(Params) == Spec::kParamsBytes, "host and device disagree");
+  constexpr int kThreads = Spec::kNumThreads, kWarps = kThreads / 32;
+  __shared__ uint32_t s_cells[kThreads];
+  __shared__ int s_counts[kWarps];
+  const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
+  const int list_idx = blockIdx.x / params.list_tiles, tile_idx = blockIdx.x % params.list_tiles;
+  const MaskTile<Spec, Params> tile = {params, lane_idx, list_idx, tile_idx << params.list_log2};
+  if (blockIdx.x == 0) {  // every head has its list, or the only one, and no window
+    constexpr int kOpen = 1 << 29;
+    for (int i = threadIdx.x; i < 2 * params.heads_q; i += kThreads) {
+      const int own = params.num_lists == 1 ? 0 : i % params.heads_q;
+      params.list_heads[i] = make_int4(2 * own + 1, kOpen, -kOpen, 0);
+    }
+  }
+
+  const int num_blocks = tile.first_row < params.len_q ? ceil_div(params.len_kv, kMaskBlock) : 0;
+  const int begin = blockIdx.x * params.tile_groups;
+  int count = 0;
+#pragma unroll 1
+  for (int first = 0; first < num_blocks; first += kThreads) {
+    const int end = min_of(kThreads, num_blocks - first);
+    for (int i = warp_idx; i < end; i += kWarps) {
+      const uint32_t cells = tile.cells(first + i);
+      if (lane_idx == 0) s_cells[i] = cells;
+    }
+    __syncthreads();
+    const int own = threadIdx.x;
+    const uint32_t cells = own < end ? s_cells[own] : 0;
+    const int left = params.len_kv - (first + own) * kMaskBlock;
+    const int groups = cells == 0 ? 0 : min_of(kMaskBlock / kMaskGroup, ceil_div(left, kMaskGroup));
+    int before = groups;  // an inclusive sum over the warp
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(0xffffffffu, before, step);
+      if (lane_idx >= step) before += other;
+    }
+    if (lane_idx == 31) s_counts[warp_idx] = before;
+    __syncthreads();
+    int at = count + before - groups;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      if (warp < warp_idx) at += s_counts[warp];
+      count += s_counts[warp];
+    }
+    for (int i = 0; i < groups; ++i) {
+      const int group = (first + own) * (kMaskBlock / kMaskGroup) + i;
+      params.list_groups[begin + at + i] = make_int2(group, static_cast<int>(cells));
+    }
+    __syncthreads();  // the counts are read
+  }
+  if (threadIdx.x == 0) params.list_spans[blockIdx.x] = make_int2(begin, count);
+}
+
+}  // namespace jitattn

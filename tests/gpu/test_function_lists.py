@@ -1,0 +1,145 @@
+"""Tests the block lists that a kernel makes of traced masks: those of all visible pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import jitattn
+from jitattn import MaskMod, Ragged
+from jitattn.request.block_lists import BlockLists
+from jitattn.request.mask_blocks import Sizes, simplified
+from jitattn.run import function_lists as made
+from jitattn.values.functions import traced
+from jitattn.values.masks import FunctionBlocks
+from jitattn.values.pairs import over_pairs
+from tests.support.capture import capture
+from tests.support.compare import rel_l2
+from tests.support.expressions import Captured, random_mask
+from tests.support.functions import FUNCTIONS
+
+MASKS = ["prefix", "document", "natten", "dilated", "by_head"]
+BLOCK = 64
+
+
+def listed(lists: BlockLists, heads: int, rows: int, columns: int) -> Tensor:
+    """The blocks of 64 that lists name, [heads, rows, columns]; all is in order."""
+    found = torch.zeros(heads, rows, columns, dtype=torch.bool)
+    positions = 1 << lists.positions_log2
+    groups, spans, table = (x.cpu() for x in (lists.groups, lists.spans, lists.heads))
+    assert torch.equal(table[0], table[1])
+    assert (table[0, :, 1] == -table[0, :, 2]).all()
+    for head in range(heads):
+        assert int(table[0, head, 0]) % 2 == 1
+        for tile, (first, count) in enumerate(spans[int(table[0, head, 0]) // 2].tolist()):
+            own = groups[first : first + count]
+            assert (own[:, 0].diff() > 0).all()
+            for group, signed in own.tolist():
+                bits = signed & 0xFFFFFFFF
+                assert bits >> 16 == bits & 0xFFFF
+                for block in range(positions // BLOCK):
+                    cells = bits >> 8 * block & 0xFF
+                    assert cells in (0, 0xFF)
+                    if cells:
+                        found[head, tile * positions // BLOCK + block, group * 16 // BLOCK] = True
+    return found
+
+
+def blocks_of(visible: Tensor, by_head: bool) -> Tensor:
+    """Blocks with any visible pair of [B, H, Lq, Lkv], in any sequence."""
+    len_q, len_kv = visible.shape[2:]
+    padded = torch.nn.functional.pad(visible, (0, -len_kv % BLOCK, 0, -len_q % BLOCK))
+    found = padded.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).any(5).any(3).any(0)
+    return found if by_head else found[:1].expand(visible.shape[1], -1, -1)
+
+
+def check(mask_mod: Any, sizes: Sizes, positions: int) -> None:
+    function = traced(None, MaskMod(mask_mod))
+    rule, _ = simplified(function, sizes)
+    if not isinstance(rule, FunctionBlocks):
+        return
+    device = torch.device("cuda", 0)
+    longest = max(sizes.len_q, sizes.len_kv)
+    lists = made.function_lists(rule, sizes.heads, longest, positions, device)
+    exact = blocks_of(over_pairs(mask_mod, None, sizes[:4], "cuda").expand(sizes[:4]), rule.by_head)
+    rows = -(-longest // (1 << lists.positions_log2)) * (1 << lists.positions_log2) // BLOCK
+    found = listed(lists, sizes.heads, rows, exact.shape[2])
+    assert torch.equal(found[:, : exact.shape[1]], exact.cpu())
+    assert not found[:, exact.shape[1] :].any()
+
+
+@pytest.mark.parametrize("positions", [16, 64, 128])
+@pytest.mark.parametrize("name", MASKS)
+def test_blocks_of_visible_pairs(name: str, positions: int) -> None:
+    sizes = Sizes(2, 4, 300, 350, True)
+    _, mask_mod = FUNCTIONS[name]("cuda", *sizes[:4])
+    check(mask_mod, sizes, positions)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_masks(seed: int) -> None:
+    sizes = Sizes(2, 2, 250, 300, True)
+    check(random_mask(seed, Captured("cuda", *sizes[:2], 300)), sizes, 128)
+
+
+def same(ids: Tensor) -> Any:
+    return lambda b, h, q, k: ids[b, q] == ids[b, k]
+
+
+def drawn(length: int = 512) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return [
+        torch.randn(1, length, 2, 64, generator=generator).to("cuda", torch.float16)
+        for _ in range(3)
+    ]
+
+
+def test_a_change_of_a_captured_tensor_is_seen() -> None:
+    q, k, v = drawn()
+    ids = torch.arange(512, device="cuda")[None] // 100
+    mask = MaskMod(same(ids))
+    for bound in (0, 300):
+        ids[:, bound:] = 7
+        expected = jitattn.reference.reference(q, k, v, mask=mask)
+        assert rel_l2(jitattn.attention(q, k, v, mask=mask), expected) < 2e-3
+
+
+def test_lists_are_kept() -> None:
+    function = traced(None, MaskMod(same(torch.zeros(1, 512, dtype=torch.int32, device="cuda"))))
+    rule, _ = simplified(function, Sizes(1, 2, 512, 512, True))
+    assert isinstance(rule, FunctionBlocks)
+    device = torch.device("cuda", 0)
+    first, again = (made.function_lists(rule, 2, 512, 128, device) for _ in range(2))
+    assert again is first
+    function.tensors[0].add_(1)
+    assert made.function_lists(rule, 2, 512, 128, device) is not first
+
+
+def test_ragged_sequences() -> None:
+    q, k, v = (x[0] for x in drawn())
+    cu = torch.tensor([0, 200, 512], device="cuda", dtype=torch.int32)
+    seqs = Ragged.from_cu_seqlens(cu, 312)
+    mask = MaskMod(lambda b, h, i, j: (i // 70 == j // 70) | (j < 3 * b))
+    given: dict[str, Any] = {"q_seqs": seqs, "kv_seqs": seqs, "mask": mask}
+    expected = jitattn.reference.reference(q, k, v, **given)
+    assert rel_l2(jitattn.attention(q, k, v, **given), expected) < 2e-3
+
+
+@pytest.mark.real_gpu
+def test_a_replay_sees_what_the_tensors_hold() -> None:
+    """Lists are made within the graph: no wait, and no call with the same contents before."""
+    q, k, v = drawn()
+    ids = torch.zeros(1, 512, dtype=torch.int64, device="cuda")
+    mask = MaskMod(same(ids))
+    jitattn.attention(q, k, v, mask=mask)
+    graph = torch.cuda.CUDAGraph()
+    with capture(graph):
+        out = jitattn.attention(q, k, v, mask=mask)
+    for step in (100, 37, 512):
+        ids.copy_(torch.arange(512, device="cuda")[None] // step)
+        graph.replay()
+        expected = jitattn.reference.reference(q, k, v, mask=mask)
+        assert rel_l2(out, expected) < 2e-3
