@@ -62,6 +62,11 @@ SANITIZERS: Final = {
         "memcheck",
         "test_fp32_gradients and (head_dims or padded_keys or changed_scores)",
     ),
+    "memcheck-functions": (
+        "memcheck",
+        "(test_captured_gradients and (float16 or beside or ragged)) or "
+        "(test_function_lists and (128 or random))",
+    ),
     "memcheck-wgmma": (
         "memcheck",
         "(test_wgmma.py and 64 and (features or ragged or rows_by_index or strides or terms)) or "

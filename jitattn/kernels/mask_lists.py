@@ -44,6 +44,15 @@ class MaskListsSpec(KernelSpec):
     function: str  #: program with a mask
     arch: str
 
+    def fault(self) -> str | None:
+        """Explain the field that no kernel supports; None if all are supported."""
+        reason = KernelSpec.fault(self)
+        if reason is not None:
+            return reason
+        if self.function and parse(self.function).mask is not None:
+            return None
+        return f"function={self.function!r}: mask_lists kernels need a program with a mask"
+
     @property
     def arguments(self) -> ArgumentTable:
         """Return the parameter struct of this kernel."""

@@ -259,6 +259,10 @@ def _plain_specs(
             options.append(given.numbers(own))
             if not options[-1]:
                 given.refuse(f"{name} is missing, which {kind.family} kernels have")
+        elif hints[name] is str:
+            options.append([str(value) for value in given.values(name)])
+            if not options[-1]:
+                given.refuse(f"{name} is missing, which {kind.family} kernels have")
         elif is_named:
             options.append([hints[name](word) for word in given.words(name, [*hints[name]])])
         else:

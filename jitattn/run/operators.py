@@ -160,11 +160,14 @@ def _attention_backward_fake(
 
 def _places(call: Call, tensors: list[Tensor]) -> dict[str, int]:
     """Return the positions of tensors that may have gradients, by name."""
-    found = {}
+    found: dict[str, int] = {}
     for name in (*ADDED, *captured_names(call.scores)):
-        for idx, tensor in enumerate(tensors):
-            if tensor is added_tensor(call.scores, name):
-                found[name] = idx
+        own = added_tensor(call.scores, name)
+        taken = found.values()  # one tensor may be given twice, at two positions
+        places = (i for i, one in enumerate(tensors) if one is own and i not in taken)
+        place = next(places, None) if own is not None else None
+        if place is not None:
+            found[name] = place
     return found
 
 

@@ -232,7 +232,7 @@ def test_every_kernel_that_may_be_recorded_can_be_read_back() -> None:
             (["fwd", "bwd", "bwd_scores"],), ("fp16", "fp32"), ("full", "causal"), (0, 4)
         )
     ]
-    asked.append({"family": "bwd_captured", "function": SLOPES_AND_TABLE})
+    asked.append({"family": ["bwd_captured", "mask_lists"], "function": SLOPES_AND_TABLE})
     plain = ["norm", "norm_grad", "append", "combine", "combine_grad", "rotary"]
     asked.append({"family": plain})
     specs = specs_of(asked, ["86", "90"])
