@@ -84,7 +84,7 @@ def test_long_queries_as_fp16_parts(
     gear: int, dims: tuple[int, int], heads: tuple[int, int], name: str, arch: str
 ) -> None:
     q, k, v = random_qkv(1, 200, 333, *heads, head_dim=dims[0], head_dim_v=dims[1], device="cuda")
-    if arch == "sm_90" and backend.active.encodes_maps():
+    if arch == "sm_90" and heads == (2, 2) and backend.active.encodes_maps():
         kernel = jitattn.explain(q, k, v, **SPLIT_FP32[name], gear=gear).kernel
         assert kernel["family"] == "fwd_sm90"
     _check_parts(gear, dims, heads, SPLIT_FP32[name])

@@ -66,18 +66,6 @@ def test_exported() -> None:
     assert rel_l2(program.module()(longer), module(longer)) < 1e-6
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@torch.no_grad()
-def test_compiled_ahead_of_time(tmp_path: Path) -> None:
-    module = block("cuda")
-    program = torch.export.export(module, (block_inputs("cuda"),))
-    package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "block.pt2")
-    )
-    loaded: Any = torch._inductor.aoti_load_package(package)
-    assert rel_l2(loaded(block_inputs("cuda")), module(block_inputs("cuda"))) < 1e-6
-
-
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch's own first one
 @torch.no_grad()
 def test_reduce_overhead_replays_the_decode_step(monkeypatch: pytest.MonkeyPatch) -> None:

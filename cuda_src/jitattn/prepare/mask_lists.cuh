@@ -2,8 +2,8 @@
 //             sees. Nothing waits for the device: a list has room for all groups.
 //
 // Work split  A CTA makes the list of a query tile: 2^list_log2 rows, of one head or of all alike. A
-//             warp looks at a block: lanes have keys, and it ends at the first pair that is seen,
-//             in any sequence. Then threads write the groups of their blocks, in order.
+//             warp looks at a block, and ends at the first pair that is seen, in any sequence. Then
+//             threads write the groups of their blocks, in order.
 #pragma once
 
 #include "jitattn/attention/function_math.cuh"
@@ -14,7 +14,6 @@ namespace jitattn {
 
 constexpr int kMaskBlock = 64;  // rows and keys of a block
 constexpr int kMaskGroup = 16;  // keys of a group of a list
-constexpr int kRowsPerVote = 8;
 
 template <class Spec, class Params>
 struct MaskTile {
@@ -36,32 +35,27 @@ struct MaskTile {
   }
 
  private:
+  // A lane has every eighth row and every fourth key, so that what depends on one of them alone is
+  // computed for few of them.
   __device__ bool sees_any(int row, int key) const {
-    const int num_rows = min_of(kMaskBlock, params.len_q - row);
+    constexpr int kLaneKeys = kMaskBlock / 4;
+    const int last_row = params.len_q - 1, last_key = params.len_kv - 1;
     ScorePlace place;
     place.head = head_idx;
     place.shift = params.shift;
-    int keys[kMaskBlock / 32];
-#pragma unroll
-    for (int i = 0; i < kMaskBlock / 32; ++i) {
-      keys[i] = min_of(key + i * 32 + lane_idx, params.len_kv - 1);
-    }
 #pragma unroll 1
     for (int batch = 0; batch < params.batch; ++batch) {
       place.batch = batch;
 #pragma unroll 1
-      for (int first = 0; first < num_rows; first += kRowsPerVote) {
+      for (int first = 0; first < kMaskBlock; first += 8) {
+        place.row = min_of(row + first + lane_idx / 4, last_row);
         bool sees = false;
 #pragma unroll
-        for (int i = 0; i < kRowsPerVote; ++i) {
-          place.row = min_of(row + first + i, params.len_q - 1);
-#pragma unroll
-          for (int j = 0; j < kMaskBlock / 32; ++j) {
-            place.key = keys[j];
-            sees |= Spec::Function::sees(params, place, 0.f);
-          }
+        for (int i = 0; i < kLaneKeys; ++i) {
+          place.key = min_of(key + i * 4 + lane_idx % 4, last_key);
+          sees |= Spec::Function::sees(params, place, 0.f);
         }
-        if (__any_sync(0xffffffffu, sees)) return true;
+        if (__any_sync(0xffffffffu, sees && row + first < params.len_q)) return true;
       }
     }
     return false;
