@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jitattn.api.options import KvCacheOptions
-    from jitattn.values.masks import Mask
+    from jitattn.values.masks import Mask, QOffset
     from jitattn.values.rotary import Rotary
     from jitattn.values.sequences import Ragged
 
@@ -95,6 +95,7 @@ def attention_with_kvcache(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
+    q_offset: QOffset = 0,
 ) -> Any:
     """Append new keys and values to a cache in place, and attend to all of it.
 
@@ -132,7 +133,7 @@ def attention_with_kvcache(
         As in `attention`, over the keys from left_pad on.
     scale, layout, gear, out, out_dtype, num_splits, return_lse
         As in `attention`.
-    bias, relative_bias, alibi_slopes, softcap, sinks, score_mod
+    bias, relative_bias, alibi_slopes, softcap, sinks, score_mod, q_offset
         As in `attention`; columns of a bias count from left_pad on.
     q_seqs : Ragged, optional
         Tokens of each sequence, the same for q, k and v: prompts and single steps in one call.
@@ -169,7 +170,7 @@ def attention_with_kvcache(
     scores = Scores(bias, relative_bias, alibi_slopes, softcap, sinks)
     if score_mod is not None or type(mask) in MAY_HOLD_FUNCTIONS:
         mask, function = traced_apart(
-            q, k_cache, mask, score_mod, 0, layout, q_seqs, None, finds_blocks=False
+            q, k_cache, mask, score_mod, q_offset, layout, q_seqs, None, finds_blocks=False
         )
         scores = scores._replace(function=function)
     call = Call(

@@ -45,12 +45,11 @@ class _Common(TypedDict, total=False):
     softcap: float | None
     sinks: Tensor | None
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None
+    q_offset: QOffset
 
 
 class AttentionOptions(_Common, total=False):
     """Keyword arguments of `attention` but `return_lse`."""
-
-    q_offset: QOffset
 
     out: Tensor | None
     q_seqs: QSequences

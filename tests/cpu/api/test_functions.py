@@ -80,6 +80,17 @@ def test_each_sequence_has_its_offset() -> None:
     assert rel_l2(found, expected) < 1e-12
 
 
+def test_decoding_from_the_end_of_each_cache() -> None:
+    q, k, v = drawn(len_q=1)
+    length = torch.tensor([5, 12], dtype=torch.int32)
+    expected = jitattn.attention_with_kvcache(q, k, v, length=length, mask=jitattn.Window(3, 0))
+    within = MaskMod(lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx <= 3))
+    for offset in ("bottom_right", length - 1):
+        given: dict[str, Any] = {"length": length, "q_offset": offset}
+        found = jitattn.attention_with_kvcache(q, k, v, mask=within, **given)
+        assert rel_l2(found, expected) < 1e-12
+
+
 @pytest.mark.parametrize("offset", [1.5, True, "top_left", torch.zeros(2, 2), None], ids=str)
 def test_other_offsets_are_refused(offset: Any) -> None:
     q, k, v = drawn()
