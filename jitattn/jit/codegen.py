@@ -12,7 +12,7 @@ from enum import StrEnum
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from jitattn.jit.functions import render_function
+from jitattn.jit.functions import render_function, render_mask
 from jitattn.spec.kernel_spec import KernelSpec, arch_number
 from jitattn.spec.program import parse
 
@@ -52,7 +52,9 @@ def render(spec: KernelSpec) -> str:
 
 def _function(spec: KernelSpec, text: str) -> Iterator[str]:
     if text:
-        yield from render_function(parse(text), captured=spec.derives_captured)
+        program = parse(text)
+        lines = render_function(program, captured=spec.derives_captured)
+        yield from render_mask(program) if spec.sees_only else lines
         yield ""
 
 

@@ -57,6 +57,49 @@ def render_function(program: Program, *, captured: bool = False) -> Iterator[str
     yield "};"
 
 
+def render_mask(program: Program) -> Iterator[str]:
+    """Yield the lines of `struct ScoreFunction` of a kernel that looks at all pairs of a block.
+
+    What depends on one of them alone is computed apart (prepare/mask_lists.cuh).
+    """
+    nodes, result = program.nodes, program.mask or 0
+    needed = _needed(nodes, result)
+    sides = {idx: _side(nodes, idx) for idx in needed}
+    used = {result, *(arg for idx in needed if sides[idx] == "pair" for arg in nodes[idx].operands)}
+    yield "// What a mask function of the caller's sees: values of a row, of a key, and of both."
+    yield "struct ScoreFunction {"
+    for side in ("row", "key"):
+        kept = [idx for idx in needed if sides[idx] == side and idx in used]
+        name = f"{side.capitalize()}Values"
+        yield f"  struct {name} {{"
+        yield from (f"    {_TYPES[nodes[idx].kind]} v{idx};" for idx in kept)
+        yield "  };"
+        yield "  template <class Params>"
+        yield f"  __device__ __forceinline__ static {name} {side}_values("
+        yield "      const Params& params, const ScorePlace& place) {"
+        own = {one for idx in kept for one in _needed(nodes, idx)}
+        yield from _computed(program, sorted(own))
+        yield f"    return {{{', '.join(f'v{idx}' for idx in kept)}}};"
+        yield "  }"
+    yield "  template <class Params>"
+    yield "  __device__ __forceinline__ static bool sees("
+    yield "      const Params& params, const ScorePlace& place, const RowValues& row,"
+    yield "      const KeyValues& key) {"
+    for idx in needed:
+        if sides[idx] != "pair" and idx in used:
+            yield f"    const {_TYPES[nodes[idx].kind]} v{idx} = {sides[idx]}.v{idx};"
+    yield from _computed(program, [idx for idx in needed if sides[idx] == "pair"])
+    yield f"    return v{result};"
+    yield "  }"
+    yield "};"
+
+
+def _side(nodes: Sequence[Node], idx: int) -> str:
+    """Return what a value depends on: a key alone, both of a pair, or at most the row."""
+    leaves = {nodes[one].op for one in _needed(nodes, idx)} & {"row", "key"}
+    return "pair" if len(leaves) == 2 else "key" if leaves == {"key"} else "row"
+
+
 class _Read(NamedTuple):
     """A read of a captured tensor of which the score has a derivative."""
 
@@ -99,9 +142,7 @@ def _captured(program: Program) -> Iterator[str]:
         for start in (read.derivative, *program.nodes[read.node].args[1:])
         for idx in _needed(found.nodes, start)
     }
-    for idx in sorted(needed):
-        node = found.nodes[idx]
-        yield f"    const {_TYPES[node.kind]} v{idx} = {_value(program, found.nodes, node)};"
+    yield from _computed(program, sorted(needed), found.nodes)
     yield "    int64_t begin = 0;"
     for tensor in sorted({read.tensor for read in reads}):
         dims = program.tensors[tensor][1]
@@ -149,11 +190,19 @@ def _function(
     if result is None:
         yield "    return 0.f;"
     else:
-        for idx in _needed(nodes, result):
-            node = nodes[idx]
-            yield f"    const {_TYPES[node.kind]} v{idx} = {_value(program, nodes, node)};"
+        yield from _computed(program, _needed(nodes, result), nodes)
         yield f"    return v{result};"
     yield "  }"
+
+
+def _computed(
+    program: Program, needed: Sequence[int], nodes: Sequence[Node] | None = None
+) -> Iterator[str]:
+    """Yield the lines that compute these nodes, of the program or what continues it."""
+    nodes = program.nodes if nodes is None else nodes
+    for idx in needed:
+        node = nodes[idx]
+        yield f"    const {_TYPES[node.kind]} v{idx} = {_value(program, nodes, node)};"
 
 
 def _needed(nodes: Sequence[Node], result: int) -> list[int]:

@@ -40,7 +40,8 @@ class MaskListsSpec(KernelSpec):
     """Spec of the kernel that makes block lists of a mask."""
 
     family: ClassVar[str] = "mask_lists"
-    num_threads: ClassVar[int] = 1024
+    sees_only: ClassVar[bool] = True
+    num_threads: ClassVar[int] = 512
     function: str  #: program with a mask
     arch: str
 

@@ -110,6 +110,7 @@ class KernelSpec:
     derived: ClassVar[tuple[str, ...]] = ()  #: properties rendered besides the fields
     tensor_maps: ClassVar[tuple[str, ...]] = ()  #: arguments that TMA copies, each with a map
     derives_captured: ClassVar[bool] = False  #: by what a function reads of captured tensors
+    sees_only: ClassVar[bool] = False  #: asks a function's mask for many pairs of a row and a key
     arch: str
 
     @property

@@ -35,9 +35,10 @@ struct MaskTile {
   }
 
  private:
-  // A lane has every eighth row and every fourth key, so that what depends on one of them alone is
-  // computed for few of them.
+  // A lane has every eighth row and every fourth key: what depends on one of them alone is computed
+  // once for each.
   __device__ bool sees_any(int row, int key) const {
+    using Function = typename Spec::Function;
     constexpr int kLaneKeys = kMaskBlock / 4;
     const int last_row = params.len_q - 1, last_key = params.len_kv - 1;
     ScorePlace place;
@@ -46,14 +47,21 @@ struct MaskTile {
 #pragma unroll 1
     for (int batch = 0; batch < params.batch; ++batch) {
       place.batch = batch;
+      typename Function::KeyValues keys[kLaneKeys];
+#pragma unroll
+      for (int i = 0; i < kLaneKeys; ++i) {
+        place.key = min_of(key + i * 4 + lane_idx % 4, last_key);
+        keys[i] = Function::key_values(params, place);
+      }
 #pragma unroll 1
       for (int first = 0; first < kMaskBlock; first += 8) {
         place.row = min_of(row + first + lane_idx / 4, last_row);
+        const typename Function::RowValues values = Function::row_values(params, place);
         bool sees = false;
 #pragma unroll
         for (int i = 0; i < kLaneKeys; ++i) {
           place.key = min_of(key + i * 4 + lane_idx % 4, last_key);
-          sees |= Spec::Function::sees(params, place, 0.f);
+          sees |= Function::sees(params, place, values, keys[i]);
         }
         if (__any_sync(0xffffffffu, sees && row + first < params.len_q)) return true;
       }
