@@ -12,7 +12,13 @@ from jitattn.request.problem import Call
 from jitattn.request.score_checks import softcap_of
 from jitattn.request.scores import Scores
 from jitattn.run.indirect import in_transform, is_watched, kvcache_indirectly
-from jitattn.run.kvcache import KvCache, check_kinds, checked_length, run_with_kvcache
+from jitattn.run.kvcache import (
+    KvCache,
+    check_captured,
+    check_kinds,
+    checked_length,
+    run_with_kvcache,
+)
 from jitattn.run.kvcache_operators import call_kvcache_operator
 from jitattn.values.masks import Causal
 from jitattn.values.sequences import checked_max_length
@@ -172,6 +178,7 @@ def attention_with_kvcache(
         mask, function = traced_apart(
             q, k_cache, mask, score_mod, q_offset, layout, q_seqs, None, finds_blocks=False
         )
+        check_captured(function)
         scores = scores._replace(function=function)
     call = Call(
         mask, scale, layout, gear, out, out_dtype, num_splits, return_lse, q_seqs, None, scores

@@ -15,11 +15,13 @@ from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.jit import backend, build
 from jitattn.jit.device import device as device_of
 from jitattn.jit.pool import build_all
+from jitattn.kernels.mask_lists import mask_lists_spec
 from jitattn.plan.all_lengths import backward_specs, forward_specs
 from jitattn.plan.choices import expand, read_entries
 from jitattn.plan.choices import preset as preset_choices
 from jitattn.plan.score_gradients import target_of
 from jitattn.request.layouts import parse_any
+from jitattn.request.mask_blocks import may_have_lists, replace_rule
 from jitattn.request.norm import call_of_normalized
 from jitattn.request.problem import is_deterministic
 from jitattn.request.scores import added_tensor, captured_names, stagings
@@ -27,6 +29,8 @@ from jitattn.run import normalize, workspace
 from jitattn.run.append import append_spec
 from jitattn.run.execute import has_wgmma
 from jitattn.spec.enums import Access, ScoreTarget
+from jitattn.spec.program import parse
+from jitattn.values.masks import Full, FunctionBlocks, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -194,6 +198,15 @@ def specs_of_call(
 ) -> list[KernelSpec]:
     """Return the kernels that calls like this can need, at all lengths."""
     specs: list[KernelSpec] = []
+    function = call.scores.function
+    if function is not None and parse(function.program).mask is not None:
+        specs.append(mask_lists_spec(function.program, arch))
+        rule = parts_of(call.mask).rule
+        if isinstance(rule, Full) and may_have_lists(call.q_seqs, call.kv_seqs):
+            # Longer sequences have lists of blocks.
+            blocks = FunctionBlocks(function, 1, False, q.shape[0], k.shape[0])
+            longer = call._replace(mask=replace_rule(call.mask, blocks))
+            specs += specs_of_call(q, k, v, longer, arch, has_wgmma=has_wgmma, gradients=gradients)
     problem, runtime, _ = parse_any(q, k, v, call)
     norm = call.scores.qk_norm
     if norm is not None and norm.normalize:

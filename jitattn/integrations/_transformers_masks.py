@@ -207,7 +207,15 @@ def _computes_itself(config: object) -> bool:
     name = type(config).__module__
     if not name.startswith("transformers.models.") or ".configuration_" not in name:
         return False
-    modeling = sys.modules.get(name.replace(".configuration_", ".modeling_"))
+    lacks: bool = _lacks_attention_functions(name.replace(".configuration_", ".modeling_"))
+    return lacks
+
+
+# Dynamo would go through all modules.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _lacks_attention_functions(module: str) -> bool:
+    """Return whether a module is there, and calls no attention functions by name."""
+    modeling = sys.modules.get(module)
     return modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
 
 

@@ -29,6 +29,8 @@ CAPTURED: Final = (
     Argument("captured_wanted", "int32_t", "bit by bit, which tensors have sums"),
     Argument("captured_bits", "int32_t", "k"),
 )
+#: Scores that the function is given, in shared memory of fixed size.
+_BYTES_A_PAIR: Final = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +104,9 @@ def captured_grad_spec(problem: Problem, arch: str) -> CapturedGradSpec:
             "score reads a floating tensor"
         )
     problem = replace(backward_problem(problem), numerics=resolve_numerics(2, problem.dtype))
-    tile = choose_square(problem, arch)
+    tile = choose_square(problem, arch, _BYTES_A_PAIR)
     # No copies are started ahead: another CTA runs meanwhile, if it fits.
-    room = smem_bytes(problem, tile) + 4 * tile.block_q * tile.block_kv
+    room = smem_bytes(problem, tile) + _BYTES_A_PAIR * tile.block_q * tile.block_kv
     if 2 * room <= max_smem_bytes(arch):
         tile = replace(tile, min_blocks_per_sm=2)
     return CapturedGradSpec(problem=problem, tile=tile, arch=arch)

@@ -174,11 +174,12 @@ def choose_tile(problem: Problem, arch: str) -> BwdTile:
     raise InternalError(f"no backward tile fits {arch} for {problem}")
 
 
-def choose_square(problem: Problem, arch: str) -> BwdTile:
-    """Choose the square tile of a score-gradient kernel."""
+def choose_square(problem: Problem, arch: str, bytes_a_pair: int = 0) -> BwdTile:
+    """Choose the square tile of a score-gradient kernel, with further room for each pair of it."""
     for row in _SQUARES:
         tile = _tile(row)
-        if smem_bytes(problem, tile) <= max_smem_bytes(arch):
+        room = bytes_a_pair * tile.block_q * tile.block_kv
+        if smem_bytes(problem, tile) + room <= max_smem_bytes(arch):
             return tile
     raise InternalError(f"no tile of score gradients fits {arch} for {problem}")
 

@@ -77,8 +77,9 @@ def captured_gradients(
     spec = captured_grad_spec(whole.problem, whole.device.arch)
     _, num_kv_tiles = whole.num_tiles(spec.problem, spec.tile)
     num_ctas = num_kv_tiles * runtime.batch * runtime.heads_q
+    bits = sum(1 << idx for idx in wanted)
     numbers: dict[str, float] = {
-        "captured_wanted": sum(1 << idx for idx in wanted),
+        "captured_wanted": bits - (1 << 32 if bits >> 31 else 0),  # as int32
         "captured_bits": captured_bits(whole.problem, runtime),
     }
     step = launch(whole, spec, num_ctas, None, (0, 0, 0), None, numbers)

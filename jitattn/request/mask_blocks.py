@@ -58,11 +58,20 @@ def without_hidden_blocks(
     if not isinstance(parts.rule, Full) or sizes is None:
         return mask, function
     rule, rest = simplified(function, sizes)
-    if isinstance(rule, Full):
-        return mask, rest
+    return mask if isinstance(rule, Full) else replace_rule(mask, rule), rest
+
+
+def replace_rule(mask: Mask, rule: Rule) -> Mask:
+    """Return a mask with another rule of positions."""
+    parts = parts_of(mask)
     if parts.key_padding is None and parts.dense is None:
-        return rule, rest
-    return Both(rule, parts.key_padding, parts.dense), rest
+        return rule
+    return Both(rule, parts.key_padding, parts.dense)
+
+
+def may_have_lists(q_seqs: QSequences, kv_seqs: KvSequences) -> bool:
+    """Return whether calls with such sequences have lists of the blocks of a mask function."""
+    return q_seqs is kv_seqs is None or (isinstance(q_seqs, Ragged) and isinstance(kv_seqs, Ragged))
 
 
 def _sizes(

@@ -21,6 +21,7 @@ from jitattn.request import norm as norms
 from jitattn.request.score_checks import Sizes, matrix, padding, softcap_of, vector
 from jitattn.spec.call_arguments import ScoreArguments, captured_name, captured_numbers
 from jitattn.spec.enums import BiasKind, MaskKind, Staging, Switch
+from jitattn.spec.program import parse
 from jitattn.values.masks import (
     BlockSparse,
     Both,
@@ -201,6 +202,11 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
     at_padding, padding_stride = 0, 0
     if parts.key_padding is not None:
         at_padding, padding_stride = padding(parts.key_padding.keep, sizes)
+    key_padding = parts.key_padding
+    if q.is_cuda and function is not None and parse(function.program).score is not None:
+        # The function hides them, as it follows what it makes of scores (`api/functions.py`).
+        key_padding = dense = None
+        at_padding, padding_stride, of_dense = 0, 0, nowhere
     addresses = {
         "bias": of_bias[0],
         "relative_bias": vector("relative_bias", relative, ((heads, -1), (1, -1))),
@@ -237,8 +243,8 @@ def check(call: Call, q: Tensor, scale: float, sizes: Sizes) -> Checked:
         "alibi": _switch(slopes),
         "softcap": _switch(softcap),
         "sinks": _switch(sinks),
-        "key_padding": _switch(parts.key_padding),
-        "dense": _switch(parts.dense),
+        "key_padding": _switch(key_padding),
+        "dense": _switch(dense),
         "dropout": _switch(dropout),
         "fixed_shift": _switch(shift),
         "bias_staged": _staged(bias, of_bias, by_row=True),
@@ -338,7 +344,7 @@ def stagings(call: Call, problem: Problem, len_q: int) -> list[tuple[Staging, St
     """
     if not fits_staging(problem.head_dim, problem.head_dim_v, problem.dtype.bytes):
         return [(Staging.OFF, Staging.OFF)]
-    dense = parts_of(call.mask).dense
+    dense = None if problem.dense is Switch.OFF else parts_of(call.mask).dense
 
     def ways(matrix: Tensor | None, *, by_row: bool) -> list[Staging]:
         if matrix is None:

@@ -203,7 +203,7 @@ def add_block_lists(
         They are not there, and the current stream is capturing a graph.
     """
     if isinstance(rule, FunctionBlocks):
-        made = function_lists(rule, heads[0], longest, tile_positions, like)
+        made = function_lists(rule, heads[0], tile_positions, like)
     else:
         made = block_lists.block_lists_of(rule, heads, longest, tile_positions, like)
     for name, value in made.arguments._asdict().items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 #: Rows of the smallest tile of a list: those of a block.
 _FEWEST_POSITIONS: Final = 64
 _GROUP: Final = 16
-_MOST_KEPT: Final = 64
-_References = tuple[weakref.ref[torch.Tensor], ...]
-_kept: OrderedDict[Hashable, tuple[BlockLists, _References]] = OrderedDict()
+#: Of all lists that are kept.
+_MOST_BYTES: Final = 2**28
+_kept: OrderedDict[Hashable, _Kept] = OrderedDict()
 
 
 def function_lists(
-    rule: FunctionBlocks, heads_q: int, longest: int, tile_positions: int, device: torch.device
+    rule: FunctionBlocks, heads_q: int, tile_positions: int, device: torch.device
 ) -> BlockLists:
     """Return the block lists of a mask function, making them if need be.
 
@@ -43,8 +43,6 @@ def function_lists(
     ----------
     rule : FunctionBlocks
     heads_q : int
-    longest : int
-        Positions to cover.
     tile_positions : int
         Of a query tile, a power of two.
     device : torch.device
@@ -61,21 +59,45 @@ def function_lists(
     is_counted = not any(one.is_inference() for one in tensors)
     is_capturing = device.type == "cuda" and backend.active.is_capturing()
     if is_capturing or not is_counted:
-        return _made(rule, heads_q, longest, positions, device, stream)
+        return _made(rule, heads_q, positions, device, stream)
     key = (
-        rule.function.program, repr(rule.function.numbers), *_sizes(rule), heads_q, longest,
-        positions, device, stream, *((id(one), one._version) for one in tensors),
+        rule.function.program, repr(rule.function.numbers), *_sizes(rule), heads_q, positions,
+        device, stream, *map(id, tensors),
     )  # fmt: skip
+    states = tuple((x._version, x.data_ptr(), x.shape, x.stride()) for x in tensors)
     kept = _kept.get(key)
-    if kept is not None:
-        lists, references = kept
-        if all(ref() is one for ref, one in zip(references, tensors, strict=True)):
-            return lists
-    lists = _made(rule, heads_q, longest, positions, device, stream)
-    _kept[key] = lists, tuple(weakref.ref(one) for one in tensors)
-    while len(_kept) > _MOST_KEPT:
-        _kept.popitem(last=False)
+    if kept is not None and kept.states == states and kept.is_of(tensors):
+        _kept.move_to_end(key)
+        return kept.lists
+    lists = _made(rule, heads_q, positions, device, stream)
+    _keep(key, _Kept(lists, tuple(map(weakref.ref, tensors)), states))
     return lists
+
+
+class _Kept(NamedTuple):
+    """Lists, and what their function read."""
+
+    lists: BlockLists
+    references: tuple[weakref.ref[torch.Tensor], ...]
+    states: Hashable
+
+    def is_of(self, tensors: tuple[torch.Tensor, ...]) -> bool:
+        """Return whether the tensors are these."""
+        pairs = zip(self.references, tensors, strict=True)
+        return all(reference() is one for reference, one in pairs)
+
+
+def _keep(key: Hashable, entry: _Kept) -> None:
+    """Keep lists in place of those of older contents, and no more than some bytes of them."""
+    _kept[key] = entry
+    _kept.move_to_end(key)
+    for other, one in list(_kept.items()):
+        if any(reference() is None for reference in one.references):
+            _kept.pop(other, None)
+    size = sum(one.lists.nbytes for one in _kept.values())
+    while size > _MOST_BYTES and len(_kept) > 1:
+        _, oldest = _kept.popitem(last=False)
+        size -= oldest.lists.nbytes
 
 
 def _sizes(rule: FunctionBlocks) -> tuple[int, ...]:
@@ -85,7 +107,6 @@ def _sizes(rule: FunctionBlocks) -> tuple[int, ...]:
 def _made(
     rule: FunctionBlocks,
     heads_q: int,
-    longest: int,
     positions: int,
     device: torch.device,
     stream: int,
@@ -94,7 +115,7 @@ def _made(
     index = device.index or 0
     spec = mask_lists_spec(rule.function.program, device_of(index).arch)
     num_lists = heads_q if rule.by_head else 1
-    tiles, groups = -(-longest // positions), -(-rule.len_kv // _GROUP)
+    tiles, groups = -(-rule.len_q // positions), -(-rule.len_kv // _GROUP)
     made = BlockLists(
         torch.empty(num_lists * tiles * groups, 2, dtype=torch.int32, device=device),
         torch.empty(num_lists, tiles, 2, dtype=torch.int32, device=device),

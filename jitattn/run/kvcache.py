@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from jitattn.request.facts import Addresses
     from jitattn.request.problem import Call
     from jitattn.request.request import Request
+    from jitattn.values.functions import Function
     from jitattn.values.sequences import KvSequences
 
 
@@ -43,6 +44,21 @@ class KvCache(NamedTuple):
     batch_idx: Tensor | None
     block_table: Tensor | None
     max_length: int | None
+
+
+def check_captured(function: Function | None) -> None:
+    """Check that no tensor that a function captures requires a gradient.
+
+    Raises
+    ------
+    UnsupportedError
+    """
+    tensors = () if function is None else function.tensors
+    if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
+        raise UnsupportedError(
+            "a tensor that a function captures requires grad: attention_with_kvcache writes in "
+            "place and has no gradients; call under torch.no_grad(), or use attention"
+        )
 
 
 def check_kinds(

@@ -450,6 +450,10 @@ class MaskMod(_Mask):
         has_own = not (type(self.q_offset) is int and self.q_offset == 0)
         return self if has_own else MaskMod(self.function, q_offset)
 
+    def both(self, other: MaskMod) -> MaskMod:
+        """Return the intersection with another function, as `&` does."""
+        return MaskMod(_Made("and", (self, other)))
+
     @property
     def parts(self) -> tuple[str, tuple[MaskMod, ...]]:
         """How it is made of others: "and", "or" or "not", and these; "" if it is not."""
@@ -535,7 +539,7 @@ def both(one: _Mask, other: _Mask) -> Mask:
     rule = _one_rule(first.rule, second.rule)
     function = first.function or second.function
     if first.function is not None and second.function is not None:
-        function = MaskMod(_Made("and", (first.function, second.function)))
+        function = first.function.both(second.function)
     padding, dense = first.key_padding or second.key_padding, first.dense or second.dense
     if padding is None and dense is None and function is None:
         return rule

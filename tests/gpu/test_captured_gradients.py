@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import jitattn
-from jitattn import Causal, MaskMod, Padded, Paged, Ragged, Window
+from jitattn import Causal, Dense, KeyPadding, MaskMod, Padded, Paged, Ragged, Window
 from jitattn.jit import build
 from jitattn.reference import reference
 from tests.support.compare import rel_l2
@@ -102,6 +102,13 @@ def test_dtypes_of_captured_tensors(dtype: torch.dtype) -> None:
     assert rel_l2(found, gradients(exact, [leaves[3]])[0]) < 3 * LIMIT.get(dtype, 3e-5)
 
 
+def wide_mask() -> Tensor:
+    """Rows that kernels would copy 16 bytes at a time."""
+    room = torch.zeros(1, 1, ROWS, KEYS + 6, dtype=torch.bool, device="cuda")
+    room[..., :KEYS] = drawn((1, 1, ROWS, KEYS), 8) > -0.5
+    return room[..., :KEYS]
+
+
 FEATURES: dict[str, Callable[[], dict[str, Any]]] = {
     "causal": lambda: {"mask": Causal()},
     "window": lambda: {"mask": Window(20, 0, keep_first=3)},
@@ -111,6 +118,12 @@ FEATURES: dict[str, Callable[[], dict[str, Any]]] = {
     "bias": lambda: {"bias": drawn((1, HEADS, ROWS, KEYS), 6)},
     "scale": lambda: {"scale": 0.4},
     "negative scale": lambda: {"scale": -0.2},
+    "key padding": lambda: {"mask": KeyPadding(drawn((BATCH, KEYS), 8) > -0.5)},
+    "dense": lambda: {"mask": Dense(drawn((1, HEADS, ROWS, KEYS), 8) > -0.5)},
+    "dense of rows of 16 bytes": lambda: {"mask": Dense(wide_mask())},
+    "padding and a function": lambda: {
+        "mask": KeyPadding(drawn((BATCH, KEYS), 8) > -0.5) & MaskMod(lambda b, h, q, k: q != k)
+    },
 }
 
 
@@ -120,10 +133,12 @@ def test_beside_other_features(name: str) -> None:
     make, shapes = CASES["of the score"]
     captured = [drawn(shape, 9).requires_grad_() for shape in shapes]
     qkv = of_sizes(FP32)
-    found = gradients(jitattn.attention(*qkv, score_mod=make(*captured), **given), captured)
+    out = jitattn.attention(*qkv, score_mod=make(*captured), **given)
+    found = gradients(out, [*qkv, *captured])
     leaves = [x.detach().double().requires_grad_() for x in (*qkv, *captured)]
     exact = reference(*leaves[:3], score_mod=make(*leaves[3:]), **given)
-    for one, other in zip(found, gradients(exact, leaves[3:]), strict=True):
+    assert rel_l2(out, exact) < 1e-5
+    for one, other in zip(found, gradients(exact, leaves), strict=True):
         assert rel_l2(one, other) < 1e-4
 
 
@@ -248,3 +263,46 @@ def test_a_warmed_up_call_compiles_nothing() -> None:
     other = drawn((HEADS, 2 * (ROWS + KEYS)), 3).requires_grad_()
     gradients(jitattn.attention(*qkv, score_mod=make(other)), [other])
     assert build.stats().compiled == before
+
+
+def test_a_function_of_hidden_keys_makes_nothing_of_them() -> None:
+    """It turns a score of -inf, as other kernels hide by, into +inf and into a number."""
+    q, k, v = of_sizes(FP32)
+    keep = drawn((BATCH, KEYS), 8) > 0
+    keep[1] = False
+    for score in (lambda s, b, h, i, j: -s, lambda s, b, h, i, j: 3.0 * torch.tanh(s)):
+        out = jitattn.attention(q, k, v, score_mod=score, mask=KeyPadding(keep))
+        found = gradients(out, [q, k, v])
+        leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        exact = reference(*leaves, score_mod=score, mask=KeyPadding(keep))
+        assert rel_l2(out, exact) < 1e-5
+        assert out[1].count_nonzero() == 0
+        for one, other in zip(found, gradients(exact, leaves), strict=True):
+            assert rel_l2(one, other) < 1e-4
+
+
+def test_wrong_masks_beside_a_function_are_refused() -> None:
+    q, k, v = of_sizes(FP32)
+    score = lambda s, b, h, i, j: s * 2  # noqa: E731
+    short = torch.ones(BATCH, KEYS - 1, dtype=torch.bool, device="cuda")
+    for mask in (KeyPadding(short), KeyPadding(short.float()), Dense(short), Dense(short[None])):
+        with pytest.raises(jitattn.InvalidInputError):
+            jitattn.attention(q, k, v, score_mod=score, mask=mask)
+
+
+def test_the_last_of_32_captured_tensors() -> None:
+    q, k, v = of_sizes(FP32)
+    many = [drawn((HEADS,), seed) for seed in range(31)]
+    last = drawn((HEADS,), 40).requires_grad_()
+
+    def score(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        for one in many:
+            s = s + 0.01 * one[h]
+        return s * last[h]
+
+    (found,) = gradients(jitattn.attention(q, k, v, score_mod=score), [last])
+    leaves = [x.detach().double() for x in (q, k, v)]
+    leaf = last.detach().double().requires_grad_()
+    offset = 0.01 * torch.stack(many).double().sum(0)
+    exact, _ = attend_exactly(*leaves, lambda s, b, h, i, j: (s + offset[h]) * leaf[h], None)
+    assert rel_l2(found, gradients(exact, [leaf])[0]) < 1e-4

@@ -62,10 +62,9 @@ def check(mask_mod: Any, sizes: Sizes, positions: int) -> None:
     if not isinstance(rule, FunctionBlocks):
         return
     device = torch.device("cuda", 0)
-    longest = max(sizes.len_q, sizes.len_kv)
-    lists = made.function_lists(rule, sizes.heads, longest, positions, device)
+    lists = made.function_lists(rule, sizes.heads, positions, device)
     exact = blocks_of(over_pairs(mask_mod, None, sizes[:4], "cuda").expand(sizes[:4]), rule.by_head)
-    rows = -(-longest // (1 << lists.positions_log2)) * (1 << lists.positions_log2) // BLOCK
+    rows = lists.spans.shape[1] * (1 << lists.positions_log2) // BLOCK
     found = listed(lists, sizes.heads, rows, exact.shape[2])
     assert torch.equal(found[:, : exact.shape[1]], exact.cpu())
     assert not found[:, exact.shape[1] :].any()
@@ -112,10 +111,10 @@ def test_lists_are_kept() -> None:
     rule, _ = simplified(function, Sizes(1, 2, 512, 512, True))
     assert isinstance(rule, FunctionBlocks)
     device = torch.device("cuda", 0)
-    first, again = (made.function_lists(rule, 2, 512, 128, device) for _ in range(2))
+    first, again = (made.function_lists(rule, 2, 128, device) for _ in range(2))
     assert again is first
     function.tensors[0].add_(1)
-    assert made.function_lists(rule, 2, 512, 128, device) is not first
+    assert made.function_lists(rule, 2, 128, device) is not first
 
 
 def test_ragged_sequences() -> None:
@@ -126,6 +125,29 @@ def test_ragged_sequences() -> None:
     given: dict[str, Any] = {"q_seqs": seqs, "kv_seqs": seqs, "mask": mask}
     expected = jitattn.reference.reference(q, k, v, **given)
     assert rel_l2(jitattn.attention(q, k, v, **given), expected) < 2e-3
+
+
+def test_lists_of_tensors_that_are_gone_are_freed() -> None:
+    device = torch.device("cuda", 0)
+    made._kept.clear()
+    for _ in range(3):
+        ids = torch.zeros(1, 512, dtype=torch.int32, device="cuda")
+        rule, _ = simplified(traced(None, MaskMod(same(ids))), Sizes(1, 2, 512, 512, True))
+        assert isinstance(rule, FunctionBlocks)
+        for step in range(3):
+            ids.add_(step)
+            made.function_lists(rule, 2, 128, device)
+        del ids, rule
+    assert len(made._kept) == 1
+
+
+def test_lists_have_room_for_the_rows_of_q_alone() -> None:
+    function = traced(None, MaskMod(lambda b, h, q, k: (k // 1000) % 2 == h % 2))
+    rule, _ = simplified(function, Sizes(1, 4, 3, 60000, True))
+    assert isinstance(rule, FunctionBlocks)
+    lists = made.function_lists(rule, 4, 64, torch.device("cuda", 0))
+    assert lists.spans.shape[1] == 1
+    assert lists.nbytes < 4 * 60000
 
 
 @pytest.mark.real_gpu

@@ -91,6 +91,15 @@ def test_decoding_from_the_end_of_each_cache() -> None:
         assert rel_l2(found, expected) < 1e-12
 
 
+def test_a_cache_has_no_gradients_of_captured_tensors() -> None:
+    q, k, v = drawn(len_q=1)
+    slopes = torch.ones(4, requires_grad=True)
+    with pytest.raises(jitattn.UnsupportedError, match="captures requires grad"):
+        jitattn.attention_with_kvcache(
+            q, k, v, length=5, score_mod=lambda s, b, h, i, j: s * slopes[h]
+        )
+
+
 @pytest.mark.parametrize("offset", [1.5, True, "top_left", torch.zeros(2, 2), None], ids=str)
 def test_other_offsets_are_refused(offset: Any) -> None:
     q, k, v = drawn()
