@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,7 @@ from jitattn.jit.device import device
 from jitattn.jit.functions import render_function
 from jitattn.jit.load_kernel import load_kernel
 from jitattn.kernels.bwd import bwd_spec
+from jitattn.plan.all_lengths import AnyDevice
 from jitattn.plan.backward import kernel_problem
 from jitattn.plan.forward import Forward, forward
 from jitattn.request.layouts import parse_any
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jitattn.request.problem import Call, Runtime
-    from jitattn.spec.kernel_spec import KernelSpec, Problem
+    from jitattn.spec.kernel_spec import Problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,25 +196,13 @@ def explain(
     )
 
 
-class _Ampere(NamedTuple):
-    """A device that is not there."""
-
-    arch: str = "sm_80"
-    has_wgmma: bool = False
-
-    def slots(self, spec: KernelSpec) -> int:
-        """Return the multiprocessors of an A100."""
-        del spec
-        return 108
-
-
 def _key_anywhere(problem: Problem, runtime: Runtime, call: Call) -> str:
     """Return the key of the kernel for sm_80 of a call with functions; else nothing."""
     sizes = (runtime.batch, runtime.len_q, runtime.heads_q)
     if call.scores.function is None or 0 in sizes:
         return ""
     try:
-        planned = forward(problem, runtime, call, (0, 0, 0), None, _Ampere())
+        planned = forward(problem, runtime, call, (0, 0, 0), None, AnyDevice("sm_80"))
         return key_of(planned.tiling.spec)
     except JitAttnError:  # no compiler, which is part of the key
         return ""

@@ -34,7 +34,7 @@ _ROW_STRIDE: Final = 256
 _NO_STRIDES: Final = (0, 0, 0)
 
 
-class _AnyDevice(NamedTuple):
+class AnyDevice(NamedTuple):
     """A device of an architecture. Its size decides grids and splits, which are no matter here."""
 
     arch: str
@@ -67,7 +67,7 @@ def forward_specs(
     has_wgmma : bool
         Whether calls may take the wgmma kernels of sm_90.
     """
-    here = _AnyDevice(arch, has_wgmma)
+    here = AnyDevice(arch, has_wgmma)
     call = call._replace(num_splits=1)
     specs: dict[KernelSpec, None] = {}
     for sized in _sizes(runtime, _QUERIES, _KEYS):
@@ -113,7 +113,7 @@ def backward_specs(
                 problem, sized, targets, is_aligned=is_aligned, deterministic=deterministic
             )
             operands = operands._replace(wanted=operands.wanted + captured)
-            planned = backward(problem, sized, operands, _AnyDevice(arch))
+            planned = backward(problem, sized, operands, AnyDevice(arch))
             specs.update(dict.fromkeys(step.spec for step in planned.plan.steps))
     return list(specs)
 

@@ -1,5 +1,5 @@
-// Kernel      Makes block lists of a traced mask: which blocks of kBlockCells pairs have any that it
-//             sees. Nothing waits for the device: a list has room for all groups.
+// Kernel      Makes block lists of a traced mask: the blocks of kMaskBlock x kMaskBlock pairs that
+//             have any that it sees. Nothing waits for the device: a list has room for all groups.
 //
 // Work split  A CTA makes the list of a query tile: 2^list_log2 rows, of one head or of all alike. A
 //             warp looks at a block, and ends at the first pair that is seen, in any sequence. Then
