@@ -18,11 +18,17 @@ import os
 import sys
 import threading
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import TYPE_CHECKING, Final
 
-from jitattn.compat._distributions import DISTRIBUTIONS, forget_in_programs, normalized, of_names
+from jitattn.compat._distributions import (
+    claimed_distributions,
+    forget_in_programs,
+    normalized,
+    packages_of,
+)
 from jitattn.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -37,10 +43,16 @@ DOORS: Final = {
     "flash_attn": "jitattn.compat.flash_attn",
     "flash_attn_2_cuda": "jitattn.compat.flash_attn_2_cuda",
     "flash_attn_2_cuda_vllm": "jitattn.compat.flash_attn_2_cuda",
+    "flash_attn_3": "jitattn.compat.flash_attn_3",
+    "flash_attn_interface": "jitattn.compat.flash_attn_interface",
     "flash_attn_vllm": "jitattn.compat.flash_attn",
     "flash_cosine_sim_attention": "jitattn.compat.flash_cosine_sim_attention",
+    "sageattention": "jitattn.compat.sageattention",
     "warp_attention": "jitattn.compat.warp_attention",
+    "xformers": "jitattn.compat.xformers",
 }
+#: Names that come with another: FlashAttention 3 has two, and diffusers looks for the second.
+_TOGETHER: Final = {"flash_attn_interface": ("flash_attn_3",)}
 
 
 @dataclass(slots=True)
@@ -49,7 +61,6 @@ class _Held:
 
     before: dict[str, ModuleType]  #: what had the name, and names below it
     count: int = 0  #: of aliases that stand
-    claims: int = 0  #: of these, those that claim the distribution
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -92,8 +103,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if "path" in vars(context or ()):
             return ()  # what lies in certain folders alone
         with _lock:
-            claimed = {name for name, held in _held.items() if held.claims}
-        return of_names(claimed, getattr(context, "name", None))
+            claimed = set(_claims)
+        return claimed_distributions(claimed, getattr(context, "name", None))
 
     def exec_module(self, module: ModuleType) -> None:
         """Replace the empty module of the import system by jitattn's module.
@@ -114,6 +125,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 _FINDER: Final = _Finder()
 _lock: Final = threading.RLock()
 _held: Final[dict[str, _Held]] = {}
+#: Distributions that aliases claim, and how many of those do.
+_claims: Final[Counter[str]] = Counter()
 
 
 def _ours(fullname: str) -> str:
@@ -159,8 +172,7 @@ class Alias:
                 if name not in _held:
                     _held[name] = _Held(_taken_out(name))
                 _held[name].count += 1
-            for name in claimed:
-                _held[name].claims += 1
+            _claims.update(claimed)
             if not sys.meta_path or sys.meta_path[0] is not _FINDER:
                 sys.meta_path.insert(0, _FINDER)
         if claimed:
@@ -177,8 +189,10 @@ class Alias:
             if not self._stands:
                 return
             self._stands = False
-            for name in self._claimed:
-                _held[name].claims -= 1
+            for package in self._claimed:
+                _claims[package] -= 1
+                if not _claims[package]:
+                    del _claims[package]
             for name in self.names:
                 held = _held[name]
                 held.count -= 1
@@ -209,13 +223,14 @@ def alias(
     Parameters
     ----------
     names : str
-        Of `DOORS`.
+        Of `DOORS`. With "flash_attn_interface" comes "flash_attn_3", which diffusers looks for.
     shadow : bool
         Do so even if a package of that name is installed, or a module of that name imported.
     distribution : bool, str or sequence of str
-        Answer `importlib.metadata` too, as transformers and diffusers ask it: True for all packages
-        of the names that have a version of their own, or some of these packages ("flash-attn").
-        Call it before the first import of diffusers, which asks once.
+        Answer `importlib.metadata` too, as transformers and diffusers ask it: True for the packages
+        of all names that have a version of their own, but for "flash-attn-4", or some of these
+        packages (``("flash-attn", "flash-attn-4")``). Call it before the first import of diffusers,
+        which asks once.
 
     Returns
     -------
@@ -237,6 +252,8 @@ def alias(
     """
     if not names:
         raise InvalidInputError(f"alias(): name one or more of {', '.join(DOORS)}")
+    further = [more for name in names for more in _TOGETHER.get(name, ())]
+    names = tuple(dict.fromkeys((*names, *further)))
     for name in names:
         if name not in DOORS:
             raise InvalidInputError(f"alias({name!r}): it must be one of {', '.join(DOORS)}")
@@ -249,19 +266,18 @@ def alias(
 
 
 def _claimed(names: Sequence[str], distribution: bool | str | Sequence[str]) -> list[str]:
-    """Return the names whose distributions are claimed."""
-    found = [name for name in dict.fromkeys(names) if name in DISTRIBUTIONS]
+    """Return the names of the packages that are claimed."""
+    found = packages_of(names)
     if isinstance(distribution, bool):
-        return found if distribution else []
+        return [one.name for one in found.values() if one.by_default] if distribution else []
     wanted = [distribution] if isinstance(distribution, str) else list(distribution)
-    known = {normalized(DISTRIBUTIONS[name][0]): name for name in found}
     for one in wanted:
-        if normalized(one) not in known:
+        if normalized(one) not in found:
             raise InvalidInputError(
                 f"alias(distribution={one!r}): the names {', '.join(names)} have these packages: "
-                f"{', '.join(known) or 'none'}"
+                f"{', '.join(found) or 'none'}"
             )
-    return [known[normalized(one)] for one in dict.fromkeys(wanted)]
+    return list(dict.fromkeys(normalized(one) for one in wanted))
 
 
 def alias_from_environment() -> None:

@@ -7,15 +7,34 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from os import PathLike
 
-#: Distributions by the top-level name that an alias takes over: (name, version, all its names).
+
+class Package(NamedTuple):
+    """A published package that has a door."""
+
+    name: str  #: of the distribution, as PEP 503 writes it
+    version: str
+    top_level: tuple[str, ...]  #: names that it is imported by
+    by_default: bool = True  #: whether ``distribution=True`` claims it
+
+
+_FLASH_ATTN_3: Final = Package("flash-attn-3", "3.0.0", ("flash_attn_3", "flash_attn_interface"))
+#: Packages by the top-level names that an alias takes over.
 DISTRIBUTIONS: Final = {
-    "flash_attn": ("flash-attn", "2.8.3", ("flash_attn", "flash_attn_2_cuda")),
+    "flash_attn": (
+        Package("flash-attn", "2.8.3", ("flash_attn", "flash_attn_2_cuda")),
+        # Programs choose version 4 where they find it: those who want that ask for it.
+        Package("flash-attn-4", "4.0.0b36", ("flash_attn",), by_default=False),
+    ),
+    "flash_attn_3": (_FLASH_ATTN_3,),
+    "flash_attn_interface": (_FLASH_ATTN_3,),
+    "sageattention": (Package("sageattention", "2.2.0", ("sageattention",)),),
+    "xformers": (Package("xformers", "0.0.35", ("xformers",)),),
 }
 
 
@@ -45,12 +64,17 @@ def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def of_names(claimed: set[str], wanted: str | None) -> Iterator[AliasDistribution]:
-    """Yield the distributions of claimed top-level names, or the one that is wanted."""
-    for top_level in sorted(claimed):
-        name, version, names = DISTRIBUTIONS[top_level]
-        if wanted is None or normalized(wanted) == normalized(name):
-            yield AliasDistribution(name, version, names)
+def packages_of(names: Iterable[str]) -> dict[str, Package]:
+    """Return the packages that top-level names have, by name."""
+    return {package.name: package for name in names for package in DISTRIBUTIONS.get(name, ())}
+
+
+def claimed_distributions(claimed: set[str], wanted: str | None) -> Iterator[AliasDistribution]:
+    """Yield the distributions of claimed packages, or the one that is wanted."""
+    every = packages_of(DISTRIBUTIONS)
+    for package in sorted(claimed):
+        if wanted is None or normalized(wanted) == package:
+            yield AliasDistribution(*every[package][:3])
 
 
 def forget_in_programs() -> None:
