@@ -106,7 +106,8 @@ block_sparse_tensors_bwd
     """
     del num_splits, pack_gqa, gather_bwd_recompute_p, gather_bwd_token_chunk
     if not (
-        qv is gather_kv_indices is score_mod_bwd is None
+        qv is gather_kv_indices is None
+        and score_mod_bwd is None
         and block_sparse_tensors is block_sparse_tensors_bwd is None
         and not aux_tensors
         and not aux_scalars
@@ -189,7 +190,9 @@ def flash_attn_varlen_func(
     del num_splits, pack_gqa, gather_bwd_recompute_p, gather_bwd_token_chunk, min_seqlen_k
     del scheduler_metadata, seqlen_k_per_split, disable_scheduler_metadata
     if not (
-        qv is gather_kv_indices is score_mod_bwd is block_sparse_tensors is None
+        qv is gather_kv_indices is None
+        and score_mod_bwd is None
+        and block_sparse_tensors is None
         and not aux_tensors
         and not aux_scalars
     ):
