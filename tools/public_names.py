@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 ROOT: Final = Path(__file__).resolve().parents[1]
 TABLE: Final = ROOT / "tests" / "data" / "published_names.toml"
 OUT_OF_SCOPE: Final = ROOT / "tests" / "data" / "names_out_of_scope.toml"
+#: Packages whose modules lie in another's: how their archives name them, and the package.
+_WITHIN: Final = {"flash_attn_4": "flash_attn"}
 _HEADER: Final = """\
 # Public names of the published packages whose work our front doors do, by module, with parameters.
 # Made by tools/public_names.py from the archives named here; do not edit.
@@ -136,9 +138,14 @@ def parameters(node: ast.FunctionDef) -> list[str]:
 def package_of(archive: Path) -> tuple[str, str]:
     """Return package and version from the name of an archive."""
     package, version, *_ = archive.name.removesuffix(".tar.gz").split("-")
-    if package not in DOORS:
+    if _WITHIN.get(package, package) not in DOORS:
         raise SystemExit(f"{archive.name}: {package} is none of {', '.join(DOORS)}")
     return package, version
+
+
+def door_of(package: str) -> str:
+    """Return the module of ours that has the names of a package."""
+    return DOORS[_WITHIN.get(package, package)]
 
 
 def archives_of(archives: Sequence[Path]) -> dict[str, tuple[str, str, dict[str, list[str]]]]:
@@ -146,7 +153,8 @@ def archives_of(archives: Sequence[Path]) -> dict[str, tuple[str, str, dict[str,
     table = {}
     for archive in archives:
         package, version = package_of(archive)
-        table[package] = (version, archive.name, modules_of(archive, package))
+        modules = modules_of(archive, _WITHIN.get(package, package))
+        table[package] = (version, archive.name, modules)
     return table
 
 
@@ -185,7 +193,7 @@ def lacking(package: str, modules: dict[str, list[str]]) -> list[str]:
         for text in names:
             if reason_for(package, module, bare(text)) is not None:
                 continue
-            place = ".".join(filter(None, (DOORS[package], module)))
+            place = ".".join(filter(None, (door_of(package), module)))
             try:
                 own = importlib.import_module(place)
             except ImportError:

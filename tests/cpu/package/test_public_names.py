@@ -1,4 +1,4 @@
-"""Tests that every public name of the five systems exists, has its signature, and is tested.
+"""Tests that every public name of the systems with doors exists, has its signature, and is tested.
 
 The names of the seeds are in public_names.toml. Those of the published packages are read out of the
 archives by tools/public_names.py; what is left out of them has its reason.
@@ -22,12 +22,17 @@ from typing import Any
 
 import pytest
 
-from jitattn.compat import DOORS
-
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from public_names import archives_of, bare, published, reason_for, reasons  # noqa: E402
+from public_names import (  # noqa: E402
+    archives_of,
+    bare,
+    door_of,
+    published,
+    reason_for,
+    reasons,
+)
 
 NAMES: dict[str, dict[str, str]] = tomllib.loads(
     (ROOT / "tests" / "data" / "public_names.toml").read_text()
@@ -44,7 +49,7 @@ IN_SCOPE = [one for one in PUBLISHED if reason_for(one[0], one[1], bare(one[2]))
 
 def found(door: str, name: str) -> Any:
     """What a name stands for."""
-    module, parts = importlib.import_module(DOORS[door]), name.split(".")
+    module, parts = importlib.import_module(door_of(door)), name.split(".")
     while len(parts) > 1:
         try:
             module = importlib.import_module(f"{module.__name__}.{parts[0]}")
@@ -73,7 +78,7 @@ def test_a_name_takes_what_it_took(door: str, name: str) -> None:
 @pytest.mark.parametrize(("door", "module", "text"), IN_SCOPE)
 def test_a_published_name_is_there(door: str, module: str, text: str) -> None:
     """And takes what it took, by name; what took no names, takes as many."""
-    place = importlib.import_module(".".join(filter(None, (DOORS[door], module))))
+    place = importlib.import_module(".".join(filter(None, (door_of(door), module))))
     value = getattr(place, bare(text))
     if text.endswith(".apply"):
         assert callable(value.apply)
