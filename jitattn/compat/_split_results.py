@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jitattn.api.merge import merge
-from jitattn.compat._errors import check
+from jitattn.errors import InvalidInputError
 
 if TYPE_CHECKING:
     import torch
@@ -30,17 +30,22 @@ def combined(
     Returns
     -------
     out, and lse [B, L, H] or [total, H]
+
+    Raises
+    ------
+    InvalidInputError
+        Shapes do not fit together.
     """
-    check(
-        out_partial.dim() in (4, 5),
-        f"out_partial has shape {list(out_partial.shape)}: it must be [splits, B, L, H, D] or "
-        "[splits, total, H, D]",
-    )
-    check(
-        lse_partial.shape == out_partial.shape[:-1],
-        f"lse_partial has shape {list(lse_partial.shape)}: with out_partial "
-        f"{list(out_partial.shape)} it must be {list(out_partial.shape[:-1])}",
-    )
+    if out_partial.dim() not in (4, 5):
+        raise InvalidInputError(
+            f"out_partial has shape {list(out_partial.shape)}: it must be [splits, B, L, H, D] or "
+            "[splits, total, H, D]"
+        )
+    if lse_partial.shape != out_partial.shape[:-1]:
+        raise InvalidInputError(
+            f"lse_partial has shape {list(lse_partial.shape)}: with out_partial "
+            f"{list(out_partial.shape)} it must be {list(out_partial.shape[:-1])}"
+        )
     dtype = out.dtype if out is not None and out_dtype is None else out_dtype
     merged, lse = merge(out_partial, lse_partial.transpose(-1, -2), out_dtype=dtype)
     if out is not None:

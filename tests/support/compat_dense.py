@@ -1,4 +1,4 @@
-"""Dense fp64 attention with a mask as a matrix: the truth of sageattention, xformers, FA3 and FA4."""
+"""Dense fp64 attention with a mask as a matrix: truth for sageattention, xformers, FA3 and FA4."""
 
 from __future__ import annotations
 

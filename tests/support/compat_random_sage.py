@@ -1,4 +1,4 @@
-"""Random calls of sageattention's door against dense fp64, and the data that its errors depend on."""
+"""Random calls of sageattention's door against dense fp64, and data that its errors depend on."""
 
 from __future__ import annotations
 
@@ -42,7 +42,11 @@ def check_sage(seed: int, dtype: torch.dtype, device: str) -> None:
     """Check `sageattn` in both layouts, with masks, and the functions with names of their own."""
     chance = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    batch, len_q, len_kv = chance.choice((1, 3)), chance.choice((1, 33, 90)), chance.choice((20, 90))
+    batch, len_q, len_kv = (
+        chance.choice((1, 3)),
+        chance.choice((1, 33, 90)),
+        chance.choice((20, 90)),
+    )
     leaves = _leaves(chance, generator, ((batch, len_q), (batch, len_kv)), dtype, device)
     heads = leaves[0].shape[2]
     given: dict[str, Any] = {"is_causal": chance.random() < 0.5}
@@ -120,7 +124,7 @@ def _compare(
 
 
 def of_kind(kind: str, *shape: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Return q, k and v [B, L, H, D]: Gaussian, with channels that stand out, or with biased keys."""
+    """Return q, k, v [B, L, H, D]: Gaussian, with channels that stand out, or with biased keys."""
     generator = torch.Generator().manual_seed(11)
     q, k, v = (torch.randn(shape, generator=generator) for _ in range(3))
     if kind == "outlier channels":
@@ -129,5 +133,3 @@ def of_kind(kind: str, *shape: int, dtype: torch.dtype, device: str) -> list[Ten
     elif kind == "biased keys":
         k += 8.0 * torch.randn(shape[-2:], generator=generator)
     return [x.to(device, dtype) for x in (q, k, v)]
-
-
