@@ -1,8 +1,11 @@
-"""Tests diffusers' models with jitattn under SDPA, on a GPU."""
+"""Tests diffusers' models on a GPU: with jitattn under SDPA, and by the names of backends."""
 
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,3 +55,13 @@ def test_under_sdpa(name: str) -> None:
     assert counts["torch"] == counts["torch_backward"] == 0
     for one, other, exact in zip(found, theirs, truth, strict=True):
         assert rel_l2(one, exact) < 1.5 * rel_l2(other, exact) + 1e-4
+
+
+def test_by_the_names_of_backends() -> None:
+    """Flux and Wan by each backend's name, Stable Diffusion's UNet by xformers'."""
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.support.diffusion_doors", "cuda"],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout + found.stderr[-2000:]
+    assert len(found.stdout.splitlines()) == 23
