@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from _doors_bench_cases import DoorCase, cases
+from _doors_published_cases import published_cases, stubbed_published_core
 from _table import print_table
 from _timing import Spread, host_times_in_turns, spread
 
@@ -201,12 +202,12 @@ def python_calls(call: Callable[[], Any]) -> int:
 
 
 def bench_doors(report: Report, rounds: int) -> None:
-    """Time compatibility functions against the core; without a GPU, FlashAttention's overhead."""
+    """Time compatibility functions against the core; without a GPU, their own overhead."""
     if not torch.cuda.is_available():
         _bench_own_part(report)
         return
     table = []
-    for one in (*flash_attn_calls("cuda"), *cases("cuda")):
+    for one in (*flash_attn_calls("cuda"), *cases("cuda"), *published_cases("cuda")):
         times = _middle_times({"core": one.core, "door": one.call}, rounds)
         for name, found in times.items():
             report.add("doors", f"{one.door}: {one.name}", name, "host_us", found)
@@ -214,7 +215,7 @@ def bench_doors(report: Report, rounds: int) -> None:
         over = door - core
         table.append(
             (
-                one.name,
+                f"{one.door}: {one.name}",
                 f"{core:.1f}",
                 f"{door:.1f}",
                 f"{over:.1f}",
@@ -246,13 +247,15 @@ def _deeper(depth: int, calls: dict[str, Callable[[], Any]], rounds: int) -> dic
 
 def _bench_own_part(report: Report) -> None:
     table = []
-    with stubbed_core():
-        for one in flash_attn_calls("cpu"):
+    with stubbed_core(), stubbed_published_core():
+        for one in (*flash_attn_calls("cpu"), *published_cases("cpu")):
             figures = _own_times(one.call)
             report.add("doors", f"{one.door}: {one.name}", "own part", "host_us", figures)
-            table.append((one.name, f"{figures.p20:.1f}", str(python_calls(one.call))))
+            table.append(
+                (f"{one.door}: {one.name}", f"{figures.p20:.1f}", str(python_calls(one.call)))
+            )
     print_table(
-        "FlashAttention's door, its own part: with the core stubbed",
+        "the doors' own part: with the core stubbed",
         ("call", "us", "Python calls"),
         table,
     )

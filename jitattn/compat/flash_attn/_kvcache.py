@@ -155,7 +155,7 @@ def with_kvcache(
     if mask is None:
         longest = None if causal else (q.shape[1], _room(k_cache, block_table))
         mask = mask_of(causal, window_size, keep_first, force_fa_decode, longest)
-    if torch.is_grad_enabled() and _are_followed(q, k_cache, v_cache, k, v):
+    if torch.is_grad_enabled() and are_followed(q, k_cache, v_cache, k, v):
         attend = torch.no_grad()(attention_with_kvcache)
     else:
         attend = attention_with_kvcache
@@ -185,7 +185,7 @@ def with_kvcache(
     return result, their_lse(lse) if lse.requires_grad else into_their_lse(lse)
 
 
-def _are_followed(
+def are_followed(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None
 ) -> bool:
     """Return whether a tensor that the call could have a gradient of requires one."""

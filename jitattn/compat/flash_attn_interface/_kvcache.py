@@ -10,6 +10,7 @@ import torch
 from jitattn.api.kvcache import attention_with_kvcache
 from jitattn.compat._errors import ExtensionError, check, errors_as
 from jitattn.compat.flash_attn._kept_rotary import rotary_of
+from jitattn.compat.flash_attn._kvcache import are_followed
 from jitattn.compat.flash_attn._translate import all_in_rows, in_rows
 from jitattn.compat.flash_attn_interface._translate import CACHE_WORDS, refuse, rule_of
 from jitattn.errors import InvalidInputError, UnsupportedError
@@ -90,7 +91,8 @@ def flash_attn_with_kvcache(
     nothing
     """
     del scheduler_metadata, num_splits, pack_gqa, sm_margin
-    refuse(qv, q_descale, k_descale, v_descale)
+    if qv is not None or q_descale is not None or k_descale is not None or v_descale is not None:
+        refuse(qv, q_descale, k_descale, v_descale)
     rule = rule_of(causal, window_size, attention_chunk)
     rotary = None
     if rotary_cos is not None or rotary_sin is not None:
@@ -113,24 +115,26 @@ def flash_attn_with_kvcache(
         q = in_rows(q)
     else:
         q, k, v = all_in_rows(q, k, v)
-    with torch.no_grad():
-        return attention_with_kvcache(
-            q,
-            k_cache,
-            v_cache,
-            k,
-            v,
-            length=cache_seqlens,
-            rotary=rotary,
-            left_pad=cache_leftpad,
-            batch_idx=None if cache_batch_idx is None else in_rows(cache_batch_idx),
-            block_table=None if page_table is None else in_rows(page_table),
-            mask=rule,
-            scale=softmax_scale,
-            q_seqs=q_seqs,
-            softcap=softcap or None,
-            return_lse=bool(return_softmax_lse),
-        )
+    attend = attention_with_kvcache
+    if torch.is_grad_enabled() and are_followed(q, k_cache, v_cache, k, v):
+        attend = torch.no_grad()(attention_with_kvcache)
+    return attend(
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        length=cache_seqlens,
+        rotary=rotary,
+        left_pad=cache_leftpad,
+        batch_idx=None if cache_batch_idx is None else in_rows(cache_batch_idx),
+        block_table=None if page_table is None else in_rows(page_table),
+        mask=rule,
+        scale=softmax_scale,
+        q_seqs=q_seqs,
+        softcap=softcap or None,
+        return_lse=bool(return_softmax_lse),
+    )
 
 
 def _sequences(

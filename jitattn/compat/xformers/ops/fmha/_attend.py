@@ -74,12 +74,12 @@ def attend(
     )
     out, lse = result if return_lse else (result, None)
     if found.q_seqs is not None:
-        out, lse = out[None], None if lse is None else lse[None]
+        out, lse = out.unsqueeze(0), None if lse is None else lse.unsqueeze(0)
     dims = query.dim()
     if dims == 5:
         groups = query.shape[2:4]
-        out = out.unflatten(2, groups)
-        lse = None if lse is None else lse.unflatten(1, groups)
+        out = torch.unflatten(out, 2, groups)
+        lse = None if lse is None else torch.unflatten(lse, 1, groups)
     elif dims == 3:
         out = out.squeeze(2)
     return (out, lse) if return_lse else out
@@ -188,12 +188,16 @@ def _flat(q: Tensor, k: Tensor, v: Tensor, page_size: int) -> tuple[Tensor, Tens
             f"query {list(q.shape)}, key {list(k.shape)}, value {list(v.shape)}: with a bias over "
             "sequences the batch size must be 1"
         )
-    q, k, v = q[0], k[0], v[0]
-    if page_size:
-        if k.shape[0] % page_size or v.shape[0] % page_size:
-            raise DoorError(f"key {list(k.shape)}: its rows must be whole pages of {page_size}")
-        k, v = k.unflatten(0, (-1, page_size)), v.unflatten(0, (-1, page_size))
-    return q, k, v
+    if not page_size:
+        return q.squeeze(0), k.squeeze(0), v.squeeze(0)
+    if k.shape[1] % page_size or v.shape[1] % page_size:
+        raise DoorError(f"key {list(k.shape)}: its rows must be whole pages of {page_size}")
+    return q.squeeze(0), _in_pages(k, page_size), _in_pages(v, page_size)
+
+
+def _in_pages(x: Tensor, page_size: int) -> Tensor:
+    """Return keys [1, num_pages * page_size, H, D] as [num_pages, page_size, H, D]."""
+    return x.view(x.shape[1] // page_size, page_size, x.shape[2], x.shape[3])
 
 
 def refuse_dropout(p: float) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+import functools
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from jitattn.compat.xformers.ops.fmha._lengths import moved
 from jitattn.compat.xformers.ops.fmha._reach import Reach
@@ -80,7 +82,19 @@ class _Positional(AttentionBias):
         return as_bias(self._reach().seen(shape[-2], shape[-1], device), shape, dtype)
 
     def _translated(self) -> Translated:
-        return Translated(self._reach().rule(False))
+        reach = self._reach()
+        if is_dynamo_compiling():
+            return Translated(reach.rule(False))
+        return _of_reach(reach)
+
+
+@functools.lru_cache(maxsize=256)
+def _of_reach(reach: Reach) -> Translated:
+    return Translated(reach.rule(False))
+
+
+_TOP_LEFT: Final = Reach(None, 0, from_bottom_right=False)
+_BOTTOM_RIGHT: Final = Reach(None, 0)
 
 
 class LowerTriangularMask(_Positional):
@@ -90,7 +104,7 @@ class LowerTriangularMask(_Positional):
         del device
 
     def _reach(self) -> Reach:
-        return Reach(None, 0, from_bottom_right=False)
+        return _TOP_LEFT
 
     def add_bias(self, bias: Tensor) -> LowerTriangularMaskWithTensorBias:
         """Return the mask with a tensor [B, H, Lq, Lkv] added to the scores."""
@@ -125,7 +139,7 @@ class LowerTriangularFromBottomRightMask(_Positional):
     """Causal mask from the bottom right: the last query sees all keys."""
 
     def _reach(self) -> Reach:
-        return Reach(None, 0)
+        return _BOTTOM_RIGHT
 
     def make_local_attention(
         self, window_size: int

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from jitattn.compat._errors import check
 from jitattn.compat.xformers.ops.fmha._bias import (
@@ -65,37 +67,28 @@ class Blocks(AttentionBias):
         return as_bias(seen, shape, dtype)
 
     def _translated(self) -> Translated:
-        """Return mask and sequences; kept while the tensors that they are made of are the same."""
+        """Return mask and sequences; kept while the values that they are made of are the same."""
+        if is_dynamo_compiling():
+            return self._made()
         parts = self._parts()
-        kept: tuple[tuple[Any, ...], Translated] | None = self.__dict__.get("_kept")
-        if kept is not None and not torch.compiler.is_compiling():
-            before, found = kept
-            if all(one is other for one, other in zip(before, parts, strict=True)):
-                return found
-        found = Translated(
+        kept: tuple[list[Any], Translated] | None = self.__dict__.get("_kept")
+        if kept is not None and all(map(operator.is_, kept[0], parts)):
+            return kept[1]
+        made = self._made()
+        self.__dict__["_kept"] = parts, made
+        return made
+
+    def _made(self) -> Translated:
+        return Translated(
             self._reach().rule(self._lengths_are_equal()),
             None,
             Ragged.from_cu_seqlens(self.q_seqinfo.seqstart, max(0, self.q_seqinfo.max_seqlen)),
             self._keys(),
-            getattr(self, "page_size", 0),
         )
-        if not torch.compiler.is_compiling():
-            self.__dict__["_kept"] = parts, found
-        return found
 
-    def _parts(self) -> tuple[Any, ...]:
+    def _parts(self) -> list[Any]:
         """Return what sequences are made of, which callers may replace."""
-        q, k = self.q_seqinfo, self.k_seqinfo
-        most = q.max_seqlen, k.max_seqlen
-        return (
-            q.seqstart,
-            k.seqstart,
-            getattr(k, "seqlen", None),
-            getattr(k, "padding", None),
-            getattr(self, "block_tables", None),
-            getattr(self, "page_size", None),
-            *most,
-        )
+        return [*vars(self.q_seqinfo).values(), *vars(self.k_seqinfo).values()]
 
     def _lengths_are_equal(self) -> bool:
         """Return whether every sequence has as many queries as keys, and will."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from jitattn.compat._errors import check
-from jitattn.compat.xformers.ops.fmha._bias import as_bias
+from jitattn.compat.xformers.ops.fmha._bias import Translated, as_bias
 from jitattn.compat.xformers.ops.fmha._blocks import Blocks
 from jitattn.compat.xformers.ops.fmha._lengths import (
     _GappySeqInfo,
@@ -77,6 +77,12 @@ class Pages(Blocks):
     def _rows(self) -> Iterator[tuple[int, int]]:
         """Yield the first row of each sequence in its pages, and the one after its last."""
         raise NotImplementedError
+
+    def _made(self) -> Translated:
+        return super()._made()._replace(page_size=self.page_size)
+
+    def _parts(self) -> list[Any]:
+        return [*super()._parts(), self.block_tables, self.page_size]
 
     def _lengths_are_equal(self) -> bool:
         return False

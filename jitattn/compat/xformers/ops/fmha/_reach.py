@@ -6,6 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from jitattn.values.masks import Causal, Full, MaskMod, Window
 
@@ -42,7 +43,7 @@ class Reach(NamedTuple):
         lengths_are_equal : bool
             Whether every sequence has as many queries as keys, so that both corners are one.
         """
-        make = _made if torch.compiler.is_compiling() else _shared
+        make = _made if is_dynamo_compiling() else _shared
         return make(self, lengths_are_equal)
 
 
