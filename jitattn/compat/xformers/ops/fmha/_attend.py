@@ -190,14 +190,14 @@ def _flat(q: Tensor, k: Tensor, v: Tensor, page_size: int) -> tuple[Tensor, Tens
         )
     if not page_size:
         return q.squeeze(0), k.squeeze(0), v.squeeze(0)
-    if k.shape[1] % page_size or v.shape[1] % page_size:
-        raise DoorError(f"key {list(k.shape)}: its rows must be whole pages of {page_size}")
-    return q.squeeze(0), _in_pages(k, page_size), _in_pages(v, page_size)
-
-
-def _in_pages(x: Tensor, page_size: int) -> Tensor:
-    """Return keys [1, num_pages * page_size, H, D] as [num_pages, page_size, H, D]."""
-    return x.view(x.shape[1] // page_size, page_size, x.shape[2], x.shape[3])
+    if k.shape[1] % page_size or v.shape[:3] != k.shape[:3]:
+        raise DoorError(
+            f"key {list(k.shape)}, value {list(v.shape)}: their rows must be whole pages of "
+            f"{page_size}, of as many heads"
+        )
+    count, (heads, dim), dim_v = k.shape[1] // page_size, k.shape[2:], v.shape[3]
+    k, v = k.view(count, page_size, heads, dim), v.view(count, page_size, heads, dim_v)
+    return q.squeeze(0), k, v
 
 
 def refuse_dropout(p: float) -> None:
