@@ -10,6 +10,8 @@ density   random patterns from dense to sparse
 flex      windows and patterns against FlexAttention
 warp_attention, dkernel, cosine
           the benchmarks of these three systems
+sageattention, xformers
+          their functions against SDPA, and gear 2
 backward  gradients against SDPA's flash backend, of patterns, and of cosine attention
 models    a language model of transformers, in tokens per second, beside sdpa and eager
 compile   NVRTC (needs no GPU)
@@ -38,6 +40,7 @@ from _backward import bench_backward
 from _doors import bench_doors
 from _host import bench_host
 from _models import bench_models
+from _published import bench_sageattention, bench_xformers
 from _scores import bench_density, bench_flex, bench_scores, plot_density
 from _seeds import bench_cosine, bench_dkernel, bench_warp_attention
 from _sequences import bench_sequences
@@ -253,7 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the selected sections."""
     sections = (
         "forward", "decode", "host", "doors", "sequences", "scores", "density", "flex",
-        "warp_attention", "dkernel", "cosine", "backward", "models", "compile", "service",
+        "warp_attention", "dkernel", "cosine", "sageattention", "xformers", "backward", "models",
+        "compile", "service",
     )  # fmt: skip
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -297,6 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             ("warp_attention", bench_warp_attention),
             ("dkernel", bench_dkernel),
             ("cosine", bench_cosine),
+            ("sageattention", bench_sageattention),
+            ("xformers", bench_xformers),
             ("backward", bench_backward),
             ("models", bench_models),
         ):
