@@ -188,7 +188,7 @@ def run(code: str) -> str:
 
 def test_what_is_no_door_is_refused() -> None:
     with pytest.raises(jitattn.InvalidInputError, match="flash_cosine_sim_attention"):
-        jitattn.compat.alias("xformers")
+        jitattn.compat.alias("triton")
 
 
 def test_an_installed_package_is_not_shadowed_unasked(tmp_path: object) -> None:
