@@ -89,14 +89,22 @@ def test_packed(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:diffusers was imported before")  # by another test
-def test_as_flash_attention_2() -> None:
+@pytest.mark.parametrize(
+    ("version", "name", "claimed"),
+    [
+        (2, "flash_attn", True),
+        (3, "flash_attn_interface", True),
+        (4, "flash_attn", ("flash-attn", "flash-attn-4")),
+    ],
+)
+def test_as_flash_attention(version: int, name: str, claimed: Any) -> None:
     """A program that knows FlashAttention alone."""
     ids = tokens(2, 50).cuda()
     mask = torch.ones_like(ids)
     mask[1, :13] = 0
     truth = on_gpu("mistral", "eager", FP32)(input_ids=ids, attention_mask=mask).logits
-    with jitattn.compat.alias("flash_attn", distribution=True):
-        model = on_gpu("mistral", "flash_attention_2", BF16)
+    with jitattn.compat.alias(name, distribution=claimed):
+        model = on_gpu("mistral", f"flash_attention_{version}", BF16)
         found = model(input_ids=ids, attention_mask=mask).logits
     keep = mask.bool()
     assert rel_l2(found[keep], truth[keep]) < 5e-2

@@ -134,6 +134,26 @@ def test_a_start_of_python_is_enough(tmp_path: Path) -> None:
     assert plain.stderr == ""
 
 
+def test_names_of_several_packages_together(tmp_path: Path) -> None:
+    """A program of which nothing is changed finds all of them, alone and together."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import importlib.metadata as metadata\n"
+        "import flash_attn.cute, flash_attn_3, flash_attn_interface, sageattention, xformers.ops\n"
+        "print(*(metadata.version(name) for name in ('flash-attn', 'flash_attn_3', 'sageattention',"
+        " 'xformers')), 'flash-attn-4' in metadata.packages_distributions()['flash_attn'])\n"
+    )
+    wanted = ["2.8.3", "3.0.0", "2.2.0", "0.0.35", "False"]
+    assert run("-m", "jitattn.compat", str(script)).stdout.split() == wanted
+    names = "xformers,sageattention,flash_attn,flash_attn_interface"
+    found = run("-m", "jitattn.compat", str(script), JITATTN_ALIAS=names)
+    assert found.stdout.split() == wanted
+    for name in names.split(","):
+        (tmp_path / "one.py").write_text(f"import {name}\nprint({name}.__version__)\n")
+        one = run("-m", "jitattn.compat", str(tmp_path / "one.py"), JITATTN_ALIAS=name)
+        assert one.stdout.strip() in wanted
+
+
 def test_unknown_names_warn_and_break_nothing() -> None:
     site = run("-m", "jitattn.compat", "--site").stdout.strip()
     path = os.pathsep.join([site, str(Path(jitattn.__file__).parents[1])])
