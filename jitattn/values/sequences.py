@@ -356,9 +356,11 @@ class Paged(_Spans):
     @property
     def stop(self) -> Tensor:
         """Lengths, computed at each access from cumulative ones; or rows after the last ones."""
-        if self.cumulative is None:
-            return super().stop
-        return self.cumulative[1:] - self.cumulative[:-1]
+        if self.cumulative is not None:
+            return self.cumulative[1:] - self.cumulative[:-1]
+        if self._stop is None:  # not super().stop: Dynamo takes no property of a base class
+            raise InternalError("sequences without an end")
+        return self._stop
 
     def addresses(self) -> tuple[int, int, int, int]:
         """Return addresses of starts (0: none) and stops, words per entry, and the encoding."""

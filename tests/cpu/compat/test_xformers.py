@@ -308,10 +308,23 @@ def test_refusals_are_value_errors_in_the_words_of_the_door() -> None:
 
 
 def test_under_torch_compile() -> None:
-    bias = attn_bias.LowerTriangularMask()
+    """Biases of positions, over sequences, of padded keys and of keys in pages."""
+    packed = drawn(1, 9, 4, 16), drawn(1, 20, 4, 16, seed=1)
+    padded = attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
+        [4, 5], 10, [6, 9], device=torch.device("cpu")
+    )
+    table = torch.tensor([[3, 0], [1, 2]], dtype=torch.int32)
+    paged = attn_bias.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask
+    for bias in (
+        attn_bias.LowerTriangularMask(),
+        attn_bias.LocalAttentionFromBottomRightMask(3, 2),
+        attn_bias.BlockDiagonalMask.from_seqlens([4, 5], [12, 8]).make_causal(),
+        padded,
+        padded.make_paged(table, 5, paged),
+    ):
 
-    def call(q: torch.Tensor) -> torch.Tensor:
-        return ops.memory_efficient_attention(q, K, V, bias)
+        def call(q: torch.Tensor, own: Any = bias) -> torch.Tensor:
+            return ops.memory_efficient_attention(q, packed[1], packed[1], own)
 
-    out = torch.compile(call, backend="eager", fullgraph=True)(Q)
-    torch.testing.assert_close(out, call(Q))
+        out = torch.compile(call, backend="eager", fullgraph=True)(packed[0])
+        torch.testing.assert_close(out, call(packed[0]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import jitattn
-from jitattn import BlockSparse, Causal, Full, LocalStride, PerHead, Ragged, Window
+from jitattn import BlockSparse, Causal, Full, LocalStride, Paged, PerHead, Ragged, Window
 from jitattn.api.attention import bind
 from jitattn.run.kvcache import KvCache
 from jitattn.run.kvcache_operators import encode_with_kvcache
@@ -57,6 +57,19 @@ def test_sequences() -> None:
     true = torch.autograd.grad(wanted.sum() + wanted_lse.sum(), own)
     for one, other in zip(got, true, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_pages_with_lengths() -> None:
+    table = torch.tensor([[3, 0], [1, 2]], dtype=torch.int32)
+    length = torch.tensor([6, 9], dtype=torch.int32)
+
+    def function(q: Tensor, k: Tensor) -> Tensor:
+        return jitattn.attention(q, k, k, mask=Causal(), kv_seqs=Paged(table, length))
+
+    q, pages = torch.randn(2, 3, 4, 16), torch.randn(4, 5, 2, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, pages), function(q, pages))
 
 
 def test_lengths_may_vary_without_new_graphs() -> None:
