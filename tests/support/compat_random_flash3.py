@@ -264,8 +264,9 @@ def check_fa4(name: str, seed: int, dtype: torch.dtype, device: str) -> None:
         used = ([chance.randint(0, x) for x in call.len_q], [chance.randint(0, x) for x in
                                                               call.len_kv])  # fmt: skip
         more = {"seqused_q": call.ints(*used[0]), "seqused_k": call.ints(*used[1])}
-    given["learnable_sink"] = sinks = None  # rows that belong to no sequence have no sink either
-    every = list(leaves)
+    if used is not None:  # rows that belong to no sequence have no sink
+        given["learnable_sink"] = sinks = None
+        every = list(leaves)
     cu = {"cu_seqlens_q": call.cu(call.len_q), "cu_seqlens_k": call.cu(call.len_kv)}
     if chance.random() < 0.5:
         cu |= {"max_seqlen_q": max(call.len_q), "max_seqlen_k": max(call.len_kv)}
