@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jitattn.api.options import AttentionOptions, SupportsDLPack
-    from jitattn.values.masks import Mask, QOffset
+    from jitattn.values.mask_functions import QOffset
+    from jitattn.values.masks import Mask
     from jitattn.values.norm import L2Norm
     from jitattn.values.sequences import KvSequences, QSequences
 
