@@ -33,26 +33,26 @@ struct ScoreTiles {
   };
 
   const BwdParamsOf<Spec>& params;
-  const BwdStorage<Traits>& storage;
-  const KeyCopies<Spec, Traits>& key_copies;
-  const QueryCopies<Spec, Traits>& query_copies;
+  const BwdStorage<Traits> storage;
+  const KeyCopies<Spec, Traits> key_copies;
+  const QueryCopies<Spec, Traits> query_copies;
   const bool has_scores;  // whether this warp has scores
   const int lane_idx;
   const typename Traits::GridS grid;
   const ScoreOperands<Traits> operands;
   int held_batch = -1, held_head = -1, held_tile = -1;  // of the K and V in shared memory
 
-  __device__ ScoreTiles(const BwdParamsOf<Spec>& params, const BwdStorage<Traits>& storage,
-                        const KeyCopies<Spec, Traits>& key_copies,
-                        const QueryCopies<Spec, Traits>& query_copies)
+  __device__ explicit ScoreTiles(const BwdParamsOf<Spec>& params)
       : params(params),
-        storage(storage),
-        key_copies(key_copies),
-        query_copies(query_copies),
+        key_copies(params),
+        query_copies(params),
         has_scores(threadIdx.x / 32 < Traits::kNumScoreWarps),
         lane_idx(threadIdx.x % 32),
         grid(has_scores ? threadIdx.x / 32 : 0),
-        operands(storage, grid, lane_idx) {}
+        operands(storage, grid, lane_idx) {
+    key_copies.zero_padding(storage);
+    query_copies.zero_padding(storage);
+  }
 
   // Calls `use(weights)` with the place of a warp's scores, once the operands of a tile are there, if
   // any of its rows may see a key. Called by all threads.
