@@ -80,7 +80,7 @@ struct ScoreTiles {
     load_queries(batch_idx, head_idx, sequence, q_tile);
     if constexpr (kHasBlockLists<Spec>) {
       if (static_cast<int>(threadIdx.x) < kBlockKv / 16) {
-        store_listed<kBlockKv>(storage.listed(0), listed.span, listed.first, first_key);
+        store_listed<Spec>(storage.listed(0), listed.span, listed.first, first_key);
       }
     }
     ptx::cp_async_wait<0>();
@@ -114,7 +114,7 @@ struct ScoreTiles {
     listed.span = listed_span(params, sequence, head, first_row);
     listed.first = listed.span.before(first_key);
     return listed.first < listed.span.count &&
-           __ldg(listed.span.g_groups + listed.first).x * 16 < first_key + num_keys;
+           group_of(__ldg(listed.span.g_groups + listed.first)) * 16 < first_key + num_keys;
   }
 
   // Starts copying Q and dO, and stores the statistics of their rows.
