@@ -404,7 +404,9 @@ class MaskMod(FunctionOfPairs, _Mask):
     function : callable
         ``f(b, h, q_idx, kv_idx) -> bool``. b counts sequences, h query heads; q_idx and kv_idx
         count rows and keys of the sequence from 0, as in top-left alignment, whatever other masks
-        do.
+        do. On a GPU the blocks that it sees are found anew when torch counts a write to a tensor
+        that it reads; after one that torch does not count (through ``.data``, by the replay of a
+        graph, by another library over DLPack), call `torch.autograd.graph.increment_version`.
     q_offset : int, Tensor [B] of ints, or "bottom_right"
         Added to q_idx: the position of the first query among the keys, for all sequences or for
         each; "bottom_right" is Lkv - Lq of each.
