@@ -8,6 +8,7 @@ sequences padded, paged and ragged sequences against dense calls of equal work
 scores    windows, patterns, masks and biases against our dense kernels
 density   random patterns from dense to sparse
 flex      windows and patterns against FlexAttention
+functions score and mask functions against FlexAttention under torch.compile
 warp_attention, dkernel, cosine
           the benchmarks of these three systems
 sageattention, xformers
@@ -38,6 +39,7 @@ sys.path.insert(0, str(REPOSITORY))
 import torch
 from _backward import bench_backward
 from _doors import bench_doors
+from _functions import bench_functions
 from _host import bench_host
 from _models import bench_models
 from _published import bench_sageattention, bench_xformers
@@ -256,14 +258,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the selected sections."""
     sections = (
         "forward", "decode", "host", "doors", "sequences", "scores", "density", "flex",
-        "warp_attention", "dkernel", "cosine", "sageattention", "xformers", "backward", "models",
-        "compile", "service",
+        "functions", "warp_attention", "dkernel", "cosine", "sageattention", "xformers", "backward",
+        "models", "compile", "service",
     )  # fmt: skip
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--section", default=None, help=f"some of {','.join(sections)}")
     parser.add_argument("--quick", action="store_true", help="few shapes, few rounds, no compile")
+    parser.add_argument("--functions", default="", help="some of the functions' names")
     parser.add_argument("--rounds", type=int, default=None, help="timed rounds a shape")
     parser.add_argument("--csv", type=Path, help="write all rows there")
     parser.add_argument("--plot", type=Path, help="draw the density section there, as a PNG")
@@ -297,6 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 plot_density(report.rows, arguments.plot)
         if "flex" in asked:
             bench_flex(report, min(rounds, 5))
+        if "functions" in asked:
+            names, quick = arguments.functions, arguments.quick
+            bench_functions(report, min(rounds, 5), names=names, quick=quick)
         for name, bench in (
             ("warp_attention", bench_warp_attention),
             ("dkernel", bench_dkernel),

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jitattn.api.options import AttentionOptions, SupportsDLPack
-    from jitattn.values.masks import Mask, QOffset
+    from jitattn.values.mask_functions import QOffset
+    from jitattn.values.masks import Mask
     from jitattn.values.norm import L2Norm
     from jitattn.values.sequences import KvSequences, QSequences
 
@@ -184,7 +185,8 @@ def attention(
         compute with them as with 0-dimensional tensors of int32 (the score: fp32), and read
         captured tensors at indices; -inf hides a pair. Numbers and tensors that it holds are
         arguments: others compile nothing anew. Gradients flow through the score, and to the
-        captured tensors that it is made of, bitwise reproducible.
+        captured tensors that it is made of, bitwise reproducible: what a pair adds to them is
+        rounded to a multiple of 2^-k of the largest, with k = 61 - log2(number of pairs).
     q_offset : int, Tensor [B] of ints, or "bottom_right"
         Added to the q_idx of `score_mod`, and of a `MaskMod` that has none of its own: the position
         of the first query among the keys; "bottom_right" is Lkv - Lq of each sequence.

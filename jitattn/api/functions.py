@@ -10,13 +10,15 @@ from torch import Tensor
 from jitattn.request.mask_blocks import without_hidden_blocks
 from jitattn.values.function_cache import function_of
 from jitattn.values.functions import MovedScore
-from jitattn.values.masks import Both, MaskMod, check_q_offset, is_mask, parts_of
+from jitattn.values.mask_functions import check_q_offset
+from jitattn.values.masks import Both, MaskMod, is_mask, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jitattn.values.functions import Function
-    from jitattn.values.masks import Mask, QOffset
+    from jitattn.values.mask_functions import QOffset
+    from jitattn.values.masks import Mask
     from jitattn.values.sequences import KvSequences, QSequences
 
 #: Types of masks that may have a function in them.

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jitattn.api.options import KvCacheOptions
-    from jitattn.values.masks import Mask, QOffset
+    from jitattn.values.mask_functions import QOffset
+    from jitattn.values.masks import Mask
     from jitattn.values.rotary import Rotary
     from jitattn.values.sequences import Ragged
 

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from jitattn.values.masks import Mask, QOffset
+    from jitattn.values.mask_functions import QOffset
+    from jitattn.values.masks import Mask
     from jitattn.values.norm import L2Norm
     from jitattn.values.rotary import Rotary
     from jitattn.values.sequences import KvSequences, QSequences, Ragged

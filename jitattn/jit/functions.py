@@ -228,6 +228,10 @@ def _value(program: Program, nodes: Sequence[Node], node: Node) -> str:
         return _literal(bool(args[0])) if kind == "b1" else f"__uint_as_float({args[0]}u)"
     if op == "read":
         return _read(program, nodes, node)
+    divisor = program.divisor(node)
+    if divisor >= 0:
+        parts = (f"v{args[1]}", *(f"params.number{divisor}_{part}" for part in ("mul", "shift")))
+        return f"fn::{op}(v{args[0]}, fn::Divisor{{{', '.join(parts)}}})"
     values = ", ".join(f"v{arg}" for arg in args)
     if op == "cast":
         return f"fn::to_{kind}(v{args[0]})"

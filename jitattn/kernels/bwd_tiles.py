@@ -22,6 +22,7 @@ from jitattn.spec.enums import (
     Switch,
 )
 from jitattn.spec.kernel_spec import SWITCHES, Problem, padded_head_dim
+from jitattn.spec.program import parse
 from jitattn.values.gears import resolve_numerics
 
 #: block_q, block_kv, num_warps, warps_q, warps_keys, warps_dq, stages: the first that fits is
@@ -121,7 +122,10 @@ def smem_bytes(problem: Problem, tile: BwdTile) -> int:
         size += 2 * 16 + 4 * tile.warps_scores
     if problem.mask is MaskKind.BLOCK_LISTS:
         groups = tile.block_kv // 16
-        size += 2 * 8 * groups + 2 * (tile.num_threads // 8) + tile.num_threads * groups * 4
+        has_mask = bool(problem.function) and parse(problem.function).mask is not None
+        tile_bits = 3 if has_mask else 2
+        size += 2 * 8 * groups + tile_bits * (tile.num_threads // 8)
+        size += tile.num_threads * groups * 4
     return size
 
 

@@ -141,6 +141,8 @@ def function_struct(text: str, *more: Argument) -> ArgumentStruct:
     program = parse(text)
     types = {"i32": "int32_t", "i64": "int64_t", "f32": "float"}
     fields = [Argument(f"number{idx}", types[kind]) for idx, kind in enumerate(program.numbers)]
+    for idx in program.divisors():
+        fields += [Argument(f"number{idx}_{part}", "uint32_t") for part in ("mul", "shift")]
     for idx, (_, dims) in enumerate(program.tensors):
         fields.append(Argument(f"tensor{idx}", "const void*"))
         fields += [Argument(f"tensor{idx}_stride_{axis}", "int64_t") for axis in range(dims)]

@@ -190,8 +190,10 @@ def fwd_sm90_specs(problem: Problem) -> tuple[FwdSm90Spec, ...]:
     dim = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v))
     tiles = _TILES_OF_PARTS if problem.numerics.num_parts else _TILES
     rows = next(rows for top, rows in tiles.items() if dim <= top)
-    # Lists begin at powers of two; the relative bias takes registers that three do not have.
-    needs_two = problem.mask is MaskKind.BLOCK_LISTS or problem.relative_bias is Switch.ON
+    # Lists begin at powers of two; functions and relative biases take registers that three do not
+    # have.
+    takes_registers = bool(problem.function) or problem.relative_bias is Switch.ON
+    needs_two = problem.mask is MaskKind.BLOCK_LISTS or takes_registers
     return tuple(
         FwdSm90Spec(problem=problem, tile=tile, arch="sm_90a")
         for tile in itertools.starmap(functools.partial(_tile, problem), rows)

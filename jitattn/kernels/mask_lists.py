@@ -30,7 +30,6 @@ MASK_LISTS: Final = ArgumentStruct(
         Argument("len_q", "int32_t"),
         Argument("len_kv", "int32_t"),
         Argument("shift", "int32_t", "Lkv - Lq"),
-        Argument("unused", "int32_t", "nothing: a function's arguments begin at a multiple of 8"),
     ),
 )
 

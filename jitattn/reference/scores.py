@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from jitattn.values.masks import MaskMod, QOffset
+    from jitattn.values.mask_functions import QOffset
+    from jitattn.values.masks import MaskMod
     from jitattn.values.norm import L2Norm
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from jitattn.errors import InvalidInputError, UnsupportedError
 from jitattn.request import norm as norms
 from jitattn.request.score_checks import Sizes, matrix, padding, softcap_of, vector
+from jitattn.spec.arguments import signed_divisor
 from jitattn.spec.call_arguments import ScoreArguments, captured_name, captured_numbers
 from jitattn.spec.enums import BiasKind, MaskKind, Staging, Switch
 from jitattn.spec.program import parse
@@ -290,6 +291,9 @@ def function_arguments(function: Function) -> dict[str, float]:
         A captured tensor has no elements, or too many in a dimension.
     """
     found: dict[str, float] = {f"number{idx}": x for idx, x in enumerate(function.numbers)}
+    for idx in parse(function.program).divisors():
+        by = signed_divisor(int(function.numbers[idx]))
+        found[f"number{idx}_mul"], found[f"number{idx}_shift"] = by
     for idx, tensor in enumerate(function.tensors):
         for axis, (size, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
             if not 0 < size < 2**31:

@@ -7,6 +7,7 @@ of what the tensors hold then.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -32,6 +33,7 @@ _GROUP: Final = 16
 #: Of all lists that are kept.
 _MOST_BYTES: Final = 2**28
 _kept: OrderedDict[Hashable, _Kept] = OrderedDict()
+_lock = threading.Lock()
 
 
 def function_lists(
@@ -65,12 +67,14 @@ def function_lists(
         device, stream, *map(id, tensors),
     )  # fmt: skip
     states = tuple((x._version, x.data_ptr(), x.shape, x.stride()) for x in tensors)
-    kept = _kept.get(key)
-    if kept is not None and kept.states == states and kept.is_of(tensors):
-        _kept.move_to_end(key)
-        return kept.lists
+    with _lock:
+        kept = _kept.get(key)
+        if kept is not None and kept.states == states and kept.is_of(tensors):
+            _kept.move_to_end(key)
+            return kept.lists
     lists = _made(rule, heads_q, positions, device, stream)
-    _keep(key, _Kept(lists, tuple(map(weakref.ref, tensors)), states))
+    with _lock:
+        _keep(key, _Kept(lists, tuple(map(weakref.ref, tensors)), states))
     return lists
 
 
@@ -93,7 +97,7 @@ def _keep(key: Hashable, entry: _Kept) -> None:
     _kept.move_to_end(key)
     for other, one in list(_kept.items()):
         if any(reference() is None for reference in one.references):
-            _kept.pop(other, None)
+            del _kept[other]
     size = sum(one.lists.nbytes for one in _kept.values())
     while size > _MOST_BYTES and len(_kept) > 1:
         _, oldest = _kept.popitem(last=False)

@@ -231,8 +231,13 @@ def divisor(number: int) -> tuple[int, int]:
     return fast_divisor(number)
 
 
+def signed_divisor(number: int) -> tuple[int, int]:
+    """Return `fast_divisor` of the magnitude of an int32; for 0, what makes all quotients 0."""
+    return divisor(abs(number)) if number else (0, 31)
+
+
 def fast_divisor(divisor: int) -> tuple[int, int]:
-    """Return mul, shift: n // divisor == (mulhi(n, mul) + n) >> shift for 0 <= n < 2**31.
+    """Return mul, shift: n // divisor == (mulhi(n, mul) + n) >> shift for 0 <= n <= 2**31.
 
     Granlund and Montgomery, "Division by invariant integers using multiplication", 1994.
     """

@@ -48,6 +48,8 @@ _INTEGER_OPS: Final = {
         "or", "xor", "shl", "shr"),
 }  # fmt: skip
 _BOOL_OPS: Final = {1: ("not",), 2: ("and", "or", "xor")}
+#: Those that divide.
+DIVISIONS: Final = ("floordiv", "truncdiv", "mod", "fmod")
 #: Comparisons of two values of one kind; their own kind is bool.
 COMPARISONS: Final = ("lt", "le", "gt", "ge", "eq", "ne")
 _TESTS: Final = ("isnan", "isinf")
@@ -94,6 +96,17 @@ class Program(NamedTuple):
         outputs = ("-" if found is None else str(found) for found in (self.score, self.mask))
         tensors = (f"{kind}:{dims}" for kind, dims in self.tensors)
         return "|".join((",".join(self.numbers), ",".join(tensors), ";".join(nodes), *outputs))
+
+    def divisors(self) -> tuple[int, ...]:
+        """Return the numbers by which integers are divided, in order."""
+        return tuple(sorted({found for node in self.nodes if (found := self.divisor(node)) >= 0}))
+
+    def divisor(self, node: Node) -> int:
+        """Return the number by which a node of this program divides an int32; else -1."""
+        if node.op not in DIVISIONS or node.kind != "i32":
+            return -1
+        by = self.nodes[node.args[1]]
+        return by.args[0] if by.op == "number" else -1
 
     def reads(self) -> tuple[int, ...]:
         """Return the nodes that read a tensor."""

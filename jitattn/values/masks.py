@@ -16,15 +16,16 @@ only itself, not even a copy, as tensors are not compared.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypeAlias, get_args
 
 from jitattn.errors import InvalidInputError
 from jitattn.spec.enums import MaskKind
 from jitattn.values.given import integer
 from jitattn.values.mask_base import KernelMask, check_block_size, is_count
+from jitattn.values.mask_functions import FunctionOfPairs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -390,24 +391,8 @@ class Dense(_Mask):
     keep: Tensor
 
 
-def check_q_offset(name: str, offset: object) -> None:
-    """Refuse what is no offset of queries.
-
-    Raises
-    ------
-    InvalidInputError
-    """
-    shape = getattr(offset, "shape", None)
-    is_vector = shape is not None and len(shape) == 1
-    if not (is_vector or type(offset) is int or (shape is None and offset == "bottom_right")):
-        what = repr(offset) if shape is None else f"a tensor {list(shape)}"
-        raise InvalidInputError(
-            f'{name} is {what}: it must be an int, a tensor [B], or "bottom_right"'
-        )
-
-
 @dataclass(frozen=True, slots=True)
-class MaskMod(_Mask):
+class MaskMod(FunctionOfPairs, _Mask):
     """A mask written as a function: query `q_idx` sees key `kv_idx` where it is true.
 
     The function is called once, with symbols, and becomes part of the kernel; see
@@ -419,7 +404,9 @@ class MaskMod(_Mask):
     function : callable
         ``f(b, h, q_idx, kv_idx) -> bool``. b counts sequences, h query heads; q_idx and kv_idx
         count rows and keys of the sequence from 0, as in top-left alignment, whatever other masks
-        do.
+        do. On a GPU the blocks that it sees are found anew when torch counts a write to a tensor
+        that it reads; after one that torch does not count (through ``.data``, by the replay of a
+        graph, by another library over DLPack), call `torch.autograd.graph.increment_version`.
     q_offset : int, Tensor [B] of ints, or "bottom_right"
         Added to q_idx: the position of the first query among the keys, for all sequences or for
         each; "bottom_right" is Lkv - Lq of each.
@@ -430,54 +417,6 @@ class MaskMod(_Mask):
     >>> documents = torch.tensor([[0, 0, 1, 1]])
     >>> mask = causal & MaskMod(lambda b, h, q, kv: documents[b, q] == documents[b, kv])
     """
-
-    function: Callable[[Any, Any, Any, Any], Any]
-    q_offset: QOffset = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what is no function, and another offset."""
-        if not callable(self.function):
-            raise InvalidInputError(
-                f"MaskMod({self.function!r}): it must be a function of (b, h, q_idx, kv_idx)"
-            )
-        check_q_offset("MaskMod(q_offset=...)", self.q_offset)
-
-    def moved(self, q_offset: QOffset) -> MaskMod:
-        """Return the mask with an offset for those of its functions that have none."""
-        kind, parts = self.parts
-        if kind:
-            return MaskMod(_Made(kind, tuple(part.moved(q_offset) for part in parts)))
-        has_own = not (type(self.q_offset) is int and self.q_offset == 0)
-        return self if has_own else MaskMod(self.function, q_offset)
-
-    def both(self, other: MaskMod) -> MaskMod:
-        """Return the intersection with another function, as `&` does."""
-        return MaskMod(_Made("and", (self, other)))
-
-    @property
-    def parts(self) -> tuple[str, tuple[MaskMod, ...]]:
-        """How it is made of others: "and", "or" or "not", and these; "" if it is not."""
-        function = self.function
-        return (function.kind, function.parts) if isinstance(function, _Made) else ("", ())
-
-    def __or__(self, other: object) -> MaskMod:
-        if not isinstance(other, MaskMod):
-            return NotImplemented
-        return MaskMod(_Made("or", (self, other)))
-
-    def __invert__(self) -> MaskMod:
-        return MaskMod(_Made("not", (self,)))
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """The function of a `MaskMod` that is made of others, which `MaskMod.parts` takes apart."""
-
-    kind: str
-    parts: tuple[MaskMod, ...]
-
-    def __call__(self, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:  # noqa: ANN401
-        raise InvalidInputError("a combined MaskMod is no function: call its parts")
 
 
 _FULL = Full()
@@ -493,8 +432,6 @@ class Both(_Mask):
     function: MaskMod | None = None
 
 
-#: Positions of the first queries among the keys, as functions count.
-QOffset: TypeAlias = "int | Tensor | Literal['bottom_right']"
 HeadRule: TypeAlias = Full | Causal | Window | LocalStride | BlockSparse
 Rule: TypeAlias = HeadRule | FunctionBlocks | PerHead
 Mask: TypeAlias = Rule | KeyPadding | Dense | MaskMod | Both

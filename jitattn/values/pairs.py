@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from jitattn.values.masks import MaskMod, QOffset
+    from jitattn.values.mask_functions import QOffset
+    from jitattn.values.masks import MaskMod
 
 
 class _Indexed(TorchFunctionMode):

@@ -108,6 +108,9 @@ inline unsigned __ballot_sync(unsigned, int condition) {
   return bits;
 }
 inline int __any_sync(unsigned mask, int condition) { return __ballot_sync(mask, condition) != 0; }
+inline int __all_sync(unsigned mask, int condition) {
+  return __ballot_sync(mask, condition) == mask;
+}
 inline int __reduce_add_sync(unsigned, int value) {
   const auto* slots = emulator::exchange(value);
   int sum = 0;

@@ -19,15 +19,19 @@ from jitattn.values.pairs import over_pairs
 from tests.support.capture import capture
 from tests.support.compare import rel_l2
 from tests.support.expressions import Captured, random_mask
-from tests.support.functions import FUNCTIONS
+from tests.support.functions import FUNCTIONS, attend_exactly
 
 MASKS = ["prefix", "document", "natten", "dilated", "by_head"]
 BLOCK = 64
+WHOLE_SHIFT = 28
 
 
 def listed(lists: BlockLists, heads: int, rows: int, columns: int) -> Tensor:
-    """The blocks of 64 that lists name, [heads, rows, columns]; all is in order."""
-    found = torch.zeros(heads, rows, columns, dtype=torch.bool)
+    """The blocks of 64 that lists name, and say are whole, [2, heads, rows, columns].
+
+    All is in order.
+    """
+    found = torch.zeros(2, heads, rows, columns, dtype=torch.bool)
     positions = 1 << lists.positions_log2
     groups, spans, table = (x.cpu() for x in (lists.groups, lists.spans, lists.heads))
     assert torch.equal(table[0], table[1])
@@ -36,15 +40,18 @@ def listed(lists: BlockLists, heads: int, rows: int, columns: int) -> Tensor:
         assert int(table[0, head, 0]) % 2 == 1
         for tile, (first, count) in enumerate(spans[int(table[0, head, 0]) // 2].tolist()):
             own = groups[first : first + count]
-            assert (own[:, 0].diff() > 0).all()
-            for group, signed in own.tolist():
+            assert ((own[:, 0] & (1 << WHOLE_SHIFT) - 1).diff() > 0).all()
+            for entry, signed in own.tolist():
+                group, whole = entry & (1 << WHOLE_SHIFT) - 1, entry >> WHOLE_SHIFT
                 bits = signed & 0xFFFFFFFF
                 assert bits >> 16 == bits & 0xFFFF
                 for block in range(positions // BLOCK):
                     cells = bits >> 8 * block & 0xFF
                     assert cells in (0, 0xFF)
                     if cells:
-                        found[head, tile * positions // BLOCK + block, group * 16 // BLOCK] = True
+                        row, column = tile * positions // BLOCK + block, group * 16 // BLOCK
+                        found[0, head, row, column] = True
+                        found[1, head, row, column] = bool(whole >> block & 1)
     return found
 
 
@@ -53,7 +60,7 @@ def blocks_of(visible: Tensor, by_head: bool) -> Tensor:
     len_q, len_kv = visible.shape[2:]
     padded = torch.nn.functional.pad(visible, (0, -len_kv % BLOCK, 0, -len_q % BLOCK))
     found = padded.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).any(5).any(3).any(0)
-    return found if by_head else found[:1].expand(visible.shape[1], -1, -1)
+    return (found if by_head else found[:1].expand(visible.shape[1], -1, -1)).cpu()
 
 
 def check(mask_mod: Any, sizes: Sizes, positions: int) -> None:
@@ -63,10 +70,12 @@ def check(mask_mod: Any, sizes: Sizes, positions: int) -> None:
         return
     device = torch.device("cuda", 0)
     lists = made.function_lists(rule, sizes.heads, positions, device)
-    exact = blocks_of(over_pairs(mask_mod, None, sizes[:4], "cuda").expand(sizes[:4]), rule.by_head)
+    visible = over_pairs(mask_mod, None, sizes[:4], "cuda").expand(sizes[:4])
+    exact, cut = blocks_of(visible, rule.by_head), blocks_of(~visible, rule.by_head)
     rows = lists.spans.shape[1] * (1 << lists.positions_log2) // BLOCK
-    found = listed(lists, sizes.heads, rows, exact.shape[2])
-    assert torch.equal(found[:, : exact.shape[1]], exact.cpu())
+    found, whole = listed(lists, sizes.heads, rows, exact.shape[2])
+    assert torch.equal(found[:, : exact.shape[1]], exact)
+    assert torch.equal(whole[:, : exact.shape[1]], exact & ~cut)
     assert not found[:, exact.shape[1] :].any()
 
 
@@ -165,3 +174,30 @@ def test_a_replay_sees_what_the_tensors_hold() -> None:
         graph.replay()
         expected = jitattn.reference.reference(q, k, v, mask=mask)
         assert rel_l2(out, expected) < 2e-3
+
+
+@pytest.mark.usefixtures("with_grad")
+@pytest.mark.parametrize(("head_dim", "has_score"), [(64, False), (64, True), (128, False)])
+def test_blocks_without_a_hidden_pair(head_dim: int, has_score: bool) -> None:
+    """Whole, cut and hidden blocks in one call: values and gradients."""
+    generator = torch.Generator().manual_seed(9)
+    qkv = [
+        torch.randn(2, length, heads, head_dim, generator=generator)
+        .to("cuda", torch.float16)
+        .requires_grad_()
+        for length, heads in ((300, 2), (460, 1), (460, 1))
+    ]
+    bounds = torch.tensor([[130, 256], [70, 390]], device="cuda", dtype=torch.int32)
+
+    def mask_mod(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return ((q < 150) == (k < bounds[b, h])) | (k % 50 == 7) & (q > 256)
+
+    score_mod: Any = (lambda s, b, h, q, k: s * 0.5 + 0.01 * (q - k)) if has_score else None
+    out = jitattn.attention(*qkv, mask=MaskMod(mask_mod), score_mod=score_mod)
+    found = torch.autograd.grad(out.float().sin().sum(), qkv)
+    leaves = [x.detach().double().requires_grad_() for x in qkv]
+    exact, _ = attend_exactly(*leaves, score_mod, mask_mod)
+    wanted = torch.autograd.grad(exact.sin().sum(), leaves)
+    assert rel_l2(out, exact) < 2e-3
+    for one, other in zip(found, wanted, strict=True):
+        assert rel_l2(one, other) < 6e-3

@@ -71,6 +71,35 @@ def test_hidden_blocks_are_not_visited(name: str) -> None:
         assert rel_l2(one, other) < 3 * LIMIT[FP16]
 
 
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 2**31 - 1, -1, -3, 1 - 2**31, -(2**31)])
+def test_integers_are_divided_exactly(divisor: int) -> None:
+    """By a number, with every combination of signs and at both ends of int32."""
+    edges = (0, 1, 2, 6, 7, 8, 99, 2**30, 2**31 - 2, 2**31 - 1)
+    dividends = [*edges, *(-n for n in edges), -(2**31)]
+    truncated = [
+        abs(n) // abs(divisor) * (1 if (n < 0) == (divisor < 0) else -1) for n in dividends
+    ]
+
+    def table(values: list[int]) -> torch.Tensor:
+        wrapped = [(n + 2**31) % 2**32 - 2**31 for n in values]
+        return torch.tensor(wrapped, dtype=torch.int32, device="cuda")
+
+    n, quotient = table(dividends), table([n // divisor for n in dividends])
+    rest, short = table([n % divisor for n in dividends]), table(truncated)
+    of_short = table([n - x * divisor for n, x in zip(dividends, truncated, strict=True)])
+
+    def is_exact(b: Any, h: Any, q: Any, k: Any) -> Any:
+        x = n[q]
+        rounded = torch.div(x, divisor, rounding_mode="trunc")
+        is_down = (x // divisor == quotient[q]) & (x % divisor == rest[q])
+        return is_down & (rounded == short[q]) & (torch.fmod(x, divisor) == of_short[q])
+
+    _, lse = jitattn.attention(
+        *drawn(FP16, len(dividends)), mask=MaskMod(is_exact), return_lse=True
+    )
+    assert bool(lse.isfinite().all())
+
+
 def score(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
     return 0.7 * s + 0.02 * (q - k) * (h + 1) - 0.1 * b
 

@@ -5,6 +5,7 @@
 // bounds.
 #pragma once
 
+#include "jitattn/attention/list_entry.cuh"
 #include "jitattn/attention/rows.cuh"
 #include "jitattn/attention/schedule.cuh"
 #include "jitattn/attention/sequence.cuh"
@@ -15,42 +16,57 @@
 
 namespace jitattn {
 
+// An entry in shared memory: the first key, whose low bits are free for those of whole_of; the cells.
+template <class Spec>
+__device__ __forceinline__ int64_t packed(const ListedGroup& listed) {
+  uint32_t low = listed.first_key;
+  if constexpr (knows_whole_blocks<Spec>()) low |= listed.whole & 15;
+  return static_cast<int64_t>(static_cast<uint64_t>(listed.bits) << 32 | low);
+}
+template <class Spec>
 __device__ __forceinline__ ListedGroup load_listed(uint32_t s_listed, int group) {
   const int64_t entry = ptx::ld_shared_b64(s_listed + group * 8);
-  return {static_cast<int>(entry), static_cast<uint32_t>(entry >> 32)};
+  const int low = static_cast<int>(entry);
+  const uint32_t bits = static_cast<uint32_t>(entry >> 32);
+  if constexpr (knows_whole_blocks<Spec>()) return {low & ~15, bits, static_cast<uint32_t>(low)};
+  return {low, bits, 0};
 }
 
 // Stores the list entry of key group t in thread t < kKeys / 16. The groups begin at first_key;
 // `idx` is the first list entry that can name one of them.
-template <int kKeys>
+template <class Spec>
 __device__ __forceinline__ void store_listed(uint32_t s_listed, const BlockListSpan& span, int idx,
                                              int first_key) {
   const int wanted = first_key / 16 + threadIdx.x;
-  int64_t entry = static_cast<int64_t>(wanted) * 16;
+  ListedGroup listed = {wanted * 16, 0, 0};
 #pragma unroll 1
-  for (int i = idx; i < min_of(idx + kKeys / 16, span.count); ++i) {
-    const int2 group = __ldg(span.g_groups + i);
-    if (group.x == wanted) entry |= static_cast<int64_t>(group.y) << 32;
+  for (int i = idx; i < min_of(idx + Spec::kBlockKv / 16, span.count); ++i) {
+    const int2 entry = __ldg(span.g_groups + i);
+    if (group_of(entry) != wanted) continue;
+    listed.bits = entry.y;
+    listed.whole = whole_of(entry);
   }
-  ptx::st_shared_b64(s_listed + threadIdx.x * 8, entry);
+  ptx::st_shared_b64(s_listed + threadIdx.x * 8, packed<Spec>(listed));
 }
 
 // Loads the cell bits of the groups of num_keys keys from first_key on; returns whether any is
-// listed.
+// listed. whole: those bits that all have which are listed.
 template <int kGroups>
-__device__ __forceinline__ bool load_listed_bits(uint32_t (&bits)[kGroups],
+__device__ __forceinline__ bool load_listed_bits(uint32_t (&bits)[kGroups], uint32_t& whole,
                                                  const BlockListSpan& span, int first_key,
                                                  int num_keys) {
   const int begin = span.before(first_key);
   bool is_listed = false;
+  whole = ~0u;
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
     if (begin + i >= span.count) continue;
-    const int2 group = __ldg(span.g_groups + begin + i);
-    const int idx = group.x - first_key / 16;
+    const int2 entry = __ldg(span.g_groups + begin + i);
+    const int idx = group_of(entry) - first_key / 16;
     is_listed |= idx * 16 < num_keys;
+    if (idx < kGroups) whole &= whole_of(entry);
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j) bits[j] |= idx == j ? group.y : 0;
+    for (int j = 0; j < kGroups; ++j) bits[j] |= idx == j ? entry.y : 0;
   }
   return is_listed;
 }
@@ -79,7 +95,7 @@ struct KeyColumns {
   __device__ int operator()(int n) const {
     if constexpr (kGathersKeys<Spec>) return first_keys[n / 2] + n % 2 * 8 + first;
     if constexpr (kHasBlockLists<Spec>) {
-      return load_listed(s_listed, n / 2).first_key + n % 2 * 8 + first;
+      return load_listed<Spec>(s_listed, n / 2).first_key + n % 2 * 8 + first;
     }
     return first + n * 8;
   }
@@ -105,11 +121,35 @@ __device__ __forceinline__ bool sees_all_listed(const FwdBlockListParams& params
   bool sees_all = true;
 #pragma unroll
   for (int group = 0; group < kKeyTiles / 2; ++group) {
-    const ListedGroup listed = load_listed(s_listed, group);
+    const ListedGroup listed = load_listed<Spec>(s_listed, group);
     sees_all &= listed.bits == all && listed.first_key + 16 <= limit &&
                 (listed.first_key >= first || listed.first_key + 16 <= head.keep_first);
   }
   return sees_all;
+}
+
+// Whether a mask function hides no key of these groups from any row of a warp, as far as the list
+// tells. Called by all lanes.
+template <class Spec, int kRowTiles, int kKeyTiles, class WarpRows>
+__device__ __forceinline__ bool is_whole(const FwdBlockListParams& params, const Sequence& sequence,
+                                         const RowMap& rows, uint32_t s_listed,
+                                         const WarpRows& warp_rows) {
+  uint32_t whole = ~0u;
+#pragma unroll
+  for (int group = 0; group < kKeyTiles / 2; ++group) {
+    whole &= load_listed<Spec>(s_listed, group).whole;
+  }
+  bool is_so = true;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int position = rows.position(warp_rows(m, half)) + sequence.diagonal;
+      const int part = (position & ((1 << params.list_log2) - 1)) / kWholeRows;
+      is_so &= (whole >> part & 1) != 0;
+    }
+  }
+  return __all_sync(0xffffffffu, is_so);
 }
 
 // Sets hidden scores to -inf. r_s: scores of a warp's rows (tile/warp_rows.cuh).
@@ -131,7 +171,7 @@ __device__ __forceinline__ void mask_listed(float (&r_s)[kRowTiles][kKeyTiles][4
       const int kept = head.keep_first - column;
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) {
-        const ListedGroup listed = load_listed(s_listed, n / 2);
+        const ListedGroup listed = load_listed<Spec>(s_listed, n / 2);
         const bool is_listed = (listed.bits >> (cell + n % 2 * 16) & 1) != 0;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {

@@ -18,19 +18,13 @@ constexpr bool changes_scores() {
   return false;
 }
 
-// Replaces the scores of a warp's rows (tile/warp_rows.cuh) and keys by what the function makes of
-// them, unscaled as before, and hides the pairs that it hides. kSlopes: r_slope becomes the
-// derivative of the new scores, 0 where they are hidden; else it is not used.
-template <class Spec, bool kSlopes, class Slopes, class Params, class WarpRows, int kRowTiles,
-          int kKeyTiles>
-__device__ __forceinline__ void apply_function(float (&r_s)[kRowTiles][kKeyTiles][4],
-                                               Slopes& r_slope, const Params& params,
-                                               const Sequence& sequence, const RowMap& rows,
-                                               int batch_idx, int first_head,
-                                               const WarpRows& warp_rows,
-                                               const KeyColumns<Spec>& columns) {
-  using Function = typename Spec::Function;
-  const float scale = params.scale_log2 * kLn2;
+// Calls `use(place, m, half, n, i)` for each score of a warp's rows (tile/warp_rows.cuh) and keys, with
+// the place of its pair.
+template <class Spec, int kRowTiles, int kKeyTiles, class WarpRows, class Use>
+__device__ __forceinline__ void visit_pairs(const Sequence& sequence, const RowMap& rows,
+                                            int batch_idx, int first_head,
+                                            const WarpRows& warp_rows,
+                                            const KeyColumns<Spec>& columns, const Use& use) {
   ScorePlace place;
   place.batch = batch_idx;
   place.shift = sequence.len_kv - static_cast<int>(matrix_row<Spec>(sequence, sequence.len_q));
@@ -47,25 +41,62 @@ __device__ __forceinline__ void apply_function(float (&r_s)[kRowTiles][kKeyTiles
         const int key = columns(n);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          float& score = r_s[m][n][2 * half + i];
           place.key = key + i;
-          float changed = score;
-          if constexpr (Function::kHasScore) {
-            const float given = score * scale;
-            changed = Function::score(params, place, given);
-            if constexpr (kSlopes) {
-              const float slope = Function::slope(params, place, given);
-              r_slope[m][n][2 * half + i] = changed == -infinity() ? 0.f : slope;
-            }
-            changed *= params.inverse_scale;
-          }
-          if constexpr (Function::kHasMask) {
-            changed = Function::sees(params, place, 0.f) ? changed : -infinity();
-          }
-          score = changed;
+          use(place, m, half, n, i);
         }
       }
     }
+  }
+}
+
+// Replaces the scores of a warp's rows and keys by what the function makes of them, unscaled as
+// before, and hides the pairs that it hides. kSlopes: r_slope becomes the derivative of the new
+// scores, 0 where they are hidden; else it is not used. Where lists know whole blocks, the mask is
+// evaluated in the others alone.
+template <class Spec, bool kSlopes, class Slopes, class Params, class WarpRows, int kRowTiles,
+          int kKeyTiles>
+__device__ __forceinline__ void apply_function(float (&r_s)[kRowTiles][kKeyTiles][4],
+                                               Slopes& r_slope, const Params& params,
+                                               const Sequence& sequence, const RowMap& rows,
+                                               int batch_idx, int first_head,
+                                               const WarpRows& warp_rows,
+                                               const KeyColumns<Spec>& columns) {
+  using Function = typename Spec::Function;
+  constexpr bool kHasScore = Function::kHasScore, kHasMask = Function::kHasMask;
+  constexpr bool kMasksLater = knows_whole_blocks<Spec>();
+  const float scale = params.scale_log2 * kLn2;
+  auto hide = [&](const ScorePlace& place, float score) {
+    if constexpr (kHasMask) return Function::sees(params, place, 0.f) ? score : -infinity();
+    return score;
+  };
+  auto change = [&](const ScorePlace& place, int m, int half, int n, int i) {
+    float& score = r_s[m][n][2 * half + i];
+    float changed = score;
+    if constexpr (kHasScore) {
+      const float given = score * scale;
+      changed = Function::score(params, place, given);
+      if constexpr (kSlopes) {
+        const float slope = Function::slope(params, place, given);
+        r_slope[m][n][2 * half + i] = changed == -infinity() ? 0.f : slope;
+      }
+      changed *= params.inverse_scale;
+    }
+    score = kMasksLater ? changed : hide(place, changed);
+  };
+  auto mask = [&](const ScorePlace& place, int m, int half, int n, int i) {
+    float& score = r_s[m][n][2 * half + i];
+    score = hide(place, score);
+  };
+  if constexpr (kHasScore || !kMasksLater) {
+    visit_pairs<Spec, kRowTiles, kKeyTiles>(sequence, rows, batch_idx, first_head, warp_rows,
+                                            columns, change);
+  }
+  if constexpr (kMasksLater) {
+    if (is_whole<Spec, kRowTiles, kKeyTiles>(params, sequence, rows, columns.s_listed, warp_rows)) {
+      return;
+    }
+    visit_pairs<Spec, kRowTiles, kKeyTiles>(sequence, rows, batch_idx, first_head, warp_rows,
+                                            columns, mask);
   }
 }
 

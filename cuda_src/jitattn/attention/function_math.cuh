@@ -3,6 +3,7 @@
 // and small integers as int: to_f16, to_i8 … round and wrap them.
 #pragma once
 
+#include "jitattn/attention/function_divisor.cuh"
 #include "jitattn/ptx/math.cuh"
 #include "jitattn/types.cuh"
 

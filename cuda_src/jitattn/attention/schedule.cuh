@@ -6,6 +6,7 @@
 // graph stays valid when lengths change.
 #pragma once
 
+#include "jitattn/attention/list_entry.cuh"
 #include "jitattn/attention/rows.cuh"
 #include "jitattn/attention/sequence.cuh"
 #include "jitattn/types.cuh"
@@ -284,6 +285,7 @@ struct CtaPlan {
 struct ListedGroup {
   int first_key;  // kNoKey: no such group
   uint32_t bits;
+  uint32_t whole;  // whole_of
 };
 
 constexpr int kNoKey = 0x3ffffff0;
@@ -312,9 +314,9 @@ struct KvBlockRange {
   BlockListHead head;
 
   __device__ ListedGroup listed_group(int idx, bool is_wanted) const {
-    if (!is_wanted || idx >= num_groups) return {kNoKey, 0};
-    const int2 group = __ldg(g_groups + idx);
-    return {group.x * 16, static_cast<uint32_t>(group.y)};
+    if (!is_wanted || idx >= num_groups) return {kNoKey, 0, ~0u};
+    const int2 entry = __ldg(g_groups + idx);
+    return {group_of(entry) * 16, static_cast<uint32_t>(entry.y), whole_of(entry)};
   }
 
   template <class Spec>
@@ -348,10 +350,10 @@ struct BlockListSpan {
   __device__ int before(int key) const {
     int below = 0, above = count;
     // Fast path: usually all groups do.
-    if (above > 0 && __ldg(g_groups + above - 1).x * 16 < key) below = above;
+    if (above > 0 && group_of(__ldg(g_groups + above - 1)) * 16 < key) below = above;
     while (below < above) {
       const int middle = (below + above) / 2;
-      if (__ldg(g_groups + middle).x * 16 < key) {
+      if (group_of(__ldg(g_groups + middle)) * 16 < key) {
         below = middle + 1;
       } else {
         above = middle;
@@ -387,7 +389,7 @@ __device__ __forceinline__ void find_block_list(KvBlockRange& range,
   const int count = span.before(min_of(sequence.len_kv, last + 1 + head.y));
   range.num_groups = count;
   if (count == 0) return;
-  const int last_key = __ldg(range.g_groups + count - 1).x * 16;
+  const int last_key = group_of(__ldg(range.g_groups + count - 1)) * 16;
   range.num_keys = (count - 1) * 16 + min_of(16, sequence.len_kv - last_key);
 }
 

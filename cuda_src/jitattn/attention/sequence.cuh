@@ -11,6 +11,13 @@ namespace jitattn {
 template <class Spec>
 constexpr bool kHasBlockLists = Spec::kMask == MaskKind::kBlockLists;
 
+// Whether lists say which rows a mask function hides nothing from (list_entry.cuh).
+template <class Spec>
+constexpr bool knows_whole_blocks() {
+  if constexpr (Spec::kHasFunction) return kHasBlockLists<Spec> && Spec::Function::kHasMask;
+  return false;
+}
+
 // Whether all sequences of the batch have one length, known at compile time.
 template <class Spec>
 constexpr bool kIsUniform = Spec::kQLayout == SeqLayout::kBatched &&

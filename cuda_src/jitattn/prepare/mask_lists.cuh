@@ -1,19 +1,27 @@
 // Kernel      Makes block lists of a traced mask: the blocks of kMaskBlock x kMaskBlock pairs that
-//             have any that it sees. Nothing waits for the device: a list has room for all groups.
+//             have any that it sees, and of which it hides none. Nothing waits for the device: a
+//             list has room for all groups.
 //
 // Work split  A CTA makes the list of a query tile: 2^list_log2 rows, of one head or of all alike. A
-//             warp looks at a block, and ends at the first pair that is seen, in any sequence. Then
-//             threads write the groups of their blocks, in order.
+//             warp looks at a block, and ends once one pair was seen and one hidden, in any
+//             sequence. Then threads write the groups of their blocks, in order.
 #pragma once
 
 #include "jitattn/attention/function_math.cuh"
+#include "jitattn/attention/list_entry.cuh"
 #include "jitattn/types.cuh"
 #include "jitattn_spec.h"
 
 namespace jitattn {
 
-constexpr int kMaskBlock = 64;  // rows and keys of a block
-constexpr int kMaskGroup = 16;  // keys of a group of a list
+constexpr int kMaskBlock = kWholeRows;  // rows and keys of a block
+constexpr int kMaskGroup = 16;          // keys of a group of a list
+
+// What a key block is to the rows of a tile.
+struct MaskCells {
+  uint32_t cells;  // of 8 rows, of the row blocks in which anything is seen (BlockListArguments)
+  uint32_t whole;  // row blocks in which nothing is hidden
+};
 
 template <class Spec, class Params>
 struct MaskTile {
@@ -22,23 +30,26 @@ struct MaskTile {
   const int head_idx;
   const int first_row;
 
-  // Returns the cells of a group of a key block that are listed (BlockListArguments): those of the
-  // row blocks in which anything is seen.
-  __device__ uint32_t cells(int block) const {
+  // Looks at the blocks of rows of a key block.
+  __device__ MaskCells look(int block) const {
     constexpr uint32_t kCells = (1u << kMaskBlock / 8) - 1;
-    uint32_t word = 0;
+    MaskCells found = {0, 0};
 #pragma unroll 1
     for (int row = 0; row < 1 << params.list_log2; row += kMaskBlock) {
-      if (sees_any(first_row + row, block * kMaskBlock)) word |= kCells << row / 8;
+      bool sees_any, hides_any;
+      look(first_row + row, block * kMaskBlock, sees_any, hides_any);
+      if (sees_any) found.cells |= kCells << row / 8;
+      if (!hides_any) found.whole |= 1u << row / kMaskBlock;
     }
-    return word | word << 16;
+    return found;
   }
 
  private:
   // A lane has every eighth row and every fourth key: what depends on one of them alone is computed
   // once for each.
-  __device__ bool sees_any(int row, int key) const {
+  __device__ void look(int row, int key, bool& sees_any, bool& hides_any) const {
     using Function = typename Spec::Function;
+    sees_any = hides_any = false;
     constexpr int kLaneKeys = kMaskBlock / 4;
     const int last_row = params.len_q - 1, last_key = params.len_kv - 1;
     ScorePlace place;
@@ -57,16 +68,19 @@ struct MaskTile {
       for (int first = 0; first < kMaskBlock; first += 8) {
         place.row = min_of(row + first + lane_idx / 4, last_row);
         const typename Function::RowValues values = Function::row_values(params, place);
-        bool sees = false;
+        bool sees = false, hides = false;
 #pragma unroll
         for (int i = 0; i < kLaneKeys; ++i) {
           place.key = min_of(key + i * 4 + lane_idx % 4, last_key);
-          sees |= Function::sees(params, place, values, keys[i]);
+          const bool is_seen = Function::sees(params, place, values, keys[i]);
+          sees |= is_seen;
+          hides |= !is_seen;
         }
-        if (__any_sync(0xffffffffu, sees && row + first < params.len_q)) return true;
+        sees_any |= __any_sync(0xffffffffu, sees && row + first < params.len_q);
+        hides_any |= __any_sync(0xffffffffu, hides);
+        if (sees_any && hides_any) return;
       }
     }
-    return false;
   }
 };
 
@@ -74,7 +88,7 @@ template <class Spec, class Params>
 __device__ __forceinline__ void mask_lists(const Params& params) {
   static_assert(sizeof(Params) == Spec::kParamsBytes, "host and device disagree");
   constexpr int kThreads = Spec::kNumThreads, kWarps = kThreads / 32;
-  __shared__ uint32_t s_cells[kThreads];
+  __shared__ MaskCells s_cells[kThreads];
   __shared__ int s_counts[kWarps];
   const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
   const int list_idx = blockIdx.x / params.list_tiles, tile_idx = blockIdx.x % params.list_tiles;
@@ -94,12 +108,13 @@ __device__ __forceinline__ void mask_lists(const Params& params) {
   for (int first = 0; first < num_blocks; first += kThreads) {
     const int end = min_of(kThreads, num_blocks - first);
     for (int i = warp_idx; i < end; i += kWarps) {
-      const uint32_t cells = tile.cells(first + i);
-      if (lane_idx == 0) s_cells[i] = cells;
+      const MaskCells found = tile.look(first + i);
+      if (lane_idx == 0) s_cells[i] = found;
     }
     __syncthreads();
     const int own = threadIdx.x;
-    const uint32_t cells = own < end ? s_cells[own] : 0;
+    const MaskCells found = own < end ? s_cells[own] : MaskCells{0, 0};
+    const uint32_t cells = found.cells | found.cells << 16;
     const int left = params.len_kv - (first + own) * kMaskBlock;
     const int groups = cells == 0 ? 0 : min_of(kMaskBlock / kMaskGroup, ceil_div(left, kMaskGroup));
     int before = groups;  // an inclusive sum over the warp
@@ -118,7 +133,8 @@ __device__ __forceinline__ void mask_lists(const Params& params) {
     }
     for (int i = 0; i < groups; ++i) {
       const int group = (first + own) * (kMaskBlock / kMaskGroup) + i;
-      params.list_groups[begin + at + i] = make_int2(group, static_cast<int>(cells));
+      const int entry = static_cast<int>(found.whole << kWholeShift | group);
+      params.list_groups[begin + at + i] = make_int2(entry, static_cast<int>(cells));
     }
     __syncthreads();  // the counts are read
   }

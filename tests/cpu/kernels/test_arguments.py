@@ -208,7 +208,7 @@ def test_a_meaning_is_in_no_key() -> None:
 
 
 def divisors() -> Iterator[int]:
-    yield from (1, 2, 3, 5, 7, 8, 31, 64, 127, 1000, 2**30, 2**31 - 1)
+    yield from (1, 2, 3, 5, 7, 8, 31, 64, 127, 1000, 2**30, 2**31 - 1, 2**31)
 
 
 def test_fast_divisor_is_exact() -> None:
@@ -216,8 +216,8 @@ def test_fast_divisor_is_exact() -> None:
     for divisor in divisors():
         mul, shift = fast_divisor(divisor)
         assert 0 < mul < 2**32
-        edges = [0, 1, divisor - 1, divisor, divisor + 1, 2 * divisor - 1, 2**31 - 1]
+        edges = [0, 1, divisor - 1, divisor, divisor + 1, 2 * divisor - 1, 2**31 - 1, 2**31]
         for n in itertools.chain(edges, (draw.randrange(2**31) for _ in range(200))):
-            if n < 2**31:
+            if n <= 2**31:
                 assert (((n * mul) >> 32) + n) >> shift == n // divisor
                 assert ((n * mul) >> 32) + n < 2**32  # the sum must not wrap in 32 bits

@@ -285,12 +285,7 @@ __device__ __forceinline__ void attn_bwd_captured(const BwdParamsOf<Spec>& param
   const int kv_tile = rest % params.num_kv_tiles;
   rest /= params.num_kv_tiles;
   const int head_idx = rest % params.heads_q, batch_idx = rest / params.heads_q;
-  const BwdStorage<Traits> storage;
-  const QueryCopies<Spec, Traits> query_copies(params);
-  const KeyCopies<Spec, Traits> key_copies(params);
-  key_copies.zero_padding(storage);
-  query_copies.zero_padding(storage);
-  ScoreTiles<Spec, Traits> tiles(params, storage, key_copies, query_copies);
+  ScoreTiles<Spec, Traits> tiles(params);
   typename Tiles::Sums sums(params, tiles.lane_idx);
   const Tiles captured{tiles, s_given, sums};
   const Sequence sequence = Sequence::of<Spec>(params, batch_idx);

@@ -35,7 +35,8 @@ struct AllTiles {
 // Visits the tiles whose lists contain keys of the block. Each thread examines the list of one tile
 // of a chunk and stores the result in shared memory: bit idx % 32 of word idx / 32 says whether the
 // list of tile `chunk + idx` contains any key of the block; the words at s_free_addr, in the same
-// order, whether all rows see all keys; the cell bits of the lists follow.
+// order, whether all rows see all keys; those at s_whole_addr, whether a mask function hides nothing;
+// the cell bits of the lists follow.
 template <class Spec, class Traits, class Keys>
 struct ListedTiles {
   static constexpr int kBlockQ = Spec::kBlockQ, kBlockKv = Spec::kBlockKv;
@@ -66,16 +67,20 @@ struct ListedTiles {
     chunk = first_tile;
     chunk_end = end_tile;
     uint32_t bits[kGroups] = {};
-    bool is_listed = false, sees_all = false;
+    bool is_listed = false, sees_all = false, is_whole = false;
     const int tile = chunk + threadIdx.x;
-    if (tile < chunk_end) examine_list(tile, bits, is_listed, sees_all);
+    if (tile < chunk_end) examine_list(tile, bits, is_listed, sees_all, is_whole);
     const uint32_t any = __ballot_sync(0xffffffffu, is_listed);
     const uint32_t all = __ballot_sync(0xffffffffu, sees_all);
+    const uint32_t whole = __ballot_sync(0xffffffffu, is_whole);
     ptx::barrier_sync<Traits::kNumThreads>();  // the last chunk's results have been read
     if (threadIdx.x % 32 == 0) {
       const int warp_idx = threadIdx.x / 32;
       ptx::st_shared_b32(storage.found + warp_idx * 4, any);
       ptx::st_shared_b32(s_free_addr() + warp_idx * 4, all);
+      if constexpr (Traits::kKnowsWhole) {
+        ptx::st_shared_b32(s_whole_addr() + warp_idx * 4, whole);
+      }
     }
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) ptx::st_shared_b32(s_bits_addr(threadIdx.x) + i * 4, bits[i]);
@@ -92,10 +97,7 @@ struct ListedTiles {
   }
 
   // Whether every row of a tile sees every key.
-  __device__ bool is_free(int tile) const {
-    const int idx = tile - chunk;
-    return (ptx::ld_shared_b32(s_free_addr() + idx / 32 * 4) >> idx % 32 & 1) != 0;
-  }
+  __device__ bool is_free(int tile) const { return has_bit(s_free_addr(), tile); }
 
   __device__ __forceinline__ BlockListHead window() const { return {head.y, head.z, head.w}; }
 
@@ -103,25 +105,35 @@ struct ListedTiles {
   __device__ void store_entries(int stage, int tile) const {
     const int group = threadIdx.x;
     if (group >= kGroups) return;
-    const uint64_t bits = ptx::ld_shared_b32(s_bits_addr(tile - chunk) + group * 4);
-    const int64_t entry = static_cast<int64_t>(bits << 32) | (first_key + group * 16);
-    ptx::st_shared_b64(storage.listed(stage) + group * 8, entry);
+    ListedGroup listed = {first_key + group * 16, 0, 0};
+    listed.bits = ptx::ld_shared_b32(s_bits_addr(tile - chunk) + group * 4);
+    if constexpr (Traits::kKnowsWhole) listed.whole = has_bit(s_whole_addr(), tile) ? ~0u : 0u;
+    ptx::st_shared_b64(storage.listed(stage) + group * 8, packed<Spec>(listed));
   }
 
  private:
   __device__ uint32_t s_free_addr() const { return storage.found + Traits::kBytesAny; }
+  __device__ uint32_t s_whole_addr() const { return storage.found + 2 * Traits::kBytesAny; }
   __device__ uint32_t s_bits_addr(int idx) const {
-    return storage.found + 2 * Traits::kBytesAny + idx * kGroups * 4;
+    return storage.found + Traits::kTileBits * Traits::kBytesAny + idx * kGroups * 4;
+  }
+  __device__ bool has_bit(uint32_t s_addr, int tile) const {
+    const int idx = tile - chunk;
+    return (ptx::ld_shared_b32(s_addr + idx / 32 * 4) >> idx % 32 & 1) != 0;
   }
 
   __device__ __forceinline__ void examine_list(int tile, uint32_t (&bits)[kGroups], bool& is_listed,
-                                               bool& sees_all) const {
+                                               bool& sees_all, bool& is_whole) const {
     const BlockListSpan span = listed_span(params, sequence, head, tile * kBlockQ);
     const int last = min_of((tile + 1) * kBlockQ, sequence.len_q) - 1 + sequence.diagonal;
     const int first = max_of(tile * kBlockQ, sequence.first_position) + sequence.diagonal;
     const bool is_near =
         first_key <= last + head.y && (first_key + num_keys > first + head.z || first_key < head.w);
-    if (is_near) is_listed = load_listed_bits(bits, span, first_key, num_keys);
+    uint32_t whole = 0;
+    if (is_near) is_listed = load_listed_bits(bits, whole, span, first_key, num_keys);
+    // All rows of the list's tile, which may be more than these.
+    const uint32_t parts = (1u << ceil_div(1 << params.list_log2, kWholeRows)) - 1;
+    is_whole = (whole & parts) == parts;
     sees_all = is_listed && num_keys == kBlockKv && first_key + kBlockKv - 1 <= first + head.y &&
                (first_key >= last + head.z || first_key + kBlockKv <= head.w) &&
                has_all_cells(bits, params.list_log2);

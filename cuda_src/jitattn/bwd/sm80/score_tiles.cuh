@@ -33,26 +33,26 @@ struct ScoreTiles {
   };
 
   const BwdParamsOf<Spec>& params;
-  const BwdStorage<Traits>& storage;
-  const KeyCopies<Spec, Traits>& key_copies;
-  const QueryCopies<Spec, Traits>& query_copies;
+  const BwdStorage<Traits> storage;
+  const KeyCopies<Spec, Traits> key_copies;
+  const QueryCopies<Spec, Traits> query_copies;
   const bool has_scores;  // whether this warp has scores
   const int lane_idx;
   const typename Traits::GridS grid;
   const ScoreOperands<Traits> operands;
   int held_batch = -1, held_head = -1, held_tile = -1;  // of the K and V in shared memory
 
-  __device__ ScoreTiles(const BwdParamsOf<Spec>& params, const BwdStorage<Traits>& storage,
-                        const KeyCopies<Spec, Traits>& key_copies,
-                        const QueryCopies<Spec, Traits>& query_copies)
+  __device__ explicit ScoreTiles(const BwdParamsOf<Spec>& params)
       : params(params),
-        storage(storage),
-        key_copies(key_copies),
-        query_copies(query_copies),
+        key_copies(params),
+        query_copies(params),
         has_scores(threadIdx.x / 32 < Traits::kNumScoreWarps),
         lane_idx(threadIdx.x % 32),
         grid(has_scores ? threadIdx.x / 32 : 0),
-        operands(storage, grid, lane_idx) {}
+        operands(storage, grid, lane_idx) {
+    key_copies.zero_padding(storage);
+    query_copies.zero_padding(storage);
+  }
 
   // Calls `use(weights)` with the place of a warp's scores, once the operands of a tile are there, if
   // any of its rows may see a key. Called by all threads.
@@ -80,7 +80,7 @@ struct ScoreTiles {
     load_queries(batch_idx, head_idx, sequence, q_tile);
     if constexpr (kHasBlockLists<Spec>) {
       if (static_cast<int>(threadIdx.x) < kBlockKv / 16) {
-        store_listed<kBlockKv>(storage.listed(0), listed.span, listed.first, first_key);
+        store_listed<Spec>(storage.listed(0), listed.span, listed.first, first_key);
       }
     }
     ptx::cp_async_wait<0>();
@@ -114,7 +114,7 @@ struct ScoreTiles {
     listed.span = listed_span(params, sequence, head, first_row);
     listed.first = listed.span.before(first_key);
     return listed.first < listed.span.count &&
-           __ldg(listed.span.g_groups + listed.first).x * 16 < first_key + num_keys;
+           group_of(__ldg(listed.span.g_groups + listed.first)) * 16 < first_key + num_keys;
   }
 
   // Starts copying Q and dO, and stores the statistics of their rows.

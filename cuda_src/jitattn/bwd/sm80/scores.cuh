@@ -201,13 +201,8 @@ template <class Spec>
 __device__ __forceinline__ void attn_bwd_scores(const BwdParamsOf<Spec>& params) {
   using Traits = BwdTraits<Spec>;
   const ScoreWork<Spec> own(params);
-  const BwdStorage<Traits> storage;
-  const QueryCopies<Spec, Traits> query_copies(params);
-  const KeyCopies<Spec, Traits> key_copies(params);
-  key_copies.zero_padding(storage);
-  query_copies.zero_padding(storage);
-  ScoreTiles<Spec, Traits> tiles(params, storage, key_copies, query_copies);
-  const ScoreSums<Spec, Traits> sums{tiles, params, storage, tiles.grid, tiles.lane_idx};
+  ScoreTiles<Spec, Traits> tiles(params);
+  const ScoreSums<Spec, Traits> sums{tiles, params, tiles.storage, tiles.grid, tiles.lane_idx};
 
   typename TileWeights<Spec, Traits>::Scores r_sum = {};  // kMatrix, kRow
   float sum = 0.f;                                        // kDistance: for this thread's diagonal

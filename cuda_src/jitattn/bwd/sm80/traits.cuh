@@ -102,7 +102,10 @@ struct BwdTraits {
   // block, whether every row sees all keys, and the cell bits of the list.
   static constexpr int kOffsetFound = kOffsetListed + (kHasBlockLists<Spec> ? 2 * kBytesListed : 0);
   static constexpr int kBytesAny = kNumThreads / 8;
-  static constexpr int kBytesFound = 2 * kBytesAny + kNumThreads * (Spec::kBlockKv / 16) * 4;
+  static constexpr bool kKnowsWhole = knows_whole_blocks<Spec>();
+  static constexpr int kTileBits = kKnowsWhole ? 3 : 2;  // of a query tile (query_queue.cuh)
+  static constexpr int kBytesFound =
+      kTileBits * kBytesAny + kNumThreads * (Spec::kBlockKv / 16) * 4;
   static constexpr int kSmemBytes = kOffsetFound + (kHasBlockLists<Spec> ? kBytesFound : 0);
   static_assert(kSmemBytes == Spec::kSmemBytes, "host and device disagree on shared memory");
 

@@ -157,10 +157,8 @@ struct GatheredRows {
       if constexpr (kHasBlockLists<Spec>) {
         const uint32_t key = group_of(i) * kGroup;
         if (key % 16 != 0) continue;
-        const int64_t bits = found.listed[i].bits;
-        ptx::st_shared_b64(
-            listed_addr((batch & 1) * kBatch) + key / 16 * 8,
-            static_cast<int64_t>(bits << 32) | static_cast<uint32_t>(found.listed[i].first_key));
+        ptx::st_shared_b64(listed_addr((batch & 1) * kBatch) + key / 16 * 8,
+                           packed<Spec>(found.listed[i]));
       }
     }
   }

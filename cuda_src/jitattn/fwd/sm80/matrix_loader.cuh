@@ -53,7 +53,7 @@ struct MatrixLoader {
         [&](int column) {
           if constexpr (kHasBlockLists<Spec>) {
             const uint32_t s_listed = gathered.listed_addr(block);
-            return load_listed(s_listed, column / 16).first_key + column % 16;
+            return load_listed<Spec>(s_listed, column / 16).first_key + column % 16;
           }
           return block * Spec::kBlockKv + column;
         });

@@ -9,7 +9,6 @@
 #include "jitattn/fwd/sm90/gathered_blocks.cuh"
 #include "jitattn/fwd/sm90/pipeline.cuh"
 #include "jitattn/fwd/sm90/traits.cuh"
-#include "jitattn/ptx/shared.cuh"
 #include "jitattn/ptx/sm90/mbarrier.cuh"
 #include "jitattn/ptx/sm90/warpgroup.cuh"
 #include "jitattn/ptx/sm90/wgmma.cuh"
@@ -113,28 +112,9 @@ struct FwdConsumer {
     ring = {uniform(ring.stage), static_cast<uint32_t>(uniform(ring.parity))};
     const Work work = tiles.work_of(tile);
     const Scores scores = scores_of(work);
-    int ordinal = tile.end - 2;
-    if constexpr (kHasBlockLists<Spec>) {
-#pragma unroll 1
-      for (; ordinal >= tile.begin; --ordinal) step<true>(tile, work, scores, ordinal);
-    } else if constexpr (kHasGap<Spec>) {
-      const WholeBlocks whole = scores.whole_blocks();
-#pragma unroll 1
-      for (; ordinal >= tile.begin; --ordinal) {
-        if (whole.has(ordinal)) {
-          step<false>(tile, work, scores, ordinal);
-        } else {
-          step<true>(tile, work, scores, ordinal);
-        }
-      }
-    } else {
-#pragma unroll 1
-      for (; ordinal >= tile.begin && scores.is_cut(ordinal); --ordinal) {
-        step<true>(tile, work, scores, ordinal);
-      }
-#pragma unroll 1
-      for (; ordinal >= tile.begin; --ordinal) step<false>(tile, work, scores, ordinal);
-    }
+    walk_blocks<Spec>(scores, tile.end - 2, tile.begin, [&](auto is_masked, int ordinal) {
+      step<is_masked.value>(tile, work, scores, ordinal);
+    });
   }
 
   // kIsMasked: some row of the warpgroup may not see all keys of the block.

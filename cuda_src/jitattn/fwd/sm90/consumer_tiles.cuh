@@ -2,6 +2,7 @@
 #pragma once
 
 #include "jitattn/attention/cta_work.cuh"
+#include "jitattn/attention/warp_scores.cuh"
 #include "jitattn/fwd/sm90/pipeline.cuh"
 #include "jitattn/fwd/sm90/traits.cuh"
 #include "jitattn/ptx/shared.cuh"
@@ -55,6 +56,37 @@ struct ConsumerTile {
 
   __device__ bool has_blocks() const { return begin < end; }
 };
+
+// Whether some row of the warpgroup may not see all keys of a block, as a type.
+template <bool kIsMasked>
+struct IsMasked {
+  static constexpr bool value = kIsMasked;
+};
+
+// Calls `step(is_masked, ordinal)` for the key blocks from `ordinal` down to `begin`.
+template <class Spec, class Scores, class Step>
+__device__ __forceinline__ void walk_blocks(const Scores& scores, int ordinal, int begin,
+                                            const Step& step) {
+  if constexpr (kHasBlockLists<Spec>) {
+#pragma unroll 1
+    for (; ordinal >= begin; --ordinal) step(IsMasked<true>{}, ordinal);
+  } else if constexpr (kHasGap<Spec>) {
+    const WholeBlocks whole = scores.whole_blocks();
+#pragma unroll 1
+    for (; ordinal >= begin; --ordinal) {
+      if (whole.has(ordinal)) {
+        step(IsMasked<false>{}, ordinal);
+      } else {
+        step(IsMasked<true>{}, ordinal);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (; ordinal >= begin && scores.is_cut(ordinal); --ordinal) step(IsMasked<true>{}, ordinal);
+#pragma unroll 1
+    for (; ordinal >= begin; --ordinal) step(IsMasked<false>{}, ordinal);
+  }
+}
 
 // Gives a consumer its tiles, in order.
 template <class Spec>

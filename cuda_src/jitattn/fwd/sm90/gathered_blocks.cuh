@@ -47,9 +47,7 @@ struct PieceFinder {
   // Leaves the list entries of a block in shared memory.
   __device__ void store(uint32_t s_listed, const ListedGroup& listed) const {
     if (lane_idx >= kGroups) return;
-    const int64_t bits = listed.bits;
-    ptx::st_shared_b64(s_listed + lane_idx * 8,
-                       static_cast<int64_t>(bits << 32) | static_cast<uint32_t>(listed.first_key));
+    ptx::st_shared_b64(s_listed + lane_idx * 8, packed<Spec>(listed));
   }
 
  private:

@@ -90,25 +90,9 @@ struct FwdPartsConsumer {
                            consumer * 64};
     const Scores scores(work, listed, s_addr, part);
     scale.load_rows(work, scores.rows);
-    int ordinal = tile.end - 1;
-    if constexpr (kHasGap<Spec>) {
-      const WholeBlocks whole = scores.whole_blocks();
-#pragma unroll 1
-      for (; ordinal >= tile.begin; --ordinal) {
-        if (whole.has(ordinal)) {
-          step<false>(tile, work, scores, ordinal);
-        } else {
-          step<true>(tile, work, scores, ordinal);
-        }
-      }
-    } else {
-#pragma unroll 1
-      for (; ordinal >= tile.begin && scores.is_cut(ordinal); --ordinal) {
-        step<true>(tile, work, scores, ordinal);
-      }
-#pragma unroll 1
-      for (; ordinal >= tile.begin; --ordinal) step<false>(tile, work, scores, ordinal);
-    }
+    walk_blocks<Spec>(scores, tile.end - 1, tile.begin, [&](auto is_masked, int ordinal) {
+      step<is_masked.value>(tile, work, scores, ordinal);
+    });
   }
 
   // kIsMasked: some row of the warpgroup may not see all keys of the block.
