@@ -29,6 +29,15 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=s
 pytestmark = pytest.mark.usefixtures("with_grad")
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_in_fp32(seed: int) -> None:
+    drawn_sage.check_sage(seed, torch.float32, "cuda")
+    drawn_sage.check_sage_varlen(seed, torch.float32, "cuda")
+    drawn_xformers.check_batched(seed, torch.float32, "cuda")
+    drawn_flash.check_fa3("varlen", seed, torch.float32, "cuda")
+    drawn_flash.check_fa4("varlen", seed, torch.float32, "cuda")
+
+
 @DTYPES
 @pytest.mark.parametrize("seed", range(12))
 def test_sageattn(seed: int, dtype: torch.dtype) -> None:

@@ -15,6 +15,11 @@ from .compat_random import near
 
 #: Relative L2 tolerance of values: 8 bits on a GPU, and there fp32 with one TF32 pass.
 LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+#: Of gradients, which are computed at gear 2 of a result and an LSE of gear 4: differences between
+#: dP and the row sums of dO * O magnify its errors, to 2.4e-3 in fp32 with one query.
+GRADIENT_LIMITS = {torch.float32: 5e-3, torch.float16: 4e-2, torch.bfloat16: 4e-2}
+#: Of both on the CPU path, in fp32.
+EXACT = 2e-5
 NAMED = (
     sage.sageattn_qk_int8_pv_fp16_cuda,
     sage.sageattn_qk_int8_pv_fp16_triton,
@@ -109,18 +114,19 @@ def _compare(
 ) -> None:
     """Compare values within the promise of gear 4, and gradients within gear 2's."""
     assert out.shape == truth.shape
-    near(out, truth, LIMITS[dtype])
+    is_exact = not out.is_cuda  # the CPU path quantizes nothing
+    near(out, truth, EXACT if is_exact else LIMITS[dtype])
     flat, wanted = out.double().flatten(), truth.flatten()
     assert torch.cosine_similarity(flat, wanted, 0) >= 0.999
     if got is not None and lse is not None:
         assert got.dtype is torch.float32
-        limit = 1e-3 if dtype is torch.float32 else 5e-2
+        limit = 1e-4 if is_exact else 1e-3 if dtype is torch.float32 else 5e-2
         torch.testing.assert_close(got, lse.float(), rtol=limit, atol=limit)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
     results = torch.autograd.grad(out, leaves, grad, retain_graph=True)
     truths = torch.autograd.grad(truth, leaves, grad.double())
     for one, other in zip(results, truths, strict=True):
-        near(one, other, 2 * LIMITS[dtype])
+        near(one, other, EXACT if is_exact else GRADIENT_LIMITS[dtype])
 
 
 def of_kind(kind: str, *shape: int, dtype: torch.dtype, device: str) -> list[Tensor]:
