@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jitattn.errors import InvalidInputError, JitAttnError
+from jitattn.spec import install
 from jitattn.values.function_cache import function_of
 from jitattn.values.masks import MaskMod
 from jitattn.values.pairs import visible_pairs
@@ -237,7 +238,7 @@ def draw(
         from PIL import Image, ImageDraw
     except ImportError as error:
         raise JitAttnError(
-            'drawing needs Pillow; install it with: pip install "jitattn[draw]"'
+            f"drawing needs Pillow; install it with: {install.command('draw')}"
         ) from error
     heads = _heads(_drawn(pattern, sizes, batch_idx)).cpu()
     count, rows, columns = heads.shape
