@@ -16,6 +16,7 @@ PACKAGE = ROOT / "jitattn"
 MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 #: From the top to the bottom. A folder imports what stands below it, and nothing above.
 ORDER = (
+    "demo",
     "compat",
     "integrations",
     "cli",
