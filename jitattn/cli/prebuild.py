@@ -88,6 +88,7 @@ def prebuild(
         _report_plan(specs, cache, jobs, as_json)
         sys.exit(1 if refused else 0)
     _check_that_it_keeps(cache)
+    _check_that_it_compiles(specs, cache)
     _make(specs, cache, jobs, as_json, len(refused))
 
 
@@ -129,6 +130,15 @@ def _check_that_it_keeps(cache: DiskCache) -> None:
             f"{cache.root} keeps no kernels ({reason}), so none is compiled: set JITATTN_CACHE_DIR "
             "to a directory that only you can write; jitattn-cache doctor says more"
         )
+
+
+def _check_that_it_compiles(specs: list[KernelSpec], cache: DiskCache) -> None:
+    """Raise before the first kernel if there is no compiler, but for kernels that are all there."""
+    try:
+        compilers.chosen()
+    except CompileError:
+        if not all(_is_there(spec, cache) for spec in specs):
+            raise
 
 
 def _choice(

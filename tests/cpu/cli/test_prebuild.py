@@ -278,8 +278,14 @@ def test_dry_run_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilers, "_remembered", dict)
     compilers._choose.cache_clear()
     done = run("prebuild", *SMALL, "--dry-run")
+    again = run("prebuild", *SMALL, "-j", "1")
+    other = run("prebuild", *SMALL[:-1], "causal", "-j", "2")
     compilers._choose.cache_clear()
     assert "0 to make, 3 cached" in done.stdout
+    assert "0 compiled, 3 cached, 0 failed" in again.stdout
+    assert (other.exit_code, other.stdout) == (1, "")
+    assert other.stderr.startswith("jitattn-cache: no NVRTC is installed: pip install ")
+    assert len(other.stderr.splitlines()) == 1
 
 
 def test_dry_run_estimates_time_and_size() -> None:
