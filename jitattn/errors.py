@@ -41,6 +41,10 @@ class WithoutMemoryError(InvalidInputError):
         super().__init__(message)
 
 
+class StridesError(InvalidInputError):
+    """Columns of a tensor are apart; `attention` catches this, and copies q, k or v."""
+
+
 class NestedError(InvalidInputError):
     """A tensor is nested where a strided one is needed; `attention` catches this."""
 

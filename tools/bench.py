@@ -62,6 +62,8 @@ COLUMNS: Final = (
 #: All input sets together are larger than this, so that none stays in L2 (60 MB on an H200).
 _COLD_BYTES: Final = 200e6
 _OURS: Final = "jitattn"
+#: Sections that need no GPU, in the order in which they run.
+_WITHOUT_GPU: Final = dict.fromkeys(("compile", "service", "doors"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,9 +277,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = (arguments.section or ",".join(quick if arguments.quick else sections)).split(",")
     if unknown := set(asked) - set(sections):
         parser.error(f"--section: {', '.join(sorted(unknown))} is none of {', '.join(sections)}")
-    if not torch.cuda.is_available() and not set(asked) <= {"compile", "service", "doors"}:
-        say("torch sees no GPU: only --section compile,service,doors runs here")
-        asked = ["compile", "service", "doors"]
+    if not torch.cuda.is_available() and not set(asked) <= _WITHOUT_GPU.keys():
+        here = ",".join(_WITHOUT_GPU)
+        if arguments.section:
+            missing = ", ".join(sorted(set(asked) - _WITHOUT_GPU.keys()))
+            parser.error(f"--section: {missing} needs a GPU, and torch sees none; here: {here}")
+        say(f"torch sees no GPU: --section {here}")
+        asked = list(_WITHOUT_GPU)
     rounds = arguments.rounds or (5 if arguments.quick else 15)
     report = Report(common_facts())
     with torch.no_grad():

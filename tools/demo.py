@@ -1,4 +1,4 @@
-"""Demonstrates jitattn: ``python tools/demo.py``.
+"""Demonstrates jitattn: ``python -m jitattn.demo``, or ``python tools/demo.py`` in a checkout.
 
 With a GPU: a chat-like call (8 query tokens on a 16k history) and a long prompt, checked against
 the reference, with cold-compile, disk, launch and kernel times against torch's SDPA. Without one:
@@ -8,6 +8,7 @@ the CPU path against the reference. Uses a cache of its own and leaves nothing b
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -18,7 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+_FOLDER: Final = Path(__file__).resolve().parent
+#: The tools beside this file, and in a checkout the package beside them.
+_PATHS: Final = [
+    str(_FOLDER),
+    *(str(one) for one in (_FOLDER.parent,) if (one / "jitattn" / "__init__.py").is_file()),
+]
+sys.path[:0] = _PATHS
 
 import torch
 from _table import print_table, say
@@ -232,8 +239,7 @@ def second_process() -> dict[str, int]:
         "stats = build.stats()\n"
         "print(json.dumps({'compiled': stats.compiled, 'disk_hits': stats.disk_hits}))"
     )
-    paths = json.dumps([str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])])
-    command = [sys.executable, "-c", code, paths]
+    command = [sys.executable, "-c", code, json.dumps(_PATHS)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     counters: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return counters
@@ -262,7 +268,11 @@ def on_cpu() -> bool:
     return right
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args(argv)  # --help, and an error for anything else
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="jitattn-demo-") as folder:
         os.environ["JITATTN_CACHE_DIR"] = folder

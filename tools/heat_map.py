@@ -2,7 +2,7 @@
 
 ``python tools/heat_map.py measure TABLE.csv`` needs a GPU: 16k tokens, H * D = 2048, bf16, full and
 causal self-attention, and decoding (batch 16, one query) on as many keys. ``draw TABLE.csv
-MAP.png`` needs matplotlib (``pip install jitattn[bench]``). A cell is the peer's time over ours,
+MAP.png`` needs matplotlib (``pip install -e ".[bench]"``). A cell is the peer's time over ours,
 the better one of SDPA's cuDNN and flash backends, alone by triton.testing.do_bench.
 """
 

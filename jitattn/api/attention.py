@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from jitattn.api import interop
 from jitattn.api.functions import MAY_HOLD_FUNCTIONS, traced_apart
 from jitattn.api.nested import are_nested, attention_of_nested
-from jitattn.errors import NestedError, WithoutMemoryError
+from jitattn.errors import NestedError, StridesError, WithoutMemoryError
 from jitattn.request.problem import Call
 from jitattn.request.score_checks import softcap_of
 from jitattn.request.scores import NO_CHANGES, Scores, in_fp32
@@ -24,9 +24,11 @@ from jitattn.run.indirect import (
     num_dispatch_modes,
 )
 from jitattn.run.operators import call_operator
+from jitattn.run.unit_strides import with_unit_strides
 from jitattn.values.autocast import cast_inputs
 from jitattn.values.dropout import Dropout, check_state, threshold_of
 from jitattn.values.dropout import dropout_state as draw_state
+from jitattn.values.foreign import refuse as refuse_foreign
 from jitattn.values.masks import Full
 from jitattn.values.tensors import PLAIN
 
@@ -101,6 +103,7 @@ def attention(
     q_offset: QOffset = 0,
     deterministic: bool = False,
     tile_rows: int | None = None,
+    **foreign: Any,
 ) -> Any:
     """Compute exact scaled dot-product attention, softmax(scale q k^T) v.
 
@@ -111,8 +114,9 @@ def attention(
     Parameters
     ----------
     q : Tensor, [B, Lq, Hq, D]
-        fp16, bf16, fp32, on the CPU also fp64; D from 1 to 256. Any strides with the last equal to
-        1, any alignment (16-byte aligned rows are fastest). Arrays with ``__dlpack__`` (CuPy, JAX,
+        fp16, bf16, fp32, on the CPU also fp64; D from 1 to 256. Any strides and alignment (16-byte
+        aligned rows are fastest); of q, k and v whose last stride is not 1 a copy is made, with one
+        warning. Arrays with ``__dlpack__`` (CuPy, JAX,
         numpy) are accepted too, and the result is of the same kind; so are nested tensors of torch,
         jagged (without a copy) or strided, whose LSE is that of a ragged q.
     k : Tensor, [B, Lkv, Hkv, D]
@@ -209,7 +213,8 @@ def attention(
     Raises
     ------
     InvalidInputError
-        An argument breaks a rule; nothing was launched.
+        An argument breaks a rule; nothing was launched. Of a keyword that other attention functions
+        have, and this one has not, it names ours, and is a TypeError as well.
     UnsupportedError
         Valid, but no kernel exists: a GPU older than sm_80, or a gradient that is not computed on
         a GPU: of keys that sequences of `Ragged` share, or of second order.
@@ -253,6 +258,8 @@ def attention(
     >>> jitattn.attention(q, k, v, mask=jitattn.Causal()).shape
     torch.Size([1, 8, 32, 128])
     """
+    if foreign:
+        refuse_foreign("attention", foreign, _OWN_NAMES)
     if is_dynamo_compiling() or torch._C._is_any_autocast_enabled():
         q, k, v, bias = _in_autocast(q, k, v, bias)
     scores = NO_CHANGES
@@ -291,14 +298,16 @@ def attention(
         tile_rows,
     )
     if is_dynamo_compiling():
-        compiled = attention_of_nested if are_nested(q, k, v) else call_operator
-        return compiled(q, k, v, Call(*values))
+        if are_nested(q, k, v):
+            return attention_of_nested(q, k, v, Call(*values))
+        q, k, v = with_unit_strides(q, k, v)
+        return call_operator(q, k, v, Call(*values))
     call = _NEW(Call, values)  # what Call(*values) does, at half the cost
     is_plain = type(q) is type(k) is type(v) is Tensor or {type(q), type(k), type(v)} <= PLAIN
     if is_plain and not (num_dispatch_modes() or is_tracing() or in_transform()):
         try:
             return run(q, k, v, call)
-        except WithoutMemoryError:
+        except (WithoutMemoryError, StridesError):
             return attention_indirectly(q, k, v, call)
         except NestedError:
             pass
@@ -312,6 +321,14 @@ def attention(
         return interop.to_kind_of(result, q) if out is None else out
     own, lse = result
     return interop.to_kind_of(own, q) if out is None else out, interop.to_kind_of(lse, q)
+
+
+#: Keyword arguments of `attention`.
+_OWN_NAMES = tuple(
+    name
+    for name, parameter in inspect.signature(attention).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+)
 
 
 def _in_autocast(*tensors: Any) -> list[Any]:  # noqa: ANN401 - arrays of any library, or None
@@ -354,9 +371,12 @@ def bind(
 
     Raises
     ------
-    TypeError
+    UnknownArgumentError
         `attention` has no such argument.
     """
+    foreign = {name: arguments[name] for name in arguments if name not in _OWN_NAMES}
+    if foreign:
+        refuse_foreign("attention", foreign, _OWN_NAMES)
     bound = inspect.signature(attention).bind(q, k, v, **arguments)
     bound.apply_defaults()
     given = bound.arguments

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, Final, Literal, Unpack, overload
 
 import torch
 
 from jitattn.api.functions import MAY_HOLD_FUNCTIONS, traced_apart
-from jitattn.errors import WithoutMemoryError
+from jitattn.errors import StridesError, WithoutMemoryError
 from jitattn.request.problem import Call
 from jitattn.request.score_checks import softcap_of
 from jitattn.request.scores import Scores
@@ -20,6 +21,7 @@ from jitattn.run.kvcache import (
     run_with_kvcache,
 )
 from jitattn.run.kvcache_operators import call_kvcache_operator
+from jitattn.values.foreign import refuse as refuse_foreign
 from jitattn.values.masks import Causal
 from jitattn.values.sequences import checked_max_length
 from jitattn.values.tensors import PLAIN
@@ -103,6 +105,7 @@ def attention_with_kvcache(
     sinks: Tensor | None = None,
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
     q_offset: QOffset = 0,
+    **foreign: Any,
 ) -> Any:
     """Append new keys and values to a cache in place, and attend to all of it.
 
@@ -115,7 +118,8 @@ def attention_with_kvcache(
     q : Tensor, [B, Lq, Hq, D]
         As in `attention`; [total, Hq, D] with `q_seqs`.
     k_cache : Tensor, [Bc, Lc, Hkv, D], or [num_pages, page_size, Hkv, D] with a block table
-        Written in place. Any strides with the last equal to 1.
+        Written in place. Any strides with the last equal to 1. (Of q, k and v, a copy is made where
+        it is not.)
     v_cache : Tensor, likewise with Dv
     k, v : Tensor, [B, num_new, Hkv, D] and [B, num_new, Hkv, Dv], optional
         New tokens, which become the rows length[b] … of sequence b; with `q_seqs` those of the
@@ -168,6 +172,8 @@ def attention_with_kvcache(
     >>> torch.equal(k_cache[:, 5:8], k)
     True
     """
+    if foreign:
+        refuse_foreign("attention_with_kvcache", foreign, _OWN_NAMES)
     if not isinstance(length, torch.Tensor):
         length = checked_length(length)
     max_length = checked_max_length("attention_with_kvcache", max_length)
@@ -191,5 +197,13 @@ def attention_with_kvcache(
         return kvcache_indirectly(q, k_cache, v_cache, cache, call)
     try:
         return run_with_kvcache(q, k_cache, v_cache, cache, call)
-    except WithoutMemoryError:
+    except (WithoutMemoryError, StridesError):
         return kvcache_indirectly(q, k_cache, v_cache, cache, call)
+
+
+#: Keyword arguments of `attention_with_kvcache`.
+_OWN_NAMES: Final = tuple(
+    name
+    for name, parameter in inspect.signature(attention_with_kvcache).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+)

@@ -326,6 +326,19 @@ class DiskCache(Store):
         """
         return location.make(self.root, self.owners)
 
+    def check_writable(self) -> None:
+        """Write and delete a draft, as every new kernel does.
+
+        Raises
+        ------
+        OSError
+            The directory cannot be made, cannot be written, or others could write to it.
+        """
+        with self.make() as store, store.folder("tmp", make=True) as drafts:
+            name = f"{os.getpid()}-{secrets.token_hex(8)}"
+            drafts.write_new(name, b"")
+            drafts.unlink(name)
+
     def make_folder(self, top: Directory, name: str) -> Directory:
         """Open a directory in the root; create and tag it if it does not exist."""
         is_new = top.make_folder(name)
@@ -389,13 +402,14 @@ class DiskCache(Store):
                 _LOG.info("%d kernels evicted from %s", len(gone), self.root)
 
 
-def user_cache() -> DiskCache | None:
+def user_cache(*, make: bool = True) -> DiskCache | None:
     """Return the cache of this user; None if no directory can be used.
 
     ``JITATTN_CACHE_DIR``, else the platform's cache directory, else (if that cannot be made) a
-    private one among the temporary files. Never the working directory.
+    private one among the temporary files. Never the working directory. `make`: see
+    `location.find`.
     """
-    found = location.find()
+    found = location.find(make=make)
     if found is None:
         files.warn_once("root", "no cache directory is to be had: kernels are kept in memory only")
         return None

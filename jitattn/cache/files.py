@@ -184,7 +184,7 @@ def distrust(
     if stat.S_ISLNK(status.st_mode) or _is_junction(status):
         return "it is a symbolic link"
     if not is_kind(status.st_mode):
-        return "it is of another kind"
+        return "it is no directory" if is_kind is stat.S_ISDIR else "it is no regular file"
     if not HAS_OWNERS:
         return None
     if _is_nobody(status.st_uid):
@@ -235,7 +235,9 @@ def warn_once(subject: object, message: str) -> None:
     with _warned_lock:
         is_first = str(subject) not in _warned
         _warned.add(str(subject))
-    _LOG.log(logging.WARNING if is_first else logging.INFO, message)
+    # The subject is for worker processes, whose warnings their parent gives (`jit/worker.py`).
+    level = logging.WARNING if is_first else logging.INFO
+    _LOG.log(level, message, extra={"subject": str(subject)})
 
 
 def _after_fork_in_child() -> None:

@@ -1,4 +1,4 @@
-"""Finds and deletes drafts of dead writers, entries that were set aside, and imports.
+"""Finds and deletes drafts and cubins of dead writers, entries set aside, and imports.
 
 Only names that match the cache's patterns are deleted, only in directories that pass the checks for
 reading, and never through a link.
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
     from jitattn.cache.directory import Directory
     from jitattn.cache.disk import DiskCache
+    from jitattn.cache.store import File
 
-Kind: TypeAlias = Literal["draft", "aside", "import"]
+Kind: TypeAlias = Literal["draft", "aside", "import", "orphan"]
 
 #: Directory of the imported archives, each under its digest.
 IMPORTED: Final = "imported"
@@ -38,7 +39,10 @@ _VERSION: Final = re.compile(r"v[0-9]+")
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """Draft, file set aside or unfinished import; in use only while its writer runs."""
+    """Draft, file set aside, unfinished import or cubin without metadata.
+
+    It is in use only while its writer runs.
+    """
 
     kind: Kind
     name: str
@@ -52,8 +56,11 @@ class Leftover:
 
 
 def find(cache: DiskCache, trouble: list[OSError]) -> list[Leftover]:
-    """List drafts, files that were set aside and unfinished imports, in use or not."""
-    found: list[Leftover] = []
+    """List drafts, files set aside and unfinished imports, in use or not, and orphaned cubins."""
+    found: list[Leftover] = [
+        Leftover("orphan", one.key, one.status.st_mtime, _blocks(one.status))
+        for one in cache.orphans(trouble)
+    ]
     with noted(trouble), cache.open() as store:
         found += _in_store(store, trouble)
     with noted(trouble), cache.open_root() as root:
@@ -63,7 +70,8 @@ def find(cache: DiskCache, trouble: list[OSError]) -> list[Leftover]:
 
 def sweep(cache: DiskCache, keep_bad: int, trouble: list[OSError], *, is_dry: bool = False) -> int:
     """Delete leftovers of dead writers, and all but the newest files that were set aside."""
-    count = 0
+    orphans = cache.orphans(trouble)
+    count = len(orphans) if is_dry else _delete_orphans(cache, orphans, trouble)
     with noted(trouble), cache.open() as store:
         found = _in_store(store, trouble)
         drafts = [one for one in found if one.kind == "draft" and one.is_stale]
@@ -143,6 +151,21 @@ def _delete_files(store: Directory, doomed: list[Leftover], trouble: list[OSErro
     return count
 
 
+def _delete_orphans(cache: DiskCache, orphans: list[File], trouble: list[OSError]) -> int:
+    """Delete cubins without metadata, unless they have got some meanwhile; return their number."""
+    count = 0
+    for one in orphans:
+        with noted(trouble), cache.open() as store, store.folder(one.key[:2]) as shard:
+            if f"{one.key[2:]}.json" not in shard.names():
+                shard.unlink(f"{one.key[2:]}.cubin")
+                count += 1
+    return count
+
+
+def _blocks(status: os.stat_result) -> int:
+    return int(getattr(status, "st_blocks", 0) * 512)
+
+
 @contextlib.contextmanager
 def noted(trouble: list[OSError]) -> Iterator[None]:
     """Collect errors for a report; ignore those about missing files."""
@@ -219,5 +242,5 @@ def _listed(
         for one in filter(pattern.fullmatch, folder.names()):
             with contextlib.suppress(FileNotFoundError):
                 status = folder.status(one)
-                size = 0 if kind == "import" else getattr(status, "st_blocks", 0) * 512
+                size = 0 if kind == "import" else _blocks(status)
                 yield Leftover(kind, one, status.st_mtime, size)

@@ -39,21 +39,42 @@ _TAG_TEXT: Final = (
 )
 
 
-def find() -> Path | None:
-    """Return the root of this user's cache; None if no directory can be used."""
-    return _found(tuple(map(os.environ.get, VARIABLES)), *files.our_owners())
+def find(*, make: bool = True) -> Path | None:
+    """Return the root of this user's cache; None if no directory can be used.
+
+    Parameters
+    ----------
+    make : bool
+        Make the default directory, which shows that it can be used. Without, it is judged by the
+        modes of the directories above it, and nothing is made.
+    """
+    environment = tuple(map(os.environ.get, VARIABLES))
+    return _found(environment, *files.our_owners(), is_made=make)
 
 
 @functools.cache
-def _found(_environment: object, *_owners: int) -> Path | None:
-    return settings.cache_dir() or _in_home() or _among_temporary_files()
+def _found(_environment: object, *_owners: int, is_made: bool = True) -> Path | None:
+    return settings.cache_dir() or _in_home(is_made) or _among_temporary_files(is_made)
 
 
-def _in_home() -> Path | None:
+def is_makeable(path: Path) -> bool:
+    """Return whether a directory can be written, or could be created; create nothing."""
+    try:
+        path = path.expanduser().absolute()
+        while not os.path.lexists(path) and path != path.parent:
+            path = path.parent
+    except (OSError, RuntimeError):  # RuntimeError: no home directory is known
+        return False
+    return path.is_dir() and os.access(path, os.W_OK | os.X_OK)
+
+
+def _in_home(is_made: bool) -> Path | None:
     try:
         root = Path(platformdirs.user_cache_dir("jitattn", appauthor=False))
         if not root.is_absolute() or not files.is_among_ours(root):
             return None
+        if not is_made:
+            return root if is_makeable(root) else None
         if not os.path.isdir(root):
             make(root, files.our_owners()).close()
     except (RuntimeError, KeyError, OSError):  # no home directory is known, or it cannot be used
@@ -61,7 +82,7 @@ def _in_home() -> Path | None:
     return root
 
 
-def _among_temporary_files() -> Path | None:
+def _among_temporary_files(is_made: bool) -> Path | None:
     if not files.HAS_OWNERS:
         return None
     try:
@@ -72,7 +93,8 @@ def _among_temporary_files() -> Path | None:
         if not os.stat(folder).st_mode & stat.S_ISVTX and not files.is_among_ours(folder):
             return None
         root = folder / f"jitattn-{os.geteuid()}"
-        make(root, files.our_owners(), may_be_link=False).close()
+        if is_made:
+            make(root, files.our_owners(), may_be_link=False).close()
     except OSError:
         return None
     return root

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -36,6 +37,8 @@ from jitattn.spec.text import version_numbers
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
+#: Between publishing a cubin and its metadata, a writer takes less.
+ORPHAN_SECONDS: Final = 60
 SHARD: Final = re.compile(r"[0-9a-f]{2}")
 FILE: Final = re.compile(r"([0-9a-f]{62})\.(json|cubin)")
 
@@ -57,6 +60,11 @@ class File:
     key: str
     kind: str  #: "json" or "cubin"
     status: os.stat_result
+
+    @property
+    def is_old(self) -> bool:
+        """Whether no writer is at it; a time in the future is a wrong clock's."""
+        return abs(time.time() - self.status.st_mtime) > ORPHAN_SECONDS
 
 
 class Store:
@@ -174,6 +182,15 @@ class Store:
                         _note(error, trouble)
         except OSError as error:
             _note(error, trouble)
+
+    def orphans(self, trouble: list[OSError] | None = None) -> list[File]:
+        """List cubins without metadata, of writers that died or metadata that was deleted.
+
+        They are no entries, and nothing reads them. `trouble` receives errors, as in `files`.
+        """
+        found = list(self.files(trouble))
+        known = {file.key for file in found if file.kind == "json"}
+        return [file for file in found if file.key not in known and file.is_old]
 
     def open(self) -> Directory:
         """Open the store; check it and the root.

@@ -1,4 +1,4 @@
-"""Runs `python -m jitattn.cli`, for environments where jitattn-cache is not on the path."""
+"""Runs `python -m jitattn.cli`, as `python -m jitattn`."""
 
 from jitattn.cli import main
 

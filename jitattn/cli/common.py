@@ -1,45 +1,49 @@
-"""Option types, questions and output, shared by the commands."""
+"""Option types, questions, messages and signals, shared by the commands."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
 from jitattn.cache import settings
 from jitattn.cache.disk import DiskCache, user_cache
 from jitattn.cli import streams
 from jitattn.errors import CacheMissError, CompileError, InvalidInputError, JitAttnError
+from jitattn.jit import gpus
 from jitattn.plan.choices import arch_name
 from jitattn.spec.text import number_in, one_line, printable
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_WIDEST_CELL = 32
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM: ends a command as Ctrl-C does, with its own status."""
 
 
 class Commands(click.Group):
-    """Command group that turns every exception into a message and an exit status."""
+    """Command group that turns every exception and signal into a message and an exit status."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - click's
         """Run the program and exit."""
         streams.prepare()
         try:
-            status = super().main(*args, **{**kwargs, "standalone_mode": False})
+            with _sigterm_raises():
+                status = super().main(*args, **{**kwargs, "standalone_mode": False})
         except click.ClickException as error:
             streams.show(error)
             status = error.exit_code
-        except click.Abort:
+        except click.Abort as error:
             streams.write_message("Aborted!\n")
-            status = 1
+            is_signal = isinstance(error.__cause__, KeyboardInterrupt)
+            status = status_of(error.__cause__) if is_signal else 1
         except OSError as error:
             if error.filename is not None:
                 fail(str(error))
@@ -47,6 +51,16 @@ class Commands(click.Group):
         finally:
             streams.settle()
         sys.exit(status if isinstance(status, int) else 0)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands, each with its whole first sentence."""
+        rows = [
+            (name, command.get_short_help_str(limit=formatter.width * 8))
+            for name in self.list_commands(ctx)
+            if (command := self.get_command(ctx, name)) is not None
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's
         """Run the command."""
@@ -77,7 +91,7 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
 
 
 class Archs(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
-    """A comma-separated list of architectures: 80,86 or sm_80,sm_86."""
+    """A comma-separated list of architectures: 80,86, sm_90, native (of the GPUs here)."""
 
     name = "archs"
 
@@ -85,10 +99,14 @@ class Archs(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
         """Split a value and return full architecture names."""
         if isinstance(value, list):
             return value
+        found: dict[str, None] = {}
         try:
-            return [arch_name(word) for word in value.split(",")]
+            for word in value.split(","):
+                names = gpus.archs() if word.strip() == "native" else [arch_name(word)]
+                found.update(dict.fromkeys(names))
         except JitAttnError as error:
             self.fail(str(error), param, ctx)
+        return list(found)
 
 
 class Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
@@ -128,6 +146,29 @@ def fail(message: str, status: int = 1) -> NoReturn:
     sys.exit(status)
 
 
+def status_of(signal_error: BaseException | None) -> int:
+    """Return the exit status of a command that a signal ended, as a shell reports it."""
+    number = signal.SIGTERM if isinstance(signal_error, Stopped) else signal.SIGINT
+    return 128 + number
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM raise `Stopped`, so that worker processes end and drafts are deleted."""
+    if threading.current_thread() is not threading.main_thread():  # as in a test of a caller
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> NoReturn:
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextmanager
 def command_line() -> Iterator[None]:
     """Turn InvalidInputError into a command-line error: status 2."""
@@ -160,83 +201,17 @@ def _is_asked() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
-def print_rows(
-    columns: tuple[str, ...], rows: list[dict[str, Any]], droppable: tuple[str, ...] = ()
-) -> None:
-    """Print a table; on a narrow terminal, omit some of the `droppable` columns."""
-    cells = [{name: one_line(row.get(name, "")) for name in columns} for row in rows]
-    console = Console()
-    if console.is_terminal:
-        columns = fitting(columns, cells, console.width, droppable)
-    else:
-        console.width = sum(_width(name, cells) + 2 for name in columns)
-    table = Table(box=None, pad_edge=False)
-    for name in columns:
-        table.add_column(name, no_wrap=True)
-    for row in cells:
-        table.add_row(*(Text(row[name]) for name in columns))  # Text: brackets are not markup
-    with console.capture() as captured:
-        console.print(table)
-    streams.write(captured.get())
-
-
-def fitting(
-    columns: tuple[str, ...], cells: list[dict[str, str]], width: int, droppable: tuple[str, ...]
-) -> tuple[str, ...]:
-    """Omit `droppable` columns, in their order, until the rest fits into `width`."""
-    widths = {name: min(_width(name, cells), _WIDEST_CELL) + 2 for name in columns}
-    for name in droppable:
-        if sum(widths.values()) - 2 <= width:
-            break
-        widths.pop(name, None)
-    return tuple(widths)
-
-
-def _width(name: str, cells: list[dict[str, str]]) -> int:
-    return max(len(text) for text in (name, *(row[name] for row in cells)))
-
-
-@contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Report progress on stderr: a bar on a terminal, plain lines otherwise.
-
-    Yields a function that takes the line of each step; empty lines are not printed.
-    """
-    console = Console(stderr=True)
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task, done = bar.add_task("", total=total), 0
-
-        def step(line: str) -> None:
-            nonlocal done
-            done += 1
-            bar.advance(task)
-            if line and not console.is_terminal:
-                streams.write_message(f"[{done}/{total}] {printable(line)}\n")
-
-        yield step
-
-
 def warn(message: str) -> None:
     """Print a message on stderr as one line; file names and archives may contain line breaks."""
     streams.write_message(f"jitattn-cache: {one_line(message)}\n")
 
 
 def own_cache(*, to_write: bool = False) -> DiskCache:
-    """Return the user's cache; exit if there is none."""
-    cache = user_cache()
+    """Return the user's cache; exit if there is none. It is made only to write to it."""
+    cache = user_cache(make=to_write)
     if cache is None:
         fail("no cache directory is to be had: set JITATTN_CACHE_DIR to one that you can write")
     mode = settings.cache_mode()
     if to_write and mode != "rw":
         fail(f"this writes to the cache, but JITATTN_CACHE={mode}", 2)
     return cache
-
-
-def describe(spec: dict[str, str | int]) -> str:
-    """Describe a kernel in a few words."""
-    names = ("family", "arch", "dtype", "out_dtype", "head_dim", "head_dim_v", "mask")
-    words = [str(spec[name]) for name in names if name in spec]
-    if spec.get("function"):  # its text is long
-        words.append(f"function {hashlib.sha256(str(spec['function']).encode()).hexdigest()[:8]}")
-    return " ".join(words)

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import re
-import secrets
 import shutil
 import stat
 import subprocess
@@ -26,10 +25,12 @@ import jitattn
 from jitattn.cache import files, leftovers, location, settings
 from jitattn.cache.disk import user_cache
 from jitattn.cache.store import Store
+from jitattn.cli.words import counted
 from jitattn.errors import JitAttnError
 from jitattn.jit import compilers, launch, nvrtc, sources
 from jitattn.jit.layers import layers
 from jitattn.kernels.combine import CombineSpec
+from jitattn.spec import install
 from jitattn.spec.enums import Dtype
 
 Status: TypeAlias = Literal["ok", "warn", "bad"]
@@ -41,6 +42,10 @@ _TORCH_SECONDS: Final = 120
 _ASK_TORCH: Final = (
     "import json, torch;"
     "print(json.dumps([torch.__version__, torch.version.cuda, torch.cuda.is_available()]))"
+)
+_NO_DRIVER: Final = (
+    "with an NVIDIA GPU, install its driver (580 or newer, or 525 for CUDA 12), or start the "
+    "container with it (docker run --gpus all); without one, CPU tensors and prebuild work as it is"
 )
 _ELSEWHERE: Final = "make it writable, or set JITATTN_CACHE_DIR to a directory that is"
 
@@ -87,7 +92,7 @@ def _python() -> _Findings:
 def _torch() -> _Findings:
     version = _version("torch")
     if version is None:
-        yield "bad", "torch is not installed", "pip install torch"
+        yield "bad", "torch is not installed", 'pip install "torch>=2.4"'
         return
     cuda = re.search(r"\+cu([0-9]+)", version)
     yield "ok", f"torch {version}", ""
@@ -127,24 +132,26 @@ def _cupy() -> _Findings:
     text = ", ".join(f"{name} {version}" for name, version in found.items())
     if not found:
         status: Status = "warn" if driver is None else "bad"
-        yield status, "CuPy is not installed: kernels cannot be launched", _extra(driver)
+        yield status, "CuPy is not installed: kernels cannot be launched", install.cuda(driver)
     elif len(found) > 1:
         yield (
             "bad",
             f"several CuPy distributions, which overwrite each other: {text}",
-            (f"pip uninstall {' '.join(found)}, then {_extra(driver)}"),
+            f"pip uninstall {' '.join(found)}, then {install.cuda(driver)}",
         )
     else:
         yield "ok", text, ""
     major = re.search(r"cuda([0-9]{1,3})x", " ".join(found))
     if driver is not None and major is not None and int(major[1]) > driver:
-        yield "bad", f"{text} needs CUDA {major[1]}, the driver knows {driver}", _extra(driver)
+        found_text = f"{text} needs CUDA {major[1]}, the driver knows {driver}"
+        yield "bad", found_text, install.cuda(driver)
     built = re.search(r"\+cu([0-9]{2})", _version("torch") or "")
     if built is not None and major is not None and built[1] != major[1]:
         yield (
             "warn",
             f"torch is built for CUDA {built[1]}, CuPy for {major[1]}",
-            (f"works, with two CUDA runtimes in memory; jitattn[cu{built[1]}] has one"),
+            f"works, with two CUDA runtimes in memory; with one: pip uninstall {' '.join(found)}, "
+            f"then {install.cuda(int(built[1]))}",
         )
     if "cupy" not in sys.modules:
         home = Path(os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache")
@@ -162,7 +169,7 @@ def _nvrtc() -> _Findings:
         yield (
             "warn",
             "no NVRTC is installed: only kernels on disk can be used",
-            (_extra(compilers.driver_major())),
+            install.cuda(compilers.driver_major()),
         )
         return
     chosen = compilers.chosen()
@@ -178,7 +185,7 @@ def _nvrtc() -> _Findings:
             yield (
                 "warn",
                 f"{toolchain} is older than 12.6: its cubins are not reproducible",
-                ("pip install --upgrade nvidia-cuda-nvrtc-cu12"),
+                'pip install --upgrade "nvidia-cuda-nvrtc-cu12>=12.6"',
             )
     spec = CombineSpec(dtype=Dtype.BF16, out_dtype=Dtype.BF16, head_dim_v=16, arch="sm_80")
     compiled = nvrtc.compile_spec(spec, sources.closure(spec.family), chosen)
@@ -188,7 +195,10 @@ def _nvrtc() -> _Findings:
 def _driver() -> _Findings:
     major = compilers.driver_major()
     if major is None:
-        yield "warn", "no CUDA driver: compiling works, launching does not", ""
+        if install.IS_MACOS:
+            yield "warn", "macOS has no CUDA", install.NO_MACOS
+            return
+        yield "warn", "no CUDA driver: compiling works, launching does not", _NO_DRIVER
         return
     yield "ok", f"the driver supports CUDA {major}", ""
     if major < 12:
@@ -211,7 +221,7 @@ def _gpus() -> _Findings:
 
 def _cache() -> _Findings:
     mode = settings.cache_mode()
-    cache = user_cache()
+    cache = user_cache(make=False)
     if cache is None:
         yield (
             "warn",
@@ -226,7 +236,8 @@ def _cache() -> _Findings:
         if _is_makeable(cache.root):
             yield "ok", "it does not exist yet, and can be made", ""
         else:
-            yield "bad", "it does not exist and cannot be made: kernels stay in memory", _ELSEWHERE
+            advice = _out_of_the_way(cache.root) or _ELSEWHERE
+            yield "bad", "it does not exist and cannot be made: kernels stay in memory", advice
         return
     yield from _trust(cache)
     if others := _other_things(cache.root):
@@ -234,10 +245,7 @@ def _cache() -> _Findings:
         yield "warn", found, "a cache is a directory of its own: set JITATTN_CACHE_DIR to one"
     if mode == "rw" and cache.root.is_dir():
         try:
-            with cache.make() as store, store.folder("tmp", make=True) as drafts:
-                name = f"{os.getpid()}-{secrets.token_hex(8)}"
-                drafts.write_new(name, b"")
-                drafts.unlink(name)
+            cache.check_writable()
             yield "ok", "it can be written", ""
         except OSError as error:
             yield "warn", f"it cannot be written ({error}): kernels stay in memory", _ELSEWHERE
@@ -250,7 +258,7 @@ def _cache() -> _Findings:
 
 
 def _layers() -> _Findings:
-    for layer in layers(user_cache()):
+    for layer in layers(user_cache(make=False)):
         trust = list(_trust(layer))
         yield from trust
         if any(status == "bad" for status, *_ in trust):
@@ -260,7 +268,7 @@ def _layers() -> _Findings:
             continue
         kernels = list(layer.entries())
         newer = {one.toolchain for one in kernels if not compilers.is_loadable(one.toolchain)}
-        yield "ok", f"{layer.root}: {len(kernels)} kernels", ""
+        yield "ok", f"{layer.root}: {counted(len(kernels), 'kernel')}", ""
         for toolchain in sorted(newer):
             yield (
                 "warn",
@@ -319,7 +327,9 @@ def _trust(store: Store) -> _Findings:
             with os.scandir(folder):
                 yield "ok", what, ""
         except files.UntrustedError as error:
-            advice = f"chmod go-w {folder}, or chown it; or name another directory"
+            advice = _out_of_the_way(folder) or (
+                f"chmod go-w {folder}, or chown it; or name another directory"
+            )
             yield "bad", f"{what}: not used: {error.strerror}", advice
         except (FileNotFoundError, NotADirectoryError):
             continue
@@ -336,16 +346,21 @@ def _other_things(root: Path) -> list[str]:
     ]
 
 
+def _out_of_the_way(path: Path) -> str:
+    """Return what to do about a file where a directory, or one above it, has to be; or ""."""
+    for one in (path, *path.parents):
+        if os.path.lexists(one):
+            if one.is_dir():
+                return ""
+            what = "a broken link" if one.is_symlink() else "a file"
+            return f"{one} is {what}: move it away, or set JITATTN_CACHE_DIR to a directory"
+    return ""
+
+
 def _is_makeable(path: Path) -> bool:
     """Return whether a directory can be written, or could be created; create nothing."""
-    try:
-        path = path.expanduser().absolute()
-        while not os.path.lexists(path) and path != path.parent:
-            path = path.parent
-    except (OSError, RuntimeError):  # RuntimeError: no home directory is known
-        return False
     # Nothing can be created in /proc, whatever its mode.
-    return path.is_dir() and os.access(path, os.W_OK | os.X_OK) and _filesystem(path) != "proc"
+    return location.is_makeable(path) and _filesystem(path) != "proc"
 
 
 def _version(distribution: str) -> str | None:
@@ -353,10 +368,6 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _extra(driver: int | None) -> str:
-    return f"pip install 'jitattn[cu{12 if driver == 12 else 13}]'"
 
 
 def _filesystem(path: Path) -> str:

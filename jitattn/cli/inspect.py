@@ -21,7 +21,6 @@ from jitattn.cli.common import (
     fail,
     json_option,
     own_cache,
-    print_rows,
     warn,
 )
 from jitattn.cli.entries import (
@@ -32,20 +31,27 @@ from jitattn.cli.entries import (
     is_trusted,
     named_stores,
 )
+from jitattn.cli.tables import print_rows
+from jitattn.cli.words import counted, dims, dtypes, features, size, tile
 from jitattn.jit import sources
 from jitattn.jit.codegen import render
-from jitattn.spec.kernel_spec import spec_from_dict
+from jitattn.plan import choice_fields, choices
+from jitattn.spec.kernel_spec import families, spec_from_dict
 from jitattn.spec.text import one_line
 
+#: Columns of `list`. Some stand for several fields, so that they fit beside one another.
 _COLUMNS = (
-    "key", "where", "family", "arch", "dtype", "head_dim", "head_dim_v", "mask", "block_q",
-    "block_kv", "registers", "spill_bytes", "smem_bytes", "compile_ms", "bytes", "toolchain",
+    "key", "where", "family", "arch", "dtype", "dim", "mask", "tile", "others", "size", "registers",
+    "spill_bytes", "smem_bytes", "compile_ms", "toolchain",
 )  # fmt: skip
 #: Columns that a narrow terminal omits, in this order.
 _DROPPABLE = (
-    "smem_bytes", "compile_ms", "block_kv", "block_q", "toolchain", "spill_bytes", "registers",
-    "head_dim_v", "family", "bytes",
+    "smem_bytes", "compile_ms", "toolchain", "registers", "spill_bytes", "where", "size", "others",
+    "family",
 )  # fmt: skip
+#: Columns that it shortens before that.
+_ELASTIC = ("others", "where")
+_NUMBERS = ("size", "registers", "spill_bytes", "smem_bytes", "compile_ms")
 
 
 def _row(found: Found) -> dict[str, Any]:
@@ -64,19 +70,46 @@ def _row(found: Found) -> dict[str, Any]:
     }
 
 
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the cells of a row of the table."""
+    spec = {name: value for name, value in row.items() if name not in _NOT_OF_SPEC}
+    return {
+        **row,
+        "key": row["key"][:16],
+        "dtype": dtypes(spec),
+        "dim": dims(spec),
+        "tile": tile(spec),
+        "others": features(spec),
+        "size": size(row["bytes"]),
+    }
+
+
+#: Fields of a row that are not of the spec.
+_NOT_OF_SPEC = {
+    "key", "where", "toolchain", "registers", "stack_bytes", "spill_bytes", "smem_bytes",
+    "compile_ms", "bytes",
+}  # fmt: skip
+
+
 @click.command("list")
-@click.option("--arch", type=Archs(), help="only these")
-@click.option("--family", type=Words(), help="only these: fwd, combine, append")
-@click.option("--dtype", type=Words(), help="only these")
+@click.option("--arch", type=Archs(), help="only these: 80,90; native: of this machine's GPUs")
+@click.option("--family", type=Words(), help="only these: fwd, combine, append …")
+@click.option("--dtype", type=Words(), help="only these: fp16, bf16, fp32")
 @click.option("--head-dim", type=Words(), help="only these")
-@click.option("--mask", type=Words(), help="only these")
+@click.option("--mask", type=Words(), help="only these: full, causal …")
 @click.option("--where", type=Words(), help="only these: user, imported, or a directory")
 @click.option("--sort", default="key", help="a column, as in bytes or compile_ms")
 @click.option("--reverse", is_flag=True, help="largest first")
 @json_option
 def list_entries(sort: str, reverse: bool, as_json: bool, **filters: list[str] | None) -> None:
-    """List the kernels in the cache and in the read-only directories."""
-    rows = [_row(found) for found in all_entries(own_cache())]
+    """List the kernels in the cache and in the read-only directories.
+
+    A tile is query rows x keys x stages. A narrow terminal shows fewer columns; --json has all
+    fields.
+    """
+    cache = own_cache()
+    rows = [_row(found) for found in all_entries(cache)]
+    _check_filters(filters, rows, {"user", "imported", *(name for name, _ in named_stores(cache))})
     for name, allowed in filters.items():
         if allowed is not None:
             rows = [row for row in rows if str(row.get(name, "")) in allowed]
@@ -89,7 +122,31 @@ def list_entries(sort: str, reverse: bool, as_json: bool, **filters: list[str] |
     elif not rows:
         streams.write_message("no kernels\n")
     else:
-        print_rows(_COLUMNS, [{**row, "key": row["key"][:16]} for row in rows], _DROPPABLE)
+        print_rows(_COLUMNS, list(map(_shown, rows)), _DROPPABLE, _ELASTIC, _NUMBERS)
+
+
+def _check_filters(
+    filters: dict[str, list[str] | None], rows: list[dict[str, Any]], places: set[str]
+) -> None:
+    """Refuse values that no kernel of this version can have, nor one of those that are there."""
+    fields = choices.problem_fields()
+    known = {
+        "family": {*families()},
+        "dtype": {*(fields["dtype"] or ())},
+        "mask": {*(fields["mask"] or ())},
+        "where": places,
+        "head_dim": {str(number) for number in range(1, choice_fields.MAX_HEAD_DIM + 1)},
+    }
+    for name, words in filters.items():
+        allowed = known.get(name)
+        there = {str(row[name]) for row in rows if name in row}
+        for word in words or ():
+            if allowed is not None and word not in allowed | there:
+                option = f"--{name.replace('_', '-')}"
+                rule = f"one of {', '.join(sorted(allowed))}"
+                if name == "head_dim":
+                    rule = f"a number from 1 to {choice_fields.MAX_HEAD_DIM}"
+                fail(f"{option} {word}: it must be {rule}", 2)
 
 
 def _order(value: object) -> tuple[int, object]:
@@ -157,7 +214,10 @@ def _indented(text: str) -> list[str]:
 @click.option("-y", "--yes", is_flag=True, help="overwrite a file that is there")
 @json_option
 def extract(key: str, output: Path | None, yes: bool, as_json: bool) -> None:
-    """Write the cubin of a kernel to a file, for cuobjdump or nvdisasm; - is standard output."""
+    """Write the cubin of a kernel to a file, for cuobjdump or nvdisasm.
+
+    With -o - the bytes go to standard output, and their number to stderr.
+    """
     found = find_by_key(own_cache(), key)
     metadata = found.metadata
     looked = check(found.store, metadata.key)
@@ -169,7 +229,7 @@ def extract(key: str, output: Path | None, yes: bool, as_json: bool) -> None:
     emit(
         {"path": str(path), "bytes": metadata.bytes},
         as_json,
-        one_line(path),
+        f"{size(metadata.bytes)} to standard output" if path == STREAM else one_line(path),
         to_stderr=path == STREAM,
     )
 
@@ -177,7 +237,7 @@ def extract(key: str, output: Path | None, yes: bool, as_json: bool) -> None:
 @click.command()
 @json_option
 def path(as_json: bool) -> None:
-    """Print the cache directory."""
+    """Print the cache directory, which need not exist yet; nothing is made."""
     root = own_cache().root
     emit(str(root), as_json, one_line(root))
 
@@ -188,8 +248,9 @@ def stats(as_json: bool) -> None:
     """Count kernels and bytes, directory by directory."""
     cache = own_cache()
     trouble: list[OSError] = []
+    usage = cache.usage(trouble)
     left = Counter(one.kind for one in leftovers.find(cache, trouble))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for where, store in named_stores(cache):
         entries = list(store.entries()) if is_trusted(store) else []
         by_arch = Counter(entry.arch for entry in entries)
@@ -204,21 +265,33 @@ def stats(as_json: bool) -> None:
         )
     summary = {
         "directories": rows,
-        "disk_bytes": sum(cache.usage().values()),
+        "disk_bytes": sum(usage.values()),
         "limit_bytes": settings.cache_max_bytes(),
         "set_aside": left["aside"],
         "drafts": left["draft"],
         "unfinished_imports": left["import"],
+        "orphans": left["orphan"],
     }
     for error in trouble:
         warn(f"{cache.root}: not everything could be counted: {error}")
     archs = sorted({name for row in rows for name in row if name.startswith("sm_")})
     if not as_json:
-        print_rows(("where", "directory", "kernels", "bytes", *archs), rows)
+        columns = ("kernels", "size", *archs, "where", "directory")
+        # Of a read-only directory the name is the path.
+        shown = [
+            {
+                **row,
+                "size": size(row["bytes"]),
+                "where": "read-only" if row["where"] == row["directory"] else row["where"],
+            }
+            for row in rows
+        ]
+        print_rows(columns, shown, archs, ("directory",), ("kernels", "size", *archs))
     emit(
         summary,
         as_json,
-        f"on disk {summary['disk_bytes']} of {summary['limit_bytes']} bytes, "
-        f"{summary['set_aside']} files set aside, {summary['drafts']} drafts, "
-        f"{summary['unfinished_imports']} unfinished imports",
+        f"on disk {size(sum(usage.values()))} of {size(settings.cache_max_bytes())}, "
+        f"{counted(left['aside'], 'file')} set aside, {counted(left['draft'], 'draft')}, "
+        f"{counted(left['import'], 'unfinished import')}, "
+        f"{counted(left['orphan'], 'orphaned cubin')}",
     )

@@ -16,7 +16,6 @@ from jitattn.cache.entry import Metadata, sha256
 from jitattn.cli.common import (
     Archs,
     confirm,
-    describe,
     emit,
     fail,
     json_option,
@@ -24,6 +23,8 @@ from jitattn.cli.common import (
     yes_option,
 )
 from jitattn.cli.entries import trusted_cache
+from jitattn.cli.words import counted, describe
+from jitattn.cli.words import size as size_text
 from jitattn.jit import compilers, sources
 from jitattn.jit.codegen import render
 from jitattn.spec.kernel_spec import spec_from_dict
@@ -68,9 +69,10 @@ def prune(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Delete kernels of your cache that are no longer needed, and leftovers of dead writers.
+    """Delete kernels of your cache that the options name, and leftovers.
 
-    Without options: only leftovers of dead writers, and entries that were set aside.
+    Leftovers are what no process can use: drafts and cubins of writers that died, unfinished
+    imports, and damaged entries that were set aside. Without options, only they go.
     """
     cache = trusted_cache(to_write=not dry_run)
     trouble: list[OSError] = []
@@ -98,8 +100,7 @@ def prune(
     left_behind: set[str] = set()
     if not dry_run and (doomed or swept):
         size = sum(usage.get(key, 0) for key in doomed)
-        what = f"{len(doomed)} kernels, {size} bytes, and {swept} leftovers"
-        confirm(f"Delete {what} from {cache.root}?", yes)
+        confirm(f"Delete {_words(len(doomed), size, swept)} from {cache.root}?", yes)
         left_behind = doomed - cache.delete(doomed)
         swept = cache.sweep(0, trouble)
     else:
@@ -107,15 +108,23 @@ def prune(
     doomed -= left_behind
     freed = sum(usage.get(key, 0) for key in doomed)
     result = {"kernels": sorted(doomed), "bytes": freed, "swept": swept, "dry_run": dry_run}
-    verb = "would go" if dry_run else "deleted"
-    emit(result, as_json, f"{len(doomed)} kernels, {freed} bytes, {swept} leftovers {verb}")
+    verb = "would be deleted" if dry_run else "deleted"
+    emit(result, as_json, f"{_words(len(doomed), freed, swept)} {verb}")
     sys.exit(_report(cache, left_behind, trouble))
+
+
+def _words(kernels: int, num_bytes: int, leftovers_found: int) -> str:
+    """Describe what is deleted: 2 kernels (80.0 KiB) and 1 leftover."""
+    return (
+        f"{counted(kernels, 'kernel')} ({size_text(num_bytes)}) and "
+        f"{counted(leftovers_found, 'leftover')}"
+    )
 
 
 def _report(cache: DiskCache, left_behind: set[str], trouble: list[OSError]) -> int:
     """Report errors of deletion and return the exit status."""
     if left_behind:
-        warn(f"{len(left_behind)} kernels in {cache.root} could not be deleted")
+        warn(f"{counted(len(left_behind), 'kernel')} in {cache.root} could not be deleted")
     for error in trouble:
         warn(f"{cache.root}: not everything could be deleted: {error}")
     return 1 if left_behind or trouble else 0
@@ -160,8 +169,8 @@ def clear(
     left_behind: set[str] = set()
     deleted, removed = len(doomed), len(archives) if with_imported else 0
     if not dry_run:
-        what = f"{len(doomed)} kernels" + (
-            f" and {len(archives)} imported archives" if with_imported else ""
+        what = counted(len(doomed), "kernel") + (
+            f" and {counted(len(archives), 'imported archive')}" if with_imported else ""
         )
         confirm(f"Delete {what} in {cache.root}?", yes)
         left_behind = doomed - cache.delete(doomed)
@@ -169,11 +178,13 @@ def clear(
         removed = leftovers.delete_imports(cache, trouble) if with_imported else 0
         cache.sweep(trouble=trouble)
     kept = len(archives) - removed
-    lines = [f"{deleted} {'would be ' if dry_run else ''}deleted"]
+    verb = "would be deleted" if dry_run else "deleted"
+    lines = [f"{counted(deleted, 'kernel')} {verb}"]
     if removed or with_imported:
-        lines.append(f"{removed} imported archives {'would be ' if dry_run else ''}deleted")
+        lines.append(f"{counted(removed, 'imported archive')} {verb}")
     elif kept:
-        lines.append(f"{kept} imported archives kept; --imported deletes them")
+        them = "it" if kept == 1 else "them"
+        lines.append(f"{counted(kept, 'imported archive')} kept; --imported deletes {them}")
     result = {
         "deleted": deleted,
         "imported_deleted": removed,

@@ -24,6 +24,7 @@ from jitattn.cli.entries import (
     all_entries,
     check,
 )
+from jitattn.cli.words import counted, size
 from jitattn.plan import choices
 
 
@@ -46,6 +47,11 @@ def export_archive(
 
     FILE - is standard output; the summary then goes to stderr. Only kernels in the cache or in a
     read-only directory are exported; prebuild compiles missing ones.
+
+    The archive is not compressed: compressors give other bytes from version to version, and a
+    reader of stored members knows every size before it allocates. Kernels pack to a third and
+    less, so compress the whole: jitattn-cache export - | xz > kernels.zip.xz, and on the other
+    machine xz -dc kernels.zip.xz | jitattn-cache import -
     """
     cache = own_cache()
     chosen = all_entries(cache)
@@ -78,7 +84,10 @@ def export_archive(
     if not good:
         fail("there is no such kernel to export; jitattn-cache prebuild makes kernels")
     if missing:
-        warn(f"{missing} of the kernels asked for are not there; jitattn-cache prebuild makes them")
+        warn(
+            f"of the kernels asked for, {missing} {'is' if missing == 1 else 'are'} not there; "
+            "jitattn-cache prebuild makes them"
+        )
     done = export(file, good.values(), overwrite=yes)
     emit(
         {
@@ -89,7 +98,7 @@ def export_archive(
             "missing": missing,
         },
         as_json,
-        f"{done.count} kernels, {done.bytes} bytes, sha256 {done.sha256}",
+        f"{counted(done.count, 'kernel')}, {size(done.bytes)}, sha256 {done.sha256}",
         to_stderr=file == STREAM,
     )
     sys.exit(1 if bad else 0)
@@ -121,11 +130,11 @@ def import_archive_command(file: Path, sha256: str | None, as_json: bool) -> Non
             "was_repaired": done.was_repaired,
         },
         as_json,
-        f"{done.count} kernels {_how(done)}, sha256 {done.sha256}",
+        f"{counted(done.count, 'kernel')} {_how(done)}, sha256 {done.sha256}",
     )
 
 
 def _how(done: Imported) -> str:
     if done.was_there:
-        return "were there already"
+        return f"{'was' if done.count == 1 else 'were'} there already"
     return "imported again, as not all was in order" if done.was_repaired else "imported"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from dataclasses import replace
@@ -19,14 +20,17 @@ from jitattn.cli.common import (
     Number,
     Words,
     command_line,
-    describe,
     emit,
     fail,
     json_option,
     own_cache,
-    progress,
+    status_of,
     warn,
 )
+from jitattn.cli.estimate import Estimate, estimate
+from jitattn.cli.narrow import narrowed
+from jitattn.cli.progress import progress
+from jitattn.cli.words import counted, describe, duration, size, tile
 from jitattn.errors import CompileError
 from jitattn.jit import build, compilers, layers, pool
 from jitattn.plan import choices, spec_files
@@ -35,7 +39,7 @@ from jitattn.spec.text import printable
 
 
 @click.command()
-@click.option("--arch", type=Archs(), default=None, help="80,86,89,90 …")
+@click.option("--arch", type=Archs(), default=None, help="80,86,90 …; native: this machine's")
 @click.option("--dtype", type=Words(choices.problem_fields()["dtype"]), help="fp16,bf16,fp32")
 @click.option("--head-dim", type=Words(), help="64,128, or 192:128 for D:Dv")
 @click.option(
@@ -65,9 +69,11 @@ def prebuild(
 ) -> None:
     """Compile kernels into the cache, for any architecture; no GPU is needed.
 
-    Options, presets and a file select the kernels, also together. With only --arch: fp16 and bf16,
-    head dims 64 and 128, full and causal masks. Invalid entries of a
-    file are reported, the others are compiled, and the status is 1.
+    Presets and a file select kernels, together; options narrow what these select, by any field, or
+    select by themselves. With only --arch: fp16 and bf16, head dims 64 and 128, full and causal
+    masks. Invalid entries of a file are reported, the others are compiled, and the status is 1.
+
+    Ctrl-C and SIGTERM keep what is compiled; the same command goes on from there.
     """
     if show_presets:
         abouts = {name: about for name, (about, _) in choices.presets().items()}
@@ -75,24 +81,64 @@ def prebuild(
         return
     cache = own_cache(to_write=not dry_run)
     flags = _choice(dtype, head_dim, mask, gear, others)
-    specs: dict[KernelSpec, None] = {}
-    with command_line():
-        chosen = choices.preset(preset or ())
-        specs.update(dict.fromkeys(choices.specs_of(chosen, arch or (), "preset")))
-        if flags or not (preset or spec_file):
-            specs.update(dict.fromkeys(choices.specs_of([flags], arch or (), "the options")))
-    refused: list[str] = []
-    if spec_file:
-        read = spec_files.read(spec_file)
-        found, errors = choices.expand(read.entries, arch or ())
-        specs.update(dict.fromkeys(found))
-        refused = [*read.faults, *map(str, errors)]
+    specs, refused = _selected(flags, arch or [], preset or [], spec_file)
     for reason in refused:
         warn(f"refused: {reason}")
     if dry_run:
-        _report_plan(list(specs), cache, as_json)
+        _report_plan(specs, cache, jobs, as_json)
         sys.exit(1 if refused else 0)
-    _make(list(specs), cache, jobs, as_json, len(refused))
+    _check_that_it_keeps(cache)
+    _check_that_it_compiles(specs, cache)
+    _make(specs, cache, jobs, as_json, len(refused))
+
+
+def _selected(
+    flags: dict[str, Any], arch: list[str], preset: list[str], spec_file: Path | None
+) -> tuple[list[KernelSpec], list[str]]:
+    """Return the kernels that a command line selects, and the reasons of invalid entries."""
+    read = None if spec_file is None else spec_files.read(spec_file)
+    with command_line():
+        of_presets = [("preset", choice) for choice in choices.preset(preset)]
+        of_file = [] if read is None else read.entries
+        if not preset and spec_file is None:
+            return choices.specs_of([flags], arch, "the options"), []
+        if flags:
+            if "arch" in flags:  # it narrows what a choice names; it is for the others, too
+                arch = arch or [choices.arch_name(one) for one in flags["arch"]]
+            entries = narrowed([*of_presets, *of_file], flags)
+            of_presets = [one for one in entries if one[0] == "preset"]
+            of_file = [one for one in entries if one[0] != "preset"]
+        specs = dict.fromkeys(
+            choices.specs_of([choice for _, choice in of_presets], arch, "preset")
+        )
+    found, errors = choices.expand(of_file, arch)
+    specs.update(dict.fromkeys(found))
+    return list(specs), [*(() if read is None else read.faults), *map(str, errors)]
+
+
+def _check_that_it_keeps(cache: DiskCache) -> None:
+    """Exit before the first compile if the cache would keep nothing, or nothing may be compiled."""
+    if settings.no_compile():
+        fail("JITATTN_NO_COMPILE=1 forbids what prebuild does; unset it for this command", 2)
+    try:
+        cache.check_writable()
+    except OSError as error:
+        reason = str(error.strerror or error)
+        if error.filename not in (None, str(cache.root)):
+            reason = f"{error.filename}: {reason}"
+        fail(
+            f"{cache.root} keeps no kernels ({reason}), so none is compiled: set JITATTN_CACHE_DIR "
+            "to a directory that only you can write; jitattn-cache doctor says more"
+        )
+
+
+def _check_that_it_compiles(specs: list[KernelSpec], cache: DiskCache) -> None:
+    """Raise before the first kernel if there is no compiler, but for kernels that are all there."""
+    try:
+        compilers.chosen()
+    except CompileError:
+        if not all(_is_there(spec, cache) for spec in specs):
+            raise
 
 
 def _choice(
@@ -114,14 +160,41 @@ def _choice(
     return choice
 
 
-def _report_plan(specs: list[KernelSpec], cache: DiskCache, as_json: bool) -> None:
+def _report_plan(
+    specs: list[KernelSpec], cache: DiskCache, jobs: int | None, as_json: bool
+) -> None:
     there = {spec: _is_there(spec, cache) for spec in specs}
-    rows = [{**spec.to_choice(), "cached": there[spec]} for spec in specs]
+    missing = [spec for spec in specs if not there[spec]]
+    needed = dict(zip(missing, estimate(missing, cache.entries()), strict=True))
+    rows = [
+        {
+            **spec.to_choice(),
+            "tile": tile(spec.to_dict()),
+            "cached": there[spec],
+            **_of(needed.get(spec)),
+        }
+        for spec in specs
+    ]
     lines = [
         f"{'cached  ' if there[spec] else 'to make '} {describe(spec.to_dict())}" for spec in specs
     ]
-    lines.append(f"{len(specs) - sum(there.values())} to make, {sum(there.values())} cached")
-    emit(rows, as_json, "\n".join(lines))
+    total = f"{len(missing)} to make, {sum(there.values())} cached"
+    if missing:
+        processes = min(jobs or pool.num_processors(), len(missing))
+        seconds = sum(one.seconds for one in needed.values()) / processes
+        room = size(sum(one.bytes for one in needed.values()))
+        total += f": about {duration(max(1, seconds))} on {processes} "
+        total += f"{'process' if processes == 1 else 'processes'}, and {room}"
+    emit(rows, as_json, "\n".join([*lines, total]))
+
+
+def _of(estimated: Estimate | None) -> dict[str, float | int]:
+    if estimated is None:
+        return {}
+    return {
+        "estimated_seconds": round(estimated.seconds, 3),
+        "estimated_bytes": estimated.bytes,
+    }
 
 
 def _is_there(spec: KernelSpec, cache: DiskCache) -> bool:
@@ -148,27 +221,39 @@ def _make(
     counts = {"compiled": 0, "cached": 0, "failed": 0}
     total_bytes = spilling = 0
     kept: set[str] = set()  # keys that must be in the user's cache at the end
-    with progress("compiling", len(specs)) as step:
-        for built in pool.build_all(specs, jobs):
-            outcome = _checked(built, cache)
-            name = "cached" if outcome.origin in ("disk", "read-only") else outcome.origin
-            counts[name] += 1
-            if outcome.built is not None:
-                total_bytes += outcome.built.metadata.bytes
-                spilling += outcome.built.metadata.spill_bytes > 0
-                if outcome.origin != "read-only":
-                    kept.add(outcome.built.key)
-            detail = f": {outcome.error}" if outcome.error else f" in {outcome.seconds:.2f} s"
-            line = f"{name} {describe(outcome.spec.to_dict())}{detail}"
-            step(line)
-            if outcome.error and streams.is_watched():
-                streams.write_message(f"{printable(line)}\n")
+    try:
+        with (
+            progress("compiling", len(specs)) as step,
+            contextlib.closing(pool.build_all(specs, jobs)) as outcomes,  # ends its processes
+        ):
+            for built in outcomes:
+                outcome = _checked(built, cache)
+                name = "cached" if outcome.origin in ("disk", "read-only") else outcome.origin
+                counts[name] += 1
+                if outcome.built is not None:
+                    total_bytes += outcome.built.metadata.bytes
+                    spilling += outcome.built.metadata.spill_bytes > 0
+                    if outcome.origin != "read-only":
+                        kept.add(outcome.built.key)
+                detail = f": {outcome.error}" if outcome.error else f" in {outcome.seconds:.2f} s"
+                words = describe(outcome.spec.to_dict())
+                step(f"{name} {words}{detail}", words)
+                if outcome.error and streams.is_watched():
+                    streams.write_message(f"{printable(f'{name} {words}{detail}')}\n")
+    except KeyboardInterrupt as error:
+        left = len(specs) - sum(counts.values())
+        there = counts["compiled"] + counts["cached"]
+        warn(
+            f"stopped: {counted(there, 'kernel')} {'is' if there == 1 else 'are'} in {cache.root}, "
+            f"{counts['compiled']} of them new; {left} not made; the same command goes on from here"
+        )
+        sys.exit(status_of(error))
     seconds = round(time.perf_counter() - start, 2)
     evicted = len(kept.difference(cache.keys()))
     if evicted:
         warn(
             f"{evicted} of these kernels went again, to make room for the others: the cache is "
-            f"limited to {settings.cache_max_bytes()} bytes; raise JITATTN_CACHE_MAX_BYTES"
+            f"limited to {size(settings.cache_max_bytes())}; raise JITATTN_CACHE_MAX_BYTES"
         )
     result = {
         **counts,
@@ -183,7 +268,8 @@ def _make(
         as_json,
         f"{counts['compiled']} compiled, {counts['cached']} cached, {counts['failed']} failed "
         + (f"({refused} more refused) " if refused else "")
-        + f"in {seconds} s, {total_bytes} bytes, {spilling} kernels spill",
+        + f"in {duration(seconds) if seconds >= 60 else f'{seconds} s'}, {size(total_bytes)}, "
+        + f"{counted(spilling, 'kernel')} {'spills' if spilling == 1 else 'spill'}",
     )
     sys.exit(1 if counts["failed"] or evicted or refused else 0)
 

@@ -10,13 +10,7 @@ import click
 from jitattn.cache.disk import DiskCache
 from jitattn.cache.entry import Entry, Metadata
 from jitattn.cache.store import Bad
-from jitattn.cli.common import (
-    describe,
-    emit,
-    json_option,
-    own_cache,
-    progress,
-)
+from jitattn.cli.common import emit, json_option, own_cache
 from jitattn.cli.entries import (
     check,
     distrust,
@@ -24,6 +18,8 @@ from jitattn.cli.entries import (
     metadata_of,
     named_stores,
 )
+from jitattn.cli.progress import progress
+from jitattn.cli.words import counted, describe
 from jitattn.errors import JitAttnError
 from jitattn.jit import build, compilers, nvrtc, sources
 from jitattn.spec.kernel_spec import spec_from_dict
@@ -39,6 +35,7 @@ def verify(recompile: bool, repair: bool, as_json: bool) -> None:
 
     Ends with status 1 if one is bad, or if a directory is not used because others may write to it.
     --recompile passes over kernels of another compiler, or of other templates, and counts them.
+    Cubins without metadata are listed, but are not bad: nothing uses them, and prune deletes them.
     """
     cache = own_cache(to_write=repair)
     stores = named_stores(cache)
@@ -48,6 +45,9 @@ def verify(recompile: bool, repair: bool, as_json: bool) -> None:
         for where, store in stores
         if is_trusted(store)
         for key in store.keys()  # noqa: SIM118 - a store is no mapping
+    ]
+    orphans = [
+        (where, one.key) for where, store in stores if is_trusted(store) for one in store.orphans()
     ]
     bad: list[dict[str, Any]] = []
     counts = {"checked": 0, "recompiled": 0, "not_comparable": 0}
@@ -66,7 +66,8 @@ def verify(recompile: bool, repair: bool, as_json: bool) -> None:
                     reason = "compiling it again gives other bytes"
                     looked = Bad(key, reason, (None, None))
             if isinstance(looked, Entry):
-                step(f"good {describe(looked.metadata.spec)}" if recompile else "")
+                words = describe(looked.metadata.spec)
+                step(f"good {words}" if recompile else "", words)
                 continue
             step(f"bad {key[:16]}: {one_line(looked.reason)}")
             repaired = repair and store is cache and _repair(cache, looked, metadata)
@@ -83,8 +84,16 @@ def verify(recompile: bool, repair: bool, as_json: bool) -> None:
         if recompile
         else ""
     )
-    lines.append(f"{counts['checked']} checked, {len(bad)} bad{compared_text}")
-    emit({**counts, "bad": bad, "not_used": unused}, as_json, "\n".join(lines))
+    lines += [
+        f"orphan {key[:16]} ({one_line(where)}): a cubin without metadata, which nothing uses"
+        for where, key in orphans
+    ]
+    lines.append(
+        f"{counted(counts['checked'], 'kernel')} checked, {len(bad)} bad{compared_text}"
+        + (f", {counted(len(orphans), 'orphaned cubin')}" if orphans else "")
+    )
+    found = {"bad": bad, "orphans": [key for _, key in orphans], "not_used": unused}
+    emit({**counts, **found}, as_json, "\n".join(lines))
     sys.exit(1 if unused or any(not one["repaired"] for one in bad) else 0)
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from jitattn.errors import InternalError
-from jitattn.patterns import sees_block
 from jitattn.values.dropout import keeps
 from jitattn.values.masks import BlockSparse, Causal, LocalStride, PerHead, Window, parts_of
+from jitattn.values.strided_blocks import sees_block
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -32,6 +32,7 @@ from jitattn.integrations._transformers_masks import (
     sequences_of_lengths,
     sequences_of_positions,
 )
+from jitattn.spec import install
 from jitattn.values.masks import Causal, Dense, Full, KeyPadding, Window
 
 if TYPE_CHECKING:
@@ -129,8 +130,8 @@ def register(
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         raise UnsupportedError(
-            "jitattn.integrations.transformers needs transformers 5 or newer: pip install "
-            '"transformers>=5"'
+            f"jitattn.integrations.transformers needs transformers 5 or newer: "
+            f"{install.command('hf')}"
         ) from error
     options = Options(window, keep_first, full_on_decode, gear, bool(deterministic), softcap)
     AttentionInterface.register(name, functools.partial(attend, options))

@@ -15,6 +15,7 @@ from typing import Final
 
 from jitattn.cache import memo, settings
 from jitattn.errors import CompileError
+from jitattn.spec import install
 from jitattn.spec.text import version_numbers
 
 #: CUDA major → (distribution, library, builtins) on Linux and on Windows. Patterns are relative to
@@ -137,7 +138,7 @@ def _choose(asked: int | None) -> Toolchain:
             return found[asked]
         raise CompileError(
             f"JITATTN_NVRTC={asked}, but that NVRTC is not installed (found: "
-            f"{', '.join(map(str, found.values())) or 'none'}); install jitattn[cu{asked}]"
+            f"{', '.join(map(str, found.values())) or 'none'}); {install.cuda(asked)}"
         )
     driver = driver_major()
     usable = [major for major in found if driver is None or major <= driver]
@@ -146,12 +147,10 @@ def _choose(asked: int | None) -> Toolchain:
     if found:
         raise CompileError(
             f"the driver supports CUDA {driver}, but the only NVRTC installed is "
-            f"{', '.join(map(str, found.values()))}, whose kernels it cannot load; install "
-            "jitattn[cu12], or update the driver"
+            f"{', '.join(map(str, found.values()))}, whose kernels it cannot load; "
+            f"{install.cuda(12)}, or update the driver"
         )
-    raise CompileError(
-        "no NVRTC is installed: install jitattn[cu13] (driver 580 or newer) or jitattn[cu12]"
-    )
+    raise CompileError(f"no NVRTC is installed: {install.cuda()}")
 
 
 def _remembered() -> dict[int, Toolchain]:

@@ -22,6 +22,7 @@ from jitattn.errors import InternalError, LaunchError
 from jitattn.jit import tensor_maps
 from jitattn.jit.build import build, rebuild
 from jitattn.jit.tensor_maps import MAP_BYTES, encode
+from jitattn.spec import install
 from jitattn.spec.arguments import MAX_BYTES
 from jitattn.spec.kernel_spec import entry_symbol
 
@@ -283,8 +284,7 @@ def import_cupy() -> Any:  # noqa: ANN401 - CuPy's modules have partial types
         import cupy.cuda.function
     except ImportError as error:
         raise LaunchError(
-            f"CuPy could not be imported ({error}): it launches the kernels; install "
-            "jitattn[cu13] (driver 580 or newer) or jitattn[cu12]"
+            f"CuPy could not be imported ({error}): it launches the kernels; {install.cuda()}"
         ) from error
     return cupy
 

@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args
 
 from jitattn import errors
-from jitattn.cache import settings
+from jitattn.cache import files, settings
 from jitattn.cache.entry import KERNEL_DIGITS, MAX_CUBIN_BYTES, fault, from_dict
 from jitattn.errors import JitAttnError
 from jitattn.jit import build
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
     from jitattn.jit.build import Built
     from jitattn.spec.kernel_spec import KernelSpec
@@ -72,7 +72,9 @@ class Outcome:
         return JitAttnError(self.error)
 
 
-def build_all(specs: Sequence[KernelSpec], jobs: int | None = None) -> Iterator[Outcome]:
+def build_all(
+    specs: Sequence[KernelSpec], jobs: int | None = None
+) -> Generator[Outcome, None, None]:
     """Build kernels in `jobs` processes and yield their outcomes in order of completion.
 
     Afterwards the kernels are in this process's memory. With one job or one kernel, everything
@@ -106,9 +108,16 @@ def build_here(spec: KernelSpec) -> Outcome:
     return Outcome(spec=spec, origin=built.origin, seconds=time.perf_counter() - start, built=built)
 
 
-def to_answer(outcome: Outcome) -> bytes:
-    """Encode an outcome for the parent of a worker, on one line."""
-    reply: dict[str, object] = {"error": outcome.error, "error_kind": outcome.error_kind}
+def to_answer(outcome: Outcome, warnings: Sequence[tuple[str, str]] = ()) -> bytes:
+    """Encode an outcome for the parent of a worker, on one line.
+
+    `warnings` are what was logged meanwhile, each with its subject.
+    """
+    reply: dict[str, object] = {
+        "error": outcome.error,
+        "error_kind": outcome.error_kind,
+        "warnings": list(warnings),
+    }
     if outcome.built is not None:
         reply["origin"] = outcome.origin
         reply["metadata"] = asdict(outcome.built.metadata)
@@ -320,6 +329,8 @@ def _outcome_from(spec: KernelSpec, reply: dict[str, Any], seconds: float) -> Ou
     Exception
         The answer is malformed, or its kernel fails the checks.
     """
+    for subject, text in reply.get("warnings", ()):
+        files.warn_once(subject, str(text))  # once for all workers
     error, kind = reply["error"], reply["error_kind"]
     if error and isinstance(error, str) and isinstance(kind, str):
         return Outcome(spec=spec, origin="failed", seconds=seconds, error=error, error_kind=kind)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import sys
 from typing import BinaryIO
@@ -28,11 +29,30 @@ def _load_package() -> None:
     spec.loader.exec_module(module)
 
 
-def _answer(line: bytes) -> bytes:
+class _Collected(logging.Handler):
+    """Keeps warnings for the parent, which gives each once, however many workers have it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._found: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record."""
+        text = record.getMessage()
+        self._found.append((str(getattr(record, "subject", text)), text))
+
+    def take(self) -> list[tuple[str, str]]:
+        """Return what was collected since the last call."""
+        found, self._found = self._found, []
+        return found
+
+
+def _answer(line: bytes, warnings: _Collected) -> bytes:
     from jitattn.jit import pool
     from jitattn.spec.kernel_spec import spec_from_dict
 
-    return pool.to_answer(pool.build_here(spec_from_dict(json.loads(line))))
+    outcome = pool.build_here(spec_from_dict(json.loads(line)))
+    return pool.to_answer(outcome, warnings.take())
 
 
 def _work(requests: BinaryIO, replies: BinaryIO) -> None:
@@ -40,9 +60,11 @@ def _work(requests: BinaryIO, replies: BinaryIO) -> None:
     hello = json.loads(requests.readline())
     sys.path[:] = [*hello["path"], *(entry for entry in sys.path if entry not in hello["path"])]
     _load_package()
+    warnings = _Collected()
+    logging.getLogger("jitattn").addHandler(warnings)  # and so none goes to stderr
     _send(replies, json.dumps({"ready": hello["token"]}).encode())
     for line in requests:
-        _send(replies, _answer(line))
+        _send(replies, _answer(line, warnings))
 
 
 def _send(replies: BinaryIO, line: bytes) -> None:

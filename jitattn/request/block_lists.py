@@ -16,7 +16,6 @@ import torch
 
 from jitattn.errors import InternalError, LaunchError
 from jitattn.jit import backend
-from jitattn.patterns import sees_block
 from jitattn.request.block_list_cache import BlockListCache, identity_of
 from jitattn.spec.call_arguments import BlockListArguments
 from jitattn.values.masks import (
@@ -28,6 +27,7 @@ from jitattn.values.masks import (
     PerHead,
     Window,
 )
+from jitattn.values.strided_blocks import sees_block
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable

@@ -25,6 +25,7 @@ from jitattn.run.kvcache import prepare_with_kvcache, run_with_kvcache
 from jitattn.run.kvcache_operators import encode_with_kvcache
 from jitattn.run.operator_encoding import encode, filled
 from jitattn.run.transforms import attention_in_transform
+from jitattn.run.unit_strides import with_unit_strides
 from jitattn.values.norm import check_kind
 from jitattn.values.tensors import has_symbols, is_placeholder, is_transformed, refuse_nested
 
@@ -58,6 +59,7 @@ def attention_indirectly(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Any:  #
     """
     refuse_nested((("q", q), ("k", k), ("v", v)))
     _check(q, k, v, call)
+    q, k, v = with_unit_strides(q, k, v)
     way = _Way.of(q, [k, v, *tensors_of(call).values(), *_indices(call)])
     if way is _Way.USUAL:
         with _on_constants(q):
@@ -84,9 +86,13 @@ def kvcache_indirectly(
     ------
     InvalidInputError, UnsupportedError
     """
-    inputs = (q, k_cache, v_cache)
     refuse_nested((("q", q), ("k_cache", k_cache), ("v_cache", v_cache)))
-    _check(*inputs, call)
+    _check(q, k_cache, v_cache, call)
+    (q,) = with_unit_strides(q)
+    if cache.k is not None and cache.v is not None:
+        new_k, new_v = with_unit_strides(cache.k, cache.v)
+        cache = cache._replace(k=new_k, v=new_v)
+    inputs = (q, k_cache, v_cache)
     with _on_constants(q):  # which may allocate, for numbers of the call
         given = encode_with_kvcache(cache, call)
     way = _Way.of(q, [k_cache, v_cache, *given.tensors])

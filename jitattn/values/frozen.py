@@ -17,7 +17,9 @@ class Frozen:
     def __repr__(self) -> str:
         """Return its fields; of tensors, dtype and shape."""
         held = self.__getstate__().items()
-        shown = (f"{name.lstrip('_')}={_shown(value)}" for name, value in held if value is not None)
+        shown = (
+            f"{name.lstrip('_')}={short_text(value)}" for name, value in held if value is not None
+        )
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -38,7 +40,8 @@ class Frozen:
             object.__setattr__(self, name, value)
 
 
-def _shown(value: object) -> str:
+def short_text(value: object) -> str:
+    """Return the text of a value; of a tensor, dtype and shape: bool[2, 7]."""
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if shape is None or dtype is None:
         return repr(value)

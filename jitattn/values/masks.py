@@ -15,11 +15,12 @@ only itself, not even a copy, as tensors are not compared.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypeAlias, get_args
 
 from jitattn.errors import InvalidInputError
 from jitattn.spec.enums import MaskKind
+from jitattn.values.frozen import short_text
 from jitattn.values.given import integer
 from jitattn.values.mask_base import KernelMask, check_block_size, is_count
 from jitattn.values.mask_functions import FunctionOfPairs
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 Align: TypeAlias = Literal["bottom_right", "top_left"]
 _MAX_REACH = 2**30
+_MOST_SHOWN = 3  # rules of a `PerHead` in messages
 #: Block sizes of local + stride patterns that need no lists: whole kernel blocks.
 _KERNEL_BLOCKS = (64, 128)
 
@@ -46,6 +48,12 @@ class _Mask:
         if not isinstance(other, _Mask):
             return NotImplemented
         return both(self, other)
+
+    def __repr__(self) -> str:
+        """Return kind and fields; of tensors, dtype and shape."""
+        held = ((one.name, getattr(self, one.name)) for one in fields(self))  # type: ignore[arg-type]
+        shown = (f"{name}={short_text(value)}" for name, value in held if value is not None)
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +249,7 @@ class LocalStride(_Mask):
         return KernelMask(kind, True, 0, numbers)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class BlockSparse(_Mask):
     """Block-sparse mask with an arbitrary pattern.
 
@@ -308,7 +316,7 @@ class BlockSparse(_Mask):
         return KernelMask(MaskKind.BLOCK_LISTS, self.first_row is None, self.first_row or 0)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class FunctionBlocks(_Mask):
     """Blocks of 64 x 64 pairs of which a traced mask sees any: a kernel makes lists of them.
 
@@ -327,7 +335,7 @@ class FunctionBlocks(_Mask):
         return KernelMask(MaskKind.BLOCK_LISTS, False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PerHead(_Mask):
     """Per-head rules, computed in one launch.
 
@@ -356,13 +364,20 @@ class PerHead(_Mask):
                     "and with first_row=None"
                 )
 
+    def __repr__(self) -> str:
+        """Return the rules, the first ones of many."""
+        shown = list(map(repr, self.rules[:_MOST_SHOWN]))
+        if len(self.rules) > _MOST_SHOWN:
+            shown.append(f"... {len(self.rules)} rules in all")
+        return f"PerHead([{', '.join(shown)}])"
+
     def kernel_mask(self, heads_q: int, heads_kv: int) -> KernelMask:
         """Return what kernels are told of it, in calls with so many heads."""
         del heads_q, heads_kv
         return KernelMask(MaskKind.BLOCK_LISTS, True)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class KeyPadding(_Mask):
     """Padding mask: hides keys from all queries of their sequence.
 
@@ -377,21 +392,26 @@ class KeyPadding(_Mask):
     keep: Tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Dense(_Mask):
     """Arbitrary mask as a matrix; costs its memory and the time to read it.
 
     Parameters
     ----------
-    keep : Tensor, [B or 1, Hq or 1, Lq or 1, Lkv], bool
+    keep : Tensor, [B or 1, Hq or 1, Lq or 1, Lkv] or [Lq or 1, Lkv], bool
         True = attend. With `q_seqs` or `kv_seqs`, rows and columns count from the first ones of
-        each sequence.
+        each sequence. With two dimensions it is for all sequences and heads; `keep` then has four.
     """
 
     keep: Tensor
 
+    def __post_init__(self) -> None:
+        """Add the dimensions of sequences and heads to a matrix."""
+        if len(getattr(self.keep, "shape", ())) == 2:
+            object.__setattr__(self, "keep", self.keep[None, None])
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, repr=False)
 class MaskMod(FunctionOfPairs, _Mask):
     """A mask written as a function: query `q_idx` sees key `kv_idx` where it is true.
 
@@ -422,7 +442,7 @@ class MaskMod(FunctionOfPairs, _Mask):
 _FULL = Full()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Both(_Mask):
     """Intersection of a positional rule, mask tensors and functions; made by `&`."""
 
@@ -430,6 +450,12 @@ class Both(_Mask):
     key_padding: KeyPadding | None = None
     dense: Dense | None = None
     function: MaskMod | None = None
+
+    def __repr__(self) -> str:
+        """Return the parts as they are written."""
+        rule = None if isinstance(self.rule, Full) else self.rule
+        parts = (rule, self.key_padding, self.dense, self.function)
+        return " & ".join(repr(part) for part in parts if part is not None)
 
 
 HeadRule: TypeAlias = Full | Causal | Window | LocalStride | BlockSparse

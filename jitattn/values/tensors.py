@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn import Parameter
 
-from jitattn.errors import InvalidInputError, NestedError, WithoutMemoryError
+from jitattn.errors import InvalidInputError, NestedError, StridesError, WithoutMemoryError
 from jitattn.spec.enums import Dtype
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def strides_of(name: str, tensor: Tensor) -> tuple[int, ...]:
     if tensor.layout is not torch.strided:
         raise _no_plain_memory(name, tensor)
     if stride[-1] != 1 and tensor.shape[-1] > 1:
-        raise InvalidInputError(
+        raise StridesError(
             f"{name} has strides {tuple(stride)}: the last one must be 1; "
             f"call {name}.contiguous() first"
         )

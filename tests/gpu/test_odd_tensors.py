@@ -175,3 +175,28 @@ def test_autocast_casts_inputs_and_nothing_inside(dtype: torch.dtype) -> None:
     for one, other in zip(results(autocast=True), results(autocast=False), strict=True):
         assert one.dtype == other.dtype
         assert rel_l2(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("names", ["q", "k", "v", "qkv"])
+def test_columns_apart_are_copied(names: str) -> None:
+    """Kernels read rows whose last stride is 1; others are copied, and gradients go back."""
+    plain = dict(zip("qkv", inputs(), strict=True))
+    apart = {
+        name: x.transpose(-2, -1).contiguous().transpose(-2, -1) if name in names else x.clone()
+        for name, x in plain.items()
+    }
+    assert all(apart[name].stride(-1) != 1 for name in names)
+    results = []
+    for tensors in (plain, apart):
+        given = [x.requires_grad_() for x in tensors.values()]
+        out = jitattn.attention(*given, mask=Causal(), deterministic=True)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), given)))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_dense_mask_of_two_dimensions() -> None:
+    keep = torch.rand(LQ, LKV, generator=torch.Generator().manual_seed(3)).cuda() > 0.4
+    whole = keep.expand(B, H, LQ, LKV).contiguous()
+    out = jitattn.attention(*inputs(), mask=jitattn.Dense(keep))
+    assert torch.equal(out, jitattn.attention(*inputs(), mask=jitattn.Dense(whole)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import types
 from typing import Any
 
@@ -9,8 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+import jitattn
 from jitattn.api.interop import from_all, from_any, kind_of, to_kind_of
+from jitattn.cache import files
 from jitattn.errors import InvalidInputError, UnsupportedError
+from jitattn.values import foreign
+from jitattn.values.masks import BlockSparse, Causal, Dense, KeyPadding, PerHead
 from tests.cpu.request.test_problem import parse_default
 from tests.support.inputs import random_qkv
 
@@ -180,3 +186,126 @@ def test_arrays_that_torch_cannot_hold_are_refused(dtype: Any) -> None:
 def test_out_of_another_library_is_refused() -> None:
     with pytest.raises(InvalidInputError, match=r"one library .*out: torch"):
         from_all({"q": np.zeros((2, 3))}, out=torch.zeros(2, 3))
+
+
+FOREIGN: dict[str, tuple[object, str]] = {
+    "is_causal": (True, r'mask=jitattn\.Causal\("top_left"\), as torch aligns it'),
+    "causal": (True, r"pass mask=jitattn\.Causal\(\)"),
+    "attn_mask": (None, r"jitattn\.Dense\(attn_mask\) if it is bool, bias=attn_mask"),
+    "softmax_scale": (0.1, r"pass scale="),
+    "sm_scale": (0.1, r"pass scale="),
+    "window_size": ((3, -1), r"jitattn\.Window\(3, None\)"),
+    "dropout": (0.1, r"pass dropout_p="),
+    "softkap": (30.0, r"is softcap= meant\?"),
+    "colour": ("red", r"it takes mask, scale, layout, .* tile_rows$"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_keywords_of_other_functions_are_answered_with_ours(name: str) -> None:
+    value, text = FOREIGN[name]
+    q, k, v = random_qkv()
+    for call in (jitattn.attention, jitattn.explain, jitattn.warmup):
+        with pytest.raises(InvalidInputError, match=f"attention has no argument {name}: .*{text}"):
+            call(q, k, v, **{name: value})
+    with pytest.raises(TypeError, match=f"attention_with_kvcache has no argument {name}: "):
+        jitattn.attention_with_kvcache(q, k, v, length=1, **{name: value})
+
+
+def test_every_advice_names_what_there_is() -> None:
+    """The keywords and classes that advice names exist, and none is an argument already."""
+    own = inspect.signature(jitattn.attention).parameters.keys()
+    of_cache = inspect.signature(jitattn.attention_with_kvcache).parameters.keys()
+    for name, advice in foreign._OURS.items():
+        assert name not in own
+        for keyword in re.findall(r"\b(?:pass|or|and) ([a-z_]+)=", advice):
+            assert keyword in {*own, *of_cache}, advice
+        for public in re.findall(r"jitattn\.([A-Za-z_]+)", advice):
+            assert getattr(jitattn, public) is not None
+
+
+BOOLS = torch.ones(2, 7, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("mask", "text"),
+    [
+        (KeyPadding(BOOLS), "KeyPadding(keep=bool[2, 7])"),
+        (Dense(BOOLS), "Dense(keep=bool[1, 1, 2, 7])"),
+        (Causal("top_left") & KeyPadding(BOOLS),
+         "Causal(align='top_left') & KeyPadding(keep=bool[2, 7])"),
+        (BlockSparse(BOOLS, 16), "BlockSparse(pattern=bool[2, 7], block_size=16, causal=False)"),
+        (PerHead([Causal()] * 9),
+         "PerHead([" + "Causal(align='bottom_right'), " * 3 + "... 9 rules in all])"),
+    ],
+)  # fmt: skip
+def test_masks_in_messages_are_kinds_and_shapes(mask: Any, text: str) -> None:
+    assert repr(mask) == text
+
+
+def test_a_refused_intersection_prints_no_tensor() -> None:
+    big = KeyPadding(torch.ones(64, 4096, dtype=torch.bool))
+    with pytest.raises(InvalidInputError) as refused:
+        _ = Causal() & big & KeyPadding(BOOLS)
+    message = str(refused.value)
+    assert message.startswith("Causal(align='bottom_right') & KeyPadding(keep=bool[64, 4096]) & ")
+    assert "tensor(" not in message
+    assert len(message) < 200
+
+
+def columns_apart(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, with strides whose last is not 1."""
+    return tensor.transpose(-2, -1).contiguous().transpose(-2, -1)
+
+
+@pytest.mark.parametrize("names", ["q", "k", "v", "qkv"])
+def test_any_strides_at_the_cost_of_a_copy_and_one_warning(
+    names: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    files._warned.discard("strides")
+    plain = dict(zip("qkv", random_qkv(2, 5, 7, 4, 2, 16, 24), strict=True))
+    apart = {name: columns_apart(x) if name in names else x for name, x in plain.items()}
+    assert all(apart[name].stride(-1) != 1 for name in names)
+    for tensors in (plain, apart):
+        for tensor in tensors.values():
+            tensor.requires_grad_()
+    truth = jitattn.attention(*plain.values(), mask=Causal())
+    out = jitattn.attention(*apart.values(), mask=Causal())
+    assert torch.equal(out, truth)
+    for tensors, result in ((plain, truth), (apart, out)):
+        grads = torch.autograd.grad(result.square().sum(), list(tensors.values()))
+        tensors |= dict(zip(("dq", "dk", "dv"), grads, strict=True))
+    assert all(torch.equal(apart[name], plain[name]) for name in ("dq", "dk", "dv"))
+    (warning,) = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert "has strides" in warning
+    assert "copied at each call" in warning
+
+
+def test_any_strides_with_a_cache() -> None:
+    files._warned.add("strides")
+    q, k, v = random_qkv(1, 3, 3, 4, 2, 16, 16)
+    caches = [torch.zeros(2, 1, 8, 2, 16).unbind(0) for _ in range(2)]
+    truth = jitattn.attention_with_kvcache(q, *caches[0], k, v, length=2)
+    apart = [columns_apart(one) for one in (q, k, v)]
+    out = jitattn.attention_with_kvcache(apart[0], *caches[1], *apart[1:], length=2)
+    assert torch.equal(out, truth)
+    assert torch.equal(caches[0][0], caches[1][0])
+    with pytest.raises(InvalidInputError, match="k has strides"):  # it is written in place
+        jitattn.attention_with_kvcache(q, columns_apart(caches[0][0]), caches[0][1], length=2)
+
+
+def test_any_strides_in_a_compiled_graph() -> None:
+    q, k, v = random_qkv(1, 3, 5, 4, 2, 16, 16)
+    compiled = torch.compile(jitattn.attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(columns_apart(q), k, v), jitattn.attention(q, k, v))
+
+
+def test_a_dense_mask_of_two_dimensions_is_for_all_heads() -> None:
+    q, k, v = random_qkv(2, 5, 7, 4, 2, 16, 16)
+    keep = torch.rand(5, 7, generator=torch.Generator().manual_seed(3)) > 0.4
+    for matrix in (keep, keep[:1]):
+        whole = matrix.expand(2, 4, 5, 7).contiguous()
+        got = jitattn.attention(q, k, v, mask=Causal() & Dense(matrix))
+        assert torch.equal(got, jitattn.attention(q, k, v, mask=Causal() & Dense(whole)))
+    with pytest.raises(InvalidInputError, match=r"Dense\(...\) has shape \[1, 1, 4, 7\]"):
+        jitattn.attention(q, k, v, mask=Dense(keep[:4]))

@@ -189,7 +189,7 @@ def test_a_cache_in_fp64() -> None:
         ({"mask": KeyPadding(torch.ones(2, 8).long())}, r"torch\.int64 .*cast it with \.bool\(\)"),
         ({"mask": KeyPadding(torch.ones(2, 8))}, r"torch\.float32 .*is a bias: pass it as bias="),
         ({"mask": KeyPadding(torch.ones(2, 1, 1, 8).bool())}, r"four dimensions is Dense\(keep\)"),
-        ({"mask": Dense(torch.ones(5, 8).bool())}, r"of \[Lq, Lkv\] pass x\[None, None\]"),
+        ({"mask": Dense(torch.ones(4, 5, 8).bool())}, r"of \[B, Lq, Lkv\] x\[:, None\]"),
         ({"mask": Dense(torch.ones(2, 4, 5, 8).int())}, r"torch\.int32 .*cast it with \.bool\(\)"),
     ],
     ids=str,

@@ -129,7 +129,7 @@ def test_killed_import_is_seen_and_deleted(
     for command in (("prune",), ("clear",), ("clear", "--imported")):
         killed_import(good, disk, monkeypatch)
         assert result("stats")["unfinished_imports"] == 1
-        assert "1 unfinished imports" in run("stats").stdout
+        assert "1 unfinished import," in run("stats").stdout
         assert run(*command, "-y").exit_code == 0
         assert result("stats")["unfinished_imports"] == 0
         assert list((cache_dir / "imported").iterdir()) == []

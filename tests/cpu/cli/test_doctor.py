@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -12,8 +13,12 @@ from jitattn.cache import files
 from jitattn.cache.disk import DiskCache
 from jitattn.cli import health as doctor
 from jitattn.jit import build, compilers
+from jitattn.spec import install
 from tests.cpu.commands import run
 from tests.cpu.specs import combine_spec
+
+#: The module, which has the name of its command.
+command = importlib.import_module("jitattn.cli.doctor")
 
 
 @pytest.fixture
@@ -95,9 +100,12 @@ def test_doctor_says_why_a_compiler_is_chosen(monkeypatch: pytest.MonkeyPatch) -
 
 def test_doctor_sees_what_is_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    for path, text in (("file", "of another kind"), ("file/below", "cannot be made")):
+    for path, text in (("file", "it is no directory"), ("file/below", "cannot be made")):
         monkeypatch.setenv("JITATTN_CACHE_DIR", str(tmp_path / path))
-        assert any(status == "bad" and text in found for status, found, _ in findings("cache"))
+        bad = [(found, advice) for status, found, advice in findings("cache") if status == "bad"]
+        assert any(text in found for found, _ in bad)
+        for _, advice in bad:  # no chmod: that would not help
+            assert advice.startswith(f"{tmp_path / 'file'} is a file: move it away, or set")
     assert run("doctor").exit_code == 1
 
 
@@ -127,12 +135,12 @@ def test_doctor_knows_read_only_directories(
     monkeypatch.setenv("JITATTN_CACHE_DIR", str(tmp_path / "own"))
     monkeypatch.setenv("JITATTN_CACHE_PATH", os.pathsep.join((str(link), str(tmp_path / "gone"))))
     found = findings("read-only")
-    assert ("ok", f"{link}: 1 kernels", "") in found
+    assert ("ok", f"{link}: 1 kernel", "") in found
     assert any(status == "warn" and "gone holds no kernels" in text for status, text, _ in found)
     filled.root.chmod(0o770)  # the root counts as much as what is in it
     found = findings("read-only")
     assert any(status == "bad" and "others may write to it" in text for status, text, _ in found)
-    assert not any("1 kernels" in text for _, text, _ in found)
+    assert not any("1 kernel" in text for _, text, _ in found)
     filled.root.chmod(0o700)
 
 
@@ -140,7 +148,7 @@ def test_doctor_says_that_the_cache_is_temporary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("JITATTN_CACHE_DIR")
-    monkeypatch.setattr(doctor, "user_cache", lambda: DiskCache(tmp_path / "jitattn-0"))
+    monkeypatch.setattr(doctor, "user_cache", lambda **_: DiskCache(tmp_path / "jitattn-0"))
     monkeypatch.setattr(doctor.tempfile, "gettempdir", lambda: str(tmp_path))
     status, text, advice = findings("cache")[0]
     assert status == "warn"
@@ -188,3 +196,42 @@ def test_a_torch_that_is_of_no_use_is_bad(
     found = [one for one in doctor._asked_torch() if one[0] == "bad"]
     assert len(found) == 1
     assert text in found[0][1]
+
+
+def test_doctor_sums_up(filled: DiskCache) -> None:
+    done = run("doctor")
+    found = json.loads(run("doctor", "--json").stdout)
+    good, warnings, bad = (
+        sum(one["status"] == status for one in found) for status in ("ok", "warn", "bad")
+    )
+    words = f"{warnings} warning{'' if warnings == 1 else 's'}"
+    assert done.stdout.splitlines()[-1].startswith(f"{good} ok, {words}, {bad} problem")
+    assert "\x1b" not in done.stdout  # colours are for terminals
+
+
+def test_doctor_in_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal:
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(command.sys, "stdout", Terminal())
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert command._coloured("bad", "BAD") == "\x1b[31m\x1b[1mBAD\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert command._coloured("bad", "BAD") == "BAD"
+
+
+def test_doctor_says_what_to_do_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilers, "driver_major", lambda: None)
+    ((status, text, advice),) = findings("driver")
+    assert (status, text) == ("warn", "no CUDA driver: compiling works, launching does not")
+    assert "install its driver" in advice
+    assert "CPU tensors and prebuild work" in advice
+
+
+def test_doctor_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "IS_MACOS", True)
+    monkeypatch.setattr(compilers, "driver_major", lambda: None)
+    monkeypatch.setattr(compilers, "installed", dict)
+    assert findings("driver") == [("warn", "macOS has no CUDA", install.NO_MACOS)]
+    assert findings("nvrtc")[0][2] == install.NO_MACOS

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import jitattn
 from jitattn.cache.disk import DiskCache
 from jitattn.cache.entry import Entry
-from jitattn.cli.common import fitting
+from jitattn.cli.tables import ending, fitting
+from jitattn.cli.words import counted, duration, size
 from jitattn.jit import build
 from tests.cpu.commands import result, run
 from tests.cpu.specs import CACHED, fake_entry
@@ -31,6 +37,13 @@ def test_list(filled: DiskCache) -> None:
     table = run("list").stdout
     assert table.count("sm_80") == 2
     assert "\n" in table
+    for option, word in (
+        ("--dtype", "fp61"), ("--mask", "casual"), ("--family", "foward"), ("--head-dim", "x"),
+        ("--head-dim", "257"), ("--where", "users"), ("--arch", "8"),
+    ):  # fmt: skip
+        refused = run("list", option, word)
+        assert (refused.exit_code, refused.stdout) == (2, ""), option
+        assert word in refused.stderr
     refused = run("list", "--sort", "beauty")
     assert refused.exit_code == 2
     assert "compile_ms" in refused.stderr
@@ -101,6 +114,56 @@ def test_extract(filled: DiskCache, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+def test_extract_to_standard_output(filled: DiskCache) -> None:
+    built = build.build(CACHED[0])
+    command = [sys.executable, "-m", "jitattn", "extract", built.key, "-o", "-"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, check=True)
+    assert done.stdout == built.cubin
+    assert done.stderr.decode() == f"{size(len(built.cubin))} to standard output\n"
+
+
+def test_path_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JITATTN_CACHE_DIR")
+    for name in ("HOME", "XDG_CACHE_HOME", "LOCALAPPDATA", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    shown = Path(result("path"))
+    assert shown.is_relative_to(tmp_path / "home")
+    assert run("list").exit_code == run("stats").exit_code == 0
+    assert list((tmp_path / "home").iterdir()) == []
+    build.build(CACHED[0])
+    assert list(shown.glob("v1/*/*.cubin"))
+
+
+def test_version_and_module() -> None:
+    line = f"jitattn {jitattn.__version__}\n"
+    assert run("--version").stdout == line
+    for module in ("jitattn", "jitattn.cli"):
+        command = [sys.executable, "-m", module, "--version"]
+        done = subprocess.run(
+            command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True
+        )
+        assert done.stdout == line
+
+
+def test_help_shows_whole_sentences() -> None:
+    text = run("--help").stdout
+    assert not any(line.endswith("...") for line in text.splitlines()[1:])
+    assert "Compile kernels into the cache, for any architecture; no GPU is" in text
+
+
+def test_sizes_counts_and_durations() -> None:
+    sizes = {0: "0 bytes", 1: "1 byte", 1023: "1023 bytes", 1024: "1.0 KiB", 74400: "72.7 KiB",
+             1048575: "1.0 MiB", 512 << 20: "512.0 MiB", 3 << 40: "3.0 TiB"}  # fmt: skip
+    assert {number: size(number) for number in sizes} == sizes
+    assert [counted(number, "kernel") for number in (0, 1, 2)] == [
+        "0 kernels", "1 kernel", "2 kernels",
+    ]  # fmt: skip
+    assert [duration(seconds) for seconds in (0.4, 59.4, 59.6, 3600, 7500)] == [
+        "0 s", "59 s", "1 min 0 s", "1 h 0 min", "2 h 5 min",
+    ]  # fmt: skip
+
+
 def test_path_and_stats(filled: DiskCache) -> None:
     assert run("path").stdout.strip() == result("path") == str(filled.root)
     summary = result("stats")
@@ -159,8 +222,44 @@ def test_extract_checks_the_key_too(filled: DiskCache, tmp_path: Path) -> None:
 
 
 def test_tables_fit() -> None:
-    cells = [{"key": "k" * 16, "bytes": "12345", "toolchain": "nvrtc 13.0.88"}]
-    columns, droppable = ("key", "bytes", "toolchain"), ("toolchain", "bytes")
-    assert fitting(columns, cells, 38, droppable) == columns
-    assert fitting(columns, cells, 37, droppable) == ("key", "bytes")
-    assert fitting(columns, cells, 5, droppable) == ("key",)
+    widths, droppable = {"key": 16, "size": 5, "where": 30}, ("where", "size")
+    assert fitting(widths, 55, droppable, ("where",)) == widths
+    assert fitting(widths, 54, droppable, ("where",)) == {**widths, "where": 29}
+    assert fitting(widths, 35, droppable, ("where",)) == {**widths, "where": 10}
+    assert fitting(widths, 34, droppable, ("where",)) == {"key": 16, "size": 5}
+    assert fitting(widths, 5, droppable, ("where",)) == {"key": 16}
+    assert ending("/a/long/path", 7) == "…g/path"
+    assert ending("short", 5) == "short"
+
+
+@pytest.mark.skipif(shutil.which("script") is None, reason="needs script, for a terminal")
+@pytest.mark.parametrize("width", [60, 80])
+def test_narrow_terminals_show_numbers_and_tiles(
+    filled: DiskCache, tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read-only directory has a long path, and two kernels differ in their tile alone."""
+    long = tmp_path / ("a-long-name-" * 8) / "kernels"
+    shutil.copytree(filled.root, long)
+    long.chmod(0o700)
+    build.build(replace(CACHED[2], tile=replace(CACHED[2].tile, stages=2)))
+    monkeypatch.setenv("JITATTN_CACHE_PATH", str(long))
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    words = f"{sys.executable} -m jitattn "
+    shown = {}
+    for command in ("list", "stats"):
+        done = subprocess.run(
+            ["script", "-qec", words + command, "/dev/null"], cwd=Path(__file__).parents[3],
+            capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        plain = re.sub("\x1b\\[[0-9;]*m", "", done.stdout)
+        shown[command] = [line.rstrip() for line in plain.splitlines()]
+    table = shown["list"]
+    assert max(map(len, table)) <= width
+    tiles = {re.search(r"16x[0-9x]+", line)[0] for line in table if " 16x" in line}
+    assert tiles == {"16x64x3", "16x64x2"}
+    head, user, imported = shown["stats"][:3]
+    assert max(map(len, (head, user, imported))) <= width
+    assert re.match(r" +4  +[0-9.]+ KiB +3 +1  user", user), shown["stats"]
+    assert re.match(r" +3  +[0-9.]+ KiB +2 +1  read-only  …", imported)
+    assert imported.endswith("kernels")

@@ -27,6 +27,7 @@ def test_verify_finds_and_repairs(filled: DiskCache) -> None:
         "recompiled": 0,
         "not_comparable": 0,
         "bad": [],
+        "orphans": [],
         "not_used": {},
     }
     compared = result("verify", "--recompile")
@@ -124,7 +125,7 @@ def test_clear(filled: DiskCache) -> None:
     assert result("clear", "--dry-run")["deleted"] == 3
     assert len(filled.keys()) == 3
     assert result("clear", "--arch", "86", "-y")["deleted"] == 1
-    assert run("clear", "--yes").stdout.strip() == "2 deleted"
+    assert run("clear", "--yes").stdout.strip() == "2 kernels deleted"
     assert filled.keys() == []
 
 
@@ -141,9 +142,9 @@ def test_export_import_clear(filled: DiskCache, tmp_path: Path) -> None:
     rows = json.loads(run("list", "--json", JITATTN_CACHE_DIR=other).stdout)
     assert [row["where"] for row in rows] == ["imported"] * 2
     kept = run("clear", "-y", JITATTN_CACHE_DIR=other)
-    assert "1 imported archives kept" in kept.stdout
+    assert "1 imported archive kept; --imported deletes it" in kept.stdout
     gone = run("clear", "-y", "--imported", JITATTN_CACHE_DIR=other)
-    assert "1 imported archives deleted" in gone.stdout
+    assert "1 imported archive deleted" in gone.stdout
     assert json.loads(run("list", "--json", JITATTN_CACHE_DIR=other).stdout) == []
     refused = run("import", str(archive), "--sha256", "0" * 64, JITATTN_CACHE_DIR=other)
     assert refused.exit_code == 1
@@ -229,7 +230,7 @@ def test_export_says_what_is_missing(filled: DiskCache, tmp_path: Path) -> None:
     done = run("export", str(archive), "--spec", str(spec_file), "--json")
     assert done.exit_code == 0
     assert (json.loads(done.stdout)["kernels"], json.loads(done.stdout)["missing"]) == (1, 1)
-    assert "1 of the kernels asked for" in done.stderr
+    assert "of the kernels asked for, 1 is not there" in done.stderr
     archive.unlink()
     for arguments in (["--arch", "90"], ["--preset", "llama", "--arch", "80"]):
         nothing = run("export", str(archive), *arguments)
@@ -331,3 +332,43 @@ def test_a_terminal_is_asked(filled: DiskCache, monkeypatch: pytest.MonkeyPatch)
         assert "Delete 3 kernels" in done.stderr  # and stdout stays JSON
         assert len(filled.keys()) == left
     assert json.loads(done.stdout)["deleted"] == 3
+
+
+def test_orphaned_cubins_are_seen_and_deleted(filled: DiskCache) -> None:
+    """A writer that died between the two files leaves a cubin that nothing reads."""
+    key = build.build(CACHED[0]).key
+    cubin, metadata = filled.paths(key)
+    metadata.unlink()
+    assert result("verify")["orphans"] == []  # its writer may be at it
+    assert result("prune", "-y")["swept"] == 0
+    os.utime(cubin, (1, 1))
+    assert result("verify")["orphans"] == [key]  # not bad: nothing uses it
+    assert f"orphan {key[:16]} (user)" in run("verify").stdout
+    assert "1 orphaned cubin" in run("stats").stdout
+    assert "(0 bytes) and 1 leftover would be deleted" in run("prune", "--dry-run").stdout
+    assert cubin.exists()
+    assert run("prune", "-y").stdout == "0 kernels (0 bytes) and 1 leftover deleted\n"
+    assert not cubin.exists()
+    assert len(filled.keys()) == 2
+    assert result("verify")["orphans"] == []
+
+
+def test_orphan_that_gets_metadata_meanwhile_stays(
+    filled: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = build.build(CACHED[0]).key
+    cubin, metadata = filled.paths(key)
+    text = metadata.read_bytes()
+    metadata.unlink()
+    os.utime(cubin, (1, 1))
+    orphans = filled.orphans()
+    metadata.write_bytes(text)
+    metadata.chmod(0o600)
+    monkeypatch.setattr(DiskCache, "orphans", lambda *_: orphans)
+    assert filled.sweep() == 0
+    assert cubin.exists()
+
+
+def test_export_says_why_it_does_not_compress() -> None:
+    text = " ".join(run("export", "--help").stdout.split())
+    assert "not compressed: compressors give other bytes" in text

@@ -44,7 +44,7 @@ def test_choice_by_driver(
 @pytest.mark.usefixtures("no_memo")
 @pytest.mark.parametrize(
     ("driver", "majors", "text"),
-    [(12, (13,), r"jitattn\[cu12\]"), (13, (), r"jitattn\[cu13\]")],
+    [(12, (13,), r"\[cu12\]"), (13, (), r"\[cu13\]")],
 )
 def test_no_usable_compiler(
     monkeypatch: pytest.MonkeyPatch, driver: int, majors: tuple[int, ...], text: str

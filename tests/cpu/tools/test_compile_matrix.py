@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from jitattn.cache.entry import sha256
+from jitattn.jit import build
 
 ROOT = Path(__file__).parents[3]
 
@@ -135,3 +136,21 @@ def test_kept_figures_are_of_the_compiler_of_the_constraints(
     assert version is not None
     # With figures of another compiler, CI would find none of its own and compile everything.
     assert not figures or compiler == f"nvrtc {version[1]}"
+
+
+def test_a_kernel_with_a_warning_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import compile_matrix
+
+    (spec, *_) = [s for s in compile_matrix.matrix("sm_90", short=True) if s.family == "combine"]
+    built = build.build(spec)
+    assert compile_matrix.warning_in(built.metadata.log) == ""
+    for line in (
+        'a.cuh(1): warning #177-D: variable "x" was declared but never referenced',
+        "ptxas warning : Value of threads per SM is out of range",
+    ):
+        log = f"{built.metadata.log}\n{line}\nRemark: The warnings can be suppressed"
+        noisy = replace(built, metadata=replace(built.metadata, log=log))
+        monkeypatch.setattr(build, "build", lambda _, found=noisy: found)
+        row = compile_matrix.build_one(spec)
+        assert compile_matrix.problems([row], ()) == [f"{row.name}: the compiler warns: {line}"]

@@ -38,6 +38,25 @@ def test_demo_without_a_gpu() -> None:
     assert len(re.findall(r"sm_90a +fwd_sm90 ", done.stdout)) == 1
 
 
+def test_help_of_the_demo_runs_no_demo() -> None:
+    for command in (["tools/demo.py"], ["-m", "jitattn.demo"]):
+        done = run(*command, "--help", CUDA_VISIBLE_DEVICES="")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("usage: demo.py")
+        assert "compiling" not in done.stdout.partition("Without one")[0]
+        assert "[1/" not in done.stdout
+        assert run(*command, "--quick", CUDA_VISIBLE_DEVICES="").returncode == 2
+
+
+def test_a_section_that_needs_a_gpu_is_refused_without_one() -> None:
+    done = run("tools/bench.py", "--section", "forward,compile", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(
+        "--section: forward needs a GPU, and torch sees none; here: compile,service,doors"
+    )
+    assert done.stdout == ""
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A small tree with what the GPU record covers."""

@@ -7,23 +7,32 @@ A pattern is a bool tensor [rows, columns] or [heads, rows, columns], True = att
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from jitattn.errors import InvalidInputError, JitAttnError
-from jitattn.values.function_cache import function_of
-from jitattn.values.masks import MaskMod
-from jitattn.values.pairs import visible_pairs
+from jitattn.patterns.drawing import draw, text
+from jitattn.patterns.seen import heads_of
+from jitattn.values.strided_blocks import sees_block
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn.attention.flex_attention import BlockMask
 
     from jitattn.values.masks import LocalStride
 
-_INK, _PAPER, _LINE = (31, 78, 121), (255, 255, 255), (205, 205, 205)
+__all__ = [
+    "Description",
+    "describe",
+    "draw",
+    "from_csr",
+    "from_tokens",
+    "is_kv_cache_efficient",
+    "local_stride",
+    "sees_block",
+    "text",
+    "to_csr",
+    "to_tokens",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,23 +94,6 @@ def local_stride(
     return (seen | (heads >= heads_kv - rule.num_dense_heads)) & (j <= i)
 
 
-def sees_block(rule: LocalStride, row: Tensor, column: Tensor, shift: Tensor | int = 0) -> Tensor:
-    """Return whether blocks of queries see blocks of keys, causality and dense heads aside.
-
-    Parameters
-    ----------
-    row, column : Tensor, broadcastable
-        Numbers of the blocks.
-    shift : Tensor or int
-        Offset of a head's stride; unused if the rule is not causal.
-    """
-    left, right = rule.local
-    if rule.causal:
-        return (row - column < left) | ((column + shift) % rule.vert_stride == 0)
-    outside = (row - column - left + 1).clamp(min=0) + (column - row - right + 1).clamp(min=0)
-    return outside % rule.vert_stride == 0
-
-
 def from_tokens(mask: Tensor, block_size: int) -> Tensor:
     """Return the pattern of blocks with any visible pair.
 
@@ -147,7 +139,7 @@ def to_csr(pattern: Tensor) -> tuple[Tensor, Tensor]:
     The columns of row r of head h are ``col[h, crow[h, r] : crow[h, r + 1]]``, ascending; unused
     entries of `col` are -1. The CSR of the transposed pattern is the CSC of the pattern.
     """
-    heads = _heads(pattern)
+    heads = heads_of(pattern)
     counts = heads.sum(dim=2)
     crow = torch.zeros(heads.shape[0], heads.shape[1] + 1, dtype=torch.int32, device=heads.device)
     crow[:, 1:] = counts.cumsum(dim=1)
@@ -176,7 +168,7 @@ def is_kv_cache_efficient(pattern: Tensor) -> bool:
     Then a cache may drop the keys that a decoding head has passed. In every column below its
     diagonal, a block that is set must be set in the row before as well.
     """
-    heads = _heads(pattern)
+    heads = heads_of(pattern)
     later, before = heads[:, 1:], heads[:, :-1]
     row = torch.arange(heads.shape[1], device=heads.device)[1:, None]
     below = torch.arange(heads.shape[2], device=heads.device)[None, :] < row
@@ -185,7 +177,7 @@ def is_kv_cache_efficient(pattern: Tensor) -> bool:
 
 def describe(pattern: Tensor, *, causal: bool = False) -> Description:
     """Return statistics of a pattern; `causal` counts only blocks up to the diagonal."""
-    heads = _heads(pattern)
+    heads = heads_of(pattern)
     allowed = torch.ones(heads.shape[1:], dtype=torch.bool, device=heads.device)
     if causal:
         allowed = allowed.tril()
@@ -202,91 +194,3 @@ def describe(pattern: Tensor, *, causal: bool = False) -> Description:
         empty_rows=int((counts == 0).sum()),
         is_kv_cache_efficient=is_kv_cache_efficient(heads),
     )
-
-
-def draw(
-    pattern: Tensor | MaskMod | BlockMask,
-    path: str | Path,
-    *,
-    cell: int | None = None,
-    sizes: tuple[int, int, int] | None = None,
-    batch_idx: int = 0,
-) -> None:
-    """Draw a pattern or a mask as a PNG: queries downwards, keys to the right, heads side by side.
-
-    Parameters
-    ----------
-    pattern : Tensor, [rows, columns] or [heads, rows, columns], bool; MaskMod; or BlockMask
-        Of a `MaskMod` every pair is drawn, of a block mask (ours or torch's) every block.
-    path : path
-    cell : int, optional
-        Width of a block in pixels; chosen so that the picture is some 1000 pixels wide.
-    sizes : (H, Lq, Lkv), optional
-        Heads, queries and keys of a `MaskMod`.
-    batch_idx : int
-        The sequence that is drawn of a mask.
-
-    Raises
-    ------
-    InvalidInputError
-        The pattern is invalid or has no blocks, or a `MaskMod` comes without sizes.
-    JitAttnError
-        Pillow is not installed: ``pip install "jitattn[draw]"``.
-    """
-    try:
-        from PIL import Image, ImageDraw
-    except ImportError as error:
-        raise JitAttnError(
-            'drawing needs Pillow; install it with: pip install "jitattn[draw]"'
-        ) from error
-    heads = _heads(_drawn(pattern, sizes, batch_idx)).cpu()
-    count, rows, columns = heads.shape
-    if not heads.numel():
-        raise InvalidInputError(
-            f"pattern has {count} x {rows} x {columns} blocks: there is nothing to draw"
-        )
-    if cell is None:
-        cell = max(1, 1000 // (columns * count))
-    gap = max(2, cell)
-    size = (count * (columns * cell + gap) + gap, rows * cell + 2 * gap)
-    picture = Image.new("RGB", size, _PAPER)
-    brush = ImageDraw.Draw(picture)
-    for head in range(count):
-        left = gap + head * (columns * cell + gap)
-        # One pixel per block, then enlarged: fast for millions of blocks.
-        pixels = (~heads[head]).to(torch.uint8).mul(255).contiguous().numpy()
-        ink = Image.fromarray(pixels).resize(
-            (columns * cell, rows * cell), Image.Resampling.NEAREST
-        )
-        picture.paste(_INK, (left, gap), ink.point([255 - value for value in range(256)]))
-        brush.rectangle(
-            (left - 1, gap - 1, left + columns * cell, gap + rows * cell), outline=_LINE
-        )
-    picture.save(Path(path), format="PNG")
-
-
-def _drawn(pattern: Any, sizes: tuple[int, int, int] | None, batch_idx: int) -> Any:  # noqa: ANN401
-    """Return a mask as a pattern; anything else as it is."""
-    if isinstance(pattern, MaskMod):
-        if sizes is None:
-            raise InvalidInputError("a MaskMod is drawn at sizes=(H, Lq, Lkv): give them")
-        tensors = function_of(None, pattern).tensors
-        device = tensors[0].device if tensors else torch.device("cpu")
-        with torch.no_grad():
-            return visible_pairs(pattern, (1, *sizes), device, batch_idx)[0]
-    if hasattr(pattern, "kv_num_blocks") and hasattr(pattern, "to_dense"):
-        return pattern.to_dense()[batch_idx].bool()
-    return pattern
-
-
-def _heads(pattern: Any) -> Tensor:  # noqa: ANN401 - checked here
-    """Return a pattern as [heads, rows, columns]."""
-    is_tensor = isinstance(pattern, torch.Tensor)
-    if not is_tensor or pattern.dtype is not torch.bool or pattern.dim() not in (2, 3):
-        what = f"{pattern.dtype} {list(pattern.shape)}" if is_tensor else type(pattern).__name__
-        raise InvalidInputError(
-            f"pattern is {what}: it must be a torch.bool tensor [rows, columns] or [heads, rows, "
-            "columns]"
-        )
-    heads: Tensor = pattern if pattern.dim() == 3 else pattern[None]
-    return heads
