@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from jitattn.kernels.bwd import bwd_spec
 from jitattn.kernels.bwd_captured import CapturedGradSpec
 from jitattn.kernels.bwd_scores import ScoreGradSpec
-from jitattn.plan import arguments, kv_parts, prepare
+from jitattn.plan import arguments, kv_parts, prepare, wgmma_backward
 from jitattn.plan.backward_pass import BackwardPass, launch
 from jitattn.plan.dq import postprocess, room_for_dq
 from jitattn.plan.preprocess import preprocess
@@ -30,9 +30,10 @@ from jitattn.values.masks import LocalStride
 
 if TYPE_CHECKING:
     from jitattn.kernels.bwd import BwdSpec
+    from jitattn.kernels.bwd_sm90 import BwdSm90Spec
     from jitattn.plan.backward_pass import BackwardOperands
     from jitattn.plan.step import Device
-    from jitattn.request.problem import Runtime
+    from jitattn.request.problem import Runtime, Strides
     from jitattn.spec.kernel_spec import Problem
     from jitattn.values.masks import Rule
 
@@ -126,7 +127,27 @@ def without_block_lists(problem: Problem, rule: Rule | None, arch: str) -> Probl
     return replace(problem, mask=MaskKind.FINE_STRIDE)
 
 
-def _main(whole: BackwardPass) -> tuple[list[Step], BwdSpec, dict[str, Buffer]]:
+def main_spec(
+    problem: Problem,
+    runtime: Runtime,
+    device: Device,
+    d_out_strides: Strides | None = None,
+    *,
+    deterministic: bool,
+) -> BwdSpec | BwdSm90Spec:
+    """Return the kernel that computes dq, dk and dv, of a problem as `kernel_problem` has it.
+
+    `d_out_strides`: of dO, as (batch, row, head); None: like a contiguous one.
+    """
+    chosen = wgmma_backward.choice(
+        problem, runtime, device, d_out_strides, deterministic=deterministic
+    )
+    return chosen.spec or bwd_spec(problem, device.arch, deterministic=deterministic)
+
+
+def _main(
+    whole: BackwardPass,
+) -> tuple[list[Step], BwdSpec | BwdSm90Spec, dict[str, Buffer]]:
     """Plan the launches that compute dq, dk and dv."""
     runtime, operands, device = whole.runtime, whole.operands, whole.device
     problem = kernel_problem(whole.problem, runtime, device.arch)
@@ -134,7 +155,9 @@ def _main(whole: BackwardPass) -> tuple[list[Step], BwdSpec, dict[str, Buffer]]:
         corner = runtime.len_kv - runtime.len_q if problem.is_uniform else 0
         runtime = runtime._replace(diagonal=corner, listed=None)
         whole = whole._replace(problem=problem, runtime=runtime)
-    spec = bwd_spec(problem, device.arch, deterministic=operands.deterministic)
+    spec = main_spec(
+        problem, runtime, device, operands.main_d_out_strides, deterministic=operands.deterministic
+    )
     num_q_tiles, _ = tiles = whole.num_tiles(problem, spec.tile)
     buffers: dict[str, Buffer] = {}
     buffers["dq_sum"], dq_strides = room_for_dq(whole, spec)

@@ -1,0 +1,218 @@
+// The warpgroup that copies operands and computes dQ = dS K of each step.
+#pragma once
+
+#include "jitattn/bwd/sm80/dq_sums.cuh"
+#include "jitattn/bwd/sm90/operand_copies.cuh"
+#include "jitattn/bwd/sm90/pipeline.cuh"
+#include "jitattn/bwd/sm90/traits.cuh"
+#include "jitattn/bwd/sm90/work.cuh"
+#include "jitattn/ptx/global.cuh"
+#include "jitattn/ptx/shared.cuh"
+#include "jitattn/ptx/sm90/elected.cuh"
+#include "jitattn/ptx/sm90/mbarrier.cuh"
+#include "jitattn/ptx/sm90/wgmma_transposed.cuh"
+#include "jitattn/tile/fragment.cuh"
+#include "jitattn/tile/ring.cuh"
+#include "jitattn/tile/warpgroup.cuh"
+#include "jitattn/types.cuh"
+#include "jitattn_spec.h"
+
+namespace jitattn {
+
+template <class Spec>
+struct BwdDqGroup {
+  using Traits = BwdSm90Traits<Spec>;
+  using Work = BwdSm90Work<Spec>;
+  static constexpr int kStages = Traits::kStages;
+
+  const Work& work;
+  const BwdOperandCopies<Spec> copies;
+  const BwdBarriers<Spec> barriers;
+  const uint32_t s_addr;
+  const int warp_idx;  // the same in all lanes, as the compiler is told
+  const int lane_idx;
+
+  __device__ BwdDqGroup(const BwdTensorMaps& maps, const Work& work, uint32_t s_addr)
+      : work(work),
+        copies{maps, work, BwdBarriers<Spec>(s_addr), s_addr},
+        barriers(s_addr),
+        s_addr(s_addr),
+        warp_idx(uniform(threadIdx.x / 32)),
+        lane_idx(threadIdx.x % 32) {}
+
+  // Copies run two steps ahead: those of step i + 2 begin when dS of step i is written.
+  __device__ __forceinline__ void run() {
+    const int num_steps = work.num_steps();
+    QueryStep step = work.first_step(), ahead = step;
+    RowStatistics<Spec> stats;
+    if (warp_idx == 0) {
+      copies.load_k();
+      copies.load_v();
+    }
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) {
+      if (i < num_steps) {
+        load(ahead, i);
+        stats.load(work, ahead);
+        stats.store(s_addr, barriers, i);
+        work.advance(ahead);
+      }
+    }
+    if (kStages - 1 < num_steps) stats.load(work, ahead);
+    ptx::mbarrier_wait(barriers.k_full(), 0);
+    Ring<Traits::kSlots> slot = {0, 0};
+    int stage = kStages - 1;  // of the step to be loaded
+#pragma unroll 1
+    for (int i = 0; i < num_steps; ++i) {
+      ptx::mbarrier_wait(barriers.ds_full(slot.stage), slot.parity);
+      if (i + kStages - 1 < num_steps) {
+        load(ahead, stage);
+        stats.store(s_addr, barriers, stage);
+        work.advance(ahead);
+        stage = stage + 1 == kStages ? 0 : stage + 1;
+        if (i + kStages < num_steps) stats.load(work, ahead);
+      }
+      add_dq(step, slot.stage);
+      work.advance(step);
+      slot.advance();
+    }
+    if constexpr (Traits::kDqInFragments) ptx::bulk_wait<0>();
+  }
+
+ private:
+  __device__ __forceinline__ void load(const QueryStep& step, int stage) const {
+    if (warp_idx != 0) return;
+    copies.load_q(step, stage);
+    copies.load_d_out(step, stage);
+  }
+
+  __device__ __forceinline__ void add_dq(const QueryStep& step, int slot) const {
+    const int head_idx = work.first_head() + step.head;
+    wait_for_turn(head_idx, step.tile);
+#pragma unroll
+    for (int piece = 0; piece < Traits::kPieces; ++piece) {
+      // The widths of pieces are constants after unrolling.
+      constexpr int kLast = Traits::kDim - (Traits::kPiecesAcross - 1) * Spec::kPieceColumns;
+      if (kLast != Spec::kPieceColumns &&
+          piece % Traits::kPiecesAcross == Traits::kPiecesAcross - 1) {
+        add_piece<kLast>(head_idx, step.tile, piece, slot);
+      } else {
+        add_piece<Spec::kPieceColumns>(head_idx, step.tile, piece, slot);
+      }
+    }
+    pass_turn(head_idx, step.tile);
+  }
+
+  // Computes a piece, 64 queries x kColumns, and adds it to the sums.
+  template <int kColumns>
+  __device__ __forceinline__ void add_piece(int head_idx, int tile, int piece, int slot) const {
+    const int page = piece / Traits::kPiecesAcross;
+    const int column = piece % Traits::kPiecesAcross * Spec::kPieceColumns;
+    float r_dq[kColumns / 2];
+    const WgmmaDescriptor ds(
+        s_addr + Traits::kOffsetDs + slot * Traits::kBytesDs + page * Traits::kBytesKeyPage,
+        Traits::kBytesKeyPage);
+    const WgmmaDescriptor k(s_addr + column / kPageColumns * Traits::kBytesKeyPage +
+                                column % kPageColumns * 2,
+                            Traits::kBytesKeyPage);
+    ptx::wgmma_fence();
+    ptx::wgmma_transposed<Traits::kIsBf16, kColumns, false>(r_dq, ds.at_rows(0), k.at_rows(0));
+#pragma unroll
+    for (int step = 1; step < Spec::kBlockKv / 16; ++step) {
+      ptx::wgmma_transposed<Traits::kIsBf16, kColumns, true>(r_dq, ds.at_rows(step),
+                                                             k.at_rows(step));
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_hold(r_dq);
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_hold(r_dq);
+    if (piece == Traits::kPieces - 1) ptx::mbarrier_arrive_elected(barriers.ds_empty(slot));
+    if constexpr (Traits::kDqInFragments) {
+      add_in_bulk<kColumns>(r_dq, head_idx, tile, piece, page, column);
+    } else {
+      add_by_rows<kColumns>(r_dq, head_idx, tile, page, column);
+    }
+  }
+
+  // Adds a warp's part of a piece, which is contiguous in the sums: a block of 64 queries is
+  // [4 warps][kDim / 8 column tiles][32 lanes][4], as bwd_postprocess reads it.
+  template <int kColumns>
+  __device__ __forceinline__ void add_in_bulk(const float (&r_dq)[kColumns / 2], int head_idx,
+                                              int tile, int piece, int page, int column) const {
+    constexpr int kBuffers = Traits::kPieceBuffers, kTileBytes = 512;
+    const uint32_t s_part = s_addr + Traits::kOffsetPieces +
+                            piece % kBuffers * Traits::kBytesPiece +
+                            warp_idx * (Traits::kBytesPiece / 4);
+    ptx::bulk_wait_read<kBuffers - 1>();
+    __syncwarp();  // the lane that copied has waited
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+      Vec16 quad;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) quad.word[i] = __float_as_uint(r_dq[n * 4 + i]);
+      ptx::st_shared_v4(s_part + n * kTileBytes + lane_idx * 16, quad);
+    }
+    ptx::fence_proxy_async();
+    __syncwarp();
+    const auto& params = work.params;
+    float* g_block = params.dq_sum + work.own.batch * params.dq_stride_batch +
+                     head_idx * params.dq_stride_head +
+                     (static_cast<int64_t>(tile) * Traits::kQueryPages + page) *
+                         (64 * Traits::kDim);
+    ptx::bulk_reduce_add_elected(g_block + (warp_idx * Traits::kDim + column) * 16, s_part,
+                                 kColumns / 8 * kTileBytes);
+    ptx::bulk_commit();
+  }
+
+  // Adds rows to sums like q: sequences begin anywhere.
+  template <int kColumns>
+  __device__ __forceinline__ void add_by_rows(const float (&r_dq)[kColumns / 2], int head_idx,
+                                              int tile, int page, int column) const {
+    const auto& params = work.params;
+    const int first_column = column + accumulator_column(lane_idx);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile * Spec::kBlockQ + page * 64 + warp_idx * 16 +
+                      accumulator_row(lane_idx, half);
+      if (row >= work.sequence.len_q) continue;
+      float* g_row = params.dq_sum + work.own.batch * params.dq_stride_batch +
+                     (work.sequence.q_start + row) * params.dq_stride_row +
+                     head_idx * params.dq_stride_head + first_column;
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+        if (first_column + n * 8 < Spec::kHeadDim) {
+          ptx::red_add_v2(g_row + n * 8, r_dq[n * 4 + half * 2], r_dq[n * 4 + half * 2 + 1]);
+        }
+      }
+    }
+  }
+
+  // ---- Order of the key blocks that add to a query tile, if it is fixed. Each warp adds its own
+  // rows, and counts once.
+  __device__ __forceinline__ void wait_for_turn(int head_idx, int tile) const {
+    if constexpr (Traits::kIsDeterministic) {
+      const KeyBlock<Spec> keys(work.params, work.sequence, head_idx, work.own.tile);
+      const int turn = keys.semaphore_value(tile) * BwdBarriers<Spec>::kWarps;
+      const int32_t* g_semaphore =
+          dq_semaphore<Spec>(work.params, work.own.batch, head_idx, tile);
+      if (lane_idx == 0) {
+        // Warps of a block may count before others of the block before.
+        while (ptx::ld_acquire(g_semaphore) < turn) __nanosleep(32);
+      }
+      __syncwarp();
+      if constexpr (Traits::kDqInFragments) ptx::fence_proxy_async_global();
+    }
+  }
+  __device__ __forceinline__ void pass_turn(int head_idx, int tile) const {
+    if constexpr (Traits::kIsDeterministic) {
+      if constexpr (Traits::kDqInFragments) ptx::bulk_wait<0>();
+      __threadfence();
+      __syncwarp();
+      if (lane_idx == 0) {
+        ptx::red_release_add(dq_semaphore<Spec>(work.params, work.own.batch, head_idx, tile), 1);
+      }
+    }
+  }
+};
+
+}  // namespace jitattn

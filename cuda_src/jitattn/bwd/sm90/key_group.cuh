@@ -1,0 +1,323 @@
+// A warpgroup that owns 64 keys: computes S^T and dP^T of each step, from which come dV and dK, which
+// stay in its registers, and dS^T, which it passes on in shared memory.
+//
+// Order of a step, where bars are waits. Products that are not waited for run on beside exponentials,
+// and so do those of the other warpgroups.
+//   kOverlaps   S dP | exp(S) | dS, dV  dS stored, dK |      (both sums are held at a time)
+//   otherwise   S | exp(S), dV dP | dS  dS stored, dK |
+#pragma once
+
+#include "jitattn/attention/sequence.cuh"
+#include "jitattn/bwd/sm80/store_gradients.cuh"
+#include "jitattn/bwd/sm90/pipeline.cuh"
+#include "jitattn/bwd/sm90/row_intervals.cuh"
+#include "jitattn/bwd/sm90/traits.cuh"
+#include "jitattn/bwd/sm90/work.cuh"
+#include "jitattn/ptx/math.cuh"
+#include "jitattn/ptx/shared.cuh"
+#include "jitattn/ptx/sm90/elected.cuh"
+#include "jitattn/ptx/sm90/mbarrier.cuh"
+#include "jitattn/ptx/sm90/stmatrix.cuh"
+#include "jitattn/ptx/sm90/warpgroup.cuh"
+#include "jitattn/ptx/sm90/wgmma.cuh"
+#include "jitattn/tile/element.cuh"
+#include "jitattn/tile/fragment.cuh"
+#include "jitattn/tile/ring.cuh"
+#include "jitattn/tile/warpgroup.cuh"
+#include "jitattn/types.cuh"
+#include "jitattn_spec.h"
+
+namespace jitattn {
+
+// Rows of dK and dV that a warp holds, with all columns (as tile/warp_grid.cuh).
+struct WarpKeyRows {
+  int first_row;
+  int num_tiles;
+  static constexpr int first_column = 0;
+};
+
+template <class Spec>
+struct BwdKeyGroup {
+  using Traits = BwdSm90Traits<Spec>;
+  using Params = typename Traits::Params;
+  using Work = BwdSm90Work<Spec>;
+  using Scores = float[Spec::kBlockQ / 2];           // [64 keys, kBlockQ] of a warpgroup
+  using Operand = uint32_t[Spec::kBlockQ / 16][4];   // the same, rounded
+  static constexpr bool kIsBf16 = Traits::kIsBf16;
+  static constexpr bool kOverlaps = Spec::kOverlaps == Switch::kOn;
+
+  const Params& params;
+  const Work& work;
+  const BwdBarriers<Spec> barriers;
+  const uint32_t s_addr;
+  const int group;
+  const int first_key;  // of this warpgroup
+  const int lane_idx;
+  Ring<Traits::kStages> ring;
+  Ring<Traits::kSlots> slot;
+  float r_dk[1][Traits::kDim / 8][4];
+  float r_dv[1][Traits::kDimV / 8][4];
+  Operand r_p, r_ds;
+
+  __device__ BwdKeyGroup(const Params& params, const Work& work, uint32_t s_addr, int group)
+      : params(params),
+        work(work),
+        barriers(s_addr),
+        s_addr(s_addr),
+        group(group),
+        first_key(work.first_key + group * 64),
+        lane_idx(threadIdx.x % 32),
+        ring{0, 0},
+        slot{0, 1} {}
+
+  __device__ __forceinline__ void run() {
+    clear(flat(r_dk));
+    clear(flat(r_dv));
+    const int num_steps = work.num_steps();
+    ptx::mbarrier_wait(barriers.k_full(), 0);
+    ptx::mbarrier_wait(barriers.v_full(), 0);
+    if constexpr (Spec::kKvLayout == SeqLayout::kRagged) clear_missing_keys();
+    QueryStep query = work.first_step();
+#pragma unroll 1
+    for (int i = 0; i < num_steps; ++i) {
+      step(query);
+      work.advance(query);
+    }
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_hold(flat(r_dv));
+    ptx::wgmma_hold(flat(r_dk));
+    store();
+  }
+
+ private:
+  __device__ __forceinline__ void step(const QueryStep& query) {
+    Scores r_s, r_dp;
+    ptx::mbarrier_wait(barriers.q_full(ring.stage), ring.parity);
+    if constexpr (Spec::kQLayout == SeqLayout::kRagged) clear_missing_rows(query);
+    set_product<Traits::kDim>(r_s, key_rows(0), query_rows(Traits::kOffsetQ, Traits::kBytesQ));
+    // What the step before began: dV and dK.
+    ptx::wgmma_wait<1>();
+    ptx::wgmma_hold(flat(r_dv));
+    ptx::wgmma_hold(flat(r_dk));
+    if constexpr (kOverlaps) {
+      set_d_p(r_dp);
+      ptx::wgmma_wait<1>();
+      ptx::wgmma_hold(r_s);
+      weigh(r_s, query);
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_hold(r_dp);
+      derive(r_s, r_dp);
+      round(r_p, r_s);
+      add_d_v();
+    } else {
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_hold(r_s);
+      weigh(r_s, query);
+      round(r_p, r_s);
+      ptx::mbarrier_wait(barriers.d_out_full(ring.stage), ring.parity);
+      add_d_v();
+      set_d_p(r_dp);
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_hold(r_dp);
+      ptx::wgmma_hold(flat(r_dv));
+      derive(r_s, r_dp);
+    }
+    pass_on();
+    add_columns<Traits::kDim>(r_dk, r_ds, query_columns(Traits::kOffsetQ, Traits::kBytesQ));
+    ring.advance();
+    slot.advance();
+  }
+
+  // ---- Operands in shared memory
+  __device__ WgmmaDescriptor key_rows(int offset) const {
+    return WgmmaDescriptor(s_addr + offset + group * (64 * kPageRowBytes), 0);
+  }
+  __device__ WgmmaDescriptor query_rows(int offset, int bytes) const {
+    return WgmmaDescriptor(s_addr + offset + ring.stage * bytes, 0);
+  }
+  // Of a product that sums over rows.
+  __device__ WgmmaDescriptor query_columns(int offset, int bytes) const {
+    return WgmmaDescriptor(s_addr + offset + ring.stage * bytes, Traits::kBytesQueryPage);
+  }
+
+  // ---- Products
+  // r = A B^T, of this warpgroup's keys and the step's rows
+  template <int kColumns>
+  __device__ __forceinline__ void set_product(Scores& r, const WgmmaDescriptor& keys,
+                                              const WgmmaDescriptor& rows) const {
+    constexpr int kRows = Spec::kBlockQ, kKeys = Spec::kBlockKv;
+    ptx::wgmma_fence();
+    ptx::wgmma_rows<kIsBf16, kRows, false>(r, keys.template at_columns<kKeys>(0),
+                                           rows.template at_columns<kRows>(0));
+#pragma unroll
+    for (int d = 1; d < kColumns / 16; ++d) {
+      ptx::wgmma_rows<kIsBf16, kRows, true>(r, keys.template at_columns<kKeys>(d),
+                                            rows.template at_columns<kRows>(d));
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_hold(r);
+  }
+  __device__ __forceinline__ void set_d_p(Scores& r_dp) const {
+    ptx::mbarrier_wait(barriers.d_out_full(ring.stage), ring.parity);
+    set_product<Traits::kDimV>(r_dp, key_rows(Traits::kOffsetV),
+                               query_rows(Traits::kOffsetDo, Traits::kBytesDo));
+  }
+  // r += A B, of weights or their gradients and the step's rows
+  template <int kColumns, int kTiles>
+  __device__ __forceinline__ static void add_columns(float (&r)[1][kTiles][4], const Operand& a,
+                                                     const WgmmaDescriptor& rows) {
+    ptx::wgmma_hold(flat(r));
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Spec::kBlockQ / 16; ++step) {
+      ptx::wgmma_columns<kIsBf16, kColumns>(flat(r), a[step], rows.at_rows(step));
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_hold(flat(r));
+  }
+  __device__ __forceinline__ void add_d_v() {
+    add_columns<Traits::kDimV>(r_dv, r_p, query_columns(Traits::kOffsetDo, Traits::kBytesDo));
+  }
+
+  // ---- Weights and their gradients
+  // r_s = exp2(r_s * scale_log2 - LSE), 0 where a key is hidden
+  __device__ __forceinline__ void weigh(Scores& r_s, const QueryStep& query) const {
+    const int first_row = query.tile * Spec::kBlockQ;
+    if (!sees_all_keys<Spec>(params, work.sequence, first_key, 64, first_row)) {
+      hide_rows<Spec>(r_s, own_rows().of, first_row, lane_idx);
+    }
+#pragma unroll
+    for (int n = 0; n < Spec::kBlockQ / 8; ++n) {
+      float neg_lse[2];
+      Scalar<Dtype::kFp32>::load_pair_shared(neg_lse, s_stats() + n * 32);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& score = r_s[n * 4 + i];
+        score = ptx::exp2_approx(fmaf(score, params.scale_log2, neg_lse[i % 2]));
+      }
+    }
+  }
+  // r_ds = P (dP - delta), rounded
+  __device__ __forceinline__ void derive(const Scores& r_weights, Scores& r_dp) {
+#pragma unroll
+    for (int n = 0; n < Spec::kBlockQ / 8; ++n) {
+      float delta[2];
+      Scalar<Dtype::kFp32>::load_pair_shared(delta, s_stats() + Traits::kBytesStat + n * 32);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        r_dp[n * 4 + i] = r_weights[n * 4 + i] * (r_dp[n * 4 + i] - delta[i % 2]);
+      }
+    }
+    round(r_ds, r_dp);
+  }
+  // Statistics of this lane's first row in the stage.
+  __device__ uint32_t s_stats() const {
+    return s_addr + Traits::kOffsetStats + ring.stage * Traits::kBytesStats +
+           accumulator_column(lane_idx) * 4;
+  }
+  // Rounds accumulators: those of two n8 tiles are the operand of 16 rows.
+  __device__ __forceinline__ static void round(Operand& to, const Scores& r) {
+#pragma unroll
+    for (int step = 0; step < Spec::kBlockQ / 16; ++step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        to[step][i] = Scalar<Spec::kDtype>::round_pair(r[step * 8 + i * 2], r[step * 8 + i * 2 + 1]);
+      }
+    }
+  }
+
+  // Rows that see this lane's two keys.
+  struct OwnRows {
+    RowInterval of[2];
+  };
+  __device__ __forceinline__ OwnRows own_rows() const {
+    OwnRows rows;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = first_key + warp_in_group() * 16 + accumulator_row(lane_idx, half);
+      rows.of[half] = rows_that_see<Spec>(params, work.sequence, key);
+    }
+    return rows;
+  }
+  __device__ static int warp_in_group() { return static_cast<int>(threadIdx.x) / 32 % 4; }
+
+  // Stores dS^T of a step, [64 keys, kBlockQ] in pages of 64 rows, for dQ.
+  __device__ __forceinline__ void pass_on() const {
+    const int key = group * 64 + warp_in_group() * 16 + lane_idx % 16;
+    const uint32_t s_key = s_addr + Traits::kOffsetDs + slot.stage * Traits::kBytesDs +
+                           key * kPageRowBytes;
+    ptx::mbarrier_wait(barriers.ds_empty(slot.stage), slot.parity);
+#pragma unroll
+    for (int step = 0; step < Spec::kBlockQ / 16; ++step) {
+      const int chunk = (step % 4 * 2 + lane_idx / 16) ^ key % 8;
+      ptx::stmatrix_x4(s_key + step / 4 * Traits::kBytesKeyPage + chunk * 16, r_ds[step]);
+    }
+    ptx::fence_proxy_async();
+    __syncwarp();
+    ptx::mbarrier_arrive_elected(barriers.ds_full(slot.stage));
+  }
+
+  // ---- Sequences that lie one after another: what follows may be of another one, or not a number.
+  __device__ __forceinline__ void clear_missing_keys() const {
+    const int end = work.num_keys - group * 64;
+    if (end >= 64) return;
+    const uint32_t thread_idx = threadIdx.x % 128, s_own = s_addr + group * (64 * kPageRowBytes);
+    clear_rows<64, 128, Traits::kPagesQk, Spec::kBlockKv>(s_own, thread_idx, 0, end);
+    clear_rows<64, 128, Traits::kPagesV, Spec::kBlockKv>(s_own + Traits::kOffsetV, thread_idx, 0,
+                                                         end);
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(kOwnKeysBarrier + group, 128);
+  }
+  // Both warpgroups clear, and wait for each other.
+  __device__ __forceinline__ void clear_missing_rows(const QueryStep& query) {
+    const int end = work.sequence.len_q - query.tile * Spec::kBlockQ;
+    if (end >= Spec::kBlockQ) return;
+    ptx::mbarrier_wait(barriers.d_out_full(ring.stage), ring.parity);
+    const uint32_t thread_idx = threadIdx.x - 128;
+    clear_rows<Spec::kBlockQ, 256, Traits::kPagesQk>(
+        s_addr + Traits::kOffsetQ + ring.stage * Traits::kBytesQ, thread_idx, 0, end);
+    clear_rows<Spec::kBlockQ, 256, Traits::kPagesV>(
+        s_addr + Traits::kOffsetDo + ring.stage * Traits::kBytesDo, thread_idx, 0, end);
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(kKeyGroupsBarrier, 256);
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ static void clear(float (&r)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) r[i] = 0.f;
+  }
+
+  // ---- Results
+  __device__ __forceinline__ void store() {
+    if (params.in_parts) {
+      store_as<Dtype::kFp32>(1.f, 1.f, params.in_parts == kAddedParts);
+    } else {
+      const float unscale = params.d_out_scale == nullptr ? 1.f : __ldg(params.d_out_scale + 1);
+      store_as<Spec::kDtype>(params.scale * unscale, unscale, false);
+    }
+  }
+  template <Dtype kDtype>
+  __device__ __forceinline__ void store_as(float scale_dk, float scale_dv, bool adds) {
+    store_rows<kDtype, Spec::kHeadDim>(r_dk, params.dk, params.dk_stride_split,
+                                       params.dk_stride_batch, params.dk_stride_row,
+                                       params.dk_stride_head, scale_dk, adds);
+    store_rows<kDtype, Spec::kHeadDimV>(r_dv, params.dv, params.dv_stride_split,
+                                        params.dv_stride_batch, params.dv_stride_row,
+                                        params.dv_stride_head, scale_dv, adds);
+  }
+  template <Dtype kDtype, int kHeadDim, int kTiles>
+  __device__ __forceinline__ void store_rows(const float (&r)[1][kTiles][4], void* gradient,
+                                             int64_t split, int64_t batch, int64_t row,
+                                             int64_t head, float scale, bool adds) const {
+    const KvTile& own = work.own;
+    auto* g_first = static_cast<typename Scalar<kDtype>::type*>(gradient) + own.split * split +
+                    own.batch * batch + (work.sequence.kv_start + work.first_key) * row +
+                    own.kv_head * head;
+    const WarpKeyRows rows = {group * 64 + warp_in_group() * 16, kTiles};
+    store_gradient<kDtype, kHeadDim>(
+        r, rows, g_first, row, work.num_keys, [](int key) { return key; }, scale, adds, lane_idx);
+  }
+};
+
+}  // namespace jitattn

@@ -1,0 +1,79 @@
+// Positional masks as seen from the keys: the rows that see a key are an interval. Scores are
+// transposed here, [keys, rows]: the accumulators of wgmma hold S^T.
+#pragma once
+
+#include "jitattn/attention/sequence.cuh"
+#include "jitattn/bwd/sm90/traits.cuh"
+#include "jitattn/tile/fragment.cuh"
+#include "jitattn/types.cuh"
+#include "jitattn_spec.h"
+
+namespace jitattn {
+
+// Rows [begin, end) of a sequence.
+struct RowInterval {
+  int begin;
+  int end;
+};
+
+constexpr int kNoRow = 0x7fffffff;
+
+// Whether rows may be too far behind a key to see it.
+template <class Spec>
+constexpr bool kHasLastRow = Spec::kMask == MaskKind::kWindow;
+
+// Returns the rows that see a key, if no tensor hides it.
+template <class Spec>
+__device__ __forceinline__ RowInterval rows_that_see(const FwdParamsOf<Spec>& params,
+                                                     const Sequence& sequence, int key) {
+  RowInterval rows = {0, kNoRow};
+  if (key >= sequence.len_kv) return {kNoRow, kNoRow};
+  if constexpr (Spec::kMask != MaskKind::kFull) {
+    rows.begin = max_of(0, key - sequence.diagonal);
+  }
+  if constexpr (Spec::kMask == MaskKind::kWindow) {
+    if (sequence.left > kNoLeft && key >= params.keep_first) {
+      const int64_t end = static_cast<int64_t>(key) - sequence.left + 1;
+      rows.end = static_cast<int>(min_of<int64_t>(end, kNoRow));
+    }
+  }
+  return rows;
+}
+
+// Whether every row of a tile sees all of some keys, by their positions alone.
+template <class Spec>
+__device__ __forceinline__ bool sees_all_keys(const FwdParamsOf<Spec>& params,
+                                              const Sequence& sequence, int first_key,
+                                              int num_keys, int first_row) {
+  const int last_key = first_key + num_keys - 1, last_row = first_row + Spec::kBlockQ - 1;
+  if (rows_that_see<Spec>(params, sequence, last_key).begin > first_row) return false;
+  if constexpr (kHasLastRow<Spec>) {
+    // Of the keys that are not kept the first is the first to leave the window.
+    const int leaves = max_of(first_key, params.keep_first);
+    if (leaves <= last_key) return last_row < rows_that_see<Spec>(params, sequence, leaves).end;
+  }
+  return true;
+}
+
+// Sets the scores of hidden keys to -inf. r_s: scores of two keys of a lane, and rows first_row ...
+template <class Spec, int kCount>
+__device__ __forceinline__ void hide_rows(float (&r_s)[kCount], const RowInterval (&rows)[2],
+                                          int first_row, int lane_idx) {
+  const int own_row = first_row + accumulator_column(lane_idx);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int begin = rows[half].begin - own_row, end = rows[half].end - own_row;
+#pragma unroll
+    for (int n = 0; n < kCount / 4; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& score = r_s[n * 4 + half * 2 + i];
+        const int row = n * 8 + i;
+        const bool sees = row >= begin && (!kHasLastRow<Spec> || row < end);
+        score = sees ? score : -infinity();
+      }
+    }
+  }
+}
+
+}  // namespace jitattn
