@@ -62,6 +62,7 @@ class BwdSm90Tile:
     block_kv: int  #: keys of a CTA
     piece_columns: int  #: of dQ that are computed at a time
     overlaps: Switch  #: dP is computed beside the exponentials
+    stats_by_mma: Switch  #: LSE and delta are subtracted by one more step of products
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +168,8 @@ def smem_bytes(problem: Problem, tile: BwdSm90Tile) -> int:
     s_ds = _SLOTS * tile.block_q // _PAGE * tile.block_kv * 2 * _PAGE
     s_pieces = 2 * _DQ_ROWS * tile.piece_columns * 4 if _in_fragments(problem) else 0
     s_stats = _STAGES * 2 * 4 * tile.block_q
+    if tile.stats_by_mma is Switch.ON:
+        s_stats = (_STAGES * tile.block_q + 2 * _DQ_ROWS) * 32
     return s_operands + s_ds + s_pieces + s_stats + 8 * (2 + 2 * _STAGES + 2 * _SLOTS)
 
 
@@ -203,8 +206,8 @@ def bwd_sm90_spec(problem: Problem, *, deterministic: bool = False) -> BwdSm90Sp
 def _tile(problem: Problem) -> BwdSm90Tile:
     dim = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v))
     if dim <= 64:
-        return BwdSm90Tile(block_q=128, block_kv=128, piece_columns=32, overlaps=Switch.ON)
-    return BwdSm90Tile(block_q=64, block_kv=128, piece_columns=64, overlaps=Switch.OFF)
+        return BwdSm90Tile(block_q=128, block_kv=128, piece_columns=32, overlaps=Switch.ON, stats_by_mma=Switch.ON)
+    return BwdSm90Tile(block_q=64, block_kv=128, piece_columns=64, overlaps=Switch.OFF, stats_by_mma=Switch.OFF)
 
 
 def _in_fragments(problem: Problem) -> bool:

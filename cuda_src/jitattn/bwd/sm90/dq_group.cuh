@@ -4,6 +4,7 @@
 #include "jitattn/bwd/sm80/dq_sums.cuh"
 #include "jitattn/bwd/sm90/operand_copies.cuh"
 #include "jitattn/bwd/sm90/pipeline.cuh"
+#include "jitattn/bwd/sm90/stat_operands.cuh"
 #include "jitattn/bwd/sm90/traits.cuh"
 #include "jitattn/bwd/sm90/work.cuh"
 #include "jitattn/ptx/global.cuh"
@@ -43,50 +44,66 @@ struct BwdDqGroup {
   // Copies run two steps ahead: those of step i + 2 begin when dS of step i is written.
   __device__ __forceinline__ void run() {
     const int num_steps = work.num_steps();
-    QueryStep step = work.first_step(), ahead = step;
+    QueryStep step = work.first_step(), ahead = step, of_stats = step;
     RowStatistics<Spec> stats;
+    stats.seek(work, of_stats);
     if (warp_idx == 0) {
       copies.load_k();
       copies.load_v();
     }
-#pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) {
-      if (i < num_steps) {
-        load(ahead, i);
-        stats.load(work, ahead);
-        stats.store(s_addr, barriers, i);
-        work.advance(ahead);
-      }
+#pragma unroll 1
+    for (int i = 0; i < min_of(kStages - 1, num_steps); ++i) {
+      stats.load(work, of_stats);
+      load(ahead, i);
+      stats.store(work, s_addr, barriers, i);
     }
-    if (kStages - 1 < num_steps) stats.load(work, ahead);
+    if (kStages - 1 < num_steps) stats.load(work, of_stats);
     ptx::mbarrier_wait(barriers.k_full(), 0);
+    float* g_dq = sums_of(step);
     Ring<Traits::kSlots> slot = {0, 0};
     int stage = kStages - 1;  // of the step to be loaded
 #pragma unroll 1
     for (int i = 0; i < num_steps; ++i) {
+      // A new number for the compiler: descriptors of K are not kept from step to step.
+      const uint32_t s_k = uniform(s_addr);
       ptx::mbarrier_wait(barriers.ds_full(slot.stage), slot.parity);
       if (i + kStages - 1 < num_steps) {
         load(ahead, stage);
-        stats.store(s_addr, barriers, stage);
-        work.advance(ahead);
+        stats.store(work, s_addr, barriers, stage);
         stage = stage + 1 == kStages ? 0 : stage + 1;
-        if (i + kStages < num_steps) stats.load(work, ahead);
+        if (i + kStages < num_steps) stats.load(work, of_stats);
       }
-      add_dq(step, slot.stage);
-      work.advance(step);
+      add_dq(step, g_dq, s_k, slot.stage);
+      g_dq += Spec::kBlockQ * Traits::kDim;
+      if (work.advance(step)) g_dq = sums_of(step);
       slot.advance();
     }
     if constexpr (Traits::kDqInFragments) ptx::bulk_wait<0>();
   }
 
  private:
-  __device__ __forceinline__ void load(const QueryStep& step, int stage) const {
-    if (warp_idx != 0) return;
-    copies.load_q(step, stage);
-    copies.load_d_out(step, stage);
+  // Copies Q and dO of a step, and goes on to the next.
+  __device__ __forceinline__ void load(QueryStep& step, int stage) const {
+    if (warp_idx == 0) {
+      copies.load_q(step, stage);
+      copies.load_d_out(step, stage);
+    }
+    work.advance(step);
   }
 
-  __device__ __forceinline__ void add_dq(const QueryStep& step, int slot) const {
+  // Returns this warp's part of a tile's sums in fragment order: a block of 64 queries is [4 warps]
+  // [kDim / 8 column tiles][32 lanes][4], as bwd_postprocess reads it.
+  __device__ __forceinline__ float* sums_of(const QueryStep& step) const {
+    if constexpr (!Traits::kDqInFragments) return nullptr;
+    const auto& params = work.params;
+    return params.dq_sum + work.own.batch * params.dq_stride_batch +
+           (work.first_head() + step.head) * params.dq_stride_head +
+           static_cast<int64_t>(step.tile) * (Spec::kBlockQ * Traits::kDim) +
+           warp_idx * (Traits::kDim * 16);
+  }
+
+  __device__ __forceinline__ void add_dq(const QueryStep& step, float* g_dq, uint32_t s_k,
+                                         int slot) const {
     const int head_idx = work.first_head() + step.head;
     wait_for_turn(head_idx, step.tile);
 #pragma unroll
@@ -95,9 +112,9 @@ struct BwdDqGroup {
       constexpr int kLast = Traits::kDim - (Traits::kPiecesAcross - 1) * Spec::kPieceColumns;
       if (kLast != Spec::kPieceColumns &&
           piece % Traits::kPiecesAcross == Traits::kPiecesAcross - 1) {
-        add_piece<kLast>(head_idx, step.tile, piece, slot);
+        add_piece<kLast>(head_idx, step.tile, g_dq, s_k, piece, slot);
       } else {
-        add_piece<Spec::kPieceColumns>(head_idx, step.tile, piece, slot);
+        add_piece<Spec::kPieceColumns>(head_idx, step.tile, g_dq, s_k, piece, slot);
       }
     }
     pass_turn(head_idx, step.tile);
@@ -105,14 +122,15 @@ struct BwdDqGroup {
 
   // Computes a piece, 64 queries x kColumns, and adds it to the sums.
   template <int kColumns>
-  __device__ __forceinline__ void add_piece(int head_idx, int tile, int piece, int slot) const {
+  __device__ __forceinline__ void add_piece(int head_idx, int tile, float* g_dq, uint32_t s_k,
+                                            int piece, int slot) const {
     const int page = piece / Traits::kPiecesAcross;
     const int column = piece % Traits::kPiecesAcross * Spec::kPieceColumns;
     float r_dq[kColumns / 2];
     const WgmmaDescriptor ds(
         s_addr + Traits::kOffsetDs + slot * Traits::kBytesDs + page * Traits::kBytesKeyPage,
         Traits::kBytesKeyPage);
-    const WgmmaDescriptor k(s_addr + column / kPageColumns * Traits::kBytesKeyPage +
+    const WgmmaDescriptor k(s_k + column / kPageColumns * Traits::kBytesKeyPage +
                                 column % kPageColumns * 2,
                             Traits::kBytesKeyPage);
     ptx::wgmma_fence();
@@ -128,17 +146,16 @@ struct BwdDqGroup {
     ptx::wgmma_hold(r_dq);
     if (piece == Traits::kPieces - 1) ptx::mbarrier_arrive_elected(barriers.ds_empty(slot));
     if constexpr (Traits::kDqInFragments) {
-      add_in_bulk<kColumns>(r_dq, head_idx, tile, piece, page, column);
+      add_in_bulk<kColumns>(r_dq, g_dq + page * (64 * Traits::kDim) + column * 16, piece);
     } else {
       add_by_rows<kColumns>(r_dq, head_idx, tile, page, column);
     }
   }
 
-  // Adds a warp's part of a piece, which is contiguous in the sums: a block of 64 queries is
-  // [4 warps][kDim / 8 column tiles][32 lanes][4], as bwd_postprocess reads it.
+  // Adds a warp's part of a piece, which is contiguous in the sums.
   template <int kColumns>
-  __device__ __forceinline__ void add_in_bulk(const float (&r_dq)[kColumns / 2], int head_idx,
-                                              int tile, int piece, int page, int column) const {
+  __device__ __forceinline__ void add_in_bulk(const float (&r_dq)[kColumns / 2], float* g_part,
+                                              int piece) const {
     constexpr int kBuffers = Traits::kPieceBuffers, kTileBytes = 512;
     const uint32_t s_part = s_addr + Traits::kOffsetPieces +
                             piece % kBuffers * Traits::kBytesPiece +
@@ -154,13 +171,7 @@ struct BwdDqGroup {
     }
     ptx::fence_proxy_async();
     __syncwarp();
-    const auto& params = work.params;
-    float* g_block = params.dq_sum + work.own.batch * params.dq_stride_batch +
-                     head_idx * params.dq_stride_head +
-                     (static_cast<int64_t>(tile) * Traits::kQueryPages + page) *
-                         (64 * Traits::kDim);
-    ptx::bulk_reduce_add_elected(g_block + (warp_idx * Traits::kDim + column) * 16, s_part,
-                                 kColumns / 8 * kTileBytes);
+    ptx::bulk_reduce_add_elected(g_part, s_part, kColumns / 8 * kTileBytes);
     ptx::bulk_commit();
   }
 

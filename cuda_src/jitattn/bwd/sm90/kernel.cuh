@@ -26,6 +26,7 @@
 #include "jitattn/bwd/sm90/dq_group.cuh"
 #include "jitattn/bwd/sm90/key_group.cuh"
 #include "jitattn/bwd/sm90/pipeline.cuh"
+#include "jitattn/bwd/sm90/stat_operands.cuh"
 #include "jitattn/bwd/sm90/traits.cuh"
 #include "jitattn/bwd/sm90/work.cuh"
 #include "jitattn/debug.cuh"
@@ -55,7 +56,8 @@ __device__ __forceinline__ void attn_bwd_sm90(const BwdTensorMaps& maps,
     ptx::prefetch_tensor_map(maps.v);
     ptx::prefetch_tensor_map(maps.d_out);
   }
-  ptx::barrier_sync<Traits::kNumThreads>();  // the barriers are initialised
+  RowStatistics<Spec>::init(s_addr);
+  ptx::barrier_sync<Traits::kNumThreads>();  // the barriers and constants are initialised
   if (warpgroup == 0) {
     ptx::release_registers<Traits::kDqRegisters>();
     BwdDqGroup<Spec>(maps, work, s_addr).run();

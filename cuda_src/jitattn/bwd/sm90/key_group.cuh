@@ -11,6 +11,7 @@
 #include "jitattn/bwd/sm80/store_gradients.cuh"
 #include "jitattn/bwd/sm90/pipeline.cuh"
 #include "jitattn/bwd/sm90/row_intervals.cuh"
+#include "jitattn/bwd/sm90/stat_operands.cuh"
 #include "jitattn/bwd/sm90/traits.cuh"
 #include "jitattn/bwd/sm90/work.cuh"
 #include "jitattn/ptx/math.cuh"
@@ -94,11 +95,15 @@ struct BwdKeyGroup {
     Scores r_s, r_dp;
     ptx::mbarrier_wait(barriers.q_full(ring.stage), ring.parity);
     if constexpr (Spec::kQLayout == SeqLayout::kRagged) clear_missing_rows(query);
-    set_product<Traits::kDim>(r_s, key_rows(0), query_rows(Traits::kOffsetQ, Traits::kBytesQ));
-    // What the step before began: dV and dK.
+    // What the step before began, dV and dK, ends before its operands' registers are needed.
     ptx::wgmma_wait<1>();
     ptx::wgmma_hold(flat(r_dv));
+    ptx::wgmma_hold(r_p);
+    set_product<Traits::kDim>(r_s, key_rows(0), query_rows(Traits::kOffsetQ, Traits::kBytesQ),
+                              kLseOperand);
+    ptx::wgmma_wait<1>();
     ptx::wgmma_hold(flat(r_dk));
+    ptx::wgmma_hold(r_ds);
     if constexpr (kOverlaps) {
       set_d_p(r_dp);
       ptx::wgmma_wait<1>();
@@ -107,7 +112,9 @@ struct BwdKeyGroup {
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(r_dp);
       derive(r_s, r_dp);
+      ptx::wgmma_hold(r_ds);
       round(r_p, r_s);
+      ptx::wgmma_hold(r_p);
       add_d_v();
     } else {
       ptx::wgmma_wait<0>();
@@ -141,14 +148,21 @@ struct BwdKeyGroup {
   }
 
   // ---- Products
-  // r = A B^T, of this warpgroup's keys and the step's rows
+  // r = A B^T, of this warpgroup's keys and the step's rows; with kStatsByMma, that less LSE / scale
+  // or delta of the row
   template <int kColumns>
   __device__ __forceinline__ void set_product(Scores& r, const WgmmaDescriptor& keys,
-                                              const WgmmaDescriptor& rows) const {
+                                              const WgmmaDescriptor& rows,
+                                              StatOperand operand) const {
     constexpr int kRows = Spec::kBlockQ, kKeys = Spec::kBlockKv;
     ptx::wgmma_fence();
-    ptx::wgmma_rows<kIsBf16, kRows, false>(r, keys.template at_columns<kKeys>(0),
-                                           rows.template at_columns<kRows>(0));
+    if constexpr (Traits::kStatsByMma) {
+      const uint32_t s_ones = s_addr + Traits::kOffsetOnes + operand * Traits::kBytesOnes;
+      const uint32_t s_stage = s_addr + Traits::kOffsetStats + ring.stage * Traits::kBytesStats;
+      ptx::wgmma_rows<true, kRows, false>(r, stat_descriptor(s_ones), stat_descriptor(s_stage));
+    }
+    ptx::wgmma_rows<kIsBf16, kRows, Traits::kStatsByMma>(r, keys.template at_columns<kKeys>(0),
+                                                         rows.template at_columns<kRows>(0));
 #pragma unroll
     for (int d = 1; d < kColumns / 16; ++d) {
       ptx::wgmma_rows<kIsBf16, kRows, true>(r, keys.template at_columns<kKeys>(d),
@@ -160,7 +174,7 @@ struct BwdKeyGroup {
   __device__ __forceinline__ void set_d_p(Scores& r_dp) const {
     ptx::mbarrier_wait(barriers.d_out_full(ring.stage), ring.parity);
     set_product<Traits::kDimV>(r_dp, key_rows(Traits::kOffsetV),
-                               query_rows(Traits::kOffsetDo, Traits::kBytesDo));
+                               query_rows(Traits::kOffsetDo, Traits::kBytesDo), kDeltaOperand);
   }
   // r += A B, of weights or their gradients and the step's rows
   template <int kColumns, int kTiles>
@@ -188,12 +202,16 @@ struct BwdKeyGroup {
     }
 #pragma unroll
     for (int n = 0; n < Spec::kBlockQ / 8; ++n) {
-      float neg_lse[2];
-      Scalar<Dtype::kFp32>::load_pair_shared(neg_lse, s_stats() + n * 32);
+      float neg_lse[2] = {0.f, 0.f};
+      if constexpr (!Traits::kStatsByMma) {
+        Scalar<Dtype::kFp32>::load_pair_shared(neg_lse, s_stats() + n * 32);
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& score = r_s[n * 4 + i];
-        score = ptx::exp2_approx(fmaf(score, params.scale_log2, neg_lse[i % 2]));
+        score = Traits::kStatsByMma ? score * params.scale_log2
+                                    : fmaf(score, params.scale_log2, neg_lse[i % 2]);
+        score = ptx::exp2_approx(score);
       }
     }
   }
@@ -201,11 +219,14 @@ struct BwdKeyGroup {
   __device__ __forceinline__ void derive(const Scores& r_weights, Scores& r_dp) {
 #pragma unroll
     for (int n = 0; n < Spec::kBlockQ / 8; ++n) {
-      float delta[2];
-      Scalar<Dtype::kFp32>::load_pair_shared(delta, s_stats() + Traits::kBytesStat + n * 32);
+      float delta[2] = {0.f, 0.f};
+      if constexpr (!Traits::kStatsByMma) {
+        Scalar<Dtype::kFp32>::load_pair_shared(delta, s_stats() + Traits::kBytesStat + n * 32);
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        r_dp[n * 4 + i] = r_weights[n * 4 + i] * (r_dp[n * 4 + i] - delta[i % 2]);
+        const float d_p = r_dp[n * 4 + i];
+        r_dp[n * 4 + i] = r_weights[n * 4 + i] * (Traits::kStatsByMma ? d_p : d_p - delta[i % 2]);
       }
     }
     round(r_ds, r_dp);
@@ -288,35 +309,37 @@ struct BwdKeyGroup {
     for (int i = 0; i < kCount; ++i) r[i] = 0.f;
   }
 
-  // ---- Results
-  __device__ __forceinline__ void store() {
+  // ---- Results. The CTA's work is derived again: the loop has no registers to hold it.
+  __device__ __forceinline__ void store() const {
+    const Work again(params);
     if (params.in_parts) {
-      store_as<Dtype::kFp32>(1.f, 1.f, params.in_parts == kAddedParts);
+      store_as<Dtype::kFp32>(again, 1.f, 1.f, params.in_parts == kAddedParts);
     } else {
       const float unscale = params.d_out_scale == nullptr ? 1.f : __ldg(params.d_out_scale + 1);
-      store_as<Spec::kDtype>(params.scale * unscale, unscale, false);
+      store_as<Spec::kDtype>(again, params.scale * unscale, unscale, false);
     }
   }
   template <Dtype kDtype>
-  __device__ __forceinline__ void store_as(float scale_dk, float scale_dv, bool adds) {
-    store_rows<kDtype, Spec::kHeadDim>(r_dk, params.dk, params.dk_stride_split,
+  __device__ __forceinline__ void store_as(const Work& again, float scale_dk, float scale_dv,
+                                           bool adds) const {
+    store_rows<kDtype, Spec::kHeadDim>(again, r_dk, params.dk, params.dk_stride_split,
                                        params.dk_stride_batch, params.dk_stride_row,
                                        params.dk_stride_head, scale_dk, adds);
-    store_rows<kDtype, Spec::kHeadDimV>(r_dv, params.dv, params.dv_stride_split,
+    store_rows<kDtype, Spec::kHeadDimV>(again, r_dv, params.dv, params.dv_stride_split,
                                         params.dv_stride_batch, params.dv_stride_row,
                                         params.dv_stride_head, scale_dv, adds);
   }
   template <Dtype kDtype, int kHeadDim, int kTiles>
-  __device__ __forceinline__ void store_rows(const float (&r)[1][kTiles][4], void* gradient,
+  __device__ __forceinline__ void store_rows(const Work& again,
+                                             const float (&r)[1][kTiles][4], void* gradient,
                                              int64_t split, int64_t batch, int64_t row,
                                              int64_t head, float scale, bool adds) const {
-    const KvTile& own = work.own;
-    auto* g_first = static_cast<typename Scalar<kDtype>::type*>(gradient) + own.split * split +
-                    own.batch * batch + (work.sequence.kv_start + work.first_key) * row +
-                    own.kv_head * head;
+    auto* g_first = static_cast<typename Scalar<kDtype>::type*>(gradient) +
+                    again.own.split * split + again.own.batch * batch +
+                    (again.sequence.kv_start + again.first_key) * row + again.own.kv_head * head;
     const WarpKeyRows rows = {group * 64 + warp_in_group() * 16, kTiles};
     store_gradient<kDtype, kHeadDim>(
-        r, rows, g_first, row, work.num_keys, [](int key) { return key; }, scale, adds, lane_idx);
+        r, rows, g_first, row, again.num_keys, [](int key) { return key; }, scale, adds, lane_idx);
   }
 };
 

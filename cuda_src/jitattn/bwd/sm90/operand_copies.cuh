@@ -1,12 +1,10 @@
-// Copies the operands of a CTA to shared memory: K and V, Q and dO of each step with TMA, and the
-// statistics of the step's rows.
+// Copies the operands of a CTA to shared memory with TMA: K and V, and Q and dO of each step.
 #pragma once
 
 #include "jitattn/attention/sequence.cuh"
 #include "jitattn/bwd/sm90/pipeline.cuh"
 #include "jitattn/bwd/sm90/traits.cuh"
 #include "jitattn/bwd/sm90/work.cuh"
-#include "jitattn/ptx/shared.cuh"
 #include "jitattn/ptx/sm90/elected.cuh"
 #include "jitattn/types.cuh"
 #include "jitattn_spec.h"
@@ -79,43 +77,6 @@ struct BwdOperandCopies {
       ptx::tma_load_elected(s_tile + page * kBytesPage, map, s_full, page * kPageColumns, row, head,
                             batch);
     }
-  }
-};
-
-// LSE, negated, and delta of a step's rows: each thread of the warpgroup has one row, and holds its
-// numbers from when they are loaded until their stage is free.
-template <class Spec>
-struct RowStatistics {
-  using Traits = BwdSm90Traits<Spec>;
-  using Work = BwdSm90Work<Spec>;
-  static_assert(Spec::kBlockQ <= 128, "a thread has one row");
-
-  float neg_lse = 0.f;
-  float delta = 0.f;
-
-  // A row that does not exist has weights of 0.
-  __device__ __forceinline__ void load(const Work& work, const QueryStep& step) {
-    const auto& params = work.params;
-    const int row = step.tile * Spec::kBlockQ + static_cast<int>(threadIdx.x);
-    const bool exists = threadIdx.x < Spec::kBlockQ && row < work.sequence.len_q;
-    const int64_t at = work.own.batch * params.stat_stride_batch +
-                       (work.first_head() + step.head) * params.stat_stride_head +
-                       work.sequence.q_start + row;
-    neg_lse = exists ? -__ldg(params.lse_log2 + at) : -infinity();
-    delta = exists ? __ldg(params.delta + at) : 0.f;
-  }
-
-  // Called by all threads of the warpgroup, once for each phase of the stage.
-  __device__ __forceinline__ void store(uint32_t s_addr, const BwdBarriers<Spec>& barriers,
-                                        int stage) const {
-    const uint32_t s_stats = s_addr + Traits::kOffsetStats + stage * Traits::kBytesStats;
-    if (threadIdx.x < Spec::kBlockQ) {
-      const uint32_t s_row = s_stats + threadIdx.x * 4;
-      ptx::st_shared_b32(s_row, __float_as_uint(neg_lse));
-      ptx::st_shared_b32(s_row + Traits::kBytesStat, __float_as_uint(delta));
-    }
-    __syncwarp();
-    ptx::mbarrier_arrive_elected(barriers.q_full(stage));
   }
 };
 

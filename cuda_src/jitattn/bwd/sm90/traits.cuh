@@ -56,7 +56,7 @@ struct BwdSm90Traits {
   static constexpr bool kIsDeterministic = Spec::kDeterministic == Switch::kOn;
 
   // ---- Shared memory in bytes: K, V, stages of Q and of dO, slots of dS, pieces of dQ on their way
-  // to memory, LSE and delta of each stage's rows, barriers.
+  // to memory, LSE and delta of each stage's rows, with the matrices that multiply them, barriers.
   static constexpr int kStages = 3;
   static constexpr int kSlots = 2;
   static constexpr int kPagesQk = ceil_div(kDim, kPageColumns);
@@ -67,14 +67,20 @@ struct BwdSm90Traits {
   static constexpr int kBytesDs = kQueryPages * kBytesKeyPage;
   static constexpr int kBytesPiece = 64 * Spec::kPieceColumns * 4;
   static constexpr int kPieceBuffers = kDqInFragments ? 2 : 0;
-  static constexpr int kBytesStat = Spec::kBlockQ * 4, kBytesStats = 2 * kBytesStat;
+  static_assert(kPieces % 2 == 0, "a step begins with the first buffer");
+  // Either a row of LSE and one of delta, or a matrix [kBlockQ, 16]: stat_operands.cuh.
+  static constexpr bool kStatsByMma = Spec::kStatsByMma == Switch::kOn;
+  static constexpr int kBytesStat = Spec::kBlockQ * 4;
+  static constexpr int kBytesStats = kStatsByMma ? Spec::kBlockQ * 32 : 2 * kBytesStat;
+  static constexpr int kBytesOnes = 64 * 32;
   static constexpr int kOffsetV = kPagesQk * kBytesKeyPage;
   static constexpr int kOffsetQ = kOffsetV + kPagesV * kBytesKeyPage;
   static constexpr int kOffsetDo = kOffsetQ + kStages * kBytesQ;
   static constexpr int kOffsetDs = kOffsetDo + kStages * kBytesDo;
   static constexpr int kOffsetPieces = kOffsetDs + kSlots * kBytesDs;
   static constexpr int kOffsetStats = kOffsetPieces + kPieceBuffers * kBytesPiece;
-  static constexpr int kOffsetBarriers = kOffsetStats + kStages * kBytesStats;
+  static constexpr int kOffsetOnes = kOffsetStats + kStages * kBytesStats;
+  static constexpr int kOffsetBarriers = kOffsetOnes + (kStatsByMma ? 2 * kBytesOnes : 0);
   static constexpr int kNumBarriers = 2 + 2 * kStages + 2 * kSlots;
   static constexpr int kSmemBytes = kOffsetBarriers + kNumBarriers * 8;
   static_assert(kSmemBytes == Spec::kSmemBytes, "host and device disagree on shared memory");

@@ -6,6 +6,7 @@
 #include "jitattn/attention/sequence.cuh"
 #include "jitattn/bwd/sm80/schedule.cuh"
 #include "jitattn/bwd/sm90/traits.cuh"
+#include "jitattn/ptx/special.cuh"
 #include "jitattn/types.cuh"
 #include "jitattn_spec.h"
 
@@ -48,7 +49,7 @@ struct BwdSm90Work {
 
   __device__ __forceinline__ explicit BwdSm90Work(const Params& params)
       : params(params),
-        own(kv_tile_in_sections<Spec>(params, blockIdx.x)),
+        own(kv_tile_in_sections<Spec>(params, ptx::cta_idx())),
         sequence(Sequence::of<Spec>(params, own.batch)),
         first_key(own.tile * Spec::kBlockKv),
         num_keys(min_of(Spec::kBlockKv, sequence.len_kv - first_key)) {
@@ -63,11 +64,14 @@ struct BwdSm90Work {
     return max_of(0, tiles.end - tiles.begin) * params.heads_per_kv;
   }
   __device__ QueryStep first_step() const { return {0, tiles.begin}; }
-  __device__ void advance(QueryStep& step) const {
-    if (++step.tile == tiles.end) {
+  // Returns whether the next step is of another head.
+  __device__ bool advance(QueryStep& step) const {
+    const bool ends = ++step.tile == tiles.end;
+    if (ends) {
       step.tile = tiles.begin;
       ++step.head;
     }
+    return ends;
   }
 };
 
