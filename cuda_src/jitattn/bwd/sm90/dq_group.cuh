@@ -1,7 +1,7 @@
 // The warpgroup that copies operands and computes dQ = dS K of each step.
 #pragma once
 
-#include "jitattn/bwd/sm80/dq_sums.cuh"
+#include "jitattn/bwd/sm90/dq_turn.cuh"
 #include "jitattn/bwd/sm90/operand_copies.cuh"
 #include "jitattn/bwd/sm90/pipeline.cuh"
 #include "jitattn/bwd/sm90/stat_operands.cuh"
@@ -24,6 +24,7 @@ template <class Spec>
 struct BwdDqGroup {
   using Traits = BwdSm90Traits<Spec>;
   using Work = BwdSm90Work<Spec>;
+  using Turn = DqTurn<Spec>;
   static constexpr int kStages = Traits::kStages;
 
   const Work& work;
@@ -60,6 +61,7 @@ struct BwdDqGroup {
     if (kStages - 1 < num_steps) stats.load(work, of_stats);
     ptx::mbarrier_wait(barriers.k_full(), 0);
     float* g_dq = sums_of(step);
+    Turn turn;
     Ring<Traits::kSlots> slot = {0, 0};
     int stage = kStages - 1;  // of the step to be loaded
 #pragma unroll 1
@@ -73,11 +75,12 @@ struct BwdDqGroup {
         stage = stage + 1 == kStages ? 0 : stage + 1;
         if (i + kStages < num_steps) stats.load(work, of_stats);
       }
-      add_dq(step, g_dq, s_k, slot.stage);
+      add_dq(step, g_dq, s_k, slot.stage, turn);
       g_dq += Spec::kBlockQ * Traits::kDim;
       if (work.advance(step)) g_dq = sums_of(step);
       slot.advance();
     }
+    if constexpr (Traits::kIsDeterministic) turn.pass();
     if constexpr (Traits::kDqInFragments) ptx::bulk_wait<0>();
   }
 
@@ -103,27 +106,24 @@ struct BwdDqGroup {
   }
 
   __device__ __forceinline__ void add_dq(const QueryStep& step, float* g_dq, uint32_t s_k,
-                                         int slot) const {
-    const int head_idx = work.first_head() + step.head;
-    wait_for_turn(head_idx, step.tile);
+                                         int slot, Turn& turn) const {
 #pragma unroll
     for (int piece = 0; piece < Traits::kPieces; ++piece) {
       // The widths of pieces are constants after unrolling.
       constexpr int kLast = Traits::kDim - (Traits::kPiecesAcross - 1) * Spec::kPieceColumns;
       if (kLast != Spec::kPieceColumns &&
           piece % Traits::kPiecesAcross == Traits::kPiecesAcross - 1) {
-        add_piece<kLast>(head_idx, step.tile, g_dq, s_k, piece, slot);
+        add_piece<kLast>(step, g_dq, s_k, piece, slot, turn);
       } else {
-        add_piece<Spec::kPieceColumns>(head_idx, step.tile, g_dq, s_k, piece, slot);
+        add_piece<Spec::kPieceColumns>(step, g_dq, s_k, piece, slot, turn);
       }
     }
-    pass_turn(head_idx, step.tile);
   }
 
   // Computes a piece, 64 queries x kColumns, and adds it to the sums.
   template <int kColumns>
-  __device__ __forceinline__ void add_piece(int head_idx, int tile, float* g_dq, uint32_t s_k,
-                                            int piece, int slot) const {
+  __device__ __forceinline__ void add_piece(const QueryStep& step, float* g_dq, uint32_t s_k,
+                                            int piece, int slot, Turn& turn) const {
     const int page = piece / Traits::kPiecesAcross;
     const int column = piece % Traits::kPiecesAcross * Spec::kPieceColumns;
     float r_dq[kColumns / 2];
@@ -136,19 +136,21 @@ struct BwdDqGroup {
     ptx::wgmma_fence();
     ptx::wgmma_transposed<Traits::kIsBf16, kColumns, false>(r_dq, ds.at_rows(0), k.at_rows(0));
 #pragma unroll
-    for (int step = 1; step < Spec::kBlockKv / 16; ++step) {
-      ptx::wgmma_transposed<Traits::kIsBf16, kColumns, true>(r_dq, ds.at_rows(step),
-                                                             k.at_rows(step));
+    for (int i = 1; i < Spec::kBlockKv / 16; ++i) {
+      ptx::wgmma_transposed<Traits::kIsBf16, kColumns, true>(r_dq, ds.at_rows(i), k.at_rows(i));
     }
     ptx::wgmma_commit();
     ptx::wgmma_hold(r_dq);
     ptx::wgmma_wait<0>();
     ptx::wgmma_hold(r_dq);
     if (piece == Traits::kPieces - 1) ptx::mbarrier_arrive_elected(barriers.ds_empty(slot));
+    if constexpr (Traits::kIsDeterministic) {
+      if (piece == 0) turn.take(work, step);
+    }
     if constexpr (Traits::kDqInFragments) {
       add_in_bulk<kColumns>(r_dq, g_dq + page * (64 * Traits::kDim) + column * 16, piece);
     } else {
-      add_by_rows<kColumns>(r_dq, head_idx, tile, page, column);
+      add_by_rows<kColumns>(r_dq, step, page, column);
     }
   }
 
@@ -177,13 +179,14 @@ struct BwdDqGroup {
 
   // Adds rows to sums like q: sequences begin anywhere.
   template <int kColumns>
-  __device__ __forceinline__ void add_by_rows(const float (&r_dq)[kColumns / 2], int head_idx,
-                                              int tile, int page, int column) const {
+  __device__ __forceinline__ void add_by_rows(const float (&r_dq)[kColumns / 2],
+                                              const QueryStep& step, int page, int column) const {
     const auto& params = work.params;
+    const int head_idx = work.first_head() + step.head;
     const int first_column = column + accumulator_column(lane_idx);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = tile * Spec::kBlockQ + page * 64 + warp_idx * 16 +
+      const int row = step.tile * Spec::kBlockQ + page * 64 + warp_idx * 16 +
                       accumulator_row(lane_idx, half);
       if (row >= work.sequence.len_q) continue;
       float* g_row = params.dq_sum + work.own.batch * params.dq_stride_batch +
@@ -194,33 +197,6 @@ struct BwdDqGroup {
         if (first_column + n * 8 < Spec::kHeadDim) {
           ptx::red_add_v2(g_row + n * 8, r_dq[n * 4 + half * 2], r_dq[n * 4 + half * 2 + 1]);
         }
-      }
-    }
-  }
-
-  // ---- Order of the key blocks that add to a query tile, if it is fixed. Each warp adds its own
-  // rows, and counts once.
-  __device__ __forceinline__ void wait_for_turn(int head_idx, int tile) const {
-    if constexpr (Traits::kIsDeterministic) {
-      const KeyBlock<Spec> keys(work.params, work.sequence, head_idx, work.own.tile);
-      const int turn = keys.semaphore_value(tile) * BwdBarriers<Spec>::kWarps;
-      const int32_t* g_semaphore =
-          dq_semaphore<Spec>(work.params, work.own.batch, head_idx, tile);
-      if (lane_idx == 0) {
-        // Warps of a block may count before others of the block before.
-        while (ptx::ld_acquire(g_semaphore) < turn) __nanosleep(32);
-      }
-      __syncwarp();
-      if constexpr (Traits::kDqInFragments) ptx::fence_proxy_async_global();
-    }
-  }
-  __device__ __forceinline__ void pass_turn(int head_idx, int tile) const {
-    if constexpr (Traits::kIsDeterministic) {
-      if constexpr (Traits::kDqInFragments) ptx::bulk_wait<0>();
-      __threadfence();
-      __syncwarp();
-      if (lane_idx == 0) {
-        ptx::red_release_add(dq_semaphore<Spec>(work.params, work.own.batch, head_idx, tile), 1);
       }
     }
   }

@@ -53,6 +53,7 @@ struct BwdKeyGroup {
   const uint32_t s_addr;
   const int group;
   const int first_key;  // of this warpgroup
+  const TileRange free;  // tiles whose rows see all its keys
   const int lane_idx;
   Ring<Traits::kStages> ring;
   Ring<Traits::kSlots> slot;
@@ -67,6 +68,7 @@ struct BwdKeyGroup {
         s_addr(s_addr),
         group(group),
         first_key(work.first_key + group * 64),
+        free(tiles_that_see_all<Spec>(params, work.sequence, first_key, 64)),
         lane_idx(threadIdx.x % 32),
         ring{0, 0},
         slot{0, 1} {}
@@ -196,9 +198,8 @@ struct BwdKeyGroup {
   // ---- Weights and their gradients
   // r_s = exp2(r_s * scale_log2 - LSE), 0 where a key is hidden
   __device__ __forceinline__ void weigh(Scores& r_s, const QueryStep& query) const {
-    const int first_row = query.tile * Spec::kBlockQ;
-    if (!sees_all_keys<Spec>(params, work.sequence, first_key, 64, first_row)) {
-      hide_rows<Spec>(r_s, own_rows().of, first_row, lane_idx);
+    if (!free.has(query.tile)) {
+      hide_rows<Spec>(r_s, own_rows().of, query.tile * Spec::kBlockQ, lane_idx);
     }
 #pragma unroll
     for (int n = 0; n < Spec::kBlockQ / 8; ++n) {

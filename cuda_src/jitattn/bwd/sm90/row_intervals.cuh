@@ -3,6 +3,7 @@
 #pragma once
 
 #include "jitattn/attention/sequence.cuh"
+#include "jitattn/bwd/sm80/schedule.cuh"
 #include "jitattn/bwd/sm90/traits.cuh"
 #include "jitattn/tile/fragment.cuh"
 #include "jitattn/types.cuh"
@@ -40,19 +41,20 @@ __device__ __forceinline__ RowInterval rows_that_see(const FwdParamsOf<Spec>& pa
   return rows;
 }
 
-// Whether every row of a tile sees all of some keys, by their positions alone.
+// Returns the tiles whose rows all see all of some keys, by their positions alone.
 template <class Spec>
-__device__ __forceinline__ bool sees_all_keys(const FwdParamsOf<Spec>& params,
-                                              const Sequence& sequence, int first_key,
-                                              int num_keys, int first_row) {
-  const int last_key = first_key + num_keys - 1, last_row = first_row + Spec::kBlockQ - 1;
-  if (rows_that_see<Spec>(params, sequence, last_key).begin > first_row) return false;
+__device__ __forceinline__ TileRange tiles_that_see_all(const FwdParamsOf<Spec>& params,
+                                                        const Sequence& sequence, int first_key,
+                                                        int num_keys) {
+  const int last_key = first_key + num_keys - 1;
+  const int begin = rows_that_see<Spec>(params, sequence, last_key).begin;
+  int end = kNoRow;
   if constexpr (kHasLastRow<Spec>) {
     // Of the keys that are not kept the first is the first to leave the window.
     const int leaves = max_of(first_key, params.keep_first);
-    if (leaves <= last_key) return last_row < rows_that_see<Spec>(params, sequence, leaves).end;
+    if (leaves <= last_key) end = rows_that_see<Spec>(params, sequence, leaves).end;
   }
-  return true;
+  return {begin / Spec::kBlockQ + (begin % Spec::kBlockQ != 0), end / Spec::kBlockQ};
 }
 
 // Sets the scores of hidden keys to -inf. r_s: scores of two keys of a lane, and rows first_row ...

@@ -47,7 +47,7 @@ struct RowStatistics {
   using Work = BwdSm90Work<Spec>;
   static_assert(Spec::kBlockQ <= 128, "a thread has one row");
 
-  float neg_lse = 0.f;
+  float lse = 0.f;
   float delta = 0.f;
   int64_t at = 0;  // of the row of the next step to be loaded
 
@@ -82,7 +82,7 @@ struct RowStatistics {
   __device__ __forceinline__ void load(const Work& work, QueryStep& step) {
     const int row = step.tile * Spec::kBlockQ + static_cast<int>(threadIdx.x);
     const bool exists = threadIdx.x < Spec::kBlockQ && row < work.sequence.len_q;
-    neg_lse = exists ? -__ldg(work.params.lse_log2 + at) : -infinity();
+    lse = exists ? __ldg(work.params.lse_log2 + at) : infinity();  // nothing waits for it here
     delta = exists ? __ldg(work.params.delta + at) : 0.f;
     at += Spec::kBlockQ;
     if (work.advance(step)) seek(work, step);
@@ -97,7 +97,7 @@ struct RowStatistics {
         store_parts(s_stats + stat_row_offset(threadIdx.x), 1.f / work.params.scale_log2);
       } else {
         const uint32_t s_row = s_stats + threadIdx.x * 4;
-        ptx::st_shared_b32(s_row, __float_as_uint(neg_lse));
+        ptx::st_shared_b32(s_row, __float_as_uint(-lse));
         ptx::st_shared_b32(s_row + Traits::kBytesStat, __float_as_uint(delta));
       }
     }
@@ -109,11 +109,11 @@ struct RowStatistics {
  private:
   __device__ __forceinline__ void store_parts(uint32_t s_row, float inverse_scale) const {
     constexpr float kMost = 3.3e38f;  // of bf16, nearly; infinity times 0 is not a number
-    uint16_t lse[3], d[3];
-    split_in_three(lse, max_of(-kMost, min_of(kMost, neg_lse * inverse_scale)));
+    uint16_t parts[3], d[3];
+    split_in_three(parts, max_of(-kMost, min_of(kMost, -lse * inverse_scale)));
     split_in_three(d, -delta);
     auto pair = [](uint32_t low, uint32_t high) { return high << 16 | low; };
-    ptx::st_shared_v4(s_row, {{pair(lse[0], lse[1]), pair(lse[2], d[0]), pair(d[1], d[2]), 0}});
+    ptx::st_shared_v4(s_row, {{pair(parts[0], parts[1]), pair(parts[2], d[0]), pair(d[1], d[2]), 0}});
   }
 };
 
