@@ -170,7 +170,7 @@ def smem_bytes(problem: Problem, tile: BwdSm90Tile) -> int:
     s_stats = _STAGES * 2 * 4 * tile.block_q
     if tile.stats_by_mma is Switch.ON:
         s_stats = (_STAGES * tile.block_q + 2 * _DQ_ROWS) * 32
-    return s_operands + s_ds + s_pieces + s_stats + 8 * (2 + 2 * _STAGES + 2 * _SLOTS)
+    return s_operands + s_ds + s_pieces + s_stats + 8 * (1 + 2 * _STAGES + 2 * _SLOTS)
 
 
 def refusal_of_backward(problem: Problem) -> str | None:

@@ -48,14 +48,12 @@ struct BwdDqGroup {
     QueryStep step = work.first_step(), ahead = step, of_stats = step;
     RowStatistics<Spec> stats;
     stats.seek(work, of_stats);
-    if (warp_idx == 0) {
-      copies.load_k();
-      copies.load_v();
-    }
+    if (num_steps == 0) return;
+    if (warp_idx == 0) copies.load_k();
 #pragma unroll 1
     for (int i = 0; i < min_of(kStages - 1, num_steps); ++i) {
       stats.load(work, of_stats);
-      load(ahead, i);
+      load(ahead, i, i == 0);
       stats.store(work, s_addr, barriers, i);
     }
     if (kStages - 1 < num_steps) stats.load(work, of_stats);
@@ -68,28 +66,30 @@ struct BwdDqGroup {
     for (int i = 0; i < num_steps; ++i) {
       // A new number for the compiler: descriptors of K are not kept from step to step.
       const uint32_t s_k = uniform(s_addr);
+      if constexpr (Traits::kIsDeterministic) turn.take(work, step);
       ptx::mbarrier_wait(barriers.ds_full(slot.stage), slot.parity);
       if (i + kStages - 1 < num_steps) {
-        load(ahead, stage);
+        load(ahead, stage, false);
         stats.store(work, s_addr, barriers, stage);
         stage = stage + 1 == kStages ? 0 : stage + 1;
         if (i + kStages < num_steps) stats.load(work, of_stats);
       }
-      add_dq(step, g_dq, s_k, slot.stage, turn);
+      add_dq(step, g_dq, s_k, slot.stage);
       g_dq += Spec::kBlockQ * Traits::kDim;
       if (work.advance(step)) g_dq = sums_of(step);
       slot.advance();
     }
     if constexpr (Traits::kIsDeterministic) turn.pass();
-    if constexpr (Traits::kDqInFragments) ptx::bulk_wait<0>();
+    if constexpr (Traits::kDqInFragments) ptx::bulk_wait_read<0>();
   }
 
  private:
-  // Copies Q and dO of a step, and goes on to the next.
-  __device__ __forceinline__ void load(QueryStep& step, int stage) const {
+  // Copies Q and dO of a step, with V if it is the first, and goes on to the next.
+  __device__ __forceinline__ void load(QueryStep& step, int stage, bool is_first) const {
     if (warp_idx == 0) {
       copies.load_q(step, stage);
-      copies.load_d_out(step, stage);
+      if (is_first) copies.load_v();
+      copies.load_d_out(step, stage, is_first);
     }
     work.advance(step);
   }
@@ -106,16 +106,16 @@ struct BwdDqGroup {
   }
 
   __device__ __forceinline__ void add_dq(const QueryStep& step, float* g_dq, uint32_t s_k,
-                                         int slot, Turn& turn) const {
+                                         int slot) const {
 #pragma unroll
     for (int piece = 0; piece < Traits::kPieces; ++piece) {
       // The widths of pieces are constants after unrolling.
       constexpr int kLast = Traits::kDim - (Traits::kPiecesAcross - 1) * Spec::kPieceColumns;
       if (kLast != Spec::kPieceColumns &&
           piece % Traits::kPiecesAcross == Traits::kPiecesAcross - 1) {
-        add_piece<kLast>(step, g_dq, s_k, piece, slot, turn);
+        add_piece<kLast>(step, g_dq, s_k, piece, slot);
       } else {
-        add_piece<Spec::kPieceColumns>(step, g_dq, s_k, piece, slot, turn);
+        add_piece<Spec::kPieceColumns>(step, g_dq, s_k, piece, slot);
       }
     }
   }
@@ -123,7 +123,7 @@ struct BwdDqGroup {
   // Computes a piece, 64 queries x kColumns, and adds it to the sums.
   template <int kColumns>
   __device__ __forceinline__ void add_piece(const QueryStep& step, float* g_dq, uint32_t s_k,
-                                            int piece, int slot, Turn& turn) const {
+                                            int piece, int slot) const {
     const int page = piece / Traits::kPiecesAcross;
     const int column = piece % Traits::kPiecesAcross * Spec::kPieceColumns;
     float r_dq[kColumns / 2];
@@ -144,9 +144,6 @@ struct BwdDqGroup {
     ptx::wgmma_wait<0>();
     ptx::wgmma_hold(r_dq);
     if (piece == Traits::kPieces - 1) ptx::mbarrier_arrive_elected(barriers.ds_empty(slot));
-    if constexpr (Traits::kIsDeterministic) {
-      if (piece == 0) turn.take(work, step);
-    }
     if constexpr (Traits::kDqInFragments) {
       add_in_bulk<kColumns>(r_dq, g_dq + page * (64 * Traits::kDim) + column * 16, piece);
     } else {

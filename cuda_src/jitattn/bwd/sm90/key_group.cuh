@@ -8,7 +8,7 @@
 #pragma once
 
 #include "jitattn/attention/sequence.cuh"
-#include "jitattn/bwd/sm80/store_gradients.cuh"
+#include "jitattn/bwd/sm90/key_gradients.cuh"
 #include "jitattn/bwd/sm90/pipeline.cuh"
 #include "jitattn/bwd/sm90/row_intervals.cuh"
 #include "jitattn/bwd/sm90/stat_operands.cuh"
@@ -29,13 +29,6 @@
 #include "jitattn_spec.h"
 
 namespace jitattn {
-
-// Rows of dK and dV that a warp holds, with all columns (as tile/warp_grid.cuh).
-struct WarpKeyRows {
-  int first_row;
-  int num_tiles;
-  static constexpr int first_column = 0;
-};
 
 template <class Spec>
 struct BwdKeyGroup {
@@ -77,9 +70,10 @@ struct BwdKeyGroup {
     clear(flat(r_dk));
     clear(flat(r_dv));
     const int num_steps = work.num_steps();
-    ptx::mbarrier_wait(barriers.k_full(), 0);
-    ptx::mbarrier_wait(barriers.v_full(), 0);
-    if constexpr (Spec::kKvLayout == SeqLayout::kRagged) clear_missing_keys();
+    if (num_steps > 0) {
+      ptx::mbarrier_wait(barriers.k_full(), 0);
+      if constexpr (Spec::kKvLayout == SeqLayout::kRagged) clear_missing_keys();
+    }
     QueryStep query = work.first_step();
 #pragma unroll 1
     for (int i = 0; i < num_steps; ++i) {
@@ -89,7 +83,7 @@ struct BwdKeyGroup {
     ptx::wgmma_wait<0>();
     ptx::wgmma_hold(flat(r_dv));
     ptx::wgmma_hold(flat(r_dk));
-    store();
+    KeyGradients<Spec>{params, s_addr, group, lane_idx}.store(r_dk, r_dv);
   }
 
  private:
@@ -283,6 +277,7 @@ struct BwdKeyGroup {
   __device__ __forceinline__ void clear_missing_keys() const {
     const int end = work.num_keys - group * 64;
     if (end >= 64) return;
+    ptx::mbarrier_wait(barriers.d_out_full(0), 0);  // and V is there
     const uint32_t thread_idx = threadIdx.x % 128, s_own = s_addr + group * (64 * kPageRowBytes);
     clear_rows<64, 128, Traits::kPagesQk, Spec::kBlockKv>(s_own, thread_idx, 0, end);
     clear_rows<64, 128, Traits::kPagesV, Spec::kBlockKv>(s_own + Traits::kOffsetV, thread_idx, 0,
@@ -308,39 +303,6 @@ struct BwdKeyGroup {
   __device__ __forceinline__ static void clear(float (&r)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) r[i] = 0.f;
-  }
-
-  // ---- Results. The CTA's work is derived again: the loop has no registers to hold it.
-  __device__ __forceinline__ void store() const {
-    const Work again(params);
-    if (params.in_parts) {
-      store_as<Dtype::kFp32>(again, 1.f, 1.f, params.in_parts == kAddedParts);
-    } else {
-      const float unscale = params.d_out_scale == nullptr ? 1.f : __ldg(params.d_out_scale + 1);
-      store_as<Spec::kDtype>(again, params.scale * unscale, unscale, false);
-    }
-  }
-  template <Dtype kDtype>
-  __device__ __forceinline__ void store_as(const Work& again, float scale_dk, float scale_dv,
-                                           bool adds) const {
-    store_rows<kDtype, Spec::kHeadDim>(again, r_dk, params.dk, params.dk_stride_split,
-                                       params.dk_stride_batch, params.dk_stride_row,
-                                       params.dk_stride_head, scale_dk, adds);
-    store_rows<kDtype, Spec::kHeadDimV>(again, r_dv, params.dv, params.dv_stride_split,
-                                        params.dv_stride_batch, params.dv_stride_row,
-                                        params.dv_stride_head, scale_dv, adds);
-  }
-  template <Dtype kDtype, int kHeadDim, int kTiles>
-  __device__ __forceinline__ void store_rows(const Work& again,
-                                             const float (&r)[1][kTiles][4], void* gradient,
-                                             int64_t split, int64_t batch, int64_t row,
-                                             int64_t head, float scale, bool adds) const {
-    auto* g_first = static_cast<typename Scalar<kDtype>::type*>(gradient) +
-                    again.own.split * split + again.own.batch * batch +
-                    (again.sequence.kv_start + again.first_key) * row + again.own.kv_head * head;
-    const WarpKeyRows rows = {group * 64 + warp_in_group() * 16, kTiles};
-    store_gradient<kDtype, kHeadDim>(
-        r, rows, g_first, row, again.num_keys, [](int key) { return key; }, scale, adds, lane_idx);
   }
 };
 

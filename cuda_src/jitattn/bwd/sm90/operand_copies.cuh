@@ -33,12 +33,11 @@ struct BwdOperandCopies {
         s_addr, maps.k, barriers.k_full(), work.sequence.kv_start + work.first_key,
         index(work.own.kv_head, params.k_stride_head), key_batch(params.k_stride_batch));
   }
+  // V comes with the first dO, by whose barrier.
   __device__ __forceinline__ void load_v() const {
     const auto& params = work.params;
-    ptx::mbarrier_arrive_expect_elected(barriers.v_full(),
-                                        Traits::kPagesV * Traits::kBytesKeyPage);
     load_pages<Traits::kPagesV, Traits::kBytesKeyPage>(
-        s_addr + Traits::kOffsetV, maps.v, barriers.v_full(),
+        s_addr + Traits::kOffsetV, maps.v, barriers.d_out_full(0),
         work.sequence.kv_start + work.first_key, index(work.own.kv_head, params.v_stride_head),
         key_batch(params.v_stride_batch));
   }
@@ -50,9 +49,12 @@ struct BwdOperandCopies {
         first_row(step), index(work.first_head() + step.head, params.q_stride_head),
         index(work.own.batch, params.q_stride_batch));
   }
-  __device__ __forceinline__ void load_d_out(const QueryStep& step, int stage) const {
+  __device__ __forceinline__ void load_d_out(const QueryStep& step, int stage,
+                                             bool is_first) const {
     const auto& params = work.params;
-    ptx::mbarrier_arrive_expect_elected(barriers.d_out_full(stage), Traits::kBytesDo);
+    ptx::mbarrier_arrive_expect_elected(
+        barriers.d_out_full(stage),
+        Traits::kBytesDo + (is_first ? Traits::kPagesV * Traits::kBytesKeyPage : 0));
     load_pages<Traits::kPagesV, Traits::kBytesQueryPage>(
         s_addr + Traits::kOffsetDo + stage * Traits::kBytesDo, maps.d_out,
         barriers.d_out_full(stage), first_row(step),

@@ -81,7 +81,7 @@ struct BwdSm90Traits {
   static constexpr int kOffsetStats = kOffsetPieces + kPieceBuffers * kBytesPiece;
   static constexpr int kOffsetOnes = kOffsetStats + kStages * kBytesStats;
   static constexpr int kOffsetBarriers = kOffsetOnes + (kStatsByMma ? 2 * kBytesOnes : 0);
-  static constexpr int kNumBarriers = 2 + 2 * kStages + 2 * kSlots;
+  static constexpr int kNumBarriers = 1 + 2 * kStages + 2 * kSlots;
   static constexpr int kSmemBytes = kOffsetBarriers + kNumBarriers * 8;
   static_assert(kSmemBytes == Spec::kSmemBytes, "host and device disagree on shared memory");
 };
