@@ -18,7 +18,6 @@ from jitattn.kernels.sum_parts import SumPartsSpec
 from jitattn.spec.arguments import Argument, ArgumentStruct, ArgumentTable
 from jitattn.spec.enums import (
     Access,
-    BiasKind,
     Dtype,
     MaskKind,
     MatrixSize,
@@ -50,6 +49,8 @@ _PAGE: Final = 64
 #: Largest head dim: dK and dV of 64 keys stay in the registers of a warpgroup.
 _MOST_DIM: Final = 128
 _STAGES, _SLOTS = 3, 2
+#: Optional inputs that these kernels take.
+_SERVED_INPUTS: Final = ("key_padding", "sinks")
 #: Warps along the rows of a block of dQ sums, and its rows: as the postprocess kernel reads them.
 _DQ_WARPS, _DQ_ROWS = 4, 64
 
@@ -184,9 +185,10 @@ def refusal_of_backward(problem: Problem) -> str | None:
         return f"dK and dV of head dims above {_MOST_DIM} do not fit a warpgroup's registers"
     if problem.kv_layout not in (SeqLayout.BATCHED, SeqLayout.RAGGED):
         return "pages are gathered by mma.sync kernels"
-    if problem.mask not in (MaskKind.FULL, MaskKind.CAUSAL, MaskKind.WINDOW):
-        return f"masks of kind {problem.mask.value} are those of mma.sync kernels"
-    if replace(problem, mask=MaskKind.FULL).has_scores or problem.bias is not BiasKind.NONE:
+    if problem.mask in (MaskKind.FINE_STRIDE, MaskKind.BLOCK_LISTS):
+        return "listed and gathered keys are those of mma.sync kernels"
+    served = {name: Switch.OFF for name in _SERVED_INPUTS}
+    if replace(problem, mask=MaskKind.FULL, **served).has_scores:
         return "what changes scores is computed by mma.sync kernels"
     return None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from jitattn.kernels.bwd_sm90 import bwd_sm90_spec, refusal_of_backward
 from jitattn.plan import wgmma
-from jitattn.spec.enums import MaskKind
+from jitattn.spec.enums import MaskKind, Switch
 
 if TYPE_CHECKING:
     from jitattn.jit.tensor_maps import BoxedTensor
@@ -36,6 +36,7 @@ def choice(
     d_out_strides: Strides | None = None,
     *,
     deterministic: bool,
+    has_d_lse: bool = False,
 ) -> BackwardChoice:
     """Choose the wgmma kernel of a backward pass with at least one row and one key.
 
@@ -48,8 +49,14 @@ def choice(
         Of dO as the kernel reads it, as (batch, row, head); None: like a contiguous one.
     deterministic : bool
         Key blocks add to dQ in fixed order.
+    has_d_lse : bool
+        The LSE has a gradient.
     """
     reason = _refusal(problem, runtime, device, d_out_strides)
+    if reason is None and has_d_lse and problem.sinks is Switch.ON:
+        reason = "with sinks, a gradient of the LSE needs the weights without them"
+    if reason is None and deterministic and problem.mask is MaskKind.LOCAL_STRIDE:
+        reason = "mma.sync kernels count the key blocks before of a local + stride pattern"
     if reason is not None:
         return BackwardChoice(None, reason)
     return BackwardChoice(bwd_sm90_spec(problem, deterministic=deterministic))

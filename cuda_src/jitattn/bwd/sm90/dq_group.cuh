@@ -75,7 +75,7 @@ struct BwdDqGroup {
         if (i + kStages < num_steps) stats.load(work, of_stats);
       }
       add_dq(step, g_dq, s_k, slot.stage);
-      g_dq += Spec::kBlockQ * Traits::kDim;
+      g_dq += stride_of_sums();
       if (work.advance(step)) g_dq = sums_of(step);
       slot.advance();
     }
@@ -94,15 +94,24 @@ struct BwdDqGroup {
     work.advance(step);
   }
 
-  // Returns this warp's part of a tile's sums in fragment order: a block of 64 queries is [4 warps]
-  // [kDim / 8 column tiles][32 lanes][4], as bwd_postprocess reads it.
+  // Returns this warp's part of a tile's sums. In fragment order a block of 64 queries is [4 warps]
+  // [kDim / 8 column tiles][32 lanes][4], as bwd_postprocess reads it; else it is this lane's part.
   __device__ __forceinline__ float* sums_of(const QueryStep& step) const {
-    if constexpr (!Traits::kDqInFragments) return nullptr;
     const auto& params = work.params;
-    return params.dq_sum + work.own.batch * params.dq_stride_batch +
-           (work.first_head() + step.head) * params.dq_stride_head +
-           static_cast<int64_t>(step.tile) * (Spec::kBlockQ * Traits::kDim) +
-           warp_idx * (Traits::kDim * 16);
+    float* g_head = params.dq_sum + work.own.batch * params.dq_stride_batch +
+                    (work.first_head() + step.head) * params.dq_stride_head;
+    const int64_t first_row = step.tile * Spec::kBlockQ;
+    if constexpr (Traits::kDqInFragments) {
+      return g_head + first_row * Traits::kDim + warp_idx * (Traits::kDim * 16);
+    }
+    const int64_t row = work.sequence.q_start + first_row + warp_idx * 16 +
+                        accumulator_row(lane_idx, 0);
+    return g_head + row * params.dq_stride_row + accumulator_column(lane_idx);
+  }
+  // Returns the distance to the part of the next tile.
+  __device__ int64_t stride_of_sums() const {
+    return Spec::kBlockQ *
+           (Traits::kDqInFragments ? int64_t{Traits::kDim} : work.params.dq_stride_row);
   }
 
   __device__ __forceinline__ void add_dq(const QueryStep& step, float* g_dq, uint32_t s_k,
@@ -147,7 +156,7 @@ struct BwdDqGroup {
     if constexpr (Traits::kDqInFragments) {
       add_in_bulk<kColumns>(r_dq, g_dq + page * (64 * Traits::kDim) + column * 16, piece);
     } else {
-      add_by_rows<kColumns>(r_dq, step, page, column);
+      add_by_rows<kColumns>(r_dq, step.tile, g_dq, page, column);
     }
   }
 
@@ -176,22 +185,17 @@ struct BwdDqGroup {
 
   // Adds rows to sums like q: sequences begin anywhere.
   template <int kColumns>
-  __device__ __forceinline__ void add_by_rows(const float (&r_dq)[kColumns / 2],
-                                              const QueryStep& step, int page, int column) const {
-    const auto& params = work.params;
-    const int head_idx = work.first_head() + step.head;
-    const int first_column = column + accumulator_column(lane_idx);
+  __device__ __forceinline__ void add_by_rows(const float (&r_dq)[kColumns / 2], int tile,
+                                              float* g_dq, int page, int column) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = step.tile * Spec::kBlockQ + page * 64 + warp_idx * 16 +
-                      accumulator_row(lane_idx, half);
-      if (row >= work.sequence.len_q) continue;
-      float* g_row = params.dq_sum + work.own.batch * params.dq_stride_batch +
-                     (work.sequence.q_start + row) * params.dq_stride_row +
-                     head_idx * params.dq_stride_head + first_column;
+      const int row = page * 64 + half * 8;  // from this lane's first one
+      const int end = work.sequence.len_q - tile * Spec::kBlockQ - warp_idx * 16;
+      if (row + accumulator_row(lane_idx, 0) >= end) continue;
+      float* g_row = g_dq + row * work.params.dq_stride_row + column;
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
-        if (first_column + n * 8 < Spec::kHeadDim) {
+        if (column + n * 8 < Spec::kHeadDim) {
           ptx::red_add_v2(g_row + n * 8, r_dq[n * 4 + half * 2], r_dq[n * 4 + half * 2 + 1]);
         }
       }

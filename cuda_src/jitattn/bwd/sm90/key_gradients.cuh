@@ -61,6 +61,7 @@ struct KeyGradients {
       return;
     }
     const float unscale = params.d_out_scale == nullptr ? 1.f : __ldg(params.d_out_scale + 1);
+    synchronize();  // products of all its warps have read V
     store_staged<Spec::kHeadDimV>(work, r_dv, dv, unscale);
     if constexpr (kStagesDk) {
       synchronize();  // dV has been read

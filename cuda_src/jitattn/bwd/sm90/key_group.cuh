@@ -38,6 +38,8 @@ struct BwdKeyGroup {
   using Scores = float[Spec::kBlockQ / 2];           // [64 keys, kBlockQ] of a warpgroup
   using Operand = uint32_t[Spec::kBlockQ / 16][4];   // the same, rounded
   static constexpr bool kIsBf16 = Traits::kIsBf16;
+  // Whether tiles that the other warpgroup's keys are seen by may not see its own.
+  static constexpr bool kMaySkip = Spec::kMask != MaskKind::kFull;
   static constexpr bool kOverlaps = Spec::kOverlaps == Switch::kOn;
 
   const Params& params;
@@ -46,8 +48,9 @@ struct BwdKeyGroup {
   const uint32_t s_addr;
   const int group;
   const int first_key;  // of this warpgroup
-  const TileRange free;  // tiles whose rows see all its keys
+  const TileRange seen, free;  // tiles of which any row sees any of its keys; all rows all keys
   const int lane_idx;
+  uint32_t hidden_keys = 0;  // of this lane, by a tensor: a bit for each
   Ring<Traits::kStages> ring;
   Ring<Traits::kSlots> slot;
   float r_dk[1][Traits::kDim / 8][4];
@@ -61,7 +64,8 @@ struct BwdKeyGroup {
         s_addr(s_addr),
         group(group),
         first_key(work.first_key + group * 64),
-        free(tiles_that_see_all<Spec>(params, work.sequence, first_key, 64)),
+        seen(tiles_that_see_any<Spec>(params, work.sequence, work.first_head(), first_key, 64)),
+        free(tiles_that_see_all<Spec>(params, work.sequence, work.first_head(), first_key, 64)),
         lane_idx(threadIdx.x % 32),
         ring{0, 0},
         slot{0, 1} {}
@@ -69,6 +73,7 @@ struct BwdKeyGroup {
   __device__ __forceinline__ void run() {
     clear(flat(r_dk));
     clear(flat(r_dv));
+    if constexpr (Spec::kKeyPadding == Switch::kOn) find_hidden_keys();
     const int num_steps = work.num_steps();
     if (num_steps > 0) {
       ptx::mbarrier_wait(barriers.k_full(), 0);
@@ -77,7 +82,11 @@ struct BwdKeyGroup {
     QueryStep query = work.first_step();
 #pragma unroll 1
     for (int i = 0; i < num_steps; ++i) {
-      step(query);
+      if (!kMaySkip || seen.has(query.tile)) {
+        step(query);
+      } else {
+        skip(query);
+      }
       work.advance(query);
     }
     ptx::wgmma_wait<0>();
@@ -127,6 +136,22 @@ struct BwdKeyGroup {
     }
     pass_on();
     add_columns<Traits::kDim>(r_dk, r_ds, query_columns(Traits::kOffsetQ, Traits::kBytesQ));
+    ring.advance();
+    slot.advance();
+  }
+
+  // Passes on gradients of 0 for a tile that sees none of the keys.
+  __device__ __forceinline__ void skip(const QueryStep& query) {
+    // Nobody else may wait for these copies, and the other warpgroup for this one.
+    ptx::mbarrier_wait(barriers.q_full(ring.stage), ring.parity);
+    ptx::mbarrier_wait(barriers.d_out_full(ring.stage), ring.parity);
+    if constexpr (Spec::kQLayout == SeqLayout::kRagged) clear_missing_rows(query);
+    ptx::wgmma_wait<0>();  // the stage of the step before is read
+    ptx::wgmma_hold(flat(r_dv));
+    ptx::wgmma_hold(flat(r_dk));
+#pragma unroll
+    for (int i = 0; i < Spec::kBlockQ / 4; ++i) r_ds[i / 4][i % 4] = 0;
+    pass_on();
     ring.advance();
     slot.advance();
   }
@@ -192,7 +217,7 @@ struct BwdKeyGroup {
   // ---- Weights and their gradients
   // r_s = exp2(r_s * scale_log2 - LSE), 0 where a key is hidden
   __device__ __forceinline__ void weigh(Scores& r_s, const QueryStep& query) const {
-    if (!free.has(query.tile)) {
+    if (!free.has(query.tile) || hidden_keys != 0) {
       hide_rows<Spec>(r_s, own_rows().of, query.tile * Spec::kBlockQ, lane_idx);
     }
 #pragma unroll
@@ -250,10 +275,23 @@ struct BwdKeyGroup {
     OwnRows rows;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int key = first_key + warp_in_group() * 16 + accumulator_row(lane_idx, half);
-      rows.of[half] = rows_that_see<Spec>(params, work.sequence, key);
+      const int key = own_key(half);
+      rows.of[half] = rows_that_see<Spec>(params, work.sequence, work.first_head(), key);
+      if ((hidden_keys >> half & 1) != 0) rows.of[half] = {kNoRow, kNoRow};
     }
     return rows;
+  }
+  __device__ int own_key(int half) const {
+    return first_key + warp_in_group() * 16 + accumulator_row(lane_idx, half);
+  }
+  __device__ __forceinline__ void find_hidden_keys() {
+    const uint8_t* g_padding = params.key_padding + work.own.batch * params.key_padding_stride;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = own_key(half);
+      const bool is_kept = key >= work.sequence.len_kv || __ldg(g_padding + key) != 0;
+      hidden_keys |= is_kept ? 0u : 1u << half;
+    }
   }
   __device__ static int warp_in_group() { return static_cast<int>(threadIdx.x) / 32 % 4; }
 

@@ -5,6 +5,7 @@
 #include "jitattn/attention/schedule.cuh"
 #include "jitattn/attention/sequence.cuh"
 #include "jitattn/bwd/sm80/schedule.cuh"
+#include "jitattn/bwd/sm90/row_intervals.cuh"
 #include "jitattn/bwd/sm90/traits.cuh"
 #include "jitattn/ptx/special.cuh"
 #include "jitattn/types.cuh"
@@ -53,10 +54,20 @@ struct BwdSm90Work {
         sequence(Sequence::of<Spec>(params, own.batch)),
         first_key(own.tile * Spec::kBlockKv),
         num_keys(min_of(Spec::kBlockKv, sequence.len_kv - first_key)) {
-    const KeyBlock<Spec> keys(params, sequence, first_head(), own.tile);
-    tiles = keys.tiles()
-                .within(params.first_q_tile, params.end_q_tile)
+    TileRange any = {0, 0};
+#pragma unroll
+    for (int key = 0; key < Spec::kBlockKv; key += 64) {
+      any = joined(any, tiles_that_see_any<Spec>(params, sequence, first_head(), first_key + key, 64));
+    }
+    tiles = any.within(params.first_q_tile, params.end_q_tile)
                 .part(own.split, params.num_q_splits);
+  }
+
+  // Returns the least range with two others.
+  __device__ static TileRange joined(const TileRange& one, const TileRange& other) {
+    if (one.is_empty()) return other;
+    if (other.is_empty()) return one;
+    return {min_of(one.begin, other.begin), max_of(one.end, other.end)};
   }
 
   __device__ int first_head() const { return own.kv_head * params.heads_per_kv; }
