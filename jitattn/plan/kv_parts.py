@@ -81,7 +81,12 @@ class KvTarget(NamedTuple):
 
 
 def choose_split(
-    spec: BwdSpec | BwdSm90Spec, num_slots: int, runtime: Runtime, tiles: tuple[int, int], *, is_fixed: bool
+    spec: BwdSpec | BwdSm90Spec,
+    num_slots: int,
+    runtime: Runtime,
+    tiles: tuple[int, int],
+    *,
+    is_fixed: bool,
 ) -> Split:
     """Choose the query split of a backward pass.
 

@@ -18,7 +18,7 @@ def preprocess(whole: BackwardPass, *, folds_sinks: bool) -> Step:
     """Plan the launch that computes the row statistics.
 
     They are the LSE in base 2, delta, the total weight that a sink leaves to the keys, and the
-    row's contribution to dsinks. `folds_sinks`: the LSE includes the sink, as wgmma kernels read it.
+    row's contribution to dsinks. With `folds_sinks`, the LSE includes the sink.
     """
     operands, problem = whole.operands, whole.problem
     spec = BwdPreprocessSpec(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from jitattn.kernels.bwd_sm90 import bwd_sm90_spec, refusal_of_backward
-from jitattn.plan import wgmma
+from jitattn.plan import arguments, wgmma
 from jitattn.spec.enums import MaskKind, Switch
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def _refusal(
     reason = refusal_of_backward(problem)
     if reason is not None:
         return reason
+    if 0 < runtime.scale < arguments.TINY_SCALE:
+        return "the LSE over a scale this small leaves the range of bf16"
     if runtime.shares_rows:
         return "sequences share rows of k and v"
     rows_q, (rows_kv, _, _) = wgmma.rows_of_q(runtime), wgmma.sizes_of_keys(problem, runtime)
