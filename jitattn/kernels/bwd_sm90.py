@@ -154,9 +154,11 @@ class BwdSm90Spec(ProblemSpec):
     ) -> Iterator[KernelSpec]:
         """Yield the kernel of a backward pass, on the architecture that has it."""
         del gear, rows
-        if arch_number(arch) != 90 or refusal_of_backward(problem) is not None:
+        deterministic = options["deterministic"] is Switch.ON
+        reason = refusal_of_backward(problem, deterministic=deterministic)
+        if arch_number(arch) != 90 or reason is not None:
             return
-        spec = bwd_sm90_spec(problem, deterministic=options["deterministic"] is Switch.ON)
+        spec = bwd_sm90_spec(problem, deterministic=deterministic)
         yield spec
         yield spec.dq_spec
 
@@ -178,14 +180,16 @@ def smem_bytes(problem: Problem, tile: BwdSm90Tile) -> int:
     row = sum(-(-dim // _PAGE) for dim in dims) * 2 * _PAGE
     s_operands = (tile.block_kv + _STAGES * tile.block_q) * row
     s_ds = _SLOTS * tile.block_q // _PAGE * tile.block_kv * 2 * _PAGE
-    s_pieces = 2 * _DQ_ROWS * tile.piece_columns * 4 if _in_fragments(problem) else 0
+    pieces = -(-dims[0] // tile.piece_columns) * tile.block_q // _DQ_ROWS
+    buffers = 0 if not _in_fragments(problem) else 2 if pieces % 2 == 0 else 1
+    s_pieces = buffers * _DQ_ROWS * tile.piece_columns * 4
     s_stats = _STAGES * 2 * 4 * tile.block_q
     if tile.stats_by_mma is Switch.ON:
         s_stats = (_STAGES * tile.block_q + 2 * _DQ_ROWS) * 32
     return s_operands + s_ds + s_pieces + s_stats + 8 * (1 + 2 * _STAGES + 2 * _SLOTS)
 
 
-def refusal_of_backward(problem: Problem) -> str | None:
+def refusal_of_backward(problem: Problem, *, deterministic: bool = False) -> str | None:
     """Return why the gradients of a problem have no kernel here; None if they have one."""
     problem = backward_problem(problem)
     if problem.numerics is not Numerics.F32_ACC or problem.dtype is Dtype.FP32:
@@ -196,6 +200,8 @@ def refusal_of_backward(problem: Problem) -> str | None:
         return f"dK and dV of head dims above {_MOST_DIM} do not fit a warpgroup's registers"
     if problem.kv_layout not in (SeqLayout.BATCHED, SeqLayout.RAGGED):
         return "pages are gathered by mma.sync kernels"
+    if deterministic and problem.mask is MaskKind.LOCAL_STRIDE:
+        return "mma.sync kernels count the key blocks before of a local + stride pattern"
     if problem.mask in (MaskKind.FINE_STRIDE, MaskKind.BLOCK_LISTS):
         return "listed and gathered keys are those of mma.sync kernels"
     if replace(problem, mask=MaskKind.FULL, key_padding=Switch.OFF, sinks=Switch.OFF).has_scores:

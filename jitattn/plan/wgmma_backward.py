@@ -52,22 +52,24 @@ def choice(
     has_d_lse : bool
         The LSE has a gradient.
     """
-    reason = _refusal(problem, runtime, device, d_out_strides)
+    reason = _refusal(problem, runtime, device, d_out_strides, deterministic)
     if reason is None and has_d_lse and problem.sinks is Switch.ON:
         reason = "with sinks, a gradient of the LSE needs the weights without them"
-    if reason is None and deterministic and problem.mask is MaskKind.LOCAL_STRIDE:
-        reason = "mma.sync kernels count the key blocks before of a local + stride pattern"
     if reason is not None:
         return BackwardChoice(None, reason)
     return BackwardChoice(bwd_sm90_spec(problem, deterministic=deterministic))
 
 
 def _refusal(
-    problem: Problem, runtime: Runtime, device: Device, d_out_strides: Strides | None
+    problem: Problem,
+    runtime: Runtime,
+    device: Device,
+    d_out_strides: Strides | None,
+    deterministic: bool,
 ) -> str | None:
     if not device.has_wgmma:
         return "the device or its driver has no wgmma, or JITATTN_FAMILY is sm80"
-    reason = refusal_of_backward(problem)
+    reason = refusal_of_backward(problem, deterministic=deterministic)
     if reason is not None:
         return reason
     if 0 < runtime.scale < arguments.TINY_SCALE:

@@ -104,8 +104,8 @@ struct BwdDqGroup {
     if constexpr (Traits::kDqInFragments) {
       return g_head + first_row * Traits::kDim + warp_idx * (Traits::kDim * 16);
     }
-    const int64_t row = work.sequence.q_start + first_row + warp_idx * 16 +
-                        accumulator_row(lane_idx, 0);
+    const int64_t row =
+        work.sequence.q_start + first_row + warp_idx * 16 + accumulator_row(lane_idx, 0);
     return g_head + row * params.dq_stride_row + accumulator_column(lane_idx);
   }
   // Returns the distance to the part of the next tile.
@@ -139,9 +139,9 @@ struct BwdDqGroup {
     const WgmmaDescriptor ds(
         s_addr + Traits::kOffsetDs + slot * Traits::kBytesDs + page * Traits::kBytesKeyPage,
         Traits::kBytesKeyPage);
-    const WgmmaDescriptor k(s_k + column / kPageColumns * Traits::kBytesKeyPage +
-                                column % kPageColumns * 2,
-                            Traits::kBytesKeyPage);
+    const WgmmaDescriptor k(
+        s_k + column / kPageColumns * Traits::kBytesKeyPage + column % kPageColumns * 2,
+        Traits::kBytesKeyPage);
     ptx::wgmma_fence();
     ptx::wgmma_transposed<Traits::kIsBf16, kColumns, false>(r_dq, ds.at_rows(0), k.at_rows(0));
 #pragma unroll

@@ -77,8 +77,7 @@ struct KeyGradients {
 
   template <Dtype kDtype, int kHeadDim, int kTiles>
   __device__ __forceinline__ void store_directly(const Work& work, const float (&r)[1][kTiles][4],
-                                                 const Place& place, float scale,
-                                                 bool adds) const {
+                                                 const Place& place, float scale, bool adds) const {
     const WarpKeyRows rows = {group * 64 + warp_in_group() * 16, kTiles};
     store_gradient<kDtype, kHeadDim>(
         r, rows, place.template first<typename Scalar<kDtype>::type>(work), place.row,
@@ -97,8 +96,8 @@ struct KeyGradients {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float (&tile)[4] = r[0][2 * pair + i / 2];
-        words[i] = Scalar<Spec::kDtype>::round_pair(tile[i % 2 * 2] * scale,
-                                                    tile[i % 2 * 2 + 1] * scale);
+        words[i] =
+            Scalar<Spec::kDtype>::round_pair(tile[i % 2 * 2] * scale, tile[i % 2 * 2 + 1] * scale);
       }
       const int chunk = (pair % 4 * 2 + lane_idx / 16) ^ row % 8;
       ptx::stmatrix_x4(s_rows + pair / 4 * Traits::kBytesKeyPage + row * kPageRowBytes + chunk * 16,

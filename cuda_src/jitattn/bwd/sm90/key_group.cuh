@@ -35,8 +35,8 @@ struct BwdKeyGroup {
   using Traits = BwdSm90Traits<Spec>;
   using Params = typename Traits::Params;
   using Work = BwdSm90Work<Spec>;
-  using Scores = float[Spec::kBlockQ / 2];           // [64 keys, kBlockQ] of a warpgroup
-  using Operand = uint32_t[Spec::kBlockQ / 16][4];   // the same, rounded
+  using Scores = float[Spec::kBlockQ / 2];          // [64 keys, kBlockQ] of a warpgroup
+  using Operand = uint32_t[Spec::kBlockQ / 16][4];  // the same, rounded
   static constexpr bool kIsBf16 = Traits::kIsBf16;
   // Whether tiles that the other warpgroup's keys are seen by may not see its own.
   static constexpr bool kMaySkip = Spec::kMask != MaskKind::kFull;
@@ -47,7 +47,7 @@ struct BwdKeyGroup {
   const BwdBarriers<Spec> barriers;
   const uint32_t s_addr;
   const int group;
-  const int first_key;  // of this warpgroup
+  const int first_key;         // of this warpgroup
   const TileRange seen, free;  // tiles of which any row sees any of its keys; all rows all keys
   const int lane_idx;
   uint32_t hidden_keys = 0;  // of this lane, by a tensor: a bit for each
@@ -262,7 +262,8 @@ struct BwdKeyGroup {
     for (int step = 0; step < Spec::kBlockQ / 16; ++step) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        to[step][i] = Scalar<Spec::kDtype>::round_pair(r[step * 8 + i * 2], r[step * 8 + i * 2 + 1]);
+        to[step][i] =
+            Scalar<Spec::kDtype>::round_pair(r[step * 8 + i * 2], r[step * 8 + i * 2 + 1]);
       }
     }
   }
@@ -298,8 +299,8 @@ struct BwdKeyGroup {
   // Stores dS^T of a step, [64 keys, kBlockQ] in pages of 64 rows, for dQ.
   __device__ __forceinline__ void pass_on() const {
     const int key = group * 64 + warp_in_group() * 16 + lane_idx % 16;
-    const uint32_t s_key = s_addr + Traits::kOffsetDs + slot.stage * Traits::kBytesDs +
-                           key * kPageRowBytes;
+    const uint32_t s_key =
+        s_addr + Traits::kOffsetDs + slot.stage * Traits::kBytesDs + key * kPageRowBytes;
     ptx::mbarrier_wait(barriers.ds_empty(slot.stage), slot.parity);
 #pragma unroll
     for (int step = 0; step < Spec::kBlockQ / 16; ++step) {

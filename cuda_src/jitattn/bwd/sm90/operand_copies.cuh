@@ -72,8 +72,7 @@ struct BwdOperandCopies {
 
   template <int kPages, int kBytesPage>
   __device__ __forceinline__ static void load_pages(uint32_t s_tile, const ptx::TensorMap& map,
-                                                    uint32_t s_full, int row, int head,
-                                                    int batch) {
+                                                    uint32_t s_full, int row, int head, int batch) {
 #pragma unroll
     for (int page = 0; page < kPages; ++page) {
       ptx::tma_load_elected(s_tile + page * kBytesPage, map, s_full, page * kPageColumns, row, head,

@@ -27,7 +27,9 @@ enum StatOperand : int { kLseOperand, kDeltaOperand };
 __device__ __forceinline__ uint64_t stat_descriptor(uint32_t s_addr) {
   return static_cast<uint64_t>(256 >> 4) << 32 | 128 >> 4 << 16 | (s_addr & 0x3ffff) >> 4;
 }
-__device__ __forceinline__ uint32_t stat_row_offset(int row) { return row / 8 * 256 + row % 8 * 16; }
+__device__ __forceinline__ uint32_t stat_row_offset(int row) {
+  return row / 8 * 256 + row % 8 * 16;
+}
 
 // Splits a number into three bf16 parts.
 __device__ __forceinline__ void split_in_three(uint16_t (&parts)[3], float number) {
@@ -113,7 +115,8 @@ struct RowStatistics {
     split_in_three(parts, max_of(-kMost, min_of(kMost, -lse * inverse_scale)));
     split_in_three(d, -delta);
     auto pair = [](uint32_t low, uint32_t high) { return high << 16 | low; };
-    ptx::st_shared_v4(s_row, {{pair(parts[0], parts[1]), pair(parts[2], d[0]), pair(d[1], d[2]), 0}});
+    ptx::st_shared_v4(s_row,
+                      {{pair(parts[0], parts[1]), pair(parts[2], d[0]), pair(d[1], d[2]), 0}});
   }
 };
 

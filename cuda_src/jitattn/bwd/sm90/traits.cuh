@@ -51,8 +51,8 @@ struct BwdSm90Traits {
   // dQ is computed in pieces of 64 queries and kPieceColumns columns; the last one may be narrower.
   static constexpr int kPiecesAcross = ceil_div(kDim, Spec::kPieceColumns);
   static constexpr int kPieces = kQueryPages * kPiecesAcross;
-  static constexpr bool kDqInFragments = Spec::kQLayout == SeqLayout::kBatched &&
-                                         Spec::kKvLayout == SeqLayout::kBatched;
+  static constexpr bool kDqInFragments =
+      Spec::kQLayout == SeqLayout::kBatched && Spec::kKvLayout == SeqLayout::kBatched;
   static constexpr bool kIsDeterministic = Spec::kDeterministic == Switch::kOn;
 
   // ---- Shared memory in bytes: K, V, stages of Q and of dO, slots of dS, pieces of dQ on their way
@@ -66,8 +66,8 @@ struct BwdSm90Traits {
   static constexpr int kBytesQ = kPagesQk * kBytesQueryPage, kBytesDo = kPagesV * kBytesQueryPage;
   static constexpr int kBytesDs = kQueryPages * kBytesKeyPage;
   static constexpr int kBytesPiece = 64 * Spec::kPieceColumns * 4;
-  static constexpr int kPieceBuffers = kDqInFragments ? 2 : 0;
-  static_assert(kPieces % 2 == 0, "a step begins with the first buffer");
+  // Every step begins with the first buffer.
+  static constexpr int kPieceBuffers = !kDqInFragments ? 0 : kPieces % 2 == 0 ? 2 : 1;
   // Either a row of LSE and one of delta, or a matrix [kBlockQ, 16]: stat_operands.cuh.
   static constexpr bool kStatsByMma = Spec::kStatsByMma == Switch::kOn;
   static constexpr int kBytesStat = Spec::kBlockQ * 4;

@@ -18,8 +18,8 @@ namespace jitattn {
 // first; and the blocks of a head in order, all splits of one before the next, as the dq semaphore
 // requires.
 template <class Spec>
-__device__ __forceinline__ KvTile kv_tile_in_sections(
-    const typename BwdSm90Traits<Spec>::Params& params, uint32_t cta_idx) {
+__device__ __forceinline__ KvTile
+kv_tile_in_sections(const typename BwdSm90Traits<Spec>::Params& params, uint32_t cta_idx) {
   const uint32_t heads = params.heads_q / params.heads_per_kv, all = heads * params.batch;
   const uint32_t parts = params.num_kv_tiles * params.num_q_splits;
   const uint32_t of_section = params.section_heads * parts;
@@ -57,10 +57,10 @@ struct BwdSm90Work {
     TileRange any = {0, 0};
 #pragma unroll
     for (int key = 0; key < Spec::kBlockKv; key += 64) {
-      any = joined(any, tiles_that_see_any<Spec>(params, sequence, first_head(), first_key + key, 64));
+      any = joined(any,
+                   tiles_that_see_any<Spec>(params, sequence, first_head(), first_key + key, 64));
     }
-    tiles = any.within(params.first_q_tile, params.end_q_tile)
-                .part(own.split, params.num_q_splits);
+    tiles = any.within(params.first_q_tile, params.end_q_tile).part(own.split, params.num_q_splits);
   }
 
   // Returns the least range with two others.
