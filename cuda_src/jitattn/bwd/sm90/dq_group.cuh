@@ -59,14 +59,14 @@ struct BwdDqGroup {
     if (kStages - 1 < num_steps) stats.load(work, of_stats);
     ptx::mbarrier_wait(barriers.k_full(), 0);
     float* g_dq = sums_of(step);
-    Turn turn;
+    Turn turn = {work.params};
     Ring<Traits::kSlots> slot = {0, 0};
     int stage = kStages - 1;  // of the step to be loaded
 #pragma unroll 1
     for (int i = 0; i < num_steps; ++i) {
       // A new number for the compiler: descriptors of K are not kept from step to step.
       const uint32_t s_k = uniform(s_addr);
-      if constexpr (Traits::kIsDeterministic) turn.take(work, step);
+      if constexpr (Traits::kIsDeterministic) turn.look(work, step);
       ptx::mbarrier_wait(barriers.ds_full(slot.stage), slot.parity);
       if (i + kStages - 1 < num_steps) {
         load(ahead, stage, false);
@@ -74,7 +74,7 @@ struct BwdDqGroup {
         stage = stage + 1 == kStages ? 0 : stage + 1;
         if (i + kStages < num_steps) stats.load(work, of_stats);
       }
-      add_dq(step, g_dq, s_k, slot.stage);
+      add_dq(step, g_dq, s_k, slot.stage, turn);
       g_dq += stride_of_sums();
       if (work.advance(step)) g_dq = sums_of(step);
       slot.advance();
@@ -114,17 +114,17 @@ struct BwdDqGroup {
            (Traits::kDqInFragments ? int64_t{Traits::kDim} : work.params.dq_stride_row);
   }
 
-  __device__ __forceinline__ void add_dq(const QueryStep& step, float* g_dq, uint32_t s_k,
-                                         int slot) const {
+  __device__ __forceinline__ void add_dq(const QueryStep& step, float* g_dq, uint32_t s_k, int slot,
+                                         Turn& turn) const {
 #pragma unroll
     for (int piece = 0; piece < Traits::kPieces; ++piece) {
       // The widths of pieces are constants after unrolling.
       constexpr int kLast = Traits::kDim - (Traits::kPiecesAcross - 1) * Spec::kPieceColumns;
       if (kLast != Spec::kPieceColumns &&
           piece % Traits::kPiecesAcross == Traits::kPiecesAcross - 1) {
-        add_piece<kLast>(step, g_dq, s_k, piece, slot);
+        add_piece<kLast>(step, g_dq, s_k, piece, slot, turn);
       } else {
-        add_piece<Spec::kPieceColumns>(step, g_dq, s_k, piece, slot);
+        add_piece<Spec::kPieceColumns>(step, g_dq, s_k, piece, slot, turn);
       }
     }
   }
@@ -132,7 +132,7 @@ struct BwdDqGroup {
   // Computes a piece, 64 queries x kColumns, and adds it to the sums.
   template <int kColumns>
   __device__ __forceinline__ void add_piece(const QueryStep& step, float* g_dq, uint32_t s_k,
-                                            int piece, int slot) const {
+                                            int piece, int slot, Turn& turn) const {
     const int page = piece / Traits::kPiecesAcross;
     const int column = piece % Traits::kPiecesAcross * Spec::kPieceColumns;
     float r_dq[kColumns / 2];
@@ -150,9 +150,15 @@ struct BwdDqGroup {
     }
     ptx::wgmma_commit();
     ptx::wgmma_hold(r_dq);
+    if constexpr (Traits::kIsDeterministic) {
+      if (piece == 0) turn.pass();
+    }
     ptx::wgmma_wait<0>();
     ptx::wgmma_hold(r_dq);
     if (piece == Traits::kPieces - 1) ptx::mbarrier_arrive_elected(barriers.ds_empty(slot));
+    if constexpr (Traits::kIsDeterministic) {
+      if (piece == 0) turn.take();
+    }
     if constexpr (Traits::kDqInFragments) {
       add_in_bulk<kColumns>(r_dq, g_dq + page * (64 * Traits::kDim) + column * 16, piece);
     } else {
