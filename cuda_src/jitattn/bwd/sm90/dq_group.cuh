@@ -64,8 +64,10 @@ struct BwdDqGroup {
     int stage = kStages - 1;  // of the step to be loaded
 #pragma unroll 1
     for (int i = 0; i < num_steps; ++i) {
-      // A new number for the compiler: descriptors of K are not kept from step to step.
-      const uint32_t s_k = uniform(s_addr);
+      // New numbers for the compiler: descriptors of K and distances of rows are not kept from step
+      // to step.
+      const Fresh fresh = {static_cast<uint32_t>(uniform(s_addr)),
+                           uniform(static_cast<int>(work.params.dq_stride_row))};
       if constexpr (Traits::kIsDeterministic) turn.look(work, step);
       ptx::mbarrier_wait(barriers.ds_full(slot.stage), slot.parity);
       if (i + kStages - 1 < num_steps) {
@@ -74,7 +76,7 @@ struct BwdDqGroup {
         stage = stage + 1 == kStages ? 0 : stage + 1;
         if (i + kStages < num_steps) stats.load(work, of_stats);
       }
-      add_dq(step, g_dq, s_k, slot.stage, turn);
+      add_dq(step, g_dq, fresh, slot.stage, turn);
       g_dq += stride_of_sums();
       if (work.advance(step)) g_dq = sums_of(step);
       slot.advance();
@@ -84,6 +86,11 @@ struct BwdDqGroup {
   }
 
  private:
+  struct Fresh {
+    uint32_t s_k;
+    int row_stride;  // of the sums, where they are like q
+  };
+
   // Copies Q and dO of a step, with V if it is the first, and goes on to the next.
   __device__ __forceinline__ void load(QueryStep& step, int stage, bool is_first) const {
     if (warp_idx == 0) {
@@ -114,24 +121,24 @@ struct BwdDqGroup {
            (Traits::kDqInFragments ? int64_t{Traits::kDim} : work.params.dq_stride_row);
   }
 
-  __device__ __forceinline__ void add_dq(const QueryStep& step, float* g_dq, uint32_t s_k, int slot,
-                                         Turn& turn) const {
+  __device__ __forceinline__ void add_dq(const QueryStep& step, float* g_dq, const Fresh& fresh,
+                                         int slot, Turn& turn) const {
 #pragma unroll
     for (int piece = 0; piece < Traits::kPieces; ++piece) {
       // The widths of pieces are constants after unrolling.
       constexpr int kLast = Traits::kDim - (Traits::kPiecesAcross - 1) * Spec::kPieceColumns;
       if (kLast != Spec::kPieceColumns &&
           piece % Traits::kPiecesAcross == Traits::kPiecesAcross - 1) {
-        add_piece<kLast>(step, g_dq, s_k, piece, slot, turn);
+        add_piece<kLast>(step, g_dq, fresh, piece, slot, turn);
       } else {
-        add_piece<Spec::kPieceColumns>(step, g_dq, s_k, piece, slot, turn);
+        add_piece<Spec::kPieceColumns>(step, g_dq, fresh, piece, slot, turn);
       }
     }
   }
 
   // Computes a piece, 64 queries x kColumns, and adds it to the sums.
   template <int kColumns>
-  __device__ __forceinline__ void add_piece(const QueryStep& step, float* g_dq, uint32_t s_k,
+  __device__ __forceinline__ void add_piece(const QueryStep& step, float* g_dq, const Fresh& fresh,
                                             int piece, int slot, Turn& turn) const {
     const int page = piece / Traits::kPiecesAcross;
     const int column = piece % Traits::kPiecesAcross * Spec::kPieceColumns;
@@ -140,7 +147,7 @@ struct BwdDqGroup {
         s_addr + Traits::kOffsetDs + slot * Traits::kBytesDs + page * Traits::kBytesKeyPage,
         Traits::kBytesKeyPage);
     const WgmmaDescriptor k(
-        s_k + column / kPageColumns * Traits::kBytesKeyPage + column % kPageColumns * 2,
+        fresh.s_k + column / kPageColumns * Traits::kBytesKeyPage + column % kPageColumns * 2,
         Traits::kBytesKeyPage);
     ptx::wgmma_fence();
     ptx::wgmma_transposed<Traits::kIsBf16, kColumns, false>(r_dq, ds.at_rows(0), k.at_rows(0));
@@ -162,7 +169,7 @@ struct BwdDqGroup {
     if constexpr (Traits::kDqInFragments) {
       add_in_bulk<kColumns>(r_dq, g_dq + page * (64 * Traits::kDim) + column * 16, piece);
     } else {
-      add_by_rows<kColumns>(r_dq, step.tile, g_dq, page, column);
+      add_by_rows<kColumns>(r_dq, step.tile, g_dq, fresh.row_stride, page, column);
     }
   }
 
@@ -192,13 +199,14 @@ struct BwdDqGroup {
   // Adds rows to sums like q: sequences begin anywhere.
   template <int kColumns>
   __device__ __forceinline__ void add_by_rows(const float (&r_dq)[kColumns / 2], int tile,
-                                              float* g_dq, int page, int column) const {
+                                              float* g_dq, int row_stride, int page,
+                                              int column) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = page * 64 + half * 8;  // from this lane's first one
       const int end = work.sequence.len_q - tile * Spec::kBlockQ - warp_idx * 16;
       if (row + accumulator_row(lane_idx, 0) >= end) continue;
-      float* g_row = g_dq + row * work.params.dq_stride_row + column;
+      float* g_row = g_dq + static_cast<int64_t>(row) * row_stride + column;
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
         if (column + n * 8 < Spec::kHeadDim) {
