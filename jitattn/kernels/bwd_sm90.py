@@ -66,7 +66,7 @@ class BwdSm90Tile:
 
 #: By the largest padded head dim that they serve. TFLOP/s, bf16, full / causal at 16k keys, H200:
 #: D=64 538 / 522, LSE and delta as numbers 528 / 507, 64 rows 473 / 453; D=128 584 / 563, in pieces
-#: of 32 columns 551 / 528, these with overlap 520 / 531.
+#: of 32 columns 551 / 528, these with overlap 520 / 517, and LSE and delta by products 515 / 531.
 _TILES: Final = {
     64: BwdSm90Tile(
         block_q=128, block_kv=128, piece_columns=32, overlaps=Switch.ON, stats_by_mma=Switch.ON
