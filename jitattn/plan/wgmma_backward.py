@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jitattn.spec.kernel_spec import Problem
 
 #: Heads whose causal key blocks are visited together, so that the L2 holds their Q and dO. TFLOP/s
-#: with 1, 2, 4 and 8: D=128 4k 485, 466, 488, 490, 16k 590, 583, 573, 571; D=64 4k 454, 452, 458, 448.
+#: with 1, 2, 4, 8: D=128 4k 485, 466, 488, 490, 16k 590, 583, 573, 571; D=64 4k 454, 452, 458, 448.
 _CAUSAL_HEADS: Final = 2
 
 

@@ -340,8 +340,8 @@ def test_prebuild_has_the_kernels_of_backward_plans(arch: str, deterministic: bo
         for target in uses.targets:
             chosen |= prebuilt(problem, gear, arch, family="bwd_scores", target=target)
         assert uses.specs <= chosen
-        # Whether sequences share rows of k and v, whose gradients are scattered on mma.sync, a ragged
-        # layout does not say; nor a problem whether TMA can copy a gradient of out.
+        # Whether sequences share rows of k and v, whose gradients are scattered on mma.sync, a
+        # ragged layout does not say; nor a problem whether TMA can copy a gradient of out.
         may = {"sum_parts", "kv_scatter"} if problem.kv_layout is SeqLayout.RAGGED else set()
         if any(spec.family == "bwd_sm90" for spec in chosen):
             may |= {"bwd", "bwd_postprocess"}
