@@ -16,6 +16,7 @@ from jitattn.jit.device import device
 from jitattn.jit.functions import render_function
 from jitattn.jit.load_kernel import load_kernel
 from jitattn.kernels.bwd import bwd_spec
+from jitattn.plan import wgmma_backward
 from jitattn.plan.all_lengths import AnyDevice
 from jitattn.plan.backward import kernel_problem
 from jitattn.plan.forward import Forward, forward
@@ -89,8 +90,7 @@ class Explanation:
         if self.backward:
             tile = self.backward
             lines.append(
-                f"backward     {tile['block_q']} rows x {tile['block_kv']} keys, "
-                f"{tile['num_warps']} warps, stages {tile['stages']}, "
+                f"backward     {tile['family']}, {tile['block_q']} rows x {tile['block_kv']} keys, "
                 f"deterministic {tile['deterministic']}"
             )
         lines += [f"because      {reason}" for reason in self.why]
@@ -169,10 +169,20 @@ def explain(
         kernel = load_kernel(planned.tiling.spec, q.device.index)
     chosen, built = planned.tiling, kernel.built
     backward: dict[str, str | int] = {}
+    reasons = _reasons(planned, call)
     if is_followed(*inputs):
-        arch = device(q.device.index).arch
-        own = kernel_problem(problem, runtime, arch)
-        backward = bwd_spec(own, arch, deterministic=is_deterministic(call)).to_dict()
+        own = kernel_problem(problem, runtime, here.arch)
+        deterministic = is_deterministic(call)
+        positive = runtime._replace(scale=abs(runtime.scale))
+        on_wgmma = wgmma_backward.choice(own, positive, here, deterministic=deterministic)
+        spec = on_wgmma.spec or bwd_spec(own, here.arch, deterministic=deterministic)
+        backward = spec.to_dict()
+        if here.arch == "sm_90":
+            reasons += (
+                (f"gradients by mma.sync: {on_wgmma.refusal}",)
+                if on_wgmma.refusal
+                else ("gradients by wgmma",)
+            )
     return Explanation(
         path="cuda",
         device=device(q.device.index).name,
@@ -191,7 +201,7 @@ def explain(
         smem_bytes=built.metadata.smem_bytes,
         steps=tuple(f"{step.spec.family} ({step.grid} CTAs)" for step in planned.plan.steps),
         backward=backward,
-        why=_reasons(planned, call),
+        why=reasons,
         function=_rendered(call),
     )
 

@@ -223,6 +223,7 @@ def specs_of_call(
             runtime,
             targets,
             arch,
+            has_wgmma=has_wgmma,
             deterministic=is_deterministic(call),
             captured=_followed_captures(call.scores),
         )

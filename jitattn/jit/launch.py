@@ -40,9 +40,8 @@ _MAX_DYNAMIC_SHARED_SIZE_BYTES: Final = 8
 _SHARED_SIZE_BYTES: Final = 1
 #: More shared memory than this requires a function attribute.
 _DEFAULT_SMEM_BYTES: Final = 48 * 1024
-#: Kernels take no tensor maps, or as many: of q, k and v.
-NUM_MAPS: Final = 3
-MAPS_BYTES: Final = NUM_MAPS * MAP_BYTES
+#: Most tensor maps that a kernel takes.
+MOST_MAPS: Final = 4
 #: Largest grid in x.
 MAX_GRID: Final = 2**31 - 1
 
@@ -53,14 +52,17 @@ class _Thread:
     __slots__ = ("_pointers", "buffer", "devices", "params")
 
     def __init__(self) -> None:
-        self.buffer = ctypes.create_string_buffer(MAX_BYTES + MAPS_BYTES)
+        self.buffer = ctypes.create_string_buffer(MAX_BYTES + MOST_MAPS * MAP_BYTES)
         begin = ctypes.addressof(self.buffer)
         # The parameter struct, or the tensor maps and the struct after them.
         self._pointers = (
             (ctypes.c_void_p * 1)(begin),
-            (ctypes.c_void_p * 2)(begin, begin + MAPS_BYTES),
+            *(
+                (ctypes.c_void_p * 2)(begin, begin + count * MAP_BYTES)
+                for count in range(1, MOST_MAPS + 1)
+            ),
         )
-        #: As cuLaunchKernel takes them, without and with maps.
+        #: As cuLaunchKernel takes them, by the number of maps.
         self.params = tuple(map(ctypes.addressof, self._pointers))
         self.devices: set[int] = set()
 
@@ -140,9 +142,9 @@ class BoundLaunch:
         "_device_index",
         "_function",
         "_launch",
+        "_num_maps",
         "_pack_into",
         "_smem",
-        "_takes_maps",
         "grid",
         "kernel",
         "parts",
@@ -153,7 +155,7 @@ class BoundLaunch:
         self._pack_into, self._device_index = layout.pack_into, kernel.device_index
         self._function, self._launch = kernel._function.ptr, kernel._launch
         self._block, self._smem = kernel._block, kernel._smem_bytes
-        self._takes_maps = bool(kernel.spec.tensor_maps)
+        self._num_maps = len(kernel.spec.tensor_maps)
 
     def launch(self, stream: int, values: Iterable[int | bytes]) -> None:
         """Launch the kernel in a raw CUDA stream.
@@ -171,7 +173,7 @@ class BoundLaunch:
         self._pack_into(thread.buffer, 0, *values)
         self._launch(
             self._function, self.grid, 1, 1, self._block, 1, 1, self._smem, stream,
-            thread.params[self._takes_maps], 0,
+            thread.params[self._num_maps], 0,
         )  # fmt: skip
 
 

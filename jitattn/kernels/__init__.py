@@ -14,6 +14,7 @@ from jitattn.kernels.bwd_captured import CapturedGradSpec
 from jitattn.kernels.bwd_postprocess import BwdPostprocessSpec
 from jitattn.kernels.bwd_preprocess import BwdPreprocessSpec
 from jitattn.kernels.bwd_scores import ScoreGradSpec
+from jitattn.kernels.bwd_sm90 import BwdSm90Spec
 from jitattn.kernels.combine import CombineGradSpec, CombineSpec
 from jitattn.kernels.fwd import FwdSpec
 from jitattn.kernels.fwd_sm90 import FwdSm90Spec
@@ -33,6 +34,7 @@ FAMILIES: Final[tuple[type[KernelSpec], ...]] = (
     FwdSpec,
     FwdSm90Spec,
     BwdSpec,
+    BwdSm90Spec,
     ScoreGradSpec,
     CapturedGradSpec,
     CombineSpec,

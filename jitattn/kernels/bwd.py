@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from jitattn.kernels.bwd_arguments import BWD_TABLES, bwd_arguments, bwd_structs
 from jitattn.kernels.bwd_postprocess import BwdPostprocessSpec
 from jitattn.kernels.bwd_preprocess import bwd_preprocess_specs
+from jitattn.kernels.bwd_sm90 import BwdSm90Spec
 from jitattn.kernels.bwd_tiles import BwdTile, backward_problem, choose_tile, smem_bytes
 from jitattn.kernels.kv_scatter import ScatterSpec
 from jitattn.kernels.matrix import BACKWARD_FEATURES, problem
@@ -158,6 +159,7 @@ def specs_of_backward(
     spec = bwd_spec(problem, arch, deterministic=deterministic)
     stats = bwd_preprocess_specs(problem.out_dtype, problem.head_dim_v, arch)
     specs: list[KernelSpec] = [spec, *stats, dq_spec(spec)]
+    specs += BwdSm90Spec.of_calls(problem, None, arch, (), deterministic=spec.deterministic)
     split_fp32 = split_fp32_backward(backward_problem(problem))
     if split_fp32 is not None:
         other = bwd_spec(split_fp32, arch, deterministic=deterministic)

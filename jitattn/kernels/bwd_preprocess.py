@@ -35,6 +35,7 @@ BWD_PREPROCESS: Final = ArgumentStruct(
         Argument("num_rows", "int64_t", "B * Lq * Hq"),
         Argument("len_q", "int32_t"),
         Argument("heads_q", "int32_t"),
+        Argument("folds_sinks", "int32_t", "1: lse_log2 includes the sink, and delta ignores it"),
     ),
 )
 

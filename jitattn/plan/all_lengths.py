@@ -14,7 +14,7 @@ from jitattn.plan.backward import backward
 from jitattn.plan.backward_pass import BackwardOperands
 from jitattn.plan.forward import forward
 from jitattn.plan.kv_parts import KvGradient
-from jitattn.spec.enums import Access, RowClass, ScoreTarget
+from jitattn.spec.enums import Access, RowClass, ScoreTarget, Switch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
@@ -83,6 +83,7 @@ def backward_specs(
     targets: Collection[ScoreTarget],
     arch: str,
     *,
+    has_wgmma: bool,
     deterministic: bool,
     captured: tuple[str, ...] = (),
 ) -> list[KernelSpec]:
@@ -95,6 +96,8 @@ def backward_specs(
     targets : collection of ScoreTarget
         The score gradients that are needed.
     arch : str
+    has_wgmma : bool
+        Whether calls may take the wgmma kernels of sm_90.
     deterministic : bool
     captured : tuple of str
         Names of the captured tensors that may need gradients.
@@ -103,6 +106,9 @@ def backward_specs(
     stats = bwd_preprocess_specs(problem.out_dtype, problem.head_dim_v, arch)
     group = runtime.heads_q // max(1, runtime.heads_kv)
     queries = (1, _MANY, -(-_MANY_ROWS // max(1, group)))
+    devices = {AnyDevice(arch, has_wgmma)}
+    if problem.sinks is Switch.ON:  # a gradient of the LSE decides
+        devices.add(AnyDevice(arch))
     specs: dict[KernelSpec, None] = {}
     for sized in _sizes(runtime, queries, _KEYS[1:]):
         if sized.len_q * sized.len_kv > _MANY * _MANY:
@@ -113,8 +119,9 @@ def backward_specs(
                 problem, sized, targets, is_aligned=is_aligned, deterministic=deterministic
             )
             operands = operands._replace(wanted=operands.wanted + captured)
-            planned = backward(problem, sized, operands, AnyDevice(arch))
-            specs.update(dict.fromkeys(step.spec for step in planned.plan.steps))
+            for here in devices:
+                planned = backward(problem, sized, operands, here)
+                specs.update(dict.fromkeys(step.spec for step in planned.plan.steps))
     return list(specs)
 
 
@@ -144,6 +151,7 @@ def _operands(
 ) -> BackwardOperands:
     """Return operands of a backward pass with these properties; strides select no kernel."""
     shape = (runtime.len_kv, runtime.heads_kv)
+    row = runtime.heads_q * problem.head_dim_v
     wanted = ["relative_bias"] if ScoreTarget.DISTANCE in targets else []
     bias_shape = None
     if ScoreTarget.ROW in targets or ScoreTarget.MATRIX in targets:
@@ -156,7 +164,7 @@ def _operands(
         is_flat=runtime.q_is_flat,
         out_strides=_NO_STRIDES,
         d_out_strides=_NO_STRIDES,
-        main_d_out_strides=_NO_STRIDES,
+        main_d_out_strides=(0, row, problem.head_dim_v),
         lse_strides=_NO_STRIDES,
         d_lse_strides=None,
         is_aligned=is_aligned,

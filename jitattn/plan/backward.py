@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from jitattn.kernels.bwd import bwd_spec
 from jitattn.kernels.bwd_captured import CapturedGradSpec
 from jitattn.kernels.bwd_scores import ScoreGradSpec
-from jitattn.plan import arguments, kv_parts, prepare
+from jitattn.kernels.bwd_sm90 import BwdSm90Spec
+from jitattn.plan import arguments, kv_parts, prepare, wgmma_backward
 from jitattn.plan.backward_pass import BackwardPass, launch
 from jitattn.plan.dq import postprocess, room_for_dq
 from jitattn.plan.preprocess import preprocess
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from jitattn.kernels.bwd import BwdSpec
     from jitattn.plan.backward_pass import BackwardOperands
     from jitattn.plan.step import Device
-    from jitattn.request.problem import Runtime
+    from jitattn.request.problem import Runtime, Strides
     from jitattn.spec.kernel_spec import Problem
     from jitattn.values.masks import Rule
 
@@ -70,14 +71,13 @@ def backward(
         The call needs more CTAs than a grid has.
     """
     whole = BackwardPass(problem, runtime, operands, device)
-    steps = [preprocess(whole)]
     heads, num_stats = runtime.heads_q, 4 if problem.sinks is Switch.ON else 2
     shape = (num_stats, operands.batch, heads, operands.length)
     buffers = {"stats": Buffer(shape, "fp32")}
     positions = set()
 
     main, spec, main_buffers = _main(whole)
-    steps += main
+    steps = [preprocess(whole, folds_sinks=isinstance(spec, BwdSm90Spec)), *main]
     buffers |= main_buffers
     is_listed = runtime.listed is not None
     if spec.problem.mask is MaskKind.BLOCK_LISTS:
@@ -126,7 +126,33 @@ def without_block_lists(problem: Problem, rule: Rule | None, arch: str) -> Probl
     return replace(problem, mask=MaskKind.FINE_STRIDE)
 
 
-def _main(whole: BackwardPass) -> tuple[list[Step], BwdSpec, dict[str, Buffer]]:
+def main_spec(
+    problem: Problem,
+    runtime: Runtime,
+    device: Device,
+    d_out_strides: Strides | None = None,
+    *,
+    deterministic: bool,
+    has_d_lse: bool = False,
+) -> BwdSpec | BwdSm90Spec:
+    """Return the kernel that computes dq, dk and dv, of a problem as `kernel_problem` has it.
+
+    The other arguments are those of `wgmma_backward.choice`.
+    """
+    chosen = wgmma_backward.choice(
+        problem,
+        runtime,
+        device,
+        d_out_strides,
+        deterministic=deterministic,
+        has_d_lse=has_d_lse,
+    )
+    return chosen.spec or bwd_spec(problem, device.arch, deterministic=deterministic)
+
+
+def _main(
+    whole: BackwardPass,
+) -> tuple[list[Step], BwdSpec | BwdSm90Spec, dict[str, Buffer]]:
     """Plan the launches that compute dq, dk and dv."""
     runtime, operands, device = whole.runtime, whole.operands, whole.device
     problem = kernel_problem(whole.problem, runtime, device.arch)
@@ -134,7 +160,14 @@ def _main(whole: BackwardPass) -> tuple[list[Step], BwdSpec, dict[str, Buffer]]:
         corner = runtime.len_kv - runtime.len_q if problem.is_uniform else 0
         runtime = runtime._replace(diagonal=corner, listed=None)
         whole = whole._replace(problem=problem, runtime=runtime)
-    spec = bwd_spec(problem, device.arch, deterministic=operands.deterministic)
+    spec = main_spec(
+        problem,
+        runtime,
+        device,
+        operands.main_d_out_strides,
+        deterministic=operands.deterministic,
+        has_d_lse=operands.d_lse_strides is not None,
+    )
     num_q_tiles, _ = tiles = whole.num_tiles(problem, spec.tile)
     buffers: dict[str, Buffer] = {}
     buffers["dq_sum"], dq_strides = room_for_dq(whole, spec)

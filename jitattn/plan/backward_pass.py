@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jitattn.errors import UnsupportedError
 from jitattn.jit.launch import MAX_GRID
-from jitattn.plan import arguments, kv_parts
+from jitattn.kernels.bwd_sm90 import BwdSm90Spec
+from jitattn.plan import arguments, kv_parts, wgmma_backward
 from jitattn.plan.step import Place, Step
 from jitattn.spec.enums import MaskKind, Switch
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from jitattn.kernels.bwd import BwdSpec
     from jitattn.kernels.bwd_captured import CapturedGradSpec
     from jitattn.kernels.bwd_scores import ScoreGradSpec
+    from jitattn.kernels.bwd_sm90 import BwdSm90Tile
     from jitattn.kernels.bwd_tiles import BwdTile
     from jitattn.plan.kv_parts import KvGradient, KvTarget
     from jitattn.plan.prepare import Prepared
@@ -57,7 +59,7 @@ class BackwardPass(NamedTuple):
     device: Device
     prepared: Prepared | None = None  #: fp16 parts of the operands
 
-    def num_tiles(self, problem: Problem, tile: BwdTile) -> tuple[int, int]:
+    def num_tiles(self, problem: Problem, tile: BwdTile | BwdSm90Tile) -> tuple[int, int]:
         """Return the query tiles and key blocks of the longest sequence."""
         len_q = self.runtime.len_q
         if problem.mask is MaskKind.BLOCK_LISTS:
@@ -70,7 +72,7 @@ class BackwardPass(NamedTuple):
 
 def launch(
     whole: BackwardPass,
-    spec: BwdSpec | ScoreGradSpec | CapturedGradSpec,
+    spec: BwdSpec | BwdSm90Spec | ScoreGradSpec | CapturedGradSpec,
     num_ctas: int,
     target: Place | None,
     target_strides: Strides,
@@ -149,4 +151,12 @@ def launch(
         if kv_targets is not None:
             optional[name] = kv_targets[idx].place
     arguments.add_optional(optional, numbers, places)
-    return Step(spec, num_ctas, numbers, places)
+    if not isinstance(spec, BwdSm90Spec):
+        return Step(spec, num_ctas, numbers, places)
+    numbers["section_heads"] = wgmma_backward.section_heads(
+        spec.problem, runtime, deterministic=operands.deterministic
+    )
+    numbers["unused"] = 0
+    tile = spec.tile
+    maps = wgmma_backward.maps_of(spec.problem, runtime, of_d_out, tile.block_q, tile.block_kv)
+    return Step(spec, num_ctas, numbers, places, maps)

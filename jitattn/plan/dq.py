@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jitattn.kernels.bwd import dq_spec
+from jitattn.kernels.bwd import BwdSpec, dq_spec
 from jitattn.kernels.bwd_postprocess import BwdPostprocessSpec
 from jitattn.plan import arguments
 from jitattn.plan.step import Buffer, Place, Step
 from jitattn.spec.kernel_spec import padded_head_dim
 
 if TYPE_CHECKING:
-    from jitattn.kernels.bwd import BwdSpec
+    from jitattn.kernels.bwd_sm90 import BwdSm90Spec
     from jitattn.plan.backward_pass import BackwardPass
     from jitattn.request.problem import Strides
 
 
-def room_for_dq(whole: BackwardPass, spec: BwdSpec) -> tuple[Buffer, Strides]:
+def room_for_dq(whole: BackwardPass, spec: BwdSpec | BwdSm90Spec) -> tuple[Buffer, Strides]:
     """Return the zeroed fp32 accumulator of dQ, and its strides."""
     operands, heads = whole.operands, whole.runtime.heads_q
     if spec.in_fragments:
@@ -28,11 +28,11 @@ def room_for_dq(whole: BackwardPass, spec: BwdSpec) -> tuple[Buffer, Strides]:
     return Buffer((size,), "fp32", is_zeroed=True), operands.dq_strides
 
 
-def postprocess(whole: BackwardPass, spec: BwdSpec, dq_strides: Strides) -> Step:
+def postprocess(whole: BackwardPass, spec: BwdSpec | BwdSm90Spec, dq_strides: Strides) -> Step:
     """Plan the launch that converts the fp32 accumulator to dQ."""
     operands, runtime = whole.operands, whole.runtime
     num_rows = operands.batch * operands.length * runtime.heads_q
-    rounding = dq_spec(spec)
+    rounding = dq_spec(spec) if isinstance(spec, BwdSpec) else spec.dq_spec
     numbers: dict[str, float] = {
         **arguments.strides("out" if not isinstance(rounding, BwdPostprocessSpec) else "dq",
                             operands.dq_strides),

@@ -20,6 +20,7 @@ from jitattn.spec.enums import Dtype, SeqLayout
 
 if TYPE_CHECKING:
     from jitattn.kernels.bwd import BwdSpec
+    from jitattn.kernels.bwd_sm90 import BwdSm90Spec
     from jitattn.request.problem import Runtime
     from jitattn.spec.kernel_spec import KernelSpec, Problem
 
@@ -80,13 +81,18 @@ class KvTarget(NamedTuple):
 
 
 def choose_split(
-    spec: BwdSpec, num_slots: int, runtime: Runtime, tiles: tuple[int, int], *, is_fixed: bool
+    spec: BwdSpec | BwdSm90Spec,
+    num_slots: int,
+    runtime: Runtime,
+    tiles: tuple[int, int],
+    *,
+    is_fixed: bool,
 ) -> Split:
     """Choose the query split of a backward pass.
 
     Parameters
     ----------
-    spec : BwdSpec
+    spec : BwdSpec or BwdSm90Spec
     num_slots : int
         CTAs that fit the GPU at once.
     runtime : Runtime

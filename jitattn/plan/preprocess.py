@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from jitattn.request.problem import Strides
 
 
-def preprocess(whole: BackwardPass) -> Step:
+def preprocess(whole: BackwardPass, *, folds_sinks: bool) -> Step:
     """Plan the launch that computes the row statistics.
 
     They are the LSE in base 2, delta, the total weight that a sink leaves to the keys, and the
-    row's contribution to dsinks.
+    row's contribution to dsinks. With `folds_sinks`, the LSE includes the sink.
     """
     operands, problem = whole.operands, whole.problem
     spec = BwdPreprocessSpec(
@@ -37,6 +37,7 @@ def preprocess(whole: BackwardPass) -> Step:
         "num_rows": num_rows,
         "len_q": operands.length,
         "heads_q": heads,
+        "folds_sinks": folds_sinks,
     }
     places = {
         "out": Place("out"),

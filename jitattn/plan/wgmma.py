@@ -86,9 +86,9 @@ def _refusal(problem: Problem, runtime: Runtime, device: Device) -> str | None:
     if runtime.scale < 0:
         return "the scale is negative"
     boxed = [boxed(problem, runtime, 1) for boxed in (boxed_q, boxed_k, boxed_v)]
-    if runtime.len_kv == 0 or not all(map(_is_encodable, boxed)):
+    if runtime.len_kv == 0 or not all(map(is_encodable, boxed)):
         return "q, k or v has no rows, or too distant ones"
-    rows = (_rows_of_q(runtime), *(2 * (_sizes_of_keys(problem, runtime)[0],)))
+    rows = (rows_of_q(runtime), *(2 * (sizes_of_keys(problem, runtime)[0],)))
     strides = (runtime.q_strides, runtime.k_strides, runtime.v_strides)
     dims = (_width(problem), _width(problem), _width_v(problem))
     for size, (_, step, _), dim in zip(rows, strides, dims, strict=True):
@@ -176,9 +176,9 @@ def boxed_q(problem: Problem, runtime: Runtime, packed: int) -> BoxedTensor:
     """Return q as [B, Hkv, Lq, Hq / Hkv, D], in boxes of the rows of a consumer."""
     by_batch, by_row, by_head = runtime.q_strides
     group = _group(runtime)
-    sizes = (group, _rows_of_q(runtime), runtime.heads_kv, runtime.batch)
+    sizes = (group, rows_of_q(runtime), runtime.heads_kv, runtime.batch)
     steps = (by_head, by_row, by_head * group, by_batch)
-    return _boxed(problem, _width(problem), sizes, steps, (packed, _BOX_ROWS // packed))
+    return make_box(problem, _width(problem), sizes, steps, (packed, _BOX_ROWS // packed))
 
 
 def boxed_k(problem: Problem, runtime: Runtime, block_kv: int) -> BoxedTensor:
@@ -196,14 +196,16 @@ def _boxed_keys(
 ) -> BoxedTensor:
     by_batch, by_row, by_head = strides
     steps = (by_row, by_head, by_batch)
-    return _boxed(problem, dim, _sizes_of_keys(problem, runtime), steps, (box_rows,))
+    return make_box(problem, dim, sizes_of_keys(problem, runtime), steps, (box_rows,))
 
 
-def _rows_of_q(runtime: Runtime) -> int:
+def rows_of_q(runtime: Runtime) -> int:
+    """Return the rows of q, of a sequence or of all in one tensor."""
     return runtime.len_q if runtime.indices is None else runtime.indices.arguments.q_rows
 
 
-def _sizes_of_keys(problem: Problem, runtime: Runtime) -> tuple[int, int, int]:
+def sizes_of_keys(problem: Problem, runtime: Runtime) -> tuple[int, int, int]:
+    """Return the rows, heads and batch of k and v; in pages, those of a page and their number."""
     if runtime.indices is None:
         return runtime.len_kv, runtime.heads_kv, runtime.batch
     found = runtime.indices.arguments
@@ -213,7 +215,7 @@ def _sizes_of_keys(problem: Problem, runtime: Runtime) -> tuple[int, int, int]:
     return found.kv_rows, runtime.heads_kv, found.num_pages or runtime.batch
 
 
-def _boxed(
+def make_box(
     problem: Problem,
     dim: int,
     sizes: tuple[int, ...],
@@ -234,6 +236,7 @@ def _boxed(
     )
 
 
-def _is_encodable(boxed: BoxedTensor) -> bool:
+def is_encodable(boxed: BoxedTensor) -> bool:
+    """Return whether a tensor map can describe a tensor."""
     extents = all(0 < size <= MOST_EXTENT for size in boxed.shape)
     return extents and all(0 < step <= MOST_STRIDE and step % 16 == 0 for step in boxed.strides)

@@ -21,6 +21,9 @@ void carry_out(std::vector<Copy>& copies) {
 void begin() {
   cta.body(cta.params);
   const AtWork at_work;
+  for (const auto& group : self().reduction_groups) {
+    if (!group.empty()) fail("a CTA ends before its bulk copies have read shared memory");
+  }
   self().has_ended = true;
   own_warp().barrier.leave();
   cta.barrier.leave();
@@ -185,8 +188,31 @@ void wait_for_products(size_t pending) {
   }
 }
 
+void start_reduction(std::function<void()> reduction) {
+  const AtWork at_work;
+  if (!cta.options.late_copies) return reduction();
+  self().reductions.push_back(std::move(reduction));
+}
+
+void commit_reductions() {
+  const AtWork at_work;
+  Thread& thread = self();
+  thread.reduction_groups.push_back(std::move(thread.reductions));
+  thread.reductions.clear();
+}
+
+void wait_for_reductions(size_t pending) {
+  const AtWork at_work;
+  auto& groups = self().reduction_groups;
+  while (groups.size() > pending) {
+    for (auto& reduction : groups.front()) reduction();
+    groups.erase(groups.begin());
+  }
+}
+
 void synchronize_cta() { wait_at(cta.barrier); }
 void synchronize_warp() { wait_at(own_warp().barrier); }
+void synchronize_warp_alone() { wait_at(own_warp().barrier, false); }
 
 void start_copy(const Copy& copy) {
   const AtWork at_work;

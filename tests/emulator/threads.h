@@ -123,6 +123,8 @@ struct Thread {
   std::vector<std::function<void()>> products;
   bool drops_products;  // the results of those that are started
   std::vector<std::vector<std::function<void()>>> product_groups;
+  std::vector<std::function<void()>> reductions;
+  std::vector<std::vector<std::function<void()>>> reduction_groups;
 };
 
 struct Cta {
@@ -201,6 +203,8 @@ inline void watch(const void*, int, Access) {}
 // Waits at the barrier of the CTA, or of a warp alone, and orders the accesses around it.
 void synchronize_cta();
 void synchronize_warp();
+// Waits for the lanes of a warp, and orders nothing.
+void synchronize_warp_alone();
 
 // cp.async, its commit, and the wait until at most so many groups are pending.
 void start_copy(const Copy& copy);
@@ -214,6 +218,12 @@ void start_bulk_copy(uint32_t addr, uint32_t num_bytes, std::function<void()> co
 void start_product(std::function<void()> product);
 void commit_products();
 void wait_for_products(size_t pending);
+
+// Bulk copies from shared memory that add to global memory, their commit, and the wait until at most
+// so many groups of this thread are pending.
+void start_reduction(std::function<void()> reduction);
+void commit_reductions();
+void wait_for_reductions(size_t pending);
 
 // Runs the current CTA to its end.
 void run_cta(int num_threads);

@@ -4,7 +4,9 @@
 //             that saw no key, whose weights are then exp2(-inf) = 0. With a sink s, which LSE
 //             excludes, the keys keep rest = 1 / (1 + e^(s - LSE)) of the weights:
 //             dS = P (rest dO V^T - delta), with P from LSE and delta = rest (dO * O) - dLSE; and
-//             ds = -sum over rows of (1 - rest) dO * O.
+//             ds = -sum over rows of (1 - rest) dO * O. With folds_sinks, LSE includes the sink
+//             instead, so that P is what the keys have of the weights, and delta has no factor: if
+//             the LSE has no gradient, dS = P (dO V^T - delta) as without sinks.
 //
 // Paper       Dao, FlashAttention-2, arXiv:2307.08691, Algorithm 2, line 4.
 //
@@ -17,6 +19,12 @@
 #include "jitattn_spec.h"
 
 namespace jitattn {
+
+// log2(2^lse + 2^sink), where the sink is `excess` above the LSE.
+__device__ __forceinline__ float with_sink(float lse_log2, float excess) {
+  const float larger = max_of(excess, 0.f), below = -fabsf(excess);
+  return lse_log2 + larger + ptx::log2_approx(1.f + ptx::exp2_approx(below));
+}
 
 template <class Spec>
 __device__ __forceinline__ void bwd_preprocess(const BwdPreprocessParams& params) {
@@ -79,7 +87,7 @@ __device__ __forceinline__ void bwd_preprocess(const BwdPreprocessParams& params
   if (!exists || lane != 0) return;
   const int64_t to = (batch * params.heads_q + head) * params.len_q + position;
   const bool is_blind = lse == -infinity();
-  const float lse_log2 = is_blind ? infinity() : lse * kLog2e;
+  float lse_log2 = is_blind ? infinity() : lse * kLog2e;
   float delta = sum;
   if (params.sinks != nullptr) {
     const float excess = __ldg(params.sinks + head) * kLog2e - lse_log2;
@@ -87,7 +95,11 @@ __device__ __forceinline__ void bwd_preprocess(const BwdPreprocessParams& params
     const float of_sink = is_blind ? 0.f : 1.f / (1.f + ptx::exp2_approx(-excess));
     params.d_sink[to] = is_blind ? 0.f : -of_sink * sum;
     params.sink_rest[to] = rest;
-    delta *= rest;
+    if (params.folds_sinks == 0) {
+      delta *= rest;
+    } else if (!is_blind) {
+      lse_log2 = with_sink(lse_log2, excess);
+    }
   }
   if (d_lse != 0.f) delta -= d_lse;
   if (params.d_out_scale != nullptr) delta *= __ldg(params.d_out_scale);

@@ -106,7 +106,7 @@ def test_specs_come_back_from_their_text(deterministic: bool) -> None:
 def test_training_is_one_choice() -> None:
     choice = {"family": ["fwd", "bwd"], "dtype": "bf16", "head_dim": 64, "mask": "causal"}
     families = {spec.family for spec in specs_of([choice], ["sm_90"])}
-    own = {"fwd", "fwd_sm90"}
+    own = {"fwd", "fwd_sm90", "bwd_sm90"}
     assert families == own | {"bwd", "bwd_preprocess", "bwd_postprocess", "sum_parts"}
 
 

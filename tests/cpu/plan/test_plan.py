@@ -99,7 +99,8 @@ def backward_of(given: dict[str, Any], arch: str, *, deterministic: bool = False
     steps = (1, 2, 3)
     operands = BackwardOperands(
         batch=2, length=q.shape[-3], is_flat=q.dim() == 3, out_strides=steps, d_out_strides=steps,
-        main_d_out_strides=steps, lse_strides=steps, d_lse_strides=steps, is_aligned=True,
+        main_d_out_strides=(0, *q.stride()[:2]) if q.dim() == 3 else q.stride()[:3],
+        lse_strides=steps, d_lse_strides=steps, is_aligned=True,
         has_scale=True, dq_strides=steps,
         dk=KvGradient("dk", tuple(k.shape), 1, k.dim() == 3),
         dv=KvGradient("dv", tuple(k.shape), 1, k.dim() == 3),

@@ -1,8 +1,9 @@
-// Barriers of the stages of Q, K and V, and positions in their rings.
+// Barriers of the stages of Q, K and V.
 #pragma once
 
 #include "jitattn/fwd/sm90/traits.cuh"
 #include "jitattn/ptx/sm90/mbarrier.cuh"
+#include "jitattn/tile/ring.cuh"
 #include "jitattn/types.cuh"
 #include "jitattn_spec.h"
 
@@ -36,20 +37,6 @@ struct FwdBarriers {
 
  private:
   __device__ uint32_t kv(int stage) const { return s_addr + Spec::kQStages * 16 + stage * 32; }
-};
-
-// Position in a ring of stages, with the parity of the phase that is waited for.
-template <int kStages>
-struct Ring {
-  int stage;
-  uint32_t parity;
-
-  __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
 };
 
 }  // namespace jitattn

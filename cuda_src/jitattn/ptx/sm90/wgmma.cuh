@@ -31,6 +31,13 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Likewise of operands in registers.
+template <int kSteps>
+__device__ __forceinline__ void wgmma_hold(uint32_t (&a)[kSteps][4]) {
+#pragma unroll
+  for (int i = 0; i < kSteps * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
+
 // Tells memory checkers whether the results of the products that follow are dropped: their operands
 // may then be written meanwhile. No instruction.
 __device__ __forceinline__ void wgmma_results_are_dropped(bool) {}

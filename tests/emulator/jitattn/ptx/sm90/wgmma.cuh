@@ -15,21 +15,25 @@ void wgmma_wait() {
 }
 template <int kCount>
 void wgmma_hold(float (&)[kCount]) {}
+template <int kSteps>
+void wgmma_hold(uint32_t (&)[kSteps][4]) {}
 
 inline void wgmma_results_are_dropped(bool dropped) {
   const emulator::AtWork at_work;
   emulator::self().drops_products = dropped;
 }
 
-// A matrix in shared memory with 128-byte swizzle, by its descriptor.
+// A matrix in shared memory with 128-byte swizzle, or without any, by its descriptor.
 struct DescribedMatrix {
   uint32_t s_addr, lead, eight_rows;
+  bool is_swizzled;
 
   explicit DescribedMatrix(uint64_t desc)
       : s_addr(static_cast<uint32_t>(desc & 0x3fff) << 4),
         lead(static_cast<uint32_t>(desc >> 16 & 0x3fff) << 4),
-        eight_rows(static_cast<uint32_t>(desc >> 32 & 0x3fff) << 4) {
-    if (desc >> 62 != 1) emulator::fail("a matrix descriptor is not of 128-byte swizzle");
+        eight_rows(static_cast<uint32_t>(desc >> 32 & 0x3fff) << 4),
+        is_swizzled(desc >> 62 == 1) {
+    if (desc >> 62 > 1) emulator::fail("a matrix descriptor is of another swizzle");
   }
 
   uint16_t at(uint32_t row, uint32_t bytes) const {
@@ -39,12 +43,21 @@ struct DescribedMatrix {
     return bits;
   }
   // Of a matrix [rows, columns summed over], and of one [rows summed over, columns].
-  uint16_t of_rows(int row, int k) const { return at(row, k * 2); }
+  uint16_t of_rows(int row, int k) const { return is_swizzled ? at(row, k * 2) : plain_at(row, k); }
   uint16_t of_columns(int column, int k) const {
     return at(k, column % 64 * 2 + column / 64 * lead);
   }
 
+  // Without swizzle: 8x8 matrices of 128 bytes, `lead` bytes apart along the columns.
+  uint16_t plain_at(uint32_t row, uint32_t k) const {
+    const uint32_t addr = s_addr + row / 8 * eight_rows + row % 8 * 16 + k / 8 * lead + k % 8 * 2;
+    uint16_t bits;
+    std::memcpy(&bits, emulator::at_shared(addr, 2), 2);
+    return bits;
+  }
+
   void watch(int num_rows, int num_bytes) const {
+    if (!is_swizzled) return watch_plain(num_rows);
     for (int row = 0; row < num_rows; ++row) {
       for (int byte = 0; byte < num_bytes; byte += 16) {
         const uint32_t begin = byte % 128 + byte / 128 * lead;
@@ -52,6 +65,15 @@ struct DescribedMatrix {
         emulator::watch(emulator::at_shared(addr ^ (addr >> 7 & 7) << 4, 16), 16,
                         emulator::Access::kRead);
       }
+    }
+  }
+
+ private:
+  void watch_plain(int num_rows) const {
+    for (int chunk = 0; chunk < num_rows * 2; ++chunk) {
+      const uint32_t row = chunk / 2, addr = s_addr + row / 8 * eight_rows + row % 8 * 16;
+      emulator::watch(emulator::at_shared(addr + chunk % 2 * lead, 16), 16,
+                      emulator::Access::kRead);
     }
   }
 };
