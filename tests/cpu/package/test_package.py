@@ -18,6 +18,7 @@ MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 ORDER = (
     "compat",
     "integrations",
+    "distributed",
     "cli",
     "api",
     "run",
