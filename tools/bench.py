@@ -11,6 +11,8 @@ flex      windows and patterns against FlexAttention
 warp_attention, dkernel, cosine
           the benchmarks of these three systems
 backward  gradients against SDPA's flash backend, of patterns, and of cosine attention
+parallel  what a rank of a context-parallel call computes, without its transfers (with them, and
+          more GPUs: tools/bench_parallel.py)
 models    a language model of transformers, in tokens per second, beside sdpa and eager
 compile   NVRTC (needs no GPU)
 service   a disk hit, one and 64 cold processes, the first call of a process (the last on a GPU)
@@ -38,6 +40,7 @@ from _backward import bench_backward
 from _doors import bench_doors
 from _host import bench_host
 from _models import bench_models
+from _parallel_compute import bench_parallel
 from _scores import bench_density, bench_flex, bench_scores, plot_density
 from _seeds import bench_cosine, bench_dkernel, bench_warp_attention
 from _sequences import bench_sequences
@@ -253,7 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the selected sections."""
     sections = (
         "forward", "decode", "host", "doors", "sequences", "scores", "density", "flex",
-        "warp_attention", "dkernel", "cosine", "backward", "models", "compile", "service",
+        "warp_attention", "dkernel", "cosine", "backward", "parallel", "models", "compile",
+        "service",
     )  # fmt: skip
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -298,6 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ("dkernel", bench_dkernel),
             ("cosine", bench_cosine),
             ("backward", bench_backward),
+            ("parallel", bench_parallel),
             ("models", bench_models),
         ):
             if name in asked:
