@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from jitattn.errors import (
     CacheError,
     CacheMissError,
+    CommunicationError,
     CompileError,
     InternalError,
     InvalidInputError,
@@ -34,7 +35,7 @@ from jitattn.values.masks import (
 )
 
 if TYPE_CHECKING:
-    from jitattn import compat, integrations, patterns, reference
+    from jitattn import compat, distributed, integrations, patterns, reference
     from jitattn.api.apply_rotary import apply_rotary
     from jitattn.api.attention import attention
     from jitattn.api.explain import explain
@@ -54,6 +55,7 @@ __all__ = [
     "CacheError",
     "CacheMissError",
     "Causal",
+    "CommunicationError",
     "CompileError",
     "Dense",
     "Full",
@@ -78,6 +80,7 @@ __all__ = [
     "attention",
     "attention_with_kvcache",
     "compat",
+    "distributed",
     "dropout_mask",
     "dropout_state",
     "explain",
@@ -108,7 +111,7 @@ _LAZY: Final = {
     "merge": "api.merge",
     "warmup": "api.warmup",
 }
-_LAZY_MODULES: Final = frozenset({"compat", "integrations", "patterns", "reference"})
+_LAZY_MODULES: Final = frozenset({"compat", "distributed", "integrations", "patterns", "reference"})
 
 
 def __getattr__(name: str) -> object:

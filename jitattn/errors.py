@@ -9,6 +9,7 @@
     ├── CacheError
     │   └── CacheMissError                      a kernel is not cached and may not be compiled
     ├── LaunchError                             the driver refused to load or launch a kernel
+    ├── CommunicationError                      another rank has gone, or does not answer
     └── InternalError                           a broken invariant of ours; please report it
 
 Every message has three parts: the argument and its value, the rule, the way out.
@@ -94,6 +95,10 @@ class CacheMissError(CacheError):
 
 class LaunchError(JitAttnError):
     """The driver refused to load or launch a kernel."""
+
+
+class CommunicationError(JitAttnError):
+    """A rank of a context-parallel call has ended, or did not answer within the timeout."""
 
 
 class InternalError(JitAttnError):

@@ -14,6 +14,8 @@ warp_attention, dkernel, cosine
 sageattention, xformers
           their functions against SDPA, and gear 2
 backward  gradients against SDPA's flash backend, of patterns, and of cosine attention
+parallel  what a rank of a context-parallel call computes, without its transfers (with them, and
+          more GPUs: tools/bench_parallel.py)
 models    a language model of transformers, in tokens per second, beside sdpa and eager
 compile   NVRTC (needs no GPU)
 service   a disk hit, one and 64 cold processes, the first call of a process (the last on a GPU)
@@ -42,6 +44,7 @@ from _doors import bench_doors
 from _functions import bench_functions
 from _host import bench_host
 from _models import bench_models
+from _parallel_compute import bench_parallel
 from _published import bench_sageattention, bench_xformers
 from _scores import bench_density, bench_flex, bench_scores, plot_density
 from _seeds import bench_cosine, bench_dkernel, bench_warp_attention
@@ -261,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sections = (
         "forward", "decode", "host", "doors", "sequences", "scores", "density", "flex",
         "functions", "warp_attention", "dkernel", "cosine", "sageattention", "xformers", "backward",
-        "models", "compile", "service",
+        "parallel", "models", "compile", "service",
     )  # fmt: skip
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -316,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ("sageattention", bench_sageattention),
             ("xformers", bench_xformers),
             ("backward", bench_backward),
+            ("parallel", bench_parallel),
             ("models", bench_models),
         ):
             if name in asked:

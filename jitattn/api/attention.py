@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from jitattn.api import interop
-from jitattn.api.functions import MAY_HOLD_FUNCTIONS, traced_apart
+from jitattn.api.functions import MAY_HOLD_FUNCTIONS, moved_mask, traced_apart
 from jitattn.api.nested import are_nested, attention_of_nested
 from jitattn.errors import NestedError, StridesError, WithoutMemoryError
 from jitattn.request.problem import Call
@@ -100,7 +100,7 @@ def attention(
     dropout_state: Tensor | None = None,
     qk_norm: L2Norm | None = None,
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
-    q_offset: QOffset = 0,
+    q_offset: QOffset | None = None,
     deterministic: bool = False,
     tile_rows: int | None = None,
     **foreign: Any,
@@ -191,9 +191,12 @@ def attention(
         arguments: others compile nothing anew. Gradients flow through the score, and to the
         captured tensors that it is made of, bitwise reproducible: what a pair adds to them is
         rounded to a multiple of 2^-k of the largest, with k = 61 - log2(number of pairs).
-    q_offset : int, Tensor [B] of ints, or "bottom_right"
-        Added to the q_idx of `score_mod`, and of a `MaskMod` that has none of its own: the position
-        of the first query among the keys; "bottom_right" is Lkv - Lq of each sequence.
+    q_offset : int, Tensor [B] of ints, or "bottom_right", optional
+        The position of the first query among the keys, as a shard of a longer sequence has it, for
+        every positional rule in place of its own alignment; "bottom_right" is Lkv - Lq of each
+        sequence. It is added to the q_idx of `score_mod`, and of a `MaskMod` that has none of its
+        own. Left out, rules are aligned as they say, and q_idx counts from 0. (Biases by distance
+        stay aligned to the bottom right.)
     deterministic : bool
         Make dq of the backward pass bitwise reproducible, at 1.3 to 1.4 times its time.
         (Everything else is always reproducible.) `torch.use_deterministic_algorithms(True)` has
@@ -266,8 +269,11 @@ def attention(
     tensors_are_none = bias is relative_bias is alibi_slopes is sinks is None
     numbers_are_none = softcap is None and qk_norm is None and dropout_p == 0.0
     function = None
+    if q_offset is not None:
+        mask = moved_mask(q, k, mask, q_offset, layout, q_seqs, kv_seqs)
     if score_mod is not None or type(mask) in MAY_HOLD_FUNCTIONS:
-        mask, function = traced_apart(q, k, mask, score_mod, q_offset, layout, q_seqs, kv_seqs)
+        offset = 0 if q_offset is None else q_offset
+        mask, function = traced_apart(q, k, mask, score_mod, offset, layout, q_seqs, kv_seqs)
     if not (tensors_are_none and numbers_are_none):
         scores = _scores(
             q,
@@ -383,10 +389,17 @@ def bind(
     tensors = interop.from_all({name: given[name] for name in ("q", "k", "v")}, out=given["out"])
     of_scores = list(inspect.signature(_scores).parameters)[1:]
     scores = _scores(tensors["q"], *(given[name] for name in of_scores))
+    q_offset, placed = given["q_offset"], (given["layout"], given["q_seqs"], given["kv_seqs"])
+    if q_offset is not None:
+        given["mask"] = moved_mask(tensors["q"], tensors["k"], given["mask"], q_offset, *placed)
     mask, function = traced_apart(
-        tensors["q"], tensors["k"], given["mask"], given["score_mod"], given["q_offset"],
-        given["layout"], given["q_seqs"], given["kv_seqs"],
-    )  # fmt: skip
+        tensors["q"],
+        tensors["k"],
+        given["mask"],
+        given["score_mod"],
+        0 if q_offset is None else q_offset,
+        *placed,
+    )
     scores = scores._replace(function=function)
     others = {name: given[name] for name in Call._fields if name != "scores"}
     others["out"], others["mask"] = tensors.get("out"), mask

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
 from jitattn.request.mask_blocks import without_hidden_blocks
+from jitattn.request.problem import axes
 from jitattn.values.function_cache import function_of
 from jitattn.values.functions import MovedScore
 from jitattn.values.mask_functions import check_q_offset
-from jitattn.values.masks import Both, MaskMod, is_mask, parts_of
+from jitattn.values.masks import (
+    BlockSparse,
+    Both,
+    Causal,
+    Full,
+    MaskMod,
+    Window,
+    is_mask,
+    parts_of,
+)
+from jitattn.values.rule_functions import Heads, function_of_rule
+from jitattn.values.sequences import Paged, Ragged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jitattn.values.functions import Function
     from jitattn.values.mask_functions import QOffset
-    from jitattn.values.masks import Mask
+    from jitattn.values.masks import Mask, Rule
     from jitattn.values.sequences import KvSequences, QSequences
 
 #: Types of masks that may have a function in them.
@@ -74,6 +87,85 @@ def traced_apart(
     if not finds_blocks:
         return mask, function
     return without_hidden_blocks(mask, function, q, k, layout, q_seqs, kv_seqs)
+
+
+def moved_mask(
+    q: Any,  # noqa: ANN401 - Tensor, or an array of another library
+    k: Any,  # noqa: ANN401
+    mask: Mask,
+    q_offset: QOffset,
+    layout: str,
+    q_seqs: QSequences,
+    kv_seqs: KvSequences,
+) -> Mask:
+    """Return the mask of a call whose positional rule counts queries from an offset.
+
+    Rules that bound the distance stay windows where their numbers allow it; all others become
+    functions of positions.
+    """
+    check_q_offset("q_offset", q_offset)
+    if not is_mask(mask):  # refused later
+        return mask
+    parts = parts_of(mask)
+    rule = parts.rule
+    if isinstance(rule, Full):
+        return mask
+    is_flat = isinstance(q_seqs, Ragged)
+    row, head = (0, 1) if is_flat else axes(layout)
+    heads = Heads(q.shape[head], k.shape[_head_axis(layout, kv_seqs)])
+    if isinstance(q_offset, str):
+        if not (isinstance(rule, BlockSparse) and rule.first_row is not None):
+            return mask if rule != Causal("top_left") else _with_rule(parts, Causal())
+        return _with_rule(parts, replace(rule, first_row=None))
+    if q_seqs is None and kv_seqs is None and isinstance(q_offset, int):
+        moved = _shifted(rule, q_offset, k.shape[row] - q.shape[row])
+        if moved is not None:
+            return _with_rule(parts, moved)
+    device = getattr(q, "device", None) if isinstance(q, Tensor) else None
+    function = function_of_rule(rule, heads, device)
+    if q_seqs is None:
+        is_decode: Any = q.shape[row] == 1
+        seen = MaskMod(lambda b, h, i, j: function(h, i, j, is_decode), q_offset)
+    else:
+        lengths = q_seqs.length
+        seen = MaskMod(lambda b, h, i, j: function(h, i, j, lengths[b] == 1), q_offset)
+    if parts.function is not None:
+        seen = seen.both(parts.function)
+    return _with_rule(Both(Full(), parts.key_padding, parts.dense, seen), Full())
+
+
+def _head_axis(layout: str, kv_seqs: KvSequences) -> int:
+    """Return the dimension of heads in k."""
+    if isinstance(kv_seqs, Ragged):
+        return 1
+    return 2 if isinstance(kv_seqs, Paged) else axes(layout)[1]
+
+
+def _with_rule(parts: Both, rule: Rule) -> Mask:
+    if parts.key_padding is None and parts.dense is None and parts.function is None:
+        return rule
+    return Both(rule, parts.key_padding, parts.dense, parts.function)
+
+
+def _shifted(rule: Rule, offset: int, corner: int) -> Rule | None:
+    """Return the rule that sees, aligned to the bottom right, what this one sees from an offset.
+
+    `corner` is Lkv - Lq. None: no rule has such numbers.
+    """
+    ahead = offset - corner
+    if isinstance(rule, BlockSparse):
+        return replace(rule, first_row=offset) if offset >= 0 else None
+    if ahead == 0:
+        return Causal() if isinstance(rule, Causal) else rule
+    if isinstance(rule, Causal):
+        return Window(None, ahead) if ahead > 0 else None
+    if not isinstance(rule, Window):
+        return None
+    left = None if rule.left is None else rule.left - ahead
+    right = None if rule.right is None else rule.right + ahead
+    if min(left or 0, right or 0) < 0:
+        return None
+    return replace(rule, left=left, right=right)
 
 
 def _with_hidden_keys(visible: MaskMod | None, parts: Both) -> MaskMod | None:

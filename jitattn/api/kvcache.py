@@ -104,7 +104,7 @@ def attention_with_kvcache(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
-    q_offset: QOffset = 0,
+    q_offset: QOffset | None = None,
     **foreign: Any,
 ) -> Any:
     """Append new keys and values to a cache in place, and attend to all of it.
@@ -144,8 +144,11 @@ def attention_with_kvcache(
         As in `attention`, over the keys from left_pad on.
     scale, layout, gear, out, out_dtype, num_splits, return_lse
         As in `attention`.
-    bias, relative_bias, alibi_slopes, softcap, sinks, score_mod, q_offset
+    bias, relative_bias, alibi_slopes, softcap, sinks, score_mod
         As in `attention`; columns of a bias count from left_pad on.
+    q_offset : int, Tensor [B] of ints, or "bottom_right", default 0
+        Added to the q_idx of functions. Other masks are aligned as they say: the queries are the
+        last tokens.
     q_seqs : Ragged, optional
         Tokens of each sequence, the same for q, k and v: prompts and single steps in one call.
 
@@ -182,8 +185,9 @@ def attention_with_kvcache(
     softcap = None if softcap is None else softcap_of(softcap)
     scores = Scores(bias, relative_bias, alibi_slopes, softcap, sinks)
     if score_mod is not None or type(mask) in MAY_HOLD_FUNCTIONS:
+        offset = 0 if q_offset is None else q_offset
         mask, function = traced_apart(
-            q, k_cache, mask, score_mod, q_offset, layout, q_seqs, None, finds_blocks=False
+            q, k_cache, mask, score_mod, offset, layout, q_seqs, None, finds_blocks=False
         )
         check_captured(function)
         scores = scores._replace(function=function)

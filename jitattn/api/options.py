@@ -46,7 +46,7 @@ class _Common(TypedDict, total=False):
     softcap: float | None
     sinks: Tensor | None
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None
-    q_offset: QOffset
+    q_offset: QOffset | None
 
 
 class AttentionOptions(_Common, total=False):

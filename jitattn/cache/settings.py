@@ -46,6 +46,7 @@ VARIABLES: Final[dict[str, tuple[str, str]]] = {
     "JITATTN_KEEP_SOURCE": ("unset", "directory to keep the source of every compile in"),
     "JITATTN_LINEINFO": ("0", "1 compiles line numbers in, for profilers"),
     "JITATTN_DEBUG_ASSERT": ("0", "1 compiles device-side checks in"),
+    "JITATTN_DEBUG": ("0", "1 compares every context-parallel call between ranks"),
 }
 
 
@@ -90,6 +91,11 @@ def cache_max_bytes() -> int:
             "512M (K, M or G: 1024, 1024**2 or 1024**3)"
         )
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2].upper()]
+
+
+def debug() -> bool:
+    """Return whether every context-parallel call is compared between ranks."""
+    return _flag("JITATTN_DEBUG")
 
 
 def no_compile() -> bool:

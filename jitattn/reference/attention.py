@@ -47,7 +47,7 @@ def reference(
     dropout_state: Tensor | None = None,
     qk_norm: L2Norm | None = None,
     score_mod: Callable[[Any, Any, Any, Any, Any], Any] | None = None,
-    q_offset: QOffset = 0,
+    q_offset: QOffset | None = None,
 ) -> Any:  # noqa: ANN401 - Tensor, or (Tensor, Tensor) with return_lse
     """Compute exact scaled dot-product attention on whole score matrices.
 
@@ -68,7 +68,7 @@ def reference(
         Layout of the sequences, as in `jitattn.attention`. Rows that belong to no sequence are 0,
         with an LSE of -inf.
     bias, relative_bias, alibi_slopes, softcap, sinks, dropout_p, dropout_state, qk_norm : optional
-    score_mod : callable, optional
+    score_mod, q_offset : optional
         As in `jitattn.attention`.
 
     Returns
@@ -137,7 +137,10 @@ def _dense(
     if scale is None:
         scale = q.shape[3] ** -0.5 if changes.qk_norm is None else 8.0
 
-    attend = attended(mask, q.shape[0], heads_q, heads_kv, q.shape[2], k.shape[2], device=q.device)
+    offsets = changes.offsets(q.shape[0], k.shape[2] - q.shape[2])
+    attend = attended(
+        mask, q.shape[0], heads_q, heads_kv, q.shape[2], k.shape[2], offsets, device=q.device
+    )
     scores = changes.apply(scale * matmul(q, k.transpose(2, 3)))  # [B, Hq, Lq, Lkv]
     scores = changes.through_functions(scores).masked_fill(~attend, float("-inf"))
     sees_any = (scores != float("-inf")).any(dim=3)  # [B, Hq, Lq]; a bias may hide as well

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -127,6 +128,35 @@ def _rule(
     return visible(rule, len_q, len_kv, device=device)[None]
 
 
+def _from(
+    rule: Rule,
+    offset: int,
+    heads_q: int,
+    heads_kv: int,
+    len_q: int,
+    len_kv: int,
+    device: torch.device | str | None,
+) -> Tensor:
+    """Return a rule's mask for queries from a position on: a part of a larger, square one's."""
+    rule = _without_alignment(rule, len_q)
+    before, whole = max(0, -offset), max(len_kv, offset + len_q)
+    larger = _rule(rule, heads_q, heads_kv, before + whole, whole, device)
+    return larger[:, before + offset : before + offset + len_q, :len_kv]
+
+
+def _without_alignment(rule: Rule, len_q: int) -> Rule:
+    """Return a rule aligned to the bottom right, without what depends on the number of queries."""
+    if isinstance(rule, Causal):
+        return Causal()
+    if isinstance(rule, BlockSparse):
+        return replace(rule, first_row=None)
+    if isinstance(rule, Window) and rule.full_on_decode:
+        return replace(rule, full_on_decode=False, left=None if len_q == 1 else rule.left)
+    if isinstance(rule, PerHead):
+        return PerHead([_without_alignment(one, len_q) for one in rule.rules])  # type: ignore[misc]
+    return rule
+
+
 def attended(
     mask: Mask,
     batch: int,
@@ -134,13 +164,21 @@ def attended(
     heads_kv: int,
     len_q: int,
     len_kv: int,
+    offsets: list[int] | None = None,
     *,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Return the whole mask, broadcastable to [B, Hq, Lq, Lkv]; True = attend."""
+    """Return the whole mask, broadcastable to [B, Hq, Lq, Lkv]; True = attend.
+
+    `offsets` are the positions of each sequence's first query, in place of the rule's alignment.
+    """
     parts = parts_of(mask)
-    attend = _rule(parts.rule, heads_q, heads_kv, len_q, len_kv, device)
-    attend = attend.expand(batch, *attend.shape)
+    if offsets is None or not batch:
+        attend = _rule(parts.rule, heads_q, heads_kv, len_q, len_kv, device)
+        attend = attend.expand(batch, *attend.shape)
+    else:
+        sizes = (heads_q, heads_kv, len_q, len_kv)
+        attend = torch.stack([_from(parts.rule, one, *sizes, device) for one in offsets])
     if parts.key_padding is not None:
         attend = attend & parts.key_padding.keep[:, None, None, :len_kv].to(device)
     if parts.dense is not None:

@@ -31,7 +31,7 @@ class Scores(NamedTuple):
     qk_norm: L2Norm | None = None
     score_mod: Callable[..., Any] | None = None
     mask_mod: MaskMod | None = None
-    q_offset: QOffset = 0
+    q_offset: QOffset | None = None
     first_batch: int = 0  #: index of the first sequence in the whole batch; dropout depends on it
 
     def unit(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,15 +99,27 @@ class Scores(NamedTuple):
         sizes = tuple(scores.shape)
         if 0 in sizes:
             return scores
+        offset = 0 if self.q_offset is None else self.q_offset
         if self.score_mod is not None:
-            moved = moved_score(self.score_mod, self.q_offset, sizes)
+            moved = moved_score(self.score_mod, offset, sizes)
             found = over_pairs(moved, scores, sizes, scores.device, self.first_batch)
             scores = found.to(scores.dtype)
         if self.mask_mod is not None:
-            mask = self.mask_mod.moved(self.q_offset)
+            mask = self.mask_mod.moved(offset)
             visible = visible_pairs(mask, sizes, scores.device, self.first_batch)
             scores = scores.masked_fill(~visible, float("-inf"))
         return scores
+
+    def offsets(self, batch: int, corner: int) -> list[int] | None:
+        """Return the position of the first query of every sequence; None: as rules say."""
+        given = self.q_offset
+        if given is None:
+            return None
+        if isinstance(given, str):
+            return [corner] * batch
+        if isinstance(given, int):
+            return [given] * batch
+        return [int(given[self.first_batch + b]) for b in range(batch)]
 
     def of_sequence(self, b: int) -> Scores:
         """Return the modifiers of one sequence of the batch."""

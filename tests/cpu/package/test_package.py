@@ -19,6 +19,7 @@ ORDER = (
     "demo",
     "compat",
     "integrations",
+    "distributed",
     "cli",
     "api",
     "patterns",
