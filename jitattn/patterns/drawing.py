@@ -153,7 +153,12 @@ def _as_text(heads: Tensor, width: int) -> str:
     step = -(-columns // width)
     lines = []
     for number, head in enumerate(heads):
-        padded = torch.zeros(-(-rows // step) * step, -(-columns // step) * step)
+        padded = torch.zeros(
+            -(-rows // step) * step,
+            -(-columns // step) * step,
+            device=heads.device,
+            dtype=torch.float32,
+        )
         padded[:rows, :columns] = head
         count = torch.zeros_like(padded)
         count[:rows, :columns] = 1

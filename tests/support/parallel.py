@@ -102,7 +102,7 @@ def _numbers(
 
 def ways(ranks: int, cases: Iterable[Case]) -> Iterator[tuple[Case, str, str]]:
     """Cases with a layout and a method each, of so many ranks; of many ranks, some."""
-    number, every = 0, {4: 2, 8: 4}.get(ranks, 1)
+    number, every = 0, {3: 2, 4: 2, 8: 4}.get(ranks, 1)
     for case in cases:
         for layout in case.layouts:
             hybrid = ("hybrid",) if ranks in (4, 8) else ()

@@ -15,7 +15,7 @@ from tests.support import readme
 def test_every_example_runs_after_those_before_it() -> None:
     names: dict[str, Any] = {}
     examples = readme.examples()
-    assert len(examples) == 8
+    assert len(examples) == 9
     for code in examples:
         if "warmup(preset=" in code:  # loads kernels, which needs a GPU; what is before it does not
             with pytest.raises(jitattn.UnsupportedError, match="torch sees no CUDA device"):

@@ -27,8 +27,8 @@ def default_device(device: torch.device | None = None) -> torch.device:
 def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     """Return int32 numbers on a device, without a wait for it."""
     if device.type == "cpu":
-        return torch.tensor(numbers, dtype=torch.int32)
-    pinned = torch.tensor(numbers, dtype=torch.int32, pin_memory=True)
+        return torch.tensor(numbers, dtype=torch.int32, device="cpu")
+    pinned = torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=True)
     return pinned.to(device, non_blocking=True)
 
 
