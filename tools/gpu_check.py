@@ -72,6 +72,15 @@ SANITIZERS: Final = {
         "(test_wgmma.py and 64 and (features or ragged or rows_by_index or strides or terms)) or "
         "(test_wgmma_gathered and 96 and not (48 or 256) and not (packed and (2 or 4)))",
     ),
+    "memcheck-wgmma-backward": (
+        "memcheck",
+        "test_wgmma_backward and (sequences or padded or lengths or hidden_keys or strides or "
+        "(masks and bfloat16))",
+    ),
+    "racecheck-wgmma-backward": (
+        "racecheck",
+        "test_wgmma_backward and bfloat16 and masks and (Full or Causal)",
+    ),
     "racecheck-wgmma": (
         "racecheck",
         # Reports the merge of splits and dropped products; not so the emulator, which knows named

@@ -120,14 +120,14 @@ def test_tables_in_the_dtype_of_the_model(name: str, dtype: torch.dtype, by_oper
 @pytest.mark.parametrize("warn_only", [False, True])
 def test_torchs_switch_for_determinism(warn_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    bwd_spec = backward.bwd_spec
+    main_spec = backward.main_spec
 
-    def noted(*args: Any, deterministic: bool = False) -> Any:
+    def noted(*args: Any, deterministic: bool, **rest: Any) -> Any:
         asked.append(deterministic)
-        return bwd_spec(*args, deterministic=deterministic)
+        return main_spec(*args, deterministic=deterministic, **rest)
 
     monkeypatch.setattr(request, "_requests", {})
-    monkeypatch.setattr(backward, "bwd_spec", noted)
+    monkeypatch.setattr(backward, "main_spec", noted)
     q, k, v = (x.requires_grad_() for x in inputs())
 
     def switch(is_on: bool) -> None:
