@@ -143,7 +143,6 @@ struct BwdHead {
   __device__ void step(const FetchStats& fetch_stats, const StoreStats& store_stats, int tile,
                        int next, int chunk_end, int& stage, typename Cta::DkTiles& r_dk,
                        typename Cta::DvTiles& r_dv) {
-    const int buffer = kStages == 2 ? stage : 0;
     // Protects: this step's tiles before anyone reads them; the other buffers, and P and dS, which
     // the last step read, before anyone writes them.
     ptx::cp_async_wait<0>();

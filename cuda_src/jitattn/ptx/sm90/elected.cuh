@@ -3,10 +3,11 @@
 // PTX ISA: "elect.sync", "cp.async.bulk.tensor", "cp.reduce.async.bulk", "mbarrier".
 #pragma once
 
-#include "jitattn/ptx/sm90/tma.cuh"
 #include "jitattn/types.cuh"
 
 namespace jitattn::ptx {
+
+struct TensorMap;  // tma.cuh
 
 #define JITATTN_ELECTED "{ .reg .pred elected; elect.sync _|elected, 0xffffffff; @elected "
 
