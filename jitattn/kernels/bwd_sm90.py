@@ -31,7 +31,10 @@ from jitattn.spec.kernel_spec import KernelSpec, Problem, arch_number, padded_he
 #: Further parameters beside those of the mma.sync kernel.
 BWD_SM90: Final = ArgumentStruct(
     "BwdSm90Params",
-    (Argument("section_heads", "int32_t", "kv heads of all sequences that are visited together"),),
+    (
+        Argument("section_heads", "int32_t", "kv heads of all sequences that are visited together"),
+        Argument("unused", "int32_t", "nothing: structs are multiples of 8 bytes"),
+    ),
     base="Base",
 )
 

@@ -156,6 +156,7 @@ def launch(
     numbers["section_heads"] = wgmma_backward.section_heads(
         spec.problem, runtime, deterministic=operands.deterministic
     )
+    numbers["unused"] = 0
     tile = spec.tile
     maps = wgmma_backward.maps_of(spec.problem, runtime, of_d_out, tile.block_q, tile.block_kv)
     return Step(spec, num_ctas, numbers, places, maps)
