@@ -32,10 +32,13 @@ exclude_patterns = ["README.md"]
 html_theme = "pydata_sphinx_theme"
 html_title = f"jitattn {release}"
 html_show_sourcelink = False
+html_static_path = ["style.css"]
+html_css_files = ["style.css"]
+html_sidebars = {"**": ["globaltoc.html"]}
 html_theme_options = {
-    "show_prev_next": True,
-    "secondary_sidebar_items": ["page-toc"],
+    "navbar_center": [],  # the menu is at the left of every page
     "navbar_end": ["theme-switcher"],
+    "secondary_sidebar_items": {"**": ["page-toc"], "translate": [], "masks": []},
     "show_toc_level": 2,
     "footer_start": ["copyright"],
     "footer_end": [],
