@@ -38,7 +38,7 @@ html_sidebars = {"**": ["globaltoc.html"]}
 html_theme_options = {
     "navbar_center": [],  # the menu is at the left of every page
     "navbar_end": ["theme-switcher"],
-    "secondary_sidebar_items": {"**": ["page-toc"], "translate": [], "masks": []},
+    "secondary_sidebar_items": {"**": [], "api": ["page-toc"]},  # the menu has sections
     "show_toc_level": 2,
     "footer_start": ["copyright"],
     "footer_end": [],

@@ -128,6 +128,14 @@ def test_what_other_commands_name_exists(page: str, command: str) -> None:
             pytest.skip(f"needs {module}")
 
 
+def test_links_of_the_readme_lead_to_files() -> None:
+    text = (guide.ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert len(links) > 25
+    for link in links:
+        assert (guide.ROOT / link).is_file(), link
+
+
 @pytest.mark.slow
 def test_the_guide_builds_without_warnings(tmp_path: Path) -> None:
     for name in ("sphinx", "myst_parser", "pydata_sphinx_theme", "matplotlib", "PIL"):
