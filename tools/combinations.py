@@ -1,7 +1,7 @@
-"""Prints the README's table of supported combinations: ``python tools/combinations.py``.
+"""Prints the guide's table of supported combinations: ``python tools/combinations.py``.
 
 Every pair of arguments and every layout goes through the validation of calls, so the table states
-what the code does. A test compares it with the README; ``--write`` updates the README.
+what the code does. A test compares it with the page; ``--write`` updates the page.
 """
 
 from __future__ import annotations
@@ -107,20 +107,20 @@ def _cell(taken: bool) -> str:
     return "yes" if taken else "no"
 
 
-def in_readme(text: str) -> str:
-    """Return the text of the README with the table replaced."""
+def in_page(text: str) -> str:
+    """Return the text of the page with the table replaced."""
     before, _, rest = text.partition(_BEGIN)
     _, _, after = rest.partition(_END)
     return f"{before}{_BEGIN}\n{table()}\n{_END}{after}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, or write it to the README."""
+    """Print the table, or write it to the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help="into the README")
-    readme = REPOSITORY / "README.md"
+    parser.add_argument("--write", action="store_true", help="into the page")
+    page = REPOSITORY / "tools" / "guide" / "masks.md"
     if parser.parse_args(argv).write:
-        readme.write_text(in_readme(readme.read_text(encoding="utf-8")), encoding="utf-8")
+        page.write_text(in_page(page.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         print(table())
     return 0

@@ -23,7 +23,7 @@ Family: TypeAlias = Literal["sm80", "sm90"]
 _SIZE: Final = re.compile(r"([0-9]{1,15})([KMGkmg]?)")
 _SECONDS: Final = re.compile(r"[0-9]{1,5}(\.[0-9]{0,9})?|\.[0-9]{1,9}")
 
-#: Name → (default, meaning). README.md repeats this table; a test compares the two.
+#: Name → (default, meaning). tools/guide/cache.md repeats this table; a test compares the two.
 VARIABLES: Final[dict[str, tuple[str, str]]] = {
     "JITATTN_CACHE_DIR": (
         "user cache directory",

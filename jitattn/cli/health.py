@@ -284,7 +284,7 @@ def _environment() -> _Findings:
                 yield "ok", f"{name}={value}", ""
             else:
                 near = difflib.get_close_matches(name, settings.VARIABLES, 1)
-                advice = f"is {near[0]} meant?" if near else "see the table in the README"
+                advice = f"is {near[0]} meant?" if near else "see the guide: cache and environment"
                 yield "warn", f"{name}={value} is no variable of jitattn", advice
     for read in settings.READERS:
         try:

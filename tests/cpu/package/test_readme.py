@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-import jitattn
 from tests.support import readme
 
 
@@ -15,13 +14,9 @@ from tests.support import readme
 def test_every_example_runs_after_those_before_it() -> None:
     names: dict[str, Any] = {}
     examples = readme.examples()
-    assert len(examples) == 9
+    assert len(examples) == 3
     for code in examples:
-        if "warmup(preset=" in code:  # loads kernels, which needs a GPU; what is before it does not
-            with pytest.raises(jitattn.UnsupportedError, match="torch sees no CUDA device"):
-                readme.run(code, names, "cpu")
-        else:
-            readme.run(code, names, "cpu")
+        readme.run(code, names, "cpu")
     assert names["out"].shape == (1, 8, 32, 128)
     assert names["q"].grad.isfinite().all()
-    assert names["logits"].shape == (1, 64, 256)
+    assert names["sdpa"].counts()["jitattn"] == 0  # SDPA's calls on a CPU stay torch's
