@@ -47,6 +47,8 @@ UNTUNED: Final = ("sm_87", "sm_100", "sm_120")
 
 #: Fields of optional inputs.
 OPTIONAL: Final = ("bias", *SWITCHES, "bias_staged", "dense_staged")
+#: Fields that names show with a unit, of kernels that have them.
+_COUNTS: Final = (("num_warps", "w"), ("stages", "st"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +90,10 @@ def kernel_name(fields: dict[str, str | int]) -> str:
         *(f"{name}={fields[name]}" for name in OPTIONAL if fields[name] not in ("off", "none")),
         *{str(fields[side]) for side in ("q_layout", "kv_layout")} - {"batched"},
         f"{fields['block_q']}x{fields['block_kv']}",
-        f"{fields['warps_q']}x{fields['warps_kv']}w"
-        if "warps_kv" in fields
-        else f"{fields['num_warps']}w",
-        f"{fields['stages']}st",
     ]
+    if "warps_kv" in fields:
+        parts.append(f"{fields['warps_q']}x{fields['warps_kv']}w")
+    parts += [f"{fields[name]}{unit}" for name, unit in _COUNTS if name in fields]
     parts += [fields["target"]] if "target" in fields else []
     parts += ["deterministic"] if fields.get("deterministic") == "on" else []
     parts += [fields["access"]] if fields["access"] == "element" else []

@@ -9,7 +9,7 @@ from typing import Final
 #: Values of spec fields that a usual call has, and that are not worth a word.
 _USUAL: Final = frozenset({"off", "none", "batched", "vec16", "f32_acc", "tf32x3", ""})
 _NAMED: Final = ("family", "arch", "dtype", "out_dtype", "head_dim", "head_dim_v", "mask")
-#: Fields that the tile stands for: no two kernels differ in these alone.
+#: Fields that a tile of rows and keys stands for: no two kernels with one differ in these alone.
 _OF_TILE: Final = (
     "block_q", "block_kv", "stages", "q_stages", "min_blocks_per_sm", "num_warps", "warps_q",
     "warps_kv", "warps_scores", "warps_keys", "warps_dq",
@@ -45,6 +45,8 @@ def dims(spec: Mapping[str, str | int]) -> str:
 
 def tile(spec: Mapping[str, str | int]) -> str:
     """Return query rows, keys and stages of a kernel's tile: 128x64x2; empty without a tile."""
+    if not _has_tile(spec):
+        return ""
     sizes = (spec.get(name) for name in ("block_q", "block_kv", "stages"))
     return "x".join(str(size) for size in sizes if size is not None)
 
@@ -53,12 +55,16 @@ def features(spec: Mapping[str, str | int]) -> str:
     """Return what a kernel has beside dtypes, head dims, mask and tile: sinks kv_layout=paged."""
     words = []
     for name, value in spec.items():
-        if name in _NAMED or name in _OF_TILE or value in _USUAL:
+        if name in _NAMED or value in _USUAL or (name in _OF_TILE and _has_tile(spec)):
             continue
         if name == "function":  # its text is long
             value = hashlib.sha256(str(value).encode()).hexdigest()[:8]
         words.append(name if value == "on" else f"{name}={value}")
     return " ".join(words)
+
+
+def _has_tile(spec: Mapping[str, str | int]) -> bool:
+    return "block_q" in spec and "block_kv" in spec
 
 
 def size(count: int) -> str:
