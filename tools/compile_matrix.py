@@ -145,6 +145,7 @@ def build_one(spec: KernelSpec) -> Figures:
 def warning_in(log: str) -> str:
     """Return the first warning in the log of a compiler, those that are known aside; else ""."""
     lines = (line.strip() for line in log.splitlines() if re.search(r"\bwarning\b", line, re.I))
+    lines = (line for line in lines if not line.startswith("Remark:"))
     first = next((line for line in lines if not any(one in line for one in KNOWN_WARNINGS)), "")
     return f"the compiler warns: {first}" if first else ""
 
