@@ -101,7 +101,7 @@ struct Copy {
 
 // The value that a lane passes to the others of its warp.
 struct alignas(16) Slot {
-  unsigned char bytes[32];
+  unsigned char bytes[48];
 };
 
 struct Warp {

@@ -23,6 +23,12 @@ inline void wgmma_results_are_dropped(bool dropped) {
   emulator::self().drops_products = dropped;
 }
 
+template <bool kIsBf16>
+float to_float(uint16_t bits) {
+  if constexpr (kIsBf16) return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+  return f16_to_f32(bits);
+}
+
 // A matrix in shared memory with 128-byte swizzle, or without any, by its descriptor.
 struct DescribedMatrix {
   uint32_t s_addr, lead, eight_rows;
@@ -36,24 +42,24 @@ struct DescribedMatrix {
     if (desc >> 62 > 1) emulator::fail("a matrix descriptor is of another swizzle");
   }
 
-  uint16_t at(uint32_t row, uint32_t bytes) const {
-    const uint32_t addr = s_addr + row / 8 * eight_rows + row % 8 * 128 + bytes;
-    uint16_t bits;
-    std::memcpy(&bits, emulator::at_shared(addr ^ (addr >> 7 & 7) << 4, 2), 2);
-    return bits;
+  // Numbers that are summed over: 16 of a row of a matrix [rows, columns summed over], ...
+  template <bool kIsBf16>
+  void row(float (&numbers)[16], uint32_t row) const {
+    for (uint32_t chunk = 0; chunk < 2; ++chunk) {
+      const uint32_t bytes = is_swizzled ? row % 8 * 128 + chunk * 16 : row % 8 * 16 + chunk * lead;
+      uint16_t bits[8];
+      std::memcpy(bits, at(row, bytes, 16), 16);
+      for (int i = 0; i < 8; ++i) numbers[chunk * 8 + i] = to_float<kIsBf16>(bits[i]);
+    }
   }
-  // Of a matrix [rows, columns summed over], and of one [rows summed over, columns].
-  uint16_t of_rows(int row, int k) const { return is_swizzled ? at(row, k * 2) : plain_at(row, k); }
-  uint16_t of_columns(int column, int k) const {
-    return at(k, column % 64 * 2 + column / 64 * lead);
-  }
-
-  // Without swizzle: 8x8 matrices of 128 bytes, `lead` bytes apart along the columns.
-  uint16_t plain_at(uint32_t row, uint32_t k) const {
-    const uint32_t addr = s_addr + row / 8 * eight_rows + row % 8 * 16 + k / 8 * lead + k % 8 * 2;
-    uint16_t bits;
-    std::memcpy(&bits, emulator::at_shared(addr, 2), 2);
-    return bits;
+  // ... and 16 of a column of one [rows summed over, columns].
+  template <bool kIsBf16>
+  void column(float (&numbers)[16], uint32_t column) const {
+    for (uint32_t k = 0; k < 16; ++k) {
+      uint16_t bits;
+      std::memcpy(&bits, at(k, k % 8 * 128 + column % 64 * 2 + column / 64 * lead, 2), 2);
+      numbers[k] = to_float<kIsBf16>(bits);
+    }
   }
 
   void watch(int num_rows, int num_bytes) const {
@@ -69,6 +75,12 @@ struct DescribedMatrix {
   }
 
  private:
+  // Bytes behind the first of eight rows, which lie in the order of a swizzle if there is one.
+  const unsigned char* at(uint32_t row, uint32_t bytes, int num_bytes) const {
+    const uint32_t addr = s_addr + row / 8 * eight_rows + bytes;
+    return emulator::at_shared(is_swizzled ? addr ^ (addr >> 7 & 7) << 4 : addr, num_bytes);
+  }
+
   void watch_plain(int num_rows) const {
     for (int chunk = 0; chunk < num_rows * 2; ++chunk) {
       const uint32_t row = chunk / 2, addr = s_addr + row / 8 * eight_rows + row % 8 * 16;
@@ -78,21 +90,14 @@ struct DescribedMatrix {
   }
 };
 
-template <bool kIsBf16>
-float to_float(uint16_t bits) {
-  if constexpr (kIsBf16) return __uint_as_float(static_cast<uint32_t>(bits) << 16);
-  return f16_to_f32(bits);
-}
-
 // Adds to this lane's accumulators: number 4 n + 2 half + i is at row lane / 4 + 8 half of the warp
-// and at column 8 n + lane % 4 * 2 + i. b_at(column, k) gives the other operand.
-template <bool kIsBf16, int kColumns, class At>
-void add_products(float (&d)[kColumns / 2], const float (&a)[2][16], bool adds, At b_at) {
+// and at column 8 n + lane % 4 * 2 + i. b_column(numbers, column) gives the other operand.
+template <int kColumns, class Column>
+void add_products(float (&d)[kColumns / 2], const float (&a)[2][16], bool adds, Column b_column) {
   for (int n = 0; n < kColumns / 8; ++n) {
     for (int i = 0; i < 2; ++i) {
       float b[16];
-      for (int k = 0; k < 16; ++k)
-        b[k] = to_float<kIsBf16>(b_at(n * 8 + emulated_lane() % 4 * 2 + i, k));
+      b_column(b, n * 8 + emulated_lane() % 4 * 2 + i);
       for (int half = 0; half < 2; ++half) {
         float& sum = d[n * 4 + half * 2 + i];
         double exact = adds ? sum : 0.0;
@@ -116,13 +121,10 @@ void wgmma_rows(float (&d)[kColumns / 2], uint64_t a_desc, uint64_t b_desc) {
       b.watch(kColumns, 32);
     }
     float rows[2][16];
-    for (int half = 0; half < 2; ++half) {
-      for (int k = 0; k < 16; ++k) {
-        rows[half][k] = to_float<kIsBf16>(a.of_rows(first_row + lane / 4 + half * 8, k));
-      }
-    }
-    add_products<kIsBf16, kColumns>(d, rows, kAdds,
-                                    [&](int column, int k) { return b.of_rows(column, k); });
+    for (int half = 0; half < 2; ++half)
+      a.row<kIsBf16>(rows[half], first_row + lane / 4 + half * 8);
+    add_products<kColumns>(
+        d, rows, kAdds, [&](float (&numbers)[16], int column) { b.row<kIsBf16>(numbers, column); });
   });
 }
 
@@ -149,8 +151,9 @@ void wgmma_columns(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b_
         }
       }
     }
-    add_products<kIsBf16, kColumns>(d, rows, true,
-                                    [&](int column, int k) { return b.of_columns(column, k); });
+    add_products<kColumns>(d, rows, true, [&](float (&numbers)[16], int column) {
+      b.column<kIsBf16>(numbers, column);
+    });
   });
 }
 

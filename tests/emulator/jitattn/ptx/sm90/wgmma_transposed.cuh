@@ -17,12 +17,11 @@ void wgmma_transposed(float (&d)[kColumns / 2], uint64_t a_desc, uint64_t b_desc
     }
     float rows[2][16];
     for (int half = 0; half < 2; ++half) {
-      for (int k = 0; k < 16; ++k) {
-        rows[half][k] = to_float<kIsBf16>(a.of_columns(first_row + lane / 4 + half * 8, k));
-      }
+      a.column<kIsBf16>(rows[half], first_row + lane / 4 + half * 8);
     }
-    add_products<kIsBf16, kColumns>(d, rows, kAdds,
-                                    [&](int column, int k) { return b.of_columns(column, k); });
+    add_products<kColumns>(d, rows, kAdds, [&](float (&numbers)[16], int column) {
+      b.column<kIsBf16>(numbers, column);
+    });
   });
 }
 
